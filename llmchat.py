@@ -1,0 +1,4011 @@
+#!/usr/bin/env python3
+"""llmchat: chat with any GGUF model, in your terminal, from this one file.
+
+    python3 llmchat.py model.gguf                 open the window and chat
+    python3 llmchat.py --demo                     try the program without a model
+    python3 llmchat.py --install                  get the engine (llama-cpp-python), once
+    git diff | python3 llmchat.py m.gguf -p "explain this"      one answer, in a pipe
+    python3 llmchat.py --help                     everything else
+
+How it works. Two processes run from this file. The window draws and never blocks; the engine owns
+the model. If llama.cpp dies, the window and every word in it survive.
+
+      keyboard, resize ──┐                                   ┌─► view(state) ─► lines ─► curses
+      engine stdout JSON ┼─► event ─► update(state, event) ──┤
+      engine stderr text ┘             (pure)                └─► effects ─► {"cmd": …} ─► engine stdin
+
+Sections (each uses only what stands above it; `grep '^# ==' llmchat.py` lists them):
+     1 CONFIG              everything you may want to change
+     2 TYPES               State, its parts, events and effects
+     3 TEXT                cell widths, wrapping, the edit buffer, where things go on the screen
+     4 HARDWARE & MODELS   what this machine has, what a GGUF file needs, what fits
+     5 ENGINES             llama.cpp: load, read the prompt, generate
+     6 ENGINE PROCESS      the child: JSON lines in, JSON lines out
+     7 STORAGE             files on disk: the demo model, the private environment of the engine
+     8 COMMANDS            what keys and /slash commands do
+     9 UPDATE              (state, event) -> (state, effects)
+    10 VIEW                state -> styled lines
+    11 TERMINAL            curses: keys in, lines out
+    12 RUN                 the engine's pipes, effects, the loop
+    13 CLI                 arguments, plain mode, main()
+
+To change a colour, a key or a default: section 1. To understand the rest, start at main(), run(), update().
+"""
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["llama-cpp-python>=0.3.36", "windows-curses; sys_platform == 'win32'"]
+# ///
+
+# Only what the first frame needs is imported here; everything else inside the function that uses it:
+# on an old machine each import on the way to the first frame is felt.
+import enum
+import os
+import re
+import sys
+import unicodedata
+from functools import lru_cache
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+VERSION = "0.1.0"
+
+
+# == 1. CONFIG =====================================================================================
+# Everything you may want to change. Edit, save, start again. Command-line options win over these.
+
+MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf"
+MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files when no model is named
+SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
+
+CONTEXT_TOKENS = 0                # how much the model can keep in mind, in tokens; 0 = what fits (512 and up)
+THREADS = 0                       # CPU threads; 0 = one per physical core, which is nearly always fastest
+GPU_LAYERS = -1                   # layers of the model to put on the GPU; -1 = as many as fit, 0 = none
+
+TEMPERATURE = 0.8                 # 0 = always the likeliest word, 0.3 = sober, 0.8 = lively, 1.5 = wild
+TOP_K = 40                        # choose among the K likeliest tokens; 0 = among all
+TOP_P = 0.95                      # … among the likeliest that together have this probability; 1 = off
+MIN_P = 0.05                      # … among those at least this fraction as likely as the likeliest; 0 = off
+TYPICAL_P = 1.0                   # … among the most typical ones; 1 = off
+REPEAT_PENALTY = 1.0              # above 1 discourages repetition, e.g. 1.1; 1 = off
+REPEAT_LAST_N = 64                # how many of the last tokens the penalty looks at
+SEED = -1                         # the same seed gives the same answer; -1 = a new one each time
+MAX_TOKENS = 0                    # longest reply, in tokens; 0 = until the model is done
+
+FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
+SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or "full"
+BESIDE_COLUMNS = 90               # windows narrower than this show one pane at a time (F2 switches)
+SYSTEM_PANE_SHARE = 0.36          # the system pane's part of the window's width
+DRAFT_ROWS = 10                   # the input box grows up to this many lines (or a third of the window)
+LOG_LINES = 2000                  # lines kept in the system pane
+DEMO_TOKENS_PER_S = 30            # the demo's fixed texts are played at this speed
+
+# Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
+# -1 = the terminal's own. Attributes: b bold, d dim, r reverse, u underline. Mono terminals use only those.
+COLORS = {
+    "text":    (252, -1, -1, -1, ""),
+    "user":    (120, -1, 2, -1, "b"),      # what you wrote
+    "prompt":  (46, -1, 2, -1, "b"),       # the ❯ before it
+    "dim":     (243, -1, -1, -1, "d"),     # statistics, information in the log
+    "good":    (77, -1, 2, -1, ""),        # ready, fits, plans
+    "warn":    (221, -1, 3, -1, ""),
+    "error":   (203, -1, 1, -1, "b"),
+    "frame":   (28, -1, 2, -1, ""),
+    "title":   (83, -1, 2, -1, "b"),
+    "focus":   (16, 34, 0, 2, "b"),        # title of the pane that the scroll keys move
+    "status":  (151, 22, 0, 2, ""),        # the bottom line
+    "alert":   (230, 124, 7, 1, "b"),      # … when something needs you
+    "bar":     (46, 22, 0, 2, "b"),        # progress bars in it
+    "select":  (16, 77, 0, 2, "b"),        # the chosen line of a list
+}
+
+# Keys: key: command (a cmd_ function of section 8). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
+# "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or a character.
+KEYS = {
+    "enter":     "send",
+    "alt-enter": "newline",
+    "ctrl-j":    "newline",
+    "tab":       "complete",
+    "esc":       "stop",
+    "ctrl-c":    "interrupt",
+    "ctrl-q":    "quit",
+    "f1":        "help",
+    "f2":        "pane",
+    "f3":        "focus",
+    "pgup":      "page_up",
+    "pgdn":      "page_down",
+    "alt-up":    "line_up",
+    "alt-down":  "line_down",
+    "ctrl-l":    "redraw",
+}
+# … and in the input box: key: edit_ function of section 3.
+EDIT_KEYS = {
+    "left":      "left",        "ctrl-b":     "left",
+    "right":     "right",       "ctrl-f":     "right",
+    "up":        "up",          "ctrl-p":     "up",
+    "down":      "down",        "ctrl-n":     "down",
+    "home":      "home",        "ctrl-a":     "home",
+    "end":       "end",         "ctrl-e":     "end",
+    "alt-b":     "word_left",   "ctrl-left":  "word_left",   "alt-left":  "word_left",
+    "alt-f":     "word_right",  "ctrl-right": "word_right",  "alt-right": "word_right",
+    "backspace": "backspace",   "ctrl-h":     "backspace",
+    "del":       "delete",      "ctrl-d":     "delete",
+    "ctrl-w":    "kill_word",   "alt-backspace": "kill_word",
+    "alt-d":     "kill_word_right",
+    "ctrl-u":    "kill_to_start",
+    "ctrl-k":    "kill_to_end",
+    "ctrl-y":    "yank",
+}
+
+
+# == 2. TYPES ======================================================================================
+# The vocabulary: immutable values, no behaviour. State is everything the window knows; an event is
+# something that happened; an effect is something update() wants done. A new piece of state goes here.
+
+class Condition(enum.Enum):
+    """What the engine is doing; the value is what the status line says."""
+    OFF = "no model"
+    MISSING = "no engine"
+    INSTALLING = "installing"
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    READING = "reading"
+    WRITING = "writing"
+    STOPPING = "stopping"
+    DEAD = "engine down"
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen, in llama.cpp's terms (common/sampling)."""
+    temperature: float = TEMPERATURE
+    top_k: int = TOP_K
+    top_p: float = TOP_P
+    min_p: float = MIN_P
+    typical_p: float = TYPICAL_P
+    repeat_penalty: float = REPEAT_PENALTY
+    repeat_last_n: int = REPEAT_LAST_N
+    seed: int = SEED
+    max_tokens: int = MAX_TOKENS
+
+
+class Wishes(NamedTuple):
+    """What the user asked for at loading; 0 (or -1 GPU layers) = choose for this machine."""
+    n_ctx: int = CONTEXT_TOKENS
+    n_threads: int = THREADS
+    n_gpu_layers: int = GPU_LAYERS
+    n_batch: int = 0
+    n_ubatch: int = 0
+    kv_type: str = "f16"
+
+
+class Gpu(NamedTuple):
+    name: str
+    backend: str
+    total_bytes: int
+    free_bytes: int
+
+
+class Hardware(NamedTuple):
+    """The machine; 0 bytes of RAM = not known."""
+    cpu_name: str
+    physical_cores: int
+    logical_cores: int
+    usable_cores: int  # physical ones that this process may use and that are not the slow half of a phone
+    instruction_sets: Tuple[str, ...]
+    ram_total_bytes: int
+    ram_free_bytes: int
+    os_name: str
+    python_version: str
+    gpus: Tuple[Gpu, ...] = ()
+    llama_version: str = ""
+
+
+class Header(NamedTuple):
+    """What a GGUF file says of itself; weight_bytes and data_offset are 0 where only the metadata were read."""
+    path: str
+    file_bytes: int
+    n_files: int
+    version: int
+    n_tensors: int
+    metadata: Dict[str, object]
+    weight_bytes: int
+    data_offset: int
+
+
+class LongArray(NamedTuple):
+    """Stands in the metadata for an array that nobody here reads, such as a vocabulary."""
+    kind: int
+    count: int
+
+
+class Plan(NamedTuple):
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_gpu_layers: int  # n_layers + 1 = everything, the output layer too
+    n_layers: int
+    weight_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    need_bytes: int
+    free_bytes: int
+    verdict: str  # "fits", "tight" or "too big"
+    lines: Tuple[str, ...]
+
+
+class ModelError(Exception):
+    """One sentence for the user: what is wrong with the model file and what to do."""
+
+
+class Settings(NamedTuple):
+    model_path: str = ""
+    system_prompt: str = SYSTEM_PROMPT
+    sampling: Sampling = Sampling()
+    wishes: Wishes = Wishes()
+    demo: bool = False
+    unicode: bool = True              # the terminal can show more than ASCII
+
+
+class ModelInfo(NamedTuple):
+    """What is loaded, as the engine reported it."""
+    name: str
+    description: str                  # llama.cpp's, e.g. "llama 1B Q4_K - Medium"
+    n_ctx: int                        # tokens
+
+
+class Turn(NamedTuple):
+    role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
+    text: str
+    note: str = ""                    # a dim line under it: statistics, or why it ended
+    style: str = "warn"               # of a notice
+
+
+class Chat(NamedTuple):
+    turns: Tuple[Turn, ...] = ()
+    reply: Optional[str] = None       # the reply in progress
+    request: int = 0                  # number of the last request to the engine
+    waiting: bool = False             # the last turn still has to be sent to the engine
+
+
+class Draft(NamedTuple):
+    """The input box: text and the cursor, an index into it."""
+    text: str = ""
+    cursor: int = 0
+    history: Tuple[str, ...] = ()     # what was sent before, oldest first
+    recall: int = 0                   # steps back into the history; 0 = what is being typed
+    typed: str = ""                   # what was being typed when the recall began
+    killed: str = ""
+
+
+class Scroll(NamedTuple):
+    """The first visible line: line `line` of item `item` (a turn, or a line of the log)."""
+    item: int
+    line: int
+
+
+class LogLine(NamedTuple):
+    level: str                        # a style: "dim", "text", "good", "warn", "error"
+    text: str
+
+
+class Dialog(NamedTuple):
+    """Something in front of the chat: kind "help", "models" (a list to choose from) or "install" (a question)."""
+    kind: str
+    items: Tuple[str, ...] = ()
+    index: int = 0
+
+
+class Stats(NamedTuple):
+    """Counts of tokens and times in seconds, of this session or of one reply."""
+    replies: int = 0
+    n_read: int = 0
+    n_reused: int = 0
+    n_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+
+
+class State(NamedTuple):
+    settings: Settings = Settings()
+    engine: Condition = Condition.OFF
+    model: Optional[ModelInfo] = None
+    chat: Chat = Chat()
+    draft: Draft = Draft()
+    log: Tuple[LogLine, ...] = ()
+    columns: int = 80
+    rows: int = 24
+    pane: str = SYSTEM_PANE
+    focus: str = "chat"               # the pane that the scroll keys move: "chat" or "system"
+    chat_scroll: Optional[Scroll] = None    # None = follow the end
+    log_scroll: Optional[Scroll] = None
+    dialog: Optional[Dialog] = None
+    progress: float = 0.0             # of loading or reading, 0 to 1
+    doing: str = ""                   # one short line about it
+    speed: float = 0.0                # tokens/s of the running or last reply
+    n_used: int = 0                   # tokens of the context in use
+    hint: str = ""                    # for the status line until the next key
+    quit_asked: bool = False
+    stats: Stats = Stats()
+
+
+class Typed(NamedTuple):
+    text: str
+
+
+class Pasted(NamedTuple):
+    text: str
+
+
+class Pressed(NamedTuple):
+    key: str                          # a name as in KEYS
+
+
+class Resized(NamedTuple):
+    columns: int
+    rows: int
+
+
+class Submitted(NamedTuple):
+    """A whole line at once: plain mode, and the command line's -p."""
+    text: str
+
+
+class EngineSaid(NamedTuple):
+    message: Dict[str, Any]           # one JSON line of the engine, see section 6
+
+
+class EngineLogged(NamedTuple):
+    text: str                         # one line of the engine's stderr
+
+
+class EngineDied(NamedTuple):
+    code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
+    lacking: Tuple[str, ...] = ()     # after an illegal instruction: what this CPU hasn't got
+
+
+class EngineMissing(NamedTuple):
+    """No Python with llama_cpp was found."""
+
+
+class Installed(NamedTuple):
+    code: int                         # exit status of the installer
+
+
+class ModelsFound(NamedTuple):
+    paths: Tuple[str, ...]
+
+
+class StartEngine(NamedTuple):
+    """A fresh engine process in the place of the one that runs, if any."""
+
+
+class SendEngine(NamedTuple):
+    message: Dict[str, Any]
+
+
+class InstallEngine(NamedTuple):
+    """Run the installer in the background; its output goes to the log."""
+
+
+class StopInstall(NamedTuple):
+    pass
+
+
+class FindModels(NamedTuple):
+    pass
+
+
+class Redraw(NamedTuple):
+    """Paint every cell again: something else wrote on the terminal."""
+
+
+class Quit(NamedTuple):
+    pass
+
+
+Span = Tuple[str, str]                # text and style
+Line = Tuple[Span, ...]
+Change = Tuple[State, Tuple[Any, ...]]    # what update() and the commands return: state and effects
+
+
+# == 3. TEXT =======================================================================================
+# Strings to cells: widths, wrapping, making text harmless; the edit buffer; how turns and log lines become
+# styled lines; which part of the window belongs to which pane. Pure. It must not know curses or the engine.
+# A new editing key: write edit_NAME(draft) -> draft here and name it in EDIT_KEYS.
+
+@lru_cache(maxsize=None)
+def char_cells(char: str) -> int:
+    """Columns one character takes, as wcwidth(3) and so curses counts them: 0, 1 or 2."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def cells(text: str) -> int:
+    """Columns a text takes on the screen."""
+    return len(text) if text.isascii() else sum(map(char_cells, text))
+
+
+def take_cells(text: str, width: int) -> str:
+    """The longest beginning of a text that fits into `width` columns."""
+    if text.isascii():
+        return text[:width]
+    used = 0
+    for i, char in enumerate(text):
+        used += char_cells(char)
+        if used > width:
+            return text[:i]
+    return text
+
+
+@lru_cache(maxsize=None)
+def _pattern(name: str) -> Any:
+    """Regular expressions, compiled when first used (compiling one costs as much as an import)."""
+    return re.compile({
+        # C0 and C1 controls, DEL, surrogates, bidirectional overrides and isolates, line separators
+        "unsafe": "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]",
+        # white space, one wide character (a line may break on either side of it), or a word
+        "words": "[ \\t]+|[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
+                 "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
+                 "[^ \\t\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
+                 "\U0001f300-\U0001faff\U00020000-\U0003fffd]+",
+        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])",
+    }[name])
+
+
+def _visible(match: Any) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7f else "\ufffd"
+
+
+def clean(text: str) -> str:
+    """Text that can't move the cursor, change colours or reorder what is shown; newlines stay, tabs become spaces."""
+    text = text.replace("\r\n", "\n").expandtabs(4)
+    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text)
+
+
+def strip_ansi(text: str) -> str:
+    """A log line without its colour codes."""
+    return _pattern("ansi").sub("", text) if "\x1b" in text else text
+
+
+@lru_cache(maxsize=8192)
+def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
+    """One paragraph (no newline) in lines of at most `width` columns; its indentation is kept on every line."""
+    if text.isascii() and len(text) <= width:
+        return (text,)
+    indent = text[: len(text) - len(text.lstrip(" "))][: width // 2]
+    lines, line, used = [], "", 0
+    for word in _pattern("words").findall(text):
+        n = cells(word)
+        if used + n > width:
+            if word.isspace():
+                n = width + 1 - used    # the break swallows the space
+            elif line.strip():
+                lines.append(line.rstrip(" "))
+                line, used = indent, len(indent)
+            while used + n > width and not word.isspace():
+                head = take_cells(word, max(1, width - used)) or word[0]
+                lines.append(line + head)
+                word, line, used = word[len(head):], indent, len(indent)
+                n = cells(word)
+        line, used = line + word, used + n
+    return tuple(lines + [take_cells(line.rstrip(" "), width)])
+
+
+def wrap(text: str, width: int) -> List[str]:
+    """Text in lines of at most `width` columns."""
+    lines: List[str] = []
+    for paragraph in text.split("\n"):
+        lines.extend(wrap_paragraph(paragraph, max(1, width)))
+    return lines
+
+
+# -- the edit buffer --
+
+def edit_insert(draft: Draft, text: str) -> Draft:
+    return draft._replace(text=draft.text[:draft.cursor] + text + draft.text[draft.cursor:],
+                          cursor=draft.cursor + len(text))
+
+
+def _step(draft: Draft, by: int) -> int:
+    """The cursor one character further, taking combining marks along with their base."""
+    at = draft.cursor + by
+    while 0 < at < len(draft.text) and char_cells(draft.text[at]) == 0 and draft.text[at] != "\n":
+        at += by
+    return min(max(at, 0), len(draft.text))
+
+
+def _word_end(draft: Draft, by: int) -> int:
+    """The cursor one word further (by = 1) or back (by = -1)."""
+    at, peek = draft.cursor, 0 if by > 0 else -1
+    inside = lambda: 0 <= at + peek < len(draft.text)
+    while inside() and not draft.text[at + peek].isalnum():
+        at += by
+    while inside() and draft.text[at + peek].isalnum():
+        at += by
+    return at
+
+
+def _cut(draft: Draft, start: int, end: int, keep: bool = True) -> Draft:
+    return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start,
+                          killed=draft.text[start:end] if keep else draft.killed)
+
+
+def _line_bounds(draft: Draft) -> Tuple[int, int]:
+    start = draft.text.rfind("\n", 0, draft.cursor) + 1
+    end = draft.text.find("\n", draft.cursor)
+    return start, len(draft.text) if end < 0 else end
+
+
+def edit_left(draft: Draft) -> Draft:
+    """one character left"""
+    return draft._replace(cursor=_step(draft, -1))
+
+
+def edit_right(draft: Draft) -> Draft:
+    """one character right"""
+    return draft._replace(cursor=_step(draft, 1))
+
+
+def edit_word_left(draft: Draft) -> Draft:
+    """one word left"""
+    return draft._replace(cursor=_word_end(draft, -1))
+
+
+def edit_word_right(draft: Draft) -> Draft:
+    """one word right"""
+    return draft._replace(cursor=_word_end(draft, 1))
+
+
+def edit_home(draft: Draft) -> Draft:
+    """start of the line (empty box: top of the chat)"""
+    return draft._replace(cursor=_line_bounds(draft)[0])
+
+
+def edit_end(draft: Draft) -> Draft:
+    """end of the line (empty box: end of the chat)"""
+    return draft._replace(cursor=_line_bounds(draft)[1])
+
+
+def edit_backspace(draft: Draft) -> Draft:
+    """delete the character before the cursor"""
+    return _cut(draft, max(0, draft.cursor - 1), draft.cursor, keep=False)
+
+
+def edit_delete(draft: Draft) -> Draft:
+    """delete the character under the cursor"""
+    return _cut(draft, draft.cursor, _step(draft, 1), keep=False)
+
+
+def edit_kill_word(draft: Draft) -> Draft:
+    """cut the word before the cursor"""
+    return _cut(draft, _word_end(draft, -1), draft.cursor)
+
+
+def edit_kill_word_right(draft: Draft) -> Draft:
+    """cut the word after the cursor"""
+    return _cut(draft, draft.cursor, _word_end(draft, 1))
+
+
+def edit_kill_to_start(draft: Draft) -> Draft:
+    """cut to the start of the line"""
+    return _cut(draft, _line_bounds(draft)[0], draft.cursor)
+
+
+def edit_kill_to_end(draft: Draft) -> Draft:
+    """cut to the end of the line"""
+    start, end = draft.cursor, _line_bounds(draft)[1]
+    return _cut(draft, start, end if end > start else min(len(draft.text), end + 1))
+
+
+def edit_yank(draft: Draft) -> Draft:
+    """insert what was cut last"""
+    return edit_insert(draft, draft.killed)
+
+
+def edit_up(draft: Draft) -> Draft:
+    """line above, or the message sent before"""
+    start, _ = _line_bounds(draft)
+    if start == 0:
+        return recall(draft, 1)
+    above = draft.text.rfind("\n", 0, start - 1) + 1
+    return draft._replace(cursor=min(above + draft.cursor - start, start - 1))
+
+
+def edit_down(draft: Draft) -> Draft:
+    """line below, or the message sent after"""
+    start, end = _line_bounds(draft)
+    if end == len(draft.text):
+        return recall(draft, -1)
+    below_end = draft.text.find("\n", end + 1)
+    below_end = len(draft.text) if below_end < 0 else below_end
+    return draft._replace(cursor=min(end + 1 + draft.cursor - start, below_end))
+
+
+def recall(draft: Draft, by: int) -> Draft:
+    """Walk the history of sent messages; what was being typed is kept at its near end."""
+    step = min(max(draft.recall + by, 0), len(draft.history))
+    if step == draft.recall:
+        return draft
+    typed = draft.text if draft.recall == 0 else draft.typed
+    text = draft.history[-step] if step else typed
+    return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
+
+
+@lru_cache(maxsize=64)
+def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
+    """The draft broken hard at `width` columns: (index of the first character, text) per row."""
+    rows, start, used = [], 0, 0
+    for i, char in enumerate(text):
+        n = 0 if char == "\n" else char_cells(char)
+        if char == "\n" or used + n > width:
+            rows.append((start, text[start:i]))
+            start, used = (i + 1, 0) if char == "\n" else (i, 0)
+        used += n
+    rows.append((start, text[start:]))
+    if used >= width:
+        rows.append((len(text), ""))    # the cursor needs a cell after a full row
+    return tuple(rows)
+
+
+def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
+    """(row, column) of the cursor in draft_rows."""
+    rows = draft_rows(draft.text, width)
+    row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
+    start, text = rows[row]
+    return row, cells(clean_row(text[:draft.cursor - start]))
+
+
+def clean_row(text: str) -> str:
+    """One row of the draft with control characters shown in one cell each."""
+    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " "))
+
+
+# -- turns and log lines as styled lines --
+
+@lru_cache(maxsize=2048)
+def turn_lines(turn: Turn, width: int, unicode: bool = True) -> Tuple[Line, ...]:
+    """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
+    if turn.role == "user":
+        mark = "❯ " if unicode else "> "
+        body = [((mark if i == 0 else "  ", "prompt"), (row, "user"))
+                for i, row in enumerate(wrap(clean(turn.text), width - 2))]
+    else:
+        style = turn.style if turn.role == "notice" else "text"
+        body = [(("  ", style), (row, style)) for row in wrap(clean(turn.text), width - 2)] if turn.text else []
+    if turn.note:
+        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), width - 2)]
+    return tuple(body) + ((),)
+
+
+def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
+    """The reply in progress: what ends in a newline is cached, only the last paragraph is wrapped again."""
+    done, _, last = text.rpartition("\n")
+    head = turn_lines(Turn("assistant", done), width, unicode)[:-1] if done else ()
+    cursor = "▌" if unicode else "_"
+    rows = wrap(clean(last) + cursor, width - 2)
+    return head + tuple((("  ", "text"), (row, "text")) for row in rows)
+
+
+@lru_cache(maxsize=4096)
+def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
+    return tuple(((row, entry.level),) for row in wrap(clean(entry.text), width))
+
+
+# -- where things are --
+
+class Layout(NamedTuple):
+    """Rows and columns of the panes' insides; 0 = not shown."""
+    framed: bool
+    chat_width: int
+    chat_height: int
+    draft_height: int
+    log_width: int
+    log_height: int
+
+
+def fits_window(state: State) -> bool:
+    return state.columns >= 20 and state.rows >= 6
+
+
+def plan_layout(state: State) -> Layout:
+    """Which pane is where: side by side when the window is wide, one at a time when not."""
+    columns, rows = state.columns, state.rows
+    framed = columns >= 32 and rows >= 10
+    side = 1 if framed else 0
+    inner = columns - 2 * side
+    beside = state.pane == "beside" and columns >= BESIDE_COLUMNS and framed
+    log_width = int(columns * SYSTEM_PANE_SHARE) if beside else inner if state.pane == "full" else 0
+    chat_width = inner - log_width - 1 if beside else inner
+    wanted = len(draft_rows(state.draft.text, max(1, chat_width - 2)))
+    draft_height = max(1, min(wanted, DRAFT_ROWS, rows // 3))
+    chat_height = rows - 1 - draft_height - (3 if framed else 1)
+    log_height = 0 if not log_width else chat_height if state.pane == "full" else rows - 3
+    return Layout(framed, chat_width, max(1, chat_height), draft_height, log_width, log_height)
+
+
+class Items(NamedTuple):
+    """A list of things that are lines when asked for: only what is on the screen is ever wrapped."""
+    count: int
+    lines: Any                        # index -> tuple of lines
+
+
+def chat_items(state: State, width: int) -> Items:
+    turns, reply, unicode = state.chat.turns, state.chat.reply, state.settings.unicode
+    def lines(i: int) -> Tuple[Line, ...]:
+        return turn_lines(turns[i], width, unicode) if i < len(turns) else reply_lines(reply or "", width, unicode)
+    return Items(len(turns) + (reply is not None), lines)
+
+
+def log_items(state: State, width: int) -> Items:
+    return Items(len(state.log), lambda i: log_lines(state.log[i], width))
+
+
+def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
+    """Up to `height` lines from a place on."""
+    lines = list(items.lines(top.item)[top.line:]) if top.item < items.count else []
+    for i in range(top.item + 1, items.count):
+        if len(lines) >= height:
+            break
+        lines.extend(items.lines(i))
+    return lines[:height]
+
+
+def move_back(items: Items, place: Scroll, n: int) -> Scroll:
+    """The place `n` lines above, at most the top."""
+    item, line = place.item, place.line - n
+    while line < 0 and item > 0:
+        item -= 1
+        line += len(items.lines(item))
+    return Scroll(item, max(0, line))
+
+
+def last_page(items: Items, height: int) -> Scroll:
+    """Where the window stands when it follows the end."""
+    return move_back(items, Scroll(items.count, 0), height)
+
+
+def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
+    """Scroll by lines (negative = up); None when the end is reached and is followed again."""
+    end = last_page(items, height)
+    place = clamp_scroll(items, scroll) or end
+    if by < 0:
+        return move_back(items, place, -by) if end != Scroll(0, 0) else None
+    item, line = place.item, place.line + by
+    while item < items.count and line >= len(items.lines(item)):
+        line -= len(items.lines(item))
+        item += 1
+    return None if Scroll(item, line) >= end else Scroll(item, line)
+
+
+def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
+    """A place that exists, after the window's width or the list has changed."""
+    if scroll is None or scroll.item >= items.count:
+        return None
+    return Scroll(scroll.item, min(scroll.line, max(0, len(items.lines(scroll.item)) - 1)))
+
+
+# == 4. HARDWARE & MODELS ==============================================================================================
+# What this machine has, what a model file needs, and which settings bring the two together. probe_ functions ask the
+# system and parse_ and plan_ functions are pure, so that any machine can be invented in a test. Knows nothing of chats,
+# panes or llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another system, write probes that
+# return Hardware fields and list them in probe_hardware.
+
+CPU_FLAGS = (  # /proc/cpuinfo's, macOS's and Windows' word for it -> ours; those that llama.cpp has faster code for
+    ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
+    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41", "AVX-512"),
+    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd win19", "NEON"),
+    ("asimddp feat_dotprod win43", "dot product"), ("i8mm feat_i8mm", "I8MM"), ("sve", "SVE"))
+UNLIMITED = 1 << 62
+
+
+def read_text(path: str) -> str:
+    """A small system file; "" where it isn't there or may not be read (Android hides many)."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def attempt(probe, fallback):
+    """A probe's answer, or the fallback: the odd system that lacks a file or a call must still get a chat."""
+    try:
+        return probe()
+    except Exception:
+        return fallback
+
+
+def probe_hardware() -> Hardware:
+    """This machine, without GPUs (llama.cpp reports those); never raises."""
+    probes = {"darwin": (probe_macos_cpu, probe_macos_ram),
+              "win32": (probe_windows_cpu, probe_windows_cores, probe_windows_ram),
+              }.get(sys.platform, (probe_linux_cpu, probe_linux_cores, probe_linux_ram))
+    n_cores = os.cpu_count() or 1
+    hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0,
+                        attempt(probe_os_name, sys.platform), "%d.%d.%d" % sys.version_info[:3])
+    for probe in probes:
+        hardware = hardware._replace(**attempt(probe, {}))
+    return hardware
+
+
+def probe_os_name() -> str:
+    if sys.platform == "win32":
+        build = sys.getwindowsversion().build  # Windows 11 still calls itself 10
+        return "Windows %s (build %d)" % (11 if build >= 22000 else 10 if build >= 10240 else "before 10", build)
+    if sys.platform == "darwin":
+        import platform
+        return "macOS " + platform.mac_ver()[0]
+    names = [line[12:].strip("\"'\n ") for line in read_text("/etc/os-release").splitlines()
+             if line.startswith("PRETTY_NAME=")]
+    return "Android" if "ANDROID_ROOT" in os.environ else (names or [os.uname().sysname])[0]
+
+
+def probe_linux_cpu() -> dict:
+    name, flags, _ = parse_cpuinfo(read_text("/proc/cpuinfo"))
+    board = read_text("/proc/device-tree/model").strip("\0\n ")
+    return {"cpu_name": name or board or os.uname().machine, "instruction_sets": parse_flags(flags)}
+
+
+def probe_linux_cores() -> dict:
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    root = "/sys/devices/system/cpu/cpu%d/"
+    siblings = {cpu: read_text(root % cpu + "topology/thread_siblings_list").strip() for cpu in allowed}
+    capacity = {cpu: int(read_text(root % cpu + "cpu_capacity") or 0) for cpu in allowed}
+    if not all(siblings.values()):
+        siblings = parse_cpuinfo(read_text("/proc/cpuinfo"))[2]
+    n_cores, n_fast = count_cores(capacity, siblings)
+    return {"physical_cores": n_cores, "logical_cores": len(allowed),
+            "usable_cores": max(1, min(n_fast, attempt(probe_cgroup_cpus, n_fast)))}
+
+
+def count_cores(capacity: Dict[int, int], siblings: dict) -> Tuple[int, int]:
+    """All cores and the fast ones, of {thread: speed} and {thread: what its core's threads have in common}.
+
+    Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
+    """
+    fast = [cpu for cpu in capacity if capacity[cpu] * 2 >= max(capacity.values())]
+    return tuple(len({siblings.get(cpu, cpu) for cpu in cpus}) for cpus in (capacity, fast))
+
+
+def probe_linux_ram() -> dict:
+    total, free = parse_meminfo(read_text("/proc/meminfo"))
+    for folder in plan_cgroup_folders(read_text("/proc/self/cgroup"), "memory"):
+        limit, used, stat = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
+            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes"), ("memory.stat",) * 2))
+        total, free = parse_cgroup_memory(limit, used, stat, total, free)
+    return {"ram_total_bytes": total, "ram_free_bytes": free}
+
+
+def probe_cgroup_cpus() -> int:
+    """The whole CPUs that the cgroups grant this process, as a container's or a service's quota says."""
+    quotas = [read_text(folder + "cpu.max") or " ".join(
+                  (read_text(folder + "cpu.cfs_quota_us"), read_text(folder + "cpu.cfs_period_us")))
+              for folder in plan_cgroup_folders(read_text("/proc/self/cgroup"), "cpu")]
+    return min([parse_cgroup_quota(quota) for quota in quotas] or [UNLIMITED])
+
+
+def plan_cgroup_folders(text: str, controller: str) -> List[str]:
+    """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
+
+    A container often sees its own limits at the root while /proc/self/cgroup gives the host's path.
+    """
+    folders = []
+    for line in text.splitlines():
+        controllers, path = (line.split(":", 2) + ["", ""])[1:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        roots = ["/sys/fs/cgroup/" + controller] if controllers else ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        steps = [step for step in path.split("/") if step and step != ".."]
+        folders += ["/".join([root] + steps[:n]) + "/" for root in roots for n in range(len(steps), -1, -1)]
+    return folders
+
+
+def parse_cgroup_quota(text: str) -> int:
+    """Whole CPUs from "quota period" in microseconds; "max" and -1 mean no limit."""
+    words = text.split()
+    if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[1]) == 0:
+        return UNLIMITED
+    return max(1, int(words[0]) // int(words[1]))
+
+
+def parse_cgroup_memory(limit: str, used: str, stat: str, total: int, free: int) -> Tuple[int, int]:
+    """Total and free bytes of the machine, lowered to what a cgroup leaves; file pages in use can be given back."""
+    if not limit.strip().isdigit() or not used.strip().isdigit() or int(limit) > (total or UNLIMITED):
+        return total, free
+    pages = dict(line.split()[:2] for line in stat.splitlines() if len(line.split()) == 2)
+    cache = sum(int(pages.get("total_" + key, pages.get(key, 0))) for key in ("inactive_file", "active_file"))
+    left = max(0, min(int(limit), int(limit) - int(used) + cache))
+    return int(limit), min(free, left) if total else left
+
+
+def parse_cpuinfo(text: str) -> Tuple[str, frozenset, Dict[int, tuple]]:
+    """Name, flags and {processor: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
+    first, places, cpu = {}, {}, -1
+    for line in text.splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        first.setdefault(key.replace("Features", "flags"), value)
+        if key == "processor" and value.isdigit():
+            cpu = int(value)
+        elif key == "physical id":
+            places[cpu] = (value, str(cpu))
+        elif key == "core id":
+            places[cpu] = (places.get(cpu, ("0", ""))[0], value)
+    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
+    return name, frozenset(first.get("flags", "").split()), places
+
+
+def parse_flags(flags) -> Tuple[str, ...]:
+    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
+
+
+def parse_meminfo(text: str) -> Tuple[int, int]:
+    """Total and available bytes; kernels before 3.14 lack MemAvailable."""
+    pairs = (line.split()[:2] for line in text.splitlines() if len(line.split()) > 1)
+    kilobytes = {key.rstrip(":"): int(value) for key, value in pairs if value.isdigit()}
+    free = kilobytes.get("MemAvailable", sum(kilobytes.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
+    return kilobytes.get("MemTotal", 0) * 1024, free * 1024
+
+
+def macos_sysctl(name: str) -> bytes:
+    import ctypes
+    call, size = ctypes.CDLL(None).sysctlbyname, ctypes.c_size_t(1024)
+    buffer = ctypes.create_string_buffer(1024)
+    found = call(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t(0)) == 0
+    return buffer.raw[: size.value] if found else b""
+
+
+def macos_number(name: str) -> int:
+    return int.from_bytes(macos_sysctl(name), "little")
+
+
+def probe_macos_cpu() -> dict:
+    texts = [macos_sysctl("machdep.cpu." + key).rstrip(b"\0").decode() for key in
+             ("brand_string", "features", "leaf7_features")]
+    flags = set(" ".join(texts[1:]).lower().split()) | ({"neon"} if os.uname().machine == "arm64" else set())
+    flags |= {key.lower() for key in ("FEAT_DotProd", "FEAT_I8MM") if macos_number("hw.optional.arm." + key)}
+    physical, logical = macos_number("hw.physicalcpu"), macos_number("hw.logicalcpu")
+    fast = macos_number("hw.perflevel0.physicalcpu")  # Apple's performance cores; absent on Intel
+    return {"cpu_name": texts[0] or os.uname().machine, "instruction_sets": parse_flags(flags),
+            "physical_cores": physical or 1, "logical_cores": logical or 1, "usable_cores": fast or physical or 1}
+
+
+def probe_macos_ram() -> dict:
+    import subprocess
+    total = macos_number("hw.memsize")
+    text = attempt(lambda: subprocess.check_output(["/usr/bin/vm_stat"], timeout=2).decode(), "")
+    return {"ram_total_bytes": total, "ram_free_bytes": min(parse_vm_stat(text) or total // 2, total)}
+
+
+def parse_vm_stat(text: str) -> int:
+    """Bytes that macOS can hand out without swapping."""
+    words = text.partition("page size of ")[2].split()
+    page_bytes = int(words[0]) if words and words[0].isdigit() else 4096
+    pages = dict(line.rstrip(".").split(":", 1) for line in text.splitlines()[1:] if ":" in line)
+    return page_bytes * sum(int(pages.get("Pages " + key, 0)) for key in
+                            ("free", "inactive", "speculative", "purgeable"))
+
+
+def probe_windows_cpu() -> dict:
+    import ctypes
+    import winreg
+    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have.
+    present = ctypes.windll.kernel32.IsProcessorFeaturePresent
+    flags = {"win%d" % number for number in (19, 38, 39, 40, 41, 43) if present(number)}
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+        return {"cpu_name": winreg.QueryValueEx(key, "ProcessorNameString")[0].strip(),
+                "instruction_sets": parse_flags(flags)}
+
+
+def probe_windows_cores() -> dict:
+    import ctypes
+    size = ctypes.c_ulong(0)
+    call = ctypes.windll.kernel32.GetLogicalProcessorInformation
+    call(None, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    if not call(buffer, ctypes.byref(size)):
+        return {}
+    n_cores = parse_windows_cores(buffer.raw[: size.value], ctypes.sizeof(ctypes.c_void_p)) or 1
+    return {"physical_cores": n_cores, "usable_cores": n_cores}
+
+
+def parse_windows_cores(raw: bytes, pointer_bytes: int) -> int:
+    """Entries of SYSTEM_LOGICAL_PROCESSOR_INFORMATION whose relationship is 0, RelationProcessorCore."""
+    entry_bytes = 2 * pointer_bytes + 16
+    return sum(raw[at + pointer_bytes: at + pointer_bytes + 4] == b"\0\0\0\0"
+               for at in range(0, len(raw) - entry_bytes + 1, entry_bytes))
+
+
+def probe_windows_ram() -> dict:
+    import ctypes
+    import struct
+    # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
+    buffer = ctypes.create_string_buffer(struct.pack("<II7Q", 64, *[0] * 8), 64)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer):
+        return {}
+    total, free = struct.unpack_from("<QQ", buffer.raw, 8)
+    return {"ram_total_bytes": total, "ram_free_bytes": free}
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
+    if n_bytes >= 700 << 20:
+        return "%.1f GB" % (n_bytes / (1 << 30))
+    return "%.0f MB" % (n_bytes / (1 << 20))
+
+
+def describe_hardware(hardware: Hardware) -> Tuple[str, ...]:
+    h = hardware
+    cores = "%d core%s (%d thread%s)" % (h.physical_cores, "s" * (h.physical_cores > 1),
+                                         h.logical_cores, "s" * (h.logical_cores > 1))
+    used = ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
+    ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
+    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
+            for g in h.gpus]
+    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
+    return (" · ".join(filter(None, ("CPU  " + h.cpu_name, cores + used, " ".join(h.instruction_sets)))),
+            "RAM  " + (ram if h.ram_total_bytes else "not known"),
+            *(gpus or ["GPU  none that this llama.cpp can use"]),
+            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+
+
+# -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
+
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+MAX_HEADER_BYTES = 1 << 28  # real headers reach 30 MB; a hostile one must not keep us busy for minutes
+SHORT_ARRAY = 1024  # longer arrays are passed over, not kept
+CUT_SHORT = "%s is cut short or damaged inside its header: download it again."
+TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18), 42: (64, 18)}
+LOOKALIKES = (  # first bytes -> what the file is
+    (b"version https://git-lfs", "a Git LFS pointer, not the model: run `git lfs pull` or download the file itself"),
+    (b"PK\x03\x04", "a zip or PyTorch file: convert it to GGUF, or find a GGUF version of the model"),
+    (b"\x80", "a Python pickle (PyTorch): convert it to GGUF, or find a GGUF version of the model"),
+    (b"<", "a web page: the download link was wrong, use the one of the file itself"),
+    (b"tjgg", "an old GGML file, from before August 2023: find a GGUF version of the model"),
+    (b"lmgg", "an old GGML file, from before August 2023: find a GGUF version of the model"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\0" * 16, "only zeros: the download didn't finish, download it again"))
+
+
+def read_gguf_header(path: str, full: bool = False) -> Header:
+    """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
+
+    A split model may be named by any of its parts. Raises ModelError.
+    """
+    paths = plan_split_paths(path)
+    sizes = [probe_file_bytes(part) for part in paths]
+    headers = [read_one_header(part, size, full) for part, size in list(zip(paths, sizes))[: None if full else 1]]
+    n_tensors = number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers)
+    return headers[0]._replace(file_bytes=sum(sizes), n_files=len(paths), n_tensors=n_tensors,
+                               weight_bytes=sum(header.weight_bytes for header in headers))
+
+
+def plan_split_paths(path: str) -> List[str]:
+    import re
+    match = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path)
+    if not match or not 1 <= int(match.group(1)) <= int(match.group(2)):
+        return [path]
+    n_files = int(match.group(2))
+    return ["%s-%05d-of-%05d.gguf" % (path[: match.start()], k + 1, n_files) for k in range(n_files)]
+
+
+def probe_file_bytes(path: str) -> int:
+    name = os.path.basename(path) or path
+    if os.path.isdir(path):
+        raise ModelError("%s is a folder: name the .gguf file inside it." % path)
+    if not os.path.exists(path):
+        part = " (one part of a model in several files)" if len(plan_split_paths(path)) > 1 else ""
+        raise ModelError("There is no file %s%s: check its name and folder." % (path, part))
+    if not os.path.isfile(path):
+        raise ModelError("%s is not an ordinary file: name a .gguf file." % path)
+    size = os.path.getsize(path)
+    if size == 0:
+        raise ModelError("%s is empty: download it again." % name)
+    return size
+
+
+def read_one_header(path: str, file_bytes: int, full: bool) -> Header:
+    """Parse ever larger beginnings of the file until one holds what is asked for; mostly the first does."""
+    name, data, n_bytes = os.path.basename(path), b"", 1 << 16
+    try:
+        with open(path, "rb") as file:
+            while True:
+                data += file.read(n_bytes - len(data))
+                try:
+                    return parse_gguf(data, path, file_bytes, full)
+                except EOFError as error:
+                    need = error.args[0]
+                if need > min(file_bytes, MAX_HEADER_BYTES) or len(data) < min(n_bytes, file_bytes):
+                    raise ModelError(CUT_SHORT % name)
+                n_bytes = min(max(n_bytes * 4, need), MAX_HEADER_BYTES)
+    except OSError as error:
+        raise ModelError("%s can't be read: %s." % (name, error.strerror or error))
+
+
+def parse_gguf(data: bytes, path: str, file_bytes: int, full: bool) -> Header:
+    """A header from the beginning of a file; raises EOFError(n) when it needs the first n bytes, and ModelError."""
+    name = os.path.basename(path)
+    check_magic(data, name)
+    version, at = parse_number(data, 4, "I")
+    n_tensors, at = parse_number(data, at, "Q")
+    n_keys, at = parse_number(data, at, "Q")
+    if n_keys > 1 << 16 or n_tensors > 1 << 18:
+        raise ModelError("%s is damaged (it claims %d tensors): download it again." % (name, n_tensors))
+    metadata, at = parse_metadata(data, at, n_keys, full)
+    header = Header(path, file_bytes, 1, version, n_tensors, metadata, 0, 0)
+    if not full:
+        return header
+    n_bytes, end, at = parse_tensors(data, at, n_tensors, name)
+    align = number(header, "general.alignment", 32) or 32
+    offset = (at + align - 1) // align * align
+    if n_tensors and offset + end > file_bytes:
+        raise ModelError("{} is cut short: it has {:,} bytes but its header promises {:,}; download it again.".format(
+            name, file_bytes, offset + end))
+    return header._replace(weight_bytes=n_bytes or max(0, file_bytes - offset), data_offset=offset)
+
+
+def check_magic(data: bytes, name: str) -> None:
+    if data[:4] != b"GGUF":
+        looks = [what for start, what in LOOKALIKES if data.startswith(start)]
+        if data[8:10] in (b'{"', b"{ "):
+            looks = ["a safetensors file: find a GGUF version of the model"]
+        raise ModelError("%s is not a GGUF model. It looks like %s." % (name, looks[0]) if looks else
+                         "%s is not a GGUF model: it doesn't begin with the letters GGUF." % name)
+    version = parse_number(data, 4, "I")[0]
+    if version & 0xFFFF == 0:
+        raise ModelError("%s is for big-endian machines: find the little-endian version of the model." % name)
+    if version == 1:
+        raise ModelError("%s has GGUF version 1, which llama.cpp no longer reads: find a newer version." % name)
+    if version > 3:
+        raise ModelError("%s has GGUF version %d, newer than this program: update it and llama-cpp-python." % (
+            name, version))
+
+
+def parse_number(data: bytes, at: int, code: str) -> tuple:
+    import struct
+    end = at + struct.calcsize("<" + code)
+    if end > len(data):
+        raise EOFError(end)
+    return struct.unpack_from("<" + code, data, at)[0], end
+
+
+def parse_string(data: bytes, at: int) -> Tuple[str, int]:
+    n_bytes, at = parse_number(data, at, "Q")
+    if at + n_bytes > len(data):
+        raise EOFError(at + n_bytes)
+    return data[at: at + n_bytes].decode("utf-8", "replace"), at + n_bytes
+
+
+def parse_metadata(data: bytes, at: int, n_keys: int, full: bool) -> Tuple[dict, int]:
+    """The keys and values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
+    metadata = {}
+    for _ in range(n_keys):
+        key, at = parse_string(data, at)
+        kind, at = parse_number(data, at, "I")
+        if kind != GGUF_ARRAY:
+            metadata[key], at = parse_value(data, at, kind)
+            continue
+        kind, at = parse_number(data, at, "I")
+        count, at = parse_number(data, at, "Q")
+        shape_seen = "%s.block_count" % metadata.get("general.architecture") in metadata
+        if not full and shape_seen and key.startswith("tokenizer."):
+            return dict(metadata, **{key: LongArray(kind, count)}), at
+        metadata[key], at = parse_array(data, at, kind, count)
+    return metadata, at
+
+
+def parse_value(data: bytes, at: int, kind: int) -> tuple:
+    if kind == GGUF_STRING:
+        return parse_string(data, at)
+    if kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
+        raise ModelError("The model file is damaged (it has a value of unknown type %d): download it again." % kind)
+    return parse_number(data, at, GGUF_NUMBERS[kind])
+
+
+def parse_array(data: bytes, at: int, kind: int, count: int) -> tuple:
+    if kind == GGUF_STRING and count > SHORT_ARRAY:
+        return LongArray(kind, count), skip_strings(data, at, count)
+    if count > SHORT_ARRAY and kind in GGUF_NUMBERS:
+        return LongArray(kind, count), at + count * (parse_value(bytes(8), 0, kind)[1])
+    items = []
+    for _ in range(count):
+        item, at = parse_value(data, at, kind)
+        items.append(item)
+    return tuple(items), at
+
+
+def skip_strings(data: bytes, at: int, count: int) -> int:
+    """The offset after so many strings; vocabularies have 150,000, so this loop does nothing else."""
+    import struct
+    unpack, last = struct.Struct("<Q").unpack_from, len(data) - 8
+    for _ in range(count):
+        if at > last:
+            raise EOFError(at + 8)
+        at += 8 + unpack(data, at)[0]
+    return at
+
+
+def parse_tensors(data: bytes, at: int, n_tensors: int, name: str) -> Tuple[int, int, int]:
+    """Bytes of all tensors (0 if there is a type newer than TENSOR_TYPES), where the last one ends, where infos end."""
+    total, last_end, all_known = 0, 0, True
+    for _ in range(n_tensors):
+        _, at = parse_string(data, at)
+        n_dims, at = parse_number(data, at, "I")
+        if n_dims > 4:
+            raise ModelError("%s is damaged (a tensor of %d dimensions): download it again." % (name, n_dims))
+        n_weights = 1
+        for _ in range(n_dims):
+            n, at = parse_number(data, at, "Q")
+            n_weights *= n
+        kind, at = parse_number(data, at, "I")
+        offset, at = parse_number(data, at, "Q")
+        block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
+        all_known = all_known and kind in TENSOR_TYPES
+        total += n_weights // block * block_bytes
+        last_end = max(last_end, offset + n_weights // block * block_bytes)
+    return total * all_known, last_end, at
+
+
+# -- what a header means -----------------------------------------------------------------------------------------------
+
+QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
+    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
+    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
+    "Q2_0").split()))
+EMBEDDING = "an embedding model: it turns text into numbers"
+CANNOT_CHAT = {  # architectures (llama-arch.cpp; the picture ones are ComfyUI's) -> what such a file is
+    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
+    "llama-embed t5encoder": EMBEDDING, "clip": "the eyes or ears of another model",
+    "t5": "a translation-style model (T5)",
+    "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
+    "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
+    "dream llada llada-moe rnd1": "a diffusion language model",
+    "flux sd1 sdxl sd3 wan ltxv hyvid qwen_image aura hidream cosmos lumina2 z_image": "a picture or video model"}
+FILE_TYPES = {"mmproj": "the eyes or ears of another model", "imatrix": "a quantisation aid",  # general.type -> what
+              "adapter": "a LoRA adapter, a change to another model,", "vocab": "a vocabulary without a model"}
+
+
+def model_arch(header: Header) -> str:
+    return str(header.metadata.get("general.architecture", ""))
+
+
+def number(header: Header, key: str, default: int = 0) -> int:
+    """A whole number >= 0 of the metadata, the largest if each layer has one; a leading "." stands for the arch."""
+    value = header.metadata.get(model_arch(header) + key if key.startswith(".") else key, default)
+    values = value if type(value) is tuple else (value,)
+    return max([int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64] or [default])
+
+
+def layer_numbers(header: Header, key: str, default: int) -> List[int]:
+    """The same for each layer."""
+    n_layers, value = model_layers(header), header.metadata.get(model_arch(header) + key)
+    if type(value) is not tuple:
+        return [number(header, key, default)] * n_layers
+    values = [int(n) if isinstance(n, int) and n > 0 else 0 for n in value[:n_layers]]
+    return values + [default] * (n_layers - len(values))
+
+
+def model_name(header: Header) -> str:
+    return str(header.metadata.get("general.name") or os.path.basename(header.path))
+
+
+def model_layers(header: Header) -> int:
+    return min(number(header, ".block_count"), 4096)  # a damaged file must not make lists of billions
+
+
+def model_context(header: Header) -> int:
+    """The longest context, in tokens, that the model was trained for; 0 = not told."""
+    return number(header, ".context_length")
+
+
+def model_vocab(header: Header) -> int:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    counted = tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else 0
+    return min(counted or number(header, ".vocab_size", 32000), 1 << 24)
+
+
+def model_quant(header: Header) -> str:
+    """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
+    import re
+    kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
+    names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
+    return kind if kind != "-" else names[-1].upper() if names else ""
+
+
+def model_size(header: Header) -> str:
+    """Such as "0.5B": what the file says, else an estimate from its shape."""
+    label = header.metadata.get("general.size_label")
+    if isinstance(label, str) and label:
+        return label
+    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
+    n_experts = number(header, ".expert_count")
+    n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
+    n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
+    return "~%.1fB" % (n_weights / 1e9) if n_weights >= 95_000_000 else "~%dM" % (n_weights / 1e6)
+
+
+def model_summary(header: Header) -> str:
+    parts = ["%s %s %s" % (model_arch(header), model_size(header), model_quant(header)),
+             "%d layers" % model_layers(header), format_bytes(header.file_bytes)]
+    return ", ".join(parts + ["trained for {:,} tokens".format(model_context(header))] * bool(model_context(header)))
+
+
+def check_text_generator(header: Header) -> None:
+    """Raise ModelError for what llama.cpp may load but nobody can chat with."""
+    arch, name = model_arch(header), os.path.basename(header.path)
+    kind = header.metadata.get("general.type")
+    whats = [what for table in (FILE_TYPES, CANNOT_CHAT) for names, what in table.items()
+             if (kind if table is FILE_TYPES else arch) in names.split()]
+    if number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False:
+        whats.append(EMBEDDING)
+    if header.n_tensors == 0 and header.n_files == 1:
+        whats.append(FILE_TYPES["vocab"])
+    if whats:
+        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, whats[0]))
+    if not arch:
+        raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
+
+
+# -- what a model needs ------------------------------------------------------------------------------------------------
+
+KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
+                 "q4_0": 18 / 32, "iq4_nl": 18 / 32}
+PROCESS_BYTES = 40_000_000  # Python with llama.cpp, measured with 0.3.36
+VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
+GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
+DEFAULT_N_CTX, MIN_N_CTX = 8192, 1024
+COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
+
+
+def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> float:
+    """Bytes of KV cache for each token of context, all layers.
+
+    Sliding-window layers count in full: llama.cpp's default, swa_full, keeps their whole context so that a chat can
+    be rolled back. Layers without attention (head_count_kv 0, or all but every n-th) cost nothing here.
+    """
+    n_heads = max(1, number(header, ".attention.head_count", 1))
+    head = number(header, ".embedding_length") // n_heads
+    k_length, v_length = (number(header, ".attention.%s_length" % which, head) for which in ("key", "value"))
+    if number(header, ".attention.key_length_mla"):
+        v_length = 0  # DeepSeek's latent attention keeps one vector, which is in key_length
+    every = number(header, ".full_attention_interval", 1) or 1
+    heads = layer_numbers(header, ".attention.head_count_kv", number(header, ".attention.head_count"))
+    heads = heads[: len(heads) - min(number(header, ".attention.shared_kv_layers"), len(heads))]
+    n_values = sum(n for layer, n in enumerate(heads, 1) if layer % every == 0) * (k_length + v_length)
+    return n_values * KV_TYPE_BYTES.get(kv_type, 2)
+
+
+def recurrent_bytes(header: Header) -> int:
+    """The fixed memory of state-space layers (Mamba, Qwen3.5, Granite-H): 32-bit states, whatever the context."""
+    return 4 * model_layers(header) * number(header, ".ssm.inner_size") * number(header, ".ssm.state_size")
+
+
+def compute_bytes(header: Header, n_ctx: int, n_ubatch: int) -> int:
+    """llama.cpp's compute buffer: the wider of the logits and of a layer's work, for n_ubatch tokens."""
+    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
+    n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
+    return 4 * n_ubatch * max(model_vocab(header) + n_embd, 3 * n_ff + 4 * n_embd + n_ctx // 2)
+
+
+def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
+    """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
+    gpu_bytes = sum(gpu.free_bytes for gpu in hardware.gpus) if wishes.n_gpu_layers else 0
+    n_ubatch = wishes.n_ubatch or (512 if gpu_bytes else 128)  # 128 reads at 95 % of 512's speed and stops sooner
+    # Apple's GPUs use the RAM itself, so it must not be counted twice
+    is_shared = any(gpu.backend.lower() in ("metal", "mtl") for gpu in hardware.gpus)
+    free = hardware.ram_free_bytes + (0 if is_shared else gpu_bytes)
+    n_most = min(model_context(header) or DEFAULT_N_CTX, DEFAULT_N_CTX)
+    n_ctx = wishes.n_ctx or n_most
+    while not wishes.n_ctx and free and n_ctx > MIN_N_CTX and need_bytes(
+            header, n_ctx, n_ubatch, wishes.kv_type) > free * COMFORT:
+        n_ctx = max(MIN_N_CTX, 1 << (n_ctx - 1).bit_length() - 1)
+    kv = int(kv_bytes_per_token(header, wishes.kv_type) * n_ctx) + recurrent_bytes(header)
+    need = need_bytes(header, n_ctx, n_ubatch, wishes.kv_type)
+    verdict = "fits" if need <= free * COMFORT or not free else "tight" if need <= free else "too big"
+    n_threads = wishes.n_threads or hardware.usable_cores
+    plan = Plan(n_ctx, min(wishes.n_batch or 512, n_ctx), min(n_ubatch, n_ctx), n_threads, 0, model_layers(header),
+                header.weight_bytes or header.file_bytes, kv,
+                compute_bytes(header, n_ctx, n_ubatch), need, free, verdict, ())
+    plan = plan._replace(n_gpu_layers=plan_gpu_layers(plan, gpu_bytes, wishes.n_gpu_layers))
+    return plan._replace(lines=plan_lines(plan, n_ctx < n_most and not wishes.n_ctx and n_most))
+
+
+def need_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
+    """Everything. llama.cpp's repacked copies of weights aren't counted: their originals' pages can be given back."""
+    return int((header.weight_bytes or header.file_bytes) + kv_bytes_per_token(header, kv_type) * n_ctx
+               + recurrent_bytes(header) + compute_bytes(header, n_ctx, n_ubatch)
+               + PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header))
+
+
+def plan_gpu_layers(plan: Plan, gpu_bytes: int, wished: int) -> int:
+    if wished >= 0 or gpu_bytes == 0:
+        return max(0, wished)
+    room = gpu_bytes - GPU_RESERVE_BYTES - plan.compute_bytes
+    layer_bytes = (plan.weight_bytes + plan.kv_bytes) / (plan.n_layers + 1)
+    return max(0, min(plan.n_layers + 1, int(room / max(1, layer_bytes))))
+
+
+def plan_lines(plan: Plan, lowered_from: int) -> Tuple[str, ...]:
+    """The plan for people: one line about memory, one about settings."""
+    memory = "reads %s, needs about %s" % (format_bytes(plan.weight_bytes), format_bytes(plan.need_bytes))
+    memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
+    if plan.verdict == "tight":
+        memory += "; close other programs if it gets slow"
+    if plan.verdict == "too big":
+        memory += "; it would be read from disk over and over, so choose a smaller model or quantisation"
+    context = "context {:,} tokens".format(plan.n_ctx)
+    if lowered_from:
+        context = "context lowered from {:,} to {:,} tokens to fit".format(lowered_from, plan.n_ctx)
+    where = "all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU"
+    if 0 < plan.n_gpu_layers <= plan.n_layers:
+        where = "%d of %d layers on the GPU" % (plan.n_gpu_layers, plan.n_layers)
+    return memory, "%d thread%s, %s, %s" % (plan.n_threads, "s" * (plan.n_threads > 1), context, where)
+
+
+LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's group caught
+    (r"un(?:known|supported) model architecture: '([^']*)'", "the installed llama-cpp-python is too old for the "
+     "architecture %s: update it with --install or `pip install -U llama-cpp-python`."),
+    (r"unknown (?:pre-tokenizer type|tokenizer): '([^']*)'", "the installed llama-cpp-python is too old for the "
+     "tokenizer %s: update it with --install or `pip install -U llama-cpp-python`."),
+    (r"(cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed)", "the GPU's memory is full (%s): put fewer "
+     "layers on it, lower the context or close other programs."),
+    (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory", "there isn't enough memory (%s): "
+     "lower the context, close other programs or choose a smaller model."),
+    (r"(not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header))",
+     "the file is incomplete or damaged (%s): download it again."),
+    (r"(wrong (?:number of tensors|shape)[^\n]*|missing tensor [^\n]*|tensor '[^']*' not found|key not found[^\n]*|"
+     r"has invalid ggml type[^\n]*)", "the file and the installed llama-cpp-python don't agree (%s): update "
+     "llama-cpp-python with --install, or download the file again from a newer source."),
+    (r"(only supports up to version \d+)", "the file is newer than the installed llama-cpp-python (%s): update it with "
+     "--install."),
+    (r"error loading model: ([^\n]+)", "llama.cpp says: %s."))
+
+
+def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
+    """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says."""
+    import re
+    try:
+        read_gguf_header(path, full=True)
+    except ModelError as error:
+        return str(error)
+    name = os.path.basename(path)
+    for pattern, words in LOAD_FAILURES:
+        match = re.search(pattern, log_text)
+        if not match:
+            continue
+        caught = (match.group(1) or match.group(0)).strip(" .\r")
+        free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
+        return "%s can't be loaded: %s%s" % (name, words % caught, free)
+    errors = [line for line in log_text.splitlines() if re.search(r"(?i)error|fail|invalid", line)]
+    last = re.sub(r"^\w+: ", "", errors[-1]).strip(" .") if errors else "nothing about the reason"
+    return "%s can't be loaded: llama.cpp says: %s." % (name, last)
+
+
+# == 5. ENGINES ====================================================================================
+# LlamaEngine: llama.cpp through llama-cpp-python's C API (llama.h): load a model, turn a chat into tokens, read
+# them, generate. It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
+# Another engine (a server, say) is another class with load(), chat(), stop() and close() and the same events.
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
+
+
+def import_llama() -> Any:
+    """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
+
+    Raises ImportError or RuntimeError (a library that won't load)."""
+    import importlib.machinery
+    import types
+    spec = importlib.machinery.PathFinder.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("llama-cpp-python is not installed in %s" % sys.executable)
+    package = types.ModuleType("llama_cpp")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["llama_cpp"] = package
+    try:
+        import llama_cpp.llama_cpp as api
+    except (ImportError, AttributeError, NameError):
+        del sys.modules["llama_cpp"]    # another layout of the package: import it the slow way
+        import llama_cpp.llama_cpp as api
+    return api
+
+
+def llama_version(api: Any) -> str:
+    """The version of llama-cpp-python, read from its __init__ without running it."""
+    with open(os.path.join(os.path.dirname(api.__file__), "__init__.py"), encoding="utf-8") as f:
+        found = re.search(r'__version__\s*=\s*"([^"]+)"', f.read())
+    return found.group(1) if found else "?"
+
+
+def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
+    """A function of ggml, which llama_cpp doesn't declare; found in whichever shared library holds it."""
+    import ctypes
+    folder = os.path.join(os.path.dirname(api.__file__), "lib")
+    for library in [api._lib] + [ctypes.CDLL(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if "ggml" in n]:
+        if hasattr(library, name):
+            function = getattr(library, name)
+            function.restype, function.argtypes = restype, argtypes
+            return function
+    raise AttributeError(name)
+
+
+def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
+    """The GPUs that this build of llama.cpp can use (ggml-backend.h: device types 1 = GPU, 2 = integrated GPU)."""
+    from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
+    count = ggml_function(api, "ggml_backend_dev_count", c_size_t)
+    get = ggml_function(api, "ggml_backend_dev_get", c_void_p, c_size_t)
+    kind = ggml_function(api, "ggml_backend_dev_type", c_int, c_void_p)
+    name = ggml_function(api, "ggml_backend_dev_name", c_char_p, c_void_p)
+    description = ggml_function(api, "ggml_backend_dev_description", c_char_p, c_void_p)
+    memory = ggml_function(api, "ggml_backend_dev_memory", None, c_void_p, c_void_p, c_void_p)
+    gpus = []
+    for device in map(get, range(count())):
+        if kind(device) in (1, 2):
+            free, total = c_size_t(), c_size_t()
+            memory(device, byref(free), byref(total))
+            gpus.append(Gpu(description(device).decode("utf-8", "replace"), name(device).decode(),
+                            total.value, free.value))
+    return tuple(gpus)
+
+
+class StopFlag:
+    """A stop that llama.cpp sees in the middle of a batch.
+
+    llama.h's abort callback is any native f(ptr) -> nonzero. A Python function there would be called at every
+    graph node; libc's strlen over a two-byte buffer costs nothing: filling the buffer means "stop"."""
+
+    def __init__(self) -> None:
+        import ctypes
+        self.buffer = ctypes.create_string_buffer(2)
+        self.address = ctypes.addressof(self.buffer)
+
+    def set(self) -> None:
+        self.buffer[0] = b"!"
+
+    def clear(self) -> None:
+        self.buffer[0] = b"\0"
+
+    def is_set(self) -> bool:
+        return self.buffer[0] != b"\0"
+
+    def callback(self, api: Any) -> Any:
+        import ctypes
+        libc = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
+        return ctypes.cast(libc.strlen, api.ggml_abort_callback)
+
+
+class ChatTemplate:
+    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox."""
+
+    def __init__(self, source: str, bos: str, eos: str) -> None:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = self._tojson
+        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
+        self.template = environment.from_string(source)
+        self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
+
+    @staticmethod
+    def _raise(message: str) -> None:
+        from jinja2 import TemplateError
+        raise TemplateError(message)
+
+    @staticmethod
+    def _now(form: str) -> str:
+        import datetime
+        return datetime.datetime.now().strftime(form)
+
+    @staticmethod
+    def _tojson(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
+        import json
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)    # Jinja's own would escape HTML
+
+    def render(self, messages: List[Dict[str, str]]) -> str:
+        """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
+        return self.template.render(messages=messages, **self.constants)
+
+    def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
+        """The prompt, and the messages as the template took them: when it refuses or drops a system message,
+        that is put in front of the first user message (as llama.cpp and Hugging Face's cookbook do)."""
+        from jinja2 import TemplateError
+        if messages[0]["role"] != "system":
+            return self.render(messages), messages
+        try:
+            text = self.render(messages)
+            if messages[0]["content"].strip() in text:
+                return text, messages
+        except TemplateError:
+            pass                          # "System role not supported" and the like: try without
+        system, first, rest = messages[0], messages[1] if len(messages) > 1 else None, messages[2:]
+        if first is None or first["role"] != "user":
+            first, rest = {"role": "user", "content": ""}, messages[1:]
+        merged = dict(first, content=(system["content"] + "\n\n" + first["content"]).strip())
+        return self.render([merged] + rest), [merged] + rest
+
+    def pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """The prompt in pieces (text, is a message's own text), so that what people write is never taken for markup.
+
+        The template runs twice, the second time with marks around each message's text. Where a template looks
+        into the text and the marks change what it does, the messages are searched in its output instead."""
+        text, messages = self.render_any(messages)
+        marked = self.render([dict(m, content=OPEN + m["content"] + CLOSE) for m in messages])
+        if marked.replace(OPEN, "").replace(CLOSE, "") == text:
+            parts = re.split("[%s%s]" % (OPEN, CLOSE), marked)
+            return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+        found, at = [], 0
+        for body in (m["content"].strip() for m in messages):
+            start = text.find(body, at) if body else -1
+            if start >= 0:
+                found += [(text[at:start], False), (body, True)]
+                at = start + len(body)
+        return [piece for piece in found + [(text[at:], False)] if piece[0]]
+
+
+def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
+    tidy: List[Dict[str, str]] = []
+    for message in messages:
+        content = message["content"].replace(OPEN, "").replace(CLOSE, "")
+        if not content.strip():
+            continue
+        if tidy and tidy[-1]["role"] == message["role"]:
+            content = tidy.pop()["content"] + "\n\n" + content
+        tidy.append({"role": message["role"], "content": content})
+    return tidy
+
+
+class LlamaEngine:
+    """One model in memory. `tokens` is what its KV cache holds, position by position.
+
+    emit(event, **fields) reports; `stop` may be set from another thread at any time."""
+
+    def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
+        self.api, self.emit, self.stop = api, emit, stop
+        self.model = self.context = self.template = None
+        self.tokens: List[int] = []
+        self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
+        self.errors: List[str] = []               # llama.cpp's last error lines
+        self._callbacks = [api.llama_log_callback(self._on_log), api.llama_progress_callback(self._on_progress),
+                           stop.callback(api)]    # C holds bare pointers to them
+        api.llama_log_set(self._callbacks[0], None)
+        self._log_level, self._log_text = 2, ""
+
+    # -- callbacks from llama.cpp --
+
+    def _on_log(self, level: int, text: bytes, _: Any) -> None:
+        """ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 = the last line goes on."""
+        if level == 1:
+            return
+        self._log_level = self._log_level if level == 5 else level
+        self._log_text += text.decode("utf-8", "replace")
+        *lines, self._log_text = self._log_text.split("\n")
+        for line in filter(None, lines):
+            style = {3: "warn", 4: "error"}.get(self._log_level, "dim")
+            if style == "error":
+                self.errors = self.errors[-20:] + [line]
+            self.emit("log", level=style, text=line)
+
+    def _on_progress(self, progress: float, _: Any) -> bool:
+        percent = int(progress * 100)
+        if percent != self._percent:
+            self._percent = percent
+            self.emit("loading", progress=progress)
+        return not self.stop.is_set()
+
+    # -- loading --
+
+    def load(self, path: str, wishes: Wishes) -> None:
+        """Load a model: emits "hardware", "plan", "loading" …, "loaded". Raises ModelError with a sentence for the user."""
+        import threading
+        # jinja2 takes as long to import as a small model to load: both at once
+        warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
+        header = read_gguf_header(path)
+        check_text_generator(header)
+        path = header.path
+        hardware = probe_hardware()._replace(gpus=probe_gpus(self.api), llama_version=llama_version(self.api))
+        plan = plan_load(header, hardware, wishes)
+        self.emit("hardware", lines=describe_hardware(hardware))
+        self.emit("plan", lines=plan.lines, verdict=plan.verdict)
+        warm.start()
+        self.close()
+        self._percent = -1
+        self._load_model(path, plan, hardware)
+        self._make_context(path, plan, hardware)
+        warm.join()
+        self._make_template()
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx,
+                  description=self._text(self.api.llama_model_desc, self.model))
+
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware) -> None:
+        api, params = self.api, self.api.llama_model_default_params()
+        params.n_gpu_layers = plan.n_gpu_layers
+        params.progress_callback = self._callbacks[1]
+        self.errors = []
+        self.model = api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise ModelError("Loading was stopped." if self.stop.is_set() else
+                             explain_load_failure(path, "\n".join(self.errors), hardware))
+        if not api.llama_model_has_decoder(self.model) or api.llama_model_has_encoder(self.model):
+            raise ModelError("%s has an encoder and can't chat by itself. Choose a chat or instruct model." % os.path.basename(path))
+        self.vocab = api.llama_model_get_vocab(self.model)
+
+    def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
+        api, params = self.api, self.api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = plan.n_ctx, plan.n_ubatch, plan.n_ubatch
+        params.n_threads = params.n_threads_batch = plan.n_threads
+        params.n_seq_max, params.swa_full, params.no_perf = 1, False, True
+        params.abort_callback, params.abort_callback_data = self._callbacks[2], self.stop.address
+        self.context = api.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise ModelError(explain_load_failure(path, "\n".join(self.errors) or "failed to allocate", hardware))
+        self.memory = api.llama_get_memory(self.context)
+        self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
+        self.n_swa = api.llama_model_n_swa(self.model)
+
+    def _make_template(self) -> None:
+        from jinja2 import TemplateError
+        api = self.api
+        token_text = lambda t: self.piece(t, True).decode("utf-8", "replace") if t >= 0 else ""
+        special = (token_text(api.llama_vocab_bos(self.vocab)), token_text(api.llama_vocab_eos(self.vocab)))
+        source = api.llama_model_chat_template(self.model, None)
+        try:
+            self.template = ChatTemplate(source.decode("utf-8", "replace") if source else CHATML, *special)
+            if not source:
+                self.emit("log", level="warn", text="This model has no chat template; using ChatML. "
+                          "If it answers oddly it is a base model: choose an instruct or chat one.")
+        except TemplateError as error:
+            self.template = ChatTemplate(CHATML, *special)
+            self.emit("log", level="warn", text="The model's chat template is broken (%s); using ChatML." % error)
+        first = self.tokenize("a", False)
+        self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
+        self.tokens, self.replies = [], {}
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if self.context:
+            self.api.llama_free(self.context)
+        if self.model:
+            self.api.llama_model_free(self.model)
+        self.model = self.context = None
+
+    # -- text and tokens --
+
+    @staticmethod
+    def _text(function: Any, *args: Any) -> str:
+        import ctypes
+        buffer = ctypes.create_string_buffer(256)
+        function(*args, buffer, 256)
+        return buffer.value.decode("utf-8", "replace")
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes of one token; control tokens have none unless `special`."""
+        import ctypes
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def tokenize(self, text: str, special: bool) -> List[int]:
+        """Tokens of a text; `special` = control tokens written in it count as such."""
+        raw = text.encode("utf-8", "replace")
+        size = len(raw) + 2
+        tokens = (self.api.llama_token * size)()
+        n = self.api.llama_tokenize(self.vocab, raw, len(raw), tokens, size, False, special)
+        if n < 0:
+            raise ModelError("The tokenizer refused this text.")
+        return list(tokens[:n])
+
+    def _continue_tokens(self, text: str, special: bool, first: bool) -> List[int]:
+        """Tokens of a piece in the middle of a prompt: without the space that some vocabularies put before a text."""
+        if first or not self.adds_space or not text:
+            return self.tokenize(text, special)
+        if text[0] == " ":
+            return self.tokenize(text[1:], special)
+        tokens = self.tokenize(text, special)
+        return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
+
+    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
+        """The whole chat as tokens: the template's markup, people's text (never markup), and replies as they were written."""
+        tokens: List[int] = []
+        joined = ""                       # markup and harmless text, tokenized in one go as the model was trained
+        for text, own in self.template.pieces(tidy_messages(messages)):
+            reply = self.replies.get(text) if own else None
+            if reply is None and not (own and self.tokenize(text, True) != self.tokenize(text, False)):
+                joined += text
+                continue
+            tokens += self._continue_tokens(joined, True, not tokens) if joined else []
+            tokens += self._continue_tokens(text, False, not tokens) if reply is None else reply
+            joined = ""
+        tokens += self._continue_tokens(joined, True, not tokens) if joined else []
+        bos = self.api.llama_vocab_bos(self.vocab)
+        if self.api.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    # -- reading and writing --
+
+    def _keep_prefix(self, prompt: List[int]) -> int:
+        """Drop from the KV cache what isn't a prefix of the prompt; returns how many tokens stay (at least one is left to read)."""
+        n_keep = 0
+        for ours, new in zip(self.tokens, prompt[:-1]):
+            if ours != new:
+                break
+            n_keep += 1
+        api = self.api
+        if n_keep < len(self.tokens):
+            # a sliding window forgets: what is left must reach back far enough for the next token (llama.h, n_swa)
+            forgot = self.n_swa and api.llama_memory_seq_pos_min(self.memory, 0) > max(0, n_keep - self.n_swa)
+            if forgot or not api.llama_memory_seq_rm(self.memory, 0, n_keep, -1):
+                api.llama_memory_clear(self.memory, True)
+                n_keep = 0
+        self.tokens = self.tokens[:n_keep]
+        return n_keep
+
+    def _decode(self, tokens: List[int]) -> bool:
+        """Read tokens (at most n_batch) into the KV cache; False when stopped. Raises ModelError."""
+        array = (self.api.llama_token * len(tokens))(*tokens)
+        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(tokens)))
+        if status == 0:
+            self.tokens += tokens
+            return True
+        self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
+        if status == 2:
+            return False
+        raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
+
+    def _read(self, prompt: List[int], n_reused: int) -> bool:
+        """Read the rest of the prompt with progress; False when stopped."""
+        import time
+        told = began = time.monotonic()
+        while len(self.tokens) < len(prompt):
+            now = time.monotonic()
+            if now - told > 0.1:
+                told = now
+                rate = (len(self.tokens) - n_reused) / (now - began)
+                self.emit("reading", done=len(self.tokens), total=len(prompt), rate=rate,
+                          left_s=(len(prompt) - len(self.tokens)) / rate)
+            if self.stop.is_set() or not self._decode(prompt[len(self.tokens):len(self.tokens) + self.n_batch]):
+                return False
+        return True
+
+    def make_sampler(self, s: Sampling) -> Any:
+        """llama.cpp's sampler chain in its usual order (common/sampling.cpp); greedy at temperature 0. Free it."""
+        api = self.api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        penalties = api.llama_sampler_init_penalties
+        n_vocab = [api.llama_vocab_n_tokens(self.vocab)] * (len(penalties.argtypes) - 4)    # newer llama.cpp asks for it
+        samplers = [penalties(*n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)]
+        if s.temperature <= 0:
+            samplers += [api.llama_sampler_init_greedy()]
+        else:
+            seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
+            samplers += [api.llama_sampler_init_top_k(s.top_k), api.llama_sampler_init_typical(s.typical_p, 1),
+                         api.llama_sampler_init_top_p(s.top_p, 1), api.llama_sampler_init_min_p(s.min_p, 1),
+                         api.llama_sampler_init_temp(s.temperature), api.llama_sampler_init_dist(seed & 0xffffffff)]
+        for sampler in samplers:
+            api.llama_sampler_chain_add(chain, sampler)
+        return chain
+
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, tokens_per_s: float = 0) -> None:
+        """Answer a chat: emits "reading" …, "text" …, "done". Raises ModelError before anything is lost.
+
+        messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo)."""
+        import time
+        began = time.monotonic()
+        prompt = self.prompt_tokens(messages)
+        if len(prompt) >= self.n_ctx:
+            raise ModelError("This chat is %s tokens long, but the model's context holds %s. Start a new one with /new, "
+                             "or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
+        n_reused = self._keep_prefix(prompt)
+        self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
+        reply = Reply(self, sampling, began, len(prompt) - n_reused, n_reused)
+        if not self._read(prompt, n_reused):
+            return reply.end("stopped")
+        reply.read_s = time.monotonic() - began
+        sampler = self.make_sampler(sampling)
+        try:
+            for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
+                self.api.llama_sampler_accept(sampler, token)
+            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s))
+        finally:
+            self.api.llama_sampler_free(sampler)
+            if reply.tokens:
+                self.replies[reply.text] = reply.tokens
+
+    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, tokens_per_s: float) -> str:
+        """Generate until something ends it; returns what: "end", "length", "context" or "stopped"."""
+        import time
+        sample, is_end = self.api.llama_sampler_sample, self.api.llama_vocab_is_eog
+        while not self.stop.is_set():
+            token = sample(sampler, self.context, -1)
+            if is_end(self.vocab, token):
+                return "end"
+            reply.add(token, self.piece(token))
+            if len(reply.tokens) == max_tokens:
+                return "length"
+            if len(self.tokens) >= self.n_ctx:
+                return "context"
+            if not self._decode([token]):
+                break
+            while tokens_per_s and not self.stop.is_set() and time.monotonic() < reply.first_s + len(reply.tokens) / tokens_per_s:
+                time.sleep(0.005)
+        return "stopped"
+
+
+class Reply:
+    """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
+
+    EMIT_S = 0.02                         # text is sent at most this often; slow models' tokens go out at once
+
+    def __init__(self, engine: LlamaEngine, sampling: Sampling, began_s: float, n_read: int, n_reused: int) -> None:
+        import codecs
+        self.engine, self.began_s, self.n_read, self.n_reused = engine, began_s, n_read, n_reused
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.tokens: List[int] = []
+        self.text = self.unsent = ""
+        self.read_s = self.first_s = self.sent_s = 0.0
+
+    def add(self, token: int, piece: bytes) -> None:
+        import time
+        now = time.monotonic()
+        self.first_s = self.first_s or now
+        self.tokens.append(token)
+        self.unsent += self.decoder.decode(piece)
+        if self.unsent and now - self.sent_s >= self.EMIT_S:
+            self.sent_s = now
+            self.flush(now)
+
+    def rate(self, now_s: float) -> float:
+        """Tokens per second since the first one."""
+        return (len(self.tokens) - 1) / (now_s - self.first_s) if len(self.tokens) > 1 else 0.0
+
+    def flush(self, now_s: float) -> None:
+        self.engine.emit("text", text=self.unsent, rate=self.rate(now_s), n_used=len(self.engine.tokens))
+        self.text, self.unsent = self.text + self.unsent, ""
+
+    def end(self, reason: str) -> None:
+        import time
+        now = time.monotonic()
+        self.unsent += self.decoder.decode(b"", True)
+        if self.unsent:
+            self.flush(now)
+        self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
+                         rate=self.rate(now), read_s=self.read_s, n_used=len(self.engine.tokens), n_ctx=self.engine.n_ctx,
+                         first_s=self.first_s - self.began_s if self.first_s else 0.0,
+                         write_s=now - self.first_s if self.first_s else 0.0)
+
+
+# == 6. ENGINE PROCESS =============================================================================
+# `llmchat.py --engine`: the child that owns the engine. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
+# "info" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
+# "reading" | "text" | "done" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
+# know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
+
+class EngineProcess:
+    def __init__(self) -> None:
+        import queue
+        import threading
+        # Stray prints of C code would break the protocol: keep stdout for us, point fd 1 at stderr.
+        self.out = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
+        os.dup2(2, 1)
+        self.commands: Any = queue.Queue()
+        self.lock = threading.Lock()
+        self.stop, self.engine = StopFlag(), None
+        self.seen = self.stopped = self.running = 0    # numbers of requests: last read, last stopped, current
+
+    def emit(self, event: str, **fields: Any) -> None:
+        import json
+        with self.lock:
+            try:
+                self.out.write(json.dumps(dict(fields, event=event, id=self.running)) + "\n")
+                self.out.flush()
+            except OSError:
+                os._exit(0)               # the window is gone
+
+    def read_commands(self) -> None:
+        """The reader thread: a "stop" must be seen in the middle of a reply."""
+        import json
+        for line in sys.stdin:
+            try:
+                command = json.loads(line)
+            except ValueError:
+                continue
+            if command.get("cmd") in ("stop", "quit"):
+                self.stopped = self.seen
+                self.stop.set()
+            else:
+                self.seen = max(self.seen, command.get("id", 0))
+            self.commands.put(command)
+        self.stop.set()
+        self.commands.put({"cmd": "quit"})
+
+    def run(self) -> None:
+        import signal
+        import threading
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
+        threading.Thread(target=self.read_commands, daemon=True).start()
+        try:
+            api = import_llama()
+        except Exception as error:
+            return self.emit("failed", during="start", text="llama.cpp can't be loaded: %s. Make the engine anew with: "
+                             "python3 llmchat.py --install" % " ".join(str(error).split()))
+        self.engine = LlamaEngine(api, self.emit, self.stop)
+        self.emit("hello")
+        while True:
+            command = self.commands.get()
+            if command.get("cmd") == "quit":
+                os._exit(0)               # freeing gigabytes properly would only take time
+            self.perform(command)
+
+    def perform(self, command: Dict[str, Any]) -> None:
+        self.running = command.get("id", 0)
+        if self.running > self.stopped or command["cmd"] == "stop":
+            self.stop.clear()
+        try:
+            getattr(self, "on_" + command["cmd"])(command)
+        except ModelError as error:
+            self.emit("failed", during=command["cmd"], text=str(error))
+        except Exception as error:
+            import traceback
+            traceback.print_exc()
+            self.emit("failed", during=command["cmd"], text="%s: %s (details are in the system pane)" % (type(error).__name__, error))
+
+    def on_stop(self, command: Dict[str, Any]) -> None:
+        pass                              # the reader thread has done it
+
+    def on_info(self, command: Dict[str, Any]) -> None:
+        api = self.engine.api
+        hardware = probe_hardware()._replace(gpus=probe_gpus(api), llama_version=llama_version(api))
+        system = " ".join(api.llama_print_system_info().decode("utf-8", "replace").split())
+        self.emit("hardware", lines=describe_hardware(hardware) + ("llama.cpp  " + system,))
+
+    def on_load(self, command: Dict[str, Any]) -> None:
+        self.engine.load(command["path"], Wishes(*command["wishes"]))
+
+    def on_chat(self, command: Dict[str, Any]) -> None:
+        if not self.engine.context:
+            raise ModelError("No model is loaded. Load one with /load PATH.")
+        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0))
+
+
+# == 7. STORAGE ====================================================================================
+# What is on the disk: the user's data directory, the demo's model, and (below) the private environment that
+# --install makes for the engine. It must not know State or the terminal.
+
+DEMO_TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}</s>
+{% endfor %}{% set q = messages[-1].content | lower %}{% if 'code' in q or 'python' in q %}<|code|>{% elif 'emoji' in q
+ or 'language' in q or 'unicode' in q %}<|languages|>{% elif 'long' in q or 'story' in q %}<|long|>{% elif 'key' in q
+ or 'help' in q %}<|keys|>{% elif 'model' in q %}<|models|>{% else %}<|tour|>{% endif %}"""
+
+DEMO_REPLIES = {
+    "tour": """This is the llmchat demo. My sentences are fixed: a tiny model made for this tour recites them word by word through the real llama.cpp engine, so everything else you see is the real thing.
+
+Ask me for one of these:
+
+- code: a bit of Python
+- languages: other scripts and emoji
+- a long story: something to stop with Esc, and to scroll with PgUp and PgDn
+- keys: what the keys do
+- models: how to get a real model
+
+The pane on the right (F2 moves it) shows what the engine is doing. Press Ctrl-Q when you have seen enough.""",
+    "code": """Here is how to count words in Python. The sentences around it are as fixed as the code:
+
+```python
+from collections import Counter
+
+def count_words(path):
+    with open(path, encoding="utf-8") as file:
+        return Counter(file.read().lower().split())
+
+print(count_words("diary.txt").most_common(10))
+```
+
+A real model would have written this for your question; the demo only plays it back.""",
+    "languages": """Every script has its own width, and all of them should line up:
+
+日本語の文章は一文字が二桁の幅です。
+한국어도 마찬가지입니다.
+Ελληνικά, кириллица, עברית, العربية
+e\u0301 and n\u0303 are letters with combining marks.
+🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles
+
+If the right edge of this pane is a straight line, your terminal and llmchat agree.""",
+    "keys": """The ones to remember: Enter sends, Alt-Enter or Ctrl-J starts a new line, Esc stops a reply, PgUp and PgDn scroll, Up brings back what you sent before. F1 lists all of them, F2 moves the system pane, Ctrl-Q quits. Commands begin with a slash; type /help to see them.""",
+    "models": """Put a file that ends in .gguf next to llmchat.py or into ~/models, then start llmchat.py without arguments and choose it. A good first one for an old computer is a model of 0.5 to 2 billion parameters, quantised to Q4_K_M: 300 MB to 1.3 GB. Hugging Face has thousands; search there for the word GGUF.""",
+    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in.
+
+The llama did not mind. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
+
+One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door.
+
+The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
+
+So it stayed a while. It watched how a sentence grows: first a word, then its neighbour, then the comma where one takes a breath. It saw the old fan turn, and the owner of the laptop nod, and type, and erase, and type again. In the evening it had heard forty sentences and remembered every one.
+
+You may stop me now with Esc; whatever I have said so far stays. Or scroll up with PgUp while I go on, and the text will stay where you look while a mark at the bottom tells you that there is more.
+
+When the machine went home it took one thing along. It set a small limit for itself, one that no benchmark would ever find: once a day, whatever the load, it answered one question at the speed of somebody reading.
+
+And if the fan of the laptop has not stopped, it is singing still. The end.""",
+}
+
+
+def _script_tokens(text: str, taken: set) -> List[str]:
+    """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
+    tokens, token = [], ""
+    for word in re.findall(r"\s*\S+|\s+", text):
+        token += word
+        if token not in taken:
+            taken.add(token)
+            tokens.append(token)
+            token = ""
+    while token and token in taken and tokens:
+        token = tokens.pop() + token
+    return tokens + [token] if token else tokens
+
+
+def _gguf_pair(key: str, value: Any) -> bytes:
+    """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
+    import struct
+    text = lambda s: struct.pack("<Q", len(s.encode())) + s.encode()
+    kinds = {str: (8, text), bool: (7, lambda v: struct.pack("<?", v)),
+             int: (4, lambda v: struct.pack("<I", v)), float: (6, lambda v: struct.pack("<f", v))}
+    if isinstance(value, list):
+        kind, pack = kinds[type(value[0])]
+        kind = 5 if kind == 4 else kind   # llama.cpp wants its lists of token types signed
+        return text(key) + struct.pack("<IIQ", 9, kind, len(value)) + b"".join(map(pack, value))
+    kind, pack = kinds[type(value)]
+    return text(key) + struct.pack("<I", kind) + pack(value)
+
+
+def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tuple[int, ...], bytes]]) -> None:
+    """A GGUF v3 file with F32 tensors (name, dimensions in ggml's order, raw little-endian floats); renamed into place."""
+    import struct
+    head, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), 0
+    head += b"".join(_gguf_pair(k, v) for k, v in metadata.items())
+    for name, shape, raw in tensors:
+        head += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
+        head += struct.pack("<%dQ" % len(shape), *shape) + struct.pack("<IQ", 0, offset)
+        offset += len(raw) + -len(raw) % 32
+    temporary = "%s.%d" % (path, os.getpid())
+    with open(temporary, "wb") as f:
+        f.write(head + bytes(-len(head) % 32))
+        for _, _, raw in tensors:
+            f.write(raw + bytes(-len(raw) % 32))
+    os.replace(temporary, path)
+
+
+def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
+    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
+
+    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
+    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
+    replies: NAME -> a text, or a list of tokens, which must be all different ("<0xE2>" = a byte)."""
+    import random
+    import struct
+    width, bits = 128, random.Random(7)
+    texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]
+    kinds, follow, taken = [2, 3, 3] + [6] * 256, [], set(texts)
+    for name, reply in replies.items():
+        now = len(texts)
+        texts.append("<|%s|>" % name)
+        kinds.append(3)
+        for token in _script_tokens(reply, taken) if isinstance(reply, str) else reply:
+            if token not in texts[:259]:
+                texts.append(token.replace(" ", "\u2581"))
+                kinds.append(1)
+            after = len(texts) - 1 if token not in texts[:259] else texts.index(token)
+            follow.append((now, after))
+            now = after
+        follow.append((now, 2))
+    rows = [bits.getrandbits(width).to_bytes(width // 8, "little") for _ in texts]
+    floats = lambda unit: [struct.pack("<8f", *(unit if byte >> k & 1 else -unit for k in range(8))) for byte in range(256)]
+    whole, quarter = floats(1.0), floats(0.25)
+    output = [bytes(4 * width)] * len(texts)
+    for now, after in follow:
+        row = b"".join(quarter[byte] for byte in rows[now])
+        if any(output[after]):            # several replies end in </s>: their rows add up
+            both = struct.unpack("<%df" % width, output[after]), struct.unpack("<%df" % width, row)
+            row = struct.pack("<%df" % width, *(a + b for a, b in zip(*both)))
+        output[after] = row
+    ones, square, half = struct.pack("<f", 1.0) * width, bytes(4 * width * width), bytes(4 * width * 32)
+    tensors = [("token_embd.weight", (width, len(texts)), b"".join(whole[b] for row in rows for b in row)),
+               ("output.weight", (width, len(texts)), b"".join(output)), ("output_norm.weight", (width,), ones),
+               ("blk.0.attn_norm.weight", (width,), ones), ("blk.0.ffn_norm.weight", (width,), ones),
+               ("blk.0.ffn_gate.weight", (width, 32), half), ("blk.0.ffn_up.weight", (width, 32), half),
+               ("blk.0.ffn_down.weight", (32, width), half)]
+    tensors += [("blk.0.attn_%s.weight" % n, (width, width), square) for n in ("q", "k", "v", "output")]
+    write_gguf(path, dict({
+        "general.architecture": "llama", "general.name": "scripted", "general.file_type": 0, "llama.context_length": 8192,
+        "llama.embedding_length": width, "llama.block_count": 1, "llama.feed_forward_length": 32,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 4, "llama.rope.dimension_count": 32,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.vocab_size": len(texts),
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))], "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": template}, **metadata), tensors)
+
+
+def write_demo_model() -> str:
+    """Write the demo's model (under 1 MB) into the data directory; returns its path. Raises OSError."""
+    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+    path = os.path.join(data_dir(), "demo.gguf")
+    write_scripted_model(path, DEMO_REPLIES, DEMO_TEMPLATE, **{"general.name": "llmchat demo (fixed sentences)"})
+    return path
+
+
+def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
+    """The .gguf files in these folders and one level below, without the later parts of split ones; each file once."""
+    found: Dict[str, str] = {}
+    for folder in map(os.path.expanduser, folders):
+        for place, below, names in os.walk(folder, onerror=lambda error: None):
+            below[:] = [] if place != folder else [b for b in below if not b.startswith(".")]
+            for name in names:
+                part = re.search(r"-(\d{5})-of-\d{5}\.gguf$", name)
+                if name.endswith(".gguf") and not (part and part.group(1) != "00001") and "mmproj" not in name:
+                    path = os.path.normpath(os.path.join(place, name))
+                    found.setdefault(os.path.realpath(path), path)
+    return tuple(sorted(found.values()))
+
+
+# -- --install --
+
+ENGINE_PACKAGE = "llama-cpp-python"
+PREBUILT_HINT = ("the project's own package, for a processor with AVX2, FMA, F16C and BMI2: "
+                 "pip install llama-cpp-python --extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu")
+INSTALL_BYTES = 1_500_000_000      # sources, object files and the finished environment together
+COMPILE_JOB_BYTES = 1_000_000_000  # what one C++ compiler at work may need
+GPU_BUILDS = (                     # the first one with both its tool and its device is used
+    ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "an NVIDIA GPU"),
+    ("hip", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "an AMD GPU with ROCm's driver (/dev/kfd)"),
+    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)", "a GPU under /dev/dri"),
+)
+COMPILER_HINTS = {
+    "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++",
+    "pacman": "sudo pacman -S base-devel", "apk": "sudo apk add build-base linux-headers",
+    "termux": "pkg install clang cmake ninja python-numpy", "macos": "xcode-select --install",
+    "windows": "install Visual Studio Build Tools (visualstudio.microsoft.com/visual-cpp-build-tools)",
+    "": "install your system's C++ compiler",
+}
+FAILURE_HINTS = (
+    (r"No space left", "The disk is full: free 1.5 GB."),
+    (r"name resolution|getaddrinfo|NewConnectionError|unreachable|Connection (refused|reset)|timed out|SSLError",
+     "The package index can't be reached: check the network or proxy."),
+    (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
+    (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
+    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."),
+    (r"status -4", "The package is for a newer processor: set PIP_NO_BINARY=%s to compile it." % ENGINE_PACKAGE),
+)
+# pip -v shows how far compiling is, but this too.
+PIP_NOISE = r"\s*(Link requires|Skipping link|Found link|changing mode|Created temporary|creating |copying |adding )"
+# An empty package with the right path keeps out the real __init__, whose numpy refuses some old processors.
+CHECK_ENGINE = """import importlib.util, sys, types
+path = importlib.util.find_spec("llama_cpp").submodule_search_locations
+sys.modules["llama_cpp"] = types.ModuleType("llama_cpp")
+sys.modules["llama_cpp"].__path__ = path
+import llama_cpp.llama_cpp as c
+c.llama_backend_init()
+print(c.llama_print_system_info().decode())"""
+
+
+class InstallProbe(NamedTuple):
+    platform: str = ""               # a key of COMPILER_HINTS
+    machine: str = ""                # as in platform.machine()
+    has_venv: bool = True            # venv and ensurepip; Debian packs them apart from Python
+    uv_path: str = ""
+    compiler_path: str = ""
+    user_cmake_args: str = ""
+    gpu_tools: Tuple[str, ...] = ()  # names from GPU_BUILDS, as are gpus
+    gpus: Tuple[str, ...] = ()
+    free_disk_bytes: int = 0
+    memory_bytes: int = 0            # all of it, used or not; 0: unknown
+    n_cpus: int = 1
+
+
+def data_dir() -> str:
+    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Application Support"
+    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+
+
+def engine_python() -> str:
+    """Path of a Python that can run the engine: this one, else the private one, else ""."""
+    from importlib.machinery import PathFinder
+    spec = PathFinder.find_spec("llama_cpp")
+    if spec and spec.has_location:  # a mere folder of that name is found too, without a location
+        return sys.executable
+    engine_dir = os.path.join(data_dir(), "engine")
+    return env_python(engine_dir) if is_env_complete(engine_dir) else ""
+
+
+def env_python(env_dir: str) -> str:
+    return os.path.join(env_dir, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+
+
+def is_env_complete(env_dir: str) -> bool:
+    import glob
+    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", "python*")
+    # After a system upgrade bin/python leads to another version, which doesn't see the packages of the old one.
+    version = os.path.basename(os.path.realpath(env_python(env_dir)))
+    if version.startswith("python3."):
+        lib = os.path.join("lib", version)
+    found = glob.glob(os.path.join(glob.escape(env_dir), lib, "site-packages", "llama_cpp"))
+    return bool(found) and os.path.exists(env_python(env_dir))
+
+
+def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...], Dict[str, str]]:
+    """(problems that stop it, notes for the user, variables to set for the build)."""
+    problems, notes = [], []
+    if not probe.has_venv and not probe.uv_path:
+        hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install its package, or uv"
+        problems.append("Python's venv module is missing: %s, then install again." % hint)
+    if probe.free_disk_bytes < INSTALL_BYTES:
+        problems.append("Installing needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
+    # Not a problem, as pip's settings (an extra index, a wheel folder) may lead to a ready-made package, which only
+    # pip can tell. install_argv() then lets pip look for nothing else, so that it answers in seconds.
+    if not probe.compiler_path:
+        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for exactly this "
+                     "processor: %s. Or take %s" % (COMPILER_HINTS[probe.platform], PREBUILT_HINT))
+    gpu_flag, gpu_notes = plan_gpu(probe)
+    variables = {"CMAKE_ARGS": gpu_flag} if gpu_flag else {}
+    if 0 < probe.memory_bytes < probe.n_cpus * COMPILE_JOB_BYTES:
+        variables["CMAKE_BUILD_PARALLEL_LEVEL"] = str(max(1, probe.memory_bytes // COMPILE_JOB_BYTES))
+    return tuple(problems), tuple(notes + gpu_notes), variables
+
+
+def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str]]:
+    """(CMake's flag or "", notes). The user's own CMAKE_ARGS always win."""
+    if probe.user_cmake_args:
+        return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args]
+    if probe.platform == "macos" and probe.machine == "arm64":
+        return "", ["Metal, which runs models on this Mac's GPU, is on by default."]
+    notes = []
+    for name, flag, tool, device in GPU_BUILDS:
+        if name in probe.gpu_tools and name in probe.gpus:
+            return flag, notes + ["Found %s and %s: what is compiled will use it." % (tool, device)]
+        if name in probe.gpu_tools:
+            notes.append("Found %s but not %s, so it isn't used." % (tool, device))
+        elif name in probe.gpus and name != "vulkan":  # nearly every desktop has a device for that
+            notes.append("Found %s but not %s, so it isn't used." % (device, tool))
+    return "", notes
+
+
+def probe_install() -> InstallProbe:
+    import platform, shutil
+    from importlib.util import find_spec
+    system = {"win32": "windows", "darwin": "macos"}.get(sys.platform, "")
+    if "com.termux" in os.environ.get("PREFIX", ""):
+        system = "termux"
+    system = system or next(filter(shutil.which, ("apt", "dnf", "pacman", "apk")), "")
+    existing = data_dir()
+    while not os.path.isdir(existing):
+        existing = os.path.dirname(existing)
+    has_sysconf = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else 0
+    return InstallProbe(
+        system, platform.machine(), bool(find_spec("venv") and find_spec("ensurepip")), shutil.which("uv") or "",
+        probe_compiler(system), os.environ.get("CMAKE_ARGS", ""), *probe_gpu_tools(),
+        shutil.disk_usage(existing).free, memory_bytes, os.cpu_count() or 1)
+
+
+def probe_compiler(system: str) -> str:
+    import shutil, subprocess
+    # A new Mac's /usr/bin/c++ only opens a dialog that offers the real one.
+    if system == "macos" and subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL):
+        return ""
+    if system == "termux" and not (shutil.which("cmake") and shutil.which("ninja")):
+        return ""  # PyPI has neither for Android, so pip can't fetch them for the build
+    locator = os.path.expandvars(r"%ProgramFiles(x86)%\Microsoft Visual Studio\Installer\vswhere.exe")
+    if system == "windows" and os.path.exists(locator):  # as Visual Studio keeps cl.exe off the PATH
+        return locator
+    names = os.environ.get("CXX", "").split()[:1] + ["c++", "g++", "clang++", "cl"]
+    return next(filter(None, map(shutil.which, names)), "")
+
+
+def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """(names whose tool is here, names whose device is here)."""
+    import glob, shutil
+    roots = [root for root in ("/usr", "/usr/local", os.environ.get("VULKAN_SDK")) if root]
+    # ggml's Vulkan build wants SPIRV-Headers too, which distributions pack apart.
+    has_headers = all(any(glob.glob(root + path) for root in roots)
+                      for path in ("/include/vulkan", "/*/cmake/SPIRV-Headers"))
+    tools = {"cuda": shutil.which("nvcc"), "hip": shutil.which("hipcc"), "vulkan": has_headers and shutil.which("glslc")}
+    gpus = {"cuda": glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"),  # the latter on Windows and WSL
+            "hip": glob.glob("/dev/kfd"), "vulkan": glob.glob("/dev/dri/renderD*")}
+    return tuple(filter(tools.get, tools)), tuple(filter(gpus.get, gpus))
+
+
+def draw_spinner(text: str, elapsed_s: float = 0.0) -> None:
+    """One line on a terminal's stderr, written over by the next; "" wipes it."""
+    import shutil
+    if not sys.stderr or not sys.stderr.isatty():
+        return
+    width = shutil.get_terminal_size().columns - 1
+    head = "%s %d:%02d  " % ("|/-\\"[int(elapsed_s * 5) % 4], elapsed_s // 60, elapsed_s % 60) if text else ""
+    sys.stderr.write("\r%s\r" % (head + text)[:width].ljust(width))
+    sys.stderr.flush()
+
+
+def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
+    """Run a command in a process group of its own; interrupted, end the whole group. Raises RuntimeError."""
+    import subprocess
+    # In our group the terminal's Ctrl-C would reach some of pip's children before us, and `kill` none of them.
+    group = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
+    child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **group)
+    try:
+        tail = follow_output(child, say)
+    finally:
+        draw_spinner("")
+        end_group(child)
+    if child.returncode:
+        tail += [env.get("CMAKE_ARGS", ""), "%s: exit status %d" % (os.path.basename(argv[0]), child.returncode)]
+        raise RuntimeError(explain_failure(tail))
+
+
+def follow_output(child, say: Any) -> List[str]:
+    """Say what matters of each line as it comes; returns the last lines. The spinner turns when 0.2 s bring none."""
+    import queue, threading, time
+    lines, tail, started_s, is_compiling = queue.Queue(), [], time.monotonic(), False
+
+    def pump() -> None:
+        with child.stdout:
+            for line in child.stdout:
+                lines.put(line.rstrip())
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=0.2)
+        except queue.Empty:
+            draw_spinner(tail[-1].strip() if tail else "starting", time.monotonic() - started_s)
+            if child.poll() is None:
+                continue
+            return tail  # without waiting for the pipe's end, as a compiler daemon may hold it open
+        line, is_compiling, is_wanted = parse_pip_line(line, is_compiling)
+        tail = tail[-200:] + [line]
+        if is_wanted:
+            draw_spinner("")
+            say(line)
+
+
+def parse_pip_line(line: str, is_compiling: bool) -> Tuple[str, bool, bool]:
+    """(the line, shortened; whether pip is compiling after it; whether the user should see it)."""
+    import re
+    step = re.match(r"\s*(\[ *\d+(?:/\d+|%)\])", line)  # ninja's or make's, then a compiler's long command
+    if step:
+        name = os.path.basename(line.split()[-1])
+        return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking"), True, True
+    if is_compiling and line[:1] in ("", " "):  # pip indents what the compiler says, and warnings are many
+        return line, True, bool(re.search(r"error[: ]|fatal", line))
+    return line, False, bool(line.strip()) and not re.match(PIP_NOISE, line)
+
+
+def end_group(child) -> None:
+    import contextlib, signal, subprocess, time
+    if child.poll() is None and sys.platform == "win32":
+        subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
+    elif child.poll() is None:
+        os.killpg(child.pid, signal.SIGTERM)  # first: ninja's compilers are in groups that only ninja can end
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):  # raised when all are gone
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def explain_failure(tail: List[str]) -> str:
+    import re
+    matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
+    hints = (hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
+    return "What matters of the above:\n  %s\n%s Then install again." % (
+        "\n  ".join(matter), next(hints, "Mend what it names."))
+
+
+def install_argv(probe: InstallProbe, python: str, has_cmake_args: bool) -> List[str]:
+    # --prefer-binary is for numpy, whose newest version has no package for many an old system and compiles for an
+    # hour. It doesn't keep the engine itself from being compiled: the index has only its source.
+    argv = [python, "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
+    if not probe.has_venv:
+        argv = [probe.uv_path, "pip", "install", "--python", python]
+    if not probe.compiler_path:
+        argv += ["--only-binary", ENGINE_PACKAGE]
+    if has_cmake_args:  # pip's cache of what it compiled doesn't tell a build with GPU from one without
+        argv += ["--no-cache-dir"]
+    return argv + [ENGINE_PACKAGE]
+
+
+def make_env(env_dir: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
+    tmp_dir = os.path.join(env_dir, "tmp")
+    os.makedirs(tmp_dir)
+    astray = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "__PYVENV_LAUNCHER__")
+    env = dict(variables, **{name: value for name, value in os.environ.items() if name not in astray})
+    env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    if sys.platform != "win32":  # where longer paths break the build; elsewhere /tmp may lie in scarce memory
+        env["TMPDIR"] = tmp_dir
+    argv = [sys.executable, "-m", "venv"]
+    if not probe.has_venv:
+        argv = [probe.uv_path, "venv", "--allow-existing", "--python", sys.executable]
+    if probe.platform == "termux":  # its own numpy, since PyPI has none for Android
+        argv += ["--system-site-packages"]
+    run_logged(argv + [env_dir], env, say)
+    run_logged(install_argv(probe, env_python(env_dir), "CMAKE_ARGS" in env), env, say)
+    run_logged([env_python(env_dir), "-c", CHECK_ENGINE], env, say)
+    remove_dir(tmp_dir)
+
+
+def swap_env(new_dir: str, engine_dir: str) -> None:
+    """Put the finished environment in place; there is never a half-made one. Raises OSError, the old one kept."""
+    old_dir = engine_dir + ".old"
+    if os.path.lexists(engine_dir):
+        os.rename(engine_dir, old_dir)
+    try:
+        os.rename(new_dir, engine_dir)
+    except OSError:
+        restore_env(engine_dir)
+        raise
+    remove_dir(old_dir)
+
+
+def restore_env(engine_dir: str) -> None:
+    if os.path.lexists(engine_dir + ".old") and not os.path.lexists(engine_dir):
+        os.rename(engine_dir + ".old", engine_dir)
+
+
+def remove_dir(path: str) -> None:
+    import shutil, time
+    for wait_s in (0, 0.2, 1):  # a process just killed may still finish its last write
+        time.sleep(wait_s)
+        shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return
+
+
+def lock_install(parent: str):
+    """An open file, the lock while it is open; then removes what killed installs have left. RuntimeError: taken."""
+    import glob
+    lock = open(os.path.join(parent, "engine.lock"), "w")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise RuntimeError("Another install is at work in %s." % parent)
+    restore_env(os.path.join(parent, "engine"))
+    for path in glob.glob(os.path.join(glob.escape(parent), "engine.new-*")) + [os.path.join(parent, "engine.old")]:
+        remove_dir(path)
+    return lock
+
+
+def set_interrupts(handler) -> Dict:
+    """Let `handler` have Ctrl-C, kill and a closed terminal, unless ignored (nohup); returns the handlers before."""
+    import signal, threading
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def interrupt_once(number: int, frame: object) -> None:
+    import signal
+    set_interrupts(signal.SIG_IGN)  # so that cleaning up isn't interrupted in turn
+    raise KeyboardInterrupt
+
+
+def install_engine(say: Any) -> int:
+    """Make the private environment. 0: done, 1: failed (say has told why), 130: interrupted; then nothing changed."""
+    import signal
+    probe = probe_install()
+    problems, notes, variables = plan_install(probe)
+    for line in notes + problems:
+        say(line)
+    if problems:
+        return 1
+    # With the pid: what a killed install's pip may still write must not land in this one.
+    new_dir = os.path.join(data_dir(), "engine.new-%d" % os.getpid())
+    handlers = set_interrupts(interrupt_once)
+    try:
+        os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+        with lock_install(data_dir()):
+            make_env(new_dir, probe, variables, say)
+            set_interrupts(signal.SIG_IGN)  # the rest takes an instant
+            swap_env(new_dir, os.path.join(data_dir(), "engine"))
+    except KeyboardInterrupt:
+        say("Installing was stopped; nothing has changed.")
+        return 130
+    except (OSError, RuntimeError) as error:
+        say("Installing failed. %s" % error)
+        return 1
+    finally:
+        remove_dir(new_dir)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    say("The engine is installed.")
+    return 0
+
+
+# == 8. COMMANDS ===================================================================================
+# What keys and /slash commands do: cmd_NAME(state, argument) -> (state, effects). The docstring is the help line;
+# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function:
+# F1, /help and Tab know it at once.
+
+SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
+    "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
+    "top_k":          (int, 0, 100000, "choose among the K likeliest tokens, 0 = all"),
+    "top_p":          (float, 0, 1, "among the likeliest that add up to this, 1 = off"),
+    "min_p":          (float, 0, 1, "at least this fraction of the likeliest, 0 = off"),
+    "typical_p":      (float, 0, 1, "the most typical ones, 1 = off"),
+    "repeat_penalty": (float, 0.1, 5, "above 1 discourages repetition, 1 = off"),
+    "repeat_last_n":  (int, 0, 4096, "how many tokens back the penalty looks"),
+    "seed":           (int, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
+    "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
+}
+
+
+def command_names() -> List[str]:
+    return [name[4:] for name in globals() if name.startswith("cmd_")]
+
+
+def command_help(name: str) -> str:
+    return (globals()["cmd_" + name].__doc__ or "").split("\n")[0]
+
+
+def slash_commands() -> List[str]:
+    return [name for name in command_names() if command_help(name).startswith("/")]
+
+
+def notice(state: State, text: str, style: str = "warn") -> State:
+    """A message from the program in the chat."""
+    turns = state.chat.turns + (Turn("notice", text, style=style),)
+    return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
+
+
+def add_log(state: State, *lines: LogLine) -> State:
+    log = state.log + lines
+    if len(log) > LOG_LINES + 200:        # cut seldom: the view stands at an index into it
+        dropped, log = len(log) - LOG_LINES, log[-LOG_LINES:]
+        if state.log_scroll:
+            place = state.log_scroll
+            state = state._replace(log_scroll=Scroll(max(0, place.item - dropped), place.line))
+    return state._replace(log=log)
+
+
+def is_busy(state: State) -> bool:
+    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING)
+
+
+def start_model(state: State) -> Change:
+    """A fresh engine with the model of the settings."""
+    settings = state.settings
+    state = state._replace(engine=Condition.STARTING, model=None, progress=0.0, doing="", n_used=0, dialog=None)
+    load = {"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes)}
+    return state, (StartEngine(), SendEngine(load))
+
+
+def ask_model(state: State) -> Change:
+    """Send the chat to the engine, or see to it that there is one; until then the message waits."""
+    chat = state.chat
+    if state.engine in (Condition.OFF, Condition.DEAD) and state.settings.model_path:
+        return start_model(state._replace(chat=chat._replace(waiting=True)))
+    if state.engine is not Condition.READY:
+        state = state._replace(chat=chat._replace(waiting=True))
+        if state.engine in (Condition.OFF, Condition.DEAD):
+            return cmd_models(state, "")
+        return state, ()
+    system = state.settings.system_prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": t.role, "content": t.text} for t in chat.turns if t.role != "notice"]
+    chat = chat._replace(waiting=False, reply="", request=chat.request + 1)
+    request = {"cmd": "chat", "id": chat.request, "messages": messages, "sampling": list(state.settings.sampling)}
+    if state.settings.demo:
+        request["tokens_per_s"] = DEMO_TOKENS_PER_S
+    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0)
+    return state, (SendEngine(request),)
+
+
+def submit(state: State, text: str) -> Change:
+    """A line from the user: a /command, or a message for the model."""
+    if text.startswith("/") and not text.startswith("//") and "\n" not in text:
+        name, _, argument = text[1:].partition(" ")
+        return run_command(state, name, argument.strip())
+    text = text[1:] if text.startswith("//") else text
+    if is_busy(state) or state.chat.waiting:
+        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
+    turns = state.chat.turns + (Turn("user", text.strip("\n")),)
+    return ask_model(state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None))
+
+
+def run_command(state: State, name: str, argument: str) -> Change:
+    if name in slash_commands():
+        return globals()["cmd_" + name](state, argument)
+    import difflib
+    near = difflib.get_close_matches(name, slash_commands(), 1)
+    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is."
+    return notice(state, "There is no command /%s. %s" % (name, advice)), ()
+
+
+# -- commands --
+
+def cmd_help(state: State, argument: str) -> Change:
+    """/help: keys and commands"""
+    return state._replace(dialog=None if state.dialog else Dialog("help", tuple(help_lines()))), ()
+
+
+def help_lines() -> Iterable[str]:
+    yield "COMMANDS"
+    for name in slash_commands():
+        usage, _, meaning = command_help(name).partition(": ")
+        yield "  %-20s %s" % (usage, meaning)
+    for title, table, prefix in (("KEYS", KEYS, "cmd_"), ("IN THE INPUT BOX", EDIT_KEYS, "edit_")):
+        yield ""
+        yield title
+        keys: Dict[str, List[str]] = {}
+        for key, name in table.items():
+            keys.setdefault(name, []).append(key)
+        for name, names in keys.items():
+            meaning = (globals()[prefix + name].__doc__ or "").split("\n")[0]
+            meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
+            yield "  %-20s %s" % (" ".join(key.title() for key in names[:2]), meaning)
+
+
+def cmd_new(state: State, argument: str) -> Change:
+    """/new: start a new chat"""
+    if is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    return state._replace(chat=Chat(request=state.chat.request), chat_scroll=None, n_used=0, hint="New chat"), ()
+
+
+def cmd_load(state: State, argument: str) -> Change:
+    """/load PATH: load another model; the chat goes on with it (no PATH: choose from a list)"""
+    if is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    if not argument and not state.settings.model_path:
+        return cmd_models(state, "")
+    path = os.path.expanduser(argument.strip("'\"")) if argument else state.settings.model_path
+    demo = state.settings.demo and not argument
+    return start_model(state._replace(settings=state.settings._replace(model_path=path, demo=demo)))
+
+
+def cmd_models(state: State, argument: str) -> Change:
+    """/models: choose among the models found on this machine"""
+    return state._replace(doing="looking for models"), (FindModels(),)
+
+
+def cmd_system(state: State, argument: str) -> Change:
+    """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
+    if not argument:
+        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
+    text = "" if argument.lower() == "none" else argument
+    return state._replace(settings=state.settings._replace(system_prompt=text), hint="System prompt set" if text else "System prompt removed"), ()
+
+
+def cmd_set(state: State, argument: str) -> Change:
+    """/set NAME VALUE: change how replies are chosen, e.g. /set temperature 0.3 (no NAME: show all)"""
+    name, _, value = argument.replace("=", " ").partition(" ")
+    sampling = state.settings.sampling
+    if not name:
+        rows = ("%-15s %-8s %s" % (n, getattr(sampling, n), SETTINGS_HELP[n][3]) for n in sampling._fields)
+        return notice(state, "\n".join(rows), "dim"), ()
+    if name not in SETTINGS_HELP:
+        return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
+    number, problem = check_setting(name, value.strip())
+    if problem:
+        return notice(state, problem), ()
+    settings = state.settings._replace(sampling=sampling._replace(**{name: number}))
+    return state._replace(settings=settings, hint="%s = %s" % (name, number)), ()
+
+
+def check_setting(name: str, value: str) -> Tuple[Any, str]:
+    """(the value as a number, "") or (None, what is wrong with it)."""
+    kind, low, high, meaning = SETTINGS_HELP[name]
+    try:
+        number = kind(value)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        return None, "%s takes a %snumber from %s to %s (%s), not %r." % (
+            name, "whole " if kind is int else "", low, high, meaning, value)
+    return number, ""
+
+
+def cmd_stats(state: State, argument: str) -> Change:
+    """/stats: what this session has read and written"""
+    s = state.stats
+    rate = lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "–"
+    return notice(state, "\n".join((
+        "model      %s" % (state.model.description if state.model else state.engine.value),
+        "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
+        "replies    %d" % s.replies,
+        "read       %s tokens, %s" % (format(s.n_read, ","), rate(s.n_read, s.read_s)),
+        "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
+        "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
+
+
+def cmd_quit(state: State, argument: str) -> Change:
+    """/quit: end the program"""
+    return state, (Quit(),)
+
+
+def cmd_send(state: State, argument: str) -> Change:
+    """send the message"""
+    text, draft = state.draft.text, state.draft
+    if not text.strip():
+        return state, ()
+    if (is_busy(state) or state.chat.waiting) and not text.startswith("/"):
+        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
+    history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
+    return submit(state._replace(draft=Draft(history=history, killed=draft.killed)), text)
+
+
+def cmd_newline(state: State, argument: str) -> Change:
+    """start a new line in the message"""
+    return state._replace(draft=edit_insert(state.draft, "\n")), ()
+
+
+def cmd_complete(state: State, argument: str) -> Change:
+    """complete a command or a setting's name"""
+    text = state.draft.text[:state.draft.cursor]
+    head, _, word = text.rpartition(" ")
+    words = ["/" + n for n in slash_commands()] if not head and text.startswith("/") else \
+        list(SETTINGS_HELP) if head == "/set" else []
+    fitting = [w for w in words if w.startswith(word)] if word or head else []
+    if not fitting:
+        return state, ()
+    more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 else "")
+    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(fitting) if len(fitting) > 1 else ""), ()
+
+
+def cmd_stop(state: State, argument: str) -> Change:
+    """stop the reply (what was said stays), or close what is open"""
+    if state.dialog:
+        return state._replace(dialog=None), ()
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="Stopping the installation"), (StopInstall(),)
+    if state.engine in (Condition.READING, Condition.WRITING):
+        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}),)
+    if state.chat.waiting:                # not sent yet: back into the input box
+        text = state.chat.turns[-1].text
+        chat = state.chat._replace(turns=state.chat.turns[:-1], waiting=False)
+        draft = state.draft if state.draft.text else state.draft._replace(text=text, cursor=len(text))
+        return state._replace(chat=chat, draft=draft), ()
+    return state._replace(chat_scroll=None, log_scroll=None), ()
+
+
+def cmd_interrupt(state: State, argument: str) -> Change:
+    """stop the reply; with nothing running: quit, after asking once"""
+    if state.dialog or is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING:
+        return cmd_stop(state, argument)
+    if state.quit_asked:
+        return state, (Quit(),)
+    return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit"), ()
+
+
+def cmd_pane(state: State, argument: str) -> Change:
+    """move the system pane: beside the chat, hidden, in front"""
+    wide = state.columns >= BESIDE_COLUMNS
+    after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
+    pane = after[state.pane]
+    return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
+
+
+def cmd_focus(state: State, argument: str) -> Change:
+    """choose the pane that PgUp and PgDn scroll"""
+    shown = plan_layout(state).log_width and state.pane != "full"
+    return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
+
+
+def cmd_page_up(state: State, argument: str) -> Change:
+    """scroll up a page"""
+    return scroll_pane(state, -1, page=True), ()
+
+
+def cmd_page_down(state: State, argument: str) -> Change:
+    """scroll down a page"""
+    return scroll_pane(state, 1, page=True), ()
+
+
+def cmd_line_up(state: State, argument: str) -> Change:
+    """scroll up a line"""
+    return scroll_pane(state, -1), ()
+
+
+def cmd_line_down(state: State, argument: str) -> Change:
+    """scroll down a line"""
+    return scroll_pane(state, 1), ()
+
+
+def cmd_redraw(state: State, argument: str) -> Change:
+    """draw the window again"""
+    return state, (Redraw(),)
+
+
+def scroll_pane(state: State, by: int, page: bool = False) -> State:
+    layout = plan_layout(state)
+    if state.focus == "system" and layout.log_width:
+        items, height = log_items(state, layout.log_width), layout.log_height
+        step = by * max(1, height - 1) if page else by
+        return state._replace(log_scroll=move_scroll(items, state.log_scroll, step, height))
+    items, height = chat_items(state, layout.chat_width), layout.chat_height
+    step = by * max(1, height - 1) if page else by
+    return state._replace(chat_scroll=move_scroll(items, state.chat_scroll, step, height))
+
+
+# == 9. UPDATE =====================================================================================
+# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
+# curses, no files, no clock, never blocks. A new event: its type in section 2, an on_ function and a row in HANDLERS.
+
+def update(state: State, event: Any) -> Change:
+    return HANDLERS[type(event)](state, event)
+
+
+def on_typed(state: State, event: Typed) -> Change:
+    state = state._replace(hint="", quit_asked=False)
+    if state.dialog:
+        return on_dialog_key(state, event.text)
+    return state._replace(draft=edit_insert(state.draft, event.text)), ()
+
+
+def on_pasted(state: State, event: Pasted) -> Change:
+    text = event.text.replace("\r\n", "\n").replace("\r", "\n")
+    return state._replace(draft=edit_insert(state.draft, text), hint="", dialog=None), ()
+
+
+def on_pressed(state: State, event: Pressed) -> Change:
+    key, asked = event.key, state.quit_asked
+    state = state._replace(hint="", quit_asked=False)
+    if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
+        return on_dialog_key(state, key)
+    if key in ("home", "end") and (not state.draft.text or state.focus == "system"):
+        return scroll_pane(state, -10 ** 9 if key == "home" else 10 ** 9), ()
+    if key in EDIT_KEYS:
+        return state._replace(draft=globals()["edit_" + EDIT_KEYS[key]](state.draft)), ()
+    if key in KEYS:
+        return globals()["cmd_" + KEYS[key]](state._replace(quit_asked=asked and KEYS[key] == "interrupt"), "")
+    return state, ()
+
+
+def on_dialog_key(state: State, key: str) -> Change:
+    dialog = state.dialog
+    if dialog.kind == "install":
+        if key in ("enter", "y", "i"):
+            return state._replace(dialog=None, engine=Condition.INSTALLING, pane=state.pane if plan_layout(state).log_width else "full"), (InstallEngine(),)
+        return state._replace(dialog=None), ()
+    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6, "k": -1, "j": 1}
+    if key in moves:
+        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog.items) - 1))
+        return state._replace(dialog=dialog._replace(index=index)), ()
+    if dialog.kind == "models" and key == "enter" and dialog.items:
+        return cmd_load(state._replace(dialog=None), dialog.items[dialog.index])
+    return (state._replace(dialog=None), ()) if dialog.kind == "help" else (state, ())
+
+
+def on_resized(state: State, event: Resized) -> Change:
+    return state._replace(columns=event.columns, rows=event.rows), ()
+
+
+def on_submitted(state: State, event: Submitted) -> Change:
+    return submit(state, event.text)
+
+
+def on_engine_logged(state: State, event: EngineLogged) -> Change:
+    text = strip_ansi(event.text)
+    low = text.lower()
+    level = "error" if "error" in low or "fail" in low or "abort" in low or "assert" in low else \
+        "warn" if "warn" in low else "dim"
+    return add_log(state, LogLine(level, text)), ()
+
+
+def on_engine_missing(state: State, event: EngineMissing) -> Change:
+    state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it here "
+                   "with /install (it takes a few minutes, once), or leave and run: python3 llmchat.py --install")
+    return state._replace(dialog=Dialog("install")), ()
+
+
+def cmd_install(state: State, argument: str) -> Change:
+    """/install: get the engine (llama-cpp-python), compiled for this machine"""
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="It is being installed; Esc stops it"), ()
+    return on_dialog_key(state._replace(dialog=Dialog("install")), "y")
+
+
+def on_installed(state: State, event: Installed) -> Change:
+    if event.code:
+        text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
+        return notice(state._replace(engine=Condition.MISSING), text + " /install tries again.", "error"), ()
+    state = notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good")
+    return start_model(state) if state.settings.model_path else cmd_models(state, "")
+
+
+def on_models_found(state: State, event: ModelsFound) -> Change:
+    state = state._replace(doing="")
+    if event.paths:
+        return state._replace(dialog=Dialog("models", event.paths)), ()
+    return notice(state, "No model was found here or in %s. Put a .gguf file there, start with its path "
+                  "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
+                  "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:])), ()
+
+
+# -- the engine --
+
+def on_engine_said(state: State, event: EngineSaid) -> Change:
+    handler = ENGINE_EVENTS.get(event.message.get("event"))
+    return handler(state, event.message) if handler else (state, ())
+
+
+def on_hello(state: State, message: Dict[str, Any]) -> Change:
+    return state._replace(engine=Condition.LOADING, progress=0.0), ()
+
+
+def on_log(state: State, message: Dict[str, Any]) -> Change:
+    return add_log(state, LogLine(message["level"], message["text"])), ()
+
+
+def on_hardware(state: State, message: Dict[str, Any]) -> Change:
+    return add_log(state, *(LogLine("text", line) for line in message["lines"])), ()
+
+
+def on_plan(state: State, message: Dict[str, Any]) -> Change:
+    style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
+    return add_log(state, *(LogLine(style, line) for line in message["lines"])), ()
+
+
+def on_loading(state: State, message: Dict[str, Any]) -> Change:
+    return state._replace(engine=Condition.LOADING, progress=message["progress"]), ()
+
+
+def on_loaded(state: State, message: Dict[str, Any]) -> Change:
+    model = ModelInfo(message["name"], message["description"], message["n_ctx"])
+    state = add_log(state, LogLine("good", "Ready: %s, %s" % (model.name, model.description)))
+    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="")
+    return ask_model(state) if state.chat.waiting else (state, ())
+
+
+def on_reading(state: State, message: Dict[str, Any]) -> Change:
+    if message["id"] != state.chat.request or state.engine is not Condition.READING:
+        return state, ()
+    done, total, rate = message["done"], message["total"], message["rate"]
+    doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
+    if rate:
+        doing += ", %.0f/s, %.0f s left" % (rate, message["left_s"])
+    return state._replace(progress=done / max(1, total), doing=doing), ()
+
+
+def on_text(state: State, message: Dict[str, Any]) -> Change:
+    if message["id"] != state.chat.request or state.chat.reply is None:
+        return state, ()
+    engine = Condition.WRITING if state.engine is Condition.READING else state.engine
+    return state._replace(engine=engine, chat=state.chat._replace(reply=state.chat.reply + message["text"]),
+                          speed=message["rate"], n_used=message["n_used"], doing=""), ()
+
+
+REASONS = {"stopped": "stopped", "length": "cut at the token limit (/set max_tokens)",
+           "context": "the context is full: /new starts a new chat, -c N gives more room"}
+
+
+def on_done(state: State, message: Dict[str, Any]) -> Change:
+    if message["id"] != state.chat.request:
+        return state, ()
+    n, s = message["n_written"], state.stats
+    note = "%d tokens, %.1f/s, first after %.1f s, read %s" % (n, message["rate"], message["first_s"], format(message["n_read"], ","))
+    note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
+    note += ", " + REASONS[message["reason"]] if message["reason"] in REASONS else ""
+    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=Stats(
+        s.replies + 1, s.n_read + message["n_read"], s.n_reused + message["n_reused"], s.n_written + n,
+        s.read_s + message["read_s"], s.write_s + message["write_s"]))
+    return end_reply(state, note), ()
+
+
+def end_reply(state: State, note: str) -> State:
+    """What was said so far becomes a turn of the chat; the engine is free again."""
+    chat, engine = state.chat, Condition.READY if is_busy(state) else state.engine
+    if chat.reply is not None:
+        chat = chat._replace(turns=chat.turns + (Turn("assistant", chat.reply, note),), reply=None)
+    return state._replace(chat=chat, engine=engine, progress=0.0, doing="")
+
+
+def on_failed(state: State, message: Dict[str, Any]) -> Change:
+    """A command failed but the engine lives on (or, at its start, ends by itself)."""
+    if message["during"] == "chat":
+        return on_chat_failed(state, message["text"]), ()
+    condition = Condition.MISSING if message["during"] == "start" else Condition.OFF
+    state = keep_waiting(state._replace(engine=condition, model=None, progress=0.0, doing=""))
+    state = add_log(state, LogLine("error", message["text"]))
+    return notice(state, message["text"], "error"), ()
+
+
+def on_chat_failed(state: State, text: str) -> State:
+    """The question goes back into the input box, so that it can be sent again."""
+    chat = state.chat
+    if chat.reply == "" and chat.turns and chat.turns[-1].role == "user":
+        question = chat.turns[-1].text
+        draft = state.draft if state.draft.text else state.draft._replace(text=question, cursor=len(question))
+        state = state._replace(draft=draft, chat=chat._replace(turns=chat.turns[:-1], reply=None))
+    return notice(end_reply(state, "not finished"), text, "error")
+
+
+def keep_waiting(state: State) -> State:
+    """A message that never reached the engine goes back into the input box."""
+    return cmd_stop(state._replace(dialog=None), "")[0] if state.chat.waiting else state
+
+
+def on_engine_died(state: State, event: EngineDied) -> Change:
+    if state.engine is Condition.MISSING:    # it had said why
+        return state, ()
+    tail = [line.text for line in state.log[-12:] if line.level == "error"]
+    text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
+    state = keep_waiting(end_reply(state, "the engine stopped here"))._replace(engine=Condition.DEAD, model=None, n_used=0)
+    state = add_log(state, LogLine("error", text))
+    return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
+
+
+def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
+    """One sentence for people about how the engine ended."""
+    code = event.code
+    why = {-9: "kill", -6: "abort", -11: "segv", -10: "segv", -4: "ill",
+           0xC000001D: "ill", 0xC0000005: "segv", 0xC0000409: "abort", 3: "abort"}.get(code if code < 0 else code & 0xffffffff)
+    said = " Its last words: %s" % last_error if last_error else ""
+    if why == "kill":
+        return ("The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
+                "or a smaller context (-c 2048).")
+    if why == "ill":
+        return ("This llama.cpp was built for a newer CPU: yours lacks %s. `python3 llmchat.py --install` compiles one for this CPU."
+                % (", ".join(event.lacking) or "an instruction it uses"))
+    if why == "abort":
+        return "llama.cpp gave up%s.%s" % (" while loading the model" if loading else "", said)
+    if why == "segv":
+        return "llama.cpp crashed%s: the model file may be damaged, or the memory.%s" % (" while loading" if loading else "", said)
+    return "The engine ended by itself (exit status %d).%s If this happens at each start, make the engine anew: " \
+           "python3 llmchat.py --install" % (code, said)
+
+
+HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed, Resized: on_resized, Submitted: on_submitted,
+            EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
+            EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
+ENGINE_EVENTS = {"hello": on_hello, "log": on_log, "hardware": on_hardware, "plan": on_plan, "loading": on_loading,
+                 "loaded": on_loaded, "reading": on_reading, "text": on_text, "done": on_done, "failed": on_failed}
+
+
+# == 10. VIEW ======================================================================================
+# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
+# gives the same frame. view_PANE(state, width, height) -> at most `height` lines. Styles are names of COLORS.
+
+class Frame(NamedTuple):
+    lines: Tuple[Line, ...]
+    cursor: Optional[Tuple[int, int]]   # row and column, None = hidden
+
+
+BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
+       False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
+
+LOGO = (r" _ _              _         _   ",
+        r"| | |_ __  __ ___| |_  __ _| |_ ",
+        r"| | | '  \/ _` __| ' \/ _` |  _|",
+        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
+
+
+def line_cells(line: Line) -> int:
+    return sum(cells(text) for text, _ in line)
+
+
+def fit(line: Line, width: int, style: str = "text") -> Line:
+    """A line of exactly `width` columns: cut, or filled with spaces."""
+    used = line_cells(line)
+    if used > width:
+        kept, used = [], 0
+        for text, span_style in line:
+            text = take_cells(text, width - used)
+            kept.append((text, span_style))
+            used += cells(text)
+        line = tuple(kept)
+    return line + ((" " * (width - used), style),) if used < width else line
+
+
+def view(state: State) -> Frame:
+    if not fits_window(state):
+        text = "window too small"[:state.columns]
+        return Frame(tuple(fit(((text, "warn"),) if i == 0 else (), state.columns) for i in range(state.rows)), None)
+    layout = plan_layout(state)
+    upper = view_log(state, layout) if state.pane == "full" and layout.log_width else view_chat(state, layout)
+    draft, cursor = view_draft(state, layout)
+    if not layout.framed:
+        rule = view_rule(state, state.columns, upper.more)
+        rows = [fit(line, state.columns) for line in upper.lines] + [rule] + draft + [view_status(state)]
+        return Frame(tuple(rows), (layout.chat_height + 1 + cursor[0], cursor[1]))
+    rows = view_framed(state, layout, upper, draft)
+    return Frame(tuple(rows + [view_status(state)]), (layout.chat_height + 2 + cursor[0], cursor[1] + 1))
+
+
+class Pane(NamedTuple):
+    lines: List[Line]                 # exactly as many as the pane is high
+    more: bool                        # there is more below
+
+
+def view_framed(state: State, layout: Layout, upper: Pane, draft: List[Line]) -> List[Line]:
+    """The frame, with the panes in it."""
+    box, width = BOX[state.settings.unicode], layout.chat_width
+    bar: Span = (box["v"], "frame")
+    left = [fit(line, width) for line in upper.lines] + [None] + draft
+    side = view_log(state, layout).lines if layout.log_width and state.pane == "beside" else None
+    rows = [view_top(state, layout, side is not None)]
+    for i, line in enumerate(left):
+        right = (bar,) + fit(side[i], layout.log_width) + (bar,) if side else (bar,)
+        if line is None:
+            right = ((box["r"], "frame"),) + right[1:] if side else ((box["r"], "frame"),)
+            rows.append(((box["l"], "frame"),) + view_rule(state, width, upper.more) + right)
+        else:
+            rows.append((bar,) + line + right)
+    bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
+    return rows + [((bottom, "frame"),)]
+
+
+def view_top(state: State, layout: Layout, side: bool) -> Line:
+    """The upper border with the titles of the panes; the one that scrolls is marked."""
+    box = BOX[state.settings.unicode]
+    def title(text: str, width: int, focused: bool) -> Line:
+        text = take_cells(clean_row(text), max(0, width - 4))
+        label: Line = ((box["h"], "frame"), (" %s " % text, "focus" if focused else "title"))
+        return label + ((box["h"] * (width - line_cells(label)), "frame"),)
+    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
+    chat = "llmchat" + (" %s %s" % (box["dot"], name) if name else "")
+    full = state.pane == "full"
+    line = ((box["tl"], "frame"),) + title("system" if full else chat, layout.chat_width, side and state.focus == "chat")
+    if side:
+        line += ((box["t"], "frame"),) + title("system", layout.log_width, state.focus == "system")
+    return line + ((box["tr"], "frame"),)
+
+
+def view_rule(state: State, width: int, more: bool) -> Line:
+    """The line over the input box; it says when there is more below."""
+    box = BOX[state.settings.unicode]
+    text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
+    left = (width - cells(text)) // 2
+    return ((box["h"] * left, "frame"), (text, "warn"), (box["h"] * (width - left - cells(text)), "frame"))
+
+
+def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Pane:
+    """The visible part of a list, and whether there is more below it."""
+    end = last_page(items, height)
+    top = min(clamp_scroll(items, scroll) or end, end)
+    lines = lines_from(items, top, height)
+    return Pane(lines + [()] * (height - len(lines)), top < end)
+
+
+def view_chat(state: State, layout: Layout) -> Pane:
+    width, height = layout.chat_width, layout.chat_height
+    if state.dialog:
+        return Pane(view_dialog(state, width, height), False)
+    items = chat_items(state, width)
+    return pane_lines(items, state.chat_scroll, height) if items.count else Pane(view_welcome(state, width, height), False)
+
+
+def view_welcome(state: State, width: int, height: int) -> List[Line]:
+    """What an empty chat shows."""
+    lines: List[Line] = []
+    if width >= 40 and height >= 12:
+        lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
+    lines += [(("   " + row, "dim"),) for row in wrap(
+        "%s Your words stay on this machine.\n\nType, then press Enter. F1 shows keys and commands."
+        % ("This is the demo: its sentences are fixed." if state.settings.demo else "Chat with a model of your own."), max(1, width - 4))]
+    return (lines + [()] * height)[:height]
+
+
+def view_dialog(state: State, width: int, height: int) -> List[Line]:
+    dialog, rows = state.dialog, []
+    if dialog.kind == "install":
+        rows = [(row, "text") for row in wrap(
+            "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
+            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n", width - 4)]
+        rows += [(take_cells("[Enter] install now    [Esc] not now", width - 4), "good")]
+        return ([(("  " + row, style),) for row, style in rows] + [()] * height)[:height]
+    title = "Choose a model: Up, Down, Enter" if dialog.kind == "models" else "Up and Down scroll, Esc closes"
+    room = max(1, height - 2)
+    top = max(0, min(dialog.index, max(0, len(dialog.items) - room))) if dialog.kind == "help" else \
+        max(0, min(dialog.index - room // 2, len(dialog.items) - room))
+    lines: List[Line] = [((" " + title, "title"),), ()]
+    for i, item in enumerate(dialog.items[top:top + room], top):
+        chosen = dialog.kind == "models" and i == dialog.index
+        style = "select" if chosen else "title" if dialog.kind == "help" and item[:1].isalpha() else "text"
+        lines.append(fit(((" " + clean_row(item), style),), width, style) if chosen else ((" " + clean_row(item), style),))
+    return (lines + [()] * height)[:height]
+
+
+def view_log(state: State, layout: Layout) -> Pane:
+    return pane_lines(log_items(state, layout.log_width), state.log_scroll, layout.log_height)
+
+
+def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
+    """The input box, and the cursor (row, column) in it."""
+    width, height = layout.chat_width if layout.framed else state.columns, layout.draft_height
+    rows = draft_rows(state.draft.text, max(1, layout.chat_width - 2))
+    row, column = draft_cursor(state.draft, max(1, layout.chat_width - 2))
+    top = max(0, min(row - height + 1, len(rows) - height)) if row >= height else 0
+    mark = "❯ " if state.settings.unicode else "> "
+    lines = [fit(((mark if i == 0 else "  ", "prompt"), (clean_row(text), "user")), width)
+             for i, (_, text) in enumerate(rows[top:top + height], top)]
+    return lines, (row - top, column + 2)
+
+
+def view_bar(state: State, width: int) -> Line:
+    box, on = BOX[state.settings.unicode], int(state.progress * width + 0.5)
+    return ((box["on"] * on, "bar"), (box["off"] * (width - on), "bar"))
+
+
+def view_status(state: State) -> Line:
+    """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
+    dot, width = " %s " % BOX[state.settings.unicode]["dot"], state.columns
+    if state.hint:
+        return fit(((" " + clean_row(state.hint), "alert" if state.quit_asked else "status"),), width, "alert" if state.quit_asked else "status")
+    left: Line = ((" " + state.engine.value, "alert" if state.engine in (Condition.DEAD, Condition.MISSING) else "status"),)
+    if state.engine is Condition.LOADING or state.engine is Condition.READING and state.doing:
+        left += ((" ", "status"),) + view_bar(state, max(4, min(20, width // 5))) + ((" %d %%" % int(state.progress * 100), "status"),)
+    if state.doing:
+        left += ((dot + state.doing, "status"),)
+    if state.chat.waiting and state.engine is not Condition.READY:
+        left += ((dot + "your message waits", "status"),)
+    if state.speed:
+        left += (("%s%.1f tokens/s" % (dot, state.speed), "status"),)
+    right = "F1 help "
+    if state.model:
+        right = "%s/%s tokens%s%s" % (format(state.n_used, ","), format(state.model.n_ctx, ","), dot, right)
+    room = width - line_cells(left) - 1
+    right = right if cells(right) <= room else "F1 help " if room >= 8 else ""
+    return fit(fit(left, width - cells(right), "status") + ((right, "status"),), width, "status")
+
+
+# == 11. TERMINAL ==================================================================================
+# The only place that imports curses: keys in, lines out. It must not know what the lines mean.
+# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
+# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
+
+CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilities -> ours
+    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
+    "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "FIND": "home", "SELECT": "end",
+    "kUP3": "alt-up", "kDN3": "alt-down", "kLFT3": "alt-left", "kRIT3": "alt-right", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
+}
+CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end"}    # ESC [ 1 ; modifier LETTER
+PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
+
+
+def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[Any]]:
+    """What get_wch() gave (characters; names of special keys in a tuple) -> (events, items of an unfinished sequence).
+
+    final: nothing more will come, so an unfinished sequence is what it looks like, an Esc and some characters."""
+    events: List[Any] = []
+    i = 0
+    while i < len(items):
+        event, n = decode_escape(items[i:]) if items[i] == "\x1b" else (decode_key(items[i]), 1)
+        if n == 0 and not final:
+            break
+        event, n = (event, n) if n else (Pressed("esc"), 1)
+        if isinstance(event, Typed) and events and isinstance(events[-1], Typed):
+            events[-1] = Typed(events[-1].text + event.text)
+        elif event:
+            events.append(event)
+        i += n
+    return events, items[i:]
+
+
+def decode_key(item: Any) -> Any:
+    """The event for one character or one named key."""
+    if isinstance(item, tuple):
+        return Pressed(item[0])
+    if item in PLAIN_KEYS:
+        return Pressed(PLAIN_KEYS[item])
+    if item < " ":
+        return Pressed("ctrl-" + chr(ord(item) + 96)) if "\0" < item < "\x1b" else None
+    return Typed(item)
+
+
+def decode_escape(items: List[Any]) -> Tuple[Any, int]:
+    """The event that a list of items beginning with ESC stands for, and how many items it took; 0 = not all there yet."""
+    text = "".join(item if isinstance(item, str) else "\0" for item in items)
+    if text.startswith("\x1b[200~"):
+        end = text.find("\x1b[201~")
+        return (None, 0) if end < 0 else (Pasted(text[6:end].replace("\0", "")), end + 6)
+    if "\x1b[200~".startswith(text) and len(text) > 1:
+        return None, 0
+    found = re.match("\x1b\\[1;([2-8])([A-DHF])", text)
+    if found:
+        prefix = {"3": "alt-", "5": "ctrl-"}.get(found.group(1), "")
+        return Pressed(prefix + CSI_KEYS[found.group(2)]), found.end()
+    found = re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*[@-~]", text)
+    if found:
+        return None, found.end()          # a sequence we have no use for
+    if len(items) == 1:
+        return Pressed("esc"), 1
+    key = decode_key(items[1])
+    return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
+
+
+class Screen:
+    """The terminal while the window is open. close() always restores it."""
+
+    def __init__(self) -> None:
+        import locale
+        try:
+            locale.setlocale(locale.LC_ALL, "")    # curses draws in the locale's encoding
+        except locale.Error:
+            pass                                   # an unknown locale: plain ASCII it is
+        os.environ.setdefault("ESCDELAY", "25")    # milliseconds that curses waits after ESC for a sequence
+        import curses
+        self.curses = curses
+        self.encoding = getattr(locale, "nl_langinfo", lambda _: "utf-8")(getattr(locale, "CODESET", 0))
+        self.unicode = self.encoding.lower().replace("-", "") == "utf8"
+        self.pending: List[Any] = []
+        self.painted: List[Any] = []
+        self.window = curses.initscr()
+        curses.raw()
+        curses.noecho()
+        curses.nonl()
+        self.window.keypad(True)
+        self.window.nodelay(True)
+        self._write("\x1b[?2004h")                 # bracketed paste on
+        self.styles = self._styles()
+
+    def _write(self, text: str) -> None:
+        os.write(1, text.encode("ascii"))
+
+    def _styles(self) -> Dict[str, int]:
+        curses = self.curses
+        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE}
+        colors = not os.environ.get("NO_COLOR") and curses.has_colors()
+        many = False
+        if colors:
+            curses.start_color()
+            curses.use_default_colors()
+            many = curses.COLORS >= 256
+        styles = {}
+        for number, (name, (fg, bg, fg8, bg8, marks)) in enumerate(COLORS.items(), 1):
+            style = 0
+            for mark in marks if not many else marks.replace("d", ""):
+                style |= flags[mark]
+            if colors:
+                curses.init_pair(number, fg if many else fg8, bg if many else bg8)
+                style |= curses.color_pair(number)
+            elif bg != -1:
+                style |= curses.A_REVERSE
+            styles[name] = style
+        return styles
+
+    def size(self) -> Tuple[int, int]:
+        """(columns, rows)"""
+        rows, columns = self.window.getmaxyx()
+        return columns, rows
+
+    def resize(self) -> Tuple[int, int]:
+        """Take over the terminal's size; (columns, rows)."""
+        size = os.get_terminal_size(1)
+        self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
+        self.forget()
+        return self.size()
+
+    def forget(self) -> None:
+        """Paint everything again at the next draw."""
+        self.painted = []
+        self.window.clear()
+
+    def read_events(self) -> List[Any]:
+        """What was typed since the last call; waits only a moment for the rest of an escape sequence."""
+        events, self.pending = decode_keys(self.pending + self._read_items())
+        if self.pending and self.pending[:6] != list("\x1b[200~"):
+            self.curses.napms(20)
+            more, self.pending = decode_keys(self.pending + self._read_items(), final=True)
+            events += more
+        return events
+
+    def _read_items(self) -> List[Any]:
+        items: List[Any] = []
+        while True:
+            try:
+                item = self.window.get_wch()
+            except self.curses.error:              # nothing more
+                return items
+            if isinstance(item, int):
+                name = self.curses.keyname(item).decode("ascii", "replace")
+                name = name[4:] if name.startswith("KEY_") else name
+                key = CURSES_KEYS.get(name) or ("f" + name[2:-1] if re.match(r"F\(\d+\)$", name) else "")
+                items += [(key,)] if key else []
+            else:
+                items.append(item)
+
+    def draw(self, frame: Frame) -> None:
+        """Paint the rows that changed."""
+        for y, line in enumerate(frame.lines):
+            if y >= len(self.painted) or self.painted[y] != line:
+                self._paint(y, line)
+        self.painted = list(frame.lines)
+        try:
+            self.curses.curs_set(1 if frame.cursor else 0)
+        except self.curses.error:
+            pass                                   # a terminal that can't hide its cursor
+        if frame.cursor:
+            rows, columns = self.window.getmaxyx()
+            self.window.move(min(frame.cursor[0], rows - 1), min(frame.cursor[1], columns - 1))
+        self.window.refresh()
+
+    def _paint(self, y: int, line: Line) -> None:
+        x = 0
+        for text, style in line:
+            if not self.unicode and not text.isascii():
+                text = text.encode(self.encoding, "replace").decode(self.encoding)
+            try:
+                self.window.addstr(y, x, text, self.styles[style])
+            except self.curses.error:
+                pass                               # curses' way to say that the last cell of the window is written
+            x += cells(text)
+
+    def close(self) -> None:
+        self._write("\x1b[?2004l")
+        self.curses.endwin()
+
+
+# == 12. RUN =======================================================================================
+# Where things happen: the engine's process and pipes, the effects, the loop. It must not decide anything: events go
+# into update(), effects come out. A new effect: its type in section 2, a branch in Runner.perform.
+
+class Mailbox:
+    """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
+
+    def __init__(self) -> None:
+        import collections
+        self.events: Any = collections.deque()
+        self.wake_read, self.wake_write = os.pipe()
+        if os.name != "nt":
+            os.set_blocking(self.wake_read, False)
+            os.set_blocking(self.wake_write, False)
+
+    def post(self, event: Any) -> None:
+        self.events.append(event)
+        if os.name != "nt":
+            try:
+                os.write(self.wake_write, b"!")
+            except BlockingIOError:
+                pass                      # full: the loop will wake anyway
+
+    def wait(self, timeout_s: Optional[float], keyboard: bool = False) -> bool:
+        """Wait for a post, a key or the time; True when there may be a key. Windows can't wait on both, so it polls."""
+        if os.name == "nt":
+            import time
+            if not self.events:
+                time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
+            return keyboard
+        import select
+        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], timeout_s)
+        if self.wake_read in ready:
+            os.read(self.wake_read, 4096)
+        return 0 in ready
+
+    def take(self) -> List[Any]:
+        return [self.events.popleft() for _ in range(len(self.events))]
+
+
+class Child:
+    """A child process whose lines become events: on_line(text) per line of stdout, on_note(text) of stderr, on_end(code)."""
+
+    def __init__(self, argv: List[str], on_line: Any, on_note: Any, on_end: Any) -> None:
+        import subprocess
+        import threading
+        self.silent = False               # its end is no news: somebody asked for it
+        self.on_line, self.on_note, self.on_end = on_line, on_note, on_end
+        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **flags)
+        self.reader = threading.Thread(target=self._read, args=(self.process.stderr, self.on_note), daemon=True)
+        self.reader.start()
+        threading.Thread(target=self._read_all, daemon=True).start()
+
+    def _read(self, pipe: Any, handle: Any) -> None:
+        for raw in pipe:
+            text = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+            if text and not self.silent:
+                handle(text)
+
+    def _read_all(self) -> None:
+        self._read(self.process.stdout, self.on_line)
+        self.reader.join()
+        code = self.process.wait()
+        if not self.silent:
+            self.on_end(code)
+
+    def send(self, message: Dict[str, Any]) -> None:
+        import json
+        try:
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            pass                          # it has died: on_end will say so
+
+    def interrupt(self) -> None:
+        import signal
+        self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+
+    def close(self, patience_s: float = 1.0) -> None:
+        """Ask it to end, then insist. Its lines and its end are no news any more."""
+        import subprocess
+        self.silent = True
+        self.send({"cmd": "quit"})
+        try:
+            self.process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Runner:
+    """Performs effects; what comes of them arrives in the mailbox."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.mailbox = settings, Mailbox()
+        self.engine: Optional[Child] = None
+        self.installer: Optional[Child] = None
+        self.quit = False
+
+    def perform(self, effect: Any) -> None:
+        if isinstance(effect, SendEngine):
+            if self.engine:
+                self.engine.send(effect.message)
+        elif isinstance(effect, StartEngine):
+            self.start_engine()
+        elif isinstance(effect, FindModels):
+            self.mailbox.post(ModelsFound(find_models(MODEL_FOLDERS)))
+        elif isinstance(effect, InstallEngine):
+            self.start_installer()
+        elif isinstance(effect, StopInstall):
+            if self.installer:
+                self.installer.interrupt()
+        elif isinstance(effect, Quit):
+            self.quit = True
+
+    def start_engine(self) -> None:
+        if self.engine:
+            self.engine.close()
+            self.engine = None
+        python = engine_python()
+        if not python:
+            return self.mailbox.post(EngineMissing())
+        if self.settings.demo:
+            write_demo_model()
+        self.engine = Child([python, os.path.abspath(__file__), "--engine"], self.on_engine_line,
+                            lambda text: self.mailbox.post(EngineLogged(text)), self.on_engine_end)
+
+    def on_engine_line(self, line: str) -> None:
+        import json
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        self.mailbox.post(EngineSaid(message) if isinstance(message, dict) else EngineLogged(line))
+
+    def on_engine_end(self, code: int) -> None:
+        illegal = code in (-4, 0xC000001D, 0xC000001D - 2 ** 32)
+        self.mailbox.post(EngineDied(code, tuple(missing_instruction_sets()) if illegal else ()))
+
+    def start_installer(self) -> None:
+        note = lambda text: self.mailbox.post(EngineLogged(text))
+        self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], note, note,
+                               lambda code: self.mailbox.post(Installed(code)))
+
+    def close(self) -> None:
+        if self.installer and self.installer.process.poll() is None:
+            self.installer.interrupt()
+        if self.engine:
+            self.engine.close()
+
+
+def missing_instruction_sets() -> List[str]:
+    """What prebuilt llama.cpp libraries want of an x86 CPU (AVX2, FMA, F16C) and this one doesn't have."""
+    has = probe_hardware().instruction_sets
+    return [] if "NEON" in has else [name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has]
+
+
+def raise_exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)        # through every `finally` on the way out
+
+
+def watch_signals(mailbox: Mailbox) -> None:
+    """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
+    import signal
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), raise_exit)
+    if hasattr(signal, "SIGWINCH"):
+        signal.signal(signal.SIGWINCH, lambda number, frame: mailbox.post(Resized(0, 0)))
+
+
+def run(state: State, effects: Tuple[Any, ...]) -> int:
+    """The window, until somebody quits: wait, update, perform, draw. Returns the exit status."""
+    screen = Screen()
+    runner = Runner(state.settings)
+    try:
+        columns, rows = screen.size()
+        state = state._replace(columns=columns, rows=rows, settings=state.settings._replace(unicode=screen.unicode))
+        screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
+        watch_signals(runner.mailbox)
+        for effect in effects:
+            runner.perform(effect)
+        return loop(state, screen, runner)
+    finally:
+        screen.close()
+        runner.close()
+
+
+def loop(state: State, screen: Screen, runner: Runner) -> int:
+    import time
+    drawn, drawn_s, idle_reads = state, 0.0, 0
+    while not runner.quit:
+        due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
+        keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
+        keys = screen.read_events() if keys_ready else []
+        idle_reads = idle_reads + 1 if keys_ready and not keys and os.name != "nt" else 0
+        if idle_reads > 100:              # the terminal is gone: readable for ever, with nothing to read
+            return 1
+        for event in keys + runner.mailbox.take():
+            if isinstance(event, Resized):
+                event = Resized(*screen.resize())
+            state, effects = update(state, event)
+            for effect in effects:
+                screen.forget() if isinstance(effect, Redraw) else perform_with(runner, state, effect)
+        now_s = time.monotonic()
+        if state is not drawn and (keys or now_s - drawn_s >= 1 / FRAMES_PER_S):
+            screen.draw(view(state))      # a key is echoed at once; streaming text at the frame rate
+            drawn, drawn_s = state, now_s
+    return 0
+
+
+def perform_with(runner: Runner, state: State, effect: Any) -> None:
+    runner.settings = state.settings
+    runner.perform(effect)
+
+
+# == 13. CLI =======================================================================================
+# Arguments (their defaults are CONFIG's), the plain line mode, one-shot mode, main().
+
+def parse_arguments(argv: List[str]) -> Any:
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
+        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
+               '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
+    add = parser.add_argument
+    add("model", nargs="?", default=MODEL, metavar="MODEL", help="path of a .gguf file; without it, choose one of those found")
+    add("-s", "--system", default=SYSTEM_PROMPT, help="system prompt: how the model should behave")
+    add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
+    add("-c", "--ctx", type=int, default=CONTEXT_TOKENS, metavar="N", help="context in tokens; 0 = what fits (default: %(default)s)")
+    add("-t", "--threads", type=int, default=THREADS, metavar="N", help="CPU threads; 0 = one per physical core (default: %(default)s)")
+    add("-g", "--gpu-layers", type=int, default=GPU_LAYERS, metavar="N", help="layers on the GPU; -1 = as many as fit (default: %(default)s)")
+    add("-n", "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest reply in tokens; 0 = no limit (default: %(default)s)")
+    for flag, name, value in (("--temp", "temperature", TEMPERATURE), ("--top-k", "top_k", TOP_K), ("--top-p", "top_p", TOP_P),
+                              ("--min-p", "min_p", MIN_P), ("--typical-p", "typical_p", TYPICAL_P),
+                              ("--repeat-penalty", "repeat_penalty", REPEAT_PENALTY), ("--seed", "seed", SEED)):
+        add(flag, dest=name, default=str(value), metavar="X", help="%s (default: %s)" % (SETTINGS_HELP[name][3], value))
+    add("--plain", action="store_true", help="line by line, without the window")
+    add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
+    add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
+    add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
+    add("--engine", action="store_true", help=argparse.SUPPRESS)
+    add("--version", action="version", version="llmchat " + VERSION)
+    arguments = parser.parse_args(argv)
+    for name in ("ctx", "threads", "max_tokens"):
+        if getattr(arguments, name) < 0:
+            parser.error("--%s takes 0 or more" % name.replace("_", "-"))
+    for name in SETTINGS_HELP:
+        value = getattr(arguments, name, None)
+        if isinstance(value, str):
+            number, problem = check_setting(name, value)
+            if problem:
+                parser.error(problem)
+            setattr(arguments, name, number)
+    return arguments
+
+
+def initial_state(arguments: Any) -> State:
+    sampling = Sampling(**{n: getattr(arguments, n) for n in Sampling._fields if hasattr(arguments, n)})
+    wishes = Wishes(n_ctx=arguments.ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers)
+    path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
+    return State(settings=Settings(path, arguments.system, sampling, wishes, arguments.demo))
+
+
+# -- without a window --
+
+class Plain:
+    """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
+
+    def __init__(self, state: State, quiet: bool) -> None:
+        self.state, self.quiet, self.runner = state, quiet, Runner(state.settings)
+        self.status, self.progress = 0, sys.stderr.isatty()
+        self.clean_output = sys.stdout.isatty()
+
+    def note(self, text: str) -> None:
+        print(("\r\x1b[K" if self.progress else "") + clean(text), file=sys.stderr, flush=True)
+
+    def handle(self, event: Any) -> None:
+        """One event: update, show what is new, perform."""
+        before = self.state
+        self.state, effects = update(before, event)
+        self.show(before, self.state, event)
+        for effect in effects:
+            perform_with(self.runner, self.state, effect)
+
+    def show(self, before: State, now: State, event: Any) -> None:
+        if isinstance(event, EngineSaid) and event.message.get("event") == "text" and now.chat.reply is not None:
+            self.clear_progress()
+            print(clean(event.message["text"]) if self.clean_output else event.message["text"], end="", flush=True)
+        for turn in self.notices(now)[len(self.notices(before)):]:
+            self.note(turn.text)
+            self.status = 1 if turn.style == "error" else self.status
+        for line in now.log[len(before.log):]:
+            if line.level == "warn" or line.level in ("good", "text") and not self.quiet:
+                self.note(line.text)
+        if self.progress and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+            print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def notices(state: State) -> List[Turn]:
+        return [turn for turn in state.chat.turns if turn.role == "notice"]
+
+    def clear_progress(self) -> None:
+        if self.progress:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def settle(self) -> None:
+        """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
+        busy = (Condition.STARTING, Condition.LOADING, Condition.READING, Condition.WRITING, Condition.STOPPING)
+        while self.state.engine in busy or self.runner.mailbox.events:
+            try:
+                self.runner.mailbox.wait(None)
+                for event in self.runner.mailbox.take():
+                    self.handle(event)
+            except KeyboardInterrupt:
+                self.status = 130
+                if self.state.engine not in (Condition.READING, Condition.WRITING):
+                    raise
+                self.handle(Pressed("esc"))
+
+    def chat(self) -> int:
+        """Read lines until the end of input."""
+        prompt = "" if not sys.stdin.isatty() else "> "
+        self.note("Type a message and press Enter; /help shows commands, Ctrl-D ends.")
+        while not self.runner.quit:
+            self.settle()
+            try:
+                line = input(prompt)
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                print()
+                break
+            if line.strip():
+                self.handle(Submitted(line))
+                self.settle()
+                print(flush=True)
+            if self.state.dialog:
+                self.show_dialog()
+        return 0
+
+    def show_dialog(self) -> None:
+        dialog, self.state = self.state.dialog, self.state._replace(dialog=None)
+        for item in dialog.items:
+            self.note(item)
+        if dialog.kind == "models":
+            self.note("Load one with /load PATH.")
+
+
+def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
+    """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
+    plain = Plain(state, quiet=not interactive)
+    try:
+        if not state.settings.model_path:
+            plain.note("Name a model: python3 llmchat.py MODEL.gguf (or --demo). Found here: %s"
+                       % (", ".join(find_models(MODEL_FOLDERS)) or "none"))
+            return 2 if not interactive else 1
+        plain.state, effects = start_model(state)
+        for effect in effects:
+            plain.runner.perform(effect)
+        if interactive:
+            return plain.chat()
+        return one_shot(plain, prompt)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone: end quietly
+        return 0
+    except KeyboardInterrupt:
+        plain.clear_progress()
+        return 130
+    finally:
+        plain.runner.close()
+
+
+def one_shot(plain: Plain, prompt: Optional[str]) -> int:
+    """One answer on stdout: 0, or 1 when there is none, or 130 when it was stopped."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    text = "\n\n".join(part for part in (prompt, piped) if part and part.strip())
+    if not text:
+        plain.note("There is nothing to answer: give a message with -p, or through a pipe.")
+        return 1
+    plain.handle(Submitted("/" + text if text.startswith("/") else text))
+    plain.settle()
+    turns = [turn for turn in plain.state.chat.turns if turn.role == "assistant"]
+    if turns and not turns[-1].text.endswith("\n"):
+        print(flush=True)
+    return plain.status
+
+
+def show_info(model: str) -> int:
+    """--info: this machine, and what a model would need on it."""
+    python, lines = engine_python(), []
+    if python:
+        runner = Runner(Settings())
+        runner.start_engine()
+        runner.engine.send({"cmd": "info"})
+        while not lines:
+            runner.mailbox.wait(None)
+            for event in runner.mailbox.take():
+                message = event.message if isinstance(event, EngineSaid) else {}
+                if message.get("event") == "hardware":
+                    lines = message["lines"]
+                elif message.get("event") == "failed" or isinstance(event, EngineDied):
+                    lines = list(describe_hardware(probe_hardware())) + [message.get("text", "The engine does not start.")]
+        runner.close()
+    else:
+        lines = list(describe_hardware(probe_hardware())) + ["The engine is not installed: python3 llmchat.py --install"]
+    print("\n".join(["llmchat %s" % VERSION] + lines))
+    if model:
+        try:
+            header = read_gguf_header(model)
+            print("\n".join((model_name(header),) + plan_load(header, probe_hardware(), Wishes()).lines))
+        except ModelError as error:
+            print(error)
+            return 1
+    return 0
+
+
+def has_curses() -> bool:
+    import importlib.machinery
+    return importlib.machinery.PathFinder.find_spec("_curses") is not None
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if arguments.engine:
+        EngineProcess().run()
+        return 0
+    if arguments.install:
+        return install_engine(lambda line: print(line, flush=True))
+    if arguments.info:
+        return show_info(os.path.expanduser(arguments.model))
+    state = initial_state(arguments)
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if arguments.prompt is not None or arguments.plain or not terminal or not has_curses():
+        if terminal and not arguments.plain and arguments.prompt is None:
+            print("This Python has no curses, so here is the plain mode (Windows: pip install windows-curses).", file=sys.stderr)
+        interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
+        return run_plain(state, arguments.prompt, interactive)
+    return run(*(start_model(state) if state.settings.model_path else cmd_models(state, "")))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
