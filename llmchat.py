@@ -89,8 +89,7 @@ COLORS = {
     "warn":    (221, -1, 3, -1, ""),
     "error":   (203, -1, 1, -1, "b"),
     "frame":   (28, -1, 2, -1, ""),
-    "title":   (83, -1, 2, -1, "b"),
-    "focus":   (16, 34, 0, 2, "b"),        # title of the pane that the scroll keys move
+    "title":   (83, -1, 2, -1, "b"),       # … of the pane that the scroll keys move, and of lists
     "status":  (151, 22, 0, 2, ""),        # the bottom line
     "alert":   (230, 124, 7, 1, "b"),      # … when something needs you
     "bar":     (46, 22, 0, 2, "b"),        # progress bars in it
@@ -311,6 +310,7 @@ class State(NamedTuple):
     model: Optional[ModelInfo] = None
     chat: Chat = Chat()
     draft: Draft = Draft()
+    summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
     rows: int = 24
@@ -690,7 +690,10 @@ def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
 
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
-    return tuple(((row, entry.level),) for row in wrap(clean(entry.text), width))
+    """A line of the log; what is wrapped hangs by two columns."""
+    first, *more = wrap(clean(entry.text), width - 2)
+    rows = [" " + first] + ["   " + row for part in more for row in wrap_paragraph(part, max(1, width - 4))]
+    return tuple(((row, entry.level),) for row in rows)
 
 
 # -- where things are --
@@ -740,6 +743,18 @@ def chat_items(state: State, width: int) -> Items:
 
 def log_items(state: State, width: int) -> Items:
     return Items(len(state.log), lambda i: log_lines(state.log[i], width))
+
+
+def log_height(state: State, layout: Layout) -> int:
+    """Rows of the system pane that scroll: those under the summary and its rule."""
+    n = len(summary_lines(state, layout))
+    return max(1, layout.log_height - n - (n > 0))
+
+
+def summary_lines(state: State, layout: Layout) -> List[Line]:
+    """What stays above the log: machine and plan, in at most 40 % of the pane."""
+    lines = [line for entry in state.summary for line in log_lines(entry, layout.log_width)]
+    return lines[:layout.log_height * 2 // 5]
 
 
 def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
@@ -1800,12 +1815,14 @@ class LlamaEngine:
     def tokenize(self, text: str, special: bool) -> List[int]:
         """Tokens of a text; `special` = control tokens written in it count as such."""
         raw = text.encode("utf-8", "replace")
-        size = len(raw) + 2
-        tokens = (self.api.llama_token * size)()
-        n = self.api.llama_tokenize(self.vocab, raw, len(raw), tokens, size, False, special)
-        if n < 0:
-            raise ModelError("The tokenizer refused this text.")
-        return list(tokens[:n])
+        n, size = -(len(raw) + 2), 0
+        while n < 0:                      # too small an array: -n is the size it takes
+            if -n <= size or n == -2 ** 31:
+                raise ModelError("The tokenizer refused this text.")
+            size = -n
+            tokens = (self.api.llama_token * size)()
+            n = self.api.llama_tokenize(self.vocab, raw, len(raw), tokens, size, False, special)
+        return tokens[:n]
 
     def _continue_tokens(self, text: str, special: bool, first: bool) -> List[int]:
         """Tokens of a piece in the middle of a prompt: without the space that some vocabularies put before a text."""
@@ -1860,7 +1877,11 @@ class LlamaEngine:
         if status == 0:
             self.tokens += tokens
             return True
-        self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
+        # What an interrupted batch left behind goes; recurrent states can't be mended in part (llama.h), so all goes.
+        recurrent = self.api.llama_model_is_recurrent(self.model) or self.api.llama_model_is_hybrid(self.model)
+        if recurrent or not self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1):
+            self.api.llama_memory_clear(self.memory, True)
+            self.tokens = []
         if status == 2:
             return False
         raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
@@ -2023,8 +2044,9 @@ class EngineProcess:
             except ValueError:
                 continue
             if command.get("cmd") in ("stop", "quit"):
-                self.stopped = self.seen
-                self.stop.set()
+                with self.lock:
+                    self.stopped = self.seen
+                    self.stop.set()
             else:
                 self.seen = max(self.seen, command.get("id", 0))
             self.commands.put(command)
@@ -2051,8 +2073,9 @@ class EngineProcess:
 
     def perform(self, command: Dict[str, Any]) -> None:
         self.running = command.get("id", 0)
-        if self.running > self.stopped or command["cmd"] == "stop":
-            self.stop.clear()
+        with self.lock:                   # a stop counts for the requests that were sent before it, and no others
+            if self.running > self.stopped or command["cmd"] == "stop":
+                self.stop.clear()
         try:
             getattr(self, "on_" + command["cmd"])(command)
         except ModelError as error:
@@ -2084,11 +2107,14 @@ class EngineProcess:
 # What is on the disk: the user's data directory, the demo's model, and (below) the private environment that
 # --install makes for the engine. It must not know State or the terminal.
 
-DEMO_TEMPLATE = """{% for m in messages %}<|{{ m.role }}|>
+DEMO_TEMPLATE = """{% macro start(text) %}{% set q = text | lower %}<|assistant|>
+{% if 'code' in q or 'python' in q %}<|code|>{% elif 'emoji' in q or 'language' in q or 'unicode' in q %}<|languages|>{%
+elif 'long' in q or 'story' in q %}<|long|>{% elif 'key' in q or 'help' in q %}<|keys|>{% elif 'model' in q %}<|models|>{%
+else %}<|tour|>{% endif %}{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{
+start(messages[loop.index0 - 1].content) }}{{ m.content }}</s>
+{% else %}<|{{ m.role }}|>
 {{ m.content }}</s>
-{% endfor %}{% set q = messages[-1].content | lower %}{% if 'code' in q or 'python' in q %}<|code|>{% elif 'emoji' in q
- or 'language' in q or 'unicode' in q %}<|languages|>{% elif 'long' in q or 'story' in q %}<|long|>{% elif 'key' in q
- or 'help' in q %}<|keys|>{% elif 'model' in q %}<|models|>{% else %}<|tour|>{% endif %}"""
+{% endif %}{% endfor %}{{ start(messages[-1].content) }}"""
 
 DEMO_REPLIES = {
     "tour": """This is the llmchat demo. My sentences are fixed: a tiny model made for this tour recites them word by word through the real llama.cpp engine, so everything else you see is the real thing.
@@ -2263,57 +2289,42 @@ def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
     return tuple(sorted(found.values()))
 
 
-# -- --install --
+# -- --install: a private environment for the engine --
+# install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
+# as a child and stops it with an interrupt. A GPU toolkit is a row of GPU_BUILDS and in probe_gpu_tools().
 
 ENGINE_PACKAGE = "llama-cpp-python"
-PREBUILT_HINT = ("the project's own package, for a processor with AVX2, FMA, F16C and BMI2: "
-                 "pip install llama-cpp-python --extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu")
-INSTALL_BYTES = 1_500_000_000      # sources, object files and the finished environment together
-COMPILE_JOB_BYTES = 1_000_000_000  # what one C++ compiler at work may need
-GPU_BUILDS = (                     # the first one with both its tool and its device is used
+INSTALL_BYTES = 1_500_000_000         # sources, object files and the finished environment together
+COMPILE_JOB_BYTES = 1_000_000_000     # what one C++ compiler at work may need
+GPU_BUILDS = (                        # (name, CMake flag, its compiler, its device): the first with both is used
     ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "an NVIDIA GPU"),
     ("hip", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "an AMD GPU with ROCm's driver (/dev/kfd)"),
-    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)", "a GPU under /dev/dri"),
-)
+    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)", "a GPU under /dev/dri"))
 COMPILER_HINTS = {
-    "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++",
-    "pacman": "sudo pacman -S base-devel", "apk": "sudo apk add build-base linux-headers",
-    "termux": "pkg install clang cmake ninja python-numpy", "macos": "xcode-select --install",
-    "windows": "install Visual Studio Build Tools (visualstudio.microsoft.com/visual-cpp-build-tools)",
-    "": "install your system's C++ compiler",
-}
-FAILURE_HINTS = (
+    "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
+    "apk": "sudo apk add build-base linux-headers", "termux": "pkg install clang cmake ninja python-numpy",
+    "macos": "xcode-select --install", "windows": "install Visual Studio Build Tools with C++",
+    "": "install your system's C++ compiler"}
+FAILURE_HINTS = (                     # (in pip's output, what to do)
     (r"No space left", "The disk is full: free 1.5 GB."),
     (r"name resolution|getaddrinfo|NewConnectionError|unreachable|Connection (refused|reset)|timed out|SSLError",
      "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
-    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."),
-    (r"status -4", "The package is for a newer processor: set PIP_NO_BINARY=%s to compile it." % ENGINE_PACKAGE),
-)
-# pip -v shows how far compiling is, but this too.
-PIP_NOISE = r"\s*(Link requires|Skipping link|Found link|changing mode|Created temporary|creating |copying |adding )"
-# An empty package with the right path keeps out the real __init__, whose numpy refuses some old processors.
-CHECK_ENGINE = """import importlib.util, sys, types
-path = importlib.util.find_spec("llama_cpp").submodule_search_locations
-sys.modules["llama_cpp"] = types.ModuleType("llama_cpp")
-sys.modules["llama_cpp"].__path__ = path
-import llama_cpp.llama_cpp as c
-c.llama_backend_init()
-print(c.llama_print_system_info().decode())"""
+    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."))
 
 
 class InstallProbe(NamedTuple):
-    platform: str = ""               # a key of COMPILER_HINTS
-    machine: str = ""                # as in platform.machine()
-    has_venv: bool = True            # venv and ensurepip; Debian packs them apart from Python
-    uv_path: str = ""
+    """What --install has to know of this machine."""
+    platform: str = ""                # a key of COMPILER_HINTS
+    machine: str = ""                 # as platform.machine()
+    has_venv: bool = True             # venv and ensurepip; Debian packs them apart from Python
     compiler_path: str = ""
     user_cmake_args: str = ""
-    gpu_tools: Tuple[str, ...] = ()  # names from GPU_BUILDS, as are gpus
-    gpus: Tuple[str, ...] = ()
+    gpu_tools: Tuple[str, ...] = ()   # names of GPU_BUILDS whose compiler is here
+    gpus: Tuple[str, ...] = ()        # … whose device is here
     free_disk_bytes: int = 0
-    memory_bytes: int = 0            # all of it, used or not; 0: unknown
+    memory_bytes: int = 0             # 0 = unknown
     n_cpus: int = 1
 
 
@@ -2328,51 +2339,48 @@ def data_dir() -> str:
 
 
 def engine_python() -> str:
-    """Path of a Python that can run the engine: this one, else the private one, else ""."""
+    """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
     from importlib.machinery import PathFinder
     spec = PathFinder.find_spec("llama_cpp")
-    if spec and spec.has_location:  # a mere folder of that name is found too, without a location
+    if spec and spec.has_location:        # a mere folder of that name is found too, without a location
         return sys.executable
-    engine_dir = os.path.join(data_dir(), "engine")
-    return env_python(engine_dir) if is_env_complete(engine_dir) else ""
+    folder = os.path.join(data_dir(), "engine")
+    return env_python(folder) if is_env_complete(folder) else ""
 
 
-def env_python(env_dir: str) -> str:
-    return os.path.join(env_dir, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+def env_python(folder: str) -> str:
+    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
 
 
-def is_env_complete(env_dir: str) -> bool:
+def is_env_complete(folder: str) -> bool:
     import glob
-    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", "python*")
-    # After a system upgrade bin/python leads to another version, which doesn't see the packages of the old one.
-    version = os.path.basename(os.path.realpath(env_python(env_dir)))
-    if version.startswith("python3."):
-        lib = os.path.join("lib", version)
-    found = glob.glob(os.path.join(glob.escape(env_dir), lib, "site-packages", "llama_cpp"))
-    return bool(found) and os.path.exists(env_python(env_dir))
+    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
+    version = os.path.basename(os.path.realpath(env_python(folder)))
+    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
+    return os.path.exists(env_python(folder)) and bool(glob.glob(os.path.join(glob.escape(folder), lib, "site-packages", "llama_cpp")))
 
 
 def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...], Dict[str, str]]:
-    """(problems that stop it, notes for the user, variables to set for the build)."""
+    """(problems that stop it, notes for the user, environment variables for the build). Pure."""
     problems, notes = [], []
-    if not probe.has_venv and not probe.uv_path:
-        hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install its package, or uv"
-        problems.append("Python's venv module is missing: %s, then install again." % hint)
+    if not probe.has_venv:
+        hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install your system's package of it"
+        problems.append("Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % hint)
     if probe.free_disk_bytes < INSTALL_BYTES:
         problems.append("Installing needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
-    # Not a problem, as pip's settings (an extra index, a wheel folder) may lead to a ready-made package, which only
-    # pip can tell. install_argv() then lets pip look for nothing else, so that it answers in seconds.
     if not probe.compiler_path:
-        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for exactly this "
-                     "processor: %s. Or take %s" % (COMPILER_HINTS[probe.platform], PREBUILT_HINT))
-    gpu_flag, gpu_notes = plan_gpu(probe)
-    variables = {"CMAKE_ARGS": gpu_flag} if gpu_flag else {}
+        # No problem yet: pip's settings may lead to a ready-made package. pip is told to look for nothing else.
+        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for exactly this processor: "
+                     "%s. Or take a prebuilt wheel of llama-cpp-python (its README says from where; it needs AVX2, FMA, "
+                     "F16C and BMI2)." % COMPILER_HINTS[probe.platform])
+    flag, gpu_notes = plan_gpu_build(probe)
+    variables = {"CMAKE_ARGS": flag} if flag else {}
     if 0 < probe.memory_bytes < probe.n_cpus * COMPILE_JOB_BYTES:
         variables["CMAKE_BUILD_PARALLEL_LEVEL"] = str(max(1, probe.memory_bytes // COMPILE_JOB_BYTES))
     return tuple(problems), tuple(notes + gpu_notes), variables
 
 
-def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str]]:
+def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
     """(CMake's flag or "", notes). The user's own CMAKE_ARGS always win."""
     if probe.user_cmake_args:
         return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args]
@@ -2380,17 +2388,17 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str]]:
         return "", ["Metal, which runs models on this Mac's GPU, is on by default."]
     notes = []
     for name, flag, tool, device in GPU_BUILDS:
-        if name in probe.gpu_tools and name in probe.gpus:
+        has_tool, has_device = name in probe.gpu_tools, name in probe.gpus
+        if has_tool and has_device:
             return flag, notes + ["Found %s and %s: what is compiled will use it." % (tool, device)]
-        if name in probe.gpu_tools:
-            notes.append("Found %s but not %s, so it isn't used." % (tool, device))
-        elif name in probe.gpus and name != "vulkan":  # nearly every desktop has a device for that
-            notes.append("Found %s but not %s, so it isn't used." % (device, tool))
+        if has_tool or has_device and name != "vulkan":    # nearly every desktop has a device for Vulkan
+            notes.append("Found %s but not %s, so it isn't used." % ((tool, device) if has_tool else (device, tool)))
     return "", notes
 
 
 def probe_install() -> InstallProbe:
-    import platform, shutil
+    import platform
+    import shutil
     from importlib.util import find_spec
     system = {"win32": "windows", "darwin": "macos"}.get(sys.platform, "")
     if "com.termux" in os.environ.get("PREFIX", ""):
@@ -2399,37 +2407,35 @@ def probe_install() -> InstallProbe:
     existing = data_dir()
     while not os.path.isdir(existing):
         existing = os.path.dirname(existing)
-    has_sysconf = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if has_sysconf else 0
     return InstallProbe(
-        system, platform.machine(), bool(find_spec("venv") and find_spec("ensurepip")), shutil.which("uv") or "",
-        probe_compiler(system), os.environ.get("CMAKE_ARGS", ""), *probe_gpu_tools(),
-        shutil.disk_usage(existing).free, memory_bytes, os.cpu_count() or 1)
+        system, platform.machine(), bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system),
+        os.environ.get("CMAKE_ARGS", ""), *probe_gpu_tools(), shutil.disk_usage(existing).free,
+        probe_hardware().ram_total_bytes, os.cpu_count() or 1)
 
 
 def probe_compiler(system: str) -> str:
-    import shutil, subprocess
-    # A new Mac's /usr/bin/c++ only opens a dialog that offers the real one.
+    import shutil
+    import subprocess
     if system == "macos" and subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL):
-        return ""
+        return ""                         # a new Mac's /usr/bin/c++ only offers to get the real one
     if system == "termux" and not (shutil.which("cmake") and shutil.which("ninja")):
-        return ""  # PyPI has neither for Android, so pip can't fetch them for the build
+        return ""                         # PyPI has neither for Android, so pip can't fetch them
     locator = os.path.expandvars(r"%ProgramFiles(x86)%\Microsoft Visual Studio\Installer\vswhere.exe")
-    if system == "windows" and os.path.exists(locator):  # as Visual Studio keeps cl.exe off the PATH
+    if system == "windows" and os.path.exists(locator):    # Visual Studio keeps cl.exe off the PATH
         return locator
     names = os.environ.get("CXX", "").split()[:1] + ["c++", "g++", "clang++", "cl"]
     return next(filter(None, map(shutil.which, names)), "")
 
 
 def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
-    """(names whose tool is here, names whose device is here)."""
-    import glob, shutil
+    """(names of GPU_BUILDS whose tool is here, names whose device is here)."""
+    import glob
+    import shutil
     roots = [root for root in ("/usr", "/usr/local", os.environ.get("VULKAN_SDK")) if root]
-    # ggml's Vulkan build wants SPIRV-Headers too, which distributions pack apart.
-    has_headers = all(any(glob.glob(root + path) for root in roots)
-                      for path in ("/include/vulkan", "/*/cmake/SPIRV-Headers"))
-    tools = {"cuda": shutil.which("nvcc"), "hip": shutil.which("hipcc"), "vulkan": has_headers and shutil.which("glslc")}
-    gpus = {"cuda": glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"),  # the latter on Windows and WSL
+    # ggml's Vulkan build wants SPIRV-Headers too, which distributions pack apart
+    headers = all(any(glob.glob(root + path) for root in roots) for path in ("/include/vulkan", "/*/cmake/SPIRV-Headers"))
+    tools = {"cuda": shutil.which("nvcc"), "hip": shutil.which("hipcc"), "vulkan": headers and shutil.which("glslc")}
+    gpus = {"cuda": glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"),    # the latter on Windows and WSL
             "hip": glob.glob("/dev/kfd"), "vulkan": glob.glob("/dev/dri/renderD*")}
     return tuple(filter(tools.get, tools)), tuple(filter(gpus.get, gpus))
 
@@ -2437,19 +2443,17 @@ def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
 def draw_spinner(text: str, elapsed_s: float = 0.0) -> None:
     """One line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
-    if not sys.stderr or not sys.stderr.isatty():
-        return
-    width = shutil.get_terminal_size().columns - 1
-    head = "%s %d:%02d  " % ("|/-\\"[int(elapsed_s * 5) % 4], elapsed_s // 60, elapsed_s % 60) if text else ""
-    sys.stderr.write("\r%s\r" % (head + text)[:width].ljust(width))
-    sys.stderr.flush()
+    if sys.stderr and sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        head = "%s %d:%02d  " % ("|/-\\"[int(elapsed_s * 5) % 4], elapsed_s // 60, elapsed_s % 60) if text else ""
+        print("\r%s\r" % (head + text)[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
 
 def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
     """Run a command in a process group of its own; interrupted, end the whole group. Raises RuntimeError."""
     import subprocess
-    # In our group the terminal's Ctrl-C would reach some of pip's children before us, and `kill` none of them.
-    group = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
+    # In our group the terminal's Ctrl-C would reach some of pip's children before us, and a kill none of them.
+    group: Dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **group)
     try:
@@ -2459,128 +2463,108 @@ def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
         end_group(child)
     if child.returncode:
         tail += [env.get("CMAKE_ARGS", ""), "%s: exit status %d" % (os.path.basename(argv[0]), child.returncode)]
-        raise RuntimeError(explain_failure(tail))
+        matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
+        hint = next((hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail))), "Mend what it names.")
+        raise RuntimeError("What matters of the above:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint))
 
 
-def follow_output(child, say: Any) -> List[str]:
+def follow_output(child: Any, say: Any) -> List[str]:
     """Say what matters of each line as it comes; returns the last lines. The spinner turns when 0.2 s bring none."""
-    import queue, threading, time
-    lines, tail, started_s, is_compiling = queue.Queue(), [], time.monotonic(), False
-
-    def pump() -> None:
-        with child.stdout:
-            for line in child.stdout:
-                lines.put(line.rstrip())
-
-    threading.Thread(target=pump, daemon=True).start()
+    import queue
+    import threading
+    import time
+    lines: Any = queue.Queue()
+    tail, began_s = ["starting"], time.monotonic()
+    threading.Thread(target=lambda: [lines.put(line.rstrip()) for line in child.stdout], daemon=True).start()
     while True:
         try:
-            line = lines.get(timeout=0.2)
+            line = short_pip_line(lines.get(timeout=0.2))
         except queue.Empty:
-            draw_spinner(tail[-1].strip() if tail else "starting", time.monotonic() - started_s)
+            draw_spinner(tail[-1].strip(), time.monotonic() - began_s)
             if child.poll() is None:
                 continue
-            return tail  # without waiting for the pipe's end, as a compiler daemon may hold it open
-        line, is_compiling, is_wanted = parse_pip_line(line, is_compiling)
+            return tail                   # without waiting for the pipe's end: a compiler daemon may hold it open
         tail = tail[-200:] + [line]
-        if is_wanted:
+        if line and (line[0] != " " or line.startswith("  [") or re.search("error[: ]|fatal", line)):
             draw_spinner("")
-            say(line)
+            say("%s  (%d:%02d)" % ((line,) + divmod(int(time.monotonic() - began_s), 60)) if line.startswith("  [") else line)
 
 
-def parse_pip_line(line: str, is_compiling: bool) -> Tuple[str, bool, bool]:
-    """(the line, shortened; whether pip is compiling after it; whether the user should see it)."""
-    import re
-    step = re.match(r"\s*(\[ *\d+(?:/\d+|%)\])", line)  # ninja's or make's, then a compiler's long command
+def short_pip_line(line: str) -> str:
+    """A compiler's long command as "  [35/193] ggml.c"; what else `pip -v` says of its own doings becomes ""."""
+    step = re.match(r"\s*(\[ *\d+(?:/\d+|%)\])", line)     # ninja's or make's
     if step:
         name = os.path.basename(line.split()[-1])
-        return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking"), True, True
-    if is_compiling and line[:1] in ("", " "):  # pip indents what the compiler says, and warnings are many
-        return line, True, bool(re.search(r"error[: ]|fatal", line))
-    return line, False, bool(line.strip()) and not re.match(PIP_NOISE, line)
+        return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking")
+    return "" if re.match(r"(Link requires|Skipping link|Found link|changing mode|Created temp|creating |copying |adding )", line) else line
 
 
-def end_group(child) -> None:
-    import contextlib, signal, subprocess, time
+def end_group(child: Any) -> None:
+    import signal
+    import subprocess
+    import time
     if child.poll() is None and sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
     elif child.poll() is None:
-        os.killpg(child.pid, signal.SIGTERM)  # first: ninja's compilers are in groups that only ninja can end
+        os.killpg(child.pid, signal.SIGTERM)    # first: ninja's compilers are in groups that only ninja can end
         time.sleep(0.5)
-        with contextlib.suppress(OSError):  # raised when all are gone
+        try:
             os.killpg(child.pid, signal.SIGKILL)
+        except OSError:
+            pass                          # all gone already
     child.wait()
 
 
-def explain_failure(tail: List[str]) -> str:
-    import re
-    matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
-    hints = (hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
-    return "What matters of the above:\n  %s\n%s Then install again." % (
-        "\n  ".join(matter), next(hints, "Mend what it names."))
-
-
-def install_argv(probe: InstallProbe, python: str, has_cmake_args: bool) -> List[str]:
-    # --prefer-binary is for numpy, whose newest version has no package for many an old system and compiles for an
-    # hour. It doesn't keep the engine itself from being compiled: the index has only its source.
-    argv = [python, "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
-    if not probe.has_venv:
-        argv = [probe.uv_path, "pip", "install", "--python", python]
-    if not probe.compiler_path:
-        argv += ["--only-binary", ENGINE_PACKAGE]
-    if has_cmake_args:  # pip's cache of what it compiled doesn't tell a build with GPU from one without
-        argv += ["--no-cache-dir"]
-    return argv + [ENGINE_PACKAGE]
-
-
-def make_env(env_dir: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
-    tmp_dir = os.path.join(env_dir, "tmp")
-    os.makedirs(tmp_dir)
+def make_env(folder: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
+    """A virtual environment with the engine in it, tried out. Raises OSError, RuntimeError."""
+    scratch = os.path.join(folder, "tmp")
+    os.makedirs(scratch)
     astray = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "__PYVENV_LAUNCHER__")
     env = dict(variables, **{name: value for name, value in os.environ.items() if name not in astray})
     env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    if sys.platform != "win32":  # where longer paths break the build; elsewhere /tmp may lie in scarce memory
-        env["TMPDIR"] = tmp_dir
-    argv = [sys.executable, "-m", "venv"]
-    if not probe.has_venv:
-        argv = [probe.uv_path, "venv", "--allow-existing", "--python", sys.executable]
-    if probe.platform == "termux":  # its own numpy, since PyPI has none for Android
-        argv += ["--system-site-packages"]
-    run_logged(argv + [env_dir], env, say)
-    run_logged(install_argv(probe, env_python(env_dir), "CMAKE_ARGS" in env), env, say)
-    run_logged([env_python(env_dir), "-c", CHECK_ENGINE], env, say)
-    remove_dir(tmp_dir)
+    if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
+        env["TMPDIR"] = scratch
+    termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
+    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
+    # It doesn't keep the engine from being compiled: PyPI has only its source.
+    pip = [env_python(folder), "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
+    pip += [] if probe.compiler_path else ["--only-binary", ENGINE_PACKAGE]
+    pip += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
+    run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
+    run_logged(pip + [ENGINE_PACKAGE], env, say)
+    run_logged([env_python(folder), os.path.abspath(__file__), "--check-engine"], env, say)
+    remove_folder(scratch)
 
 
-def swap_env(new_dir: str, engine_dir: str) -> None:
-    """Put the finished environment in place; there is never a half-made one. Raises OSError, the old one kept."""
-    old_dir = engine_dir + ".old"
-    if os.path.lexists(engine_dir):
-        os.rename(engine_dir, old_dir)
+def swap_env(new: str, place: str) -> None:
+    """Put the finished environment in place; a half-made one never stands there. Raises OSError, the old one kept."""
+    if os.path.lexists(place):
+        os.rename(place, place + ".old")
     try:
-        os.rename(new_dir, engine_dir)
+        os.rename(new, place)
     except OSError:
-        restore_env(engine_dir)
+        restore_env(place)
         raise
-    remove_dir(old_dir)
+    remove_folder(place + ".old")
 
 
-def restore_env(engine_dir: str) -> None:
-    if os.path.lexists(engine_dir + ".old") and not os.path.lexists(engine_dir):
-        os.rename(engine_dir + ".old", engine_dir)
+def restore_env(place: str) -> None:
+    if os.path.lexists(place + ".old") and not os.path.lexists(place):
+        os.rename(place + ".old", place)
 
 
-def remove_dir(path: str) -> None:
-    import shutil, time
-    for wait_s in (0, 0.2, 1):  # a process just killed may still finish its last write
+def remove_folder(path: str) -> None:
+    import shutil
+    import time
+    for wait_s in (0, 0.2, 1):            # a process just killed may still finish its last write
         time.sleep(wait_s)
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
             return
 
 
-def lock_install(parent: str):
-    """An open file, the lock while it is open; then removes what killed installs have left. RuntimeError: taken."""
+def lock_install(parent: str) -> Any:
+    """An open file, the lock while it is open; what killed installs have left is removed. RuntimeError: taken."""
     import glob
     lock = open(os.path.join(parent, "engine.lock"), "w")
     try:
@@ -2595,27 +2579,22 @@ def lock_install(parent: str):
         raise RuntimeError("Another install is at work in %s." % parent)
     restore_env(os.path.join(parent, "engine"))
     for path in glob.glob(os.path.join(glob.escape(parent), "engine.new-*")) + [os.path.join(parent, "engine.old")]:
-        remove_dir(path)
+        remove_folder(path)
     return lock
 
 
-def set_interrupts(handler) -> Dict:
-    """Let `handler` have Ctrl-C, kill and a closed terminal, unless ignored (nohup); returns the handlers before."""
-    import signal, threading
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    return {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
-
-
-def interrupt_once(number: int, frame: object) -> None:
+def interrupt_once(number: int, frame: Any) -> None:
     import signal
-    set_interrupts(signal.SIG_IGN)  # so that cleaning up isn't interrupted in turn
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):    # cleaning up must not be interrupted in turn
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def install_engine(say: Any) -> int:
-    """Make the private environment. 0: done, 1: failed (say has told why), 130: interrupted; then nothing changed."""
+    """Make the private environment; ends the process's Ctrl-C handling, so it is the last thing a process does.
+
+    0 = done, 1 = failed (say() has told why), 130 = interrupted; after these two nothing has changed."""
     import signal
     probe = probe_install()
     problems, notes, variables = plan_install(probe)
@@ -2623,15 +2602,15 @@ def install_engine(say: Any) -> int:
         say(line)
     if problems:
         return 1
-    # With the pid: what a killed install's pip may still write must not land in this one.
-    new_dir = os.path.join(data_dir(), "engine.new-%d" % os.getpid())
-    handlers = set_interrupts(interrupt_once)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:    # nohup
+            signal.signal(getattr(signal, name), interrupt_once)
+    new = os.path.join(data_dir(), "engine.new-%d" % os.getpid())    # a killed install's pip must not write into it
     try:
         os.makedirs(data_dir(), mode=0o700, exist_ok=True)
         with lock_install(data_dir()):
-            make_env(new_dir, probe, variables, say)
-            set_interrupts(signal.SIG_IGN)  # the rest takes an instant
-            swap_env(new_dir, os.path.join(data_dir(), "engine"))
+            make_env(new, probe, variables, say)
+            swap_env(new, os.path.join(data_dir(), "engine"))
     except KeyboardInterrupt:
         say("Installing was stopped; nothing has changed.")
         return 130
@@ -2639,9 +2618,7 @@ def install_engine(say: Any) -> int:
         say("Installing failed. %s" % error)
         return 1
     finally:
-        remove_dir(new_dir)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        remove_folder(new)
     say("The engine is installed.")
     return 0
 
@@ -2750,24 +2727,31 @@ def run_command(state: State, name: str, argument: str) -> Change:
 
 def cmd_help(state: State, argument: str) -> Change:
     """/help: keys and commands"""
-    return state._replace(dialog=None if state.dialog else Dialog("help", tuple(help_lines()))), ()
+    width = max(10, plan_layout(state).chat_width - 25)
+    rows = [row for left, right in help_rows() for row in help_lines(left, right, width)]
+    return state._replace(dialog=None if state.dialog else Dialog("help", tuple(rows))), ()
 
 
-def help_lines() -> Iterable[str]:
-    yield "COMMANDS"
+def help_lines(left: str, right: str, width: int) -> List[str]:
+    return ["%-21s %s" % ("  " + left if i == 0 else "", part) for i, part in enumerate(wrap(right, width))] if right else [left]
+
+
+def help_rows() -> Iterable[Tuple[str, str]]:
+    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning."""
+    yield "COMMANDS", ""
     for name in slash_commands():
         usage, _, meaning = command_help(name).partition(": ")
-        yield "  %-20s %s" % (usage, meaning)
+        yield usage, meaning
     for title, table, prefix in (("KEYS", KEYS, "cmd_"), ("IN THE INPUT BOX", EDIT_KEYS, "edit_")):
-        yield ""
-        yield title
+        yield "", ""
+        yield title, ""
         keys: Dict[str, List[str]] = {}
         for key, name in table.items():
             keys.setdefault(name, []).append(key)
         for name, names in keys.items():
             meaning = (globals()[prefix + name].__doc__ or "").split("\n")[0]
             meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
-            yield "  %-20s %s" % (" ".join(key.title() for key in names[:2]), meaning)
+            yield ", ".join(key.title() for key in names[:2]), meaning
 
 
 def cmd_new(state: State, argument: str) -> Change:
@@ -2944,7 +2928,7 @@ def cmd_redraw(state: State, argument: str) -> Change:
 def scroll_pane(state: State, by: int, page: bool = False) -> State:
     layout = plan_layout(state)
     if state.focus == "system" and layout.log_width:
-        items, height = log_items(state, layout.log_width), layout.log_height
+        items, height = log_items(state, layout.log_width), log_height(state, layout)
         step = by * max(1, height - 1) if page else by
         return state._replace(log_scroll=move_scroll(items, state.log_scroll, step, height))
     items, height = chat_items(state, layout.chat_width), layout.chat_height
@@ -3014,6 +2998,9 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
     low = text.lower()
     level = "error" if "error" in low or "fail" in low or "abort" in low or "assert" in low else \
         "warn" if "warn" in low else "dim"
+    step = re.match(r" *\[ *(\d+)/(\d+)\]", text) if state.engine is Condition.INSTALLING else None
+    if step:                              # the compiler's steps, see short_pip_line
+        state = state._replace(progress=int(step.group(1)) / max(1, int(step.group(2))), doing="compiling")
     return add_log(state, LogLine(level, text)), ()
 
 
@@ -3031,6 +3018,7 @@ def cmd_install(state: State, argument: str) -> Change:
 
 
 def on_installed(state: State, event: Installed) -> Change:
+    state = state._replace(progress=0.0, doing="")
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
         return notice(state._replace(engine=Condition.MISSING), text + " /install tries again.", "error"), ()
@@ -3063,12 +3051,12 @@ def on_log(state: State, message: Dict[str, Any]) -> Change:
 
 
 def on_hardware(state: State, message: Dict[str, Any]) -> Change:
-    return add_log(state, *(LogLine("text", line) for line in message["lines"])), ()
+    return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()
 
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
-    return add_log(state, *(LogLine(style, line) for line in message["lines"])), ()
+    return state._replace(summary=state.summary + tuple(LogLine(style, line) for line in message["lines"])), ()
 
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
@@ -3265,12 +3253,12 @@ def view_top(state: State, layout: Layout, side: bool) -> Line:
     box = BOX[state.settings.unicode]
     def title(text: str, width: int, focused: bool) -> Line:
         text = take_cells(clean_row(text), max(0, width - 4))
-        label: Line = ((box["h"], "frame"), (" %s " % text, "focus" if focused else "title"))
+        label: Line = ((box["h"], "frame"), (" %s " % text, "title" if focused else "dim"))
         return label + ((box["h"] * (width - line_cells(label)), "frame"),)
     name = state.model.name if state.model else os.path.basename(state.settings.model_path)
     chat = "llmchat" + (" %s %s" % (box["dot"], name) if name else "")
     full = state.pane == "full"
-    line = ((box["tl"], "frame"),) + title("system" if full else chat, layout.chat_width, side and state.focus == "chat")
+    line = ((box["tl"], "frame"),) + title("system" if full else chat, layout.chat_width, not side or state.focus == "chat")
     if side:
         line += ((box["t"], "frame"),) + title("system", layout.log_width, state.focus == "system")
     return line + ((box["tr"], "frame"),)
@@ -3332,7 +3320,12 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
 
 
 def view_log(state: State, layout: Layout) -> Pane:
-    return pane_lines(log_items(state, layout.log_width), state.log_scroll, layout.log_height)
+    """The system pane: machine and plan, a rule, the log."""
+    top = summary_lines(state, layout)
+    if top:
+        top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
+    pane = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
+    return Pane((top + pane.lines)[:layout.log_height], pane.more)
 
 
 def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
@@ -3358,7 +3351,7 @@ def view_status(state: State) -> Line:
     if state.hint:
         return fit(((" " + clean_row(state.hint), "alert" if state.quit_asked else "status"),), width, "alert" if state.quit_asked else "status")
     left: Line = ((" " + state.engine.value, "alert" if state.engine in (Condition.DEAD, Condition.MISSING) else "status"),)
-    if state.engine is Condition.LOADING or state.engine is Condition.READING and state.doing:
+    if state.engine is Condition.LOADING or state.engine in (Condition.READING, Condition.INSTALLING) and state.doing:
         left += ((" ", "status"),) + view_bar(state, max(4, min(20, width // 5))) + ((" %d %%" % int(state.progress * 100), "status"),)
     if state.doing:
         left += ((dot + state.doing, "status"),)
@@ -3453,6 +3446,7 @@ class Screen:
         self.curses = curses
         self.encoding = getattr(locale, "nl_langinfo", lambda _: "utf-8")(getattr(locale, "CODESET", 0))
         self.unicode = self.encoding.lower().replace("-", "") == "utf8"
+        self.n_early = self._count_early()
         self.pending: List[Any] = []
         self.painted: List[Any] = []
         self.window = curses.initscr()
@@ -3463,6 +3457,16 @@ class Screen:
         self.window.nodelay(True)
         self._write("\x1b[?2004h")                 # bracketed paste on
         self.styles = self._styles()
+
+    @staticmethod
+    def _count_early() -> int:
+        """Bytes of whole lines typed before the window opened: there an LF was the Enter key (the terminal made it of CR)."""
+        if os.name == "nt":
+            return 0
+        import fcntl
+        import struct
+        import termios
+        return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
 
     def _write(self, text: str) -> None:
         os.write(1, text.encode("ascii"))
@@ -3528,7 +3532,8 @@ class Screen:
                 key = CURSES_KEYS.get(name) or ("f" + name[2:-1] if re.match(r"F\(\d+\)$", name) else "")
                 items += [(key,)] if key else []
             else:
-                items.append(item)
+                items.append("\r" if item == "\n" and self.n_early > 0 else item)
+                self.n_early -= len(item.encode("utf-8", "replace"))
 
     def draw(self, frame: Frame) -> None:
         """Paint the rows that changed."""
@@ -3652,6 +3657,22 @@ class Child:
             self.process.wait()
 
 
+# A script is compiled at each start; the engine's start takes the compiled form from Python's cache instead.
+ENGINE_BOOT = """import sys
+from importlib.machinery import SourceFileLoader
+sys.pycache_prefix, before = sys.argv[2], sys.pycache_prefix
+code = SourceFileLoader("llmchat", sys.argv[1]).get_code("llmchat")
+sys.pycache_prefix = before
+sys.modules["llmchat"] = module = type(sys)("llmchat")
+module.__file__ = sys.argv[1]
+exec(code, module.__dict__)
+module.EngineProcess().run()"""
+
+
+def engine_argv(python: str) -> List[str]:
+    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), os.path.join(data_dir(), "pycache")]
+
+
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
 
@@ -3686,7 +3707,7 @@ class Runner:
             return self.mailbox.post(EngineMissing())
         if self.settings.demo:
             write_demo_model()
-        self.engine = Child([python, os.path.abspath(__file__), "--engine"], self.on_engine_line,
+        self.engine = Child(engine_argv(python), self.on_engine_line,
                             lambda text: self.mailbox.post(EngineLogged(text)), self.on_engine_end)
 
     def on_engine_line(self, line: str) -> None:
@@ -3805,6 +3826,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
     add("--engine", action="store_true", help=argparse.SUPPRESS)
+    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
     for name in ("ctx", "threads", "max_tokens"):
@@ -3835,6 +3857,7 @@ class Plain:
     def __init__(self, state: State, quiet: bool) -> None:
         self.state, self.quiet, self.runner = state, quiet, Runner(state.settings)
         self.status, self.progress = 0, sys.stderr.isatty()
+        self.levels = ("warn",) if quiet else ("warn", "good", "text")
         self.clean_output = sys.stdout.isatty()
 
     def note(self, text: str) -> None:
@@ -3855,9 +3878,9 @@ class Plain:
         for turn in self.notices(now)[len(self.notices(before)):]:
             self.note(turn.text)
             self.status = 1 if turn.style == "error" else self.status
-        for line in now.log[len(before.log):]:
-            if line.level == "warn" or line.level in ("good", "text") and not self.quiet:
-                self.note(line.text)
+        new = now.summary[len(before.summary):] if not self.quiet else ()
+        for line in new + tuple(line for line in now.log[len(before.log):] if line.level in self.levels):
+            self.note(line.text)
         if self.progress and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
             print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
 
@@ -3989,6 +4012,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     if arguments.engine:
         EngineProcess().run()
+        return 0
+    if arguments.check_engine:
+        import_llama().llama_backend_init()
         return 0
     if arguments.install:
         return install_engine(lambda line: print(line, flush=True))
