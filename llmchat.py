@@ -3444,8 +3444,8 @@ class Screen:
         os.environ.setdefault("ESCDELAY", "25")    # milliseconds that curses waits after ESC for a sequence
         import curses
         self.curses = curses
-        self.encoding = getattr(locale, "nl_langinfo", lambda _: "utf-8")(getattr(locale, "CODESET", 0))
-        self.unicode = self.encoding.lower().replace("-", "") == "utf8"
+        codeset = locale.nl_langinfo(locale.CODESET) if hasattr(locale, "nl_langinfo") else "utf-8"
+        self.unicode = codeset.lower().replace("-", "") == "utf8"
         self.n_early = self._count_early()
         self.pending: List[Any] = []
         self.painted: List[Any] = []
@@ -3553,8 +3553,8 @@ class Screen:
     def _paint(self, y: int, line: Line) -> None:
         x = 0
         for text, style in line:
-            if not self.unicode and not text.isascii():
-                text = text.encode(self.encoding, "replace").decode(self.encoding)
+            if not self.unicode and not text.isascii():    # a question mark per cell, so that columns stay
+                text = "".join(char if char < "\x7f" else "?" * char_cells(char) for char in text)
             try:
                 self.window.addstr(y, x, text, self.styles[style])
             except self.curses.error:
