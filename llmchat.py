@@ -1347,9 +1347,10 @@ def model_size(header: Header) -> str:
 
 
 def model_summary(header: Header) -> str:
-    parts = ["%s %s %s" % (model_arch(header), model_size(header), model_quant(header)),
-             "%d layers" % model_layers(header), format_bytes(header.file_bytes)]
-    return ", ".join(parts + ["trained for {:,} tokens".format(model_context(header))] * bool(model_context(header)))
+    """One line: what kind of model it is, how large, how long its memory."""
+    kind = " ".join(filter(None, (model_arch(header), model_size(header), model_quant(header))))
+    trained = ", trained for {:,} tokens".format(model_context(header)) if model_context(header) else ""
+    return "%s: %s, %d layers, %s%s" % (model_name(header), kind, model_layers(header), format_bytes(header.file_bytes), trained)
 
 
 def check_text_generator(header: Header) -> None:
@@ -1729,7 +1730,7 @@ class LlamaEngine:
         hardware = probe_hardware()._replace(gpus=probe_gpus(self.api), llama_version=llama_version(self.api))
         plan = plan_load(header, hardware, wishes)
         self.emit("hardware", lines=describe_hardware(hardware))
-        self.emit("plan", lines=plan.lines, verdict=plan.verdict)
+        self.emit("plan", lines=(model_summary(header),) + plan.lines, verdict=plan.verdict)
         warm.start()
         self.close()
         self._percent = -1
@@ -3996,11 +3997,15 @@ def show_info(model: str) -> int:
     if model:
         try:
             header = read_gguf_header(model)
-            print("\n".join((model_name(header),) + plan_load(header, probe_hardware(), Wishes()).lines))
+            print("\n".join((model_summary(header),) + plan_load(header, probe_hardware(), Wishes()).lines))
         except ModelError as error:
             print(error)
             return 1
     return 0
+
+
+def run_window(state: State) -> int:
+    return run(*(start_model(state) if state.settings.model_path else cmd_models(state, "")))
 
 
 def has_curses() -> bool:
@@ -4009,7 +4014,12 @@ def has_curses() -> bool:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal and has_curses() and len(argv) < 2 and not "".join(argv).startswith("-"):
+        # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
+        return run_window(State(settings=Settings(os.path.expanduser("".join(argv) or MODEL))))
+    arguments = parse_arguments(argv)
     if arguments.engine:
         EngineProcess().run()
         return 0
@@ -4021,13 +4031,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.info:
         return show_info(os.path.expanduser(arguments.model))
     state = initial_state(arguments)
-    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if arguments.prompt is not None or arguments.plain or not terminal or not has_curses():
         if terminal and not arguments.plain and arguments.prompt is None:
             print("This Python has no curses, so here is the plain mode (Windows: pip install windows-curses).", file=sys.stderr)
         interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
         return run_plain(state, arguments.prompt, interactive)
-    return run(*(start_model(state) if state.settings.model_path else cmd_models(state, "")))
+    return run_window(state)
 
 
 if __name__ == "__main__":
