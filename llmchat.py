@@ -1705,7 +1705,8 @@ class LlamaEngine:
         self._log_text += text.decode("utf-8", "replace")
         *lines, self._log_text = self._log_text.split("\n")
         for line in filter(None, lines):
-            style = {3: "warn", 4: "error"}.get(self._log_level, "dim")
+            # after a stop llama.cpp warns of the batch that it gave up, which is as wanted
+            style = "dim" if self.stop.is_set() else {3: "warn", 4: "error"}.get(self._log_level, "dim")
             if style == "error":
                 self.errors = self.errors[-20:] + [line]
             self.emit("log", level=style, text=line)
@@ -2025,13 +2026,14 @@ class EngineProcess:
         self.commands: Any = queue.Queue()
         self.lock = threading.Lock()
         self.stop, self.engine = StopFlag(), None
-        self.seen = self.stopped = self.running = 0    # numbers of requests: last read, last stopped, current
+        self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
+        self.request = 0                  # the window's number for the running request
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
         with self.lock:
             try:
-                self.out.write(json.dumps(dict(fields, event=event, id=self.running)) + "\n")
+                self.out.write(json.dumps(dict(fields, event=event, id=self.request)) + "\n")
                 self.out.flush()
             except OSError:
                 os._exit(0)               # the window is gone
@@ -2044,15 +2046,16 @@ class EngineProcess:
                 command = json.loads(line)
             except ValueError:
                 continue
-            if command.get("cmd") in ("stop", "quit"):
-                with self.lock:
+            with self.lock:
+                if command.get("cmd") in ("stop", "quit"):
                     self.stopped = self.seen
                     self.stop.set()
-            else:
-                self.seen = max(self.seen, command.get("id", 0))
-            self.commands.put(command)
+                else:
+                    self.seen += 1
+            if command.get("cmd") != "stop":
+                self.commands.put((self.seen, command))
         self.stop.set()
-        self.commands.put({"cmd": "quit"})
+        self.commands.put((self.seen, {"cmd": "quit"}))
 
     def run(self) -> None:
         import signal
@@ -2067,16 +2070,18 @@ class EngineProcess:
         self.engine = LlamaEngine(api, self.emit, self.stop)
         self.emit("hello")
         while True:
-            command = self.commands.get()
+            number, command = self.commands.get()
             if command.get("cmd") == "quit":
                 os._exit(0)               # freeing gigabytes properly would only take time
-            self.perform(command)
+            self.perform(number, command)
 
-    def perform(self, command: Dict[str, Any]) -> None:
-        self.running = command.get("id", 0)
-        with self.lock:                   # a stop counts for the requests that were sent before it, and no others
-            if self.running > self.stopped or command["cmd"] == "stop":
+    def perform(self, number: int, command: Dict[str, Any]) -> None:
+        self.request = command.get("id", 0)
+        with self.lock:                   # a stop counts for the commands that came before it, and no others
+            if number > self.stopped:
                 self.stop.clear()
+            else:
+                self.stop.set()
         try:
             getattr(self, "on_" + command["cmd"])(command)
         except ModelError as error:
@@ -2085,9 +2090,6 @@ class EngineProcess:
             import traceback
             traceback.print_exc()
             self.emit("failed", during=command["cmd"], text="%s: %s (details are in the system pane)" % (type(error).__name__, error))
-
-    def on_stop(self, command: Dict[str, Any]) -> None:
-        pass                              # the reader thread has done it
 
     def on_info(self, command: Dict[str, Any]) -> None:
         api = self.engine.api
