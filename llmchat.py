@@ -443,7 +443,7 @@ def _pattern(name: str) -> Any:
     """Regular expressions, compiled when first used (compiling one costs as much as an import)."""
     return re.compile({
         # C0 and C1 controls, DEL, surrogates, bidirectional overrides and isolates, line separators
-        "unsafe": "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]",
+        "unsafe": "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]",
         # white space, one wide character (a line may break on either side of it), or a word
         "words": "[ \\t]+|[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
@@ -474,18 +474,23 @@ def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
     """One paragraph (no newline) in lines of at most `width` columns; its indentation is kept on every line."""
     if text.isascii() and len(text) <= width:
         return (text,)
-    indent = text[: len(text) - len(text.lstrip(" "))][: width // 2]
-    lines, line, used = [], "", 0
-    for word in _pattern("words").findall(text):
-        n = cells(word)
+    body = text.lstrip(" ")
+    indent = text[: len(text) - len(body)][: width // 2]
+    lines, line, used = [], indent, len(indent)
+    for word in _pattern("words").findall(body):
+        n, space = cells(word), word[0] == " "
         if used + n > width:
-            if word.isspace():
+            if space:
                 n = width + 1 - used    # the break swallows the space
-            elif line.strip():
-                lines.append(line.rstrip(" "))
+            else:
+                lines += [line.rstrip(" ")] if line.strip(" ") else []
                 line, used = indent, len(indent)
-            while used + n > width and not word.isspace():
-                head = take_cells(word, max(1, width - used)) or word[0]
+            while used + n > width and not space:
+                head = take_cells(word, width - used)
+                if not head and used:       # the indentation leaves no room
+                    line, used = "", 0
+                    continue
+                head = head or word[0]
                 lines.append(line + head)
                 word, line, used = word[len(head):], indent, len(indent)
                 n = cells(word)
@@ -529,7 +534,7 @@ def _word_end(draft: Draft, by: int) -> int:
 
 def _cut(draft: Draft, start: int, end: int, keep: bool = True) -> Draft:
     return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start,
-                          killed=draft.text[start:end] if keep else draft.killed)
+                          killed=draft.text[start:end] if keep and end > start else draft.killed)
 
 
 def _line_bounds(draft: Draft) -> Tuple[int, int]:
@@ -638,7 +643,7 @@ def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
     """The draft broken hard at `width` columns: (index of the first character, text) per row."""
     rows, start, used = [], 0, 0
     for i, char in enumerate(text):
-        n = 0 if char == "\n" else char_cells(char)
+        n = 0 if char == "\n" else char_cells(char if char.isprintable() else clean_row(char))
         if char == "\n" or used + n > width:
             rows.append((start, text[start:i]))
             start, used = (i + 1, 0) if char == "\n" else (i, 0)
@@ -659,7 +664,7 @@ def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
 
 def clean_row(text: str) -> str:
     """One row of the draft with control characters shown in one cell each."""
-    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " "))
+    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " ").replace("\n", " "))
 
 
 # -- turns and log lines as styled lines --
@@ -2234,12 +2239,14 @@ def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **me
         texts.append("<|%s|>" % name)
         kinds.append(3)
         for token in _script_tokens(reply, taken) if isinstance(reply, str) else reply:
-            if token not in texts[:259]:
-                texts.append(token.replace(" ", "\u2581"))
+            text = token.replace(" ", "\u2581")
+            if text in texts[259:]:
+                raise ValueError("llama.cpp wants different tokens, but %r comes twice" % token)
+            if text not in texts:         # else a byte
+                texts.append(text)
                 kinds.append(1)
-            after = len(texts) - 1 if token not in texts[:259] else texts.index(token)
-            follow.append((now, after))
-            now = after
+            follow.append((now, texts.index(text)))
+            now = texts.index(text)
         follow.append((now, 2))
     rows = [bits.getrandbits(width).to_bytes(width // 8, "little") for _ in texts]
     floats = lambda unit: [struct.pack("<8f", *(unit if byte >> k & 1 else -unit for k in range(8))) for byte in range(256)]
@@ -2478,7 +2485,11 @@ def follow_output(child: Any, say: Any) -> List[str]:
     import time
     lines: Any = queue.Queue()
     tail, began_s = ["starting"], time.monotonic()
-    threading.Thread(target=lambda: [lines.put(line.rstrip()) for line in child.stdout], daemon=True).start()
+    def pump() -> None:
+        with child.stdout:
+            for line in child.stdout:
+                lines.put(line.rstrip())
+    threading.Thread(target=pump, daemon=True).start()
     while True:
         try:
             line = short_pip_line(lines.get(timeout=0.2))
@@ -2736,7 +2747,12 @@ def cmd_help(state: State, argument: str) -> Change:
 
 
 def help_lines(left: str, right: str, width: int) -> List[str]:
-    return ["%-21s %s" % ("  " + left if i == 0 else "", part) for i, part in enumerate(wrap(right, width))] if right else [left]
+    rows = ["%-21s %s" % ("", part) for part in wrap(right, width)] if right else [left]
+    if right and len(left) < 20:
+        rows[0] = ("  " + left).ljust(22) + rows[0][22:]
+    elif right:
+        rows.insert(0, "  " + left)
+    return rows
 
 
 def help_rows() -> Iterable[Tuple[str, str]]:
@@ -2754,7 +2770,7 @@ def help_rows() -> Iterable[Tuple[str, str]]:
         for name, names in keys.items():
             meaning = (globals()[prefix + name].__doc__ or "").split("\n")[0]
             meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
-            yield ", ".join(key.title() for key in names[:2]), meaning
+            yield ", ".join(key.title() for key in names), meaning
 
 
 def cmd_new(state: State, argument: str) -> Change:
@@ -2872,12 +2888,20 @@ def cmd_stop(state: State, argument: str) -> Change:
         return state._replace(hint="Stopping the installation"), (StopInstall(),)
     if state.engine in (Condition.READING, Condition.WRITING):
         return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}),)
-    if state.chat.waiting:                # not sent yet: back into the input box
-        text = state.chat.turns[-1].text
-        chat = state.chat._replace(turns=state.chat.turns[:-1], waiting=False)
-        draft = state.draft if state.draft.text else state.draft._replace(text=text, cursor=len(text))
-        return state._replace(chat=chat, draft=draft), ()
+    if state.chat.waiting:
+        return take_back(state), ()
     return state._replace(chat_scroll=None, log_scroll=None), ()
+
+
+def take_back(state: State) -> State:
+    """A message without a word of an answer goes back into the input box (if that is empty), to be changed or sent again."""
+    chat = state.chat._replace(waiting=False, reply=None)
+    if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
+        return state._replace(chat=chat)
+    asked = max(i for i, turn in enumerate(chat.turns) if turn.role == "user")
+    text = chat.turns[asked].text
+    return state._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
+                          draft=state.draft._replace(text=text, cursor=len(text)))
 
 
 def cmd_interrupt(state: State, argument: str) -> Change:
@@ -2891,7 +2915,7 @@ def cmd_interrupt(state: State, argument: str) -> Change:
 
 def cmd_pane(state: State, argument: str) -> Change:
     """move the system pane: beside the chat, hidden, in front"""
-    wide = state.columns >= BESIDE_COLUMNS
+    wide = plan_layout(state._replace(pane="beside")).log_width > 0
     after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
     pane = after[state.pane]
     return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
@@ -3110,10 +3134,12 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
 
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
-    chat, engine = state.chat, Condition.READY if is_busy(state) else state.engine
-    if chat.reply is not None:
-        chat = chat._replace(turns=chat.turns + (Turn("assistant", chat.reply, note),), reply=None)
-    return state._replace(chat=chat, engine=engine, progress=0.0, doing="")
+    engine = Condition.READY if is_busy(state) else state.engine
+    state = state._replace(engine=engine, progress=0.0, doing="")
+    if not state.chat.reply:
+        return take_back(state)
+    turns = state.chat.turns + (Turn("assistant", state.chat.reply, note),)
+    return state._replace(chat=state.chat._replace(turns=turns, reply=None))
 
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
@@ -3121,24 +3147,13 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if message["during"] == "chat":
         return on_chat_failed(state, message["text"]), ()
     condition = Condition.MISSING if message["during"] == "start" else Condition.OFF
-    state = keep_waiting(state._replace(engine=condition, model=None, progress=0.0, doing=""))
+    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing=""))
     state = add_log(state, LogLine("error", message["text"]))
     return notice(state, message["text"], "error"), ()
 
 
 def on_chat_failed(state: State, text: str) -> State:
-    """The question goes back into the input box, so that it can be sent again."""
-    chat = state.chat
-    if chat.reply == "" and chat.turns and chat.turns[-1].role == "user":
-        question = chat.turns[-1].text
-        draft = state.draft if state.draft.text else state.draft._replace(text=question, cursor=len(question))
-        state = state._replace(draft=draft, chat=chat._replace(turns=chat.turns[:-1], reply=None))
     return notice(end_reply(state, "not finished"), text, "error")
-
-
-def keep_waiting(state: State) -> State:
-    """A message that never reached the engine goes back into the input box."""
-    return cmd_stop(state._replace(dialog=None), "")[0] if state.chat.waiting else state
 
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -3146,7 +3161,7 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
         return state, ()
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
-    state = keep_waiting(end_reply(state, "the engine stopped here"))._replace(engine=Condition.DEAD, model=None, n_used=0)
+    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
 
@@ -3155,8 +3170,8 @@ def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     """One sentence for people about how the engine ended."""
     code = event.code
     why = {-9: "kill", -6: "abort", -11: "segv", -10: "segv", -4: "ill",
-           0xC000001D: "ill", 0xC0000005: "segv", 0xC0000409: "abort", 3: "abort"}.get(code if code < 0 else code & 0xffffffff)
-    said = " Its last words: %s" % last_error if last_error else ""
+           0xC000001D: "ill", 0xC0000005: "segv", 0xC0000409: "abort"}.get(code if code < 0 else code & 0xffffffff)
+    said = " Its last words: %s." % last_error.rstrip(".") if last_error else ""
     if why == "kill":
         return ("The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
                 "or a smaller context (-c 2048).")
@@ -3340,7 +3355,7 @@ def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int
     mark = "❯ " if state.settings.unicode else "> "
     lines = [fit(((mark if i == 0 else "  ", "prompt"), (clean_row(text), "user")), width)
              for i, (_, text) in enumerate(rows[top:top + height], top)]
-    return lines, (row - top, column + 2)
+    return lines, (row - top, min(column + 2, width - 1))
 
 
 def view_bar(state: State, width: int) -> Line:
@@ -3380,7 +3395,8 @@ CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilitie
     "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "FIND": "home", "SELECT": "end",
     "kUP3": "alt-up", "kDN3": "alt-down", "kLFT3": "alt-left", "kRIT3": "alt-right", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
 }
-CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end"}    # ESC [ 1 ; modifier LETTER
+CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1": "home", "2": "insert",
+            "3": "del", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}    # ESC [ 1 ; modifier LETTER, ESC [ N ~
 PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
 
 
@@ -3420,17 +3436,17 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
     if text.startswith("\x1b[200~"):
         end = text.find("\x1b[201~")
         return (None, 0) if end < 0 else (Pasted(text[6:end].replace("\0", "")), end + 6)
-    if "\x1b[200~".startswith(text) and len(text) > 1:
-        return None, 0
-    found = re.match("\x1b\\[1;([2-8])([A-DHF])", text)
+    found = re.match("\x1b[\\[O](?:([1-8])~|(?:1;([2-8]))?([A-DHF]))", text)
     if found:
-        prefix = {"3": "alt-", "5": "ctrl-"}.get(found.group(1), "")
-        return Pressed(prefix + CSI_KEYS[found.group(2)]), found.end()
+        prefix = {"3": "alt-", "5": "ctrl-"}.get(found.group(2), "")
+        return Pressed(prefix + CSI_KEYS[found.group(1) or found.group(3)]), found.end()
     found = re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*[@-~]", text)
     if found:
         return None, found.end()          # a sequence we have no use for
     if len(items) == 1:
         return Pressed("esc"), 1
+    if re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*$", text):
+        return None, 0
     key = decode_key(items[1])
     return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
 
@@ -3452,6 +3468,7 @@ class Screen:
         self.n_early = self._count_early()
         self.pending: List[Any] = []
         self.painted: List[Any] = []
+        self._check_terminal()
         self.window = curses.initscr()
         curses.raw()
         curses.noecho()
@@ -3460,6 +3477,17 @@ class Screen:
         self.window.nodelay(True)
         self._write("\x1b[?2004h")                 # bracketed paste on
         self.styles = self._styles()
+
+    def _check_terminal(self) -> None:
+        """Raises OSError with a sentence when this terminal can't show a window."""
+        name = os.environ.get("TERM", "")
+        try:
+            self.curses.setupterm(fd=1)
+            able = os.name == "nt" or self.curses.tigetstr("cup")
+        except (self.curses.error, AttributeError):
+            able = os.name == "nt"        # windows-curses needs no terminfo
+        if not able:
+            raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % name)
 
     @staticmethod
     def _count_early() -> int:
@@ -3618,21 +3646,28 @@ class Child:
         self.silent = False               # its end is no news: somebody asked for it
         self.on_line, self.on_note, self.on_end = on_line, on_note, on_end
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **flags)
+        env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **flags)
         self.reader = threading.Thread(target=self._read, args=(self.process.stderr, self.on_note), daemon=True)
         self.reader.start()
-        threading.Thread(target=self._read_all, daemon=True).start()
+        self.ender = threading.Thread(target=self._read_all, daemon=True)
+        self.ender.start()
 
     def _read(self, pipe: Any, handle: Any) -> None:
-        for raw in pipe:
-            text = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
-            if text and not self.silent:
-                handle(text)
+        with pipe:
+            for raw in pipe:
+                text = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+                if text and not self.silent:
+                    handle(text)
 
     def _read_all(self) -> None:
         self._read(self.process.stdout, self.on_line)
         self.reader.join()
         code = self.process.wait()
+        try:
+            self.process.stdin.close()
+        except OSError:
+            pass                          # it died with something unread
         if not self.silent:
             self.on_end(code)
 
@@ -3641,8 +3676,8 @@ class Child:
         try:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
-        except OSError:
-            pass                          # it has died: on_end will say so
+        except (OSError, ValueError):
+            pass                          # it has died, or its pipe is closed after that: on_end says so
 
     def interrupt(self) -> None:
         import signal
@@ -3658,6 +3693,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.ender.join()
 
 
 # A script is compiled at each start; the engine's start takes the compiled form from Python's cache instead.
@@ -3757,9 +3793,8 @@ def watch_signals(mailbox: Mailbox) -> None:
         signal.signal(signal.SIGWINCH, lambda number, frame: mailbox.post(Resized(0, 0)))
 
 
-def run(state: State, effects: Tuple[Any, ...]) -> int:
+def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
     """The window, until somebody quits: wait, update, perform, draw. Returns the exit status."""
-    screen = Screen()
     runner = Runner(state.settings)
     try:
         columns, rows = screen.size()
@@ -3945,7 +3980,7 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
         if not state.settings.model_path:
             plain.note("Name a model: python3 llmchat.py MODEL.gguf (or --demo). Found here: %s"
                        % (", ".join(find_models(MODEL_FOLDERS)) or "none"))
-            return 2 if not interactive else 1
+            return 1
         plain.state, effects = start_model(state)
         for effect in effects:
             plain.runner.perform(effect)
@@ -4007,7 +4042,12 @@ def show_info(model: str) -> int:
 
 
 def run_window(state: State) -> int:
-    return run(*(start_model(state) if state.settings.model_path else cmd_models(state, "")))
+    try:
+        screen = Screen()
+    except OSError as error:
+        print("%s So here is the plain mode." % error, file=sys.stderr)
+        return run_plain(state, None, True)
+    return run(screen, *(start_model(state) if state.settings.model_path else cmd_models(state, "")))
 
 
 def has_curses() -> bool:
