@@ -697,7 +697,7 @@ def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     """A line of the log; what is wrapped hangs by two columns."""
     first, *more = wrap(clean(entry.text), width - 2)
-    rows = [" " + first] + ["   " + row for part in more for row in wrap_paragraph(part, max(1, width - 4))]
+    rows = [" " + first] + ["   " + row for row in wrap(" ".join(more), width - 4) if more]
     return tuple(((row, entry.level),) for row in rows)
 
 
@@ -3083,7 +3083,8 @@ def on_hardware(state: State, message: Dict[str, Any]) -> Change:
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
-    return state._replace(summary=state.summary + tuple(LogLine(style, line) for line in message["lines"])), ()
+    plan = tuple(LogLine(style, line) for line in message["lines"])
+    return state._replace(summary=plan + tuple(line for line in state.summary if line.level == "text")), ()
 
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
@@ -3916,7 +3917,7 @@ class Plain:
         for turn in self.notices(now)[len(self.notices(before)):]:
             self.note(turn.text)
             self.status = 1 if turn.style == "error" else self.status
-        new = now.summary[len(before.summary):] if not self.quiet else ()
+        new = tuple(line for line in now.summary if line not in before.summary) if not self.quiet else ()
         for line in new + tuple(line for line in now.log[len(before.log):] if line.level in self.levels):
             self.note(line.text)
         if self.progress and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
