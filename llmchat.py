@@ -70,6 +70,11 @@ REPEAT_LAST_N = 64                # how many of the last tokens the penalty look
 SEED = -1                         # the same seed gives the same answer; -1 = a new one each time
 MAX_TOKENS = 0                    # longest reply, in tokens; 0 = until the model is done
 
+READ_AHEAD = True                 # read the chat and what you type while you type, so that the answer begins at once
+READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing of so many seconds
+CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
+CHECKPOINT_MB = 256               # memory for going back in models that can't forget the last words (Qwen3.5, LFM2, Gemma)
+
 FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or "full"
 BESIDE_COLUMNS = 90               # windows narrower than this show one pane at a time (F2 switches)
@@ -264,6 +269,7 @@ class Chat(NamedTuple):
     reply: Optional[str] = None       # the reply in progress
     request: int = 0                  # number of the last request to the engine
     waiting: bool = False             # the last turn still has to be sent to the engine
+    forgotten: int = 0                # the model no longer sees the turns before this one
 
 
 class Draft(NamedTuple):
@@ -323,6 +329,8 @@ class State(NamedTuple):
     doing: str = ""                   # one short line about it
     speed: float = 0.0                # tokens/s of the running or last reply
     n_used: int = 0                   # tokens of the context in use
+    ahead: Any = None                 # what the engine was last asked to read ahead
+    ahead_left: str = ""              # how far it has come, "" = done
     hint: str = ""                    # for the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
@@ -740,9 +748,14 @@ class Items(NamedTuple):
 
 
 def chat_items(state: State, width: int) -> Items:
-    turns, reply, unicode = state.chat.turns, state.chat.reply, state.settings.unicode
+    (turns, reply, *_, forgotten), unicode = state.chat, state.settings.unicode
     def lines(i: int) -> Tuple[Line, ...]:
-        return turn_lines(turns[i], width, unicode) if i < len(turns) else reply_lines(reply or "", width, unicode)
+        shown = turn_lines(turns[i], width, unicode) if i < len(turns) else reply_lines(reply or "", width, unicode)
+        if i < forgotten:
+            shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
+        if i == forgotten - 1:
+            shown += ((("  the model no longer sees what is above"[:width], "warn"),), ())
+        return shown
     return Items(len(turns) + (reply is not None), lines)
 
 
@@ -1068,6 +1081,21 @@ def describe_hardware(hardware: Hardware) -> Tuple[str, ...]:
             "RAM  " + (ram if h.ram_total_bytes else "not known"),
             *(gpus or ["GPU  none that this llama.cpp can use"]),
             "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+
+
+def on_battery() -> bool:
+    """Whether the machine runs on its battery, as far as the system tells."""
+    if sys.platform == "win32":
+        import ctypes
+        status = ctypes.create_string_buffer(12)    # SYSTEM_POWER_STATUS; its first byte: 0 = no mains
+        return bool(ctypes.windll.kernel32.GetSystemPowerStatus(status)) and status.raw[0] == 0
+    if sys.platform == "darwin":
+        import subprocess
+        return b"Battery Power" in attempt(lambda: subprocess.check_output(["/usr/bin/pmset", "-g", "batt"], timeout=1), b"")
+    root = "/sys/class/power_supply"
+    supplies = attempt(lambda: os.listdir(root), [])
+    return any(read_text("%s/%s/status" % (root, name)).strip() == "Discharging" and
+               read_text("%s/%s/scope" % (root, name)).strip() != "Device" for name in supplies)    # not a mouse's
 
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
@@ -1671,6 +1699,14 @@ class ChatTemplate:
         return [piece for piece in found + [(text[at:], False)] if piece[0]]
 
 
+def common_prefix(a: List[int], b: List[int]) -> int:
+    """How many tokens two lists have in common at their beginnings."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
 def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
     """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
     tidy: List[Dict[str, str]] = []
@@ -1693,6 +1729,8 @@ class LlamaEngine:
         self.api, self.emit, self.stop = api, emit, stop
         self.model = self.context = self.template = None
         self.tokens: List[int] = []
+        self.checkpoints: List[Tuple[int, Any]] = []    # (how many tokens, the state of what can't be cut)
+        self.ahead: List[int] = []                # tokens to read while nothing else is to do
         self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
         self.errors: List[str] = []               # llama.cpp's last error lines
         self._callbacks = [api.llama_log_callback(self._on_log), api.llama_progress_callback(self._on_progress),
@@ -1765,13 +1803,16 @@ class LlamaEngine:
         params.n_ctx, params.n_batch, params.n_ubatch = plan.n_ctx, plan.n_ubatch, plan.n_ubatch
         params.n_threads = params.n_threads_batch = plan.n_threads
         params.n_seq_max, params.swa_full, params.no_perf = 1, False, True
-        params.abort_callback, params.abort_callback_data = self._callbacks[2], self.stop.address
+        self.recurrent = api.llama_model_is_recurrent(self.model) or api.llama_model_is_hybrid(self.model)
+        self.n_swa = api.llama_model_n_swa(self.model)
+        self.cuts_badly = bool(self.recurrent or self.n_swa)
+        if not self.recurrent:            # an interrupted batch would leave recurrent states half changed
+            params.abort_callback, params.abort_callback_data = self._callbacks[2], self.stop.address
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise ModelError(explain_load_failure(path, "\n".join(self.errors) or "failed to allocate", hardware))
         self.memory = api.llama_get_memory(self.context)
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
-        self.n_swa = api.llama_model_n_swa(self.model)
 
     def _make_template(self) -> None:
         from jinja2 import TemplateError
@@ -1789,7 +1830,7 @@ class LlamaEngine:
             self.emit("log", level="warn", text="The model's chat template is broken (%s); using ChatML." % error)
         first = self.tokenize("a", False)
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
-        self.tokens, self.replies = [], {}
+        self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -1841,10 +1882,14 @@ class LlamaEngine:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
     def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
-        """The whole chat as tokens: the template's markup, people's text (never markup), and replies as they were written."""
+        """The whole chat as tokens."""
+        return self.piece_tokens(self.template.pieces(tidy_messages(messages)))
+
+    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
+        """Pieces of a prompt as tokens: the template's markup, people's text (never markup), and replies as they were written."""
         tokens: List[int] = []
         joined = ""                       # markup and harmless text, tokenized in one go as the model was trained
-        for text, own in self.template.pieces(tidy_messages(messages)):
+        for text, own in pieces:
             reply = self.replies.get(text) if own else None
             if reply is None and not (own and self.tokenize(text, True) != self.tokenize(text, False)):
                 joined += text
@@ -1860,22 +1905,68 @@ class LlamaEngine:
 
     # -- reading and writing --
 
+    def _truncate(self, n_keep: int) -> None:
+        """Forget all but the first n_keep tokens. Where the memory can't be cut there (recurrent layers, sliding windows),
+        go back to the last checkpoint before, or to nothing: self.tokens says what is left."""
+        api = self.api
+        self.checkpoints = [c for c in self.checkpoints if c[0] <= n_keep]
+        if n_keep == len(self.tokens):
+            return
+        # a sliding window forgets: what is left must reach back far enough for the next token (llama.h, n_swa)
+        forgot = self.n_swa and api.llama_memory_seq_pos_min(self.memory, 0) > max(0, n_keep - self.n_swa)
+        if not forgot and api.llama_memory_seq_rm(self.memory, 0, n_keep, -1):
+            self.tokens = self.tokens[:n_keep]
+        elif not self._restore_checkpoint():
+            api.llama_memory_clear(self.memory, True)
+            self.tokens = []
+
+    def _save_checkpoint(self) -> None:
+        """Remember the part of the memory that can't be cut (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) as it is now."""
+        n, api = len(self.tokens), self.api
+        if not (self.cuts_badly and n) or any(at == n for at, _ in self.checkpoints):
+            return
+        import ctypes
+        size = api.llama_state_seq_get_size_ext(self.context, 0, 1)
+        data = (ctypes.c_uint8 * size)()
+        if size and api.llama_state_seq_get_data_ext(self.context, data, size, 0, 1) == size:
+            self.checkpoints.append((n, data))
+        while len(self.checkpoints) > 1 and sum(len(data) for _, data in self.checkpoints) > CHECKPOINT_MB << 20:
+            del self.checkpoints[0]
+
+    def _restore_checkpoint(self) -> bool:
+        """Go back to the newest checkpoint; False where there is none that works."""
+        api = self.api
+        while self.checkpoints:
+            n, data = self.checkpoints[-1]
+            if api.llama_state_seq_set_data_ext(self.context, data, len(data), 0, 1) and \
+                    api.llama_memory_seq_rm(self.memory, 0, n, -1):
+                self.tokens = self.tokens[:n]
+                return True
+            del self.checkpoints[-1]
+        return False
+
     def _keep_prefix(self, prompt: List[int]) -> int:
         """Drop from the KV cache what isn't a prefix of the prompt; returns how many tokens stay (at least one is left to read)."""
-        n_keep = 0
-        for ours, new in zip(self.tokens, prompt[:-1]):
-            if ours != new:
+        self._truncate(common_prefix(self.tokens, prompt[:-1]))
+        return len(self.tokens)
+
+    def _shift(self, prompt: List[int]) -> None:
+        """Where the prompt is what the cache holds less some tokens in the middle, move the rest instead of reading it again.
+
+        The moved entries were computed with the dropped text in view: only for a context that is full."""
+        start = common_prefix(self.tokens, prompt)
+        rest = prompt[start:start + 32]
+        if not rest or self.n_swa or not self.api.llama_memory_can_shift(self.memory):
+            return                        # sliding windows: 0.3.36 says it can and aborts (all layers in one of two caches)
+        for at in range(start + 1, len(self.tokens) - len(rest) + 1):
+            if self.tokens[at:at + len(rest)] == rest:
                 break
-            n_keep += 1
-        api = self.api
-        if n_keep < len(self.tokens):
-            # a sliding window forgets: what is left must reach back far enough for the next token (llama.h, n_swa)
-            forgot = self.n_swa and api.llama_memory_seq_pos_min(self.memory, 0) > max(0, n_keep - self.n_swa)
-            if forgot or not api.llama_memory_seq_rm(self.memory, 0, n_keep, -1):
-                api.llama_memory_clear(self.memory, True)
-                n_keep = 0
-        self.tokens = self.tokens[:n_keep]
-        return n_keep
+        else:
+            return
+        if self.api.llama_memory_seq_rm(self.memory, 0, start, at):
+            self.api.llama_memory_seq_add(self.memory, 0, at, -1, start - at)
+            self.tokens = self.tokens[:start] + self.tokens[at:]
+            self.checkpoints = []
 
     def _decode(self, tokens: List[int]) -> bool:
         """Read tokens (at most n_batch) into the KV cache; False when stopped. Raises ModelError."""
@@ -1884,29 +1975,63 @@ class LlamaEngine:
         if status == 0:
             self.tokens += tokens
             return True
-        # What an interrupted batch left behind goes; recurrent states can't be mended in part (llama.h), so all goes.
-        recurrent = self.api.llama_model_is_recurrent(self.model) or self.api.llama_model_is_hybrid(self.model)
-        if recurrent or not self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1):
-            self.api.llama_memory_clear(self.memory, True)
-            self.tokens = []
+        self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
         if status == 2:
             return False
         raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
 
-    def _read(self, prompt: List[int], n_reused: int) -> bool:
-        """Read the rest of the prompt with progress; False when stopped."""
+    def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
+        """Read the rest of the prompt in pieces of about half a second, with progress; False when stopped, or until() says so.
+
+        Recurrent layers can't be left in the middle of a piece, so there the pieces are short and the stop waits for their end."""
         import time
-        told = began = time.monotonic()
+        piece_s, size = 0.05 if self.recurrent else 0.4, min(16, self.n_batch)
+        start, began_s = len(self.tokens), time.monotonic()
+        told_s = began_s
+        self._save_checkpoint()           # to come back to when this turn is undone or edited
+        last = len(prompt) - 1 if self.cuts_badly else len(prompt)
         while len(self.tokens) < len(prompt):
-            now = time.monotonic()
-            if now - told > 0.1:
-                told = now
-                rate = (len(self.tokens) - n_reused) / (now - began)
-                self.emit("reading", done=len(self.tokens), total=len(prompt), rate=rate,
-                          left_s=(len(prompt) - len(self.tokens)) / rate)
-            if self.stop.is_set() or not self._decode(prompt[len(self.tokens):len(self.tokens) + self.n_batch]):
+            at, now_s = len(self.tokens), time.monotonic()
+            if at == last:
+                self._save_checkpoint()   # to come back to when the answer is to be another one
+            if now_s - told_s > 0.1:
+                told_s, rate = now_s, (at - start) / (now_s - began_s)
+                self.emit(event, done=at, total=len(prompt), rate=rate, left_s=(len(prompt) - at) / rate if rate else 0)
+            end = min(at + size, last if at < last else len(prompt))
+            if self.stop.is_set() or until and until() or not self._decode(prompt[at:end]):
                 return False
+            spent_s = max(1e-6, time.monotonic() - now_s)
+            size = max(1, min(self.n_batch, 4 * size, int((end - at) * piece_s / spent_s)))
         return True
+
+    # -- reading ahead --
+
+    def plan_ahead(self, messages: List[Dict[str, str]], draft: str) -> None:
+        """What is certain of the next prompt: the chat, the template's header, and the draft so far."""
+        from jinja2 import TemplateError
+        self.ahead = []
+        try:
+            pieces = self.template.pieces(tidy_messages(messages + [{"role": "user", "content": draft or "x"}]))
+        except TemplateError:
+            return                        # the template will say so when the message is sent
+        while pieces and not pieces[-1][1]:
+            pieces.pop()                  # what follows the user's text
+        if not draft and pieces:
+            pieces.pop()
+        ahead = self.piece_tokens(pieces)
+        self.ahead = ahead[:-1] if len(ahead) < self.n_ctx * 7 // 8 else []    # the last token may still grow
+
+    def read_ahead(self, until: Any) -> None:
+        """Read what plan_ahead() planned; stops at once when until() is true or the stop flag is set."""
+        ahead, self.ahead = self.ahead, []
+        kept = common_prefix(self.tokens, ahead)
+        if kept == len(ahead):
+            return
+        self._truncate(kept)
+        if self._read(ahead, "ahead", until):
+            self.emit("ahead", done=len(ahead), total=len(ahead), rate=0, left_s=0)
+        elif not self.stop.is_set():
+            self.ahead = ahead
 
     def make_sampler(self, s: Sampling) -> Any:
         """llama.cpp's sampler chain in its usual order (common/sampling.cpp); greedy at temperature 0. Free it."""
@@ -1932,28 +2057,65 @@ class LlamaEngine:
         messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo)."""
         import time
         began = time.monotonic()
-        prompt = self.prompt_tokens(messages)
+        all_messages = messages
+        messages, prompt = self._fit_messages(messages, 0)
+        if messages is not all_messages:
+            self._shift(prompt)
         if len(prompt) >= self.n_ctx:
-            raise ModelError("This chat is %s tokens long, but the model's context holds %s. Start a new one with /new, "
-                             "or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
+            raise ModelError("This message is too long: with the system prompt it takes %s tokens, but the model's context holds "
+                             "%s. Shorten it, or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
         n_reused = self._keep_prefix(prompt)
         self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
         reply = Reply(self, sampling, began, len(prompt) - n_reused, n_reused)
-        if not self._read(prompt, n_reused):
+        if not self._read(prompt):
             return reply.end("stopped")
         reply.read_s = time.monotonic() - began
         sampler = self.make_sampler(sampling)
         try:
             for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
                 self.api.llama_sampler_accept(sampler, token)
-            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s))
+            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s, messages))
         finally:
             self.api.llama_sampler_free(sampler)
             if reply.tokens:
                 self.replies[reply.text] = reply.tokens
 
-    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, tokens_per_s: float) -> str:
-        """Generate until something ends it; returns what: "end", "length", "context" or "stopped"."""
+    def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
+        """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
+
+        Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last message stay.
+        Emits "forgot" with the number of messages left out, and moves the KV cache accordingly."""
+        prompt = self.prompt_tokens(messages)
+        if len(prompt) + n_more < self.n_ctx:
+            return messages, prompt
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        turns = messages[len(head):]
+        starts = [i for i, m in enumerate(turns) if m["role"] == "user" and i] or [0]    # where the chat may begin anew
+        room, low, high = int(self.n_ctx * (1 - CONTEXT_FREE_SHARE)) - n_more, 0, len(starts) - 1
+        while low < high:                 # the first start that leaves enough room
+            middle = (low + high) // 2
+            fits = len(self.prompt_tokens(head + turns[starts[middle]:])) <= room
+            low, high = (low, middle) if fits else (middle + 1, high)
+        if starts[low]:
+            messages = head + turns[starts[low]:]
+            self.emit("forgot", n=starts[low])
+            prompt = self.prompt_tokens(messages)
+        return messages, prompt
+
+    def _make_room(self, messages: List[Dict[str, str]], reply: "Reply") -> List[Dict[str, str]]:
+        """The context is full in the middle of a reply: forget the oldest turns, then the beginning of the reply itself."""
+        written = reply.tokens[:-1]       # the last token isn't in the KV cache yet
+        messages, prompt = self._fit_messages(messages, len(written) + 1)
+        room = max(1, int(self.n_ctx * (1 - CONTEXT_FREE_SHARE)) - len(prompt))
+        if len(prompt) + len(written) + 1 >= self.n_ctx:
+            written = written[-room:]
+        self._shift(prompt + written)
+        self._keep_prefix(prompt + written + [0])
+        self._read(prompt + written)
+        return messages
+
+    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, tokens_per_s: float, messages: List[Dict[str, str]]) -> str:
+        """Generate until something ends it; returns what: "end", "length" or "stopped"."""
         import time
         sample, is_end = self.api.llama_sampler_sample, self.api.llama_vocab_is_eog
         while not self.stop.is_set():
@@ -1964,7 +2126,7 @@ class LlamaEngine:
             if len(reply.tokens) == max_tokens:
                 return "length"
             if len(self.tokens) >= self.n_ctx:
-                return "context"
+                messages = self._make_room(messages, reply)
             if not self._decode([token]):
                 break
             while tokens_per_s and not self.stop.is_set() and time.monotonic() < reply.first_s + len(reply.tokens) / tokens_per_s:
@@ -2017,8 +2179,8 @@ class Reply:
 
 # == 6. ENGINE PROCESS =============================================================================
 # `llmchat.py --engine`: the child that owns the engine. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "info" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
-# "reading" | "text" | "done" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
+# "ahead" | "info" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
+# "reading" | "text" | "done" | "ahead" | "forgot" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
 class EngineProcess:
@@ -2033,6 +2195,7 @@ class EngineProcess:
         self.stop, self.engine = StopFlag(), None
         self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
         self.request = 0                  # the window's number for the running request
+        self.resting = False              # no command is being performed
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
@@ -2057,8 +2220,10 @@ class EngineProcess:
                     self.stop.set()
                 else:
                     self.seen += 1
-            if command.get("cmd") != "stop":
-                self.commands.put((self.seen, command))
+                    if self.resting:      # reading ahead gives way to anything
+                        self.stop.set()
+                if command.get("cmd") != "stop":
+                    self.commands.put((self.seen, command))
         self.stop.set()
         self.commands.put((self.seen, {"cmd": "quit"}))
 
@@ -2075,10 +2240,31 @@ class EngineProcess:
         self.engine = LlamaEngine(api, self.emit, self.stop)
         self.emit("hello")
         while True:
-            number, command = self.commands.get()
+            number, command = self.next_command()
             if command.get("cmd") == "quit":
                 os._exit(0)               # freeing gigabytes properly would only take time
             self.perform(number, command)
+
+    def next_command(self) -> Tuple[int, Dict[str, Any]]:
+        """Wait for a command; meanwhile read ahead, in pieces that any command interrupts."""
+        import queue
+        try:
+            if self.engine.ahead and on_battery():
+                return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
+        except queue.Empty:
+            pass
+        while self.engine.ahead:
+            with self.lock:
+                if not self.commands.empty():
+                    break
+                self.stop.clear()
+                self.resting = True
+            try:
+                self.engine.read_ahead(lambda: not self.commands.empty())
+            except ModelError as error:
+                self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
+            self.resting = False
+        return self.commands.get()
 
     def perform(self, number: int, command: Dict[str, Any]) -> None:
         self.request = command.get("id", 0)
@@ -2105,7 +2291,12 @@ class EngineProcess:
     def on_load(self, command: Dict[str, Any]) -> None:
         self.engine.load(command["path"], Wishes(*command["wishes"]))
 
+    def on_ahead(self, command: Dict[str, Any]) -> None:
+        if self.engine.context:
+            self.engine.plan_ahead(command["messages"], command["draft"])
+
     def on_chat(self, command: Dict[str, Any]) -> None:
+        self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0))
@@ -2695,6 +2886,13 @@ def start_model(state: State) -> Change:
     return state, (StartEngine(), SendEngine(load))
 
 
+def chat_messages(state: State) -> List[Dict[str, str]]:
+    """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
+    system = state.settings.system_prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:] if t.role != "notice"]
+
+
 def ask_model(state: State) -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits."""
     chat = state.chat
@@ -2705,14 +2903,12 @@ def ask_model(state: State) -> Change:
         if state.engine in (Condition.OFF, Condition.DEAD):
             return cmd_models(state, "")
         return state, ()
-    system = state.settings.system_prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": t.role, "content": t.text} for t in chat.turns if t.role != "notice"]
+    messages = chat_messages(state)
     chat = chat._replace(waiting=False, reply="", request=chat.request + 1)
     request = {"cmd": "chat", "id": chat.request, "messages": messages, "sampling": list(state.settings.sampling)}
     if state.settings.demo:
         request["tokens_per_s"] = DEMO_TOKENS_PER_S
-    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0)
+    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="")
     return state, (SendEngine(request),)
 
 
@@ -2968,7 +3164,19 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 # curses, no files, no clock, never blocks. A new event: its type in section 2, an on_ function and a row in HANDLERS.
 
 def update(state: State, event: Any) -> Change:
-    return HANDLERS[type(event)](state, event)
+    state, effects = HANDLERS[type(event)](state, event)
+    return read_ahead(state, effects) if READ_AHEAD and state.engine is Condition.READY else (state, effects)
+
+
+def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
+    text = state.draft.text
+    draft = "" if text.startswith("/") else text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
+    ahead = (state.settings.system_prompt, state.chat.turns, state.chat.forgotten, draft)
+    if ahead == state.ahead:
+        return state, effects
+    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": draft}
+    return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
 
 
 def on_typed(state: State, event: Typed) -> Change:
@@ -3094,7 +3302,7 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"])
     state = add_log(state, LogLine("good", "Ready: %s, %s" % (model.name, model.description)))
-    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="")
+    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
 
 
@@ -3108,6 +3316,18 @@ def on_reading(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(progress=done / max(1, total), doing=doing), ()
 
 
+def on_ahead(state: State, message: Dict[str, Any]) -> Change:
+    done, total = message["done"], message["total"]
+    return state._replace(ahead_left="%s/%s" % (format(done, ","), format(total, ",")) if done < total else "", n_used=done), ()
+
+
+def on_forgot(state: State, message: Dict[str, Any]) -> Change:
+    """The context was full: the engine has left out the oldest turns."""
+    seen = [i for i, turn in enumerate(state.chat.turns) if turn.role != "notice" and i >= state.chat.forgotten]
+    forgotten = seen[message["n"]] if message["n"] < len(seen) else len(state.chat.turns)
+    return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
+
+
 def on_text(state: State, message: Dict[str, Any]) -> Change:
     if message["id"] != state.chat.request or state.chat.reply is None:
         return state, ()
@@ -3116,8 +3336,7 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
                           speed=message["rate"], n_used=message["n_used"], doing=""), ()
 
 
-REASONS = {"stopped": "stopped", "length": "cut at the token limit (/set max_tokens)",
-           "context": "the context is full: /new starts a new chat, -c N gives more room"}
+REASONS = {"stopped": "stopped", "length": "cut at the token limit (/set max_tokens)"}
 
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
@@ -3191,7 +3410,8 @@ HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed, Resized: on
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
             EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"hello": on_hello, "log": on_log, "hardware": on_hardware, "plan": on_plan, "loading": on_loading,
-                 "loaded": on_loaded, "reading": on_reading, "text": on_text, "done": on_done, "failed": on_failed}
+                 "loaded": on_loaded, "reading": on_reading, "text": on_text, "done": on_done, "failed": on_failed,
+                 "ahead": on_ahead, "forgot": on_forgot}
 
 
 # == 10. VIEW ======================================================================================
@@ -3376,7 +3596,9 @@ def view_status(state: State) -> Line:
         left += ((dot + state.doing, "status"),)
     if state.chat.waiting and state.engine is not Condition.READY:
         left += ((dot + "your message waits", "status"),)
-    if state.speed:
+    if state.ahead_left and state.engine is Condition.READY:
+        left += (("%sreading ahead %s" % (dot, state.ahead_left), "status"),)
+    elif state.speed:
         left += (("%s%.1f tokens/s" % (dot, state.speed), "status"),)
     right = "F1 help "
     if state.model:
