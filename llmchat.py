@@ -2736,6 +2736,10 @@ def make_env(folder: str, probe: InstallProbe, variables: Dict[str, str], say: A
     pip += [] if probe.compiler_path else ["--only-binary", ENGINE_PACKAGE]
     pip += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
     run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
+    try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
+        run_logged(pip[:4] + ["--upgrade", "pip"], env, say)
+    except RuntimeError:
+        say("pip could not be updated; going on with this one.")
     run_logged(pip + [ENGINE_PACKAGE], env, say)
     run_logged([env_python(folder), os.path.abspath(__file__), "--check-engine"], env, say)
     remove_folder(scratch)
