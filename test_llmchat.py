@@ -105,32 +105,43 @@ PACK_WHEELS = """if True:
 """
 
 
-def write_random_model(path, n_embd=64, n_layers=2, n_ff=128, **metadata):
-    """Seeded noise that heeds its whole context. Each character is a token, so that tests can count; a few pairs
-    are tokens too, which the model never writes as the tokenizer would."""
-    rng = random.Random(5)
+def write_random_model(path, arch="llama", **metadata):
+    """Seeded noise (F32) that heeds its whole context. Each character is a token, so that tests can count; a few pairs are
+    tokens too, which the model never writes as the tokenizer would. arch: "llama"; "lfm2", whose convolution states can't
+    be cut; "gemma3" with a sliding window of 32 tokens in five of six layers."""
+    rng, n_embd, n_layers, n_ff, n_head = random.Random(5), 64, {"llama": 2, "lfm2": 3, "gemma3": 6}[arch], 128, 4
     texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % n for n in range(256)] + ["<|im_start|>", "<|im_end|>", "\u2581"]
     texts += [chr(n) for n in range(97, 123)] + ["qx", "xq", "zq", "qz", "xz"]
     noise = lambda n, scale: array.array("f", (rng.gauss(0, scale) for _ in range(n))).tobytes()
-    ones = array.array("f", [1.0] * n_embd).tobytes()
-    output = noise(n_embd * len(texts), 1.0)
-    for token in (2, 260):                # the ends are never likely
-        output = output[:token * n_embd * 4] + bytes(n_embd * 4) + output[(token + 1) * n_embd * 4:]
-    tensors = [("token_embd.weight", (n_embd, len(texts)), noise(n_embd * len(texts), 1.0)),
-               ("output.weight", (n_embd, len(texts)), output), ("output_norm.weight", (n_embd,), ones)]
+    ones = lambda n: ((n,), array.array("f", [1.0] * n).tobytes())
+    matrix = lambda *shape: (shape, noise(shape[0] * shape[1], 0.2))
+    table = (n_embd, len(texts))
+    tensors = {"token_embd.weight": (table, noise(n_embd * len(texts), 1.0)),    # only letters are ever likely
+               "output.weight": (table, bytes(n_embd * 262 * 4) + noise(n_embd * (len(texts) - 262), 1.0)),
+               "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight": ones(n_embd)}
     for layer in range(n_layers):
-        sizes = {"attn_q": (n_embd, n_embd), "attn_k": (n_embd, n_embd), "attn_v": (n_embd, n_embd),
-                 "attn_output": (n_embd, n_embd), "ffn_gate": (n_embd, n_ff), "ffn_up": (n_embd, n_ff), "ffn_down": (n_ff, n_embd)}
-        tensors += [("blk.%d.%s.weight" % (layer, name), size, noise(size[0] * size[1], 0.2)) for name, size in sizes.items()]
-        tensors += [("blk.%d.%s_norm.weight" % (layer, name), (n_embd,), ones) for name in ("attn", "ffn")]
-    llmchat.write_gguf(path, dict({
-        "general.architecture": "llama", "general.name": "noise", "llama.context_length": 8192, "llama.block_count": n_layers,
-        "llama.embedding_length": n_embd, "llama.feed_forward_length": n_ff, "llama.attention.head_count": 4,
-        "llama.attention.head_count_kv": 4, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.vocab_size": len(texts),
+        block = {"attn_norm": ones(n_embd), "ffn_norm": ones(n_embd), "ffn_gate": matrix(n_embd, n_ff),
+                 "ffn_up": matrix(n_embd, n_ff), "ffn_down": matrix(n_ff, n_embd)}
+        if arch == "lfm2" and layer < 2:
+            block.update({"shortconv.conv": matrix(3, n_embd), "shortconv.in_proj": matrix(n_embd, 3 * n_embd), "shortconv.out_proj": matrix(n_embd, n_embd)})
+        else:
+            block.update((name, matrix(n_embd, n_embd)) for name in ("attn_q", "attn_k", "attn_v", "attn_output"))
+            block.update({"attn_q_norm": ones(n_embd // n_head), "attn_k_norm": ones(n_embd // n_head)} if arch != "llama" else {})
+        block.update({"post_attention_norm": ones(n_embd), "post_ffw_norm": ones(n_embd)} if arch == "gemma3" else {})
+        tensors.update(("blk.%d.%s.weight" % (layer, name), tensor) for name, tensor in block.items())
+    own = {"lfm2": {"lfm2.shortconv.l_cache": 3, "lfm2.attention.head_count_kv": [0, 0, n_head]},
+           "gemma3": {"gemma3.attention.sliding_window": 32, "gemma3.attention.key_length": 16, "gemma3.attention.value_length": 16}}
+    shape = {"context_length": 8192, "block_count": n_layers, "embedding_length": n_embd, "feed_forward_length": n_ff,
+             "attention.head_count": n_head, "attention.head_count_kv": n_head, "attention.layer_norm_rms_epsilon": 1e-5,
+             "vocab_size": len(texts)}
+    llmchat.write_gguf(path, dict(dict({
+        "general.architecture": arch, "general.name": "noise",
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts, "tokenizer.ggml.scores": [-float(n) for n in range(len(texts))],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [3, 3] + [1] * (len(texts) - 261),
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 260, "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False}, **metadata), tensors)
+        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False},
+        **{arch + "." + key: value for key, value in shape.items()}), **dict(own.get(arch, {}), **metadata)),
+        [(name, dims, raw) for name, (dims, raw) in tensors.items()])
 
 
 # -- helpers --
@@ -556,6 +567,146 @@ def bad_files():
         locked = write(talk)
         os.chmod(locked, 0)
         yield locked, "can't be read: Permission denied"
+
+
+REUSE = """
+import json, sys, llmchat
+api, greedy = llmchat.import_llama(), llmchat.Sampling(temperature=0, max_tokens=20)
+user = lambda text: {"role": "user", "content": text}
+assistant = lambda text: {"role": "assistant", "content": text}
+def engine(n_ctx=1024, like=None):
+    events = []
+    e = llmchat.LlamaEngine(api, lambda event, **fields: events.append((event, fields)), llmchat.StopFlag())
+    e.load(sys.argv[1], llmchat.Wishes(n_ctx=n_ctx, n_threads=1))
+    e.events, e.replies = events, dict(like.replies) if like else {}
+    return e
+def ask(e, messages, sampling=greedy):
+    del e.events[:]
+    e.chat(messages, sampling)
+    done = [fields for name, fields in e.events if name == "done"][0]
+    assert len(e.tokens) == api.llama_memory_seq_pos_max(e.memory, 0) + 1, "positions"
+    return "".join(fields["text"] for name, fields in e.events if name == "text"), done["n_read"], done["n_reused"]
+def logits(e):
+    return [api.llama_get_logits_ith(e.context, -1)[i] for i in range(api.llama_vocab_n_tokens(e.vocab))]
+"""
+
+
+def run_engines(model, code):
+    """What a script over REUSE prints, as JSON."""
+    done = subprocess.run([ENGINE, "-c", REUSE + code, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=ENV, timeout=LIMIT_S)
+    if done.returncode:
+        raise AssertionError(done.stderr[-3000:])
+    return json.loads(done.stdout)
+
+
+class CacheTest(unittest.TestCase):
+    """Whatever is kept of the KV cache, the reply is a fresh engine's: dense, with recurrent states, with a sliding window."""
+
+    def models(self):
+        for arch in ("llama", "lfm2", "gemma3"):
+            path = os.path.join(FOLDER, "noise-%s.gguf" % arch)
+            if not os.path.exists(path):
+                write_random_model(path, arch, **{"tokenizer.chat_template": llmchat.CHATML})
+            yield path
+
+    def test_next_turn_another_answer_edit_undo(self):
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                steps = run_engines(path, """if True:
+                    e, out = engine(), []
+                    def step(messages):
+                        text, n_read, n_reused = ask(e, messages)
+                        out.append([text == ask(engine(like=e), messages)[0], n_read, n_reused])
+                        return messages + [assistant(text)]
+                    one = step([user("abc def " * 12)])
+                    two = step(one + [user("ghi " * 9)])
+                    step(two[:-1])                          # another answer to the same question
+                    edited = step(one + [user("jkl mno st")])  # another question
+                    three = step(edited + [user("pqr")])
+                    step(edited[:-1])                       # the last turn undone, and answered again
+                    print(json.dumps(out))""")
+                self.assertEqual([same for same, _, _ in steps], [True] * 6)
+                new = [None, 36 + 14, 1, 10 + 14, 3 + 14, 1]   # what is new, and the markup around it
+                for (_, n_read, n_reused), expected in list(zip(steps, new))[1:]:
+                    self.assertGreater(n_reused, 50)
+                    self.assertLessEqual(n_read, expected + 40 if "lfm2" in path or "gemma3" in path else expected + 8)
+
+    def test_after_a_stop_and_reading_ahead(self):
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                out = run_engines(path, """if True:
+                    e = engine()
+                    text = ask(e, [user("abc " * 20)])[0]
+                    chat = [user("abc " * 20), assistant(text)]
+                    draft = "what is certain " * 12
+                    calls = []
+                    e.plan_ahead(chat, draft)
+                    planned = len(e.ahead)
+                    e.read_ahead(lambda: calls.append(1) or len(calls) > 1)    # a command comes in the middle
+                    first = len(e.tokens)
+                    e.read_ahead(lambda: False)
+                    whole = len(e.tokens)
+                    messages = chat + [user(draft + "the end")]
+                    text, n_read, n_reused = ask(e, messages)
+                    same = text == ask(engine(like=e), messages)[0]
+                    e.plan_ahead(chat, "quite different")
+                    e.read_ahead(lambda: False)
+                    text = ask(e, chat + [user("and sent as another")])[0]
+                    again = text == ask(engine(like=e), chat + [user("and sent as another")])[0]
+                    e.stop.set()
+                    e.chat(chat + [user("stopped " * 30)], greedy)
+                    e.stop.clear()
+                    text = ask(e, messages)[0]
+                    after = text == ask(engine(like=e), messages)[0]
+                    print(json.dumps([planned, first, whole, same, n_read, again, after]))""")
+                planned, first, whole, same, n_read, again, after = out
+                self.assertEqual((whole, same, again, after), (planned, True, True, True), out)
+                self.assertLess(first, planned)
+                self.assertLess(n_read, 30)
+
+    def test_next_token_logits_are_a_fresh_engines(self):
+        """Nearly: another split into batches changes the last bits; a token less changes the logits by twenty times as much."""
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                near, wrong = run_engines(path, """if True:
+                    e, one = engine(), llmchat.Sampling(temperature=0, max_tokens=1)
+                    messages = [user("abc def ghi " * 10)]
+                    ask(e, messages + [assistant("x y z"), user("first")])
+                    ask(e, messages + [assistant("x y z"), user("second")], one)
+                    f = engine(like=e)
+                    ask(f, messages + [assistant("x y z"), user("second")], one)
+                    g = engine(like=e)
+                    ask(g, messages + [assistant("x y z"), user("secon")], one)
+                    far = lambda a, b: max(abs(x - y) for x, y in zip(logits(a), logits(b)))
+                    print(json.dumps([far(e, f), far(e, g)]))""")
+                self.assertLess(near, 0.05 * wrong)
+                self.assertGreater(wrong, 0.1)
+
+    def test_context_that_is_full(self):
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                out = run_engines(path, """if True:
+                    e, chat, out = engine(256), [{"role": "system", "content": "be brief"}], []
+                    for n in range(7):
+                        chat.append(user("turn %d " % n + "abc " * 6))
+                        text, n_read, n_reused = ask(e, chat)
+                        forgot = sum(fields["n"] for name, fields in e.events if name == "forgot")
+                        chat = chat[:1] + chat[1 + forgot:] + [assistant(text)]
+                        out.append([forgot, n_read, n_reused, len(e.tokens), e.tokens == e.prompt_tokens(chat[:-1]) + e.replies[text][:-1]])
+                    text = ask(e, chat[:1] + [user("go on")], llmchat.Sampling(temperature=0, max_tokens=600))[0]
+                    out.append(len(e.replies[text]))
+                    try:
+                        e.chat([user("abc " * 100)], greedy)
+                    except llmchat.ModelError as error:
+                        out.append(str(error))
+                    print(json.dumps(out))""")
+                turns, long, error = out[:-2], out[-2], out[-1]
+                self.assertTrue(any(forgot for forgot, *_ in turns), turns)
+                self.assertTrue(all(tokens <= 256 and exact for _, _, _, tokens, exact in turns), turns)
+                if "llama" in path:           # moved, not read again
+                    self.assertTrue(all(n_read < 60 for forgot, n_read, *_ in turns if forgot), turns)
+                self.assertEqual(long, 600)
+                self.assertRegex(error, "takes 4[0-9][0-9] tokens, but the model's context holds 256")
 
 
 class BadModelTest(unittest.TestCase):
