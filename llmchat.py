@@ -253,8 +253,9 @@ class Settings(NamedTuple):
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
     name: str
-    description: str                  # llama.cpp's, e.g. "llama 1B Q4_K - Medium"
+    description: str                  # one line, see model_summary
     n_ctx: int                        # tokens
+    path: str = ""
 
 
 class Turn(NamedTuple):
@@ -385,6 +386,7 @@ class ModelsFound(NamedTuple):
 
 class StartEngine(NamedTuple):
     """A fresh engine process in the place of the one that runs, if any."""
+    demo: bool = False                # write the demo's model first
 
 
 class SendEngine(NamedTuple):
@@ -683,21 +685,27 @@ def turn_lines(turn: Turn, width: int, unicode: bool = True) -> Tuple[Line, ...]
     if turn.role == "user":
         mark = "❯ " if unicode else "> "
         body = [((mark if i == 0 else "  ", "prompt"), (row, "user"))
-                for i, row in enumerate(wrap(clean(turn.text), width - 2))]
+                for i, row in enumerate(wrap(clean(turn.text), width - 3))]
     else:
         style = turn.style if turn.role == "notice" else "text"
-        body = [(("  ", style), (row, style)) for row in wrap(clean(turn.text), width - 2)] if turn.text else []
+        body = [(("  ", style), (row, style)) for row in wrap(clean(turn.text), width - 3)] if turn.text else []
     if turn.note:
-        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), width - 2)]
+        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), width - 3)]
     return tuple(body) + ((),)
+
+
+@lru_cache(maxsize=2)
+def reply_head(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
+    """Kept apart from turn_lines' cache, which would keep the lines of every stage of a growing reply."""
+    return turn_lines.__wrapped__(Turn("assistant", text), width, unicode)[:-1]
 
 
 def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
     """The reply in progress: what ends in a newline is cached, only the last paragraph is wrapped again."""
     done, _, last = text.rpartition("\n")
-    head = turn_lines(Turn("assistant", done), width, unicode)[:-1] if done else ()
+    head = reply_head(done, width, unicode) if done else ()
     cursor = "▌" if unicode else "_"
-    rows = wrap(clean(last) + cursor, width - 2)
+    rows = wrap(clean(last) + cursor, width - 3)
     return head + tuple((("  ", "text"), (row, "text")) for row in rows)
 
 
@@ -1376,6 +1384,8 @@ def model_size(header: Header) -> str:
     n_experts = number(header, ".expert_count")
     n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
     n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
+    if n_weights < 1e6:
+        return ""
     return "~%.1fB" % (n_weights / 1e9) if n_weights >= 95_000_000 else "~%dM" % (n_weights / 1e6)
 
 
@@ -1383,7 +1393,8 @@ def model_summary(header: Header) -> str:
     """One line: what kind of model it is, how large, how long its memory."""
     kind = " ".join(filter(None, (model_arch(header), model_size(header), model_quant(header))))
     trained = ", trained for {:,} tokens".format(model_context(header)) if model_context(header) else ""
-    return "%s: %s, %d layers, %s%s" % (model_name(header), kind, model_layers(header), format_bytes(header.file_bytes), trained)
+    layers = "%d layer%s" % (model_layers(header), "s" * (model_layers(header) != 1))
+    return "%s: %s, %s, %s%s" % (model_name(header), kind, layers, format_bytes(header.file_bytes), trained)
 
 
 def check_text_generator(header: Header) -> None:
@@ -1577,10 +1588,11 @@ def llama_version(api: Any) -> str:
 def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
     """A function of ggml, which llama_cpp doesn't declare; found in whichever shared library holds it."""
     import ctypes
-    folder = os.path.join(os.path.dirname(api.__file__), "lib")
-    for library in [api._lib] + [ctypes.CDLL(os.path.join(folder, n)) for n in sorted(os.listdir(folder)) if "ggml" in n]:
-        if hasattr(library, name):
-            function = getattr(library, name)
+    folder = os.path.dirname(api._lib._name)
+    names = [n for n in sorted(os.listdir(folder)) if re.search(r"ggml.*\.(so|dll|dylib)", n)]
+    for path in [api._lib._name] + [os.path.join(folder, n) for n in names]:
+        function = getattr(ctypes.CDLL(path), name, None)
+        if function:
             function.restype, function.argtypes = restype, argtypes
             return function
     raise AttributeError(name)
@@ -1640,7 +1652,9 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = self._tojson
         environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        self.template = environment.from_string(source)
+        # Hugging Face's {% generation %} marks what to train on; it means nothing here, and Jinja doesn't know it
+        source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+        self.template = environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
         self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
 
     @staticmethod
@@ -1666,6 +1680,8 @@ class ChatTemplate:
         """The prompt, and the messages as the template took them: when it refuses or drops a system message,
         that is put in front of the first user message (as llama.cpp and Hugging Face's cookbook do)."""
         from jinja2 import TemplateError
+        if not messages:
+            raise ModelError("There is nothing to answer.")
         if messages[0]["role"] != "system":
             return self.render(messages), messages
         try:
@@ -1687,10 +1703,16 @@ class ChatTemplate:
         into the text and the marks change what it does, the messages are searched in its output instead."""
         text, messages = self.render_any(messages)
         marked = self.render([dict(m, content=OPEN + m["content"] + CLOSE) for m in messages])
-        if marked.replace(OPEN, "").replace(CLOSE, "") == text:
-            parts = re.split("[%s%s]" % (OPEN, CLOSE), marked)
-            return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
-        found, at = [], 0
+        found: List[Tuple[str, bool]] = []
+        if marked.replace(OPEN, "").replace(CLOSE, "") == text and marked.count(CLOSE) == len(messages):
+            for part, message in zip(marked.split(CLOSE), messages + [{"content": ""}]):
+                markup, mark, own = part.rpartition(OPEN)
+                if not mark:              # the template cut the beginning (thinking): what is left ends the message
+                    n = len(os.path.commonprefix([own[::-1], message["content"][::-1]]))
+                    markup, own = own[:len(own) - n], own[len(own) - n:]
+                found += [(markup.replace(OPEN, ""), False), (own, True)]
+            return [piece for piece in found if piece[0]]
+        at = 0
         for body in (m["content"].strip() for m in messages):
             start = text.find(body, at) if body else -1
             if start >= 0:
@@ -1782,8 +1804,7 @@ class LlamaEngine:
         self._make_context(path, plan, hardware)
         warm.join()
         self._make_template()
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx,
-                  description=self._text(self.api.llama_model_desc, self.model))
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header))
 
     def _load_model(self, path: str, plan: Plan, hardware: Hardware) -> None:
         api, params = self.api, self.api.llama_model_default_params()
@@ -1815,19 +1836,19 @@ class LlamaEngine:
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
 
     def _make_template(self) -> None:
-        from jinja2 import TemplateError
         api = self.api
         token_text = lambda t: self.piece(t, True).decode("utf-8", "replace") if t >= 0 else ""
         special = (token_text(api.llama_vocab_bos(self.vocab)), token_text(api.llama_vocab_eos(self.vocab)))
         source = api.llama_model_chat_template(self.model, None)
         try:
             self.template = ChatTemplate(source.decode("utf-8", "replace") if source else CHATML, *special)
+            self.template.render([{"role": "user", "content": "Hello"}])
             if not source:
                 self.emit("log", level="warn", text="This model has no chat template; using ChatML. "
                           "If it answers oddly it is a base model: choose an instruct or chat one.")
-        except TemplateError as error:
+        except Exception as error:        # templates are programs: any error may come
             self.template = ChatTemplate(CHATML, *special)
-            self.emit("log", level="warn", text="The model's chat template is broken (%s); using ChatML." % error)
+            self.emit("log", level="warn", text="The model's chat template doesn't work (%s); using ChatML." % error)
         first = self.tokenize("a", False)
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
@@ -1841,13 +1862,6 @@ class LlamaEngine:
         self.model = self.context = None
 
     # -- text and tokens --
-
-    @staticmethod
-    def _text(function: Any, *args: Any) -> str:
-        import ctypes
-        buffer = ctypes.create_string_buffer(256)
-        function(*args, buffer, 256)
-        return buffer.value.decode("utf-8", "replace")
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of one token; control tokens have none unless `special`."""
@@ -2066,7 +2080,7 @@ class LlamaEngine:
                              "%s. Shorten it, or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
         n_reused = self._keep_prefix(prompt)
         self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
-        reply = Reply(self, sampling, began, len(prompt) - n_reused, n_reused)
+        reply = Reply(self, began, len(prompt) - n_reused, n_reused)
         if not self._read(prompt):
             return reply.end("stopped")
         reply.read_s = time.monotonic() - began
@@ -2077,6 +2091,8 @@ class LlamaEngine:
             reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s, messages))
         finally:
             self.api.llama_sampler_free(sampler)
+            if reply.unsent:              # it failed in mid-reply
+                reply.flush(time.monotonic())
             if reply.tokens:
                 self.replies[reply.text] = reply.tokens
 
@@ -2139,7 +2155,7 @@ class Reply:
 
     EMIT_S = 0.02                         # text is sent at most this often; slow models' tokens go out at once
 
-    def __init__(self, engine: LlamaEngine, sampling: Sampling, began_s: float, n_read: int, n_reused: int) -> None:
+    def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int) -> None:
         import codecs
         self.engine, self.began_s, self.n_read, self.n_reused = engine, began_s, n_read, n_reused
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -2178,7 +2194,7 @@ class Reply:
 
 
 # == 6. ENGINE PROCESS =============================================================================
-# `llmchat.py --engine`: the child that owns the engine. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
+# The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
 # "ahead" | "info" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
 # "reading" | "text" | "done" | "ahead" | "forgot" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
@@ -2276,7 +2292,7 @@ class EngineProcess:
         try:
             getattr(self, "on_" + command["cmd"])(command)
         except ModelError as error:
-            self.emit("failed", during=command["cmd"], text=str(error))
+            self.emit("failed", during=command["cmd"], text=str(error), kept=bool(self.engine.context))
         except Exception as error:
             import traceback
             traceback.print_exc()
@@ -2289,7 +2305,7 @@ class EngineProcess:
         self.emit("hardware", lines=describe_hardware(hardware) + ("llama.cpp  " + system,))
 
     def on_load(self, command: Dict[str, Any]) -> None:
-        self.engine.load(command["path"], Wishes(*command["wishes"]))
+        self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
         if self.engine.context:
@@ -2326,7 +2342,7 @@ Ask me for one of these:
 - keys: what the keys do
 - models: how to get a real model
 
-The pane on the right (F2 moves it) shows what the engine is doing. Press Ctrl-Q when you have seen enough.""",
+The system pane (F2 shows and hides it) tells what the engine is doing. Press Ctrl-Q when you have seen enough.""",
     "code": """Here is how to count words in Python. The sentences around it are as fixed as the code:
 
 ```python
@@ -2414,15 +2430,8 @@ def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tup
     os.replace(temporary, path)
 
 
-def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
-    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
-
-    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
-    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
-    replies: NAME -> a text, or a list of tokens, which must be all different ("<0xE2>" = a byte)."""
-    import random
-    import struct
-    width, bits = 128, random.Random(7)
+def _script_vocabulary(replies: Dict[str, Any]) -> Tuple[List[str], List[int], List[Tuple[int, int]]]:
+    """The tokens of a scripted model, their types, and (token, the token after it) for all of them."""
     texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]
     kinds, follow, taken = [2, 3, 3] + [6] * 256, [], set(texts)
     for name, reply in replies.items():
@@ -2439,6 +2448,19 @@ def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **me
             follow.append((now, texts.index(text)))
             now = texts.index(text)
         follow.append((now, 2))
+    return texts, kinds, follow
+
+
+def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
+    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
+
+    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
+    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
+    replies: NAME -> a text, or a list of tokens, which must be all different ("<0xE2>" = a byte)."""
+    import random
+    import struct
+    width, bits = 128, random.Random(7)
+    texts, kinds, follow = _script_vocabulary(replies)
     rows = [bits.getrandbits(width).to_bytes(width // 8, "little") for _ in texts]
     floats = lambda unit: [struct.pack("<8f", *(unit if byte >> k & 1 else -unit for k in range(8))) for byte in range(256)]
     whole, quarter = floats(1.0), floats(0.25)
@@ -2883,11 +2905,13 @@ def is_busy(state: State) -> bool:
 
 
 def start_model(state: State) -> Change:
-    """A fresh engine with the model of the settings."""
-    settings = state.settings
-    state = state._replace(engine=Condition.STARTING, model=None, progress=0.0, doing="", n_used=0, dialog=None)
-    load = {"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes)}
-    return state, (StartEngine(), SendEngine(load))
+    """Load the model of the settings, into a fresh engine if none is ready."""
+    settings, alive = state.settings, state.engine is Condition.READY
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes)})
+    state = state._replace(progress=0.0, doing="", speed=0.0, n_used=0, dialog=None)
+    if alive:                             # it looks at the file before it gives up the model it has
+        return state._replace(engine=Condition.LOADING), (load,)
+    return state._replace(engine=Condition.STARTING, model=None), (StartEngine(settings.demo), load)
 
 
 def chat_messages(state: State) -> List[Dict[str, str]]:
@@ -2906,7 +2930,7 @@ def ask_model(state: State) -> Change:
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine in (Condition.OFF, Condition.DEAD):
             return cmd_models(state, "")
-        return state, ()
+        return state._replace(dialog=Dialog("install")) if state.engine is Condition.MISSING else state, ()
     messages = chat_messages(state)
     chat = chat._replace(waiting=False, reply="", request=chat.request + 1)
     request = {"cmd": "chat", "id": chat.request, "messages": messages, "sampling": list(state.settings.sampling)}
@@ -2916,9 +2940,13 @@ def ask_model(state: State) -> Change:
     return state, (SendEngine(request),)
 
 
+def is_command(text: str) -> bool:
+    return text[:1] == "/" and text[:2] != "//" and "\n" not in text
+
+
 def submit(state: State, text: str) -> Change:
     """A line from the user: a /command, or a message for the model."""
-    if text.startswith("/") and not text.startswith("//") and "\n" not in text:
+    if is_command(text):
         name, _, argument = text[1:].partition(" ")
         return run_command(state, name, argument.strip())
     text = text[1:] if text.startswith("//") else text
@@ -2970,7 +2998,7 @@ def help_rows() -> Iterable[Tuple[str, str]]:
         for name, names in keys.items():
             meaning = (globals()[prefix + name].__doc__ or "").split("\n")[0]
             meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
-            yield ", ".join(key.title() for key in names), meaning
+            yield ", ".join(key.title().replace("Pgup", "PgUp").replace("Pgdn", "PgDn") for key in names), meaning
 
 
 def cmd_new(state: State, argument: str) -> Change:
@@ -2986,9 +3014,12 @@ def cmd_load(state: State, argument: str) -> Change:
         return state._replace(hint="Stop the reply first (Esc)"), ()
     if not argument and not state.settings.model_path:
         return cmd_models(state, "")
-    path = os.path.expanduser(argument.strip("'\"")) if argument else state.settings.model_path
+    path = argument.strip("'\"") or state.settings.model_path
     demo = state.settings.demo and not argument
-    return start_model(state._replace(settings=state.settings._replace(model_path=path, demo=demo)))
+    state = state._replace(settings=state.settings._replace(model_path=path, demo=demo))
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="It will be loaded when the engine is installed"), ()
+    return start_model(state)
 
 
 def cmd_models(state: State, argument: str) -> Change:
@@ -3046,6 +3077,14 @@ def cmd_stats(state: State, argument: str) -> Change:
         "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
 
 
+def cmd_install(state: State, argument: str) -> Change:
+    """/install: get the engine (llama-cpp-python), compiled for this machine"""
+    if is_busy(state) or state.engine is Condition.INSTALLING:
+        return state._replace(hint="It is being installed; Esc stops it" if not is_busy(state) else "Stop the reply first (Esc)"), ()
+    pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
+    return state._replace(dialog=None, engine=Condition.INSTALLING, pane=pane), (InstallEngine(),)
+
+
 def cmd_quit(state: State, argument: str) -> Change:
     """/quit: end the program"""
     return state, (Quit(),)
@@ -3056,7 +3095,7 @@ def cmd_send(state: State, argument: str) -> Change:
     text, draft = state.draft.text, state.draft
     if not text.strip():
         return state, ()
-    if (is_busy(state) or state.chat.waiting) and not text.startswith("/"):
+    if (is_busy(state) or state.chat.waiting) and not is_command(text):
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
     history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
     return submit(state._replace(draft=Draft(history=history, killed=draft.killed)), text)
@@ -3101,7 +3140,8 @@ def take_back(state: State) -> State:
     asked = max(i for i, turn in enumerate(chat.turns) if turn.role == "user")
     text = chat.turns[asked].text
     return state._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
-                          draft=state.draft._replace(text=text, cursor=len(text)))
+                          draft=state.draft._replace(text=text, cursor=len(text)),
+                          hint="Your message is back in the input box; Ctrl-U clears it")
 
 
 def cmd_interrupt(state: State, argument: str) -> Change:
@@ -3155,12 +3195,11 @@ def cmd_redraw(state: State, argument: str) -> Change:
 def scroll_pane(state: State, by: int, page: bool = False) -> State:
     layout = plan_layout(state)
     if state.focus == "system" and layout.log_width:
-        items, height = log_items(state, layout.log_width), log_height(state, layout)
-        step = by * max(1, height - 1) if page else by
-        return state._replace(log_scroll=move_scroll(items, state.log_scroll, step, height))
-    items, height = chat_items(state, layout.chat_width), layout.chat_height
+        field, items, height = "log_scroll", log_items(state, layout.log_width), log_height(state, layout)
+    else:
+        field, items, height = "chat_scroll", chat_items(state, layout.chat_width), layout.chat_height
     step = by * max(1, height - 1) if page else by
-    return state._replace(chat_scroll=move_scroll(items, state.chat_scroll, step, height))
+    return state._replace(**{field: move_scroll(items, getattr(state, field), step, height)})
 
 
 # == 9. UPDATE =====================================================================================
@@ -3185,9 +3224,9 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
 
 def on_typed(state: State, event: Typed) -> Change:
     state = state._replace(hint="", quit_asked=False)
-    if state.dialog:
+    if state.dialog and state.dialog.kind == "models" and event.text in ("j", "k"):
         return on_dialog_key(state, event.text)
-    return state._replace(draft=edit_insert(state.draft, event.text)), ()
+    return state._replace(dialog=None, draft=edit_insert(state.draft, event.text)), ()
 
 
 def on_pasted(state: State, event: Pasted) -> Change:
@@ -3202,6 +3241,8 @@ def on_pressed(state: State, event: Pressed) -> Change:
         return on_dialog_key(state, key)
     if key in ("home", "end") and (not state.draft.text or state.focus == "system"):
         return scroll_pane(state, -10 ** 9 if key == "home" else 10 ** 9), ()
+    if key == "ctrl-d" and not state.draft.text:
+        return cmd_interrupt(state._replace(quit_asked=asked), "")    # as shells end at it
     if key in EDIT_KEYS:
         return state._replace(draft=globals()["edit_" + EDIT_KEYS[key]](state.draft)), ()
     if key in KEYS:
@@ -3212,9 +3253,7 @@ def on_pressed(state: State, event: Pressed) -> Change:
 def on_dialog_key(state: State, key: str) -> Change:
     dialog = state.dialog
     if dialog.kind == "install":
-        if key in ("enter", "y", "i"):
-            return state._replace(dialog=None, engine=Condition.INSTALLING, pane=state.pane if plan_layout(state).log_width else "full"), (InstallEngine(),)
-        return state._replace(dialog=None), ()
+        return cmd_install(state, "") if key == "enter" else (state._replace(dialog=None), ())
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6, "k": -1, "j": 1}
     if key in moves:
         index = min(max(dialog.index + moves[key], 0), max(0, len(dialog.items) - 1))
@@ -3244,23 +3283,16 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
 
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
-    state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it here "
-                   "with /install (it takes a few minutes, once), or leave and run: python3 llmchat.py --install")
+    state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it with "
+                   "python3 llmchat.py --install, or in the window with /install: it takes a few minutes, once.", "error")
     return state._replace(dialog=Dialog("install")), ()
 
 
-def cmd_install(state: State, argument: str) -> Change:
-    """/install: get the engine (llama-cpp-python), compiled for this machine"""
-    if state.engine is Condition.INSTALLING:
-        return state._replace(hint="It is being installed; Esc stops it"), ()
-    return on_dialog_key(state._replace(dialog=Dialog("install")), "y")
-
-
 def on_installed(state: State, event: Installed) -> Change:
-    state = state._replace(progress=0.0, doing="")
+    state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
-        return notice(state._replace(engine=Condition.MISSING), text + " /install tries again.", "error"), ()
+        return notice(state._replace(engine=Condition.OFF, model=None), text + " /install tries again.", "error"), ()
     state = notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good")
     return start_model(state) if state.settings.model_path else cmd_models(state, "")
 
@@ -3304,8 +3336,8 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
 
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
-    model = ModelInfo(message["name"], message["description"], message["n_ctx"])
-    state = add_log(state, LogLine("good", "Ready: %s, %s" % (model.name, model.description)))
+    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"])
+    state = add_log(state, LogLine("good", "Ready: %s" % model.name))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
 
@@ -3361,7 +3393,8 @@ def end_reply(state: State, note: str) -> State:
     engine = Condition.READY if is_busy(state) else state.engine
     state = state._replace(engine=engine, progress=0.0, doing="")
     if not state.chat.reply:
-        return take_back(state)
+        back = take_back(state)
+        return back._replace(hint="The model answered nothing. " + back.hint) if note.startswith("0 tokens") and "stopped" not in note else back
     turns = state.chat.turns + (Turn("assistant", state.chat.reply, note),)
     return state._replace(chat=state.chat._replace(turns=turns, reply=None))
 
@@ -3370,8 +3403,12 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
     if message["during"] == "chat":
         return on_chat_failed(state, message["text"]), ()
+    if message["during"] == "load" and message.get("kept") and state.model:
+        settings = state.settings._replace(model_path=state.model.path)    # the one before still works
+        return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), message["text"], "error"), ()
     condition = Condition.MISSING if message["during"] == "start" else Condition.OFF
-    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing=""))
+    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing="",
+                                     summary=tuple(line for line in state.summary if line.level == "text")))
     state = add_log(state, LogLine("error", message["text"]))
     return notice(state, message["text"], "error"), ()
 
@@ -3385,7 +3422,7 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
         return state, ()
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
-    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0)
+    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
 
@@ -3458,7 +3495,7 @@ def view(state: State) -> Frame:
         text = "window too small"[:state.columns]
         return Frame(tuple(fit(((text, "warn"),) if i == 0 else (), state.columns) for i in range(state.rows)), None)
     layout = plan_layout(state)
-    upper = view_log(state, layout) if state.pane == "full" and layout.log_width else view_chat(state, layout)
+    upper = view_pane(view_log if state.pane == "full" and layout.log_width else view_chat, state, layout)
     draft, cursor = view_draft(state, layout)
     if not layout.framed:
         rule = view_rule(state, state.columns, upper.more)
@@ -3473,12 +3510,23 @@ class Pane(NamedTuple):
     more: bool                        # there is more below
 
 
+def view_pane(view_one: Any, state: State, layout: Layout) -> Pane:
+    """One pane; a fault in it is shown inside it, and the rest of the window works on."""
+    try:
+        return view_one(state, layout)
+    except Exception:
+        import traceback
+        height = layout.chat_height if view_one is view_chat or state.pane == "full" else layout.log_height
+        lines: List[Line] = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]]
+        return Pane(lines + [()] * (height - len(lines)), False)
+
+
 def view_framed(state: State, layout: Layout, upper: Pane, draft: List[Line]) -> List[Line]:
     """The frame, with the panes in it."""
     box, width = BOX[state.settings.unicode], layout.chat_width
     bar: Span = (box["v"], "frame")
     left = [fit(line, width) for line in upper.lines] + [None] + draft
-    side = view_log(state, layout).lines if layout.log_width and state.pane == "beside" else None
+    side = view_pane(view_log, state, layout).lines if layout.log_width and state.pane == "beside" else None
     rows = [view_top(state, layout, side is not None)]
     for i, line in enumerate(left):
         right = (bar,) + fit(side[i], layout.log_width) + (bar,) if side else (bar,)
@@ -3536,9 +3584,11 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     lines: List[Line] = []
     if width >= 40 and height >= 12:
         lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
-    lines += [(("   " + row, "dim"),) for row in wrap(
-        "%s Your words stay on this machine.\n\nType, then press Enter. F1 shows keys and commands."
-        % ("This is the demo: its sentences are fixed." if state.settings.demo else "Chat with a model of your own."), max(1, width - 4))]
+    text = "Chat with a model of your own. Your words stay on this machine."
+    if state.settings.demo:
+        text = "This is the demo: its sentences are fixed. Try: code, languages, a long story, keys, models."
+    text += "\n\nType, then press Enter. F1 shows keys and commands."
+    lines += [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
     return (lines + [()] * height)[:height]
 
 
@@ -3592,7 +3642,8 @@ def view_status(state: State) -> Line:
     """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
     dot, width = " %s " % BOX[state.settings.unicode]["dot"], state.columns
     if state.hint:
-        return fit(((" " + clean_row(state.hint), "alert" if state.quit_asked else "status"),), width, "alert" if state.quit_asked else "status")
+        style = "alert" if state.quit_asked else "status"
+        return fit(((" " + clean_row(state.hint), style),), width, style)
     left: Line = ((" " + state.engine.value, "alert" if state.engine in (Condition.DEAD, Condition.MISSING) else "status"),)
     if state.engine is Condition.LOADING or state.engine in (Condition.READING, Condition.INSTALLING) and state.doing:
         left += ((" ", "status"),) + view_bar(state, max(4, min(20, width // 5))) + ((" %d %%" % int(state.progress * 100), "status"),)
@@ -3619,11 +3670,12 @@ def view_status(state: State) -> Line:
 
 CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilities -> ours
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
-    "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "FIND": "home", "SELECT": "end",
+    "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "RESIZE": "resize", "FIND": "home", "SELECT": "end",
     "kUP3": "alt-up", "kDN3": "alt-down", "kLFT3": "alt-left", "kRIT3": "alt-right", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
 }
 CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1": "home", "2": "insert",
             "3": "del", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}    # ESC [ 1 ; modifier LETTER, ESC [ N ~
+PASTE_BEGINS = list("\x1b[200~")
 PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
 
 
@@ -3649,7 +3701,7 @@ def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[
 def decode_key(item: Any) -> Any:
     """The event for one character or one named key."""
     if isinstance(item, tuple):
-        return Pressed(item[0])
+        return Resized(0, 0) if item[0] == "resize" else Pressed(item[0])
     if item in PLAIN_KEYS:
         return Pressed(PLAIN_KEYS[item])
     if item < " ":
@@ -3670,7 +3722,7 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
     found = re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*[@-~]", text)
     if found:
         return None, found.end()          # a sequence we have no use for
-    if len(items) == 1:
+    if len(items) == 1 or items[1] == "\x1b":
         return Pressed("esc"), 1
     if re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*$", text):
         return None, 0
@@ -3692,7 +3744,7 @@ class Screen:
         self.curses = curses
         codeset = locale.nl_langinfo(locale.CODESET) if hasattr(locale, "nl_langinfo") else "utf-8"
         self.unicode = codeset.lower().replace("-", "") == "utf8"
-        self.n_early = self._count_early()
+        self.n_early, self.n_empty = self._count_early(), 0    # n_empty: reads in a row that brought nothing
         self.pending: List[Any] = []
         self.painted: List[Any] = []
         self._check_terminal()
@@ -3703,7 +3755,11 @@ class Screen:
         self.window.keypad(True)
         self.window.nodelay(True)
         self._write("\x1b[?2004h")                 # bracketed paste on
-        self.styles = self._styles()
+        try:
+            self.styles = self._styles()
+        except Exception:
+            self.close()
+            raise
 
     def _check_terminal(self) -> None:
         """Raises OSError with a sentence when this terminal can't show a window."""
@@ -3727,7 +3783,8 @@ class Screen:
         return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
 
     def _write(self, text: str) -> None:
-        os.write(1, text.encode("ascii"))
+        if os.name != "nt":                        # older Windows consoles show it
+            os.write(1, text.encode("ascii"))
 
     def _styles(self) -> Dict[str, int]:
         curses = self.curses
@@ -3770,8 +3827,13 @@ class Screen:
 
     def read_events(self) -> List[Any]:
         """What was typed since the last call; waits only a moment for the rest of an escape sequence."""
-        events, self.pending = decode_keys(self.pending + self._read_items())
-        if self.pending and self.pending[:6] != list("\x1b[200~"):
+        items = self._read_items()
+        self.n_empty = 0 if items else self.n_empty + 1
+        if self.pending[:6] == PASTE_BEGINS and "~" not in items:
+            self.pending += items         # a long paste goes on
+            return []
+        events, self.pending = decode_keys(self.pending + items)
+        if self.pending and self.pending[:6] != PASTE_BEGINS:
             self.curses.napms(20)
             more, self.pending = decode_keys(self.pending + self._read_items(), final=True)
             events += more
@@ -3860,6 +3922,10 @@ class Mailbox:
             os.read(self.wake_read, 4096)
         return 0 in ready
 
+    def drop(self, *kinds: Any) -> None:
+        for event in self.take():
+            self.events.extend([] if isinstance(event, kinds) else [event])
+
     def take(self) -> List[Any]:
         return [self.events.popleft() for _ in range(len(self.events))]
 
@@ -3925,6 +3991,7 @@ class Child:
 
 # A script is compiled at each start; the engine's start takes the compiled form from Python's cache instead.
 ENGINE_BOOT = """import sys
+sys.path = [path for path in sys.path if path]    # nothing from the current folder, which may be anybody's
 from importlib.machinery import SourceFileLoader
 sys.pycache_prefix, before = sys.argv[2], sys.pycache_prefix
 code = SourceFileLoader("llmchat", sys.argv[1]).get_code("llmchat")
@@ -3942,8 +4009,8 @@ def engine_argv(python: str) -> List[str]:
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.mailbox = settings, Mailbox()
+    def __init__(self) -> None:
+        self.mailbox = Mailbox()
         self.engine: Optional[Child] = None
         self.installer: Optional[Child] = None
         self.quit = False
@@ -3953,7 +4020,7 @@ class Runner:
             if self.engine:
                 self.engine.send(effect.message)
         elif isinstance(effect, StartEngine):
-            self.start_engine()
+            self.start_engine(effect.demo)
         elif isinstance(effect, FindModels):
             self.mailbox.post(ModelsFound(find_models(MODEL_FOLDERS)))
         elif isinstance(effect, InstallEngine):
@@ -3964,14 +4031,15 @@ class Runner:
         elif isinstance(effect, Quit):
             self.quit = True
 
-    def start_engine(self) -> None:
+    def start_engine(self, demo: bool = False) -> None:
         if self.engine:
             self.engine.close()
             self.engine = None
+            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)    # what the old one still had to say
         python = engine_python()
         if not python:
             return self.mailbox.post(EngineMissing())
-        if self.settings.demo:
+        if demo:
             write_demo_model()
         self.engine = Child(engine_argv(python), self.on_engine_line,
                             lambda text: self.mailbox.post(EngineLogged(text)), self.on_engine_end)
@@ -4022,7 +4090,7 @@ def watch_signals(mailbox: Mailbox) -> None:
 
 def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
     """The window, until somebody quits: wait, update, perform, draw. Returns the exit status."""
-    runner = Runner(state.settings)
+    runner = Runner()
     try:
         columns, rows = screen.size()
         state = state._replace(columns=columns, rows=rows, settings=state.settings._replace(unicode=screen.unicode))
@@ -4032,26 +4100,25 @@ def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
             runner.perform(effect)
         return loop(state, screen, runner)
     finally:
-        screen.close()
-        runner.close()
+        try:
+            screen.close()
+        finally:
+            runner.close()
 
 
 def loop(state: State, screen: Screen, runner: Runner) -> int:
     import time
-    drawn, drawn_s, idle_reads = state, 0.0, 0
+    drawn, drawn_s = state, 0.0
     while not runner.quit:
         due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
         keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
         keys = screen.read_events() if keys_ready else []
-        idle_reads = idle_reads + 1 if keys_ready and not keys and os.name != "nt" else 0
-        if idle_reads > 100:              # the terminal is gone: readable for ever, with nothing to read
+        if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
             return 1
-        for event in keys + runner.mailbox.take():
+        for event in runner.mailbox.take() + keys:
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
-            state, effects = update(state, event)
-            for effect in effects:
-                screen.forget() if isinstance(effect, Redraw) else perform_with(runner, state, effect)
+            state = react(state, event, screen, runner)
         now_s = time.monotonic()
         if state is not drawn and (keys or now_s - drawn_s >= 1 / FRAMES_PER_S):
             screen.draw(view(state))      # a key is echoed at once; streaming text at the frame rate
@@ -4059,9 +4126,17 @@ def loop(state: State, screen: Screen, runner: Runner) -> int:
     return 0
 
 
-def perform_with(runner: Runner, state: State, effect: Any) -> None:
-    runner.settings = state.settings
-    runner.perform(effect)
+def react(state: State, event: Any, screen: Screen, runner: Runner) -> State:
+    """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
+    try:
+        state, effects = update(state, event)
+        for effect in effects:
+            screen.forget() if isinstance(effect, Redraw) else runner.perform(effect)
+    except Exception as error:
+        import traceback
+        lines = [LogLine("error", line) for line in traceback.format_exc().splitlines()]
+        state = notice(add_log(state, *lines), "That failed: %s (the system pane, F2, has the details)" % error, "error")
+    return state
 
 
 # == 13. CLI =======================================================================================
@@ -4090,7 +4165,6 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
-    add("--engine", action="store_true", help=argparse.SUPPRESS)
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
@@ -4120,13 +4194,14 @@ class Plain:
     """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
 
     def __init__(self, state: State, quiet: bool) -> None:
-        self.state, self.quiet, self.runner = state, quiet, Runner(state.settings)
-        self.status, self.progress = 0, sys.stderr.isatty()
+        self.state, self.quiet, self.runner = state, quiet, Runner()
+        self.status, self.progress, self.progress_shown = 0, sys.stderr.isatty(), False
         self.levels = ("warn",) if quiet else ("warn", "good", "text")
         self.clean_output = sys.stdout.isatty()
 
     def note(self, text: str) -> None:
-        print(("\r\x1b[K" if self.progress else "") + clean(text), file=sys.stderr, flush=True)
+        self.clear_progress()
+        print(clean(text), file=sys.stderr, flush=True)
 
     def handle(self, event: Any) -> None:
         """One event: update, show what is new, perform."""
@@ -4134,7 +4209,7 @@ class Plain:
         self.state, effects = update(before, event)
         self.show(before, self.state, event)
         for effect in effects:
-            perform_with(self.runner, self.state, effect)
+            self.runner.perform(effect)
 
     def show(self, before: State, now: State, event: Any) -> None:
         if isinstance(event, EngineSaid) and event.message.get("event") == "text" and now.chat.reply is not None:
@@ -4143,10 +4218,13 @@ class Plain:
         for turn in self.notices(now)[len(self.notices(before)):]:
             self.note(turn.text)
             self.status = 1 if turn.style == "error" else self.status
+        if isinstance(event, Submitted) and now.hint != before.hint:
+            self.note(now.hint)           # what a command says
         new = tuple(line for line in now.summary if line not in before.summary) if not self.quiet else ()
         for line in new + tuple(line for line in now.log[len(before.log):] if line.level in self.levels):
             self.note(line.text)
         if self.progress and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+            self.progress_shown = True
             print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
 
     @staticmethod
@@ -4154,8 +4232,9 @@ class Plain:
         return [turn for turn in state.chat.turns if turn.role == "notice"]
 
     def clear_progress(self) -> None:
-        if self.progress:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if self.progress_shown:
+            self.progress_shown = False
+            print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
@@ -4190,7 +4269,7 @@ class Plain:
                 print(flush=True)
             if self.state.dialog:
                 self.show_dialog()
-        return 0
+        return 0 if sys.stdin.isatty() else self.status
 
     def show_dialog(self) -> None:
         dialog, self.state = self.state.dialog, self.state._replace(dialog=None)
@@ -4202,6 +4281,8 @@ class Plain:
 
 def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
+    # a reply may hold what the terminal's encoding lacks; files and pipes get UTF-8
+    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     plain = Plain(state, quiet=not interactive)
     try:
         if not state.settings.model_path:
@@ -4236,14 +4317,14 @@ def one_shot(plain: Plain, prompt: Optional[str]) -> int:
     turns = [turn for turn in plain.state.chat.turns if turn.role == "assistant"]
     if turns and not turns[-1].text.endswith("\n"):
         print(flush=True)
-    return plain.status
+    return plain.status or int(not turns)
 
 
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
     python, lines = engine_python(), []
     if python:
-        runner = Runner(Settings())
+        runner = Runner()
         runner.start_engine()
         runner.engine.send({"cmd": "info"})
         while not lines:
@@ -4257,13 +4338,13 @@ def show_info(model: str) -> int:
         runner.close()
     else:
         lines = list(describe_hardware(probe_hardware())) + ["The engine is not installed: python3 llmchat.py --install"]
-    print("\n".join(["llmchat %s" % VERSION] + lines))
+    print(clean("\n".join(["llmchat %s" % VERSION] + lines)))
     if model:
         try:
-            header = read_gguf_header(model)
-            print("\n".join((model_summary(header),) + plan_load(header, probe_hardware(), Wishes()).lines))
+            header = read_gguf_header(model, full=True)
+            print(clean("\n".join((model_summary(header),) + plan_load(header, probe_hardware(), Wishes()).lines)))
         except ModelError as error:
-            print(error)
+            print(clean(str(error)), file=sys.stderr)
             return 1
     return 0
 
@@ -4279,7 +4360,7 @@ def run_window(state: State) -> int:
 
 def has_curses() -> bool:
     import importlib.machinery
-    return importlib.machinery.PathFinder.find_spec("_curses") is not None
+    return "_curses" in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec("_curses") is not None
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -4289,9 +4370,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
         return run_window(State(settings=Settings(os.path.expanduser("".join(argv) or MODEL))))
     arguments = parse_arguments(argv)
-    if arguments.engine:
-        EngineProcess().run()
-        return 0
     if arguments.check_engine:
         import_llama().llama_backend_init()
         return 0
