@@ -120,7 +120,7 @@ KEYS = {
     "alt-down":  "line_down",
     "ctrl-l":    "redraw",
 }
-# … and in the input box: key: edit_ function of section 3.
+# … and in the input box: key: name in EDITS, section 3.
 EDIT_KEYS = {
     "left":      "left",        "ctrl-b":     "left",
     "right":     "right",       "ctrl-f":     "right",
@@ -157,7 +157,6 @@ class Condition(enum.Enum):
     STOPPING = "stopping"
     DEAD = "engine down"
 
-
 class Sampling(NamedTuple):
     """How the next token is chosen, in llama.cpp's terms (common/sampling)."""
     temperature: float = TEMPERATURE
@@ -170,7 +169,6 @@ class Sampling(NamedTuple):
     seed: int = SEED
     max_tokens: int = MAX_TOKENS
 
-
 class Wishes(NamedTuple):
     """What the user asked for at loading; 0 (or -1 GPU layers) = choose for this machine."""
     n_ctx: int = CONTEXT_TOKENS
@@ -180,13 +178,7 @@ class Wishes(NamedTuple):
     n_ubatch: int = 0
     kv_type: str = "f16"
 
-
-class Gpu(NamedTuple):
-    name: str
-    backend: str
-    total_bytes: int
-    free_bytes: int
-
+Gpu = NamedTuple("Gpu", [("name", str), ("backend", str), ("total_bytes", int), ("free_bytes", int)])
 
 class Hardware(NamedTuple):
     """The machine; 0 bytes of RAM = not known."""
@@ -202,24 +194,18 @@ class Hardware(NamedTuple):
     gpus: Tuple[Gpu, ...] = ()
     llama_version: str = ""
 
-
 class Header(NamedTuple):
     """What a GGUF file says of itself; weight_bytes and data_offset are 0 where only the metadata were read."""
     path: str
     file_bytes: int
     n_files: int
-    version: int
     n_tensors: int
     metadata: Dict[str, object]
     weight_bytes: int
     data_offset: int
 
-
-class LongArray(NamedTuple):
-    """Stands in the metadata for an array that nobody here reads, such as a vocabulary."""
-    kind: int
-    count: int
-
+# Stands in the metadata for an array that nobody here reads, such as a vocabulary
+LongArray = NamedTuple("LongArray", [("kind", int), ("count", int)])
 
 class Plan(NamedTuple):
     n_ctx: int
@@ -236,10 +222,8 @@ class Plan(NamedTuple):
     verdict: str  # "fits", "tight" or "too big"
     lines: Tuple[str, ...]
 
-
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
-
 
 class Settings(NamedTuple):
     model_path: str = ""
@@ -249,7 +233,6 @@ class Settings(NamedTuple):
     demo: bool = False
     unicode: bool = True              # the terminal can show more than ASCII
 
-
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
     name: str
@@ -257,13 +240,11 @@ class ModelInfo(NamedTuple):
     n_ctx: int                        # tokens
     path: str = ""
 
-
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
     text: str
     note: str = ""                    # a dim line under it: statistics, or why it ended
     style: str = "warn"               # of a notice
-
 
 class Chat(NamedTuple):
     turns: Tuple[Turn, ...] = ()
@@ -271,7 +252,6 @@ class Chat(NamedTuple):
     request: int = 0                  # number of the last request to the engine
     waiting: bool = False             # the last turn still has to be sent to the engine
     forgotten: int = 0                # the model no longer sees the turns before this one
-
 
 class Draft(NamedTuple):
     """The input box: text and the cursor, an index into it."""
@@ -282,24 +262,17 @@ class Draft(NamedTuple):
     typed: str = ""                   # what was being typed when the recall began
     killed: str = ""
 
+# The first visible line: line `line` of item `item` (a turn, or a line of the log)
+Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 
-class Scroll(NamedTuple):
-    """The first visible line: line `line` of item `item` (a turn, or a line of the log)."""
-    item: int
-    line: int
-
-
-class LogLine(NamedTuple):
-    level: str                        # a style: "dim", "text", "good", "warn", "error"
-    text: str
-
+# level: a style, "dim", "text", "good", "warn" or "error"
+LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Dialog(NamedTuple):
     """Something in front of the chat: kind "help", "models" (a list to choose from) or "install" (a question)."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
-
 
 class Stats(NamedTuple):
     """Counts of tokens and times in seconds, of this session or of one reply."""
@@ -309,7 +282,6 @@ class Stats(NamedTuple):
     n_written: int = 0
     read_s: float = 0.0
     write_s: float = 0.0
-
 
 class State(NamedTuple):
     settings: Settings = Settings()
@@ -336,82 +308,33 @@ class State(NamedTuple):
     quit_asked: bool = False
     stats: Stats = Stats()
 
-
-class Typed(NamedTuple):
-    text: str
-
-
-class Pasted(NamedTuple):
-    text: str
-
-
-class Pressed(NamedTuple):
-    key: str                          # a name as in KEYS
-
-
-class Resized(NamedTuple):
-    columns: int
-    rows: int
-
-
-class Submitted(NamedTuple):
-    """A whole line at once: plain mode, and the command line's -p."""
-    text: str
-
-
-class EngineSaid(NamedTuple):
-    message: Dict[str, Any]           # one JSON line of the engine, see section 6
-
-
-class EngineLogged(NamedTuple):
-    text: str                         # one line of the engine's stderr
-
+# Events
+Typed = NamedTuple("Typed", [("text", str)])
+Pasted = NamedTuple("Pasted", [("text", str)])
+Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
+Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
+Submitted = NamedTuple("Submitted", [("text", str)])              # a whole line at once: plain mode, and -p
+EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
+EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
+EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
+Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
+ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
 
 class EngineDied(NamedTuple):
     code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
     lacking: Tuple[str, ...] = ()     # after an illegal instruction: what this CPU hasn't got
 
-
-class EngineMissing(NamedTuple):
-    """No Python with llama_cpp was found."""
-
-
-class Installed(NamedTuple):
-    code: int                         # exit status of the installer
-
-
-class ModelsFound(NamedTuple):
-    paths: Tuple[str, ...]
-
+# Effects
+SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
+InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
+StopInstall = NamedTuple("StopInstall", [])
+FindModels = NamedTuple("FindModels", [])
+Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
+Quit = NamedTuple("Quit", [])
 
 class StartEngine(NamedTuple):
     """A fresh engine process in the place of the one that runs, if any."""
     demo: bool = False                # write the demo's model first
-
-
-class SendEngine(NamedTuple):
-    message: Dict[str, Any]
-
-
-class InstallEngine(NamedTuple):
-    """Run the installer in the background; its output goes to the log."""
-
-
-class StopInstall(NamedTuple):
-    pass
-
-
-class FindModels(NamedTuple):
-    pass
-
-
-class Redraw(NamedTuple):
-    """Paint every cell again: something else wrote on the terminal."""
-
-
-class Quit(NamedTuple):
-    pass
-
 
 Span = Tuple[str, str]                # text and style
 Line = Tuple[Span, ...]
@@ -421,7 +344,7 @@ Change = Tuple[State, Tuple[Any, ...]]    # what update() and the commands retur
 # == 3. TEXT =======================================================================================
 # Strings to cells: widths, wrapping, making text harmless; the edit buffer; how turns and log lines become
 # styled lines; which part of the window belongs to which pane. Pure. It must not know curses or the engine.
-# A new editing key: write edit_NAME(draft) -> draft here and name it in EDIT_KEYS.
+# A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
 
 @lru_cache(maxsize=None)
 def char_cells(char: str) -> int:
@@ -430,11 +353,9 @@ def char_cells(char: str) -> int:
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
-
 def cells(text: str) -> int:
     """Columns a text takes on the screen."""
     return len(text) if text.isascii() else sum(map(char_cells, text))
-
 
 def take_cells(text: str, width: int) -> str:
     """The longest beginning of a text that fits into `width` columns."""
@@ -447,7 +368,6 @@ def take_cells(text: str, width: int) -> str:
             return text[:i]
     return text
 
-
 @lru_cache(maxsize=None)
 def _pattern(name: str) -> Any:
     """Regular expressions, compiled when first used (compiling one costs as much as an import)."""
@@ -459,25 +379,20 @@ def _pattern(name: str) -> Any:
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
                  "[^ \\t\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd]+",
-        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])",
-    }[name])
-
+        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])", }[name])
 
 def _visible(match: Any) -> str:
     code = ord(match.group())
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7f else "\ufffd"
-
 
 def clean(text: str) -> str:
     """Text that can't move the cursor, change colours or reorder what is shown; newlines stay, tabs become spaces."""
     text = text.replace("\r\n", "\n").expandtabs(4)
     return text if text.isprintable() else _pattern("unsafe").sub(_visible, text)
 
-
 def strip_ansi(text: str) -> str:
     """A log line without its colour codes."""
     return _pattern("ansi").sub("", text) if "\x1b" in text else text
-
 
 @lru_cache(maxsize=8192)
 def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
@@ -507,7 +422,6 @@ def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
         line, used = line + word, used + n
     return tuple(lines + [take_cells(line.rstrip(" "), width)])
 
-
 def wrap(text: str, width: int) -> List[str]:
     """Text in lines of at most `width` columns."""
     lines: List[str] = []
@@ -515,13 +429,11 @@ def wrap(text: str, width: int) -> List[str]:
         lines.extend(wrap_paragraph(paragraph, max(1, width)))
     return lines
 
-
 # -- the edit buffer --
 
 def edit_insert(draft: Draft, text: str) -> Draft:
     return draft._replace(text=draft.text[:draft.cursor] + text + draft.text[draft.cursor:],
                           cursor=draft.cursor + len(text))
-
 
 def _step(draft: Draft, by: int) -> int:
     """The cursor one character further, taking combining marks along with their base."""
@@ -529,7 +441,6 @@ def _step(draft: Draft, by: int) -> int:
     while 0 < at < len(draft.text) and char_cells(draft.text[at]) == 0 and draft.text[at] != "\n":
         at += by
     return min(max(at, 0), len(draft.text))
-
 
 def _word_end(draft: Draft, by: int) -> int:
     """The cursor one word further (by = 1) or back (by = -1)."""
@@ -541,102 +452,14 @@ def _word_end(draft: Draft, by: int) -> int:
         at += by
     return at
 
-
 def _cut(draft: Draft, start: int, end: int, keep: bool = True) -> Draft:
     return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start,
                           killed=draft.text[start:end] if keep and end > start else draft.killed)
-
 
 def _line_bounds(draft: Draft) -> Tuple[int, int]:
     start = draft.text.rfind("\n", 0, draft.cursor) + 1
     end = draft.text.find("\n", draft.cursor)
     return start, len(draft.text) if end < 0 else end
-
-
-def edit_left(draft: Draft) -> Draft:
-    """one character left"""
-    return draft._replace(cursor=_step(draft, -1))
-
-
-def edit_right(draft: Draft) -> Draft:
-    """one character right"""
-    return draft._replace(cursor=_step(draft, 1))
-
-
-def edit_word_left(draft: Draft) -> Draft:
-    """one word left"""
-    return draft._replace(cursor=_word_end(draft, -1))
-
-
-def edit_word_right(draft: Draft) -> Draft:
-    """one word right"""
-    return draft._replace(cursor=_word_end(draft, 1))
-
-
-def edit_home(draft: Draft) -> Draft:
-    """start of the line (empty box: top of the chat)"""
-    return draft._replace(cursor=_line_bounds(draft)[0])
-
-
-def edit_end(draft: Draft) -> Draft:
-    """end of the line (empty box: end of the chat)"""
-    return draft._replace(cursor=_line_bounds(draft)[1])
-
-
-def edit_backspace(draft: Draft) -> Draft:
-    """delete the character before the cursor"""
-    return _cut(draft, max(0, draft.cursor - 1), draft.cursor, keep=False)
-
-
-def edit_delete(draft: Draft) -> Draft:
-    """delete the character under the cursor"""
-    return _cut(draft, draft.cursor, _step(draft, 1), keep=False)
-
-
-def edit_kill_word(draft: Draft) -> Draft:
-    """cut the word before the cursor"""
-    return _cut(draft, _word_end(draft, -1), draft.cursor)
-
-
-def edit_kill_word_right(draft: Draft) -> Draft:
-    """cut the word after the cursor"""
-    return _cut(draft, draft.cursor, _word_end(draft, 1))
-
-
-def edit_kill_to_start(draft: Draft) -> Draft:
-    """cut to the start of the line"""
-    return _cut(draft, _line_bounds(draft)[0], draft.cursor)
-
-
-def edit_kill_to_end(draft: Draft) -> Draft:
-    """cut to the end of the line"""
-    start, end = draft.cursor, _line_bounds(draft)[1]
-    return _cut(draft, start, end if end > start else min(len(draft.text), end + 1))
-
-
-def edit_yank(draft: Draft) -> Draft:
-    """insert what was cut last"""
-    return edit_insert(draft, draft.killed)
-
-
-def edit_up(draft: Draft) -> Draft:
-    """line above, or the message sent before"""
-    start, _ = _line_bounds(draft)
-    if start == 0:
-        return recall(draft, 1)
-    above = draft.text.rfind("\n", 0, start - 1) + 1
-    return draft._replace(cursor=min(above + draft.cursor - start, start - 1))
-
-
-def edit_down(draft: Draft) -> Draft:
-    """line below, or the message sent after"""
-    start, end = _line_bounds(draft)
-    if end == len(draft.text):
-        return recall(draft, -1)
-    below_end = draft.text.find("\n", end + 1)
-    below_end = len(draft.text) if below_end < 0 else below_end
-    return draft._replace(cursor=min(end + 1 + draft.cursor - start, below_end))
-
 
 def recall(draft: Draft, by: int) -> Draft:
     """Walk the history of sent messages; what was being typed is kept at its near end."""
@@ -647,6 +470,42 @@ def recall(draft: Draft, by: int) -> Draft:
     text = draft.history[-step] if step else typed
     return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
 
+def _up(draft: Draft) -> Draft:
+    start, _ = _line_bounds(draft)
+    if start == 0:
+        return recall(draft, 1)
+    above = draft.text.rfind("\n", 0, start - 1) + 1
+    return draft._replace(cursor=min(above + draft.cursor - start, start - 1))
+
+def _down(draft: Draft) -> Draft:
+    start, end = _line_bounds(draft)
+    if end == len(draft.text):
+        return recall(draft, -1)
+    below_end = draft.text.find("\n", end + 1)
+    below_end = len(draft.text) if below_end < 0 else below_end
+    return draft._replace(cursor=min(end + 1 + draft.cursor - start, below_end))
+
+def _kill_to_end(draft: Draft) -> Draft:
+    start, end = draft.cursor, _line_bounds(draft)[1]
+    return _cut(draft, start, end if end > start else min(len(draft.text), end + 1))
+
+EDITS = {  # name: (help line, draft -> draft)
+    "left":       ("one character left", lambda d: d._replace(cursor=_step(d, -1))),
+    "right":      ("one character right", lambda d: d._replace(cursor=_step(d, 1))),
+    "up":         ("line above, or the message sent before", _up),
+    "down":       ("line below, or the message sent after", _down),
+    "word_left":  ("one word left", lambda d: d._replace(cursor=_word_end(d, -1))),
+    "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
+    "home":       ("start of the line (empty box: top of the chat)", lambda d: d._replace(cursor=_line_bounds(d)[0])),
+    "end":        ("end of the line (empty box: end of the chat)", lambda d: d._replace(cursor=_line_bounds(d)[1])),
+    "backspace":  ("delete the character before the cursor", lambda d: _cut(d, max(0, d.cursor - 1), d.cursor, keep=False)),
+    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1), keep=False)),
+    "kill_word":  ("cut the word before the cursor", lambda d: _cut(d, _word_end(d, -1), d.cursor)),
+    "kill_word_right": ("cut the word after the cursor", lambda d: _cut(d, d.cursor, _word_end(d, 1))),
+    "kill_to_start": ("cut to the start of the line", lambda d: _cut(d, _line_bounds(d)[0], d.cursor)),
+    "kill_to_end": ("cut to the end of the line", _kill_to_end),
+    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed)),
+}
 
 @lru_cache(maxsize=64)
 def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
@@ -663,7 +522,6 @@ def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
         rows.append((len(text), ""))    # the cursor needs a cell after a full row
     return tuple(rows)
 
-
 def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
     """(row, column) of the cursor in draft_rows."""
     rows = draft_rows(draft.text, width)
@@ -671,11 +529,9 @@ def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
     start, text = rows[row]
     return row, cells(clean_row(text[:draft.cursor - start]))
 
-
 def clean_row(text: str) -> str:
     """One row of the draft with control characters shown in one cell each."""
     return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " ").replace("\n", " "))
-
 
 # -- turns and log lines as styled lines --
 
@@ -693,12 +549,10 @@ def turn_lines(turn: Turn, width: int, unicode: bool = True) -> Tuple[Line, ...]
         body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), width - 3)]
     return tuple(body) + ((),)
 
-
 @lru_cache(maxsize=2)
 def reply_head(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
     """Kept apart from turn_lines' cache, which would keep the lines of every stage of a growing reply."""
     return turn_lines.__wrapped__(Turn("assistant", text), width, unicode)[:-1]
-
 
 def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
     """The reply in progress: what ends in a newline is cached, only the last paragraph is wrapped again."""
@@ -708,14 +562,12 @@ def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
     rows = wrap(clean(last) + cursor, width - 3)
     return head + tuple((("  ", "text"), (row, "text")) for row in rows)
 
-
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     """A line of the log; what is wrapped hangs by two columns."""
     first, *more = wrap(clean(entry.text), width - 2)
     rows = [" " + first] + ["   " + row for row in wrap(" ".join(more), width - 4) if more]
     return tuple(((row, entry.level),) for row in rows)
-
 
 # -- where things are --
 
@@ -728,10 +580,8 @@ class Layout(NamedTuple):
     log_width: int
     log_height: int
 
-
 def fits_window(state: State) -> bool:
     return state.columns >= 20 and state.rows >= 6
-
 
 def plan_layout(state: State) -> Layout:
     """Which pane is where: side by side when the window is wide, one at a time when not."""
@@ -748,12 +598,8 @@ def plan_layout(state: State) -> Layout:
     log_height = 0 if not log_width else chat_height if state.pane == "full" else rows - 3
     return Layout(framed, chat_width, max(1, chat_height), draft_height, log_width, log_height)
 
-
-class Items(NamedTuple):
-    """A list of things that are lines when asked for: only what is on the screen is ever wrapped."""
-    count: int
-    lines: Any                        # index -> tuple of lines
-
+# A list of things that are lines when asked for (index -> lines): only what is on the screen is ever wrapped
+Items = NamedTuple("Items", [("count", int), ("lines", Any)])
 
 def chat_items(state: State, width: int) -> Items:
     (turns, reply, *_, forgotten), unicode = state.chat, state.settings.unicode
@@ -766,22 +612,18 @@ def chat_items(state: State, width: int) -> Items:
         return shown
     return Items(len(turns) + (reply is not None), lines)
 
-
 def log_items(state: State, width: int) -> Items:
     return Items(len(state.log), lambda i: log_lines(state.log[i], width))
-
 
 def log_height(state: State, layout: Layout) -> int:
     """Rows of the system pane that scroll: those under the summary and its rule."""
     n = len(summary_lines(state, layout))
     return max(1, layout.log_height - n - (n > 0))
 
-
 def summary_lines(state: State, layout: Layout) -> List[Line]:
     """What stays above the log: machine and plan, in at most 40 % of the pane."""
     lines = [line for entry in state.summary for line in log_lines(entry, layout.log_width)]
     return lines[:layout.log_height * 2 // 5]
-
 
 def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
     """Up to `height` lines from a place on."""
@@ -792,7 +634,6 @@ def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
         lines.extend(items.lines(i))
     return lines[:height]
 
-
 def move_back(items: Items, place: Scroll, n: int) -> Scroll:
     """The place `n` lines above, at most the top."""
     item, line = place.item, place.line - n
@@ -801,11 +642,9 @@ def move_back(items: Items, place: Scroll, n: int) -> Scroll:
         line += len(items.lines(item))
     return Scroll(item, max(0, line))
 
-
 def last_page(items: Items, height: int) -> Scroll:
     """Where the window stands when it follows the end."""
     return move_back(items, Scroll(items.count, 0), height)
-
 
 def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
     """Scroll by lines (negative = up); None when the end is reached and is followed again."""
@@ -818,7 +657,6 @@ def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) ->
         line -= len(items.lines(item))
         item += 1
     return None if Scroll(item, line) >= end else Scroll(item, line)
-
 
 def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
     """A place that exists, after the window's width or the list has changed."""
@@ -840,7 +678,6 @@ CPU_FLAGS = (  # /proc/cpuinfo's, macOS's and Windows' word for it -> ours; thos
     ("asimddp feat_dotprod win43", "dot product"), ("i8mm feat_i8mm", "I8MM"), ("sve", "SVE"))
 UNLIMITED = 1 << 62
 
-
 def read_text(path: str) -> str:
     """A small system file; "" where it isn't there or may not be read (Android hides many)."""
     try:
@@ -849,14 +686,12 @@ def read_text(path: str) -> str:
     except OSError:
         return ""
 
-
 def attempt(probe, fallback):
     """A probe's answer, or the fallback: the odd system that lacks a file or a call must still get a chat."""
     try:
         return probe()
     except Exception:
         return fallback
-
 
 def probe_hardware() -> Hardware:
     """This machine, without GPUs (llama.cpp reports those); never raises."""
@@ -870,7 +705,6 @@ def probe_hardware() -> Hardware:
         hardware = hardware._replace(**attempt(probe, {}))
     return hardware
 
-
 def probe_os_name() -> str:
     if sys.platform == "win32":
         build = sys.getwindowsversion().build  # Windows 11 still calls itself 10
@@ -882,12 +716,10 @@ def probe_os_name() -> str:
              if line.startswith("PRETTY_NAME=")]
     return "Android" if "ANDROID_ROOT" in os.environ else (names or [os.uname().sysname])[0]
 
-
 def probe_linux_cpu() -> dict:
     name, flags, _ = parse_cpuinfo(read_text("/proc/cpuinfo"))
     board = read_text("/proc/device-tree/model").strip("\0\n ")
     return {"cpu_name": name or board or os.uname().machine, "instruction_sets": parse_flags(flags)}
-
 
 def probe_linux_cores() -> dict:
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -900,7 +732,6 @@ def probe_linux_cores() -> dict:
     return {"physical_cores": n_cores, "logical_cores": len(allowed),
             "usable_cores": max(1, min(n_fast, attempt(probe_cgroup_cpus, n_fast)))}
 
-
 def count_cores(capacity: Dict[int, int], siblings: dict) -> Tuple[int, int]:
     """All cores and the fast ones, of {thread: speed} and {thread: what its core's threads have in common}.
 
@@ -908,7 +739,6 @@ def count_cores(capacity: Dict[int, int], siblings: dict) -> Tuple[int, int]:
     """
     fast = [cpu for cpu in capacity if capacity[cpu] * 2 >= max(capacity.values())]
     return tuple(len({siblings.get(cpu, cpu) for cpu in cpus}) for cpus in (capacity, fast))
-
 
 def probe_linux_ram() -> dict:
     total, free = parse_meminfo(read_text("/proc/meminfo"))
@@ -918,14 +748,12 @@ def probe_linux_ram() -> dict:
         total, free = parse_cgroup_memory(limit, used, stat, total, free)
     return {"ram_total_bytes": total, "ram_free_bytes": free}
 
-
 def probe_cgroup_cpus() -> int:
     """The whole CPUs that the cgroups grant this process, as a container's or a service's quota says."""
     quotas = [read_text(folder + "cpu.max") or " ".join(
                   (read_text(folder + "cpu.cfs_quota_us"), read_text(folder + "cpu.cfs_period_us")))
               for folder in plan_cgroup_folders(read_text("/proc/self/cgroup"), "cpu")]
     return min([parse_cgroup_quota(quota) for quota in quotas] or [UNLIMITED])
-
 
 def plan_cgroup_folders(text: str, controller: str) -> List[str]:
     """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
@@ -942,14 +770,12 @@ def plan_cgroup_folders(text: str, controller: str) -> List[str]:
         folders += ["/".join([root] + steps[:n]) + "/" for root in roots for n in range(len(steps), -1, -1)]
     return folders
 
-
 def parse_cgroup_quota(text: str) -> int:
     """Whole CPUs from "quota period" in microseconds; "max" and -1 mean no limit."""
     words = text.split()
     if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[1]) == 0:
         return UNLIMITED
     return max(1, int(words[0]) // int(words[1]))
-
 
 def parse_cgroup_memory(limit: str, used: str, stat: str, total: int, free: int) -> Tuple[int, int]:
     """Total and free bytes of the machine, lowered to what a cgroup leaves; file pages in use can be given back."""
@@ -959,7 +785,6 @@ def parse_cgroup_memory(limit: str, used: str, stat: str, total: int, free: int)
     cache = sum(int(pages.get("total_" + key, pages.get(key, 0))) for key in ("inactive_file", "active_file"))
     left = max(0, min(int(limit), int(limit) - int(used) + cache))
     return int(limit), min(free, left) if total else left
-
 
 def parse_cpuinfo(text: str) -> Tuple[str, frozenset, Dict[int, tuple]]:
     """Name, flags and {processor: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
@@ -976,10 +801,8 @@ def parse_cpuinfo(text: str) -> Tuple[str, frozenset, Dict[int, tuple]]:
     name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
     return name, frozenset(first.get("flags", "").split()), places
 
-
 def parse_flags(flags) -> Tuple[str, ...]:
     return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
-
 
 def parse_meminfo(text: str) -> Tuple[int, int]:
     """Total and available bytes; kernels before 3.14 lack MemAvailable."""
@@ -988,7 +811,6 @@ def parse_meminfo(text: str) -> Tuple[int, int]:
     free = kilobytes.get("MemAvailable", sum(kilobytes.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
     return kilobytes.get("MemTotal", 0) * 1024, free * 1024
 
-
 def macos_sysctl(name: str) -> bytes:
     import ctypes
     call, size = ctypes.CDLL(None).sysctlbyname, ctypes.c_size_t(1024)
@@ -996,10 +818,8 @@ def macos_sysctl(name: str) -> bytes:
     found = call(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t(0)) == 0
     return buffer.raw[: size.value] if found else b""
 
-
 def macos_number(name: str) -> int:
     return int.from_bytes(macos_sysctl(name), "little")
-
 
 def probe_macos_cpu() -> dict:
     texts = [macos_sysctl("machdep.cpu." + key).rstrip(b"\0").decode() for key in
@@ -1011,13 +831,11 @@ def probe_macos_cpu() -> dict:
     return {"cpu_name": texts[0] or os.uname().machine, "instruction_sets": parse_flags(flags),
             "physical_cores": physical or 1, "logical_cores": logical or 1, "usable_cores": fast or physical or 1}
 
-
 def probe_macos_ram() -> dict:
     import subprocess
     total = macos_number("hw.memsize")
     text = attempt(lambda: subprocess.check_output(["/usr/bin/vm_stat"], timeout=2).decode(), "")
     return {"ram_total_bytes": total, "ram_free_bytes": min(parse_vm_stat(text) or total // 2, total)}
-
 
 def parse_vm_stat(text: str) -> int:
     """Bytes that macOS can hand out without swapping."""
@@ -1027,17 +845,14 @@ def parse_vm_stat(text: str) -> int:
     return page_bytes * sum(int(pages.get("Pages " + key, 0)) for key in
                             ("free", "inactive", "speculative", "purgeable"))
 
-
 def probe_windows_cpu() -> dict:
-    import ctypes
-    import winreg
+    import ctypes, winreg
     # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have.
     present = ctypes.windll.kernel32.IsProcessorFeaturePresent
     flags = {"win%d" % number for number in (19, 38, 39, 40, 41, 43) if present(number)}
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
         return {"cpu_name": winreg.QueryValueEx(key, "ProcessorNameString")[0].strip(),
                 "instruction_sets": parse_flags(flags)}
-
 
 def probe_windows_cores() -> dict:
     import ctypes
@@ -1050,17 +865,14 @@ def probe_windows_cores() -> dict:
     n_cores = parse_windows_cores(buffer.raw[: size.value], ctypes.sizeof(ctypes.c_void_p)) or 1
     return {"physical_cores": n_cores, "usable_cores": n_cores}
 
-
 def parse_windows_cores(raw: bytes, pointer_bytes: int) -> int:
     """Entries of SYSTEM_LOGICAL_PROCESSOR_INFORMATION whose relationship is 0, RelationProcessorCore."""
     entry_bytes = 2 * pointer_bytes + 16
     return sum(raw[at + pointer_bytes: at + pointer_bytes + 4] == b"\0\0\0\0"
                for at in range(0, len(raw) - entry_bytes + 1, entry_bytes))
 
-
 def probe_windows_ram() -> dict:
-    import ctypes
-    import struct
+    import ctypes, struct
     # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
     buffer = ctypes.create_string_buffer(struct.pack("<II7Q", 64, *[0] * 8), 64)
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer):
@@ -1068,13 +880,11 @@ def probe_windows_ram() -> dict:
     total, free = struct.unpack_from("<QQ", buffer.raw, 8)
     return {"ram_total_bytes": total, "ram_free_bytes": free}
 
-
 def format_bytes(n_bytes: int) -> str:
     """Such as "0.8 GB", in the binary units in which systems show their RAM."""
     if n_bytes >= 700 << 20:
         return "%.1f GB" % (n_bytes / (1 << 30))
     return "%.0f MB" % (n_bytes / (1 << 20))
-
 
 def describe_hardware(hardware: Hardware) -> Tuple[str, ...]:
     h = hardware
@@ -1090,7 +900,6 @@ def describe_hardware(hardware: Hardware) -> Tuple[str, ...]:
             *(gpus or ["GPU  none that this llama.cpp can use"]),
             "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
 
-
 def on_battery() -> bool:
     """Whether the machine runs on its battery, as far as the system tells."""
     if sys.platform == "win32":
@@ -1104,7 +913,6 @@ def on_battery() -> bool:
     supplies = attempt(lambda: os.listdir(root), [])
     return any(read_text("%s/%s/status" % (root, name)).strip() == "Discharging" and
                read_text("%s/%s/scope" % (root, name)).strip() != "Device" for name in supplies)    # not a mouse's
-
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 
@@ -1129,7 +937,6 @@ LOOKALIKES = (  # first bytes -> what the file is
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"\0" * 16, "only zeros: the download didn't finish, download it again"))
 
-
 def read_gguf_header(path: str, full: bool = False) -> Header:
     """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
 
@@ -1142,7 +949,6 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
     return headers[0]._replace(file_bytes=sum(sizes), n_files=len(paths), n_tensors=n_tensors,
                                weight_bytes=sum(header.weight_bytes for header in headers))
 
-
 def plan_split_paths(path: str) -> List[str]:
     import re
     match = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path)
@@ -1150,7 +956,6 @@ def plan_split_paths(path: str) -> List[str]:
         return [path]
     n_files = int(match.group(2))
     return ["%s-%05d-of-%05d.gguf" % (path[: match.start()], k + 1, n_files) for k in range(n_files)]
-
 
 def probe_file_bytes(path: str) -> int:
     name = os.path.basename(path) or path
@@ -1165,7 +970,6 @@ def probe_file_bytes(path: str) -> int:
     if size == 0:
         raise ModelError("%s is empty: download it again." % name)
     return size
-
 
 def read_one_header(path: str, file_bytes: int, full: bool) -> Header:
     """Parse ever larger beginnings of the file until one holds what is asked for; mostly the first does."""
@@ -1184,18 +988,16 @@ def read_one_header(path: str, file_bytes: int, full: bool) -> Header:
     except OSError as error:
         raise ModelError("%s can't be read: %s." % (name, error.strerror or error))
 
-
 def parse_gguf(data: bytes, path: str, file_bytes: int, full: bool) -> Header:
     """A header from the beginning of a file; raises EOFError(n) when it needs the first n bytes, and ModelError."""
     name = os.path.basename(path)
     check_magic(data, name)
-    version, at = parse_number(data, 4, "I")
-    n_tensors, at = parse_number(data, at, "Q")
+    n_tensors, at = parse_number(data, 8, "Q")
     n_keys, at = parse_number(data, at, "Q")
     if n_keys > 1 << 16 or n_tensors > 1 << 18:
         raise ModelError("%s is damaged (it claims %d tensors): download it again." % (name, n_tensors))
     metadata, at = parse_metadata(data, at, n_keys, full)
-    header = Header(path, file_bytes, 1, version, n_tensors, metadata, 0, 0)
+    header = Header(path, file_bytes, 1, n_tensors, metadata, 0, 0)
     if not full:
         return header
     n_bytes, end, at = parse_tensors(data, at, n_tensors, name)
@@ -1205,7 +1007,6 @@ def parse_gguf(data: bytes, path: str, file_bytes: int, full: bool) -> Header:
         raise ModelError("{} is cut short: it has {:,} bytes but its header promises {:,}; download it again.".format(
             name, file_bytes, offset + end))
     return header._replace(weight_bytes=n_bytes or max(0, file_bytes - offset), data_offset=offset)
-
 
 def check_magic(data: bytes, name: str) -> None:
     if data[:4] != b"GGUF":
@@ -1223,7 +1024,6 @@ def check_magic(data: bytes, name: str) -> None:
         raise ModelError("%s has GGUF version %d, newer than this program: update it and llama-cpp-python." % (
             name, version))
 
-
 def parse_number(data: bytes, at: int, code: str) -> tuple:
     import struct
     end = at + struct.calcsize("<" + code)
@@ -1231,13 +1031,11 @@ def parse_number(data: bytes, at: int, code: str) -> tuple:
         raise EOFError(end)
     return struct.unpack_from("<" + code, data, at)[0], end
 
-
 def parse_string(data: bytes, at: int) -> Tuple[str, int]:
     n_bytes, at = parse_number(data, at, "Q")
     if at + n_bytes > len(data):
         raise EOFError(at + n_bytes)
     return data[at: at + n_bytes].decode("utf-8", "replace"), at + n_bytes
-
 
 def parse_metadata(data: bytes, at: int, n_keys: int, full: bool) -> Tuple[dict, int]:
     """The keys and values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
@@ -1256,14 +1054,12 @@ def parse_metadata(data: bytes, at: int, n_keys: int, full: bool) -> Tuple[dict,
         metadata[key], at = parse_array(data, at, kind, count)
     return metadata, at
 
-
 def parse_value(data: bytes, at: int, kind: int) -> tuple:
     if kind == GGUF_STRING:
         return parse_string(data, at)
     if kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
         raise ModelError("The model file is damaged (it has a value of unknown type %d): download it again." % kind)
     return parse_number(data, at, GGUF_NUMBERS[kind])
-
 
 def parse_array(data: bytes, at: int, kind: int, count: int) -> tuple:
     if kind == GGUF_STRING and count > SHORT_ARRAY:
@@ -1276,7 +1072,6 @@ def parse_array(data: bytes, at: int, kind: int, count: int) -> tuple:
         items.append(item)
     return tuple(items), at
 
-
 def skip_strings(data: bytes, at: int, count: int) -> int:
     """The offset after so many strings; vocabularies have 150,000, so this loop does nothing else."""
     import struct
@@ -1286,7 +1081,6 @@ def skip_strings(data: bytes, at: int, count: int) -> int:
             raise EOFError(at + 8)
         at += 8 + unpack(data, at)[0]
     return at
-
 
 def parse_tensors(data: bytes, at: int, n_tensors: int, name: str) -> Tuple[int, int, int]:
     """Bytes of all tensors (0 if there is a type newer than TENSOR_TYPES), where the last one ends, where infos end."""
@@ -1308,7 +1102,6 @@ def parse_tensors(data: bytes, at: int, n_tensors: int, name: str) -> Tuple[int,
         last_end = max(last_end, offset + n_weights // block * block_bytes)
     return total * all_known, last_end, at
 
-
 # -- what a header means -----------------------------------------------------------------------------------------------
 
 QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
@@ -1316,28 +1109,23 @@ QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
     "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
     "Q2_0").split()))
 EMBEDDING = "an embedding model: it turns text into numbers"
-CANNOT_CHAT = {  # architectures (llama-arch.cpp; the picture ones are ComfyUI's) -> what such a file is
+CANNOT_CHAT = {  # architectures (llama-arch.cpp) -> what such a file is
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
     "llama-embed t5encoder": EMBEDDING, "clip": "the eyes or ears of another model",
     "t5": "a translation-style model (T5)",
-    "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
-    "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
-    "dream llada llada-moe rnd1": "a diffusion language model",
-    "flux sd1 sdxl sd3 wan ltxv hyvid qwen_image aura hidream cosmos lumina2 z_image": "a picture or video model"}
+    "wavtokenizer-dec qwen3tts whisper": "a speech model", "eagle3 dflash": "a helper that drafts for a bigger model",
+    "dream llada llada-moe": "a diffusion language model", "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
 FILE_TYPES = {"mmproj": "the eyes or ears of another model", "imatrix": "a quantisation aid",  # general.type -> what
               "adapter": "a LoRA adapter, a change to another model,", "vocab": "a vocabulary without a model"}
 
-
 def model_arch(header: Header) -> str:
     return str(header.metadata.get("general.architecture", ""))
-
 
 def number(header: Header, key: str, default: int = 0) -> int:
     """A whole number >= 0 of the metadata, the largest if each layer has one; a leading "." stands for the arch."""
     value = header.metadata.get(model_arch(header) + key if key.startswith(".") else key, default)
     values = value if type(value) is tuple else (value,)
     return max([int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64] or [default])
-
 
 def layer_numbers(header: Header, key: str, default: int) -> List[int]:
     """The same for each layer."""
@@ -1347,25 +1135,20 @@ def layer_numbers(header: Header, key: str, default: int) -> List[int]:
     values = [int(n) if isinstance(n, int) and n > 0 else 0 for n in value[:n_layers]]
     return values + [default] * (n_layers - len(values))
 
-
 def model_name(header: Header) -> str:
     return str(header.metadata.get("general.name") or os.path.basename(header.path))
 
-
 def model_layers(header: Header) -> int:
     return min(number(header, ".block_count"), 4096)  # a damaged file must not make lists of billions
-
 
 def model_context(header: Header) -> int:
     """The longest context, in tokens, that the model was trained for; 0 = not told."""
     return number(header, ".context_length")
 
-
 def model_vocab(header: Header) -> int:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     counted = tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else 0
     return min(counted or number(header, ".vocab_size", 32000), 1 << 24)
-
 
 def model_quant(header: Header) -> str:
     """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
@@ -1373,7 +1156,6 @@ def model_quant(header: Header) -> str:
     kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
     names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
     return kind if kind != "-" else names[-1].upper() if names else ""
-
 
 def model_size(header: Header) -> str:
     """Such as "0.5B": what the file says, else an estimate from its shape."""
@@ -1388,14 +1170,12 @@ def model_size(header: Header) -> str:
         return ""
     return "~%.1fB" % (n_weights / 1e9) if n_weights >= 95_000_000 else "~%dM" % (n_weights / 1e6)
 
-
 def model_summary(header: Header) -> str:
     """One line: what kind of model it is, how large, how long its memory."""
     kind = " ".join(filter(None, (model_arch(header), model_size(header), model_quant(header))))
     trained = ", trained for {:,} tokens".format(model_context(header)) if model_context(header) else ""
     layers = "%d layer%s" % (model_layers(header), "s" * (model_layers(header) != 1))
     return "%s: %s, %s, %s%s" % (model_name(header), kind, layers, format_bytes(header.file_bytes), trained)
-
 
 def check_text_generator(header: Header) -> None:
     """Raise ModelError for what llama.cpp may load but nobody can chat with."""
@@ -1412,7 +1192,6 @@ def check_text_generator(header: Header) -> None:
     if not arch:
         raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
 
-
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
 KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
@@ -1422,7 +1201,6 @@ VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB 
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
 DEFAULT_N_CTX, MIN_N_CTX = 8192, 1024
 COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
-
 
 def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> float:
     """Bytes of KV cache for each token of context, all layers.
@@ -1441,18 +1219,15 @@ def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> float:
     n_values = sum(n for layer, n in enumerate(heads, 1) if layer % every == 0) * (k_length + v_length)
     return n_values * KV_TYPE_BYTES.get(kv_type, 2)
 
-
 def recurrent_bytes(header: Header) -> int:
     """The fixed memory of state-space layers (Mamba, Qwen3.5, Granite-H): 32-bit states, whatever the context."""
     return 4 * model_layers(header) * number(header, ".ssm.inner_size") * number(header, ".ssm.state_size")
-
 
 def compute_bytes(header: Header, n_ctx: int, n_ubatch: int) -> int:
     """llama.cpp's compute buffer: the wider of the logits and of a layer's work, for n_ubatch tokens."""
     n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
     n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
     return 4 * n_ubatch * max(model_vocab(header) + n_embd, 3 * n_ff + 4 * n_embd + n_ctx // 2)
-
 
 def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
     """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
@@ -1476,13 +1251,11 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     plan = plan._replace(n_gpu_layers=plan_gpu_layers(plan, gpu_bytes, wishes.n_gpu_layers))
     return plan._replace(lines=plan_lines(plan, n_ctx < n_most and not wishes.n_ctx and n_most))
 
-
 def need_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
     """Everything. llama.cpp's repacked copies of weights aren't counted: their originals' pages can be given back."""
     return int((header.weight_bytes or header.file_bytes) + kv_bytes_per_token(header, kv_type) * n_ctx
                + recurrent_bytes(header) + compute_bytes(header, n_ctx, n_ubatch)
                + PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header))
-
 
 def plan_gpu_layers(plan: Plan, gpu_bytes: int, wished: int) -> int:
     if wished >= 0 or gpu_bytes == 0:
@@ -1490,7 +1263,6 @@ def plan_gpu_layers(plan: Plan, gpu_bytes: int, wished: int) -> int:
     room = gpu_bytes - GPU_RESERVE_BYTES - plan.compute_bytes
     layer_bytes = (plan.weight_bytes + plan.kv_bytes) / (plan.n_layers + 1)
     return max(0, min(plan.n_layers + 1, int(room / max(1, layer_bytes))))
-
 
 def plan_lines(plan: Plan, lowered_from: int) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
@@ -1507,7 +1279,6 @@ def plan_lines(plan: Plan, lowered_from: int) -> Tuple[str, ...]:
     if 0 < plan.n_gpu_layers <= plan.n_layers:
         where = "%d of %d layers on the GPU" % (plan.n_gpu_layers, plan.n_layers)
     return memory, "%d thread%s, %s, %s" % (plan.n_threads, "s" * (plan.n_threads > 1), context, where)
-
 
 LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's group caught
     (r"un(?:known|supported) model architecture: '([^']*)'", "the installed llama-cpp-python is too old for the "
@@ -1526,7 +1297,6 @@ LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the patter
     (r"(only supports up to version \d+)", "the file is newer than the installed llama-cpp-python (%s): update it with "
      "--install."),
     (r"error loading model: ([^\n]+)", "llama.cpp says: %s."))
-
 
 def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
     """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says."""
@@ -1557,7 +1327,6 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
 
-
 def import_llama() -> Any:
     """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
 
@@ -1577,13 +1346,11 @@ def import_llama() -> Any:
         import llama_cpp.llama_cpp as api
     return api
 
-
 def llama_version(api: Any) -> str:
     """The version of llama-cpp-python, read from its __init__ without running it."""
     with open(os.path.join(os.path.dirname(api.__file__), "__init__.py"), encoding="utf-8") as f:
         found = re.search(r'__version__\s*=\s*"([^"]+)"', f.read())
     return found.group(1) if found else "?"
-
 
 def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
     """A function of ggml, which llama_cpp doesn't declare; found in whichever shared library holds it."""
@@ -1596,7 +1363,6 @@ def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
             function.restype, function.argtypes = restype, argtypes
             return function
     raise AttributeError(name)
-
 
 def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
     """The GPUs that this build of llama.cpp can use (ggml-backend.h: device types 1 = GPU, 2 = integrated GPU)."""
@@ -1615,7 +1381,6 @@ def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
             gpus.append(Gpu(description(device).decode("utf-8", "replace"), name(device).decode(),
                             total.value, free.value))
     return tuple(gpus)
-
 
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
@@ -1641,7 +1406,6 @@ class StopFlag:
         import ctypes
         libc = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
-
 
 class ChatTemplate:
     """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox."""
@@ -1720,14 +1484,12 @@ class ChatTemplate:
                 at = start + len(body)
         return [piece for piece in found + [(text[at:], False)] if piece[0]]
 
-
 def common_prefix(a: List[int], b: List[int]) -> int:
     """How many tokens two lists have in common at their beginnings."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
     return next(i for i in range(n) if a[i] != b[i])
-
 
 def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
     """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
@@ -1741,6 +1503,48 @@ def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
         tidy.append({"role": message["role"], "content": content})
     return tidy
 
+class ThreadCount:
+    """How many threads generate: fewer while other programs want the CPU, since each step waits for its slowest thread.
+
+    A thread that never waits uses as much CPU time as passes; what is missing, others have got. A change is kept if it
+    makes tokens come faster; more threads are tried again now and then."""
+
+    WINDOW = 10                           # tokens between decisions
+
+    def __init__(self, n_most: int, set_threads: Any) -> None:
+        self.n = self.n_most = n_most
+        self.set_threads = set_threads
+        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        self.before: Optional[Tuple[int, float]] = None    # threads and seconds per token before the last change
+        self.calm, self.patience = 4, 4   # windows since the last trial, and how many to wait for the next
+        self.pace_s = 0.0                 # seconds per token with this number of threads, smoothed
+
+    def add(self, wall_s: float, cpu_s: float) -> None:
+        """One token took so long, and so much CPU time of all threads."""
+        self.tokens, self.wall_s, self.cpu_s = self.tokens + 1, self.wall_s + wall_s, self.cpu_s + cpu_s
+        if self.tokens == self.WINDOW and self.n_most > 1:
+            wanted = self.decide(self.wall_s / self.tokens, self.cpu_s / max(1e-9, self.wall_s * self.n))
+            if wanted != self.n:
+                self.n = wanted
+                self.set_threads(wanted)
+        if self.tokens == self.WINDOW:
+            self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+
+    def decide(self, pace_s: float, share: float) -> int:
+        """The number of threads for the next window. pace_s: seconds per token; share: of the CPU time the threads could use."""
+        self.calm += 1
+        if self.before:
+            (n, pace_before_s), self.before = self.before, None
+            better = pace_s < 0.97 * pace_before_s
+            self.patience = 4 if better else min(64, 2 * self.patience)
+            self.pace_s = pace_s if better else pace_before_s
+            return self.n if better else n
+        self.pace_s = (self.pace_s + pace_s) / 2 if self.pace_s else pace_s
+        wanted = self.n
+        if self.calm > self.patience and (self.n < self.n_most or share < 0.85):
+            wanted = self.n_most if self.n < self.n_most else max(1, int(self.n * share))
+            self.before, self.calm = (self.n, self.pace_s), 0
+        return wanted
 
 class LlamaEngine:
     """One model in memory. `tokens` is what its KV cache holds, position by position.
@@ -1832,6 +1636,8 @@ class LlamaEngine:
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             raise ModelError(explain_load_failure(path, "\n".join(self.errors) or "failed to allocate", hardware))
+        self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
+                                   api.llama_set_n_threads(self.context, n, plan.n_threads))
         self.memory = api.llama_get_memory(self.context)
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
 
@@ -2143,12 +1949,13 @@ class LlamaEngine:
                 return "length"
             if len(self.tokens) >= self.n_ctx:
                 messages = self._make_room(messages, reply)
+            wall_s, cpu_s = time.monotonic(), time.process_time()
             if not self._decode([token]):
                 break
+            self.threads.add(time.monotonic() - wall_s, time.process_time() - cpu_s)
             while tokens_per_s and not self.stop.is_set() and time.monotonic() < reply.first_s + len(reply.tokens) / tokens_per_s:
                 time.sleep(0.005)
         return "stopped"
-
 
 class Reply:
     """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
@@ -2201,8 +2008,7 @@ class Reply:
 
 class EngineProcess:
     def __init__(self) -> None:
-        import queue
-        import threading
+        import queue, threading
         # Stray prints of C code would break the protocol: keep stdout for us, point fd 1 at stderr.
         self.out = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
         os.dup2(2, 1)
@@ -2244,8 +2050,7 @@ class EngineProcess:
         self.commands.put((self.seen, {"cmd": "quit"}))
 
     def run(self) -> None:
-        import signal
-        import threading
+        import signal, threading
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
         threading.Thread(target=self.read_commands, daemon=True).start()
         try:
@@ -2375,15 +2180,10 @@ One day a visitor arrived, a great machine with more memory than the valley had 
 
 The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
 
-So it stayed a while. It watched how a sentence grows: first a word, then its neighbour, then the comma where one takes a breath. It saw the old fan turn, and the owner of the laptop nod, and type, and erase, and type again. In the evening it had heard forty sentences and remembered every one.
-
 You may stop me now with Esc; whatever I have said so far stays. Or scroll up with PgUp while I go on, and the text will stay where you look while a mark at the bottom tells you that there is more.
-
-When the machine went home it took one thing along. It set a small limit for itself, one that no benchmark would ever find: once a day, whatever the load, it answered one question at the speed of somebody reading.
 
 And if the fan of the laptop has not stopped, it is singing still. The end.""",
 }
-
 
 def _script_tokens(text: str, taken: set) -> List[str]:
     """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
@@ -2398,7 +2198,6 @@ def _script_tokens(text: str, taken: set) -> List[str]:
         token = tokens.pop() + token
     return tokens + [token] if token else tokens
 
-
 def _gguf_pair(key: str, value: Any) -> bytes:
     """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
     import struct
@@ -2411,7 +2210,6 @@ def _gguf_pair(key: str, value: Any) -> bytes:
         return text(key) + struct.pack("<IIQ", 9, kind, len(value)) + b"".join(map(pack, value))
     kind, pack = kinds[type(value)]
     return text(key) + struct.pack("<I", kind) + pack(value)
-
 
 def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tuple[int, ...], bytes]]) -> None:
     """A GGUF v3 file with F32 tensors (name, dimensions in ggml's order, raw little-endian floats); renamed into place."""
@@ -2428,7 +2226,6 @@ def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tup
         for _, _, raw in tensors:
             f.write(raw + bytes(-len(raw) % 32))
     os.replace(temporary, path)
-
 
 def _script_vocabulary(replies: Dict[str, Any]) -> Tuple[List[str], List[int], List[Tuple[int, int]]]:
     """The tokens of a scripted model, their types, and (token, the token after it) for all of them."""
@@ -2450,15 +2247,13 @@ def _script_vocabulary(replies: Dict[str, Any]) -> Tuple[List[str], List[int], L
         follow.append((now, 2))
     return texts, kinds, follow
 
-
 def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
     """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
 
     Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
     random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
     replies: NAME -> a text, or a list of tokens, which must be all different ("<0xE2>" = a byte)."""
-    import random
-    import struct
+    import random, struct
     width, bits = 128, random.Random(7)
     texts, kinds, follow = _script_vocabulary(replies)
     rows = [bits.getrandbits(width).to_bytes(width // 8, "little") for _ in texts]
@@ -2489,14 +2284,12 @@ def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **me
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.chat_template": template}, **metadata), tensors)
 
-
 def write_demo_model() -> str:
     """Write the demo's model (under 1 MB) into the data directory; returns its path. Raises OSError."""
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
     path = os.path.join(data_dir(), "demo.gguf")
     write_scripted_model(path, DEMO_REPLIES, DEMO_TEMPLATE, **{"general.name": "llmchat demo (fixed sentences)"})
     return path
-
 
 def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
     """The .gguf files in these folders and one level below, without the later parts of split ones; each file once."""
@@ -2510,7 +2303,6 @@ def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
                     path = os.path.normpath(os.path.join(place, name))
                     found.setdefault(os.path.realpath(path), path)
     return tuple(sorted(found.values()))
-
 
 # -- --install: a private environment for the engine --
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
@@ -2536,7 +2328,6 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
     (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
     (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."))
 
-
 class InstallProbe(NamedTuple):
     """What --install has to know of this machine."""
     platform: str = ""                # a key of COMPILER_HINTS
@@ -2550,7 +2341,6 @@ class InstallProbe(NamedTuple):
     memory_bytes: int = 0             # 0 = unknown
     n_cpus: int = 1
 
-
 def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
@@ -2559,7 +2349,6 @@ def data_dir() -> str:
     elif sys.platform == "darwin":
         base = "~/Library/Application Support"
     return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
-
 
 def engine_python() -> str:
     """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
@@ -2570,10 +2359,8 @@ def engine_python() -> str:
     folder = os.path.join(data_dir(), "engine")
     return env_python(folder) if is_env_complete(folder) else ""
 
-
 def env_python(folder: str) -> str:
     return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
-
 
 def is_env_complete(folder: str) -> bool:
     import glob
@@ -2581,7 +2368,6 @@ def is_env_complete(folder: str) -> bool:
     version = os.path.basename(os.path.realpath(env_python(folder)))
     lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
     return os.path.exists(env_python(folder)) and bool(glob.glob(os.path.join(glob.escape(folder), lib, "site-packages", "llama_cpp")))
-
 
 def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...], Dict[str, str]]:
     """(problems that stop it, notes for the user, environment variables for the build). Pure."""
@@ -2602,7 +2388,6 @@ def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...],
         variables["CMAKE_BUILD_PARALLEL_LEVEL"] = str(max(1, probe.memory_bytes // COMPILE_JOB_BYTES))
     return tuple(problems), tuple(notes + gpu_notes), variables
 
-
 def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
     """(CMake's flag or "", notes). The user's own CMAKE_ARGS always win."""
     if probe.user_cmake_args:
@@ -2618,10 +2403,8 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
             notes.append("Found %s but not %s, so it isn't used." % ((tool, device) if has_tool else (device, tool)))
     return "", notes
 
-
 def probe_install() -> InstallProbe:
-    import platform
-    import shutil
+    import platform, shutil
     from importlib.util import find_spec
     system = {"win32": "windows", "darwin": "macos"}.get(sys.platform, "")
     if "com.termux" in os.environ.get("PREFIX", ""):
@@ -2635,10 +2418,8 @@ def probe_install() -> InstallProbe:
         os.environ.get("CMAKE_ARGS", ""), *probe_gpu_tools(), shutil.disk_usage(existing).free,
         probe_hardware().ram_total_bytes, os.cpu_count() or 1)
 
-
 def probe_compiler(system: str) -> str:
-    import shutil
-    import subprocess
+    import shutil, subprocess
     if system == "macos" and subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL):
         return ""                         # a new Mac's /usr/bin/c++ only offers to get the real one
     if system == "termux" and not (shutil.which("cmake") and shutil.which("ninja")):
@@ -2649,11 +2430,9 @@ def probe_compiler(system: str) -> str:
     names = os.environ.get("CXX", "").split()[:1] + ["c++", "g++", "clang++", "cl"]
     return next(filter(None, map(shutil.which, names)), "")
 
-
 def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
     """(names of GPU_BUILDS whose tool is here, names whose device is here)."""
-    import glob
-    import shutil
+    import glob, shutil
     roots = [root for root in ("/usr", "/usr/local", os.environ.get("VULKAN_SDK")) if root]
     # ggml's Vulkan build wants SPIRV-Headers too, which distributions pack apart
     headers = all(any(glob.glob(root + path) for root in roots) for path in ("/include/vulkan", "/*/cmake/SPIRV-Headers"))
@@ -2662,7 +2441,6 @@ def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
             "hip": glob.glob("/dev/kfd"), "vulkan": glob.glob("/dev/dri/renderD*")}
     return tuple(filter(tools.get, tools)), tuple(filter(gpus.get, gpus))
 
-
 def draw_spinner(text: str, elapsed_s: float = 0.0) -> None:
     """One line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
@@ -2670,7 +2448,6 @@ def draw_spinner(text: str, elapsed_s: float = 0.0) -> None:
         width = shutil.get_terminal_size().columns - 1
         head = "%s %d:%02d  " % ("|/-\\"[int(elapsed_s * 5) % 4], elapsed_s // 60, elapsed_s % 60) if text else ""
         print("\r%s\r" % (head + text)[:width].ljust(width), end="", file=sys.stderr, flush=True)
-
 
 def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
     """Run a command in a process group of its own; interrupted, end the whole group. Raises RuntimeError."""
@@ -2690,12 +2467,9 @@ def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
         hint = next((hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail))), "Mend what it names.")
         raise RuntimeError("What matters of the above:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint))
 
-
 def follow_output(child: Any, say: Any) -> List[str]:
     """Say what matters of each line as it comes; returns the last lines. The spinner turns when 0.2 s bring none."""
-    import queue
-    import threading
-    import time
+    import queue, threading, time
     lines: Any = queue.Queue()
     tail, began_s = ["starting"], time.monotonic()
     def pump() -> None:
@@ -2716,7 +2490,6 @@ def follow_output(child: Any, say: Any) -> List[str]:
             draw_spinner("")
             say("%s  (%d:%02d)" % ((line,) + divmod(int(time.monotonic() - began_s), 60)) if line.startswith("  [") else line)
 
-
 def short_pip_line(line: str) -> str:
     """A compiler's long command as "  [35/193] ggml.c"; what else `pip -v` says of its own doings becomes ""."""
     step = re.match(r"\s*(\[ *\d+(?:/\d+|%)\])", line)     # ninja's or make's
@@ -2725,11 +2498,8 @@ def short_pip_line(line: str) -> str:
         return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking")
     return "" if re.match(r"(Link requires|Skipping link|Found link|changing mode|Created temp|creating |copying |adding )", line) else line
 
-
 def end_group(child: Any) -> None:
-    import signal
-    import subprocess
-    import time
+    import signal, subprocess, time
     if child.poll() is None and sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
     elif child.poll() is None:
@@ -2740,7 +2510,6 @@ def end_group(child: Any) -> None:
         except OSError:
             pass                          # all gone already
     child.wait()
-
 
 def make_env(folder: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
     """A virtual environment with the engine in it, tried out. Raises OSError, RuntimeError."""
@@ -2766,33 +2535,20 @@ def make_env(folder: str, probe: InstallProbe, variables: Dict[str, str], say: A
     run_logged([env_python(folder), os.path.abspath(__file__), "--check-engine"], env, say)
     remove_folder(scratch)
 
-
 def swap_env(new: str, place: str) -> None:
-    """Put the finished environment in place; a half-made one never stands there. Raises OSError, the old one kept."""
+    """Put the finished environment in place; a half-made one never stands there. Raises OSError."""
     if os.path.lexists(place):
         os.rename(place, place + ".old")
-    try:
-        os.rename(new, place)
-    except OSError:
-        restore_env(place)
-        raise
+    os.rename(new, place)
     remove_folder(place + ".old")
 
-
-def restore_env(place: str) -> None:
-    if os.path.lexists(place + ".old") and not os.path.lexists(place):
-        os.rename(place + ".old", place)
-
-
 def remove_folder(path: str) -> None:
-    import shutil
-    import time
+    import shutil, time
     for wait_s in (0, 0.2, 1):            # a process just killed may still finish its last write
         time.sleep(wait_s)
         shutil.rmtree(path, ignore_errors=True)
         if not os.path.lexists(path):
             return
-
 
 def lock_install(parent: str) -> Any:
     """An open file, the lock while it is open; what killed installs have left is removed. RuntimeError: taken."""
@@ -2808,11 +2564,9 @@ def lock_install(parent: str) -> Any:
     except OSError:
         lock.close()
         raise RuntimeError("Another install is at work in %s." % parent)
-    restore_env(os.path.join(parent, "engine"))
     for path in glob.glob(os.path.join(glob.escape(parent), "engine.new-*")) + [os.path.join(parent, "engine.old")]:
         remove_folder(path)
     return lock
-
 
 def interrupt_once(number: int, frame: Any) -> None:
     import signal
@@ -2820,7 +2574,6 @@ def interrupt_once(number: int, frame: Any) -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     raise KeyboardInterrupt
-
 
 def install_engine(say: Any) -> int:
     """Make the private environment; ends the process's Ctrl-C handling, so it is the last thing a process does.
@@ -2871,24 +2624,19 @@ SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
     "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
 }
 
-
 def command_names() -> List[str]:
     return [name[4:] for name in globals() if name.startswith("cmd_")]
-
 
 def command_help(name: str) -> str:
     return (globals()["cmd_" + name].__doc__ or "").split("\n")[0]
 
-
 def slash_commands() -> List[str]:
     return [name for name in command_names() if command_help(name).startswith("/")]
-
 
 def notice(state: State, text: str, style: str = "warn") -> State:
     """A message from the program in the chat."""
     turns = state.chat.turns + (Turn("notice", text, style=style),)
     return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
-
 
 def add_log(state: State, *lines: LogLine) -> State:
     log = state.log + lines
@@ -2899,10 +2647,8 @@ def add_log(state: State, *lines: LogLine) -> State:
             state = state._replace(log_scroll=Scroll(max(0, place.item - dropped), place.line))
     return state._replace(log=log)
 
-
 def is_busy(state: State) -> bool:
     return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING)
-
 
 def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready."""
@@ -2913,13 +2659,11 @@ def start_model(state: State) -> Change:
         return state._replace(engine=Condition.LOADING), (load,)
     return state._replace(engine=Condition.STARTING, model=None), (StartEngine(settings.demo), load)
 
-
 def chat_messages(state: State) -> List[Dict[str, str]]:
     """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
     system = state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:] if t.role != "notice"]
-
 
 def ask_model(state: State) -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits."""
@@ -2939,10 +2683,8 @@ def ask_model(state: State) -> Change:
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="")
     return state, (SendEngine(request),)
 
-
 def is_command(text: str) -> bool:
     return text[:1] == "/" and text[:2] != "//" and "\n" not in text
-
 
 def submit(state: State, text: str) -> Change:
     """A line from the user: a /command, or a message for the model."""
@@ -2955,7 +2697,6 @@ def submit(state: State, text: str) -> Change:
     turns = state.chat.turns + (Turn("user", text.strip("\n")),)
     return ask_model(state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None))
 
-
 def run_command(state: State, name: str, argument: str) -> Change:
     if name in slash_commands():
         return globals()["cmd_" + name](state, argument)
@@ -2963,7 +2704,6 @@ def run_command(state: State, name: str, argument: str) -> Change:
     near = difflib.get_close_matches(name, slash_commands(), 1)
     advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is."
     return notice(state, "There is no command /%s. %s" % (name, advice)), ()
-
 
 # -- commands --
 
@@ -2973,7 +2713,6 @@ def cmd_help(state: State, argument: str) -> Change:
     rows = [row for left, right in help_rows() for row in help_lines(left, right, width)]
     return state._replace(dialog=None if state.dialog else Dialog("help", tuple(rows))), ()
 
-
 def help_lines(left: str, right: str, width: int) -> List[str]:
     rows = ["%-21s %s" % ("", part) for part in wrap(right, width)] if right else [left]
     if right and len(left) < 20:
@@ -2982,31 +2721,28 @@ def help_lines(left: str, right: str, width: int) -> List[str]:
         rows.insert(0, "  " + left)
     return rows
 
-
 def help_rows() -> Iterable[Tuple[str, str]]:
     """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning."""
     yield "COMMANDS", ""
     for name in slash_commands():
         usage, _, meaning = command_help(name).partition(": ")
         yield usage, meaning
-    for title, table, prefix in (("KEYS", KEYS, "cmd_"), ("IN THE INPUT BOX", EDIT_KEYS, "edit_")):
+    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
         yield "", ""
         yield title, ""
         keys: Dict[str, List[str]] = {}
         for key, name in table.items():
             keys.setdefault(name, []).append(key)
         for name, names in keys.items():
-            meaning = (globals()[prefix + name].__doc__ or "").split("\n")[0]
+            meaning = meaning_of(name)
             meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
             yield ", ".join(key.title().replace("Pgup", "PgUp").replace("Pgdn", "PgDn") for key in names), meaning
-
 
 def cmd_new(state: State, argument: str) -> Change:
     """/new: start a new chat"""
     if is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
     return state._replace(chat=Chat(request=state.chat.request), chat_scroll=None, n_used=0, hint="New chat"), ()
-
 
 def cmd_load(state: State, argument: str) -> Change:
     """/load PATH: load another model; the chat goes on with it (no PATH: choose from a list)"""
@@ -3021,11 +2757,9 @@ def cmd_load(state: State, argument: str) -> Change:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
 
-
 def cmd_models(state: State, argument: str) -> Change:
     """/models: choose among the models found on this machine"""
     return state._replace(doing="looking for models"), (FindModels(),)
-
 
 def cmd_system(state: State, argument: str) -> Change:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
@@ -3033,7 +2767,6 @@ def cmd_system(state: State, argument: str) -> Change:
         return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
     text = "" if argument.lower() == "none" else argument
     return state._replace(settings=state.settings._replace(system_prompt=text), hint="System prompt set" if text else "System prompt removed"), ()
-
 
 def cmd_set(state: State, argument: str) -> Change:
     """/set NAME VALUE: change how replies are chosen, e.g. /set temperature 0.3 (no NAME: show all)"""
@@ -3050,7 +2783,6 @@ def cmd_set(state: State, argument: str) -> Change:
     settings = state.settings._replace(sampling=sampling._replace(**{name: number}))
     return state._replace(settings=settings, hint="%s = %s" % (name, number)), ()
 
-
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
     kind, low, high, meaning = SETTINGS_HELP[name]
@@ -3062,7 +2794,6 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
         return None, "%s takes a %snumber from %s to %s (%s), not %r." % (
             name, "whole " if kind is int else "", low, high, meaning, value)
     return number, ""
-
 
 def cmd_stats(state: State, argument: str) -> Change:
     """/stats: what this session has read and written"""
@@ -3076,7 +2807,6 @@ def cmd_stats(state: State, argument: str) -> Change:
         "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
         "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
 
-
 def cmd_install(state: State, argument: str) -> Change:
     """/install: get the engine (llama-cpp-python), compiled for this machine"""
     if is_busy(state) or state.engine is Condition.INSTALLING:
@@ -3084,11 +2814,9 @@ def cmd_install(state: State, argument: str) -> Change:
     pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
     return state._replace(dialog=None, engine=Condition.INSTALLING, pane=pane), (InstallEngine(),)
 
-
 def cmd_quit(state: State, argument: str) -> Change:
     """/quit: end the program"""
     return state, (Quit(),)
-
 
 def cmd_send(state: State, argument: str) -> Change:
     """send the message"""
@@ -3100,11 +2828,9 @@ def cmd_send(state: State, argument: str) -> Change:
     history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
     return submit(state._replace(draft=Draft(history=history, killed=draft.killed)), text)
 
-
 def cmd_newline(state: State, argument: str) -> Change:
     """start a new line in the message"""
     return state._replace(draft=edit_insert(state.draft, "\n")), ()
-
 
 def cmd_complete(state: State, argument: str) -> Change:
     """complete a command or a setting's name"""
@@ -3118,7 +2844,6 @@ def cmd_complete(state: State, argument: str) -> Change:
     more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 else "")
     return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(fitting) if len(fitting) > 1 else ""), ()
 
-
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
@@ -3131,7 +2856,6 @@ def cmd_stop(state: State, argument: str) -> Change:
         return take_back(state), ()
     return state._replace(chat_scroll=None, log_scroll=None), ()
 
-
 def take_back(state: State) -> State:
     """A message without a word of an answer goes back into the input box (if that is empty), to be changed or sent again."""
     chat = state.chat._replace(waiting=False, reply=None)
@@ -3143,7 +2867,6 @@ def take_back(state: State) -> State:
                           draft=state.draft._replace(text=text, cursor=len(text)),
                           hint="Your message is back in the input box; Ctrl-U clears it")
 
-
 def cmd_interrupt(state: State, argument: str) -> Change:
     """stop the reply; with nothing running: quit, after asking once"""
     if state.dialog or is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING:
@@ -3152,7 +2875,6 @@ def cmd_interrupt(state: State, argument: str) -> Change:
         return state, (Quit(),)
     return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit"), ()
 
-
 def cmd_pane(state: State, argument: str) -> Change:
     """move the system pane: beside the chat, hidden, in front"""
     wide = plan_layout(state._replace(pane="beside")).log_width > 0
@@ -3160,37 +2882,30 @@ def cmd_pane(state: State, argument: str) -> Change:
     pane = after[state.pane]
     return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
 
-
 def cmd_focus(state: State, argument: str) -> Change:
     """choose the pane that PgUp and PgDn scroll"""
     shown = plan_layout(state).log_width and state.pane != "full"
     return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
 
-
 def cmd_page_up(state: State, argument: str) -> Change:
     """scroll up a page"""
     return scroll_pane(state, -1, page=True), ()
-
 
 def cmd_page_down(state: State, argument: str) -> Change:
     """scroll down a page"""
     return scroll_pane(state, 1, page=True), ()
 
-
 def cmd_line_up(state: State, argument: str) -> Change:
     """scroll up a line"""
     return scroll_pane(state, -1), ()
-
 
 def cmd_line_down(state: State, argument: str) -> Change:
     """scroll down a line"""
     return scroll_pane(state, 1), ()
 
-
 def cmd_redraw(state: State, argument: str) -> Change:
     """draw the window again"""
     return state, (Redraw(),)
-
 
 def scroll_pane(state: State, by: int, page: bool = False) -> State:
     layout = plan_layout(state)
@@ -3210,7 +2925,6 @@ def update(state: State, event: Any) -> Change:
     state, effects = HANDLERS[type(event)](state, event)
     return read_ahead(state, effects) if READ_AHEAD and state.engine is Condition.READY else (state, effects)
 
-
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
     text = state.draft.text
@@ -3221,18 +2935,15 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     message = {"cmd": "ahead", "messages": chat_messages(state), "draft": draft}
     return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
 
-
 def on_typed(state: State, event: Typed) -> Change:
     state = state._replace(hint="", quit_asked=False)
     if state.dialog and state.dialog.kind == "models" and event.text in ("j", "k"):
         return on_dialog_key(state, event.text)
     return state._replace(dialog=None, draft=edit_insert(state.draft, event.text)), ()
 
-
 def on_pasted(state: State, event: Pasted) -> Change:
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
     return state._replace(draft=edit_insert(state.draft, text), hint="", dialog=None), ()
-
 
 def on_pressed(state: State, event: Pressed) -> Change:
     key, asked = event.key, state.quit_asked
@@ -3244,11 +2955,10 @@ def on_pressed(state: State, event: Pressed) -> Change:
     if key == "ctrl-d" and not state.draft.text:
         return cmd_interrupt(state._replace(quit_asked=asked), "")    # as shells end at it
     if key in EDIT_KEYS:
-        return state._replace(draft=globals()["edit_" + EDIT_KEYS[key]](state.draft)), ()
+        return state._replace(draft=EDITS[EDIT_KEYS[key]][1](state.draft)), ()
     if key in KEYS:
         return globals()["cmd_" + KEYS[key]](state._replace(quit_asked=asked and KEYS[key] == "interrupt"), "")
     return state, ()
-
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog = state.dialog
@@ -3262,14 +2972,11 @@ def on_dialog_key(state: State, key: str) -> Change:
         return cmd_load(state._replace(dialog=None), dialog.items[dialog.index])
     return (state._replace(dialog=None), ()) if dialog.kind == "help" else (state, ())
 
-
 def on_resized(state: State, event: Resized) -> Change:
     return state._replace(columns=event.columns, rows=event.rows), ()
 
-
 def on_submitted(state: State, event: Submitted) -> Change:
     return submit(state, event.text)
-
 
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
@@ -3281,12 +2988,10 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
         state = state._replace(progress=int(step.group(1)) / max(1, int(step.group(2))), doing="compiling")
     return add_log(state, LogLine(level, text)), ()
 
-
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
     state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it with "
                    "python3 llmchat.py --install, or in the window with /install: it takes a few minutes, once.", "error")
     return state._replace(dialog=Dialog("install")), ()
-
 
 def on_installed(state: State, event: Installed) -> Change:
     state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
@@ -3296,7 +3001,6 @@ def on_installed(state: State, event: Installed) -> Change:
     state = notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good")
     return start_model(state) if state.settings.model_path else cmd_models(state, "")
 
-
 def on_models_found(state: State, event: ModelsFound) -> Change:
     state = state._replace(doing="")
     if event.paths:
@@ -3305,42 +3009,34 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
                   "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
                   "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:])), ()
 
-
 # -- the engine --
 
 def on_engine_said(state: State, event: EngineSaid) -> Change:
     handler = ENGINE_EVENTS.get(event.message.get("event"))
     return handler(state, event.message) if handler else (state, ())
 
-
 def on_hello(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=Condition.LOADING, progress=0.0), ()
-
 
 def on_log(state: State, message: Dict[str, Any]) -> Change:
     return add_log(state, LogLine(message["level"], message["text"])), ()
 
-
 def on_hardware(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()
-
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
     plan = tuple(LogLine(style, line) for line in message["lines"])
     return state._replace(summary=plan + tuple(line for line in state.summary if line.level == "text")), ()
 
-
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=Condition.LOADING, progress=message["progress"]), ()
-
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"])
     state = add_log(state, LogLine("good", "Ready: %s" % model.name))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
-
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
     if message["id"] != state.chat.request or state.engine is not Condition.READING:
@@ -3351,18 +3047,15 @@ def on_reading(state: State, message: Dict[str, Any]) -> Change:
         doing += ", %.0f/s, %.0f s left" % (rate, message["left_s"])
     return state._replace(progress=done / max(1, total), doing=doing), ()
 
-
 def on_ahead(state: State, message: Dict[str, Any]) -> Change:
     done, total = message["done"], message["total"]
     return state._replace(ahead_left="%s/%s" % (format(done, ","), format(total, ",")) if done < total else "", n_used=done), ()
-
 
 def on_forgot(state: State, message: Dict[str, Any]) -> Change:
     """The context was full: the engine has left out the oldest turns."""
     seen = [i for i, turn in enumerate(state.chat.turns) if turn.role != "notice" and i >= state.chat.forgotten]
     forgotten = seen[message["n"]] if message["n"] < len(seen) else len(state.chat.turns)
     return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
-
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
     if message["id"] != state.chat.request or state.chat.reply is None:
@@ -3371,9 +3064,7 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=engine, chat=state.chat._replace(reply=state.chat.reply + message["text"]),
                           speed=message["rate"], n_used=message["n_used"], doing=""), ()
 
-
 REASONS = {"stopped": "stopped", "length": "cut at the token limit (/set max_tokens)"}
-
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
     if message["id"] != state.chat.request:
@@ -3387,7 +3078,6 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         s.read_s + message["read_s"], s.write_s + message["write_s"]))
     return end_reply(state, note), ()
 
-
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
     engine = Condition.READY if is_busy(state) else state.engine
@@ -3397,7 +3087,6 @@ def end_reply(state: State, note: str) -> State:
         return back._replace(hint="The model answered nothing. " + back.hint) if note.startswith("0 tokens") and "stopped" not in note else back
     turns = state.chat.turns + (Turn("assistant", state.chat.reply, note),)
     return state._replace(chat=state.chat._replace(turns=turns, reply=None))
-
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
@@ -3412,10 +3101,8 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     state = add_log(state, LogLine("error", message["text"]))
     return notice(state, message["text"], "error"), ()
 
-
 def on_chat_failed(state: State, text: str) -> State:
     return notice(end_reply(state, "not finished"), text, "error")
-
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
     if state.engine is Condition.MISSING:    # it had said why
@@ -3425,7 +3112,6 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
-
 
 def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     """One sentence for people about how the engine ended."""
@@ -3446,7 +3132,6 @@ def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     return "The engine ended by itself (exit status %d).%s If this happens at each start, make the engine anew: " \
            "python3 llmchat.py --install" % (code, said)
 
-
 HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed, Resized: on_resized, Submitted: on_submitted,
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
             EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
@@ -3459,10 +3144,8 @@ ENGINE_EVENTS = {"hello": on_hello, "log": on_log, "hardware": on_hardware, "pla
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
 # gives the same frame. view_PANE(state, width, height) -> at most `height` lines. Styles are names of COLORS.
 
-class Frame(NamedTuple):
-    lines: Tuple[Line, ...]
-    cursor: Optional[Tuple[int, int]]   # row and column, None = hidden
-
+# cursor: row and column, None = hidden
+Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]])])
 
 BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
        False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
@@ -3472,10 +3155,8 @@ LOGO = (r" _ _              _         _   ",
         r"| | | '  \/ _` __| ' \/ _` |  _|",
         r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
 
-
 def line_cells(line: Line) -> int:
     return sum(cells(text) for text, _ in line)
-
 
 def fit(line: Line, width: int, style: str = "text") -> Line:
     """A line of exactly `width` columns: cut, or filled with spaces."""
@@ -3488,7 +3169,6 @@ def fit(line: Line, width: int, style: str = "text") -> Line:
             used += cells(text)
         line = tuple(kept)
     return line + ((" " * (width - used), style),) if used < width else line
-
 
 def view(state: State) -> Frame:
     if not fits_window(state):
@@ -3504,11 +3184,8 @@ def view(state: State) -> Frame:
     rows = view_framed(state, layout, upper, draft)
     return Frame(tuple(rows + [view_status(state)]), (layout.chat_height + 2 + cursor[0], cursor[1] + 1))
 
-
-class Pane(NamedTuple):
-    lines: List[Line]                 # exactly as many as the pane is high
-    more: bool                        # there is more below
-
+# lines: exactly as many as the pane is high; more: there is more below
+Pane = NamedTuple("Pane", [("lines", List[Line]), ("more", bool)])
 
 def view_pane(view_one: Any, state: State, layout: Layout) -> Pane:
     """One pane; a fault in it is shown inside it, and the rest of the window works on."""
@@ -3519,7 +3196,6 @@ def view_pane(view_one: Any, state: State, layout: Layout) -> Pane:
         height = layout.chat_height if view_one is view_chat or state.pane == "full" else layout.log_height
         lines: List[Line] = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]]
         return Pane(lines + [()] * (height - len(lines)), False)
-
 
 def view_framed(state: State, layout: Layout, upper: Pane, draft: List[Line]) -> List[Line]:
     """The frame, with the panes in it."""
@@ -3538,7 +3214,6 @@ def view_framed(state: State, layout: Layout, upper: Pane, draft: List[Line]) ->
     bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
     return rows + [((bottom, "frame"),)]
 
-
 def view_top(state: State, layout: Layout, side: bool) -> Line:
     """The upper border with the titles of the panes; the one that scrolls is marked."""
     box = BOX[state.settings.unicode]
@@ -3554,14 +3229,12 @@ def view_top(state: State, layout: Layout, side: bool) -> Line:
         line += ((box["t"], "frame"),) + title("system", layout.log_width, state.focus == "system")
     return line + ((box["tr"], "frame"),)
 
-
 def view_rule(state: State, width: int, more: bool) -> Line:
     """The line over the input box; it says when there is more below."""
     box = BOX[state.settings.unicode]
     text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
     left = (width - cells(text)) // 2
     return ((box["h"] * left, "frame"), (text, "warn"), (box["h"] * (width - left - cells(text)), "frame"))
-
 
 def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Pane:
     """The visible part of a list, and whether there is more below it."""
@@ -3570,14 +3243,12 @@ def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Pane:
     lines = lines_from(items, top, height)
     return Pane(lines + [()] * (height - len(lines)), top < end)
 
-
 def view_chat(state: State, layout: Layout) -> Pane:
     width, height = layout.chat_width, layout.chat_height
     if state.dialog:
         return Pane(view_dialog(state, width, height), False)
     items = chat_items(state, width)
     return pane_lines(items, state.chat_scroll, height) if items.count else Pane(view_welcome(state, width, height), False)
-
 
 def view_welcome(state: State, width: int, height: int) -> List[Line]:
     """What an empty chat shows."""
@@ -3590,7 +3261,6 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     text += "\n\nType, then press Enter. F1 shows keys and commands."
     lines += [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
     return (lines + [()] * height)[:height]
-
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     dialog, rows = state.dialog, []
@@ -3611,7 +3281,6 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
         lines.append(fit(((" " + clean_row(item), style),), width, style) if chosen else ((" " + clean_row(item), style),))
     return (lines + [()] * height)[:height]
 
-
 def view_log(state: State, layout: Layout) -> Pane:
     """The system pane: machine and plan, a rule, the log."""
     top = summary_lines(state, layout)
@@ -3619,7 +3288,6 @@ def view_log(state: State, layout: Layout) -> Pane:
         top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
     pane = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
     return Pane((top + pane.lines)[:layout.log_height], pane.more)
-
 
 def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
     """The input box, and the cursor (row, column) in it."""
@@ -3632,11 +3300,9 @@ def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int
              for i, (_, text) in enumerate(rows[top:top + height], top)]
     return lines, (row - top, min(column + 2, width - 1))
 
-
 def view_bar(state: State, width: int) -> Line:
     box, on = BOX[state.settings.unicode], int(state.progress * width + 0.5)
     return ((box["on"] * on, "bar"), (box["off"] * (width - on), "bar"))
-
 
 def view_status(state: State) -> Line:
     """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
@@ -3678,7 +3344,6 @@ CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F":
 PASTE_BEGINS = list("\x1b[200~")
 PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
 
-
 def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[Any]]:
     """What get_wch() gave (characters; names of special keys in a tuple) -> (events, items of an unfinished sequence).
 
@@ -3697,7 +3362,6 @@ def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[
         i += n
     return events, items[i:]
 
-
 def decode_key(item: Any) -> Any:
     """The event for one character or one named key."""
     if isinstance(item, tuple):
@@ -3707,7 +3371,6 @@ def decode_key(item: Any) -> Any:
     if item < " ":
         return Pressed("ctrl-" + chr(ord(item) + 96)) if "\0" < item < "\x1b" else None
     return Typed(item)
-
 
 def decode_escape(items: List[Any]) -> Tuple[Any, int]:
     """The event that a list of items beginning with ESC stands for, and how many items it took; 0 = not all there yet."""
@@ -3728,7 +3391,6 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
         return None, 0
     key = decode_key(items[1])
     return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
-
 
 class Screen:
     """The terminal while the window is open. close() always restores it."""
@@ -3777,9 +3439,7 @@ class Screen:
         """Bytes of whole lines typed before the window opened: there an LF was the Enter key (the terminal made it of CR)."""
         if os.name == "nt":
             return 0
-        import fcntl
-        import struct
-        import termios
+        import fcntl, struct, termios
         return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
 
     def _write(self, text: str) -> None:
@@ -3929,17 +3589,17 @@ class Mailbox:
     def take(self) -> List[Any]:
         return [self.events.popleft() for _ in range(len(self.events))]
 
-
 class Child:
     """A child process whose lines become events: on_line(text) per line of stdout, on_note(text) of stderr, on_end(code)."""
 
     def __init__(self, argv: List[str], on_line: Any, on_note: Any, on_end: Any) -> None:
-        import subprocess
-        import threading
+        import subprocess, threading
         self.silent = False               # its end is no news: somebody asked for it
         self.on_line, self.on_note, self.on_end = on_line, on_note, on_end
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
+        if "OMP_WAIT_POLICY" not in env:  # GNU OpenMP's threads spin at barriers far too long for a busy machine
+            env.setdefault("GOMP_SPINCOUNT", "2000")
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **flags)
         self.reader = threading.Thread(target=self._read, args=(self.process.stderr, self.on_note), daemon=True)
         self.reader.start()
@@ -3988,7 +3648,6 @@ class Child:
             self.process.wait()
         self.ender.join()
 
-
 # A script is compiled at each start; the engine's start takes the compiled form from Python's cache instead.
 ENGINE_BOOT = """import sys
 sys.path = [path for path in sys.path if path]    # nothing from the current folder, which may be anybody's
@@ -4001,10 +3660,8 @@ module.__file__ = sys.argv[1]
 exec(code, module.__dict__)
 module.EngineProcess().run()"""
 
-
 def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), os.path.join(data_dir(), "pycache")]
-
 
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
@@ -4067,16 +3724,13 @@ class Runner:
         if self.engine:
             self.engine.close()
 
-
 def missing_instruction_sets() -> List[str]:
     """What prebuilt llama.cpp libraries want of an x86 CPU (AVX2, FMA, F16C) and this one doesn't have."""
     has = probe_hardware().instruction_sets
     return [] if "NEON" in has else [name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has]
 
-
 def raise_exit(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)        # through every `finally` on the way out
-
 
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
@@ -4086,7 +3740,6 @@ def watch_signals(mailbox: Mailbox) -> None:
             signal.signal(getattr(signal, name), raise_exit)
     if hasattr(signal, "SIGWINCH"):
         signal.signal(signal.SIGWINCH, lambda number, frame: mailbox.post(Resized(0, 0)))
-
 
 def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
     """The window, until somebody quits: wait, update, perform, draw. Returns the exit status."""
@@ -4104,7 +3757,6 @@ def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
             screen.close()
         finally:
             runner.close()
-
 
 def loop(state: State, screen: Screen, runner: Runner) -> int:
     import time
@@ -4125,7 +3777,6 @@ def loop(state: State, screen: Screen, runner: Runner) -> int:
             drawn, drawn_s = state, now_s
     return 0
 
-
 def react(state: State, event: Any, screen: Screen, runner: Runner) -> State:
     """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
     try:
@@ -4144,8 +3795,7 @@ def react(state: State, event: Any, screen: Screen, runner: Runner) -> State:
 
 def parse_arguments(argv: List[str]) -> Any:
     import argparse
-    parser = argparse.ArgumentParser(
-        prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
         epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
                '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
@@ -4180,13 +3830,11 @@ def parse_arguments(argv: List[str]) -> Any:
             setattr(arguments, name, number)
     return arguments
 
-
 def initial_state(arguments: Any) -> State:
     sampling = Sampling(**{n: getattr(arguments, n) for n in Sampling._fields if hasattr(arguments, n)})
     wishes = Wishes(n_ctx=arguments.ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers)
     path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
     return State(settings=Settings(path, arguments.system, sampling, wishes, arguments.demo))
-
 
 # -- without a window --
 
@@ -4278,7 +3926,6 @@ class Plain:
         if dialog.kind == "models":
             self.note("Load one with /load PATH.")
 
-
 def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
     # a reply may hold what the terminal's encoding lacks; files and pipes get UTF-8
@@ -4304,7 +3951,6 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
     finally:
         plain.runner.close()
 
-
 def one_shot(plain: Plain, prompt: Optional[str]) -> int:
     """One answer on stdout: 0, or 1 when there is none, or 130 when it was stopped."""
     piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
@@ -4319,35 +3965,24 @@ def one_shot(plain: Plain, prompt: Optional[str]) -> int:
         print(flush=True)
     return plain.status or int(not turns)
 
-
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
-    python, lines = engine_python(), []
+    import json, subprocess
+    lines, python = list(describe_hardware(probe_hardware())), engine_python()
     if python:
-        runner = Runner()
-        runner.start_engine()
-        runner.engine.send({"cmd": "info"})
-        while not lines:
-            runner.mailbox.wait(None)
-            for event in runner.mailbox.take():
-                message = event.message if isinstance(event, EngineSaid) else {}
-                if message.get("event") == "hardware":
-                    lines = message["lines"]
-                elif message.get("event") == "failed" or isinstance(event, EngineDied):
-                    lines = list(describe_hardware(probe_hardware())) + [message.get("text", "The engine does not start.")]
-        runner.close()
-    else:
-        lines = list(describe_hardware(probe_hardware())) + ["The engine is not installed: python3 llmchat.py --install"]
-    print(clean("\n".join(["llmchat %s" % VERSION] + lines)))
-    if model:
-        try:
-            header = read_gguf_header(model, full=True)
+        done = subprocess.run(engine_argv(python), input=b'{"cmd": "info"}\n', stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        told = [e.get("lines") or lines + [e["text"]] for e in events if e["event"] in ("hardware", "failed")]
+    print(clean("\n".join(["llmchat %s" % VERSION] + (
+        (told or [lines + ["The engine does not start."]])[0] if python else lines + ["The engine is not installed: python3 llmchat.py --install"]))))
+    try:
+        header = read_gguf_header(model, full=True) if model else None
+        if header:
             print(clean("\n".join((model_summary(header),) + plan_load(header, probe_hardware(), Wishes()).lines)))
-        except ModelError as error:
-            print(clean(str(error)), file=sys.stderr)
-            return 1
+    except ModelError as error:
+        print(clean(str(error)), file=sys.stderr)
+        return 1
     return 0
-
 
 def run_window(state: State) -> int:
     try:
@@ -4357,11 +3992,9 @@ def run_window(state: State) -> int:
         return run_plain(state, None, True)
     return run(screen, *(start_model(state) if state.settings.model_path else cmd_models(state, "")))
 
-
 def has_curses() -> bool:
     import importlib.machinery
     return "_curses" in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec("_curses") is not None
-
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
@@ -4384,7 +4017,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
         return run_plain(state, arguments.prompt, interactive)
     return run_window(state)
-
 
 if __name__ == "__main__":
     try:

@@ -713,6 +713,27 @@ class CacheTest(unittest.TestCase):
                 self.assertRegex(error, "takes 4[0-9][0-9] tokens, but the model's context holds 256")
 
 
+class ThreadCountTest(unittest.TestCase):
+    def play(self, pace_s, n_most=4, windows=60):
+        """The numbers of threads chosen on a machine that gives pace_s(n) -> (seconds per token, share of the CPU)."""
+        chosen = []
+        threads = llmchat.ThreadCount(n_most, chosen.append)
+        for _ in range(windows * threads.WINDOW):
+            wall_s, share = pace_s(threads.n)
+            threads.add(wall_s, wall_s * share * threads.n)
+        return chosen, threads.n
+
+    def test_threads_follow_the_load(self):
+        self.assertEqual(self.play(lambda n: (0.1, 0.98)), ([], 4))                       # nobody else: never a change
+        chosen, n = self.play(lambda n: (0.1 if n < 4 else 0.3, 1.0 if n < 4 else 0.8))   # one core is taken
+        self.assertEqual((chosen[0], n), (3, 3))
+        self.assertEqual(set(chosen), {3, 4})                                             # more is tried now and then
+        chosen, n = self.play(lambda n: (0.4 / n, 0.5))                                   # all are slowed alike: more is better
+        self.assertEqual(chosen[:2], [2, 4])
+        self.assertLess(len(chosen), 14)                                                  # and trials become rare
+        self.assertEqual(self.play(lambda n: (0.1, 0.1), n_most=1), ([], 1))
+
+
 class BadModelTest(unittest.TestCase):
     def test_engine_says_one_sentence_and_lives_on(self):
         engine = Engine(self)
@@ -926,7 +947,7 @@ def header(weight_gb=1.0, n_layers=16, n_embd=2048, n_heads=32, n_kv=8, n_ff=819
     keys = dict({"general.architecture": "llama", "llama.block_count": n_layers, "llama.context_length": train,
                  "llama.embedding_length": n_embd, "llama.feed_forward_length": n_ff, "llama.attention.head_count": n_heads,
                  "llama.attention.head_count_kv": n_kv, "llama.vocab_size": 32000}, **more)
-    return llmchat.Header("/m/some-Q4_K_M.gguf", int(weight_gb * GB), 1, 3, 200, keys, 0, 0)
+    return llmchat.Header("/m/some-Q4_K_M.gguf", int(weight_gb * GB), 1, 200, keys, 0, 0)
 
 
 def machine(total_gb, free_gb, gpu_gb=0, backend="CUDA"):
@@ -1210,7 +1231,7 @@ class TextTest(unittest.TestCase):
                 ("kill_to_start", "a\nbc|d", "a\n|d"), ("kill_to_end", "a|bc\nd", "a|\nd"), ("kill_to_end", "a|\nd", "a|d"),
                 ("up", "abc\nd|e", "a|bc\nde"), ("up", "a\nbcd|", "a|\nbcd"), ("up", "a|", "a|"),
                 ("down", "ab|c\nde", "abc\nde|"), ("down", "abcd|\ne\nf", "abcd\ne|\nf"), ("down", "a|", "a|")):
-            got = getattr(llmchat, "edit_" + name)(Draft(before.replace("|", ""), before.index("|")))
+            got = llmchat.EDITS[name][1](Draft(before.replace("|", ""), before.index("|")))
             self.assertEqual(got.text[:got.cursor] + "|" + got.text[got.cursor:], after, (name, before))
 
     def test_keys_in_the_input_box(self):
@@ -1393,9 +1414,10 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual((effects[0], asked(play(state, LOADED)[1])), (StartEngine(), ["hello"]))
 
     def test_keys_are_documented(self):
-        for key, function in [(k, "cmd_" + n) for k, n in llmchat.KEYS.items()] + [(k, "edit_" + n) for k, n in llmchat.EDIT_KEYS.items()]:
+        helps = [(k, llmchat.command_help(n)) for k, n in llmchat.KEYS.items()] + [(k, llmchat.EDITS[n][0]) for k, n in llmchat.EDIT_KEYS.items()]
+        for key, line in helps:
             with self.subTest(key=key):
-                self.assertTrue(getattr(llmchat, function).__doc__)
+                self.assertTrue(line)
                 self.assertRegex("\n".join(HELP).lower(), r"(?m)(^|\s)%s(,|\s|$)" % re.escape(key))
         self.assertEqual([name for name in llmchat.slash_commands() if "  /" + name not in "\n".join(HELP)], [])
 
