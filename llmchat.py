@@ -174,7 +174,6 @@ class Wishes(NamedTuple):
     n_ctx: int = CONTEXT_TOKENS
     n_threads: int = THREADS
     n_gpu_layers: int = GPU_LAYERS
-    n_batch: int = 0
     n_ubatch: int = 0
     kv_type: str = "f16"
 
@@ -209,7 +208,6 @@ LongArray = NamedTuple("LongArray", [("kind", int), ("count", int)])
 
 class Plan(NamedTuple):
     n_ctx: int
-    n_batch: int
     n_ubatch: int
     n_threads: int
     n_gpu_layers: int  # n_layers + 1 = everything, the output layer too
@@ -580,9 +578,6 @@ class Layout(NamedTuple):
     log_width: int
     log_height: int
 
-def fits_window(state: State) -> bool:
-    return state.columns >= 20 and state.rows >= 6
-
 def plan_layout(state: State) -> Layout:
     """Which pane is where: side by side when the window is wide, one at a time when not."""
     columns, rows = state.columns, state.rows
@@ -932,9 +927,7 @@ LOOKALIKES = (  # first bytes -> what the file is
     (b"PK\x03\x04", "a zip or PyTorch file: convert it to GGUF, or find a GGUF version of the model"),
     (b"\x80", "a Python pickle (PyTorch): convert it to GGUF, or find a GGUF version of the model"),
     (b"<", "a web page: the download link was wrong, use the one of the file itself"),
-    (b"tjgg", "an old GGML file, from before August 2023: find a GGUF version of the model"),
-    (b"lmgg", "an old GGML file, from before August 2023: find a GGUF version of the model"),
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    ((b"tjgg", b"lmgg"), "an old GGML file, from before August 2023: find a GGUF version of the model"),
     (b"\0" * 16, "only zeros: the download didn't finish, download it again"))
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
@@ -1016,13 +1009,11 @@ def check_magic(data: bytes, name: str) -> None:
         raise ModelError("%s is not a GGUF model. It looks like %s." % (name, looks[0]) if looks else
                          "%s is not a GGUF model: it doesn't begin with the letters GGUF." % name)
     version = parse_number(data, 4, "I")[0]
-    if version & 0xFFFF == 0:
-        raise ModelError("%s is for big-endian machines: find the little-endian version of the model." % name)
-    if version == 1:
-        raise ModelError("%s has GGUF version 1, which llama.cpp no longer reads: find a newer version." % name)
-    if version > 3:
-        raise ModelError("%s has GGUF version %d, newer than this program: update it and llama-cpp-python." % (
-            name, version))
+    wrong = "is for big-endian machines: find the little-endian version of the model" if version & 0xFFFF == 0 else \
+        "has GGUF version 1, which llama.cpp no longer reads: find a newer version" if version == 1 else \
+        "has GGUF version %d, newer than this program: update it and llama-cpp-python" % version if version > 3 else ""
+    if wrong:
+        raise ModelError("%s %s." % (name, wrong))
 
 def parse_number(data: bytes, at: int, code: str) -> tuple:
     import struct
@@ -1108,10 +1099,9 @@ QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
     "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
     "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
     "Q2_0").split()))
-EMBEDDING = "an embedding model: it turns text into numbers"
 CANNOT_CHAT = {  # architectures (llama-arch.cpp) -> what such a file is
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
-    "llama-embed t5encoder": EMBEDDING, "clip": "the eyes or ears of another model",
+    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "clip": "the eyes or ears of another model",
     "t5": "a translation-style model (T5)",
     "wavtokenizer-dec qwen3tts whisper": "a speech model", "eagle3 dflash": "a helper that drafts for a bigger model",
     "dream llada llada-moe": "a diffusion language model", "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
@@ -1184,7 +1174,7 @@ def check_text_generator(header: Header) -> None:
     whats = [what for table in (FILE_TYPES, CANNOT_CHAT) for names, what in table.items()
              if (kind if table is FILE_TYPES else arch) in names.split()]
     if number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False:
-        whats.append(EMBEDDING)
+        whats.append(CANNOT_CHAT[next(iter(CANNOT_CHAT))])
     if header.n_tensors == 0 and header.n_files == 1:
         whats.append(FILE_TYPES["vocab"])
     if whats:
@@ -1245,7 +1235,7 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     need = need_bytes(header, n_ctx, n_ubatch, wishes.kv_type)
     verdict = "fits" if need <= free * COMFORT or not free else "tight" if need <= free else "too big"
     n_threads = wishes.n_threads or hardware.usable_cores
-    plan = Plan(n_ctx, min(wishes.n_batch or 512, n_ctx), min(n_ubatch, n_ctx), n_threads, 0, model_layers(header),
+    plan = Plan(n_ctx, min(n_ubatch, n_ctx), n_threads, 0, model_layers(header),
                 header.weight_bytes or header.file_bytes, kv,
                 compute_bytes(header, n_ctx, n_ubatch), need, free, verdict, ())
     plan = plan._replace(n_gpu_layers=plan_gpu_layers(plan, gpu_bytes, wishes.n_gpu_layers))
@@ -1387,7 +1377,6 @@ class StopFlag:
 
     llama.h's abort callback is any native f(ptr) -> nonzero. A Python function there would be called at every
     graph node; libc's strlen over a two-byte buffer costs nothing: filling the buffer means "stop"."""
-
     def __init__(self) -> None:
         import ctypes
         self.buffer = ctypes.create_string_buffer(2)
@@ -1409,7 +1398,6 @@ class StopFlag:
 
 class ChatTemplate:
     """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox."""
-
     def __init__(self, source: str, bos: str, eos: str) -> None:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         environment = ImmutableSandboxedEnvironment(
@@ -1550,7 +1538,6 @@ class LlamaEngine:
     """One model in memory. `tokens` is what its KV cache holds, position by position.
 
     emit(event, **fields) reports; `stop` may be set from another thread at any time."""
-
     def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
         self.api, self.emit, self.stop = api, emit, stop
         self.model = self.context = self.template = None
@@ -2360,7 +2347,7 @@ def engine_python() -> str:
     return env_python(folder) if is_env_complete(folder) else ""
 
 def env_python(folder: str) -> str:
-    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+    return os.path.join(folder, *("Scripts/python.exe" if sys.platform == "win32" else "bin/python").split("/"))
 
 def is_env_complete(folder: str) -> bool:
     import glob
@@ -2624,14 +2611,11 @@ SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
     "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
 }
 
-def command_names() -> List[str]:
-    return [name[4:] for name in globals() if name.startswith("cmd_")]
-
 def command_help(name: str) -> str:
     return (globals()["cmd_" + name].__doc__ or "").split("\n")[0]
 
 def slash_commands() -> List[str]:
-    return [name for name in command_names() if command_help(name).startswith("/")]
+    return [name[4:] for name in globals() if name.startswith("cmd_") and command_help(name[4:]).startswith("/")]
 
 def notice(state: State, text: str, style: str = "warn") -> State:
     """A message from the program in the chat."""
@@ -2972,12 +2956,6 @@ def on_dialog_key(state: State, key: str) -> Change:
         return cmd_load(state._replace(dialog=None), dialog.items[dialog.index])
     return (state._replace(dialog=None), ()) if dialog.kind == "help" else (state, ())
 
-def on_resized(state: State, event: Resized) -> Change:
-    return state._replace(columns=event.columns, rows=event.rows), ()
-
-def on_submitted(state: State, event: Submitted) -> Change:
-    return submit(state, event.text)
-
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
     low = text.lower()
@@ -3132,7 +3110,9 @@ def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     return "The engine ended by itself (exit status %d).%s If this happens at each start, make the engine anew: " \
            "python3 llmchat.py --install" % (code, said)
 
-HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed, Resized: on_resized, Submitted: on_submitted,
+HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed,
+            Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
+            Submitted: lambda state, event: submit(state, event.text),
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
             EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"hello": on_hello, "log": on_log, "hardware": on_hardware, "plan": on_plan, "loading": on_loading,
@@ -3171,7 +3151,7 @@ def fit(line: Line, width: int, style: str = "text") -> Line:
     return line + ((" " * (width - used), style),) if used < width else line
 
 def view(state: State) -> Frame:
-    if not fits_window(state):
+    if state.columns < 20 or state.rows < 6:
         text = "window too small"[:state.columns]
         return Frame(tuple(fit(((text, "warn"),) if i == 0 else (), state.columns) for i in range(state.rows)), None)
     layout = plan_layout(state)
@@ -3394,7 +3374,6 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
 
 class Screen:
     """The terminal while the window is open. close() always restores it."""
-
     def __init__(self) -> None:
         import locale
         try:
@@ -3552,7 +3531,6 @@ class Screen:
 
 class Mailbox:
     """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
-
     def __init__(self) -> None:
         import collections
         self.events: Any = collections.deque()
@@ -3591,7 +3569,6 @@ class Mailbox:
 
 class Child:
     """A child process whose lines become events: on_line(text) per line of stdout, on_note(text) of stderr, on_end(code)."""
-
     def __init__(self, argv: List[str], on_line: Any, on_note: Any, on_end: Any) -> None:
         import subprocess, threading
         self.silent = False               # its end is no news: somebody asked for it
@@ -3665,7 +3642,6 @@ def engine_argv(python: str) -> List[str]:
 
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
-
     def __init__(self) -> None:
         self.mailbox = Mailbox()
         self.engine: Optional[Child] = None
@@ -3729,15 +3705,14 @@ def missing_instruction_sets() -> List[str]:
     has = probe_hardware().instruction_sets
     return [] if "NEON" in has else [name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has]
 
-def raise_exit(number: int, frame: Any) -> None:
-    raise SystemExit(128 + number)        # through every `finally` on the way out
-
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
     import signal
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)    # through every `finally` on the way out
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), raise_exit)
+            signal.signal(getattr(signal, name), end)
     if hasattr(signal, "SIGWINCH"):
         signal.signal(signal.SIGWINCH, lambda number, frame: mailbox.post(Resized(0, 0)))
 
@@ -3840,7 +3815,6 @@ def initial_state(arguments: Any) -> State:
 
 class Plain:
     """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
-
     def __init__(self, state: State, quiet: bool) -> None:
         self.state, self.quiet, self.runner = state, quiet, Runner()
         self.status, self.progress, self.progress_shown = 0, sys.stderr.isatty(), False
