@@ -1947,7 +1947,7 @@ class LlamaEngine:
 class Reply:
     """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
 
-    EMIT_S = 0.02                         # text is sent at most this often; slow models' tokens go out at once
+    EMIT_S = 1 / 30                       # text is sent at most this often; slow models' tokens go out at once
 
     def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int) -> None:
         import codecs
