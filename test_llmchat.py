@@ -194,6 +194,11 @@ def run_plain(*args, **options):
     return done.returncode, done.stdout, done.stderr
 
 
+def find_jinja():
+    from importlib.util import find_spec
+    return find_spec("jinja2")
+
+
 class Engine:
     """The real engine process, spoken to in JSON lines."""
 
@@ -502,6 +507,18 @@ class TemplateTest(unittest.TestCase):
         _, done = engine.chat("ab", max_tokens=5)
         return [e["text"] for e in engine.events if e["event"] == "log" and e["level"] == "warn"], done["n_read"]
 
+    def test_template_that_cuts_thinking_from_old_replies(self):
+        """Markup stays markup and people's text stays text, though the template drops the beginning of a reply."""
+        template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
+                    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n")
+        chat = [user("one"), assistant("<think>hm</think>so <|im_end|> it is"), user("two")]
+        for source in (template, llmchat.CHATML):
+            found = llmchat.ChatTemplate(source, "", "").pieces(chat) if find_jinja() else None
+            if found:
+                said = "so <|im_end|> it is" if source is template else chat[1]["content"]
+                self.assertEqual([text for text, own in found if own], ["one", said, "two"])
+                self.assertEqual("".join(text for text, own in found if not own).count("<|im_start|>"), 4)
+
     def test_fallback_to_chatml(self):
         chatml = 1 + ReuseTest.USER + 2 + ReuseTest.ASK
         for template, words in ((None, "no chat template"), ("{% if %}", "template doesn't work"), ("{{ nonsense( }}", "doesn't work")):
@@ -756,6 +773,19 @@ class BadModelTest(unittest.TestCase):
         self.assertIn("there isn't enough memory", engine.load(MIND, n_ctx=1 << 23).get("text", ""))
         engine.load(MIND, n_ctx=1024)
         self.assertEqual(engine.chat("hi", max_tokens=3)[1]["reason"], "length")
+
+
+class CurrentFolderTest(unittest.TestCase):
+    def test_nothing_of_the_current_folder_is_run(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for name in ("queue", "json", "signal", "llama_cpp", "jinja2"):
+            with open(os.path.join(folder, name + ".py"), "w") as file:
+                file.write("import os; os.abort()")
+        # -S and -I would change what is tested: the program is started as people start it
+        env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
+        done = subprocess.run([ENGINE, SCRIPT, TALK, "-p", "hi"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              stdin=subprocess.DEVNULL, timeout=LIMIT_S)
+        self.assertEqual((done.returncode, done.stdout.decode().strip()), (0, REPLIES["greet"]), done.stderr)
 
 
 class Headless:
@@ -1403,6 +1433,47 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(sent(effects, "load")[0]["path"], "b.gguf")
         self.assertIn("--demo", notices(play(State(), ModelsFound(()))[0])[0])
 
+    def test_reading_ahead(self):
+        """The idle engine is told what is certain of the next prompt, and again only when that has grown."""
+        state, told = ready(Turn("user", "a"), Turn("assistant", "b")), []
+        for event in [Typed(c) for c in "one two th"] + [Pressed("backspace"), Typed("x y"), Typed("\nz"), said("ahead", done=5, total=9)]:
+            state, effects = update(state, event)
+            told += [(len(m["messages"]), m["draft"]) for m in sent(effects, "ahead")]
+        self.assertEqual(told, [(2, ""), (2, "one "), (2, "one two "), (2, "one two tx "), (2, "one two tx y")])
+        self.assertIn("reading ahead 5/9", rows_of(state)[-1])
+        state, effects = update(state, Pressed("enter"))
+        self.assertEqual((len(sent(effects, "chat")), sent(effects, "ahead"), state.ahead_left), (1, [], ""))
+        state = ready(draft=Draft("/set ", 5))
+        self.assertEqual(sent(update(state, Typed("t "))[1], "ahead")[0]["draft"], "")
+
+    def test_forgotten_turns(self):
+        """What the model no longer sees isn't sent again, and is shown dim above a line that says so."""
+        turns = [Turn("user", "one"), Turn("assistant", "two"), Turn("notice", "by the way"), Turn("user", "three"), Turn("assistant", "four")]
+        state, _ = play(ready(*turns), "five", "[enter]", said("forgot", id=1, n=2))
+        state, _ = play(state, text(1, "six"), done(1))
+        shown = "\n".join(rows_of(state))
+        self.assertRegex(shown, r"(?s)two.*no longer sees what is above.*three")
+        frame = [line for line in view(state).lines if any("one" in part or "three" in part for part, _ in line)]
+        self.assertEqual([{style for part, style in line if part.strip(" │❯")} for line in frame[:2]], [{"dim"}, {"user"}])
+        self.assertEqual([m["content"] for m in llmchat.chat_messages(state)], ["three", "four", "five", "six"])
+        self.assertEqual(play(state, "/new", "[enter]")[0].chat.forgotten, 0)
+
+    def test_stale_events_of_a_replaced_engine(self):
+        mailbox = llmchat.Mailbox()
+        for event in (said("loaded"), Typed("a"), EngineDied(-9), Installed(0)):
+            mailbox.post(event)
+        mailbox.drop(EngineSaid, EngineLogged, EngineDied)
+        self.assertEqual(mailbox.take(), [Typed("a"), Installed(0)])
+        for fd in (mailbox.wake_read, mailbox.wake_write):
+            os.close(fd)
+
+    def test_load_that_fails_keeps_the_model(self):
+        state, effects = play(ready(), "/load other.gguf", "[enter]")
+        self.assertEqual((state.engine, [type(e) for e in effects]), (Condition.LOADING, [SendEngine]))
+        state = state._replace(model=state.model._replace(path="m.gguf"))
+        state, _ = play(state, said("failed", during="load", text="There is no file.", kept=True))
+        self.assertEqual((state.engine, state.settings.model_path, notices(state)), (Condition.READY, "m.gguf", ["There is no file."]))
+
     def test_install_question(self):
         state, _ = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
         self.assertEqual((state.engine, state.dialog.kind, play(state, "[esc]")[1]), (Condition.MISSING, "install", ()))
@@ -1770,6 +1841,24 @@ class WindowTest(unittest.TestCase):
         for message in ("other", "first"):
             window.type(UP)
             window.wait_for("├─.*❯ %s " % message)
+
+    def test_plain_mode_in_a_terminal(self):
+        window = self.open(self.model("Words that come one by one and stay."), "--plain", columns=60)
+        window.wait_for(r"\n>\s*$")
+        window.type("hi\r")
+        window.wait_for(r"> hi\nWords that come one by one and stay\.\n>\s*$")
+        window.type("/set temperature 0.5\r")
+        window.wait_for("temperature = 0.5")
+
+    def test_keys_without_a_meaning_do_no_harm(self):
+        window = self.open("--demo")
+        window.wait_for("ready")
+        window.type("\x1b[1;2D" * 150 + "\x1b[200~")        # Shift-Left, then a paste that comes in many pieces
+        for _ in range(120):
+            window.type("abcd ")
+            window.read(0.01)
+        window.type("\x1b[201~ end")
+        window.wait_for("abcd  end")
 
     def test_bad_path(self):
         window = self.open(self.model())
