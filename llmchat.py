@@ -1555,14 +1555,13 @@ class LlamaEngine:
 
     def _on_log(self, level: int, text: bytes, _: Any) -> None:
         """ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 = the last line goes on."""
-        if level == 1:
-            return
+        if level == 1 or level in (3, 4) and self.stop.is_set():
+            return                        # after a stop llama.cpp complains of the batch that it gave up, as it should
         self._log_level = self._log_level if level == 5 else level
         self._log_text += text.decode("utf-8", "replace")
         *lines, self._log_text = self._log_text.split("\n")
         for line in filter(None, lines):
-            # after a stop llama.cpp warns of the batch that it gave up, which is as wanted
-            style = "dim" if self.stop.is_set() else {3: "warn", 4: "error"}.get(self._log_level, "dim")
+            style = {3: "warn", 4: "error"}.get(self._log_level, "dim")
             if style == "error":
                 self.errors = self.errors[-20:] + [line]
             self.emit("log", level=style, text=line)
