@@ -2911,7 +2911,8 @@ def update(state: State, event: Any) -> Change:
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
     text = state.draft.text
-    draft = "" if text.startswith("/") else text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
+    draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
+    draft = "" if text.startswith("/") or not draft.strip() else draft
     ahead = (state.settings.system_prompt, state.chat.turns, state.chat.forgotten, draft)
     if ahead == state.ahead:
         return state, effects
@@ -3067,6 +3068,8 @@ def end_reply(state: State, note: str) -> State:
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
+    if message["during"] == "ahead":      # the message itself will tell, when it is sent
+        return add_log(state, LogLine("warn", message["text"])), ()
     if message["during"] == "chat":
         return on_chat_failed(state, message["text"]), ()
     if message["during"] == "load" and message.get("kept") and state.model:

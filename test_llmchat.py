@@ -1443,6 +1443,10 @@ class UpdateTest(unittest.TestCase):
         self.assertIn("reading ahead 5/9", rows_of(state)[-1])
         state, effects = update(state, Pressed("enter"))
         self.assertEqual((len(sent(effects, "chat")), sent(effects, "ahead"), state.ahead_left), (1, [], ""))
+        for blank in (" ", "\n", " \n "):
+            self.assertEqual(sent(update(ready(), Typed(blank))[1], "ahead")[0]["draft"], "")
+        failed = said("failed", during="ahead", text="No.", id=0)
+        self.assertEqual((update(state, failed)[0].engine, update(state, failed)[0].model), (state.engine, state.model))
         state = ready(draft=Draft("/set ", 5))
         self.assertEqual(sent(update(state, Typed("t "))[1], "ahead")[0]["draft"], "")
 
