@@ -612,8 +612,7 @@ def log_items(state: State, width: int) -> Items:
 
 def log_height(state: State, layout: Layout) -> int:
     """Rows of the system pane that scroll: those under the summary and its rule."""
-    n = len(summary_lines(state, layout))
-    return max(1, layout.log_height - n - (n > 0))
+    return max(1, layout.log_height - len(summary_lines(state, layout)) - bool(state.summary))
 
 def summary_lines(state: State, layout: Layout) -> List[Line]:
     """What stays above the log: machine and plan, in at most 40 % of the pane."""
@@ -2146,7 +2145,7 @@ def count_words(path):
 print(count_words("diary.txt").most_common(10))
 ```
 
-A real model would have written this for your question; the demo only plays it back.""",
+A real model would have written this for your question.""",
     "languages": """Every script has its own width, and all of them should line up:
 
 日本語の文章は一文字が二桁の幅です。
@@ -2346,7 +2345,7 @@ def engine_python() -> str:
     return env_python(folder) if is_env_complete(folder) else ""
 
 def env_python(folder: str) -> str:
-    return os.path.join(folder, *("Scripts/python.exe" if sys.platform == "win32" else "bin/python").split("/"))
+    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
 
 def is_env_complete(folder: str) -> bool:
     import glob
@@ -2780,8 +2779,7 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
 
 def cmd_stats(state: State, argument: str) -> Change:
     """/stats: what this session has read and written"""
-    s = state.stats
-    rate = lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "–"
+    s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
     return notice(state, "\n".join((
         "model      %s" % (state.model.description if state.model else state.engine.value),
         "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
@@ -3692,9 +3690,8 @@ class Runner:
         self.mailbox.post(EngineDied(code, tuple(missing_instruction_sets()) if illegal else ()))
 
     def start_installer(self) -> None:
-        note = lambda text: self.mailbox.post(EngineLogged(text))
-        self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], note, note,
-                               lambda code: self.mailbox.post(Installed(code)))
+        note, end = lambda text: self.mailbox.post(EngineLogged(text)), lambda code: self.mailbox.post(Installed(code))
+        self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], note, note, end)
 
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
@@ -3969,8 +3966,8 @@ def run_window(state: State) -> int:
     return run(screen, *(start_model(state) if state.settings.model_path else cmd_models(state, "")))
 
 def has_curses() -> bool:
-    import importlib.machinery
-    return "_curses" in sys.builtin_module_names or importlib.machinery.PathFinder.find_spec("_curses") is not None
+    from importlib.machinery import PathFinder
+    return "_curses" in sys.builtin_module_names or PathFinder.find_spec("_curses") is not None
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
