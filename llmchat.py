@@ -1944,9 +1944,7 @@ class LlamaEngine:
 
 class Reply:
     """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
-
     EMIT_S = 1 / 30                       # text is sent at most this often; slow models' tokens go out at once
-
     def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int) -> None:
         import codecs
         self.engine, self.began_s, self.n_read, self.n_reused = engine, began_s, n_read, n_reused
@@ -1960,7 +1958,8 @@ class Reply:
         now = time.monotonic()
         self.first_s = self.first_s or now
         self.tokens.append(token)
-        self.unsent += self.decoder.decode(piece)
+        text = self.decoder.decode(piece)
+        self.unsent += text[1:] if len(self.tokens) == 1 and text[:1] == " " else text    # SentencePiece's space before a text
         if self.unsent and now - self.sent_s >= self.EMIT_S:
             self.sent_s = now
             self.flush(now)
