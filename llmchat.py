@@ -1585,7 +1585,7 @@ class LlamaEngine:
         hardware = probe_hardware()._replace(gpus=probe_gpus(self.api), llama_version=llama_version(self.api))
         plan = plan_load(header, hardware, wishes)
         self.emit("hardware", lines=describe_hardware(hardware))
-        self.emit("plan", lines=(model_summary(header),) + plan.lines, verdict=plan.verdict)
+        self.emit("plan", lines=(plan.lines[0], model_summary(header)) + plan.lines[1:], verdict=plan.verdict)
         warm.start()
         self.close()
         self._percent = -1
