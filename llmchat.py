@@ -1862,9 +1862,8 @@ class LlamaEngine:
         messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo)."""
         import time
         began = time.monotonic()
-        all_messages = messages
-        messages, prompt = self._fit_messages(messages, 0)
-        if messages is not all_messages:
+        kept, prompt = self._fit_messages(messages, 0)
+        if kept is not messages:
             self._shift(prompt)
         if len(prompt) >= self.n_ctx:
             raise ModelError("This message is too long: with the system prompt it takes %s tokens, but the model's context holds "
@@ -1879,7 +1878,7 @@ class LlamaEngine:
         try:
             for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
                 self.api.llama_sampler_accept(sampler, token)
-            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s, messages))
+            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s, kept))
         finally:
             self.api.llama_sampler_free(sampler)
             if reply.unsent:              # it failed in mid-reply
@@ -1891,7 +1890,7 @@ class LlamaEngine:
         """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
 
         Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last message stay.
-        Emits "forgot" with the number of messages left out, and moves the KV cache accordingly."""
+        Emits "forgot" with the number of messages left out; _shift() then spares reading the others again."""
         prompt = self.prompt_tokens(messages)
         if len(prompt) + n_more < self.n_ctx:
             return messages, prompt
@@ -2999,10 +2998,14 @@ def on_log(state: State, message: Dict[str, Any]) -> Change:
 def on_hardware(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()
 
+def machine_lines(state: State) -> Tuple[LogLine, ...]:
+    """The part of the summary that is about the machine: on_hardware's, not on_plan's."""
+    return tuple(line for line in state.summary if line.level == "text")
+
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
     plan = tuple(LogLine(style, line) for line in message["lines"])
-    return state._replace(summary=plan + tuple(line for line in state.summary if line.level == "text")), ()
+    return state._replace(summary=plan + machine_lines(state)), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=Condition.LOADING, progress=message["progress"]), ()
@@ -3051,15 +3054,16 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
     state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=Stats(
         s.replies + 1, s.n_read + message["n_read"], s.n_reused + message["n_reused"], s.n_written + n,
         s.read_s + message["read_s"], s.write_s + message["write_s"]))
-    return end_reply(state, note), ()
+    state = end_reply(state, note)
+    silent = n == 0 and message["reason"] != "stopped"
+    return state._replace(hint="The model answered nothing. " + state.hint) if silent else state, ()
 
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
     engine = Condition.READY if is_busy(state) else state.engine
     state = state._replace(engine=engine, progress=0.0, doing="")
     if not state.chat.reply:
-        back = take_back(state)
-        return back._replace(hint="The model answered nothing. " + back.hint) if note.startswith("0 tokens") and "stopped" not in note else back
+        return take_back(state)
     turns = state.chat.turns + (Turn("assistant", state.chat.reply, note),)
     return state._replace(chat=state.chat._replace(turns=turns, reply=None))
 
@@ -3068,18 +3072,14 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if message["during"] == "ahead":      # the message itself will tell, when it is sent
         return add_log(state, LogLine("warn", message["text"])), ()
     if message["during"] == "chat":
-        return on_chat_failed(state, message["text"]), ()
+        return notice(end_reply(state, "not finished"), message["text"], "error"), ()
     if message["during"] == "load" and message.get("kept") and state.model:
         settings = state.settings._replace(model_path=state.model.path)    # the one before still works
         return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), message["text"], "error"), ()
     condition = Condition.MISSING if message["during"] == "start" else Condition.OFF
-    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing="",
-                                     summary=tuple(line for line in state.summary if line.level == "text")))
+    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing="", summary=machine_lines(state)))
     state = add_log(state, LogLine("error", message["text"]))
     return notice(state, message["text"], "error"), ()
-
-def on_chat_failed(state: State, text: str) -> State:
-    return notice(end_reply(state, "not finished"), text, "error")
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
     if state.engine is Condition.MISSING:    # it had said why
@@ -3858,8 +3858,7 @@ class Plain:
 
     def settle(self) -> None:
         """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
-        busy = (Condition.STARTING, Condition.LOADING, Condition.READING, Condition.WRITING, Condition.STOPPING)
-        while self.state.engine in busy or self.runner.mailbox.events:
+        while is_busy(self.state) or self.state.engine in (Condition.STARTING, Condition.LOADING) or self.runner.mailbox.events:
             try:
                 self.runner.mailbox.wait(None)
                 for event in self.runner.mailbox.take():
@@ -3940,17 +3939,20 @@ def one_shot(plain: Plain, prompt: Optional[str]) -> int:
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
     import json, subprocess
-    lines, python = list(describe_hardware(probe_hardware())), engine_python()
+    hardware, python = probe_hardware(), engine_python()
+    lines = list(describe_hardware(hardware))
     if python:
         done = subprocess.run(engine_argv(python), input=b'{"cmd": "info"}\n', stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        events = [json.loads(line) for line in done.stdout.splitlines()]
-        told = [e.get("lines") or lines + [e["text"]] for e in events if e["event"] in ("hardware", "failed")]
-    print(clean("\n".join(["llmchat %s" % VERSION] + (
-        (told or [lines + ["The engine does not start."]])[0] if python else lines + ["The engine is not installed: python3 llmchat.py --install"]))))
+        told = {message["event"]: message for message in map(json.loads, done.stdout.splitlines())}
+        failed = told.get("failed", {"text": "The engine does not start."})["text"]
+        lines = told["hardware"]["lines"] if "hardware" in told else lines + [failed]
+    else:
+        lines.append("The engine is not installed: python3 llmchat.py --install")
+    print(clean("\n".join(["llmchat %s" % VERSION] + lines)))
     try:
         header = read_gguf_header(model, full=True) if model else None
         if header:
-            print(clean("\n".join((model_summary(header),) + plan_load(header, probe_hardware(), Wishes()).lines)))
+            print(clean("\n".join((model_summary(header),) + plan_load(header, hardware, Wishes()).lines)))
     except ModelError as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
