@@ -74,6 +74,8 @@ READ_AHEAD = True                 # read the chat and what you type while you ty
 READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing of so many seconds
 CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
 CHECKPOINT_MB = 256               # memory for going back in models that can't forget the last words (Qwen3.5, LFM2, Gemma)
+STATE_CACHE_MB = 1000             # disk for what the model has read of each chat, so that it needn't be read again; 0 = none
+STATE_IDLE_S = 60                 # … written when nothing has happened for so long, at the end, and when the chat changes
 
 FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or "full"
@@ -1490,6 +1492,18 @@ def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
         tidy.append({"role": message["role"], "content": content})
     return tidy
 
+def file_checksum(file: Any, n_bytes: int) -> int:
+    """CRC-32 of a file's first n_bytes."""
+    import zlib
+    file.seek(0)
+    checksum = 0
+    while n_bytes > 0:
+        data = file.read(min(1 << 20, n_bytes))
+        if not data:
+            raise ValueError("the file is shorter than it says")
+        checksum, n_bytes = zlib.crc32(data, checksum), n_bytes - len(data)
+    return checksum
+
 class ThreadCount:
     """How many threads generate: fewer while other programs want the CPU, since each step waits for its slowest thread.
 
@@ -1589,6 +1603,8 @@ class LlamaEngine:
         warm.start()
         self.close()
         self._percent = -1
+        self.identity = [os.path.realpath(path), header.file_bytes, os.stat(path).st_mtime, plan.n_ctx, wishes.kv_type,
+                         hardware.llama_version]
         self._load_model(path, plan, hardware)
         self._make_context(path, plan, hardware)
         warm.join()
@@ -1643,6 +1659,7 @@ class LlamaEngine:
         first = self.tokenize("a", False)
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
+        self.system_mark = (0, "")
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -1795,6 +1812,7 @@ class LlamaEngine:
         told_s = began_s
         self._save_checkpoint()           # to come back to when this turn is undone or edited
         last = len(prompt) - 1 if self.cuts_badly else len(prompt)
+        stops = (self.system_mark[0], last, len(prompt))
         while len(self.tokens) < len(prompt):
             at, now_s = len(self.tokens), time.monotonic()
             if at == last:
@@ -1802,32 +1820,34 @@ class LlamaEngine:
             if now_s - told_s > 0.1:
                 told_s, rate = now_s, (at - start) / (now_s - began_s)
                 self.emit(event, done=at, total=len(prompt), rate=rate, left_s=(len(prompt) - at) / rate if rate else 0)
-            end = min(at + size, last if at < last else len(prompt))
+            end = min(at + size, min(stop for stop in stops if stop > at))
             if self.stop.is_set() or until and until() or not self._decode(prompt[at:end]):
                 return False
+            if end == self.system_mark[0]:
+                self.save_state(self.system_mark[1])
+                self.system_mark = (0, "")
             spent_s = max(1e-6, time.monotonic() - now_s)
             size = max(1, min(self.n_batch, 4 * size, int((end - at) * piece_s / spent_s)))
         return True
 
     # -- reading ahead --
 
-    def plan_ahead(self, messages: List[Dict[str, str]], draft: str) -> None:
+    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
         """What is certain of the next prompt: the chat, the template's header, and the draft so far."""
         from jinja2 import TemplateError
-        self.ahead = []
         try:
             pieces = self.template.pieces(tidy_messages(messages + [{"role": "user", "content": draft or "x"}]))
         except TemplateError:
-            return                        # the template will say so when the message is sent
+            return []                     # the template will say so when the message is sent
         while pieces and not pieces[-1][1]:
             pieces.pop()                  # what follows the user's text
         if not draft and pieces:
             pieces.pop()
-        ahead = self.piece_tokens(pieces)
-        self.ahead = ahead[:-1] if len(ahead) < self.n_ctx * 7 // 8 else []    # the last token may still grow
+        tokens = self.piece_tokens(pieces)
+        return tokens[:-1] if len(tokens) < self.n_ctx * 7 // 8 else []    # the last token may still grow
 
     def read_ahead(self, until: Any) -> None:
-        """Read what plan_ahead() planned; stops at once when until() is true or the stop flag is set."""
+        """Read `ahead`; stops at once when until() is true or the stop flag is set."""
         ahead, self.ahead = self.ahead, []
         kept = common_prefix(self.tokens, ahead)
         if kept == len(ahead):
@@ -1837,6 +1857,62 @@ class LlamaEngine:
             self.emit("ahead", done=len(ahead), total=len(ahead), rate=0, left_s=0)
         elif not self.stop.is_set():
             self.ahead = ahead
+
+    # -- the state on disk --
+
+    def save_state(self, path: str) -> bool:
+        """Write the KV cache to a file: as llama_state_seq_save_file does, then the checkpoints, then JSON about them, its
+        length and a checksum. Renamed into place, readable for its owner only; False where it could not be written."""
+        import json, struct
+        temporary, tokens = "%s.%d.tmp" % (path, os.getpid()), (self.api.llama_token * len(self.tokens))(*self.tokens)
+        about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in self.checkpoints]}
+        raw = json.dumps(about).encode()
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))    # llama.cpp keeps the mode
+            if not self.api.llama_state_seq_save_file(self.context, os.fsencode(temporary), 0, tokens, len(tokens)):
+                raise OSError
+            with open(temporary, "ab+") as file:
+                for data in [data for _, data in self.checkpoints] + [raw, struct.pack("<Q", len(raw))]:
+                    file.write(data)
+                file.write(struct.pack("<I", file_checksum(file, file.tell())))
+            os.replace(temporary, path)
+        except OSError:
+            attempt(lambda: os.remove(temporary), None)
+            return False
+        return True
+
+    def load_state(self, path: str) -> bool:
+        """Bring back what save_state() wrote for the same model and context; a damaged file is removed."""
+        import ctypes, json, struct
+        if not os.path.exists(path):
+            return False
+        try:
+            with open(path, "rb") as file:
+                end = os.fstat(file.fileno()).st_size - 12
+                file.seek(max(0, end))
+                n_bytes, checksum = struct.unpack("<QI", file.read(12))
+                if checksum != file_checksum(file, end + 8):
+                    raise ValueError
+                file.seek(end - n_bytes)
+                about = json.loads(file.read(n_bytes))
+                if about["identity"] != self.identity:
+                    return False
+                file.seek(end - n_bytes - sum(size for _, size in about["checkpoints"]))
+                checkpoints = [(n, (ctypes.c_uint8 * size).from_buffer_copy(file.read(size))) for n, size in about["checkpoints"]]
+        except (OSError, ValueError, struct.error):
+            attempt(lambda: os.remove(path), None)
+            return False
+        tokens, n = (self.api.llama_token * self.n_ctx)(), ctypes.c_size_t()
+        self.api.llama_memory_clear(self.memory, True)
+        done = self.api.llama_state_seq_load_file(self.context, os.fsencode(path), 0, tokens, self.n_ctx, ctypes.byref(n))
+        self.tokens, self.checkpoints = (tokens[:n.value], checkpoints) if done else ([], [])
+        self.replies.update(about["replies"])
+        if not done:
+            self.api.llama_memory_clear(self.memory, True)
+        return bool(done)
+
+    # -- an answer --
 
     def make_sampler(self, s: Sampling) -> Any:
         """llama.cpp's sampler chain in its usual order (common/sampling.cpp); greedy at temperature 0. Free it."""
@@ -1989,6 +2065,57 @@ class Reply:
 # "reading" | "text" | "done" | "ahead" | "forgot" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
+class StateCache:
+    """What the engine has read of each chat, as files, so that a resumed chat need not be read again. The least recently
+    used go first. `chat` is the one in memory; "" = one that leaves no trace."""
+    def __init__(self, engine: LlamaEngine, folder: str) -> None:
+        self.engine, self.folder, self.chat = engine, folder, ""
+        self.saved: List[int] = []        # the tokens that the chat's file holds
+
+    def has_news(self) -> bool:
+        return bool(self.chat and self.engine.context and self.engine.tokens != self.saved)
+
+    def save(self) -> None:
+        if self.has_news() and self.engine.save_state(self.path(self.chat)):
+            self.saved = list(self.engine.tokens)
+            self.trim()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name + ".state")
+
+    def trim(self) -> None:
+        """Remove what exceeds STATE_CACHE_MB, and what killed processes have left half written."""
+        import time
+        files = [(entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(self.folder)]
+        room = STATE_CACHE_MB << 20
+        for mtime_s, n_bytes, path in sorted(files, reverse=True):
+            room -= n_bytes
+            if room < 0 or path.endswith(".tmp") and mtime_s < time.time() - 3600:
+                attempt(lambda: os.remove(path), None)
+
+    def enter(self, chat: str, messages: List[Dict[str, str]]) -> None:
+        """A chat comes: if it isn't the one in memory, its state is fetched, or else that of its system prompt."""
+        chat = chat if self.folder else ""
+        if chat == self.chat:
+            return
+        self.save()
+        self.chat, self.engine.replies, self.engine.system_mark = chat, {}, (0, "")
+        if chat and not self.load(chat):
+            import hashlib
+            tokens = self.engine.certain_tokens([m for m in messages[:1] if m["role"] == "system"], "")
+            name = "system-" + hashlib.sha1(repr((self.engine.identity, tokens)).encode()).hexdigest()
+            if len(tokens) >= 16 and common_prefix(self.engine.tokens, tokens) < len(tokens) and not self.load(name):
+                self.engine.system_mark = (len(tokens), self.path(name))
+        self.saved = list(self.engine.tokens)
+
+    def load(self, name: str) -> bool:
+        done, n = self.engine.load_state(self.path(name)), len(self.engine.tokens)
+        if done:
+            attempt(lambda: os.utime(self.path(name)), None)    # now the most recently used
+            self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
+            self.engine.emit("log", level="good", text="{:,} tokens of this chat need not be read again.".format(n))
+        return done
+
 class EngineProcess:
     def __init__(self) -> None:
         import queue, threading
@@ -2042,10 +2169,12 @@ class EngineProcess:
             return self.emit("failed", during="start", text="llama.cpp can't be loaded: %s. Make the engine anew with: "
                              "python3 llmchat.py --install" % " ".join(str(error).split()))
         self.engine = LlamaEngine(api, self.emit, self.stop)
+        self.states = StateCache(self.engine, "")
         self.emit("hello")
         while True:
             number, command = self.next_command()
             if command.get("cmd") == "quit":
+                self.states.save()
                 os._exit(0)               # freeing gigabytes properly would only take time
             self.perform(number, command)
 
@@ -2068,6 +2197,10 @@ class EngineProcess:
             except ModelError as error:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
+        try:
+            return self.commands.get(timeout=STATE_IDLE_S if self.states.has_news() else None)
+        except queue.Empty:
+            self.states.save()
         return self.commands.get()
 
     def perform(self, number: int, command: Dict[str, Any]) -> None:
@@ -2093,16 +2226,20 @@ class EngineProcess:
         self.emit("hardware", lines=describe_hardware(hardware) + ("llama.cpp  " + system,))
 
     def on_load(self, command: Dict[str, Any]) -> None:
+        self.states.save()
+        self.states = StateCache(self.engine, command.get("states", ""))
         self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
         if self.engine.context:
-            self.engine.plan_ahead(command["messages"], command["draft"])
+            self.states.enter(command.get("chat", ""), command["messages"])
+            self.engine.ahead = self.engine.certain_tokens(command["messages"], command["draft"])
 
     def on_chat(self, command: Dict[str, Any]) -> None:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
+        self.states.enter(command.get("chat", ""), command["messages"])
         self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0))
 
 

@@ -202,14 +202,15 @@ def find_jinja():
 class Engine:
     """The real engine process, spoken to in JSON lines."""
 
-    def __init__(self, test, model="", limit_bytes=0, **wishes):
+    def __init__(self, test, model="", limit_bytes=0, script=SCRIPT, states="", **wishes):
         before = None
         if limit_bytes:
             import resource
             before = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit_bytes,) * 2)
         self.errors = tempfile.TemporaryFile()
         with mock.patch.dict(os.environ, ENV):
-            argv = llmchat.engine_argv(ENGINE)
+            argv = [script if part == SCRIPT else part for part in llmchat.engine_argv(ENGINE)]
+        self.states = states
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.errors, env=ENV, preexec_fn=before)
         self.lines, self.events, self.request = queue.Queue(), [], 0
@@ -254,14 +255,15 @@ class Engine:
                 raise AssertionError(event["text"])
 
     def load(self, model, **wishes):
-        self.send("load", path=model, wishes=list(Wishes(n_threads=1)._replace(**wishes)))
+        self.send("load", path=model, wishes=list(Wishes(n_threads=1)._replace(**wishes)), states=self.states)
         return self.wait_for("loaded", "failed")
 
-    def ask(self, messages, tokens_per_s=0, **sampling):
+    def ask(self, messages, tokens_per_s=0, chat="", **sampling):
         self.request += 1
         messages = [user(messages)] if isinstance(messages, str) else messages
         sampling = Sampling(temperature=0)._replace(**sampling)
-        self.send("chat", id=self.request, messages=messages, sampling=list(sampling), tokens_per_s=tokens_per_s)
+        self.send("chat", id=self.request, messages=messages, sampling=list(sampling), tokens_per_s=tokens_per_s,
+                  chat=chat)
 
     def chat(self, messages, **sampling):
         """(the whole reply, the "done" event)."""
@@ -271,6 +273,24 @@ class Engine:
 
     def texts(self):
         return [e["text"] for e in self.events if e["event"] == "text" and e["id"] == self.request]
+
+
+def edited(**constants):
+    """The path of a copy of the script with other CONFIG values, as users make it."""
+    with open(SCRIPT, encoding="utf-8") as file:
+        text = file.read()
+    for name, value in constants.items():
+        text, n = re.subn(r"(?m)^(%s +=) \S+" % name, r"\1 %r" % value, text)
+        assert n == 1, name
+    return write(text.encode(), ".py")
+
+
+def wait_until(true):
+    end_s = time.monotonic() + LIMIT_S
+    while not true():
+        if time.monotonic() > end_s:
+            raise AssertionError("it never came")
+        time.sleep(0.01)
 
 
 # -- the installer --
@@ -661,7 +681,7 @@ class CacheTest(unittest.TestCase):
                     chat = [user("abc " * 20), assistant(text)]
                     draft = "what is certain " * 12
                     calls = []
-                    e.plan_ahead(chat, draft)
+                    e.ahead = e.certain_tokens(chat, draft)
                     planned = len(e.ahead)
                     e.read_ahead(lambda: calls.append(1) or len(calls) > 1)    # a command comes in the middle
                     first = len(e.tokens)
@@ -670,7 +690,7 @@ class CacheTest(unittest.TestCase):
                     messages = chat + [user(draft + "the end")]
                     text, n_read, n_reused = ask(e, messages)
                     same = text == ask(engine(like=e), messages)[0]
-                    e.plan_ahead(chat, "quite different")
+                    e.ahead = e.certain_tokens(chat, "quite different")
                     e.read_ahead(lambda: False)
                     text = ask(e, chat + [user("and sent as another")])[0]
                     again = text == ask(engine(like=e), chat + [user("and sent as another")])[0]
@@ -728,6 +748,67 @@ class CacheTest(unittest.TestCase):
                     self.assertTrue(all(n_read < 60 for forgot, n_read, *_ in turns if forgot), turns)
                 self.assertEqual(long, 600)
                 self.assertRegex(error, "takes 4[0-9][0-9] tokens, but the model's context holds 256")
+
+    def test_state_on_disk(self):
+        """What a file brings back answers as a fresh engine does; another context or a damaged file brings nothing."""
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                out = run_engines(path, """if True:
+                    import os, stat, tempfile
+                    file = os.path.join(tempfile.mkdtemp(), "states", "one.state")
+                    chat = [{"role": "system", "content": "be brief"}, user("abc def " * 20)]
+                    e = engine()
+                    chat.append(assistant(ask(e, chat)[0]))
+                    out = [e.save_state(file), stat.S_IMODE(os.stat(file).st_mode), os.listdir(os.path.dirname(file))]
+                    f = engine()
+                    out.append(f.load_state(file) and f.tokens == e.tokens)
+                    text, n_read, _ = ask(f, chat + [user("and now")])
+                    out.append([text == ask(engine(like=f), chat + [user("and now")])[0], n_read])
+                    f.load_state(file)
+                    text, n_read, _ = ask(f, chat[:-1])          # another answer
+                    out.append([text == ask(engine(), chat[:-1])[0], n_read])
+                    out.append(engine(512).load_state(file) or not os.path.exists(file))
+                    raw = open(file, "rb").read()
+                    for bad in (raw[:len(raw) // 2], raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], b"", raw[:-1]):
+                        open(file, "wb").write(bad)
+                        g = engine()
+                        out.append(g.load_state(file) or os.path.exists(file) or ask(g, chat[:-1])[0] != text)
+                    print(json.dumps(out))""")
+                saved, mode, names, same, (after, n_after), (again, n_again), *wrong = out
+                self.assertEqual((saved, mode, names, same, after, again), (True, 0o600, ["one.state"], True, True, True))
+                self.assertLess(n_after, 60 if "llama" not in path else 30)
+                self.assertLess(n_again, 40)
+                self.assertEqual(wrong, [False] * 5)
+
+    def test_chats_and_system_prompts_come_back_after_a_restart(self):
+        folder = os.path.join(FOLDER, "states")
+        system = {"role": "system", "content": "you are terse " * 20}
+        chat = [system, user("abc def " * 10)]
+        engine = Engine(self, MIND, states=folder, script=edited(STATE_IDLE_S=0.05))
+        text, _ = engine.chat(chat, chat="one", max_tokens=20)
+        wait_until(lambda: os.path.exists(os.path.join(folder, "one.state")))
+        engine.close()                        # killed
+        engine = Engine(self, MIND, states=folder)
+        more = chat + [assistant(text), user("more")]
+        self.assertLess(engine.chat(more, chat="one", max_tokens=20)[1]["n_read"], 30)
+        self.assertGreater(engine.chat([user("abc def " * 20)], max_tokens=20)[1]["n_read"], 50)    # one that leaves no trace
+        self.assertLess(engine.chat([system, user("another chat")], chat="two", max_tokens=20)[1]["n_read"], 30)
+        engine.send("quit")
+        engine.process.wait(LIMIT_S)
+        names = os.listdir(folder)
+        self.assertEqual(sorted(name for name in names if "system" not in name), ["one.state", "two.state"])
+        self.assertEqual(len(names), 3)
+
+    def test_state_files_stay_within_their_limit(self):
+        folder = os.path.join(FOLDER, "few")
+        cache = llmchat.StateCache(None, folder)
+        os.makedirs(folder)
+        for n in range(4):
+            with open(cache.path("chat%d" % n), "wb") as file:
+                file.truncate(400 << 20)
+            os.utime(file.name, (n, n))
+        cache.trim()
+        self.assertEqual(sorted(os.listdir(folder)), ["chat2.state", "chat3.state"])
 
 
 class ThreadCountTest(unittest.TestCase):
