@@ -43,8 +43,9 @@ import os
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 VERSION = "0.1.0"
 
@@ -120,7 +121,16 @@ KEYS = {
     "pgdn":      "page_down",
     "alt-up":    "line_up",
     "alt-down":  "line_down",
+    "ctrl-o":    "chats",
     "ctrl-l":    "redraw",
+}
+# … and while the input box is empty:
+EMPTY_KEYS = {
+    "home":      "top",
+    "end":       "bottom",
+    "alt-left":  "version_back",
+    "alt-right": "version_forward",
+    "ctrl-d":    "interrupt",        # as shells end at it
 }
 # … and in the input box: key: name in EDITS, section 3.
 EDIT_KEYS = {
@@ -196,31 +206,25 @@ class Hardware(NamedTuple):
     llama_version: str = ""
 
 class Header(NamedTuple):
-    """What a GGUF file says of itself; weight_bytes and data_offset are 0 where only the metadata were read."""
+    """What a GGUF file, or all parts of a split one, says of itself."""
     path: str
     file_bytes: int
-    n_files: int
     n_tensors: int
-    metadata: Dict[str, object]
-    weight_bytes: int
-    data_offset: int
+    metadata: Dict[str, Any]
+    weight_bytes: int  # without the header, if all of that was read
 
-# Stands in the metadata for an array that nobody here reads, such as a vocabulary
-LongArray = NamedTuple("LongArray", [("kind", int), ("count", int)])
+# The bytes that a model takes; their sum is what it needs
+Memory = NamedTuple("Memory", [("weights", int), ("kv", int), ("compute", int), ("process", int)])
 
 class Plan(NamedTuple):
     n_ctx: int
     n_ubatch: int
     n_threads: int
-    n_gpu_layers: int  # n_layers + 1 = everything, the output layer too
-    n_layers: int
-    weight_bytes: int
-    kv_bytes: int
-    compute_bytes: int
-    need_bytes: int
+    n_gpu_layers: int  # a model's layers + 1 = everything, the output layer too
+    memory: Memory
     free_bytes: int
     verdict: str  # "fits", "tight" or "too big"
-    lines: Tuple[str, ...]
+    lines: Tuple[str, ...] = ()
 
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
@@ -232,6 +236,8 @@ class Settings(NamedTuple):
     wishes: Wishes = Wishes()
     demo: bool = False
     unicode: bool = True              # the terminal can show more than ASCII
+    session: str = ""                 # names of chats begin with it; "" = nothing is stored
+    states: str = ""                  # folder of the engine's states, "" = none are kept
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -245,13 +251,28 @@ class Turn(NamedTuple):
     text: str
     note: str = ""                    # a dim line under it: statistics, or why it ended
     style: str = "warn"               # of a notice
+    id: int = 0                       # its number in the chat, from 1 on; 0 = a notice, which isn't stored
+    parent: int = 0                   # the turn before it, 0 = none
 
 class Chat(NamedTuple):
-    turns: Tuple[Turn, ...] = ()
+    """A tree of turns, of which one path is shown: another answer or an edited question is a new branch."""
+    turns: Tuple[Turn, ...] = ()      # the path, with the program's notices between
     reply: Optional[str] = None       # the reply in progress
     request: int = 0                  # number of the last request to the engine
     waiting: bool = False             # the last turn still has to be sent to the engine
     forgotten: int = 0                # the model no longer sees the turns before this one
+    editing: Optional[int] = None     # index of the turn that the draft will take the place of
+    name: str = ""                    # of its file, "" = it isn't stored
+    title: str = ""
+    nodes: Dict[int, Turn] = {}       # all turns by number; never changed in place
+    kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
+    last: int = 0                     # the highest number
+    stored: int = 0                   # … of those that are in the file
+    stored_at: int = 0                # where the chat stands, as the file says
+
+# A stored chat: time_s: when it was last changed, seconds since 1970
+ChatEntry = NamedTuple("ChatEntry", [("name", str), ("title", str), ("model", str), ("time_s", float),
+                                      ("n_bytes", int)])
 
 class Draft(NamedTuple):
     """The input box: text and the cursor, an index into it."""
@@ -269,10 +290,13 @@ Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Dialog(NamedTuple):
-    """Something in front of the chat: kind "help", "models" (a list to choose from) or "install" (a question)."""
+    """Something in front of the chat: kind "help", "models" or "chats" (lists to choose from), or a question: "install"."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
+    names: Tuple[str, ...] = ()       # what the items stand for, where that isn't what is shown
+    query: str = ""                   # what is searched for, or a new name while `question` is "rename"
+    question: str = ""                # "delete" or "rename": what is being done to the chosen item
 
 class Stats(NamedTuple):
     """Counts of tokens and times in seconds, of this session or of one reply."""
@@ -288,6 +312,8 @@ class State(NamedTuple):
     engine: Condition = Condition.OFF
     model: Optional[ModelInfo] = None
     chat: Chat = Chat()
+    n_chats: int = 0                  # begun in this session
+    find: str = ""                    # what /find looks for; n and N go on
     draft: Draft = Draft()
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
@@ -319,6 +345,9 @@ EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of 
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
+ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str), ("system", Optional[str])])
+ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
+Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
 
 class EngineDied(NamedTuple):
     code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
@@ -329,6 +358,7 @@ SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [])
+Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 Quit = NamedTuple("Quit", [])
 
@@ -496,8 +526,8 @@ EDITS = {  # name: (help line, draft -> draft)
     "down":       ("line below, or the message sent after", _down),
     "word_left":  ("one word left", lambda d: d._replace(cursor=_word_end(d, -1))),
     "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
-    "home":       ("start of the line (empty box: top of the chat)", lambda d: d._replace(cursor=_line_bounds(d)[0])),
-    "end":        ("end of the line (empty box: end of the chat)", lambda d: d._replace(cursor=_line_bounds(d)[1])),
+    "home":       ("start of the line", lambda d: d._replace(cursor=_line_bounds(d)[0])),
+    "end":        ("end of the line", lambda d: d._replace(cursor=_line_bounds(d)[1])),
     "backspace":  ("delete the character before the cursor", lambda d: _cut(d, max(0, d.cursor - 1), d.cursor, keep=False)),
     "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1), keep=False)),
     "kill_word":  ("cut the word before the cursor", lambda d: _cut(d, _word_end(d, -1), d.cursor)),
@@ -599,7 +629,7 @@ def plan_layout(state: State) -> Layout:
 Items = NamedTuple("Items", [("count", int), ("lines", Any)])
 
 def chat_items(state: State, width: int) -> Items:
-    (turns, reply, *_, forgotten), unicode = state.chat, state.settings.unicode
+    turns, reply, forgotten, unicode = state.chat.turns, state.chat.reply, state.chat.forgotten, state.settings.unicode
     def lines(i: int) -> Tuple[Line, ...]:
         shown = turn_lines(turns[i], width, unicode) if i < len(turns) else reply_lines(reply or "", width, unicode)
         if i < forgotten:
@@ -662,17 +692,17 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
 
 
 # == 4. HARDWARE & MODELS ==============================================================================================
-# What this machine has, what a model file needs, and which settings bring the two together. probe_ functions ask the
-# system and parse_ and plan_ functions are pure, so that any machine can be invented in a test. Knows nothing of chats,
-# panes or llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another system, write probes that
-# return Hardware fields and list them in probe_hardware.
+# What this machine has, what a model file needs, and which settings bring the two together. probe_ and read_ functions
+# ask the system; parse_ and plan_ are pure, so that any machine can be invented in a test. Knows nothing of chats or
+# llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another system, write probes that return
+# Hardware fields and list them in probe_hardware; for another reason why a file can't be used, add to the tables.
 
 CPU_FLAGS = (  # /proc/cpuinfo's, macOS's and Windows' word for it -> ours; those that llama.cpp has faster code for
     ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
     ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41", "AVX-512"),
-    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd win19", "NEON"),
-    ("asimddp feat_dotprod win43", "dot product"), ("i8mm feat_i8mm", "I8MM"), ("sve", "SVE"))
-UNLIMITED = 1 << 62
+    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
+    ("asimddp hw.optional.arm.feat_dotprod win43", "dot product"), ("i8mm hw.optional.arm.feat_i8mm", "I8MM"),
+    ("sve", "SVE"))
 
 def read_text(path: str) -> str:
     """A small system file; "" where it isn't there or may not be read (Android hides many)."""
@@ -682,254 +712,202 @@ def read_text(path: str) -> str:
     except OSError:
         return ""
 
-def attempt(probe, fallback):
-    """A probe's answer, or the fallback: the odd system that lacks a file or a call must still get a chat."""
+def read_command(*argv: str) -> str:
+    """What a system command prints; "" where it doesn't work."""
+    from subprocess import DEVNULL, PIPE, SubprocessError, run
     try:
-        return probe()
-    except Exception:
-        return fallback
+        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=2).stdout.decode("utf-8", "replace")
+    except (OSError, SubprocessError):
+        return ""
+
+def parse_numbers(text: str) -> Dict[str, int]:
+    """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
+    return {name: int(digits) for name, digits in re.findall(r"(?m)^([\w ]+?):?\s+(\d+)", text)}
+
+def parse_flags(flags: Iterable[str]) -> Tuple[str, ...]:
+    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
 
 def probe_hardware() -> Hardware:
     """This machine, without GPUs (llama.cpp reports those); never raises."""
-    probes = {"darwin": (probe_macos_cpu, probe_macos_ram),
-              "win32": (probe_windows_cpu, probe_windows_cores, probe_windows_ram),
-              }.get(sys.platform, (probe_linux_cpu, probe_linux_cores, probe_linux_ram))
     n_cores = os.cpu_count() or 1
-    hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0,
-                        attempt(probe_os_name, sys.platform), "%d.%d.%d" % sys.version_info[:3])
-    for probe in probes:
-        hardware = hardware._replace(**attempt(probe, {}))
+    hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
+                        "%d.%d.%d" % sys.version_info[:3])
+    probes = {"darwin": (probe_macos,), "win32": (probe_windows_cpu, probe_windows_ram)}
+    for probe in probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)):
+        try:
+            hardware = hardware._replace(**probe())
+        except Exception:
+            continue  # the odd system that lacks a file or a call must still get a chat
     return hardware
 
-def probe_os_name() -> str:
-    if sys.platform == "win32":
-        build = sys.getwindowsversion().build  # Windows 11 still calls itself 10
-        return "Windows %s (build %d)" % (11 if build >= 22000 else 10 if build >= 10240 else "before 10", build)
-    if sys.platform == "darwin":
-        import platform
-        return "macOS " + platform.mac_ver()[0]
-    names = [line[12:].strip("\"'\n ") for line in read_text("/etc/os-release").splitlines()
-             if line.startswith("PRETTY_NAME=")]
-    return "Android" if "ANDROID_ROOT" in os.environ else (names or [os.uname().sysname])[0]
-
 def probe_linux_cpu() -> dict:
-    name, flags, _ = parse_cpuinfo(read_text("/proc/cpuinfo"))
-    board = read_text("/proc/device-tree/model").strip("\0\n ")
-    return {"cpu_name": name or board or os.uname().machine, "instruction_sets": parse_flags(flags)}
+    name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
+    threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    folder = "/sys/devices/system/cpu/cpu%d/"
+    core_of = {n: read_text(folder % n + "topology/thread_siblings_list") or core_ids.get(n, n) for n in threads}
+    n_cores, n_fast = count_cores({n: int(read_text(folder % n + "cpu_capacity") or 0) for n in threads}, core_of)
+    system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
+    return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
+            "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
+            "instruction_sets": instruction_sets, "physical_cores": n_cores, "logical_cores": len(threads),
+            "usable_cores": min([n_fast] + probe_cgroup_quotas())}
 
-def probe_linux_cores() -> dict:
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    root = "/sys/devices/system/cpu/cpu%d/"
-    siblings = {cpu: read_text(root % cpu + "topology/thread_siblings_list").strip() for cpu in allowed}
-    capacity = {cpu: int(read_text(root % cpu + "cpu_capacity") or 0) for cpu in allowed}
-    if not all(siblings.values()):
-        siblings = parse_cpuinfo(read_text("/proc/cpuinfo"))[2]
-    n_cores, n_fast = count_cores(capacity, siblings)
-    return {"physical_cores": n_cores, "logical_cores": len(allowed),
-            "usable_cores": max(1, min(n_fast, attempt(probe_cgroup_cpus, n_fast)))}
+def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
+    """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
+    pairs = re.findall(r"(?m)^(\w[\w ]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text)
+    first = dict(reversed(pairs))
+    packages, cores = ([value for key, value in pairs if key == wanted] for wanted in ("physical id", "core id"))
+    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
+    flags = first.get("flags") or first.get("Features", "")
+    return name, parse_flags(flags.split()), dict(enumerate(zip(packages, cores)))
 
-def count_cores(capacity: Dict[int, int], siblings: dict) -> Tuple[int, int]:
+def count_cores(speeds: Dict[int, int], core_of: dict) -> Tuple[int, int]:
     """All cores and the fast ones, of {thread: speed} and {thread: what its core's threads have in common}.
 
     Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
     """
-    fast = [cpu for cpu in capacity if capacity[cpu] * 2 >= max(capacity.values())]
-    return tuple(len({siblings.get(cpu, cpu) for cpu in cpus}) for cpus in (capacity, fast))
+    fast = [thread for thread in speeds if speeds[thread] * 2 >= max(speeds.values())]
+    return len({core_of.get(n, n) for n in speeds}), len({core_of.get(n, n) for n in fast})
 
-def probe_linux_ram() -> dict:
-    total, free = parse_meminfo(read_text("/proc/meminfo"))
-    for folder in plan_cgroup_folders(read_text("/proc/self/cgroup"), "memory"):
-        limit, used, stat = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
-            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes"), ("memory.stat",) * 2))
-        total, free = parse_cgroup_memory(limit, used, stat, total, free)
-    return {"ram_total_bytes": total, "ram_free_bytes": free}
-
-def probe_cgroup_cpus() -> int:
-    """The whole CPUs that the cgroups grant this process, as a container's or a service's quota says."""
-    quotas = [read_text(folder + "cpu.max") or " ".join(
-                  (read_text(folder + "cpu.cfs_quota_us"), read_text(folder + "cpu.cfs_period_us")))
-              for folder in plan_cgroup_folders(read_text("/proc/self/cgroup"), "cpu")]
-    return min([parse_cgroup_quota(quota) for quota in quotas] or [UNLIMITED])
-
-def plan_cgroup_folders(text: str, controller: str) -> List[str]:
+def probe_cgroup_folders(controller: str) -> List[str]:
     """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
 
     A container often sees its own limits at the root while /proc/self/cgroup gives the host's path.
     """
     folders = []
-    for line in text.splitlines():
-        controllers, path = (line.split(":", 2) + ["", ""])[1:3]
-        if controllers and controller not in controllers.split(","):
-            continue
-        roots = ["/sys/fs/cgroup/" + controller] if controllers else ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
-        steps = [step for step in path.split("/") if step and step != ".."]
-        folders += ["/".join([root] + steps[:n]) + "/" for root in roots for n in range(len(steps), -1, -1)]
+    for controllers, path in re.findall(r"(?m)^\d+:([^:\n]*):(.*)$", read_text("/proc/self/cgroup")):
+        if not controllers or controller in controllers.split(","):
+            root = "/sys/fs/cgroup/" + (controller + "/" if controllers else "")
+            steps = [step + "/" for step in path.split("/") if step not in ("", "..")]
+            folders += [root + "".join(steps[:n]) for n in range(len(steps), -1, -1)]
     return folders
 
-def parse_cgroup_quota(text: str) -> int:
-    """Whole CPUs from "quota period" in microseconds; "max" and -1 mean no limit."""
-    words = text.split()
-    if len(words) != 2 or not all(word.isdigit() for word in words) or int(words[1]) == 0:
-        return UNLIMITED
-    return max(1, int(words[0]) // int(words[1]))
+def probe_cgroup_quotas() -> List[int]:
+    """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
+    texts = [read_text(folder + "max") or read_text(folder + "cfs_quota_us") + read_text(folder + "cfs_period_us")
+             for folder in (folder + "cpu." for folder in probe_cgroup_folders("cpu"))]
+    quotas = filter(None, (re.match(r"(\d+)\s+([1-9]\d*)", text) for text in texts))
+    return [max(1, int(quota.group(1)) // int(quota.group(2))) for quota in quotas]
 
-def parse_cgroup_memory(limit: str, used: str, stat: str, total: int, free: int) -> Tuple[int, int]:
-    """Total and free bytes of the machine, lowered to what a cgroup leaves; file pages in use can be given back."""
-    if not limit.strip().isdigit() or not used.strip().isdigit() or int(limit) > (total or UNLIMITED):
-        return total, free
-    pages = dict(line.split()[:2] for line in stat.splitlines() if len(line.split()) == 2)
-    cache = sum(int(pages.get("total_" + key, pages.get(key, 0))) for key in ("inactive_file", "active_file"))
-    left = max(0, min(int(limit), int(limit) - int(used) + cache))
-    return int(limit), min(free, left) if total else left
+def probe_linux_ram() -> dict:
+    told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
+    free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
+    total = 1024 * told.get("MemTotal", 0)
+    for folder in probe_cgroup_folders("memory"):
+        limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
+            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
+        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
+            pages = parse_numbers(read_text(folder + "memory.stat"))
+            files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
+            total = int(limit)
+            free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
+    return {"ram_total_bytes": total, "ram_free_bytes": free}
 
-def parse_cpuinfo(text: str) -> Tuple[str, frozenset, Dict[int, tuple]]:
-    """Name, flags and {processor: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
-    first, places, cpu = {}, {}, -1
-    for line in text.splitlines():
-        key, _, value = (part.strip() for part in line.partition(":"))
-        first.setdefault(key.replace("Features", "flags"), value)
-        if key == "processor" and value.isdigit():
-            cpu = int(value)
-        elif key == "physical id":
-            places[cpu] = (value, str(cpu))
-        elif key == "core id":
-            places[cpu] = (places.get(cpu, ("0", ""))[0], value)
-    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
-    return name, frozenset(first.get("flags", "").split()), places
-
-def parse_flags(flags) -> Tuple[str, ...]:
-    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
-
-def parse_meminfo(text: str) -> Tuple[int, int]:
-    """Total and available bytes; kernels before 3.14 lack MemAvailable."""
-    pairs = (line.split()[:2] for line in text.splitlines() if len(line.split()) > 1)
-    kilobytes = {key.rstrip(":"): int(value) for key, value in pairs if value.isdigit()}
-    free = kilobytes.get("MemAvailable", sum(kilobytes.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    return kilobytes.get("MemTotal", 0) * 1024, free * 1024
-
-def macos_sysctl(name: str) -> bytes:
-    import ctypes
-    call, size = ctypes.CDLL(None).sysctlbyname, ctypes.c_size_t(1024)
-    buffer = ctypes.create_string_buffer(1024)
-    found = call(name.encode(), buffer, ctypes.byref(size), None, ctypes.c_size_t(0)) == 0
-    return buffer.raw[: size.value] if found else b""
-
-def macos_number(name: str) -> int:
-    return int.from_bytes(macos_sysctl(name), "little")
-
-def probe_macos_cpu() -> dict:
-    texts = [macos_sysctl("machdep.cpu." + key).rstrip(b"\0").decode() for key in
-             ("brand_string", "features", "leaf7_features")]
-    flags = set(" ".join(texts[1:]).lower().split()) | ({"neon"} if os.uname().machine == "arm64" else set())
-    flags |= {key.lower() for key in ("FEAT_DotProd", "FEAT_I8MM") if macos_number("hw.optional.arm." + key)}
-    physical, logical = macos_number("hw.physicalcpu"), macos_number("hw.logicalcpu")
-    fast = macos_number("hw.perflevel0.physicalcpu")  # Apple's performance cores; absent on Intel
-    return {"cpu_name": texts[0] or os.uname().machine, "instruction_sets": parse_flags(flags),
-            "physical_cores": physical or 1, "logical_cores": logical or 1, "usable_cores": fast or physical or 1}
-
-def probe_macos_ram() -> dict:
-    import subprocess
-    total = macos_number("hw.memsize")
-    text = attempt(lambda: subprocess.check_output(["/usr/bin/vm_stat"], timeout=2).decode(), "")
-    return {"ram_total_bytes": total, "ram_free_bytes": min(parse_vm_stat(text) or total // 2, total)}
-
-def parse_vm_stat(text: str) -> int:
-    """Bytes that macOS can hand out without swapping."""
-    words = text.partition("page size of ")[2].split()
-    page_bytes = int(words[0]) if words and words[0].isdigit() else 4096
-    pages = dict(line.rstrip(".").split(":", 1) for line in text.splitlines()[1:] if ":" in line)
-    return page_bytes * sum(int(pages.get("Pages " + key, 0)) for key in
-                            ("free", "inactive", "speculative", "purgeable"))
+def probe_macos() -> dict:
+    import platform
+    keys = ("machdep.cpu.brand_string machdep.cpu.features machdep.cpu.leaf7_features hw.optional.arm.FEAT_DotProd "
+            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize").split()
+    told = dict(re.findall(r"(?m)^(\S+): (.*)$", read_command("/usr/sbin/sysctl", "-i", *keys)))
+    vm_stat = read_command("/usr/bin/vm_stat")
+    page_bytes, pages = re.search(r"page size of (\d+)|$", vm_stat).group(1) or 4096, parse_numbers(vm_stat)
+    free = int(page_bytes) * sum(
+        pages.get("Pages " + key, 0) for key in ("free", "inactive", "speculative", "purgeable"))  # without swapping
+    flags = " ".join([*told.values(), *(key for key in told if told[key] == "1"), platform.machine()])
+    # the last is Apple's performance cores, absent on Intel
+    total, n_cores, n_threads, n_fast = (int(told.get("hw." + key, 0)) for key in (
+        "memsize", "physicalcpu", "logicalcpu", "perflevel0.physicalcpu"))
+    return {"cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
+            "instruction_sets": parse_flags(flags.lower().split()), "os_name": "macOS " + platform.mac_ver()[0],
+            "physical_cores": n_cores or 1, "logical_cores": n_threads or 1, "usable_cores": n_fast or n_cores or 1,
+            "ram_total_bytes": total, "ram_free_bytes": min(total, free or total // 2)}
 
 def probe_windows_cpu() -> dict:
     import ctypes, winreg
-    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have.
-    present = ctypes.windll.kernel32.IsProcessorFeaturePresent
-    flags = {"win%d" % number for number in (19, 38, 39, 40, 41, 43) if present(number)}
+    kernel32, build = ctypes.windll.kernel32, sys.getwindowsversion().build
+    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
+    flags = ["win%d" % number for number in (19, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
+    size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
+    kernel32.GetLogicalProcessorInformation(buffer, ctypes.byref(size))
+    n_cores = parse_windows_cores(buffer.raw[: size.value]) or os.cpu_count() or 1
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
-        return {"cpu_name": winreg.QueryValueEx(key, "ProcessorNameString")[0].strip(),
-                "instruction_sets": parse_flags(flags)}
+        name = winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
+    windows = "11" if build >= 22000 else "10" if build >= 10240 else "before 10"  # 11 still calls itself 10
+    return {"cpu_name": name, "os_name": "Windows %s (build %d)" % (windows, build),
+            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_cores}
 
-def probe_windows_cores() -> dict:
-    import ctypes
-    size = ctypes.c_ulong(0)
-    call = ctypes.windll.kernel32.GetLogicalProcessorInformation
-    call(None, ctypes.byref(size))
-    buffer = ctypes.create_string_buffer(size.value)
-    if not call(buffer, ctypes.byref(size)):
-        return {}
-    n_cores = parse_windows_cores(buffer.raw[: size.value], ctypes.sizeof(ctypes.c_void_p)) or 1
-    return {"physical_cores": n_cores, "usable_cores": n_cores}
-
-def parse_windows_cores(raw: bytes, pointer_bytes: int) -> int:
+def parse_windows_cores(raw: bytes) -> int:
     """Entries of SYSTEM_LOGICAL_PROCESSOR_INFORMATION whose relationship is 0, RelationProcessorCore."""
-    entry_bytes = 2 * pointer_bytes + 16
-    return sum(raw[at + pointer_bytes: at + pointer_bytes + 4] == b"\0\0\0\0"
-               for at in range(0, len(raw) - entry_bytes + 1, entry_bytes))
+    import struct
+    return sum(mask and relationship == 0 for mask, relationship, _, _ in struct.iter_unpack("PIQQ", raw))
 
 def probe_windows_ram() -> dict:
     import ctypes, struct
     # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
-    buffer = ctypes.create_string_buffer(struct.pack("<II7Q", 64, *[0] * 8), 64)
-    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer):
-        return {}
+    buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
     total, free = struct.unpack_from("<QQ", buffer.raw, 8)
     return {"ram_total_bytes": total, "ram_free_bytes": free}
-
-def format_bytes(n_bytes: int) -> str:
-    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
-    if n_bytes >= 700 << 20:
-        return "%.1f GB" % (n_bytes / (1 << 30))
-    return "%.0f MB" % (n_bytes / (1 << 20))
-
-def describe_hardware(hardware: Hardware) -> Tuple[str, ...]:
-    h = hardware
-    cores = "%d core%s (%d thread%s)" % (h.physical_cores, "s" * (h.physical_cores > 1),
-                                         h.logical_cores, "s" * (h.logical_cores > 1))
-    used = ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
-    ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
-    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
-            for g in h.gpus]
-    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
-    return (" · ".join(filter(None, ("CPU  " + h.cpu_name, cores + used, " ".join(h.instruction_sets)))),
-            "RAM  " + (ram if h.ram_total_bytes else "not known"),
-            *(gpus or ["GPU  none that this llama.cpp can use"]),
-            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
 
 def on_battery() -> bool:
     """Whether the machine runs on its battery, as far as the system tells."""
     if sys.platform == "win32":
         import ctypes
-        status = ctypes.create_string_buffer(12)    # SYSTEM_POWER_STATUS; its first byte: 0 = no mains
+        status = ctypes.create_string_buffer(12)  # SYSTEM_POWER_STATUS; its first byte: 0 = no mains
         return bool(ctypes.windll.kernel32.GetSystemPowerStatus(status)) and status.raw[0] == 0
     if sys.platform == "darwin":
-        import subprocess
-        return b"Battery Power" in attempt(lambda: subprocess.check_output(["/usr/bin/pmset", "-g", "batt"], timeout=1), b"")
-    root = "/sys/class/power_supply"
-    supplies = attempt(lambda: os.listdir(root), [])
-    return any(read_text("%s/%s/status" % (root, name)).strip() == "Discharging" and
-               read_text("%s/%s/scope" % (root, name)).strip() != "Device" for name in supplies)    # not a mouse's
+        return "Battery Power" in read_command("/usr/bin/pmset", "-g", "batt")
+    import glob
+    return any(read_text(path).strip() == "Discharging" and
+               read_text(path[:-6] + "scope").strip() != "Device"  # not a mouse's
+               for path in glob.glob("/sys/class/power_supply/*/status"))
+
+def format_bytes(n_bytes: int) -> str:
+    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
+    return "%.1f GB" % (n_bytes / (1 << 30)) if n_bytes >= 700 << 20 else "%.0f MB" % (n_bytes / (1 << 20))
+
+def format_count(n: int, noun: str) -> str:
+    return "%d %s%s" % (n, noun, "s" * (n != 1))
+
+def describe_hardware(h: Hardware) -> Tuple[str, ...]:
+    cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
+    cores += ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
+    ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
+    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
+            for g in h.gpus]
+    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
+    return (" · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
+            "RAM  " + (ram if h.ram_total_bytes else "not known"),
+            *(gpus or ["GPU  none that this llama.cpp can use"]),
+            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
+# The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
+# any header has, and ModelError with the end of a sentence that begins with the file's name.
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-MAX_HEADER_BYTES = 1 << 28  # real headers reach 30 MB; a hostile one must not keep us busy for minutes
-SHORT_ARRAY = 1024  # longer arrays are passed over, not kept
-CUT_SHORT = "%s is cut short or damaged inside its header: download it again."
+MAX_HEADER_BYTES = 1 << 27  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
+MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
+MAX_LAYERS = 4096  # longer lists aren't one number for each layer
 TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
     18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
     26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
     40: (64, 36), 41: (128, 18), 42: (64, 18)}
-LOOKALIKES = (  # first bytes -> what the file is
-    (b"version https://git-lfs", "a Git LFS pointer, not the model: run `git lfs pull` or download the file itself"),
-    (b"PK\x03\x04", "a zip or PyTorch file: convert it to GGUF, or find a GGUF version of the model"),
-    (b"\x80", "a Python pickle (PyTorch): convert it to GGUF, or find a GGUF version of the model"),
-    (b"<", "a web page: the download link was wrong, use the one of the file itself"),
-    ((b"tjgg", b"lmgg"), "an old GGML file, from before August 2023: find a GGUF version of the model"),
-    (b"\0" * 16, "only zeros: the download didn't finish, download it again"))
+FIRST_BYTES = (  # of a file, as a regex; the first that matches tells what is wrong
+    (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
+    (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
+    (rb"GGUF\x01\0\0\0", "has GGUF version 1, which llama.cpp no longer reads: find a newer version"),
+    (rb"GGUF", "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
+    (rb"$", "is empty: download it again"),
+    (rb"\0{16}", "begins with nothing but zeros: the download didn't finish, download it again"),
+    (rb"<", "is not a GGUF model but looks like a web page: use the download link of the file itself"),
+    (rb"version https:", "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
+    (rb"PK\x03\x04|\x80|.{8}\{[\" ]",
+     "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: find a GGUF version of it"),
+    (rb"tjgg|lmgg", "is not a GGUF model but an old GGML file, from before August 2023: find a GGUF version of it"),
+    (rb"", "is not a GGUF model: it doesn't begin with the letters GGUF"))
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
     """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
@@ -937,162 +915,113 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
     A split model may be named by any of its parts. Raises ModelError.
     """
     paths = plan_split_paths(path)
-    sizes = [probe_file_bytes(part) for part in paths]
-    headers = [read_one_header(part, size, full) for part, size in list(zip(paths, sizes))[: None if full else 1]]
-    n_tensors = number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers)
-    return headers[0]._replace(file_bytes=sum(sizes), n_files=len(paths), n_tensors=n_tensors,
-                               weight_bytes=sum(header.weight_bytes for header in headers))
+    for part in paths:
+        fault = ("There is no file %s" + " (one part of a model in several files)" * (len(paths) > 1) +
+                 ": check its name and folder." if not os.path.exists(part) else
+                 "%s is a folder: name the .gguf file inside it." if os.path.isdir(part) else
+                 "%s is not an ordinary file: name a .gguf file." if not os.path.isfile(part) else "")
+        if fault:
+            raise ModelError(fault % part)
+    headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
+    file_bytes = sum(map(os.path.getsize, paths))
+    return headers[0]._replace(
+        file_bytes=file_bytes, weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes,
+        n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
 
 def plan_split_paths(path: str) -> List[str]:
-    import re
-    match = re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path)
-    if not match or not 1 <= int(match.group(1)) <= int(match.group(2)):
-        return [path]
-    n_files = int(match.group(2))
-    return ["%s-%05d-of-%05d.gguf" % (path[: match.start()], k + 1, n_files) for k in range(n_files)]
+    match = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path)
+    n_files = int(match.group(1)) if match else 0
+    return ["%s-%05d-of-%05d.gguf" % (path[: match.start()], n + 1, n_files) for n in range(n_files)] or [path]
 
-def probe_file_bytes(path: str) -> int:
-    name = os.path.basename(path) or path
-    if os.path.isdir(path):
-        raise ModelError("%s is a folder: name the .gguf file inside it." % path)
-    if not os.path.exists(path):
-        part = " (one part of a model in several files)" if len(plan_split_paths(path)) > 1 else ""
-        raise ModelError("There is no file %s%s: check its name and folder." % (path, part))
-    if not os.path.isfile(path):
-        raise ModelError("%s is not an ordinary file: name a .gguf file." % path)
-    size = os.path.getsize(path)
-    if size == 0:
-        raise ModelError("%s is empty: download it again." % name)
-    return size
-
-def read_one_header(path: str, file_bytes: int, full: bool) -> Header:
-    """Parse ever larger beginnings of the file until one holds what is asked for; mostly the first does."""
-    name, data, n_bytes = os.path.basename(path), b"", 1 << 16
+def read_one_header(path: str, full: bool) -> Header:
     try:
         with open(path, "rb") as file:
-            while True:
-                data += file.read(n_bytes - len(data))
-                try:
-                    return parse_gguf(data, path, file_bytes, full)
-                except EOFError as error:
-                    need = error.args[0]
-                if need > min(file_bytes, MAX_HEADER_BYTES) or len(data) < min(n_bytes, file_bytes):
-                    raise ModelError(CUT_SHORT % name)
-                n_bytes = min(max(n_bytes * 4, need), MAX_HEADER_BYTES)
+            return read_header(file, path, full)
+    except EOFError:
+        fault = "is cut short or damaged inside its header: download it again"
+    except ModelError as error:
+        fault = str(error)
     except OSError as error:
-        raise ModelError("%s can't be read: %s." % (name, error.strerror or error))
+        fault = "can't be read: %s" % (error.strerror or error)
+    raise ModelError("%s %s." % (os.path.basename(path), fault))
 
-def parse_gguf(data: bytes, path: str, file_bytes: int, full: bool) -> Header:
-    """A header from the beginning of a file; raises EOFError(n) when it needs the first n bytes, and ModelError."""
-    name = os.path.basename(path)
-    check_magic(data, name)
-    n_tensors, at = parse_number(data, 8, "Q")
-    n_keys, at = parse_number(data, at, "Q")
+def read_header(file: BinaryIO, path: str, full: bool) -> Header:
+    start = file.read(16)
+    fault = next(fault for pattern, fault in FIRST_BYTES if re.match(pattern, start, re.DOTALL))
+    if fault:
+        raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
+    file.seek(8)
+    n_tensors, n_keys = read_numbers(file, "QQ")
     if n_keys > 1 << 16 or n_tensors > 1 << 18:
-        raise ModelError("%s is damaged (it claims %d tensors): download it again." % (name, n_tensors))
-    metadata, at = parse_metadata(data, at, n_keys, full)
-    header = Header(path, file_bytes, 1, n_tensors, metadata, 0, 0)
-    if not full:
-        return header
-    n_bytes, end, at = parse_tensors(data, at, n_tensors, name)
-    align = number(header, "general.alignment", 32) or 32
-    offset = (at + align - 1) // align * align
-    if n_tensors and offset + end > file_bytes:
-        raise ModelError("{} is cut short: it has {:,} bytes but its header promises {:,}; download it again.".format(
-            name, file_bytes, offset + end))
-    return header._replace(weight_bytes=n_bytes or max(0, file_bytes - offset), data_offset=offset)
+        raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
+    header = Header(path, os.path.getsize(path), n_tensors, read_metadata(file, n_keys, full), 0)
+    return header._replace(weight_bytes=read_weight_bytes(file, header)) if full else header
 
-def check_magic(data: bytes, name: str) -> None:
-    if data[:4] != b"GGUF":
-        looks = [what for start, what in LOOKALIKES if data.startswith(start)]
-        if data[8:10] in (b'{"', b"{ "):
-            looks = ["a safetensors file: find a GGUF version of the model"]
-        raise ModelError("%s is not a GGUF model. It looks like %s." % (name, looks[0]) if looks else
-                         "%s is not a GGUF model: it doesn't begin with the letters GGUF." % name)
-    version = parse_number(data, 4, "I")[0]
-    wrong = "is for big-endian machines: find the little-endian version of the model" if version & 0xFFFF == 0 else \
-        "has GGUF version 1, which llama.cpp no longer reads: find a newer version" if version == 1 else \
-        "has GGUF version %d, newer than this program: update it and llama-cpp-python" % version if version > 3 else ""
-    if wrong:
-        raise ModelError("%s %s." % (name, wrong))
+def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
+    data = file.read(n_bytes) if n_bytes <= MAX_VALUE_BYTES and file.tell() <= MAX_HEADER_BYTES else b""
+    if len(data) < n_bytes:
+        raise EOFError
+    return data
 
-def parse_number(data: bytes, at: int, code: str) -> tuple:
+def read_numbers(file: BinaryIO, code: str) -> tuple:
     import struct
-    end = at + struct.calcsize("<" + code)
-    if end > len(data):
-        raise EOFError(end)
-    return struct.unpack_from("<" + code, data, at)[0], end
+    return struct.unpack("<" + code, read_bytes(file, struct.calcsize("<" + code)))
 
-def parse_string(data: bytes, at: int) -> Tuple[str, int]:
-    n_bytes, at = parse_number(data, at, "Q")
-    if at + n_bytes > len(data):
-        raise EOFError(at + n_bytes)
-    return data[at: at + n_bytes].decode("utf-8", "replace"), at + n_bytes
+def read_string(file: BinaryIO) -> str:
+    return read_bytes(file, *read_numbers(file, "Q")).decode("utf-8", "replace")
 
-def parse_metadata(data: bytes, at: int, n_keys: int, full: bool) -> Tuple[dict, int]:
+def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
     """The keys and values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
-    metadata = {}
+    metadata, shape_seen = {}, False
     for _ in range(n_keys):
-        key, at = parse_string(data, at)
-        kind, at = parse_number(data, at, "I")
+        key, (kind,) = read_string(file), read_numbers(file, "I")
         if kind != GGUF_ARRAY:
-            metadata[key], at = parse_value(data, at, kind)
+            metadata[key] = read_values(file, kind, 1)[0]
+            shape_seen = shape_seen or key.endswith(".block_count")
             continue
-        kind, at = parse_number(data, at, "I")
-        count, at = parse_number(data, at, "Q")
-        shape_seen = "%s.block_count" % metadata.get("general.architecture") in metadata
+        kind, count = read_numbers(file, "IQ")
         if not full and shape_seen and key.startswith("tokenizer."):
-            return dict(metadata, **{key: LongArray(kind, count)}), at
-        metadata[key], at = parse_array(data, at, kind, count)
-    return metadata, at
+            return dict(metadata, **{key: range(min(count, MAX_VALUE_BYTES))})
+        metadata[key] = read_values(file, kind, count)
+    return metadata
 
-def parse_value(data: bytes, at: int, kind: int) -> tuple:
-    if kind == GGUF_STRING:
-        return parse_string(data, at)
-    if kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
-        raise ModelError("The model file is damaged (it has a value of unknown type %d): download it again." % kind)
-    return parse_number(data, at, GGUF_NUMBERS[kind])
+def read_values(file: BinaryIO, kind: int, count: int) -> Any:
+    """A tuple of so many values; of lists of strings, and of more numbers than layers, a range, for its length only."""
+    if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
+        raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
+    if count > MAX_VALUE_BYTES:
+        raise EOFError
+    if kind != GGUF_STRING:
+        values = read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
+        return values if count <= MAX_LAYERS else range(count)
+    if count == 1:
+        return (read_string(file),)
+    at = file.tell()
+    for _ in range(count):  # up to 500,000 times, so this loop does nothing else
+        head = file.read(8)
+        n_bytes = int.from_bytes(head, "little")
+        at += 8 + n_bytes
+        if len(head) < 8 or at > MAX_HEADER_BYTES:
+            raise EOFError
+        file.read(n_bytes)
+    return range(count)
 
-def parse_array(data: bytes, at: int, kind: int, count: int) -> tuple:
-    if kind == GGUF_STRING and count > SHORT_ARRAY:
-        return LongArray(kind, count), skip_strings(data, at, count)
-    if count > SHORT_ARRAY and kind in GGUF_NUMBERS:
-        return LongArray(kind, count), at + count * (parse_value(bytes(8), 0, kind)[1])
-    items = []
-    for _ in range(count):
-        item, at = parse_value(data, at, kind)
-        items.append(item)
-    return tuple(items), at
-
-def skip_strings(data: bytes, at: int, count: int) -> int:
-    """The offset after so many strings; vocabularies have 150,000, so this loop does nothing else."""
-    import struct
-    unpack, last = struct.Struct("<Q").unpack_from, len(data) - 8
-    for _ in range(count):
-        if at > last:
-            raise EOFError(at + 8)
-        at += 8 + unpack(data, at)[0]
-    return at
-
-def parse_tensors(data: bytes, at: int, n_tensors: int, name: str) -> Tuple[int, int, int]:
-    """Bytes of all tensors (0 if there is a type newer than TENSOR_TYPES), where the last one ends, where infos end."""
-    total, last_end, all_known = 0, 0, True
-    for _ in range(n_tensors):
-        _, at = parse_string(data, at)
-        n_dims, at = parse_number(data, at, "I")
+def read_weight_bytes(file: BinaryIO, header: Header) -> int:
+    """The size of all after the header; it must hold the tensors, where their types are known."""
+    import math
+    last_end = 0
+    for _ in range(header.n_tensors):
+        _, (n_dims,) = read_string(file), read_numbers(file, "I")
         if n_dims > 4:
-            raise ModelError("%s is damaged (a tensor of %d dimensions): download it again." % (name, n_dims))
-        n_weights = 1
-        for _ in range(n_dims):
-            n, at = parse_number(data, at, "Q")
-            n_weights *= n
-        kind, at = parse_number(data, at, "I")
-        offset, at = parse_number(data, at, "Q")
-        block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
-        all_known = all_known and kind in TENSOR_TYPES
-        total += n_weights // block * block_bytes
-        last_end = max(last_end, offset + n_weights // block * block_bytes)
-    return total * all_known, last_end, at
+            raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
+        *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
+        per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
+        last_end = max(last_end, offset + math.prod(dims) // per_block * block_bytes)
+    data_offset = file.tell() + -file.tell() % (number(header, "general.alignment") or 32)
+    if header.n_tensors and data_offset + last_end > header.file_bytes:
+        raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
+            header.file_bytes, data_offset + last_end))
+    return max(0, header.file_bytes - data_offset)
 
 # -- what a header means -----------------------------------------------------------------------------------------------
 
@@ -1100,84 +1029,68 @@ QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
     "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
     "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
     "Q2_0").split()))
-CANNOT_CHAT = {  # architectures (llama-arch.cpp) -> what such a file is
+CANNOT_CHAT = {  # general.architecture (llama-arch.cpp) or general.type -> what such a file is
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
-    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "clip": "the eyes or ears of another model",
-    "t5": "a translation-style model (T5)",
-    "wavtokenizer-dec qwen3tts whisper": "a speech model", "eagle3 dflash": "a helper that drafts for a bigger model",
-    "dream llada llada-moe": "a diffusion language model", "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
-FILE_TYPES = {"mmproj": "the eyes or ears of another model", "imatrix": "a quantisation aid",  # general.type -> what
-              "adapter": "a LoRA adapter, a change to another model,", "vocab": "a vocabulary without a model"}
+    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "vocab": "a vocabulary without a model",
+    "clip mmproj": "the eyes or ears of another model", "adapter": "a LoRA adapter, a change to another model,",
+    "imatrix": "a quantisation aid", "eagle3 dflash": "a helper that drafts for a bigger model",
+    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts whisper": "a speech model",
+    "dream llada llada-moe": "a diffusion language model",
+    "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
 
-def model_arch(header: Header) -> str:
-    return str(header.metadata.get("general.architecture", ""))
+def string(header: Header, key: str) -> str:
+    value = header.metadata.get(key)
+    return value if isinstance(value, str) else ""
+
+def numbers(header: Header, key: str) -> List[int]:
+    """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
+    value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
+    values = value if type(value) is tuple else (value,)
+    return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
 
 def number(header: Header, key: str, default: int = 0) -> int:
-    """A whole number >= 0 of the metadata, the largest if each layer has one; a leading "." stands for the arch."""
-    value = header.metadata.get(model_arch(header) + key if key.startswith(".") else key, default)
-    values = value if type(value) is tuple else (value,)
-    return max([int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64] or [default])
-
-def layer_numbers(header: Header, key: str, default: int) -> List[int]:
-    """The same for each layer."""
-    n_layers, value = model_layers(header), header.metadata.get(model_arch(header) + key)
-    if type(value) is not tuple:
-        return [number(header, key, default)] * n_layers
-    values = [int(n) if isinstance(n, int) and n > 0 else 0 for n in value[:n_layers]]
-    return values + [default] * (n_layers - len(values))
+    return max(numbers(header, key), default=default)
 
 def model_name(header: Header) -> str:
-    return str(header.metadata.get("general.name") or os.path.basename(header.path))
+    return string(header, "general.name") or os.path.basename(header.path)
 
 def model_layers(header: Header) -> int:
-    return min(number(header, ".block_count"), 4096)  # a damaged file must not make lists of billions
-
-def model_context(header: Header) -> int:
-    """The longest context, in tokens, that the model was trained for; 0 = not told."""
-    return number(header, ".context_length")
+    return min(number(header, ".block_count"), MAX_LAYERS)
 
 def model_vocab(header: Header) -> int:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    counted = tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else 0
-    return min(counted or number(header, ".vocab_size", 32000), 1 << 24)
+    return len(tokens) if tokens and type(tokens) is range else min(number(header, ".vocab_size", 32000), 1 << 24)
 
 def model_quant(header: Header) -> str:
     """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
-    import re
     kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
     names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
     return kind if kind != "-" else names[-1].upper() if names else ""
 
 def model_size(header: Header) -> str:
     """Such as "0.5B": what the file says, else an estimate from its shape."""
-    label = header.metadata.get("general.size_label")
-    if isinstance(label, str) and label:
-        return label
     n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
     n_experts = number(header, ".expert_count")
     n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
     n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
-    if n_weights < 1e6:
-        return ""
-    return "~%.1fB" % (n_weights / 1e9) if n_weights >= 95_000_000 else "~%dM" % (n_weights / 1e6)
+    return string(header, "general.size_label") or (
+        "~%.1fB" % (n_weights / 1e9) if n_weights >= 95e6 else "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else "")
 
 def model_summary(header: Header) -> str:
     """One line: what kind of model it is, how large, how long its memory."""
-    kind = " ".join(filter(None, (model_arch(header), model_size(header), model_quant(header))))
-    trained = ", trained for {:,} tokens".format(model_context(header)) if model_context(header) else ""
-    layers = "%d layer%s" % (model_layers(header), "s" * (model_layers(header) != 1))
-    return "%s: %s, %s, %s%s" % (model_name(header), kind, layers, format_bytes(header.file_bytes), trained)
+    arch = string(header, "general.architecture")
+    kind = " ".join(filter(None, (arch, model_size(header), model_quant(header))))
+    n_trained = number(header, ".context_length")
+    trained = ", trained for {:,} tokens".format(n_trained) if n_trained else ""
+    return "%s: %s, %s, %s%s" % (model_name(header), kind, format_count(model_layers(header), "layer"),
+                                 format_bytes(header.file_bytes), trained)
 
 def check_text_generator(header: Header) -> None:
     """Raise ModelError for what llama.cpp may load but nobody can chat with."""
-    arch, name = model_arch(header), os.path.basename(header.path)
-    kind = header.metadata.get("general.type")
-    whats = [what for table in (FILE_TYPES, CANNOT_CHAT) for names, what in table.items()
-             if (kind if table is FILE_TYPES else arch) in names.split()]
-    if number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False:
-        whats.append(CANNOT_CHAT[next(iter(CANNOT_CHAT))])
-    if header.n_tensors == 0 and header.n_files == 1:
-        whats.append(FILE_TYPES["vocab"])
+    arch, name = string(header, "general.architecture"), os.path.basename(header.path)
+    is_embedding = number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False
+    kinds = (string(header, "general.type"), arch, "bert" * bool(is_embedding), "vocab" * (header.n_tensors == 0))
+    whats = [what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()]
     if whats:
         raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, whats[0]))
     if not arch:
@@ -1185,128 +1098,104 @@ def check_text_generator(header: Header) -> None:
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
-KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32,
-                 "q4_0": 18 / 32, "iq4_nl": 18 / 32}
+KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
 PROCESS_BYTES = 40_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
-DEFAULT_N_CTX, MIN_N_CTX = 8192, 1024
+N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
 COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
+ADVICE = {"fits": "", "tight": "; close other programs if it gets slow",
+          "too big": "; it would be read from disk over and over, so choose a smaller model or quantisation"}
 
 def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> float:
     """Bytes of KV cache for each token of context, all layers.
 
-    Sliding-window layers count in full: llama.cpp's default, swa_full, keeps their whole context so that a chat can
-    be rolled back. Layers without attention (head_count_kv 0, or all but every n-th) cost nothing here.
+    Sliding-window layers count in full, as the files don't say which they are. Layers without attention
+    (head_count_kv 0, or all but every n-th) cost nothing here, nor do those that share another layer's cache.
     """
-    n_heads = max(1, number(header, ".attention.head_count", 1))
-    head = number(header, ".embedding_length") // n_heads
+    n_layers, n_heads = model_layers(header), number(header, ".attention.head_count")
+    head = number(header, ".embedding_length") // max(1, n_heads)
     k_length, v_length = (number(header, ".attention.%s_length" % which, head) for which in ("key", "value"))
     if number(header, ".attention.key_length_mla"):
         v_length = 0  # DeepSeek's latent attention keeps one vector, which is in key_length
-    every = number(header, ".full_attention_interval", 1) or 1
-    heads = layer_numbers(header, ".attention.head_count_kv", number(header, ".attention.head_count"))
-    heads = heads[: len(heads) - min(number(header, ".attention.shared_kv_layers"), len(heads))]
-    n_values = sum(n for layer, n in enumerate(heads, 1) if layer % every == 0) * (k_length + v_length)
-    return n_values * KV_TYPE_BYTES.get(kv_type, 2)
+    heads = numbers(header, ".attention.head_count_kv") or [n_heads]
+    heads = heads * n_layers if len(heads) == 1 else heads
+    heads = heads[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))]
+    every = number(header, ".full_attention_interval") or 1
+    return sum(heads[every - 1:: every]) * (k_length + v_length) * KV_TYPE_BYTES.get(kv_type, 2)
 
-def recurrent_bytes(header: Header) -> int:
-    """The fixed memory of state-space layers (Mamba, Qwen3.5, Granite-H): 32-bit states, whatever the context."""
-    return 4 * model_layers(header) * number(header, ".ssm.inner_size") * number(header, ".ssm.state_size")
-
-def compute_bytes(header: Header, n_ctx: int, n_ubatch: int) -> int:
-    """llama.cpp's compute buffer: the wider of the logits and of a layer's work, for n_ubatch tokens."""
+def plan_memory(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
+    """What the model takes. llama.cpp's repacked weights aren't counted: their originals' pages can be given back."""
     n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
     n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
-    return 4 * n_ubatch * max(model_vocab(header) + n_embd, 3 * n_ff + 4 * n_embd + n_ctx // 2)
+    # state-space layers (Mamba, Qwen3.5, Granite-H) have 32-bit states, whatever the context
+    states = 4 * model_layers(header) * number(header, ".ssm.inner_size") * number(header, ".ssm.state_size")
+    # llama.cpp's compute buffer: the wider of the logits and of a layer's work
+    compute = 4 * n_ubatch * max(model_vocab(header) + n_embd, 3 * n_ff + 4 * n_embd + n_ctx // 2)
+    return Memory(header.weight_bytes, int(kv_bytes_per_token(header, kv_type) * n_ctx) + states, compute,
+                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header))
 
 def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
     """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
     gpu_bytes = sum(gpu.free_bytes for gpu in hardware.gpus) if wishes.n_gpu_layers else 0
-    n_ubatch = wishes.n_ubatch or (512 if gpu_bytes else 128)  # 128 reads at 95 % of 512's speed and stops sooner
     # Apple's GPUs use the RAM itself, so it must not be counted twice
     is_shared = any(gpu.backend.lower() in ("metal", "mtl") for gpu in hardware.gpus)
     free = hardware.ram_free_bytes + (0 if is_shared else gpu_bytes)
-    n_most = min(model_context(header) or DEFAULT_N_CTX, DEFAULT_N_CTX)
-    n_ctx = wishes.n_ctx or n_most
-    while not wishes.n_ctx and free and n_ctx > MIN_N_CTX and need_bytes(
-            header, n_ctx, n_ubatch, wishes.kv_type) > free * COMFORT:
-        n_ctx = max(MIN_N_CTX, 1 << (n_ctx - 1).bit_length() - 1)
-    kv = int(kv_bytes_per_token(header, wishes.kv_type) * n_ctx) + recurrent_bytes(header)
-    need = need_bytes(header, n_ctx, n_ubatch, wishes.kv_type)
-    verdict = "fits" if need <= free * COMFORT or not free else "tight" if need <= free else "too big"
-    n_threads = wishes.n_threads or hardware.usable_cores
-    plan = Plan(n_ctx, min(n_ubatch, n_ctx), n_threads, 0, model_layers(header),
-                header.weight_bytes or header.file_bytes, kv,
-                compute_bytes(header, n_ctx, n_ubatch), need, free, verdict, ())
-    plan = plan._replace(n_gpu_layers=plan_gpu_layers(plan, gpu_bytes, wishes.n_gpu_layers))
-    return plan._replace(lines=plan_lines(plan, n_ctx < n_most and not wishes.n_ctx and n_most))
+    n_ubatch = wishes.n_ubatch or (512 if gpu_bytes else 128)  # 128 reads at 95 % of 512's speed and stops sooner
+    n_most = wishes.n_ctx or min(number(header, ".context_length") or N_CTX_STEPS[0], N_CTX_STEPS[0])
+    for n_ctx in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]:
+        memory = plan_memory(header, n_ctx, n_ubatch, wishes.kv_type)
+        share = sum(memory) / free if free else 0
+        if share <= COMFORT:
+            break
+    plan = Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores,
+                plan_gpu_layers(header, memory, gpu_bytes, wishes.n_gpu_layers), memory, free,
+                "fits" if share <= COMFORT else "tight" if share <= 1 else "too big")
+    return plan._replace(lines=plan_lines(plan, n_most, model_layers(header)))
 
-def need_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
-    """Everything. llama.cpp's repacked copies of weights aren't counted: their originals' pages can be given back."""
-    return int((header.weight_bytes or header.file_bytes) + kv_bytes_per_token(header, kv_type) * n_ctx
-               + recurrent_bytes(header) + compute_bytes(header, n_ctx, n_ubatch)
-               + PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header))
-
-def plan_gpu_layers(plan: Plan, gpu_bytes: int, wished: int) -> int:
+def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int) -> int:
     if wished >= 0 or gpu_bytes == 0:
         return max(0, wished)
-    room = gpu_bytes - GPU_RESERVE_BYTES - plan.compute_bytes
-    layer_bytes = (plan.weight_bytes + plan.kv_bytes) / (plan.n_layers + 1)
-    return max(0, min(plan.n_layers + 1, int(room / max(1, layer_bytes))))
+    n_all, room = model_layers(header) + 1, gpu_bytes - GPU_RESERVE_BYTES - memory.compute
+    return max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
 
-def plan_lines(plan: Plan, lowered_from: int) -> Tuple[str, ...]:
+def plan_lines(plan: Plan, n_most: int, n_layers: int) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
-    memory = "reads %s, needs about %s" % (format_bytes(plan.weight_bytes), format_bytes(plan.need_bytes))
+    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(sum(plan.memory)))
     memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
-    if plan.verdict == "tight":
-        memory += "; close other programs if it gets slow"
-    if plan.verdict == "too big":
-        memory += "; it would be read from disk over and over, so choose a smaller model or quantisation"
-    context = "context {:,} tokens".format(plan.n_ctx)
-    if lowered_from:
-        context = "context lowered from {:,} to {:,} tokens to fit".format(lowered_from, plan.n_ctx)
-    where = "all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU"
-    if 0 < plan.n_gpu_layers <= plan.n_layers:
-        where = "%d of %d layers on the GPU" % (plan.n_gpu_layers, plan.n_layers)
-    return memory, "%d thread%s, %s, %s" % (plan.n_threads, "s" * (plan.n_threads > 1), context, where)
+    context = "context {:,} tokens" if plan.n_ctx == n_most else "context lowered from {1:,} to {0:,} tokens to fit"
+    where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
+             "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
+    return memory + ADVICE[plan.verdict], ", ".join(
+        (format_count(plan.n_threads, "thread"), context.format(plan.n_ctx, n_most), where))
 
-LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's group caught
-    (r"un(?:known|supported) model architecture: '([^']*)'", "the installed llama-cpp-python is too old for the "
-     "architecture %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (r"unknown (?:pre-tokenizer type|tokenizer): '([^']*)'", "the installed llama-cpp-python is too old for the "
-     "tokenizer %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (r"(cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed)", "the GPU's memory is full (%s): put fewer "
-     "layers on it, lower the context or close other programs."),
-    (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory", "there isn't enough memory (%s): "
-     "lower the context, close other programs or choose a smaller model."),
-    (r"(not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header))",
+LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
+    (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
+     "llama-cpp-python is too old for the %s: update it with --install or `pip install -U llama-cpp-python`."),
+    (r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed",
+     "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
+    (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory",
+     "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
+    (r"not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header)",
      "the file is incomplete or damaged (%s): download it again."),
-    (r"(wrong (?:number of tensors|shape)[^\n]*|missing tensor [^\n]*|tensor '[^']*' not found|key not found[^\n]*|"
-     r"has invalid ggml type[^\n]*)", "the file and the installed llama-cpp-python don't agree (%s): update "
+    (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"
+     r"tensor '[^']*' not found", "the file and the installed llama-cpp-python don't agree (%s): update "
      "llama-cpp-python with --install, or download the file again from a newer source."),
-    (r"(only supports up to version \d+)", "the file is newer than the installed llama-cpp-python (%s): update it with "
-     "--install."),
-    (r"error loading model: ([^\n]+)", "llama.cpp says: %s."))
+    (r"error loading model: ([^\n]+)", "llama.cpp says: %s."),
+    (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)", "llama.cpp says: %s."),  # the last such line
+    (r"", "llama.cpp says nothing about the reason."))
 
 def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
     """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says."""
-    import re
     try:
         read_gguf_header(path, full=True)
     except ModelError as error:
         return str(error)
-    name = os.path.basename(path)
-    for pattern, words in LOAD_FAILURES:
-        match = re.search(pattern, log_text)
-        if not match:
-            continue
-        caught = (match.group(1) or match.group(0)).strip(" .\r")
-        free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
-        return "%s can't be loaded: %s%s" % (name, words % caught, free)
-    errors = [line for line in log_text.splitlines() if re.search(r"(?i)error|fail|invalid", line)]
-    last = re.sub(r"^\w+: ", "", errors[-1]).strip(" .") if errors else "nothing about the reason"
-    return "%s can't be loaded: llama.cpp says: %s." % (name, last)
+    match, words = next((match, words) for match, words in (
+        (re.search(pattern, log_text), words) for pattern, words in LOAD_FAILURES) if match)
+    caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
+    free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
+    return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught), free)
 
 
 # == 5. ENGINES ====================================================================================
@@ -1547,6 +1436,48 @@ class ThreadCount:
             self.before, self.calm = (self.n, self.pace_s), 0
         return wanted
 
+class Drafter:
+    """Guesses the next tokens from what stood in the context before (prompt lookup), as long as that saves time.
+
+    Several tokens in one decode cost more than one but less than each by itself. A guess is made only while a wrong one
+    would leave the loss under 2 % of the time spent writing; what comes out is what would have come without."""
+
+    KEY, SIZES = 3, (4, 8, 16)            # tokens that must match; tokens in a decode (kernels work in fours)
+
+    def __init__(self) -> None:
+        self.token_s = self.spent_s = self.gain_s = 0.0    # one plain token; all writing; what guesses have saved
+        self.batch_s: Dict[int, float] = {}
+        self.size = self.SIZES[0]
+        self.forget()
+
+    def forget(self) -> None:
+        """The context is another one."""
+        self.places: Dict[Tuple[int, ...], int] = {}       # KEY tokens -> the index after them, where they stood last
+        self.n_known = 0
+
+    def guess(self, tokens: List[int], n_most: int) -> List[int]:
+        """What may follow these tokens, at most n_most."""
+        place = 0
+        for end in range(max(self.n_known + 1, self.KEY), len(tokens) + 1):
+            key = tuple(tokens[end - self.KEY:end])
+            place, self.places[key] = self.places.get(key, 0), end
+        self.n_known = len(tokens)
+        extra_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4)) - self.token_s
+        pays = self.token_s and (self.gain_s + 0.02 * self.spent_s >= extra_s or not self.batch_s)
+        return tokens[place:place + min(self.size - 1, n_most)] if place and pays else []
+
+    def add(self, n_guessed: int, n_right: int, took_s: float) -> None:
+        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed ones were right."""
+        self.spent_s += took_s
+        if n_guessed == 0:
+            self.token_s = 0.9 * self.token_s + 0.1 * took_s if self.token_s else took_s
+            return
+        self.gain_s = min(self.gain_s + (1 + n_right) * self.token_s - took_s, 20 * self.token_s)
+        if n_guessed == self.size - 1:
+            self.batch_s[self.size] = took_s
+        at = self.SIZES.index(self.size)
+        self.size = self.SIZES[min(at + 1, len(self.SIZES) - 1)] if n_right == n_guessed else self.SIZES[0]
+
 class LlamaEngine:
     """One model in memory. `tokens` is what its KV cache holds, position by position.
 
@@ -1639,6 +1570,7 @@ class LlamaEngine:
             raise ModelError(explain_load_failure(path, "\n".join(self.errors) or "failed to allocate", hardware))
         self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
                                    api.llama_set_n_threads(self.context, n, plan.n_threads))
+        self.drafter = Drafter()
         self.memory = api.llama_get_memory(self.context)
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
 
@@ -1790,10 +1722,14 @@ class LlamaEngine:
             self.tokens = self.tokens[:start] + self.tokens[at:]
             self.checkpoints = []
 
-    def _decode(self, tokens: List[int]) -> bool:
+    def _decode(self, tokens: List[int], all_logits: bool = False) -> bool:
         """Read tokens (at most n_batch) into the KV cache; False when stopped. Raises ModelError."""
-        array = (self.api.llama_token * len(tokens))(*tokens)
-        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(tokens)))
+        import ctypes
+        array = (self.api.llama_token * len(tokens))(*tokens)    # the batch holds a bare pointer to it
+        batch = self.api.llama_batch_get_one(array, len(tokens))
+        if all_logits:
+            batch.logits = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        status = self.api.llama_decode(self.context, batch)
         if status == 0:
             self.tokens += tokens
             return True
@@ -1878,7 +1814,8 @@ class LlamaEngine:
                 file.write(struct.pack("<I", file_checksum(file, file.tell())))
             os.replace(temporary, path)
         except OSError:
-            attempt(lambda: os.remove(temporary), None)
+            with suppress(OSError):
+                os.remove(temporary)
             return False
         return True
 
@@ -1901,7 +1838,8 @@ class LlamaEngine:
                 file.seek(end - n_bytes - sum(size for _, size in about["checkpoints"]))
                 checkpoints = [(n, (ctypes.c_uint8 * size).from_buffer_copy(file.read(size))) for n, size in about["checkpoints"]]
         except (OSError, ValueError, struct.error):
-            attempt(lambda: os.remove(path), None)
+            with suppress(OSError):
+                os.remove(path)
             return False
         tokens, n = (self.api.llama_token * self.n_ctx)(), ctypes.c_size_t()
         self.api.llama_memory_clear(self.memory, True)
@@ -1932,13 +1870,16 @@ class LlamaEngine:
             api.llama_sampler_chain_add(chain, sampler)
         return chain
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, tokens_per_s: float = 0) -> None:
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, tokens_per_s: float = 0, begun: str = "") -> None:
         """Answer a chat: emits "reading" …, "text" …, "done". Raises ModelError before anything is lost.
 
-        messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo)."""
+        messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo).
+        begun: how the reply begins; the model goes on from there."""
         import time
         began = time.monotonic()
-        kept, prompt = self._fit_messages(messages, 0)
+        begun_tokens = self.replies.get(begun) or (self._continue_tokens(begun, False, False) if begun else [])
+        kept, prompt = self._fit_messages(messages, len(begun_tokens))
+        prompt = prompt + begun_tokens
         if kept is not messages:
             self._shift(prompt)
         if len(prompt) >= self.n_ctx:
@@ -1946,7 +1887,7 @@ class LlamaEngine:
                              "%s. Shorten it, or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
         n_reused = self._keep_prefix(prompt)
         self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
-        reply = Reply(self, began, len(prompt) - n_reused, n_reused)
+        reply = Reply(self, began, len(prompt) - n_reused, n_reused, begun_tokens)
         if not self._read(prompt):
             return reply.end("stopped")
         reply.read_s = time.monotonic() - began
@@ -1960,7 +1901,7 @@ class LlamaEngine:
             if reply.unsent:              # it failed in mid-reply
                 reply.flush(time.monotonic())
             if reply.tokens:
-                self.replies[reply.text] = reply.tokens
+                self.replies[begun + reply.text] = begun_tokens + reply.tokens
 
     def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
         """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
@@ -1986,7 +1927,7 @@ class LlamaEngine:
 
     def _make_room(self, messages: List[Dict[str, str]], reply: "Reply") -> List[Dict[str, str]]:
         """The context is full in the middle of a reply: forget the oldest turns, then the beginning of the reply itself."""
-        written = reply.tokens[:-1]       # the last token isn't in the KV cache yet
+        written = (reply.begun + reply.tokens)[:-1]    # the last token isn't in the KV cache yet
         messages, prompt = self._fit_messages(messages, len(written) + 1)
         room = max(1, int(self.n_ctx * (1 - CONTEXT_FREE_SHARE)) - len(prompt))
         if len(prompt) + len(written) + 1 >= self.n_ctx:
@@ -1999,30 +1940,51 @@ class LlamaEngine:
     def _write(self, reply: "Reply", sampler: Any, max_tokens: int, tokens_per_s: float, messages: List[Dict[str, str]]) -> str:
         """Generate until something ends it; returns what: "end", "length" or "stopped"."""
         import time
-        sample, is_end = self.api.llama_sampler_sample, self.api.llama_vocab_is_eog
-        while not self.stop.is_set():
-            token = sample(sampler, self.context, -1)
-            if is_end(self.vocab, token):
-                return "end"
-            reply.add(token, self.piece(token))
-            if len(reply.tokens) == max_tokens:
-                return "length"
+        tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
+        self.drafter.forget()
+        while tokens and not self.stop.is_set():
+            for token in tokens:
+                if self.api.llama_vocab_is_eog(self.vocab, token):
+                    return "end"
+                reply.add(token, self.piece(token))
+                if len(reply.tokens) == max_tokens:
+                    return "length"
             if len(self.tokens) >= self.n_ctx:
                 messages = self._make_room(messages, reply)
-            wall_s, cpu_s = time.monotonic(), time.process_time()
-            if not self._decode([token]):
-                break
-            self.threads.add(time.monotonic() - wall_s, time.process_time() - cpu_s)
+                self.drafter.forget()
+            n_most = min(self.n_ctx - len(self.tokens), max_tokens - len(reply.tokens) if max_tokens else self.n_ctx) - 1
+            tokens = self._next_tokens(sampler, token, 0 if tokens_per_s or self.cuts_badly else n_most)
             while tokens_per_s and not self.stop.is_set() and time.monotonic() < reply.first_s + len(reply.tokens) / tokens_per_s:
                 time.sleep(0.005)
         return "stopped"
 
+    def _next_tokens(self, sampler: Any, token: int, n_most: int) -> List[int]:
+        """Decode the last token and a guess of up to n_most after it; the tokens sampled from that, [] when stopped.
+
+        Sampling goes position by position and ends where it differs from the guess, so the guess changes nothing but the speed."""
+        import time
+        api, n_before = self.api, len(self.tokens)
+        guess = self.drafter.guess(self.tokens + [token], n_most) if n_most > 0 else []
+        guess = guess[:next((i for i, t in enumerate(guess) if api.llama_vocab_is_eog(self.vocab, t)), len(guess))]
+        wall_s, cpu_s = time.monotonic(), time.process_time()
+        if not self._decode([token] + guess, bool(guess)):
+            return []
+        sampled = [api.llama_sampler_sample(sampler, self.context, 0 if guess else -1)]
+        while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:
+            sampled.append(api.llama_sampler_sample(sampler, self.context, len(sampled)))
+        took_s = time.monotonic() - wall_s
+        self.drafter.add(len(guess), len(sampled) - 1, took_s)
+        if not guess:
+            self.threads.add(took_s, time.process_time() - cpu_s)
+        self._truncate(n_before + len(sampled))
+        return sampled
+
 class Reply:
     """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
     EMIT_S = 1 / 30                       # text is sent at most this often; slow models' tokens go out at once
-    def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int) -> None:
+    def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int, begun: List[int]) -> None:
         import codecs
-        self.engine, self.began_s, self.n_read, self.n_reused = engine, began_s, n_read, n_reused
+        self.engine, self.began_s, self.n_read, self.n_reused, self.begun = engine, began_s, n_read, n_reused, begun
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.tokens: List[int] = []
         self.text = self.unsent = ""
@@ -2034,7 +1996,8 @@ class Reply:
         self.first_s = self.first_s or now
         self.tokens.append(token)
         text = self.decoder.decode(piece)
-        self.unsent += text[1:] if len(self.tokens) == 1 and text[:1] == " " else text    # SentencePiece's space before a text
+        starts = len(self.tokens) == 1 and not self.begun
+        self.unsent += text[1:] if starts and text[:1] == " " else text    # SentencePiece's space before a text
         if self.unsent and now - self.sent_s >= self.EMIT_S:
             self.sent_s = now
             self.flush(now)
@@ -2091,7 +2054,8 @@ class StateCache:
         for mtime_s, n_bytes, path in sorted(files, reverse=True):
             room -= n_bytes
             if room < 0 or path.endswith(".tmp") and mtime_s < time.time() - 3600:
-                attempt(lambda: os.remove(path), None)
+                with suppress(OSError):
+                    os.remove(path)
 
     def enter(self, chat: str, messages: List[Dict[str, str]]) -> None:
         """A chat comes: if it isn't the one in memory, its state is fetched, or else that of its system prompt."""
@@ -2111,7 +2075,8 @@ class StateCache:
     def load(self, name: str) -> bool:
         done, n = self.engine.load_state(self.path(name)), len(self.engine.tokens)
         if done:
-            attempt(lambda: os.utime(self.path(name)), None)    # now the most recently used
+            with suppress(OSError):
+                os.utime(self.path(name))    # now the most recently used
             self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
             self.engine.emit("log", level="good", text="{:,} tokens of this chat need not be read again.".format(n))
         return done
@@ -2240,34 +2205,23 @@ class EngineProcess:
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         self.states.enter(command.get("chat", ""), command["messages"])
-        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0))
+        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0), command.get("begun", ""))
 
 
 # == 7. STORAGE ====================================================================================
 # What is on the disk: the user's data directory, the demo's model, and (below) the private environment that
 # --install makes for the engine. It must not know State or the terminal.
 
-DEMO_TEMPLATE = """{% macro start(text) %}{% set q = text | lower %}<|assistant|>
+DEMO_TEMPLATE = """{% for m in messages %}{% set q = m.content | lower %}{% if m.role != 'assistant' %}<|{{ m.role }}|>
+{% endif %}{{ m.content }}</s>
+{% if m.role == 'user' %}<|assistant|>
 {% if 'code' in q or 'python' in q %}<|code|>{% elif 'emoji' in q or 'language' in q or 'unicode' in q %}<|languages|>{%
 elif 'long' in q or 'story' in q %}<|long|>{% elif 'key' in q or 'help' in q %}<|keys|>{% elif 'model' in q %}<|models|>{%
-else %}<|tour|>{% endif %}{% endmacro %}{% for m in messages %}{% if m.role == 'assistant' %}{{
-start(messages[loop.index0 - 1].content) }}{{ m.content }}</s>
-{% else %}<|{{ m.role }}|>
-{{ m.content }}</s>
-{% endif %}{% endfor %}{{ start(messages[-1].content) }}"""
+else %}<|tour|>{% endif %}{% endif %}{% endfor %}"""
 
 DEMO_REPLIES = {
     "tour": """This is the llmchat demo. My sentences are fixed: a tiny model made for this tour recites them word by word through the real llama.cpp engine, so everything else you see is the real thing.
-
-Ask me for one of these:
-
-- code: a bit of Python
-- languages: other scripts and emoji
-- a long story: something to stop with Esc, and to scroll with PgUp and PgDn
-- keys: what the keys do
-- models: how to get a real model
-
-The system pane (F2 shows and hides it) tells what the engine is doing. Press Ctrl-Q when you have seen enough.""",
+Ask me for code, for languages and emoji, for a long story (something to stop with Esc, and to scroll with PgUp and PgDn), for keys (what they do), or for models (how to get a real one). The system pane (F2 shows and hides it) tells what the engine is doing. Press Ctrl-Q when you have seen enough.""",
     "code": """Here is how to count words in Python. The sentences around it are as fixed as the code:
 
 ```python
@@ -2281,55 +2235,39 @@ print(count_words("diary.txt").most_common(10))
 ```
 
 A real model would have written this for your question.""",
-    "languages": """Every script has its own width, and all of them should line up:
-
-日本語の文章は一文字が二桁の幅です。
-한국어도 마찬가지입니다.
-Ελληνικά, кириллица, עברית, العربية
-e\u0301 and n\u0303 are letters with combining marks.
-🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles
-
-If the right edge of this pane is a straight line, your terminal and llmchat agree.""",
+    "languages": """Every script has its own width. If the right edge of this pane is a straight line, your terminal and llmchat agree:
+日本語の文章は一文字が二桁の幅です。 한국어도 마찬가지입니다.
+Ελληνικά, кириллица, עברית, العربية; e\u0301 and n\u0303 are letters with combining marks.
+🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles""",
     "keys": """The ones to remember: Enter sends, Alt-Enter or Ctrl-J starts a new line, Esc stops a reply, PgUp and PgDn scroll, Up brings back what you sent before. F1 lists all of them, F2 moves the system pane, Ctrl-Q quits. Commands begin with a slash; type /help to see them.""",
     "models": """Put a file that ends in .gguf next to llmchat.py or into ~/models, then start llmchat.py without arguments and choose it. A good first one for an old computer is a model of 0.5 to 2 billion parameters, quantised to Q4_K_M: 300 MB to 1.3 GB. Hugging Face has thousands; search there for the word GGUF.""",
-    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in.
+    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
 
-The llama did not mind. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
+One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door. The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
 
-One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door.
-
-The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
-
-You may stop me now with Esc; whatever I have said so far stays. Or scroll up with PgUp while I go on, and the text will stay where you look while a mark at the bottom tells you that there is more.
-
-And if the fan of the laptop has not stopped, it is singing still. The end.""",
+You may stop me now with Esc; whatever I have said so far stays. Or scroll up with PgUp while I go on, and the text will stay where you look while a mark at the bottom tells you that there is more. And if the fan of the laptop has not stopped, it is singing still. The end.""",
 }
 
 def _script_tokens(text: str, taken: set) -> List[str]:
     """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
-    tokens, token = [], ""
+    tokens = [""]
     for word in re.findall(r"\s*\S+|\s+", text):
-        token += word
-        if token not in taken:
-            taken.add(token)
-            tokens.append(token)
-            token = ""
-    while token and token in taken and tokens:
-        token = tokens.pop() + token
-    return tokens + [token] if token else tokens
+        tokens[-1] += word
+        if tokens[-1] not in taken:
+            taken.add(tokens[-1])
+            tokens.append("")
+    return tokens[:-2] + ["".join(tokens[-2:])]
 
 def _gguf_pair(key: str, value: Any) -> bytes:
     """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
     import struct
     text = lambda s: struct.pack("<Q", len(s.encode())) + s.encode()
-    kinds = {str: (8, text), bool: (7, lambda v: struct.pack("<?", v)),
-             int: (4, lambda v: struct.pack("<I", v)), float: (6, lambda v: struct.pack("<f", v))}
-    if isinstance(value, list):
-        kind, pack = kinds[type(value[0])]
-        kind = 5 if kind == 4 else kind   # llama.cpp wants its lists of token types signed
-        return text(key) + struct.pack("<IIQ", 9, kind, len(value)) + b"".join(map(pack, value))
-    kind, pack = kinds[type(value)]
-    return text(key) + struct.pack("<I", kind) + pack(value)
+    is_list = isinstance(value, list)
+    values = value if is_list else [value]
+    # llama.cpp wants its lists of token types signed
+    kind, form = {str: (8, ""), bool: (7, "<?"), int: (5, "<i") if is_list else (4, "<I"), float: (6, "<f")}[type(values[0])]
+    start = text(key) + (struct.pack("<IIQ", 9, kind, len(values)) if is_list else struct.pack("<I", kind))
+    return start + b"".join(struct.pack(form, v) if form else text(v) for v in values)
 
 def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tuple[int, ...], bytes]]) -> None:
     """A GGUF v3 file with F32 tensors (name, dimensions in ggml's order, raw little-endian floats); renamed into place."""
@@ -2342,70 +2280,43 @@ def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tup
         offset += len(raw) + -len(raw) % 32
     temporary = "%s.%d" % (path, os.getpid())
     with open(temporary, "wb") as f:
-        f.write(head + bytes(-len(head) % 32))
-        for _, _, raw in tensors:
-            f.write(raw + bytes(-len(raw) % 32))
+        for part in [head] + [raw for _, _, raw in tensors]:
+            f.write(part + bytes(-len(part) % 32))
     os.replace(temporary, path)
-
-def _script_vocabulary(replies: Dict[str, Any]) -> Tuple[List[str], List[int], List[Tuple[int, int]]]:
-    """The tokens of a scripted model, their types, and (token, the token after it) for all of them."""
-    texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]
-    kinds, follow, taken = [2, 3, 3] + [6] * 256, [], set(texts)
-    for name, reply in replies.items():
-        now = len(texts)
-        texts.append("<|%s|>" % name)
-        kinds.append(3)
-        for token in _script_tokens(reply, taken) if isinstance(reply, str) else reply:
-            text = token.replace(" ", "\u2581")
-            if text in texts[259:]:
-                raise ValueError("llama.cpp wants different tokens, but %r comes twice" % token)
-            if text not in texts:         # else a byte
-                texts.append(text)
-                kinds.append(1)
-            follow.append((now, texts.index(text)))
-            now = texts.index(text)
-        follow.append((now, 2))
-    return texts, kinds, follow
 
 def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
     """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
 
     Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
     random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
-    replies: NAME -> a text, or a list of tokens, which must be all different ("<0xE2>" = a byte)."""
+    replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may)."""
     import random, struct
-    width, bits = 128, random.Random(7)
-    texts, kinds, follow = _script_vocabulary(replies)
-    rows = [bits.getrandbits(width).to_bytes(width // 8, "little") for _ in texts]
-    floats = lambda unit: [struct.pack("<8f", *(unit if byte >> k & 1 else -unit for k in range(8))) for byte in range(256)]
-    whole, quarter = floats(1.0), floats(0.25)
-    output = [bytes(4 * width)] * len(texts)
-    for now, after in follow:
-        row = b"".join(quarter[byte] for byte in rows[now])
-        if any(output[after]):            # several replies end in </s>: their rows add up
-            both = struct.unpack("<%df" % width, output[after]), struct.unpack("<%df" % width, row)
-            row = struct.pack("<%df" % width, *(a + b for a, b in zip(*both)))
-        output[after] = row
-    ones, square, half = struct.pack("<f", 1.0) * width, bytes(4 * width * width), bytes(4 * width * 32)
-    tensors = [("token_embd.weight", (width, len(texts)), b"".join(whole[b] for row in rows for b in row)),
-               ("output.weight", (width, len(texts)), b"".join(output)), ("output_norm.weight", (width,), ones),
-               ("blk.0.attn_norm.weight", (width,), ones), ("blk.0.ffn_norm.weight", (width,), ones),
-               ("blk.0.ffn_gate.weight", (width, 32), half), ("blk.0.ffn_up.weight", (width, 32), half),
-               ("blk.0.ffn_down.weight", (32, width), half)]
-    tensors += [("blk.0.attn_%s.weight" % n, (width, width), square) for n in ("q", "k", "v", "output")]
+    width, dice, taken = 128, random.Random(7), set()
+    chains = [["<|%s|>" % name] + (_script_tokens(reply, taken) if isinstance(reply, str) else reply) + ["</s>"]
+              for name, reply in replies.items()]
+    texts = list(dict.fromkeys(["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)] + sum(chains, [])))
+    kinds = [2, 3, 3] + [6] * 256 + [3 if text.startswith("<|") else 1 for text in texts[259:]]    # as llama_token_type
+    embeddings = {text: dice.choices((-1.0, 1.0), k=width) for text in texts}
+    output = dict.fromkeys(texts, [0.0] * width)
+    for chain in chains:
+        for now, after in zip(chain, chain[1:]):    # a sum, as all chains end in </s>
+            output[after] = [a + b / 4 for a, b in zip(output[after], embeddings[now])]
+    floats = lambda rows: b"".join(struct.pack("<%df" % width, *row) for row in rows)
+    tensors = [("token_embd.weight", (width, len(texts)), floats(embeddings.values())),
+               ("output.weight", (width, len(texts)), floats(output.values()))]
+    tensors += [("%s_norm.weight" % name, (width,), floats([[1.0] * width])) for name in ("output", "blk.0.attn", "blk.0.ffn")]
+    tensors += [("blk.0.%s.weight" % name, (width, width), bytes(4 * width * width))
+                for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")]
     write_gguf(path, dict({
         "general.architecture": "llama", "general.name": "scripted", "general.file_type": 0, "llama.context_length": 8192,
-        "llama.embedding_length": width, "llama.block_count": 1, "llama.feed_forward_length": 32,
-        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 4, "llama.rope.dimension_count": 32,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.vocab_size": len(texts),
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts,
+        "llama.embedding_length": width, "llama.block_count": 1, "llama.feed_forward_length": width,
+        "llama.attention.head_count": 4, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [text.replace(" ", "\u2581") for text in texts],
         "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))], "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.chat_template": template}, **metadata), tensors)
+        "tokenizer.ggml.add_space_prefix": False, "tokenizer.chat_template": template}, **metadata), tensors)
 
 def write_demo_model() -> str:
-    """Write the demo's model (under 1 MB) into the data directory; returns its path. Raises OSError."""
+    """Write the demo's model (about 1 MB) into the data directory; returns its path. Raises OSError."""
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
     path = os.path.join(data_dir(), "demo.gguf")
     write_scripted_model(path, DEMO_REPLIES, DEMO_TEMPLATE, **{"general.name": "llmchat demo (fixed sentences)"})
@@ -2418,23 +2329,50 @@ def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
         for place, below, names in os.walk(folder, onerror=lambda error: None):
             below[:] = [] if place != folder else [b for b in below if not b.startswith(".")]
             for name in names:
-                part = re.search(r"-(\d{5})-of-\d{5}\.gguf$", name)
-                if name.endswith(".gguf") and not (part and part.group(1) != "00001") and "mmproj" not in name:
+                if name.endswith(".gguf") and not re.search(r"mmproj|-(?!00001)\d{5}-of-\d{5}\.gguf$", name):
                     path = os.path.normpath(os.path.join(place, name))
                     found.setdefault(os.path.realpath(path), path)
     return tuple(sorted(found.values()))
 
+def data_dir() -> str:
+    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
+    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+
+def engine_python() -> str:
+    """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
+    import glob
+    from importlib.machinery import PathFinder
+    spec = PathFinder.find_spec("llama_cpp")
+    if spec and spec.has_location:        # a mere folder of that name is found too, without a location
+        return sys.executable
+    folder = os.path.join(data_dir(), "engine")
+    python = env_python(folder)
+    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
+    version = os.path.basename(os.path.realpath(python))
+    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
+    packages = glob.glob(os.path.join(glob.escape(folder), lib, "site-packages", "llama_cpp"))
+    return python if packages and os.path.exists(python) else ""
+
+def env_python(folder: str) -> str:
+    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+
 # -- --install: a private environment for the engine --
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
-# as a child and stops it with an interrupt. A GPU toolkit is a row of GPU_BUILDS and in probe_gpu_tools().
+# as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
 
 ENGINE_PACKAGE = "llama-cpp-python"
 INSTALL_BYTES = 1_500_000_000         # sources, object files and the finished environment together
 COMPILE_JOB_BYTES = 1_000_000_000     # what one C++ compiler at work may need
-GPU_BUILDS = (                        # (name, CMake flag, its compiler, its device): the first with both is used
-    ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "an NVIDIA GPU"),
-    ("hip", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "an AMD GPU with ROCm's driver (/dev/kfd)"),
-    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)", "a GPU under /dev/dri"))
+GPU_BUILDS = (                        # (name, CMake flag, compiler, where, device, where), see is_here(): the first with both
+    ("metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU", "/System/*/*/Metal.framework"),
+    ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "nvcc", "an NVIDIA GPU", "/dev/nvidia[0-9]* | nvidia-smi"),
+    ("hip", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "hipcc", "an AMD GPU with ROCm's driver (/dev/kfd)", "/dev/kfd"),
+    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)",    # SPIRV-Headers: distributions pack them apart
+     "glslc & /usr/include/vulkan | /usr/local/include/vulkan | $VULKAN_SDK/include/vulkan & /usr/*/cmake/SPIRV-Headers"
+     " | /usr/local/*/cmake/SPIRV-Headers | $VULKAN_SDK/*/cmake/SPIRV-Headers", "a GPU under /dev/dri", "/dev/dri/renderD*"))
+COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
 COMPILER_HINTS = {
     "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
     "apk": "sudo apk add build-base linux-headers", "termux": "pkg install clang cmake ninja python-numpy",
@@ -2446,48 +2384,20 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
      "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
-    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."))
+    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."),
+    (r"", "Mend what it names."))
 
 class InstallProbe(NamedTuple):
     """What --install has to know of this machine."""
     platform: str = ""                # a key of COMPILER_HINTS
-    machine: str = ""                 # as platform.machine()
     has_venv: bool = True             # venv and ensurepip; Debian packs them apart from Python
-    compiler_path: str = ""
+    has_compiler: bool = False
     user_cmake_args: str = ""
-    gpu_tools: Tuple[str, ...] = ()   # names of GPU_BUILDS whose compiler is here
-    gpus: Tuple[str, ...] = ()        # … whose device is here
+    gpu_tools: Tuple[str, ...] = ()   # names of GPU_BUILDS
+    gpus: Tuple[str, ...] = ()        # names of GPU_BUILDS
     free_disk_bytes: int = 0
-    memory_bytes: int = 0             # 0 = unknown
+    memory_bytes: int = 0             # 0 = not known
     n_cpus: int = 1
-
-def data_dir() -> str:
-    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
-    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Application Support"
-    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
-
-def engine_python() -> str:
-    """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
-    from importlib.machinery import PathFinder
-    spec = PathFinder.find_spec("llama_cpp")
-    if spec and spec.has_location:        # a mere folder of that name is found too, without a location
-        return sys.executable
-    folder = os.path.join(data_dir(), "engine")
-    return env_python(folder) if is_env_complete(folder) else ""
-
-def env_python(folder: str) -> str:
-    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
-
-def is_env_complete(folder: str) -> bool:
-    import glob
-    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
-    version = os.path.basename(os.path.realpath(env_python(folder)))
-    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
-    return os.path.exists(env_python(folder)) and bool(glob.glob(os.path.join(glob.escape(folder), lib, "site-packages", "llama_cpp")))
 
 def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...], Dict[str, str]]:
     """(problems that stop it, notes for the user, environment variables for the build). Pure."""
@@ -2496,12 +2406,12 @@ def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...],
         hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install your system's package of it"
         problems.append("Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % hint)
     if probe.free_disk_bytes < INSTALL_BYTES:
-        problems.append("Installing needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
-    if not probe.compiler_path:
+        problems.append("It needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
+    if not probe.has_compiler:
         # No problem yet: pip's settings may lead to a ready-made package. pip is told to look for nothing else.
-        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for exactly this processor: "
-                     "%s. Or take a prebuilt wheel of llama-cpp-python (its README says from where; it needs AVX2, FMA, "
-                     "F16C and BMI2)." % COMPILER_HINTS[probe.platform])
+        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for this processor: %s. "
+                     "Or take a prebuilt wheel (llama-cpp-python's README says from where; it needs AVX2, FMA, F16C and BMI2)."
+                     % COMPILER_HINTS[probe.platform])
     flag, gpu_notes = plan_gpu_build(probe)
     variables = {"CMAKE_ARGS": flag} if flag else {}
     if 0 < probe.memory_bytes < probe.n_cpus * COMPILE_JOB_BYTES:
@@ -2512,10 +2422,8 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
     """(CMake's flag or "", notes). The user's own CMAKE_ARGS always win."""
     if probe.user_cmake_args:
         return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args]
-    if probe.platform == "macos" and probe.machine == "arm64":
-        return "", ["Metal, which runs models on this Mac's GPU, is on by default."]
     notes = []
-    for name, flag, tool, device in GPU_BUILDS:
+    for name, flag, tool, _, device, _ in GPU_BUILDS:
         has_tool, has_device = name in probe.gpu_tools, name in probe.gpus
         if has_tool and has_device:
             return flag, notes + ["Found %s and %s: what is compiled will use it." % (tool, device)]
@@ -2524,74 +2432,70 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
     return "", notes
 
 def probe_install() -> InstallProbe:
-    import platform, shutil
+    import shutil
     from importlib.util import find_spec
-    system = {"win32": "windows", "darwin": "macos"}.get(sys.platform, "")
-    if "com.termux" in os.environ.get("PREFIX", ""):
-        system = "termux"
-    system = system or next(filter(shutil.which, ("apt", "dnf", "pacman", "apk")), "")
-    existing = data_dir()
-    while not os.path.isdir(existing):
-        existing = os.path.dirname(existing)
+    system = "termux" if "com.termux" in os.environ.get("PREFIX", "") else \
+        {"win32": "windows", "darwin": "macos"}.get(sys.platform) or next(filter(is_here, ("apt", "dnf", "pacman", "apk")), "")
+    tools = tuple(name for name, _, _, where, _, _ in GPU_BUILDS if is_here(where))
+    gpus = tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where))
     return InstallProbe(
-        system, platform.machine(), bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system),
-        os.environ.get("CMAKE_ARGS", ""), *probe_gpu_tools(), shutil.disk_usage(existing).free,
-        probe_hardware().ram_total_bytes, os.cpu_count() or 1)
+        system, bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system), os.environ.get("CMAKE_ARGS", ""),
+        tools, gpus, shutil.disk_usage(data_dir()).free, probe_hardware().ram_total_bytes, os.cpu_count() or 1)
 
-def probe_compiler(system: str) -> str:
-    import shutil, subprocess
-    if system == "macos" and subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL):
-        return ""                         # a new Mac's /usr/bin/c++ only offers to get the real one
-    if system == "termux" and not (shutil.which("cmake") and shutil.which("ninja")):
-        return ""                         # PyPI has neither for Android, so pip can't fetch them
-    locator = os.path.expandvars(r"%ProgramFiles(x86)%\Microsoft Visual Studio\Installer\vswhere.exe")
-    if system == "windows" and os.path.exists(locator):    # Visual Studio keeps cl.exe off the PATH
-        return locator
-    names = os.environ.get("CXX", "").split()[:1] + ["c++", "g++", "clang++", "cl"]
-    return next(filter(None, map(shutil.which, names)), "")
+def probe_compiler(system: str) -> bool:
+    import subprocess
+    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
+        return not subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL)
+    return is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)    # pip can't fetch CMake for Android
 
-def probe_gpu_tools() -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
-    """(names of GPU_BUILDS whose tool is here, names whose device is here)."""
+def is_here(where: str) -> bool:
+    """Whether the machine has these programs on its PATH, or files where there is a "/": "a | b & c" = one of a and b, and c."""
     import glob, shutil
-    roots = [root for root in ("/usr", "/usr/local", os.environ.get("VULKAN_SDK")) if root]
-    # ggml's Vulkan build wants SPIRV-Headers too, which distributions pack apart
-    headers = all(any(glob.glob(root + path) for root in roots) for path in ("/include/vulkan", "/*/cmake/SPIRV-Headers"))
-    tools = {"cuda": shutil.which("nvcc"), "hip": shutil.which("hipcc"), "vulkan": headers and shutil.which("glslc")}
-    gpus = {"cuda": glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"),    # the latter on Windows and WSL
-            "hip": glob.glob("/dev/kfd"), "vulkan": glob.glob("/dev/dri/renderD*")}
-    return tuple(filter(tools.get, tools)), tuple(filter(gpus.get, gpus))
+    find = lambda name: glob.glob(name) if "/" in name else shutil.which(name)
+    return all(any(find(os.path.expandvars(name.strip())) for name in names.split("|")) for names in where.split("&"))
 
-def draw_spinner(text: str, elapsed_s: float = 0.0) -> None:
+def draw_status(text: str) -> None:
     """One line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
     if sys.stderr and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
-        head = "%s %d:%02d  " % ("|/-\\"[int(elapsed_s * 5) % 4], elapsed_s // 60, elapsed_s % 60) if text else ""
-        print("\r%s\r" % (head + text)[:width].ljust(width), end="", file=sys.stderr, flush=True)
+        print("\r%s\r" % text[:width].ljust(width), end="", file=sys.stderr, flush=True)
+
+def handle_signals(handler: Any) -> None:
+    """What becomes of the signals that end a process."""
+    import signal
+    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):
+        if number and signal.getsignal(number) != signal.SIG_IGN:    # nohup
+            signal.signal(number, handler)
 
 def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
-    """Run a command in a process group of its own; interrupted, end the whole group. Raises RuntimeError."""
-    import subprocess
+    """Run a command and say what matters of its output as it comes. Raises RuntimeError; interrupted, ends it first."""
+    import subprocess, time
     # In our group the terminal's Ctrl-C would reach some of pip's children before us, and a kill none of them.
     group: Dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **group)
-    try:
-        tail = follow_output(child, say)
-    finally:
-        draw_spinner("")
-        end_group(child)
-    if child.returncode:
-        tail += [env.get("CMAKE_ARGS", ""), "%s: exit status %d" % (os.path.basename(argv[0]), child.returncode)]
-        matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
-        hint = next((hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail))), "Mend what it names.")
-        raise RuntimeError("What matters of the above:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint))
-
-def follow_output(child: Any, say: Any) -> List[str]:
-    """Say what matters of each line as it comes; returns the last lines. The spinner turns when 0.2 s bring none."""
-    import queue, threading, time
-    lines: Any = queue.Queue()
     tail, began_s = ["starting"], time.monotonic()
+    try:
+        for line in map(short_pip_line, read_lines(child)):
+            clock = "%d:%02d" % divmod(int(time.monotonic() - began_s), 60)
+            tail = tail[-200:] + [line] if line else tail
+            if not line:
+                draw_status("%s  %s" % (clock, tail[-1].strip()))
+            elif line[0] != " " or line.startswith("  [") or re.search("error[: ]|fatal", line):
+                draw_status("")
+                say("%s  (%s)" % (line, clock) if line.startswith("  [") else line)
+    finally:
+        draw_status("")
+        if child.poll() is None:
+            end_group(child)
+    if child.returncode:
+        raise RuntimeError(explain_failure(tail + [env.get("CMAKE_ARGS", ""), "exit status %d" % child.returncode]))
+
+def read_lines(child: Any) -> Iterable[str]:
+    """Its output as it comes, and "" when 0.2 s bring none. Ends with the child, as a compiler daemon may hold the pipe."""
+    import queue, threading
+    lines: Any = queue.Queue()
     def pump() -> None:
         with child.stdout:
             for line in child.stdout:
@@ -2599,16 +2503,11 @@ def follow_output(child: Any, say: Any) -> List[str]:
     threading.Thread(target=pump, daemon=True).start()
     while True:
         try:
-            line = short_pip_line(lines.get(timeout=0.2))
+            yield lines.get(timeout=0.2)
         except queue.Empty:
-            draw_spinner(tail[-1].strip(), time.monotonic() - began_s)
-            if child.poll() is None:
-                continue
-            return tail                   # without waiting for the pipe's end: a compiler daemon may hold it open
-        tail = tail[-200:] + [line]
-        if line and (line[0] != " " or line.startswith("  [") or re.search("error[: ]|fatal", line)):
-            draw_spinner("")
-            say("%s  (%d:%02d)" % ((line,) + divmod(int(time.monotonic() - began_s), 60)) if line.startswith("  [") else line)
+            if child.poll() is not None:
+                return
+            yield ""
 
 def short_pip_line(line: str) -> str:
     """A compiler's long command as "  [35/193] ggml.c"; what else `pip -v` says of its own doings becomes ""."""
@@ -2616,64 +2515,53 @@ def short_pip_line(line: str) -> str:
     if step:
         name = os.path.basename(line.split()[-1])
         return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking")
-    return "" if re.match(r"(Link requires|Skipping link|Found link|changing mode|Created temp|creating |copying |adding )", line) else line
+    return "" if re.match("Link requires|Skipping link|Found link|changing mode|Created temp", line) else line
+
+def explain_failure(tail: List[str]) -> str:
+    matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
+    hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
+    return "What matters of the above:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
 def end_group(child: Any) -> None:
     import signal, subprocess, time
-    if child.poll() is None and sys.platform == "win32":
+    handle_signals(signal.SIG_IGN)        # cleaning up must not be interrupted in turn
+    if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
-    elif child.poll() is None:
-        os.killpg(child.pid, signal.SIGTERM)    # first: ninja's compilers are in groups that only ninja can end
-        time.sleep(0.5)
+    else:
         try:
-            os.killpg(child.pid, signal.SIGKILL)
+            for number in (signal.SIGTERM, signal.SIGKILL):    # ninja's compilers are in groups that only ninja can end
+                os.killpg(child.pid, number)
+                time.sleep(0.5)           # last writes may still come
         except OSError:
             pass                          # all gone already
     child.wait()
 
-def make_env(folder: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
-    """A virtual environment with the engine in it, tried out. Raises OSError, RuntimeError."""
-    scratch = os.path.join(folder, "tmp")
-    os.makedirs(scratch)
-    astray = ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "__PYVENV_LAUNCHER__")
-    env = dict(variables, **{name: value for name, value in os.environ.items() if name not in astray})
+def make_env(work: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
+    """work/env: a virtual environment with the engine in it, tried out. Raises OSError, RuntimeError."""
+    folder, scratch = os.path.join(work, "env"), os.path.join(work, "tmp")
+    python, astray = env_python(folder), re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
+    env = dict(variables, **{name: value for name, value in os.environ.items() if not astray.match(name)})
     env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    os.makedirs(scratch)
     if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
         env["TMPDIR"] = scratch
     termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
     # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
     # It doesn't keep the engine from being compiled: PyPI has only its source.
-    pip = [env_python(folder), "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
-    pip += [] if probe.compiler_path else ["--only-binary", ENGINE_PACKAGE]
-    pip += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
+    options = ["-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
+    options += [] if probe.has_compiler else ["--only-binary", ENGINE_PACKAGE]
+    options += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
     run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
     try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
-        run_logged(pip[:4] + ["--upgrade", "pip"], env, say)
+        run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
     except RuntimeError:
         say("pip could not be updated; going on with this one.")
-    run_logged(pip + [ENGINE_PACKAGE], env, say)
-    run_logged([env_python(folder), os.path.abspath(__file__), "--check-engine"], env, say)
-    remove_folder(scratch)
+    run_logged([python, "-m", "pip", "install", ENGINE_PACKAGE] + options, env, say)
+    run_logged([python, os.path.abspath(__file__), "--check-engine"], env, say)
 
-def swap_env(new: str, place: str) -> None:
-    """Put the finished environment in place; a half-made one never stands there. Raises OSError."""
-    if os.path.lexists(place):
-        os.rename(place, place + ".old")
-    os.rename(new, place)
-    remove_folder(place + ".old")
-
-def remove_folder(path: str) -> None:
-    import shutil, time
-    for wait_s in (0, 0.2, 1):            # a process just killed may still finish its last write
-        time.sleep(wait_s)
-        shutil.rmtree(path, ignore_errors=True)
-        if not os.path.lexists(path):
-            return
-
-def lock_install(parent: str) -> Any:
-    """An open file, the lock while it is open; what killed installs have left is removed. RuntimeError: taken."""
-    import glob
-    lock = open(os.path.join(parent, "engine.lock"), "w")
+def lock_install(path: str) -> Any:
+    """An open file, the lock while it is open: the system lifts it when a process dies. RuntimeError: it is taken."""
+    lock = open(path, "w")
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -2683,38 +2571,39 @@ def lock_install(parent: str) -> Any:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise RuntimeError("Another install is at work in %s." % parent)
-    for path in glob.glob(os.path.join(glob.escape(parent), "engine.new-*")) + [os.path.join(parent, "engine.old")]:
-        remove_folder(path)
+        raise RuntimeError("Another install is at work in %s." % os.path.dirname(path))
     return lock
 
-def interrupt_once(number: int, frame: Any) -> None:
-    import signal
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):    # cleaning up must not be interrupted in turn
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-def install_engine(say: Any) -> int:
-    """Make the private environment; ends the process's Ctrl-C handling, so it is the last thing a process does.
-
-    0 = done, 1 = failed (say() has told why), 130 = interrupted; after these two nothing has changed."""
-    import signal
+def replace_env(place: str, work: str, say: Any) -> None:
+    """Make a new environment in `work`; only a finished one moves to `place`. Raises OSError, RuntimeError."""
+    import glob, shutil
+    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
     probe = probe_install()
     problems, notes, variables = plan_install(probe)
-    for line in notes + problems:
+    for line in notes:
         say(line)
     if problems:
-        return 1
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:    # nohup
-            signal.signal(getattr(signal, name), interrupt_once)
-    new = os.path.join(data_dir(), "engine.new-%d" % os.getpid())    # a killed install's pip must not write into it
+        raise RuntimeError("\n".join(problems))
+    with lock_install(place + ".lock"):
+        for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
+            shutil.rmtree(left, ignore_errors=True)
+        make_env(work, probe, variables, say)
+        if os.path.lexists(place):
+            os.rename(place, os.path.join(work, "old"))
+        os.rename(os.path.join(work, "env"), place)
+
+def install_engine(say: Any) -> int:
+    """Make the private environment, as the last thing a process does, for it changes what signals do. say(line) tells.
+
+    0 = done, 1 = failed, 130 = interrupted; after these two nothing has changed."""
+    import shutil, signal
+    handle_signals(signal.default_int_handler)    # which raises KeyboardInterrupt
+    place = os.path.join(data_dir(), "engine")
+    work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
     try:
-        os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-        with lock_install(data_dir()):
-            make_env(new, probe, variables, say)
-            swap_env(new, os.path.join(data_dir(), "engine"))
+        replace_env(place, work, say)
+        say("The engine is installed.")
+        return 0
     except KeyboardInterrupt:
         say("Installing was stopped; nothing has changed.")
         return 130
@@ -2722,15 +2611,324 @@ def install_engine(say: Any) -> int:
         say("Installing failed. %s" % error)
         return 1
     finally:
-        remove_folder(new)
-    say("The engine is installed.")
-    return 0
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# -- chats: a file of JSON lines each, only ever appended to --
+# {"chat": 1, "time": 1732290000}                         the first line: the format's version
+# {"turn": 3, "parent": 2, "role": "user", "content": …}  also "time" and, of replies, "model" and "note"; parent 0 = the first
+# {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
+# {"at": 2}                                               where the chat stands, after an undo or a change of versions
+# {"title": …}                                            the last one counts; without one the first question is it
+
+def chat_path(name: str) -> str:
+    return os.path.join(data_dir(), "chats", name + ".jsonl")
+
+def turns_to(chat: Chat, at: int) -> Tuple[Turn, ...]:
+    """The turns from the beginning of a chat to this one."""
+    path = []
+    while at:
+        path.append(chat.nodes[at])
+        at = path[-1].parent
+    return tuple(reversed(path))
+
+def stands_at(chat: Chat) -> int:
+    """The number of the last turn, 0 in an empty chat."""
+    return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
+
+def add_turn(chat: Chat, role: str, text: str, note: str = "") -> Chat:
+    """One more turn. What was said at this place before isn't stored again."""
+    parent = stands_at(chat)
+    said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
+    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent)
+    if not said:
+        chat = chat._replace(nodes={**chat.nodes, turn.id: turn}, last=turn.id,
+                             kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
+    return chat._replace(turns=chat.turns + (turn,))
+
+def parse_chat(raw: bytes, name: str = "") -> Chat:
+    """The chat that a file holds. Lines that are damaged are passed over, and what hangs on them."""
+    import json
+    nodes: Dict[int, Turn] = {}
+    parts: Dict[int, Turn] = {}
+    at, title = 0, ""
+    for line in raw.splitlines():
+        try:
+            record = json.loads(line)         # what isn't an object has no "in" or no keys
+            if "title" in record:
+                title = str(record["title"])
+            elif "at" in record:
+                at = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at
+            elif "turn" in record:
+                number, parent = int(record["turn"]), int(record["parent"])
+                if number in nodes or number < 1 or parent != 0 and parent not in nodes:
+                    continue
+                before = parts.pop(number, Turn("assistant", "", "interrupted", id=number, parent=parent))
+                if "part" in record:
+                    parts[number] = before._replace(text=before.text + record["part"])
+                elif record["role"] in ("user", "assistant"):
+                    nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent)
+                    at = number
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+    for number, turn in parts.items():
+        nodes[number], at = turn, number
+    kids: Dict[int, Tuple[int, ...]] = {}
+    for number in sorted(nodes):
+        kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
+    chat = Chat(name=name, title=title, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0), stored_at=at)
+    return chat._replace(turns=turns_to(chat, at))
+
+def is_json(raw: Any) -> bool:
+    import json
+    try:
+        return isinstance(json.loads(raw), dict)
+    except ValueError:
+        return False
+
+def lock_file(file: Any) -> None:
+    """Lock an open file until it is closed. Raises BlockingIOError where another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            file.seek(1 << 30)            # a byte that nobody wants to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        import errno
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else the file system has no locks
+            raise BlockingIOError(error.errno, "it is in use")
+
+class ChatFile:
+    """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
+    PART_S = 1.0                          # how often a reply in progress is written
+
+    def __init__(self, path: str) -> None:
+        self.path, self.file, self.end, self.waiting = path, None, 0, b""
+        self.part: Optional[Dict[str, Any]] = None
+        self.written_s = 0.0
+
+    def open(self) -> bytes:
+        """Lock the file, mend its last line if that is torn, and return what it holds. Raises OSError."""
+        import json
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600), "r+b", buffering=0)
+        try:
+            lock_file(file)
+            file.seek(0)
+            raw = file.read()
+            whole, newline, torn = raw.rpartition(b"\n")
+            if torn and not is_json(torn):
+                raw = whole + newline
+                file.truncate(len(raw))
+        except OSError:
+            file.close()
+            raise
+        first = b"" if raw else json.dumps({"chat": 1}).encode() + b"\n"
+        self.file, self.end, self.waiting = file, len(raw), (b"\n" if raw and raw[-1:] != b"\n" else first) + self.waiting
+        return raw
+
+    def add(self, record: Dict[str, Any]) -> None:
+        import json, time
+        if "at" not in record and "part" not in record:
+            record = dict(record, time=int(time.time()))
+        self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+    def write(self, records: Iterable[Dict[str, Any]]) -> None:
+        """Append; parts of a reply at most once in PART_S. Raises OSError, and then nothing is lost."""
+        import time
+        for record in records:
+            if "part" in record:
+                text = self.part["part"] if self.part else ""
+                self.part = dict(record, part=text + record["part"])
+            else:
+                self.part = None if "turn" in record else self.part
+                self.add(record)
+        if self.part and time.monotonic() - self.written_s >= self.PART_S:
+            self.flush_part()
+        elif self.waiting:
+            self.sync()
+
+    def flush_part(self) -> None:
+        import time
+        if self.part:
+            self.add(self.part)
+            self.part, self.written_s = None, time.monotonic()
+        self.sync()
+
+    def sync(self) -> None:
+        if not self.file:
+            self.open()
+        try:
+            self.file.seek(self.end)
+            todo = self.waiting
+            while todo:
+                todo = todo[self.file.write(todo):]
+            os.fsync(self.file.fileno())
+        except OSError:
+            with suppress(OSError):
+                self.file.truncate(self.end)    # not half a line
+            raise
+        self.end, self.waiting = self.end + len(self.waiting), b""
+
+    def close(self) -> None:
+        if self.part or self.waiting:
+            self.flush_part()
+        if self.file:
+            self.file.close()
+
+class ChatStore:
+    """Reads and writes chats in a thread of its own, in order, since disks can be slow; what comes of it goes to post(event)."""
+    def __init__(self, post: Any) -> None:
+        import queue
+        self.post, self.jobs, self.thread = post, queue.Queue(), None
+        self.file: Optional[ChatFile] = None
+        self.failed = False
+
+    def do(self, job: Any, *arguments: Any) -> None:
+        import threading
+        self.jobs.put((job, arguments))
+        if not self.thread:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+
+    def _work(self) -> None:
+        for job, arguments in iter(self.jobs.get, None):
+            try:
+                job(*arguments)
+                if job == self.write:
+                    self.failed = False
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if job != self.write:
+                    self.post(Told("That failed: %s." % reason, "error"))
+                elif not self.failed:
+                    self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again and again." % reason, "error"))
+                self.failed = self.failed or job == self.write
+        with suppress(OSError):
+            self.file and self.file.close()
+
+    def close(self) -> None:
+        if self.thread:
+            self.jobs.put(None)
+            self.thread.join(5)
+
+    def write(self, name: str, records: Tuple[Dict[str, Any], ...]) -> None:
+        if not self.file or self.file.path != chat_path(name):
+            self._take(ChatFile(chat_path(name)))
+        self.file.write(records)
+
+    def _take(self, file: ChatFile) -> None:
+        before, self.file = self.file, file
+        if before and before is not file:
+            before.close()
+
+    def open(self, name: str, spare_name: str) -> None:
+        """Open a chat ("" = the latest). One that another window has open is copied to spare_name."""
+        name = name or next((entry.name for entry in list_chats("")), "")
+        file, note = ChatFile(chat_path(name)), ""
+        if not name or not os.path.exists(file.path):
+            return self.post(Told("There is no chat to go on with.", "warn"))
+        try:
+            if self.file and self.file.path == file.path:
+                self._take(file)          # this window's own: its lock first goes away
+            raw = file.open()
+        except BlockingIOError:
+            with open(file.path, "rb") as other:
+                raw = other.read()
+            raw, name, file = raw[:raw.rfind(b"\n") + 1], spare_name, ChatFile(chat_path(spare_name))
+            note = "Another window has this chat open, so this is a copy of it."
+            file.open()
+            file.waiting = raw
+        self._take(file)
+        self.post(ChatOpened(parse_chat(raw, name), note, None))
+
+    def find(self, query: str) -> None:
+        self.post(ChatsFound(query, tuple(list_chats(query))))
+
+    def rename(self, name: str, title: str) -> None:
+        if self.file and self.file.path == chat_path(name):
+            return self.file.write([{"title": title}])
+        file = ChatFile(chat_path(name))
+        file.write([{"title": title}])
+        file.close()
+
+    def delete(self, name: str) -> None:
+        if self.file and self.file.path == chat_path(name):
+            self.file.close()
+            self.file = None
+        for path in (chat_path(name), os.path.join(data_dir(), "states", name + ".state")):
+            if os.path.exists(path):
+                os.remove(path)
+
+    def export(self, path: str, text: str) -> None:
+        path = os.path.expanduser(path)
+        with open(path, "x", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        self.post(Told("Written: %s" % path, "good"))
+
+    def bring(self, path: str, name: str) -> None:
+        """A chat from a file of OpenAI's messages."""
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            text = file.read()
+        try:
+            self.post(parse_messages(text, name))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
+
+def parse_messages(text: str, name: str) -> ChatOpened:
+    """A chat and its system prompt from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
+    import json
+    messages = json.loads(text)
+    chat, system = Chat(name=name), None
+    for message in messages["messages"] if isinstance(messages, dict) else messages:
+        content = message["content"]
+        if isinstance(content, list):         # parts, of which we take the texts
+            content = "\n\n".join(part["text"] for part in content if part.get("type") == "text")
+        if message["role"] in ("system", "developer"):
+            system = content
+        elif message["role"] in ("user", "assistant") and content:
+            chat = add_turn(chat, message["role"], content)
+    return ChatOpened(chat, "Brought in: %d messages." % len(chat.turns), system)
+
+def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
+    """A chat as a text: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
+    import json
+    said = [("system", system)] * bool(system) + [(turn.role, turn.text) for turn in turns if turn.role != "notice"]
+    if path.lower().endswith(".json"):
+        return json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}, ensure_ascii=False, indent=1) + "\n"
+    form = "## %s\n\n%s\n\n" if path.lower().endswith(".md") else "%s: %s\n\n"
+    return "".join(form % ({"user": "You", "assistant": "Model"}.get(role, "System"), text) for role, text in said)
+
+def list_chats(query: str) -> List[ChatEntry]:
+    """The stored chats that hold this text, the latest first."""
+    import json
+    entries, low = [], query.lower()
+    folder = os.path.dirname(chat_path(""))
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        if not entry.name.endswith(".jsonl"):
+            continue
+        with open(entry.path, "rb") as file:
+            text = file.read().decode("utf-8", "replace")
+        if low and low not in text.lower():
+            continue
+        titles = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or re.findall(r'(?m)^\{"turn": \d+, "parent": 0, .*$', text)[:1]
+        record = json.loads(titles[0]) if titles and is_json(titles[0]) else {}
+        title = " ".join(str(record.get("title") or record.get("content") or "(empty)").split())[:200]
+        models = re.findall(r'"model": "([^"]*)"', text)
+        entries.append(ChatEntry(entry.name[:-6], title, "".join(models[-1:]), entry.stat().st_mtime, len(text)))
+    return sorted(entries, key=lambda entry: -entry.time_s)
 
 
 # == 8. COMMANDS ===================================================================================
 # What keys and /slash commands do: cmd_NAME(state, argument) -> (state, effects). The docstring is the help line;
-# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function:
-# F1, /help and Tab know it at once.
+# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
+# name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
+
+IDLE_COMMANDS = ("new", "private", "load", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
+                 "version_back", "version_forward")
 
 SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
     "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
@@ -2756,23 +2954,23 @@ def notice(state: State, text: str, style: str = "warn") -> State:
     return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
 
 def add_log(state: State, *lines: LogLine) -> State:
-    log = state.log + lines
+    log, place = state.log + lines, state.log_scroll
     if len(log) > LOG_LINES + 200:        # cut seldom: the view stands at an index into it
-        dropped, log = len(log) - LOG_LINES, log[-LOG_LINES:]
-        if state.log_scroll:
-            place = state.log_scroll
-            state = state._replace(log_scroll=Scroll(max(0, place.item - dropped), place.line))
-    return state._replace(log=log)
+        place = place and Scroll(max(0, place.item - len(log) + LOG_LINES), place.line)
+        log = log[-LOG_LINES:]
+    return state._replace(log=log, log_scroll=place)
 
 def is_busy(state: State) -> bool:
     return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING)
 
 def start_model(state: State) -> Change:
-    """Load the model of the settings, into a fresh engine if none is ready."""
-    settings, alive = state.settings, state.engine is Condition.READY
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes)})
+    """Load the model of the settings, into a fresh engine if none is ready. None is named: let the user choose."""
+    settings = state.settings
+    if not settings.model_path:
+        return cmd_models(state, "")
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes), "states": settings.states})
     state = state._replace(progress=0.0, doing="", speed=0.0, n_used=0, dialog=None)
-    if alive:                             # it looks at the file before it gives up the model it has
+    if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
     return state._replace(engine=Condition.STARTING, model=None), (StartEngine(settings.demo), load)
 
@@ -2780,43 +2978,47 @@ def chat_messages(state: State) -> List[Dict[str, str]]:
     """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
     system = state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:] if t.role != "notice"]
+    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:state.chat.editing] if t.role != "notice"]
 
-def ask_model(state: State) -> Change:
-    """Send the chat to the engine, or see to it that there is one; until then the message waits."""
+def forget_old(state: State) -> State:
+    """Leave out what no context can hold, at 16 characters per token, so that a long chat need not be sent whole at each turn."""
+    turns, room = state.chat.turns, 16 * state.model.n_ctx if state.model else 1 << 20
+    for i in range(len(turns) - 1, state.chat.forgotten, -1):
+        room -= len(turns[i].text)
+        if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
+            return state._replace(chat=state.chat._replace(forgotten=i))
+    return state
+
+def ask_model(state: State, begun: str = "") -> Change:
+    """Send the chat to the engine, or see to it that there is one; until then the message waits. begun: how the reply begins."""
     chat = state.chat
-    if state.engine in (Condition.OFF, Condition.DEAD) and state.settings.model_path:
-        return start_model(state._replace(chat=chat._replace(waiting=True)))
     if state.engine is not Condition.READY:
         state = state._replace(chat=chat._replace(waiting=True))
-        if state.engine in (Condition.OFF, Condition.DEAD):
-            return cmd_models(state, "")
-        return state._replace(dialog=Dialog("install")) if state.engine is Condition.MISSING else state, ()
-    messages = chat_messages(state)
-    chat = chat._replace(waiting=False, reply="", request=chat.request + 1)
-    request = {"cmd": "chat", "id": chat.request, "messages": messages, "sampling": list(state.settings.sampling)}
-    if state.settings.demo:
-        request["tokens_per_s"] = DEMO_TOKENS_PER_S
-    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="")
-    return state, (SendEngine(request),)
+        if state.engine is Condition.MISSING:
+            return state._replace(dialog=Dialog("install")), ()
+        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD) else (state, ())
+    chat = forget_old(state).chat._replace(waiting=False, reply=begun, request=chat.request + 1)
+    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
+                           chat_scroll=None)
+    request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
+               "tokens_per_s": DEMO_TOKENS_PER_S if state.settings.demo else 0, "chat": chat.name, "begun": begun}
+    return state, store_part(state, begun) + (SendEngine(request),)
 
-def is_command(text: str) -> bool:
-    return text[:1] == "/" and text[:2] != "//" and "\n" not in text
+def store_part(state: State, text: str) -> Tuple[Any, ...]:
+    """A piece of the reply that is being written, for the chat's file."""
+    part = {"part": text, "turn": state.chat.last + 1, "parent": stands_at(state.chat)}
+    return (Store("write", (state.chat.name, (part,))),) if text and state.chat.name else ()
 
-def submit(state: State, text: str) -> Change:
-    """A line from the user: a /command, or a message for the model."""
-    if is_command(text):
-        name, _, argument = text[1:].partition(" ")
-        return run_command(state, name, argument.strip())
-    text = text[1:] if text.startswith("//") else text
-    if is_busy(state) or state.chat.waiting:
-        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
-    turns = state.chat.turns + (Turn("user", text.strip("\n")),)
-    return ask_model(state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None))
+def run_command(state: State, name: str, argument: str = "") -> Change:
+    """The way in for keys, /commands and dialogs."""
+    if name in IDLE_COMMANDS and is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    return globals()["cmd_" + name](state, argument)
 
-def run_command(state: State, name: str, argument: str) -> Change:
+def run_slash(state: State, text: str) -> Change:
+    name, _, argument = text[1:].partition(" ")
     if name in slash_commands():
-        return globals()["cmd_" + name](state, argument)
+        return run_command(state, name, argument.strip())
     import difflib
     near = difflib.get_close_matches(name, slash_commands(), 1)
     advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is."
@@ -2831,12 +3033,11 @@ def cmd_help(state: State, argument: str) -> Change:
     return state._replace(dialog=None if state.dialog else Dialog("help", tuple(rows))), ()
 
 def help_lines(left: str, right: str, width: int) -> List[str]:
-    rows = ["%-21s %s" % ("", part) for part in wrap(right, width)] if right else [left]
-    if right and len(left) < 20:
-        rows[0] = ("  " + left).ljust(22) + rows[0][22:]
-    elif right:
-        rows.insert(0, "  " + left)
-    return rows
+    """A row of the help; what is too long for the left column gets a line of its own."""
+    rows = [" " * 22 + part for part in wrap(right, width)]
+    if not right:
+        return [left]
+    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
 
 def help_rows() -> Iterable[Tuple[str, str]]:
     """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning."""
@@ -2844,33 +3045,154 @@ def help_rows() -> Iterable[Tuple[str, str]]:
     for name in slash_commands():
         usage, _, meaning = command_help(name).partition(": ")
         yield usage, meaning
-    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
+    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help),
+                                     ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
         yield "", ""
         yield title, ""
-        keys: Dict[str, List[str]] = {}
-        for key, name in table.items():
-            keys.setdefault(name, []).append(key)
-        for name, names in keys.items():
+        for name in dict.fromkeys(table.values()):
+            keys = ", ".join(key.title() for key in table if table[key] == name).replace("Pgup", "PgUp").replace("Pgdn", "PgDn")
             meaning = meaning_of(name)
-            meaning = meaning.partition(": ")[2] if meaning.startswith("/") else meaning
-            yield ", ".join(key.title().replace("Pgup", "PgUp").replace("Pgdn", "PgDn") for key in names), meaning
+            yield keys, meaning.partition(": ")[2] if meaning.startswith("/") else meaning
 
 def cmd_new(state: State, argument: str) -> Change:
     """/new: start a new chat"""
-    if is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), ()
-    return state._replace(chat=Chat(request=state.chat.request), chat_scroll=None, n_used=0, hint="New chat"), ()
+    return begin_chat(state, Chat(), "New chat"), ()
+
+def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> State:
+    """Show this chat; one without a name gets one, so that it is stored."""
+    n, session = state.n_chats + 1, state.settings.session
+    name = chat.name or ("%s-%d" % (session, n) if session and not private else "")
+    return state._replace(chat=chat._replace(name=name, request=state.chat.request), n_chats=n, chat_scroll=None, n_used=0, dialog=None,
+                          hint=hint)
+
+def cmd_private(state: State, argument: str) -> Change:
+    """/private: start a chat that leaves no trace on the disk"""
+    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True), ()
+
+def cmd_chats(state: State, argument: str) -> Change:
+    """/chats TEXT: choose among your chats, or those that hold this text"""
+    return state._replace(dialog=Dialog("chats", query=argument)), (Store("find", (argument,)),)
+
+def cmd_open(state: State, argument: str) -> Change:
+    """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
+    return state, (Store("open", (argument, "%s-copy-%d" % (state.settings.session or "chat", state.n_chats))),)
+
+def cmd_title(state: State, argument: str) -> Change:
+    """/title TEXT: give this chat a name"""
+    if not (argument and state.chat.name and state.chat.last):
+        return state._replace(hint="Say something first; then /title TEXT names the chat"), ()
+    return state._replace(chat=state.chat._replace(title=argument), hint="Named"), (Store("rename", (state.chat.name, argument)),)
+
+def cmd_export(state: State, argument: str) -> Change:
+    """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
+    if not argument:
+        return state._replace(hint="Name a file, e.g. /export chat.md"), ()
+    return state, (Store("export", (argument, export_chat(state.chat.turns, state.settings.system_prompt, argument))),)
+
+def cmd_import(state: State, argument: str) -> Change:
+    """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
+    return state, (Store("bring", (argument, begin_chat(state, Chat(), "").chat.name)),)
+
+def cmd_find(state: State, argument: str) -> Change:
+    """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
+    return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
+
+def find_on(state: State, by: int) -> Change:
+    """Scroll to the next line that holds state.find, up (by = -1) or down."""
+    layout, turns = plan_layout(state), state.chat.turns
+    items = chat_items(state, layout.chat_width)
+    here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
+    for i in range(min(here.item, len(turns) - 1), -1 if by < 0 else len(turns), by):
+        lines = items.lines(i)[::by] if state.find in turns[i].text.lower() else ()
+        for line in (k if by > 0 else len(lines) - 1 - k for k in range(len(lines))):
+            shown = "".join(text for text, _ in items.lines(i)[line]).lower()
+            if state.find in shown and (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
+                return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
+    return state._replace(hint="%r isn't found %s" % (state.find, "above" if by < 0 else "below")), ()
+
+def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
+    """Index of the last turn of this role, -1 = none."""
+    return max((i for i, turn in enumerate(chat.turns[:before]) if turn.role == role), default=-1)
+
+def cut_turns(chat: Chat, n: int) -> Chat:
+    """The path up to its first n turns; the others stay in the tree."""
+    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None)
+
+def cmd_retry(state: State, argument: str) -> Change:
+    """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
+    asked = last_index(state.chat, "user")
+    return ask_model(state._replace(chat=cut_turns(state.chat, asked + 1))) if asked >= 0 else (state._replace(hint="Nothing was asked yet"), ())
+
+def cmd_continue(state: State, argument: str) -> Change:
+    """/continue: go on with the last reply, e.g. one that was stopped"""
+    said = last_index(state.chat, "assistant")
+    if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
+        return state._replace(hint="There is no reply to go on with"), ()
+    return ask_model(state._replace(chat=cut_turns(state.chat, said)), begun=state.chat.turns[said].text)
+
+def cmd_edit(state: State, argument: str) -> Change:
+    """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
+    return edit_turn(state, last_index(state.chat, "assistant" if argument == "reply" else "user"))
+
+def edit_turn(state: State, index: int) -> Change:
+    if index < 0:
+        return state._replace(hint="There is nothing above to edit"), ()
+    text = state.chat.turns[index].text
+    return state._replace(chat=state.chat._replace(editing=index), draft=state.draft._replace(text=text, cursor=len(text)),
+                          hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
+
+def cmd_undo(state: State, argument: str) -> Change:
+    """/undo: take back the last question and its answer (/redo brings them back)"""
+    asked = last_index(state.chat, "user")
+    return state._replace(chat=cut_turns(state.chat, max(0, asked)), hint="Undone; /redo brings it back" if asked >= 0 else "Nothing to undo"), ()
+
+def cmd_redo(state: State, argument: str) -> Change:
+    """/redo: bring back what /undo took back"""
+    chat = state.chat
+    for role in ("user", "assistant"):
+        kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
+        chat = chat._replace(turns=chat.turns + tuple(chat.nodes[kid] for kid in kids[-1:]))
+    return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
+
+def cmd_fork(state: State, argument: str) -> Change:
+    """/fork: go on in a copy of this chat"""
+    copy = Chat(forgotten=state.chat.forgotten)
+    for turn in state.chat.turns:
+        copy = add_turn(copy, turn.role, turn.text, turn.note) if turn.id else copy._replace(turns=copy.turns + (turn,))
+    return begin_chat(state, copy, "This is a copy; the other chat stays as it was"), ()
+
+def versions(chat: Chat, turn: Turn) -> List[int]:
+    """The numbers of what was said in place of this turn, itself among them, oldest first."""
+    return [kid for kid in chat.kids.get(turn.parent, ()) if chat.nodes[kid].role == turn.role] if turn.id else []
+
+def turn_version(state: State, by: int) -> Change:
+    """Show another version of the last turn that has several, and the chat that follows it."""
+    chat = state.chat
+    index = max((i for i, turn in enumerate(chat.turns) if len(versions(chat, turn)) > 1), default=-1)
+    if index < 0:
+        return state._replace(hint="There are no other versions (/retry makes one)"), ()
+    numbers = versions(chat, chat.turns[index])
+    n = numbers.index(chat.turns[index].id) + by
+    at = numbers[n % len(numbers)]
+    while chat.kids.get(at):
+        at = chat.kids[at][-1]
+    chat = cut_turns(chat, index)._replace(turns=turns_to(chat, at))
+    return state._replace(chat=chat, chat_scroll=None, hint="Version %d of %d" % (n % len(numbers) + 1, len(numbers))), ()
+
+def cmd_version_back(state: State, argument: str) -> Change:
+    """the version before, of the last reply or question that has several"""
+    return turn_version(state, -1)
+
+def cmd_version_forward(state: State, argument: str) -> Change:
+    """the next version"""
+    return turn_version(state, 1)
 
 def cmd_load(state: State, argument: str) -> Change:
     """/load PATH: load another model; the chat goes on with it (no PATH: choose from a list)"""
-    if is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), ()
-    if not argument and not state.settings.model_path:
-        return cmd_models(state, "")
     path = argument.strip("'\"") or state.settings.model_path
     demo = state.settings.demo and not argument
     state = state._replace(settings=state.settings._replace(model_path=path, demo=demo))
-    if state.engine is Condition.INSTALLING:
+    if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
 
@@ -2925,8 +3247,8 @@ def cmd_stats(state: State, argument: str) -> Change:
 
 def cmd_install(state: State, argument: str) -> Change:
     """/install: get the engine (llama-cpp-python), compiled for this machine"""
-    if is_busy(state) or state.engine is Condition.INSTALLING:
-        return state._replace(hint="It is being installed; Esc stops it" if not is_busy(state) else "Stop the reply first (Esc)"), ()
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="It is being installed; Esc stops it"), ()
     pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
     return state._replace(dialog=None, engine=Condition.INSTALLING, pane=pane), (InstallEngine(),)
 
@@ -2939,10 +3261,21 @@ def cmd_send(state: State, argument: str) -> Change:
     text, draft = state.draft.text, state.draft
     if not text.strip():
         return state, ()
-    if (is_busy(state) or state.chat.waiting) and not is_command(text):
+    is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
+    if not is_command and (is_busy(state) or state.chat.waiting):
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
     history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
-    return submit(state._replace(draft=Draft(history=history, killed=draft.killed)), text)
+    state = state._replace(draft=Draft(history=history, killed=draft.killed))
+    if is_command:
+        return run_slash(state, text)
+    text = (text[1:] if text.startswith("//") else text).strip("\n")
+    chat, editing = state.chat, state.chat.editing
+    if editing is None:
+        return ask_model(state._replace(chat=add_turn(chat, "user", text)))
+    chat = add_turn(cut_turns(chat, editing), chat.turns[editing].role, text)
+    if chat.turns[-1].role == "user":
+        return ask_model(state._replace(chat=chat))
+    return state._replace(chat=chat, hint="Changed; /continue goes on from there"), ()
 
 def cmd_newline(state: State, argument: str) -> Change:
     """start a new line in the message"""
@@ -2970,15 +3303,19 @@ def cmd_stop(state: State, argument: str) -> Change:
         return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}),)
     if state.chat.waiting:
         return take_back(state), ()
-    return state._replace(chat_scroll=None, log_scroll=None), ()
+    if state.chat.editing is not None:
+        return state._replace(chat=state.chat._replace(editing=None), draft=state.draft._replace(text="", cursor=0)), ()
+    return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
 
 def take_back(state: State) -> State:
     """A message without a word of an answer goes back into the input box (if that is empty), to be changed or sent again."""
     chat = state.chat._replace(waiting=False, reply=None)
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
-    asked = max(i for i, turn in enumerate(chat.turns) if turn.role == "user")
+    asked = last_index(chat, "user")
     text = chat.turns[asked].text
+    if chat.kids.get(chat.turns[asked].id):    # it was another answer that didn't come: the one before is there
+        return cmd_redo(state._replace(chat=chat), "")[0]
     return state._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
                           draft=state.draft._replace(text=text, cursor=len(text)),
                           hint="Your message is back in the input box; Ctrl-U clears it")
@@ -3012,12 +3349,22 @@ def cmd_page_down(state: State, argument: str) -> Change:
     return scroll_pane(state, 1, page=True), ()
 
 def cmd_line_up(state: State, argument: str) -> Change:
-    """scroll up a line"""
+    """scroll up a line; after /edit: edit an earlier question"""
+    if state.chat.editing is not None:
+        return edit_turn(state, last_index(state.chat, "user", before=state.chat.editing))
     return scroll_pane(state, -1), ()
 
 def cmd_line_down(state: State, argument: str) -> Change:
     """scroll down a line"""
     return scroll_pane(state, 1), ()
+
+def cmd_top(state: State, argument: str) -> Change:
+    """the beginning of the chat"""
+    return scroll_pane(state, -10 ** 9), ()
+
+def cmd_bottom(state: State, argument: str) -> Change:
+    """the end of the chat"""
+    return scroll_pane(state, 10 ** 9), ()
 
 def cmd_redraw(state: State, argument: str) -> Change:
     """draw the window again"""
@@ -3039,61 +3386,109 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 
 def update(state: State, event: Any) -> Change:
     state, effects = HANDLERS[type(event)](state, event)
+    state, effects = store_news(state, effects)
     return read_ahead(state, effects) if READ_AHEAD and state.engine is Condition.READY else (state, effects)
+
+def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Whatever the chat has more than its file goes there: new turns, and where it stands."""
+    chat, at = state.chat, stands_at(state.chat)
+    if not chat.name or chat.last == chat.stored and at == chat.stored_at:
+        return state, effects
+    model = {"model": state.model.name} if state.model else {}
+    turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
+    records: List[Dict[str, Any]] = [dict(
+        {"turn": turn.id, "parent": turn.parent, "role": turn.role, "content": turn.text},
+        **dict(model, note=turn.note) if turn.role == "assistant" else {}) for turn in turns]
+    if at != (chat.last if records else chat.stored_at):
+        records.append({"at": at})
+    return state._replace(chat=chat._replace(stored=chat.last, stored_at=at)), effects + (Store("write", (chat.name, tuple(records))),)
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
     text = state.draft.text
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
-    ahead = (state.settings.system_prompt, state.chat.turns, state.chat.forgotten, draft)
+    chat = forget_old(state).chat
+    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.forgotten, chat.editing, draft)
     if ahead == state.ahead:
         return state, effects
-    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": draft}
+    state = state._replace(chat=chat)
+    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": draft, "chat": chat.name}
     return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
 
-def on_typed(state: State, event: Typed) -> Change:
-    state = state._replace(hint="", quit_asked=False)
-    if state.dialog and state.dialog.kind == "models" and event.text in ("j", "k"):
-        return on_dialog_key(state, event.text)
-    return state._replace(dialog=None, draft=edit_insert(state.draft, event.text)), ()
-
-def on_pasted(state: State, event: Pasted) -> Change:
+def on_typed(state: State, event: Any) -> Change:
+    """Typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-    return state._replace(draft=edit_insert(state.draft, text), hint="", dialog=None), ()
+    if state.dialog and state.dialog.kind == "chats":
+        return search_chats(state, state.dialog.query + text.replace("\n", " "))
+    if state.find and text in ("n", "N") and not state.draft.text:
+        return find_on(state, -1 if text == "n" else 1)
+    return state._replace(draft=edit_insert(state.draft, text), dialog=None, find="", hint="", quit_asked=False), ()
+
+def search_chats(state: State, query: str) -> Change:
+    dialog = state.dialog._replace(query=query)
+    return state._replace(dialog=dialog), () if dialog.question else (Store("find", (query,)),)
+
+def on_submitted(state: State, event: Submitted) -> Change:
+    return cmd_send(state._replace(draft=state.draft._replace(text=event.text), dialog=None, hint=""), "")
 
 def on_pressed(state: State, event: Pressed) -> Change:
-    key, asked = event.key, state.quit_asked
-    state = state._replace(hint="", quit_asked=False)
+    key, draft = event.key, state.draft
+    command = EMPTY_KEYS.get(key, KEYS.get(key)) if not draft.text or key in ("home", "end") and state.focus == "system" else KEYS.get(key)
+    state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
         return on_dialog_key(state, key)
-    if key in ("home", "end") and (not state.draft.text or state.focus == "system"):
-        return scroll_pane(state, -10 ** 9 if key == "home" else 10 ** 9), ()
-    if key == "ctrl-d" and not state.draft.text:
-        return cmd_interrupt(state._replace(quit_asked=asked), "")    # as shells end at it
-    if key in EDIT_KEYS:
-        return state._replace(draft=EDITS[EDIT_KEYS[key]][1](state.draft)), ()
-    if key in KEYS:
-        return globals()["cmd_" + KEYS[key]](state._replace(quit_asked=asked and KEYS[key] == "interrupt"), "")
-    return state, ()
+    if command:
+        return run_command(state, command)
+    return state._replace(draft=EDITS[EDIT_KEYS[key]][1](draft)) if key in EDIT_KEYS else state, ()
+
+DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open"}    # kind: what Enter does, with the chosen item
 
 def on_dialog_key(state: State, key: str) -> Change:
-    dialog = state.dialog
-    if dialog.kind == "install":
-        return cmd_install(state, "") if key == "enter" else (state._replace(dialog=None), ())
-    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6, "k": -1, "j": 1}
+    dialog, closed = state.dialog, state._replace(dialog=None)
+    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
     if key in moves:
         index = min(max(dialog.index + moves[key], 0), max(0, len(dialog.items) - 1))
         return state._replace(dialog=dialog._replace(index=index)), ()
-    if dialog.kind == "models" and key == "enter" and dialog.items:
-        return cmd_load(state._replace(dialog=None), dialog.items[dialog.index])
-    return (state._replace(dialog=None), ()) if dialog.kind == "help" else (state, ())
+    chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
+    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r", "backspace") or not chosen):
+        return on_chats_key(state, key, chosen)
+    if key == "enter" and dialog.kind in DIALOG_COMMANDS:
+        return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
+    return state if dialog.kind in DIALOG_COMMANDS else closed, ()
+
+def on_chats_key(state: State, key: str, chosen: str) -> Change:
+    """Searching, renaming and deleting in the list of chats."""
+    dialog = state.dialog
+    if key == "backspace":
+        return search_chats(state, dialog.query[:-1])
+    if key in ("del", "ctrl-r") and chosen:
+        question = "delete" if key == "del" else "rename"
+        return state._replace(dialog=dialog._replace(question=question, query="")), ()
+    if key != "enter" or not chosen:
+        return state, ()
+    effects = (Store("delete", (chosen,)) if dialog.question == "delete" else Store("rename", (chosen, dialog.query)), Store("find", ("",)))
+    state = state._replace(dialog=Dialog("chats"))
+    if dialog.question == "delete" and chosen == state.chat.name:
+        state = begin_chat(state, Chat(), "This chat is deleted")._replace(dialog=state.dialog)
+    return state, effects
+
+def on_chats_found(state: State, event: ChatsFound) -> Change:
+    import time
+    if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query:
+        return state, ()                  # it was closed meanwhile, or another search is on its way
+    items = tuple("%s  %-8s %s%s" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), format_bytes(entry.n_bytes), entry.title,
+                                     "  (%s)" % entry.model if entry.model else "") for entry in event.entries)
+    return state._replace(dialog=state.dialog._replace(items=items, names=tuple(entry.name for entry in event.entries), index=0)), ()
+
+def on_chat_opened(state: State, event: ChatOpened) -> Change:
+    state = begin_chat(state, event.chat, event.note or "This chat goes on")
+    settings = state.settings._replace(system_prompt=state.settings.system_prompt if event.system is None else event.system)
+    return state._replace(settings=settings), ()
 
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
-    low = text.lower()
-    level = "error" if "error" in low or "fail" in low or "abort" in low or "assert" in low else \
-        "warn" if "warn" in low else "dim"
+    level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
     step = re.match(r" *\[ *(\d+)/(\d+)\]", text) if state.engine is Condition.INSTALLING else None
     if step:                              # the compiler's steps, see short_pip_line
         state = state._replace(progress=int(step.group(1)) / max(1, int(step.group(2))), doing="compiling")
@@ -3109,8 +3504,7 @@ def on_installed(state: State, event: Installed) -> Change:
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
         return notice(state._replace(engine=Condition.OFF, model=None), text + " /install tries again.", "error"), ()
-    state = notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good")
-    return start_model(state) if state.settings.model_path else cmd_models(state, "")
+    return start_model(notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good"))
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
     state = state._replace(doing="")
@@ -3123,29 +3517,20 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
 # -- the engine --
 
 def on_engine_said(state: State, event: EngineSaid) -> Change:
-    handler = ENGINE_EVENTS.get(event.message.get("event"))
-    return handler(state, event.message) if handler else (state, ())
-
-def on_hello(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(engine=Condition.LOADING, progress=0.0), ()
-
-def on_log(state: State, message: Dict[str, Any]) -> Change:
-    return add_log(state, LogLine(message["level"], message["text"])), ()
-
-def on_hardware(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()
-
-def machine_lines(state: State) -> Tuple[LogLine, ...]:
-    """The part of the summary that is about the machine: on_hardware's, not on_plan's."""
-    return tuple(line for line in state.summary if line.level == "text")
+    message, chat = event.message, state.chat
+    name = message.get("event")
+    if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
+        return state, ()                  # of a reply that has ended
+    return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
+    """It comes after "hardware"; its lines go above those."""
     style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
-    plan = tuple(LogLine(style, line) for line in message["lines"])
-    return state._replace(summary=plan + machine_lines(state)), ()
+    return state._replace(summary=tuple(LogLine(style, line) for line in message["lines"]) + state.summary), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(engine=Condition.LOADING, progress=message["progress"]), ()
+    """Also at the engine's "hello": what comes next is loading."""
+    return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"])
@@ -3154,8 +3539,6 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     return ask_model(state) if state.chat.waiting else (state, ())
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
-    if message["id"] != state.chat.request or state.engine is not Condition.READING:
-        return state, ()
     done, total, rate = message["done"], message["total"], message["rate"]
     doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
     if rate:
@@ -3173,26 +3556,18 @@ def on_forgot(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
-    if message["id"] != state.chat.request or state.chat.reply is None:
-        return state, ()
     engine = Condition.WRITING if state.engine is Condition.READING else state.engine
     return state._replace(engine=engine, chat=state.chat._replace(reply=state.chat.reply + message["text"]),
-                          speed=message["rate"], n_used=message["n_used"], doing=""), ()
-
-REASONS = {"stopped": "stopped", "length": "cut at the token limit (/set max_tokens)"}
+                          speed=message["rate"], n_used=message["n_used"], doing=""), store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
-    if message["id"] != state.chat.request:
-        return state, ()
-    n, s = message["n_written"], state.stats
-    note = "%d tokens, %.1f/s, first after %.1f s, read %s" % (n, message["rate"], message["first_s"], format(message["n_read"], ","))
+    note = "%d tokens, %.1f/s, first after %.1f s, read %s" % (
+        message["n_written"], message["rate"], message["first_s"], format(message["n_read"], ","))
     note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
-    note += ", " + REASONS[message["reason"]] if message["reason"] in REASONS else ""
-    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=Stats(
-        s.replies + 1, s.n_read + message["n_read"], s.n_reused + message["n_reused"], s.n_written + n,
-        s.read_s + message["read_s"], s.write_s + message["write_s"]))
-    state = end_reply(state, note)
-    silent = n == 0 and message["reason"] != "stopped"
+    note += {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}.get(message["reason"], "")
+    stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
+    state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats), note)
+    silent = message["n_written"] == 0 and message["reason"] != "stopped"
     return state._replace(hint="The model answered nothing. " + state.hint) if silent else state, ()
 
 def end_reply(state: State, note: str) -> State:
@@ -3201,22 +3576,22 @@ def end_reply(state: State, note: str) -> State:
     state = state._replace(engine=engine, progress=0.0, doing="")
     if not state.chat.reply:
         return take_back(state)
-    turns = state.chat.turns + (Turn("assistant", state.chat.reply, note),)
-    return state._replace(chat=state.chat._replace(turns=turns, reply=None))
+    return state._replace(chat=add_turn(state.chat, "assistant", state.chat.reply, note)._replace(reply=None))
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
-    if message["during"] == "ahead":      # the message itself will tell, when it is sent
-        return add_log(state, LogLine("warn", message["text"])), ()
-    if message["during"] == "chat":
-        return notice(end_reply(state, "not finished"), message["text"], "error"), ()
-    if message["during"] == "load" and message.get("kept") and state.model:
+    during, text = message["during"], message["text"]
+    if during == "ahead":                 # the message itself will tell, when it is sent
+        return add_log(state, LogLine("warn", text)), ()
+    if during == "chat":
+        return notice(end_reply(state, "not finished"), text, "error"), ()
+    if during == "load" and message.get("kept") and state.model:
         settings = state.settings._replace(model_path=state.model.path)    # the one before still works
-        return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), message["text"], "error"), ()
-    condition = Condition.MISSING if message["during"] == "start" else Condition.OFF
-    state = take_back(state._replace(engine=condition, model=None, progress=0.0, doing="", summary=machine_lines(state)))
-    state = add_log(state, LogLine("error", message["text"]))
-    return notice(state, message["text"], "error"), ()
+        return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), text, "error"), ()
+    machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
+    state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
+                                     model=None, progress=0.0, doing="", summary=machine))
+    return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
     if state.engine is Condition.MISSING:    # it had said why
@@ -3227,38 +3602,36 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
 
+DEATHS = (  # exit codes (-signal; on Windows NTSTATUS), what to tell people
+    ((-9,), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
+            "or a smaller context (-c 2048)."),
+    ((-4, 0xC000001D), "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
+                       "`python3 llmchat.py --install` compiles one for this CPU."),
+    ((-6, 0xC0000409), "llama.cpp gave up%(loading)s.%(said)s"),
+    ((-11, -10, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
+
 def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     """One sentence for people about how the engine ended."""
-    code = event.code
-    why = {-9: "kill", -6: "abort", -11: "segv", -10: "segv", -4: "ill",
-           0xC000001D: "ill", 0xC0000005: "segv", 0xC0000409: "abort"}.get(code if code < 0 else code & 0xffffffff)
-    said = " Its last words: %s." % last_error.rstrip(".") if last_error else ""
-    if why == "kill":
-        return ("The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
-                "or a smaller context (-c 2048).")
-    if why == "ill":
-        return ("This llama.cpp was built for a newer CPU: yours lacks %s. `python3 llmchat.py --install` compiles one for this CPU."
-                % (", ".join(event.lacking) or "an instruction it uses"))
-    if why == "abort":
-        return "llama.cpp gave up%s.%s" % (" while loading the model" if loading else "", said)
-    if why == "segv":
-        return "llama.cpp crashed%s: the model file may be damaged, or the memory.%s" % (" while loading" if loading else "", said)
-    return "The engine ended by itself (exit status %d).%s If this happens at each start, make the engine anew: " \
-           "python3 llmchat.py --install" % (code, said)
+    text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
+                "If this happens at each start, make the engine anew: python3 llmchat.py --install")
+    return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
+                   "loading": " while loading the model" if loading else "",
+                   "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
 
-HANDLERS = {Typed: on_typed, Pasted: on_pasted, Pressed: on_pressed,
+HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
             Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
-            Submitted: lambda state, event: submit(state, event.text),
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
-            EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
-ENGINE_EVENTS = {"hello": on_hello, "log": on_log, "hardware": on_hardware, "plan": on_plan, "loading": on_loading,
-                 "loaded": on_loaded, "reading": on_reading, "text": on_text, "done": on_done, "failed": on_failed,
-                 "ahead": on_ahead, "forgot": on_forgot}
+            ChatOpened: on_chat_opened, ChatsFound: on_chats_found,
+            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
+ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
+                 "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
+                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "reading": on_reading,
+                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot}
 
 
 # == 10. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
-# gives the same frame. view_PANE(state, width, height) -> at most `height` lines. Styles are names of COLORS.
+# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see COLORS.
 
 # cursor: row and column, None = hidden
 Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]])])
@@ -3271,78 +3644,58 @@ LOGO = (r" _ _              _         _   ",
         r"| | | '  \/ _` __| ' \/ _` |  _|",
         r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
 
-def line_cells(line: Line) -> int:
-    return sum(cells(text) for text, _ in line)
-
 def fit(line: Line, width: int, style: str = "text") -> Line:
     """A line of exactly `width` columns: cut, or filled with spaces."""
-    used = line_cells(line)
-    if used > width:
-        kept, used = [], 0
-        for text, span_style in line:
-            text = take_cells(text, width - used)
-            kept.append((text, span_style))
-            used += cells(text)
-        line = tuple(kept)
-    return line + ((" " * (width - used), style),) if used < width else line
+    fitting = []
+    for text, span_style in line + ((" " * width, style),):
+        text = take_cells(text, width)
+        width -= cells(text)
+        fitting += [(text, span_style)] if text else []
+    return tuple(fitting)
 
 def view(state: State) -> Frame:
     if state.columns < 20 or state.rows < 6:
-        text = "window too small"[:state.columns]
-        return Frame(tuple(fit(((text, "warn"),) if i == 0 else (), state.columns) for i in range(state.rows)), None)
+        lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
+        return Frame(tuple(fit(line, state.columns) for line in lines), None)
     layout = plan_layout(state)
-    upper = view_pane(view_log if state.pane == "full" and layout.log_width else view_chat, state, layout)
-    draft, cursor = view_draft(state, layout)
-    if not layout.framed:
-        rule = view_rule(state, state.columns, upper.more)
-        rows = [fit(line, state.columns) for line in upper.lines] + [rule] + draft + [view_status(state)]
-        return Frame(tuple(rows), (layout.chat_height + 1 + cursor[0], cursor[1]))
-    rows = view_framed(state, layout, upper, draft)
-    return Frame(tuple(rows + [view_status(state)]), (layout.chat_height + 2 + cursor[0], cursor[1] + 1))
+    edge = int(layout.framed)
+    draft, (row, column) = view_draft(state, layout)
+    rows = view_panes(state, layout, draft) + [view_status(state)]
+    return Frame(tuple(rows), (layout.chat_height + 1 + edge + row, edge + column))
 
-# lines: exactly as many as the pane is high; more: there is more below
-Pane = NamedTuple("Pane", [("lines", List[Line]), ("more", bool)])
-
-def view_pane(view_one: Any, state: State, layout: Layout) -> Pane:
-    """One pane; a fault in it is shown inside it, and the rest of the window works on."""
+def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
+    """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
+    height = layout.chat_height if view_one is view_chat else layout.log_height
     try:
-        return view_one(state, layout)
+        lines, more = view_one(state, layout)
     except Exception:
         import traceback
-        height = layout.chat_height if view_one is view_chat or state.pane == "full" else layout.log_height
-        lines: List[Line] = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]]
-        return Pane(lines + [()] * (height - len(lines)), False)
+        lines, more = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]], False
+    return (lines + [()] * height)[:height], more
 
-def view_framed(state: State, layout: Layout, upper: Pane, draft: List[Line]) -> List[Line]:
-    """The frame, with the panes in it."""
+def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
+    """The panes, with the frame around them where there is room for it."""
     box, width = BOX[state.settings.unicode], layout.chat_width
-    bar: Span = (box["v"], "frame")
-    left = [fit(line, width) for line in upper.lines] + [None] + draft
-    side = view_pane(view_log, state, layout).lines if layout.log_width and state.pane == "beside" else None
-    rows = [view_top(state, layout, side is not None)]
-    for i, line in enumerate(left):
-        right = (bar,) + fit(side[i], layout.log_width) + (bar,) if side else (bar,)
-        if line is None:
-            right = ((box["r"], "frame"),) + right[1:] if side else ((box["r"], "frame"),)
-            rows.append(((box["l"], "frame"),) + view_rule(state, width, upper.more) + right)
-        else:
-            rows.append((bar,) + line + right)
+    bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
+    upper, more = view_pane(view_log if state.pane == "full" and layout.log_width else view_chat, state, layout)
+    left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
+    left += [bar + line + bar for line in draft]
+    if not layout.framed:
+        return left
+    side = view_pane(view_log, state, layout)[0] if layout.log_width and state.pane == "beside" else []
+    right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
     bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
-    return rows + [((bottom, "frame"),)]
+    return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
 
 def view_top(state: State, layout: Layout, side: bool) -> Line:
     """The upper border with the titles of the panes; the one that scrolls is marked."""
-    box = BOX[state.settings.unicode]
-    def title(text: str, width: int, focused: bool) -> Line:
-        text = take_cells(clean_row(text), max(0, width - 4))
-        label: Line = ((box["h"], "frame"), (" %s " % text, "title" if focused else "dim"))
-        return label + ((box["h"] * (width - line_cells(label)), "frame"),)
+    box, line = BOX[state.settings.unicode], ()
     name = state.model.name if state.model else os.path.basename(state.settings.model_path)
-    chat = "llmchat" + (" %s %s" % (box["dot"], name) if name else "")
-    full = state.pane == "full"
-    line = ((box["tl"], "frame"),) + title("system" if full else chat, layout.chat_width, not side or state.focus == "chat")
-    if side:
-        line += ((box["t"], "frame"),) + title("system", layout.log_width, state.focus == "system")
+    chat = "system" if state.pane == "full" else "llmchat %s %s" % (box["dot"], name) if name else "llmchat"
+    panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
+    for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
+        title = " %s " % take_cells(clean_row(title), max(0, width - 4))
+        line += ((corner + box["h"], "frame"), (title, "title" if focused else "dim"), (box["h"] * (width - 1 - cells(title)), "frame"))
     return line + ((box["tr"], "frame"),)
 
 def view_rule(state: State, width: int, more: bool) -> Line:
@@ -3352,19 +3705,18 @@ def view_rule(state: State, width: int, more: bool) -> Line:
     left = (width - cells(text)) // 2
     return ((box["h"] * left, "frame"), (text, "warn"), (box["h"] * (width - left - cells(text)), "frame"))
 
-def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Pane:
+def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
     """The visible part of a list, and whether there is more below it."""
     end = last_page(items, height)
     top = min(clamp_scroll(items, scroll) or end, end)
-    lines = lines_from(items, top, height)
-    return Pane(lines + [()] * (height - len(lines)), top < end)
+    return lines_from(items, top, height), top < end
 
-def view_chat(state: State, layout: Layout) -> Pane:
+def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     width, height = layout.chat_width, layout.chat_height
-    if state.dialog:
-        return Pane(view_dialog(state, width, height), False)
     items = chat_items(state, width)
-    return pane_lines(items, state.chat_scroll, height) if items.count else Pane(view_welcome(state, width, height), False)
+    if state.dialog:
+        return view_dialog(state.dialog, width, height), False
+    return pane_lines(items, state.chat_scroll, height) if items.count else (view_welcome(state, width, height), False)
 
 def view_welcome(state: State, width: int, height: int) -> List[Line]:
     """What an empty chat shows."""
@@ -3375,73 +3727,64 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     if state.settings.demo:
         text = "This is the demo: its sentences are fixed. Try: code, languages, a long story, keys, models."
     text += "\n\nType, then press Enter. F1 shows keys and commands."
-    lines += [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
-    return (lines + [()] * height)[:height]
+    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
-def view_dialog(state: State, width: int, height: int) -> List[Line]:
-    dialog, rows = state.dialog, []
+DIALOG_TEXTS = {"chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
+                "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Up and Down scroll, Esc closes", "models": "Choose a model: Up, Down, Enter",
+                "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
+                           "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
+
+def view_dialog(dialog: Dialog, width: int, height: int) -> List[Line]:
+    """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
+    text, room = DIALOG_TEXTS[dialog.question or dialog.kind], max(1, height - 2)
     if dialog.kind == "install":
-        rows = [(row, "text") for row in wrap(
-            "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
-            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n", width - 4)]
-        rows += [(take_cells("[Enter] install now    [Esc] not now", width - 4), "good")]
-        return ([(("  " + row, style),) for row, style in rows] + [()] * height)[:height]
-    title = "Choose a model: Up, Down, Enter" if dialog.kind == "models" else "Up and Down scroll, Esc closes"
-    room = max(1, height - 2)
-    top = max(0, min(dialog.index, max(0, len(dialog.items) - room))) if dialog.kind == "help" else \
-        max(0, min(dialog.index - room // 2, len(dialog.items) - room))
-    lines: List[Line] = [((" " + title, "title"),), ()]
+        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
+    is_list = dialog.kind in DIALOG_COMMANDS
+    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(dialog.items) - room))
+    lines: List[Line] = [((" " + text, "title"),), ((" " + clean_row(dialog.query), "user"),)]
     for i, item in enumerate(dialog.items[top:top + room], top):
-        chosen = dialog.kind == "models" and i == dialog.index
-        style = "select" if chosen else "title" if dialog.kind == "help" and item[:1].isalpha() else "text"
-        lines.append(fit(((" " + clean_row(item), style),), width, style) if chosen else ((" " + clean_row(item), style),))
-    return (lines + [()] * height)[:height]
+        style = "select" if is_list and i == dialog.index else "title" if not is_list and item[:1].isalpha() else "text"
+        lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
+    return lines
 
-def view_log(state: State, layout: Layout) -> Pane:
+def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     """The system pane: machine and plan, a rule, the log."""
     top = summary_lines(state, layout)
     if top:
         top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
-    pane = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
-    return Pane((top + pane.lines)[:layout.log_height], pane.more)
+    lines, more = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
+    return top + lines, more
 
 def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
     """The input box, and the cursor (row, column) in it."""
-    width, height = layout.chat_width if layout.framed else state.columns, layout.draft_height
-    rows = draft_rows(state.draft.text, max(1, layout.chat_width - 2))
-    row, column = draft_cursor(state.draft, max(1, layout.chat_width - 2))
-    top = max(0, min(row - height + 1, len(rows) - height)) if row >= height else 0
+    width, height = layout.chat_width, layout.draft_height
+    rows = draft_rows(state.draft.text, max(1, width - 2))
+    row, column = draft_cursor(state.draft, max(1, width - 2))
+    top = max(0, row - height + 1)
     mark = "❯ " if state.settings.unicode else "> "
     lines = [fit(((mark if i == 0 else "  ", "prompt"), (clean_row(text), "user")), width)
              for i, (_, text) in enumerate(rows[top:top + height], top)]
     return lines, (row - top, min(column + 2, width - 1))
 
-def view_bar(state: State, width: int) -> Line:
-    box, on = BOX[state.settings.unicode], int(state.progress * width + 0.5)
-    return ((box["on"] * on, "bar"), (box["off"] * (width - on), "bar"))
-
 def view_status(state: State) -> Line:
     """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
-    dot, width = " %s " % BOX[state.settings.unicode]["dot"], state.columns
+    engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
+    dot = " %s " % box["dot"]
     if state.hint:
         style = "alert" if state.quit_asked else "status"
         return fit(((" " + clean_row(state.hint), style),), width, style)
-    left: Line = ((" " + state.engine.value, "alert" if state.engine in (Condition.DEAD, Condition.MISSING) else "status"),)
-    if state.engine is Condition.LOADING or state.engine in (Condition.READING, Condition.INSTALLING) and state.doing:
-        left += ((" ", "status"),) + view_bar(state, max(4, min(20, width // 5))) + ((" %d %%" % int(state.progress * 100), "status"),)
-    if state.doing:
-        left += ((dot + state.doing, "status"),)
-    if state.chat.waiting and state.engine is not Condition.READY:
-        left += ((dot + "your message waits", "status"),)
-    if state.ahead_left and state.engine is Condition.READY:
-        left += (("%sreading ahead %s" % (dot, state.ahead_left), "status"),)
-    elif state.speed:
-        left += (("%s%.1f tokens/s" % (dot, state.speed), "status"),)
-    right = "F1 help "
-    if state.model:
-        right = "%s/%s tokens%s%s" % (format(state.n_used, ","), format(state.model.n_ctx, ","), dot, right)
-    room = width - line_cells(left) - 1
-    right = right if cells(right) <= room else "F1 help " if room >= 8 else ""
+    left: Line = ((" " + engine.value, "alert" if engine in (Condition.DEAD, Condition.MISSING) else "status"),)
+    if engine is Condition.LOADING or engine in (Condition.READING, Condition.INSTALLING) and state.doing:
+        n = max(4, min(20, width // 5))
+        on = int(state.progress * n + 0.5)
+        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
+    ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
+    for part in (state.doing, "your message waits" if state.chat.waiting and engine is not Condition.READY else "",
+                 ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
+        left += ((dot + part, "status"),) if part else ()
+    used = "%s/%s tokens%s" % (format(state.n_used, ","), format(state.model.n_ctx, ","), dot) if state.model else ""
+    room = width - sum(cells(text) for text, _ in left) - 1
+    right = next((text for text in (used + "F1 help ", "F1 help ") if cells(text) <= room), "")
     return fit(fit(left, width - cells(right), "status") + ((right, "status"),), width, "status")
 
 
@@ -3454,7 +3797,7 @@ CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilitie
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
     "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "RESIZE": "resize", "FIND": "home", "SELECT": "end",
     "kUP3": "alt-up", "kDN3": "alt-down", "kLFT3": "alt-left", "kRIT3": "alt-right", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
-}
+    **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
 CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1": "home", "2": "insert",
             "3": "del", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}    # ESC [ 1 ; modifier LETTER, ESC [ N ~
 PASTE_BEGINS = list("\x1b[200~")
@@ -3494,17 +3837,15 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
     if text.startswith("\x1b[200~"):
         end = text.find("\x1b[201~")
         return (None, 0) if end < 0 else (Pasted(text[6:end].replace("\0", "")), end + 6)
-    found = re.match("\x1b[\\[O](?:([1-8])~|(?:1;([2-8]))?([A-DHF]))", text)
-    if found:
-        prefix = {"3": "alt-", "5": "ctrl-"}.get(found.group(2), "")
-        return Pressed(prefix + CSI_KEYS[found.group(1) or found.group(3)]), found.end()
-    found = re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*[@-~]", text)
-    if found:
-        return None, found.end()          # a sequence we have no use for
+    found = re.match("\x1b[\\[O]([0-9;?<=>]*)[ -/]*([@-~]?)", text)
+    if found and found.group(2):
+        number, _, modifier = found.group(1).partition(";")
+        key = CSI_KEYS.get(number if found.group(2) == "~" else found.group(2))    # there are sequences we have no use for
+        return Pressed({"3": "alt-", "5": "ctrl-"}.get(modifier, "") + key) if key else None, found.end()
+    if found and found.end() == len(text):
+        return None, 0
     if len(items) == 1 or items[1] == "\x1b":
         return Pressed("esc"), 1
-    if re.match("\x1b[\\[O][0-9;?<=>]*[ -/]*$", text):
-        return None, 0
     key = decode_key(items[1])
     return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
 
@@ -3540,14 +3881,15 @@ class Screen:
 
     def _check_terminal(self) -> None:
         """Raises OSError with a sentence when this terminal can't show a window."""
-        name = os.environ.get("TERM", "")
+        if os.name == "nt":
+            return                        # windows-curses needs no terminfo
         try:
             self.curses.setupterm(fd=1)
-            able = os.name == "nt" or self.curses.tigetstr("cup")
-        except (self.curses.error, AttributeError):
-            able = os.name == "nt"        # windows-curses needs no terminfo
-        if not able:
-            raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % name)
+            if self.curses.tigetstr("cup"):
+                return
+        except self.curses.error:
+            pass                          # terminfo doesn't know it
+        raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % os.environ.get("TERM", ""))
 
     @staticmethod
     def _count_early() -> int:
@@ -3562,25 +3904,20 @@ class Screen:
             os.write(1, text.encode("ascii"))
 
     def _styles(self) -> Dict[str, int]:
-        curses = self.curses
+        curses, styles, n_colors = self.curses, {}, 0
         flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE}
-        colors = not os.environ.get("NO_COLOR") and curses.has_colors()
-        many = False
-        if colors:
+        if not os.environ.get("NO_COLOR") and curses.has_colors():
             curses.start_color()
             curses.use_default_colors()
-            many = curses.COLORS >= 256
-        styles = {}
+            n_colors = curses.COLORS
         for number, (name, (fg, bg, fg8, bg8, marks)) in enumerate(COLORS.items(), 1):
-            style = 0
-            for mark in marks if not many else marks.replace("d", ""):
-                style |= flags[mark]
-            if colors:
-                curses.init_pair(number, fg if many else fg8, bg if many else bg8)
-                style |= curses.color_pair(number)
-            elif bg != -1:
-                style |= curses.A_REVERSE
-            styles[name] = style
+            if n_colors >= 256:
+                marks = marks.replace("d", "")
+            elif not n_colors and bg != -1:
+                marks += "r"
+            if n_colors:
+                curses.init_pair(number, *((fg, bg) if n_colors >= 256 else (fg8, bg8)))
+            styles[name] = sum({flags[mark] for mark in marks}) | (curses.color_pair(number) if n_colors else 0)
         return styles
 
     def size(self) -> Tuple[int, int]:
@@ -3589,16 +3926,12 @@ class Screen:
         return columns, rows
 
     def resize(self) -> Tuple[int, int]:
-        """Take over the terminal's size; (columns, rows)."""
+        """Take over the terminal's size, and paint everything again at the next draw; (columns, rows)."""
         size = os.get_terminal_size(1)
         self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
-        self.forget()
-        return self.size()
-
-    def forget(self) -> None:
-        """Paint everything again at the next draw."""
         self.painted = []
         self.window.clear()
+        return self.size()
 
     def read_events(self) -> List[Any]:
         """What was typed since the last call; waits only a moment for the rest of an escape sequence."""
@@ -3622,10 +3955,8 @@ class Screen:
             except self.curses.error:              # nothing more
                 return items
             if isinstance(item, int):
-                name = self.curses.keyname(item).decode("ascii", "replace")
-                name = name[4:] if name.startswith("KEY_") else name
-                key = CURSES_KEYS.get(name) or ("f" + name[2:-1] if re.match(r"F\(\d+\)$", name) else "")
-                items += [(key,)] if key else []
+                name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
+                items += [(CURSES_KEYS[name],)] if name in CURSES_KEYS else []
             else:
                 items.append("\r" if item == "\n" and self.n_early > 0 else item)
                 self.n_early -= len(item.encode("utf-8", "replace"))
@@ -3637,12 +3968,10 @@ class Screen:
                 self._paint(y, line)
         self.painted = list(frame.lines)
         try:
+            self.window.move(*frame.cursor or (0, 0))
             self.curses.curs_set(1 if frame.cursor else 0)
         except self.curses.error:
-            pass                                   # a terminal that can't hide its cursor
-        if frame.cursor:
-            rows, columns = self.window.getmaxyx()
-            self.window.move(min(frame.cursor[0], rows - 1), min(frame.cursor[1], columns - 1))
+            pass                                   # it can't hide its cursor, or has just become smaller
         self.window.refresh()
 
     def _paint(self, y: int, line: Line) -> None:
@@ -3704,30 +4033,31 @@ class Mailbox:
         return [self.events.popleft() for _ in range(len(self.events))]
 
 class Child:
-    """A child process whose lines become events: on_line(text) per line of stdout, on_note(text) of stderr, on_end(code)."""
-    def __init__(self, argv: List[str], on_line: Any, on_note: Any, on_end: Any) -> None:
+    """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
+    stderr, end_event(exit status) at its end."""
+    def __init__(self, argv: List[str], post: Any, line_event: Any, end_event: Any) -> None:
         import subprocess, threading
         self.silent = False               # its end is no news: somebody asked for it
-        self.on_line, self.on_note, self.on_end = on_line, on_note, on_end
+        self.post, self.line_event, self.end_event = post, line_event, end_event
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
         if "OMP_WAIT_POLICY" not in env:  # GNU OpenMP's threads spin at barriers far too long for a busy machine
             env.setdefault("GOMP_SPINCOUNT", "2000")
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **flags)
-        self.reader = threading.Thread(target=self._read, args=(self.process.stderr, self.on_note), daemon=True)
+        self.reader = threading.Thread(target=self._read, args=(self.process.stderr, EngineLogged), daemon=True)
         self.reader.start()
         self.ender = threading.Thread(target=self._read_all, daemon=True)
         self.ender.start()
 
-    def _read(self, pipe: Any, handle: Any) -> None:
+    def _read(self, pipe: Any, line_event: Any) -> None:
         with pipe:
             for raw in pipe:
                 text = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
                 if text and not self.silent:
-                    handle(text)
+                    self.post(line_event(text))
 
     def _read_all(self) -> None:
-        self._read(self.process.stdout, self.on_line)
+        self._read(self.process.stdout, self.line_event)
         self.reader.join()
         code = self.process.wait()
         try:
@@ -3735,7 +4065,7 @@ class Child:
         except OSError:
             pass                          # it died with something unread
         if not self.silent:
-            self.on_end(code)
+            self.post(self.end_event(code))
 
     def send(self, message: Dict[str, Any]) -> None:
         import json
@@ -3743,19 +4073,19 @@ class Child:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
             self.process.stdin.flush()
         except (OSError, ValueError):
-            pass                          # it has died, or its pipe is closed after that: on_end says so
+            pass                          # it has died, or its pipe is closed after that: end_event says so
 
     def interrupt(self) -> None:
         import signal
         self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
 
-    def close(self, patience_s: float = 1.0) -> None:
+    def close(self) -> None:
         """Ask it to end, then insist. Its lines and its end are no news any more."""
         import subprocess
         self.silent = True
         self.send({"cmd": "quit"})
         try:
-            self.process.wait(patience_s)
+            self.process.wait(5.0)        # it may have its state to write
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -3782,21 +4112,24 @@ class Runner:
         self.mailbox = Mailbox()
         self.engine: Optional[Child] = None
         self.installer: Optional[Child] = None
+        self.store = ChatStore(self.mailbox.post)
         self.quit = False
 
     def perform(self, effect: Any) -> None:
-        if isinstance(effect, SendEngine):
-            if self.engine:
-                self.engine.send(effect.message)
+        if isinstance(effect, SendEngine) and self.engine:
+            self.engine.send(effect.message)
+        elif isinstance(effect, Store):
+            self.store.do(getattr(self.store, effect.job), *effect.arguments)
         elif isinstance(effect, StartEngine):
             self.start_engine(effect.demo)
         elif isinstance(effect, FindModels):
             self.mailbox.post(ModelsFound(find_models(MODEL_FOLDERS)))
         elif isinstance(effect, InstallEngine):
-            self.start_installer()
-        elif isinstance(effect, StopInstall):
-            if self.installer:
-                self.installer.interrupt()
+            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], self.mailbox.post, EngineLogged, Installed)
+        elif isinstance(effect, StopInstall) and self.installer:
+            self.installer.interrupt()
+        elif isinstance(effect, Redraw):
+            self.mailbox.post(Resized(0, 0))
         elif isinstance(effect, Quit):
             self.quit = True
 
@@ -3810,56 +4143,48 @@ class Runner:
             return self.mailbox.post(EngineMissing())
         if demo:
             write_demo_model()
-        self.engine = Child(engine_argv(python), self.on_engine_line,
-                            lambda text: self.mailbox.post(EngineLogged(text)), self.on_engine_end)
-
-    def on_engine_line(self, line: str) -> None:
-        import json
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        self.mailbox.post(EngineSaid(message) if isinstance(message, dict) else EngineLogged(line))
-
-    def on_engine_end(self, code: int) -> None:
-        illegal = code in (-4, 0xC000001D, 0xC000001D - 2 ** 32)
-        self.mailbox.post(EngineDied(code, tuple(missing_instruction_sets()) if illegal else ()))
-
-    def start_installer(self) -> None:
-        note, end = lambda text: self.mailbox.post(EngineLogged(text)), lambda code: self.mailbox.post(Installed(code))
-        self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], note, note, end)
+        self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
 
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
             self.installer.interrupt()
+        self.store.close()
         if self.engine:
             self.engine.close()
 
-def missing_instruction_sets() -> List[str]:
-    """What prebuilt llama.cpp libraries want of an x86 CPU (AVX2, FMA, F16C) and this one doesn't have."""
-    has = probe_hardware().instruction_sets
-    return [] if "NEON" in has else [name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has]
+def parse_engine_line(line: str) -> Any:
+    import json
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    return EngineSaid(message) if isinstance(message, dict) else EngineLogged(line)
+
+def probe_engine_end(code: int) -> EngineDied:
+    """After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and this one doesn't have."""
+    has = probe_hardware().instruction_sets if code in (-4, 0xC000001D) else ("NEON",)
+    return EngineDied(code, () if "NEON" in has else tuple(name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has))
 
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
     import signal
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
-    for name in ("SIGTERM", "SIGHUP"):
+    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", lambda number, frame: mailbox.post(Resized(0, 0)))):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), end)
-    if hasattr(signal, "SIGWINCH"):
-        signal.signal(signal.SIGWINCH, lambda number, frame: mailbox.post(Resized(0, 0)))
+            signal.signal(getattr(signal, name), act)
 
-def run(screen: Screen, state: State, effects: Tuple[Any, ...]) -> int:
-    """The window, until somebody quits: wait, update, perform, draw. Returns the exit status."""
+def run(screen: Screen, state: State, first: str = "") -> int:
+    """The window, until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
     runner = Runner()
     try:
         columns, rows = screen.size()
-        state = state._replace(columns=columns, rows=rows, settings=state.settings._replace(unicode=screen.unicode))
+        settings = state.settings._replace(unicode=screen.unicode)
+        state, effects = start_model(state._replace(columns=columns, rows=rows, settings=settings))
+        state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
-        for effect in effects:
+        for effect in effects + more:
             runner.perform(effect)
         return loop(state, screen, runner)
     finally:
@@ -3880,19 +4205,19 @@ def loop(state: State, screen: Screen, runner: Runner) -> int:
         for event in runner.mailbox.take() + keys:
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
-            state = react(state, event, screen, runner)
+            state = react(state, event, runner)
         now_s = time.monotonic()
         if state is not drawn and (keys or now_s - drawn_s >= 1 / FRAMES_PER_S):
             screen.draw(view(state))      # a key is echoed at once; streaming text at the frame rate
             drawn, drawn_s = state, now_s
     return 0
 
-def react(state: State, event: Any, screen: Screen, runner: Runner) -> State:
+def react(state: State, event: Any, runner: Runner) -> State:
     """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
     try:
         state, effects = update(state, event)
         for effect in effects:
-            screen.forget() if isinstance(effect, Redraw) else runner.perform(effect)
+            runner.perform(effect)
     except Exception as error:
         import traceback
         lines = [LogLine("error", line) for line in traceback.format_exc().splitlines()]
@@ -3916,11 +4241,12 @@ def parse_arguments(argv: List[str]) -> Any:
     add("-c", "--ctx", type=int, default=CONTEXT_TOKENS, metavar="N", help="context in tokens; 0 = what fits (default: %(default)s)")
     add("-t", "--threads", type=int, default=THREADS, metavar="N", help="CPU threads; 0 = one per physical core (default: %(default)s)")
     add("-g", "--gpu-layers", type=int, default=GPU_LAYERS, metavar="N", help="layers on the GPU; -1 = as many as fit (default: %(default)s)")
-    add("-n", "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="longest reply in tokens; 0 = no limit (default: %(default)s)")
-    for flag, name, value in (("--temp", "temperature", TEMPERATURE), ("--top-k", "top_k", TOP_K), ("--top-p", "top_p", TOP_P),
-                              ("--min-p", "min_p", MIN_P), ("--typical-p", "typical_p", TYPICAL_P),
-                              ("--repeat-penalty", "repeat_penalty", REPEAT_PENALTY), ("--seed", "seed", SEED)):
-        add(flag, dest=name, default=str(value), metavar="X", help="%s (default: %s)" % (SETTINGS_HELP[name][3], value))
+    for name, value in Sampling()._asdict().items():
+        flags = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"]}.get(name, ["--" + name.replace("_", "-")])
+        add(*flags, dest=name, default=str(value), metavar="X", help="%s (default: %s)" % (SETTINGS_HELP[name][3], value))
+    add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
+    add("--resume", action="store_true", help="choose among your chats")
+    add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
     add("--plain", action="store_true", help="line by line, without the window")
     add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
@@ -3928,23 +4254,29 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
-    for name in ("ctx", "threads", "max_tokens"):
+    for name in ("ctx", "threads"):
         if getattr(arguments, name) < 0:
-            parser.error("--%s takes 0 or more" % name.replace("_", "-"))
-    for name in SETTINGS_HELP:
-        value = getattr(arguments, name, None)
-        if isinstance(value, str):
-            number, problem = check_setting(name, value)
-            if problem:
-                parser.error(problem)
-            setattr(arguments, name, number)
+            parser.error("--%s takes 0 or more" % name)
+    for name in Sampling._fields:
+        number, problem = check_setting(name, getattr(arguments, name))
+        if problem:
+            parser.error(problem)
+        setattr(arguments, name, number)
     return arguments
 
 def initial_state(arguments: Any) -> State:
-    sampling = Sampling(**{n: getattr(arguments, n) for n in Sampling._fields if hasattr(arguments, n)})
+    sampling = Sampling(*(getattr(arguments, name) for name in Sampling._fields))
     wishes = Wishes(n_ctx=arguments.ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers)
     path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
-    return State(settings=Settings(path, arguments.system, sampling, wishes, arguments.demo))
+    settings = Settings(path, arguments.system, sampling, wishes, arguments.demo)
+    return State(settings=settings) if arguments.no_save or arguments.demo or arguments.prompt is not None else with_storage(settings)
+
+def with_storage(settings: Settings) -> State:
+    """The state at the start, where chats are stored."""
+    import time
+    session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
+    states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
+    return begin_chat(State(settings=settings._replace(session=session, states=states)), Chat(), "")
 
 # -- without a window --
 
@@ -3952,46 +4284,46 @@ class Plain:
     """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
     def __init__(self, state: State, quiet: bool) -> None:
         self.state, self.quiet, self.runner = state, quiet, Runner()
-        self.status, self.progress, self.progress_shown = 0, sys.stderr.isatty(), False
-        self.levels = ("warn",) if quiet else ("warn", "good", "text")
-        self.clean_output = sys.stdout.isatty()
+        self.status, self.progress_shown = 0, False
 
     def note(self, text: str) -> None:
         self.clear_progress()
         print(clean(text), file=sys.stderr, flush=True)
 
-    def handle(self, event: Any) -> None:
-        """One event: update, show what is new, perform."""
-        before = self.state
-        self.state, effects = update(before, event)
-        self.show(before, self.state, event)
-        for effect in effects:
-            self.runner.perform(effect)
-
-    def show(self, before: State, now: State, event: Any) -> None:
-        if isinstance(event, EngineSaid) and event.message.get("event") == "text" and now.chat.reply is not None:
-            self.clear_progress()
-            print(clean(event.message["text"]) if self.clean_output else event.message["text"], end="", flush=True)
-        for turn in self.notices(now)[len(self.notices(before)):]:
-            self.note(turn.text)
-            self.status = 1 if turn.style == "error" else self.status
-        if isinstance(event, Submitted) and now.hint != before.hint:
-            self.note(now.hint)           # what a command says
-        new = tuple(line for line in now.summary if line not in before.summary) if not self.quiet else ()
-        for line in new + tuple(line for line in now.log[len(before.log):] if line.level in self.levels):
-            self.note(line.text)
-        if self.progress and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
-            self.progress_shown = True
-            print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
-
-    @staticmethod
-    def notices(state: State) -> List[Turn]:
-        return [turn for turn in state.chat.turns if turn.role == "notice"]
-
     def clear_progress(self) -> None:
         if self.progress_shown:
             self.progress_shown = False
             print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
+
+    def handle(self, event: Any) -> None:
+        """One event: update, show what is new, perform."""
+        before = self.state
+        self.state, effects = update(before, event)
+        self.show(before, self.state)
+        if isinstance(event, Submitted) and self.state.hint:
+            self.note(self.state.hint)    # what a command says
+        for effect in effects:
+            self.runner.perform(effect)
+
+    def show(self, before: State, now: State) -> None:
+        said = (now.chat.reply or "")[len(before.chat.reply or ""):]
+        if said:
+            self.clear_progress()
+            print(clean(said) if sys.stdout.isatty() else said, end="", flush=True)
+        notices = lambda state: [turn for turn in state.chat.turns if turn.role == "notice"]
+        for turn in notices(now)[len(notices(before)):]:
+            self.note(turn.text)
+            self.status = 1 if turn.style == "error" else self.status
+        plan = [line for line in now.summary if line not in before.summary and not self.quiet]
+        levels = ("warn",) if self.quiet else ("warn", "good", "text")
+        for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
+            self.note(line.text)
+        if now.dialog and now.dialog.items and now.dialog != before.dialog:
+            rows = now.dialog.items if not now.dialog.names else tuple(map("  ".join, zip(now.dialog.names, now.dialog.items)))
+            self.note("\n".join(rows + {"models": ("Load one with /load PATH.",), "chats": ("Go on with /open NAME.",)}.get(now.dialog.kind, ())))
+        if sys.stderr.isatty() and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+            self.progress_shown = True
+            print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
@@ -4008,33 +4340,35 @@ class Plain:
 
     def chat(self) -> int:
         """Read lines until the end of input."""
-        prompt = "" if not sys.stdin.isatty() else "> "
         self.note("Type a message and press Enter; /help shows commands, Ctrl-D ends.")
+        self.settle()
         while not self.runner.quit:
-            self.settle()
             try:
-                line = input(prompt)
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                print()
+                line = input("> " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
+                print(end="\n" * sys.stdin.isatty())
                 break
             if line.strip():
                 self.handle(Submitted(line))
                 self.settle()
                 print(flush=True)
-            if self.state.dialog:
-                self.show_dialog()
         return 0 if sys.stdin.isatty() else self.status
 
-    def show_dialog(self) -> None:
-        dialog, self.state = self.state.dialog, self.state._replace(dialog=None)
-        for item in dialog.items:
-            self.note(item)
-        if dialog.kind == "models":
-            self.note("Load one with /load PATH.")
+    def answer(self, prompt: Optional[str]) -> int:
+        """One answer on stdout: 0, or 1 when there is none, or 130 when it was stopped."""
+        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = "\n\n".join(part for part in (prompt, piped) if part and part.strip())
+        if not text:
+            self.note("There is nothing to answer: give a message with -p, or through a pipe.")
+            return 1
+        self.handle(Submitted("/" + text if text.startswith("/") else text))
+        self.settle()
+        turns = [turn for turn in self.state.chat.turns if turn.role == "assistant"]
+        if turns and not turns[-1].text.endswith("\n"):
+            print(flush=True)
+        return self.status or int(not turns)
 
-def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
+def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str = "") -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
     # a reply may hold what the terminal's encoding lacks; files and pipes get UTF-8
     sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
@@ -4044,12 +4378,9 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
             plain.note("Name a model: python3 llmchat.py MODEL.gguf (or --demo). Found here: %s"
                        % (", ".join(find_models(MODEL_FOLDERS)) or "none"))
             return 1
-        plain.state, effects = start_model(state)
-        for effect in effects:
-            plain.runner.perform(effect)
-        if interactive:
-            return plain.chat()
-        return one_shot(plain, prompt)
+        for command in filter(None, ("/load", first)):
+            plain.handle(Submitted(command))
+        return plain.chat() if interactive else plain.answer(prompt)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone: end quietly
         return 0
@@ -4058,20 +4389,6 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool) -> int:
         return 130
     finally:
         plain.runner.close()
-
-def one_shot(plain: Plain, prompt: Optional[str]) -> int:
-    """One answer on stdout: 0, or 1 when there is none, or 130 when it was stopped."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    text = "\n\n".join(part for part in (prompt, piped) if part and part.strip())
-    if not text:
-        plain.note("There is nothing to answer: give a message with -p, or through a pipe.")
-        return 1
-    plain.handle(Submitted("/" + text if text.startswith("/") else text))
-    plain.settle()
-    turns = [turn for turn in plain.state.chat.turns if turn.role == "assistant"]
-    if turns and not turns[-1].text.endswith("\n"):
-        print(flush=True)
-    return plain.status or int(not turns)
 
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
@@ -4095,24 +4412,24 @@ def show_info(model: str) -> int:
         return 1
     return 0
 
-def run_window(state: State) -> int:
+def run_window(state: State, first: str = "") -> int:
     try:
         screen = Screen()
+    except ImportError:
+        problem = "This Python has no curses (Windows: pip install windows-curses)."
     except OSError as error:
-        print("%s So here is the plain mode." % error, file=sys.stderr)
-        return run_plain(state, None, True)
-    return run(screen, *(start_model(state) if state.settings.model_path else cmd_models(state, "")))
-
-def has_curses() -> bool:
-    from importlib.machinery import PathFinder
-    return "_curses" in sys.builtin_module_names or PathFinder.find_spec("_curses") is not None
+        problem = str(error)
+    else:
+        return run(screen, state, first)
+    print("%s So here is the plain mode." % problem, file=sys.stderr)
+    return run_plain(state, None, True, first)
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal and has_curses() and len(argv) < 2 and not "".join(argv).startswith("-"):
+    if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
-        return run_window(State(settings=Settings(os.path.expanduser("".join(argv) or MODEL))))
+        return run_window(with_storage(Settings(os.path.expanduser("".join(argv) or MODEL))))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
         import_llama().llama_backend_init()
@@ -4121,13 +4438,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return install_engine(lambda line: print(line, flush=True))
     if arguments.info:
         return show_info(os.path.expanduser(arguments.model))
-    state = initial_state(arguments)
-    if arguments.prompt is not None or arguments.plain or not terminal or not has_curses():
-        if terminal and not arguments.plain and arguments.prompt is None:
-            print("This Python has no curses, so here is the plain mode (Windows: pip install windows-curses).", file=sys.stderr)
-        interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
-        return run_plain(state, arguments.prompt, interactive)
-    return run_window(state)
+    first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
+    if terminal and not arguments.plain and arguments.prompt is None:
+        return run_window(initial_state(arguments), first)
+    interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
+    return run_plain(initial_state(arguments), arguments.prompt, interactive, first)
 
 if __name__ == "__main__":
     try:
