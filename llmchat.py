@@ -45,7 +45,7 @@ import sys
 import unicodedata
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 VERSION = "0.1.0"
 
@@ -87,7 +87,7 @@ LOG_LINES = 2000                  # lines kept in the system pane
 DEMO_TOKENS_PER_S = 30            # the demo's fixed texts are played at this speed
 
 # Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
-# -1 = the terminal's own. Attributes: b bold, d dim, r reverse, u underline. Mono terminals use only those.
+# -1 = the terminal's own. Attributes: b bold, d dim, i italic, r reverse, u underline. Mono terminals use only those.
 COLORS = {
     "text":    (252, -1, -1, -1, ""),
     "user":    (120, -1, 2, -1, "b"),      # what you wrote
@@ -102,6 +102,17 @@ COLORS = {
     "alert":   (230, 124, 7, 1, "b"),      # … when something needs you
     "bar":     (46, 22, 0, 2, "b"),        # progress bars in it
     "select":  (16, 77, 0, 2, "b"),        # the chosen line of a list
+    "heading": (83, -1, 2, -1, "bu"),      # from here on: in replies
+    "bold":    (231, -1, -1, -1, "b"),
+    "italic":  (158, -1, 6, -1, "i"),
+    "code":    (179, -1, 3, -1, "b"),      # … inside a sentence; blocks of code have the five colours below
+    "link":    (80, -1, 6, -1, "u"),
+    "quote":   (109, -1, 6, -1, ""),
+    "mark":    (35, -1, 2, -1, ""),        # bullets, bars of quotes, rules, lines of tables
+    "keyword": (114, -1, 2, -1, "b"),
+    "string":  (180, -1, 3, -1, ""),
+    "number":  (116, -1, 6, -1, ""),
+    "comment": (243, -1, -1, -1, "di"),
 }
 
 # Keys: key: command (a cmd_ function of section 8). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
@@ -238,6 +249,7 @@ class Settings(NamedTuple):
     unicode: bool = True              # the terminal can show more than ASCII
     session: str = ""                 # names of chats begin with it; "" = nothing is stored
     states: str = ""                  # folder of the engine's states, "" = none are kept
+    raw: bool = False                 # show replies as they were written, Markdown and all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -387,6 +399,9 @@ def cells(text: str) -> int:
     """Columns a text takes on the screen."""
     return len(text) if text.isascii() else sum(map(char_cells, text))
 
+def line_cells(line: Line) -> int:
+    return sum(cells(text) for text, _ in line)
+
 def take_cells(text: str, width: int) -> str:
     """The longest beginning of a text that fits into `width` columns."""
     if text.isascii():
@@ -409,7 +424,25 @@ def _pattern(name: str) -> Any:
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
                  "[^ \\t\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd]+",
-        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])", }[name])
+        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])",
+        # a line of Markdown: indentation, and the mark of a heading, quote or list item
+        "block": r"( *)(?:(#{1,6}) +(?=\S)|(>) ?|([-*+]|\d{1,9}[.)]) +(?=\S))?(.*)",
+        "fence": r" *(`{3,}|~{3,}) *([^\s`]*)[^`]*$",
+        "rule": r" *([-*_])(?: *\1){2,} *$",
+        # marks inside a line. Stricter than CommonMark, so that 2**3**4, f(*a, **b), *.py, snake_case, __init__ and a[i](x) stay
+        "inline": r"""(?P<code>(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))
+            |(?P<bold>(?<![0-9A-Za-z_*/\\])(?P<stars>\*\*\*?)(?=[^\s*/.,;:)])(?:(?!\*\*).|\*(?=\*\*(?!\*)))+?
+                    (?<=\S)(?P=stars)(?!\*)(?:(?<=\w\*\*)|(?![0-9A-Za-z_/]))
+                |(?<!\w)__(?=[^\s_])(?!\w+__).+?(?<=\S)__(?!\w))
+            |(?P<italic>(?<![0-9A-Za-z_*/\\])\*(?=[^\s*/.,;:)])[^*]+(?<=\S)\*(?![0-9A-Za-z_*/])
+                |(?<![\w\\])_(?=[^\s_])(?:[^_]|\B_\B)+(?<=\S)_(?!\w))
+            |(?P<link>(?<![\w\]])!?\[(?P<label>[^][]+)\]\((?P<address>[^\s()]*[/.\#@:][^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\ +"[^"]*")?\))
+            |(?P<url>https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*])
+            |(?P<asis>\b[A-Za-z]:\\\S*|\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w$\\])\$(?=[^\s$])[^$]+(?<=\S)\$(?!\w))
+            |(?P<escape>(?<!\\)\\[*_`])""",
+        "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+)(?=[^\s*`/.,;:)])",
+        "pipe": r"(?<!\\)\|",
+        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name == "inline" else 0)
 
 def _visible(match: Any) -> str:
     code = ord(match.group())
@@ -424,33 +457,34 @@ def strip_ansi(text: str) -> str:
     """A log line without its colour codes."""
     return _pattern("ansi").sub("", text) if "\x1b" in text else text
 
+def break_rows(text: str, width: int) -> List[Tuple[int, int]]:
+    """Where a text breaks into rows of at most `width` columns: (start, end) of each, without the spaces at its end."""
+    rows, start, at, used = [], 0, 0, 0
+    for word in _pattern("words").findall(text):
+        n = cells(word)
+        if used + n > width and word[0] != " ":    # spaces may hang over the edge: the break swallows them
+            if text[start:at].strip(" "):
+                rows.append((start, at))
+            start, used = at, 0
+            while n > width:
+                head = take_cells(word, width) or word[0]
+                rows.append((at, at + len(head)))
+                start = at = at + len(head)
+                word = word[len(head):]
+                n = cells(word)
+        at, used = at + len(word), used + n
+    if at > start or not rows:
+        rows.append((start, at))
+    return [(start, start + len(text[start:end].rstrip(" "))) for start, end in rows]
+
 @lru_cache(maxsize=8192)
 def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
     """One paragraph (no newline) in lines of at most `width` columns; its indentation is kept on every line."""
     if text.isascii() and len(text) <= width:
         return (text,)
     body = text.lstrip(" ")
-    indent = text[: len(text) - len(body)][: width // 2]
-    lines, line, used = [], indent, len(indent)
-    for word in _pattern("words").findall(body):
-        n, space = cells(word), word[0] == " "
-        if used + n > width:
-            if space:
-                n = width + 1 - used    # the break swallows the space
-            else:
-                lines += [line.rstrip(" ")] if line.strip(" ") else []
-                line, used = indent, len(indent)
-            while used + n > width and not space:
-                head = take_cells(word, width - used)
-                if not head and used:       # the indentation leaves no room
-                    line, used = "", 0
-                    continue
-                head = head or word[0]
-                lines.append(line + head)
-                word, line, used = word[len(head):], indent, len(indent)
-                n = cells(word)
-        line, used = line + word, used + n
-    return tuple(lines + [take_cells(line.rstrip(" "), width)])
+    indent = text[: len(text) - len(body)][: max(0, min(width // 2, width - 2))]
+    return tuple(indent + body[start:end] for start, end in break_rows(body, width - len(indent)))
 
 def wrap(text: str, width: int) -> List[str]:
     """Text in lines of at most `width` columns."""
@@ -563,34 +597,297 @@ def clean_row(text: str) -> str:
     """One row of the draft with control characters shown in one cell each."""
     return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " ").replace("\n", " "))
 
+# -- Markdown as styled lines: one line of it at a time, so that a reply can be laid out while it grows --
+
+PIECE = 2000                      # characters: longer lines are laid out in pieces
+TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
+
+# What replies look like: columns of the pane; see Settings
+Look = NamedTuple("Look", [("width", int), ("unicode", bool), ("raw", bool)])
+# A table's columns: their widths; "<", "^" or ">" each; whether cells are wrapped, so that rows need lines between them
+Table = NamedTuple("Table", [("widths", Tuple[int, ...]), ("aligns", str), ("ruled", bool)])
+
+class Place(NamedTuple):
+    """Where in a reply we are: all that the look of a line depends on, beside the line."""
+    fence: str = ""               # the marks that will end the code block, "" = not in one
+    language: str = ""
+    begun: str = ""               # "/*" or the like: a comment or string that goes on over lines
+    n_code: int = 0
+    held: Tuple[str, ...] = ()    # lines that are a table, or will be one if a separator follows
+    table: Optional[Table] = None # … of one that is longer than TABLE_LINES
+    carry: Any = None             # of a line in pieces: what stands before its rows, style, the last row so far
+
+def cut_spans(spans: Line, start: int, end: int) -> Line:
+    """The characters from start to end."""
+    kept, at = [], 0
+    for text, style in spans:
+        part = text[max(0, start - at):max(0, end - at)]
+        if part:
+            kept.append((part, style))
+        at += len(text)
+    return tuple(kept)
+
+@lru_cache(maxsize=256)
+def wrap_spans(spans: Line, width: int) -> Tuple[Line, ...]:
+    return tuple(cut_spans(spans, start, end) for start, end in break_rows("".join(text for text, _ in spans), width))
+
+@lru_cache(maxsize=256)
+def inline_spans(text: str, base: str) -> Line:
+    """Bold, italic, code and links in a text of style `base`; formulas stay as they are."""
+    spans, at = [], 0
+    for found in _pattern("inline").finditer(text):
+        kind, marked = found.lastgroup, found.group()
+        spans.append((text[at:found.start()], base))
+        at = found.end()
+        if kind == "code":
+            spans.append((marked.strip("`").strip(" ") or " ", "code"))
+        elif kind in ("bold", "italic"):
+            n = len(found.group("stars") or "__") if kind == "bold" else 1
+            spans += inline_spans(marked[n:-n], kind if base in ("text", "quote") else base)
+        elif kind == "link":
+            label, address = found.group("label", "address")
+            spans += inline_spans(label, "link") + (((" (%s)" % address, "dim"),) if label != address else ())
+        else:
+            spans.append((marked[1:], base) if kind == "escape" else (marked, "link" if kind == "url" else base))
+    return tuple(span for span in spans + [(text[at:], base)] if span[0])
+
+def close_marks(text: str) -> str:
+    """A line that is being written, as if what it opened were closed: it is bold before the end of the bold is there."""
+    if _pattern("fence").match(text):
+        return text
+    text, at = text.rstrip("*`"), 0
+    while True:
+        opener = _pattern("opener").search(text, at)
+        found = opener and _pattern("inline").match(text, opener.start())
+        if not found:
+            return text.rstrip(" ") + opener.group() if opener else text
+        at = found.end()
+
+def start_line(text: str, look: Look, base: str = "text", plain: bool = False) -> Tuple[str, str, str, str]:
+    """What stands before a line's first row and before the others, the style of its words, its words."""
+    indent, heading, quote, item, body = _pattern("block").match(text).groups()
+    indent = indent[:look.width // 2]
+    if plain or look.width < 10 and not heading:
+        return indent, indent, base, text.lstrip(" ")
+    if heading:
+        return indent, indent, "heading", re.sub(r" +#+ *$", "", body)
+    if quote:
+        bar = indent + ("│ " if look.unicode else "> ")
+        first, rest, base, body = start_line(body, look._replace(width=look.width - len(bar)), "quote")
+        return bar + first, bar + rest, base, body
+    if item:
+        bullet = item if item[0].isdigit() or not look.unicode else "◦" if len(indent) > 1 else "•"
+        return "%s%s " % (indent, bullet), " " * (len(indent + bullet) + 1), base, body
+    return indent, indent, base, body
+
+def lay_text(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[Place, List[Line]]:
+    """A line of words or of code in rows. The last row of a piece of a line waits for the next piece."""
+    if place.carry:
+        first, rest, base, kept = place.carry
+    else:
+        kept, (first, rest, base, text) = (), start_line(text, look, plain=look.raw or bool(place.fence))
+    if place.fence:
+        spans, begun = color_code(text, place.language, place.begun)
+    else:
+        spans, begun = ((text, base),) if look.raw else inline_spans(text, base), ""
+    spans = kept + spans
+    width, carry = max(1, look.width - cells(rest)), None
+    rows = list(wrap_spans(spans, width))
+    if not whole:
+        start = break_rows("".join(part for part, _ in spans), width)[-1][0]
+        carry = (rest if rows[1:] else first, rest, base, cut_spans(spans, start, PIECE * 2))
+        rows.pop()
+    return place._replace(begun=begun, carry=carry), [
+        (((rest if i else first), "mark"),) + row for i, row in enumerate(rows)]
+
+KEYWORDS = frozenset("""abstract and as assert async await bool boolean break case catch char class const continue declare def default defer
+    del delete do done double elif else elseif elsif end enum esac except export extends extern false False fi final finally float fn for
+    foreach from func function global goto if impl implements import in include instanceof int interface is lambda let local long
+    match mod module mut namespace new nil None nonlocal not null nullptr or override package pass private protected pub public raise
+    require return select self Self static str string String struct super switch then this throw throws trait true True try
+    type typedef undefined union unless unsafe unsigned until use using val var virtual void when where while with yield
+    ADD ALTER AND AS ASC BEGIN BETWEEN BY CASE CREATE DEFAULT DELETE DESC DISTINCT DROP ELSE END EXISTS FOREIGN FROM GROUP HAVING IF IN INSERT
+    INTO IS JOIN KEY LEFT LIKE LIMIT NOT NULL ON OR ORDER OUTER PRIMARY REFERENCES SELECT SET TABLE THEN UNION UPDATE VALUES WHEN WHERE""".split())
+COMMENTS = (  # what a comment looks like, and in which languages; in the others it begins with #
+    (r"(?<!:)//.*|/\*.*?(?:\*/|$)", "c h cc cpp c++ hpp cs csharp c# java js javascript jsx ts typescript tsx go golang rust rs swift kotlin "
+                                    "kt scala dart zig php css scss json jsonc proto glsl groovy"),
+    ("--.*", "sql lua haskell hs ada elm"), (";.*", "lisp elisp clojure scheme asm nasm ini"),
+    ("%.*", "tex latex matlab octave erlang prolog"), ("<!--.*?(?:-->|$)", "html xml svg vue"))
+CODE_ENDS = (("/*", "*/"), ("<!--", "-->"), ('"""', '"""'), ("'''", "'''"))
+NO_CODE = ("", "text", "txt", "plain", "plaintext", "markdown", "md", "output")
+
+@lru_cache(maxsize=64)
+def code_pattern(language: str) -> Any:
+    """What is coloured in a language; a comment or string may lack its end on the line."""
+    comment = next((pattern for pattern, languages in COMMENTS if language in languages.split()), r"(?<![^\s;(])[#].*")
+    word = r"</?[A-Za-z][\w:-]*|/?>" if comment[0] == "<" else r"[^\W\d]\w*"
+    return re.compile(r"""(?P<comment>%s)|(?P<number>(?<![\w.])\d[\w.]*)|(?P<keyword>%s)
+        |(?P<string>\"\"\"(?:\\.|.)*?(?:\"\"\"|$)|'''(?:\\.|.)*?(?:'''|$)|"(?:\\.|[^"\\])*"?
+            |(?:(?<![\w&<])|(?<=\b[rbfuL]))'(?:\\.|[^'\\])*'|`[^`]*`)""" % (comment, word), re.VERBOSE)
+
+def color_code(text: str, language: str, begun: str) -> Tuple[Line, str]:
+    """A line of code in colours that suit most languages. begun: the mark of a comment or string that goes on over lines."""
+    if language in NO_CODE:
+        return ((text, "text"),), ""
+    text, at, spans, token = begun + text, 0, [], ""
+    for found in code_pattern(language).finditer(text):
+        kind, token = found.lastgroup, found.group()
+        known = kind != "keyword" or token in KEYWORDS or token[0] in "</>"
+        spans += [(text[at:found.start()], "text"), (token, kind if known else "text")]
+        at = found.end()
+    spans.append((text[at:], "text"))
+    goes_on = (mark for mark, end in CODE_ENDS if token.startswith(mark) and not token[len(mark):].endswith(end))
+    return cut_spans(tuple(spans), len(begun), len(text)), next(goes_on, "")
+
+def code_rule(look: Look, language: str = "", number: str = "") -> Line:
+    """The line over or under a block of code."""
+    dash = "─" if look.unicode else "-"
+    left = dash * 2 + " %s " % take_cells(language, look.width - 12) if language else ""
+    right = " %s " % number + dash * 2 if number else ""
+    gap = look.width - cells(left + right)
+    return ((left + dash * gap + right if gap >= 0 else dash * look.width, "mark"),)
+
+def lay_line(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[Place, List[Line]]:
+    """One line of a reply (whole=False: the beginning of a long one) as lines of the pane, and the place after it."""
+    marks = text.strip(" ")
+    if place.fence and not place.carry and marks.startswith(place.fence) and not marks.strip(place.fence[0]):
+        return place._replace(fence="", begun=""), [code_rule(look)]
+    if place.carry or place.fence or look.raw:
+        return lay_text(place, text, look, whole)
+    row = whole and "|" in text
+    if row and place.table:
+        return place, row_lines(text, place.table, look)
+    if row and place.held and (place.held[1:] or is_separator(text, place.held[0])):
+        held = place.held + (text,)
+        if len(held) < TABLE_LINES:
+            return place._replace(held=held), []
+        return place._replace(held=(), table=plan_table(held, look.width)), held_lines(held, look)
+    done, place = held_lines(place.held, look), place._replace(held=(text,) if row else (), table=None)
+    fence = whole and _pattern("fence").match(text)
+    if fence:
+        place = place._replace(fence=fence.group(1), language=fence.group(2).lower(), n_code=place.n_code + 1)
+        return place, done + [code_rule(look, fence.group(2), str(place.n_code))]
+    if _pattern("rule").match(text):
+        return place, done + [code_rule(look)]
+    place, lines = (place, []) if row else lay_text(place, text, look, whole)
+    return place, done + lines
+
+def split_row(text: str, n: int = 0) -> Tuple[str, ...]:
+    """The cells of a table's row; n: as many, what is beyond is added to the last."""
+    text = text.strip(" ")
+    text = text[text.startswith("|"):len(text) - (text.endswith("|") and not text.endswith("\\|"))]
+    row = [cell.strip(" ").replace("\\|", "|") for cell in _pattern("pipe").split(text)]
+    return tuple(row[:n - 1] + ["|".join(row[n - 1:])] + [""] * (n - len(row)) if n else row)
+
+def is_separator(text: str, header: str) -> bool:
+    return bool(_pattern("separator").match(text)) and len(split_row(text)) == len(split_row(header))
+
+@lru_cache(maxsize=64)
+def plan_table(held: Tuple[str, ...], width: int) -> Optional[Table]:
+    """Columns as wide as their cells; the widest shrink until all fit; None when that makes them too narrow to read."""
+    marks = split_row(held[1])
+    columns = zip(*(split_row(text, len(marks)) for text in held[:1] + held[2:]))
+    least = 2 if len(held) >= TABLE_LINES else 1    # a later row may bring a wide character
+    wanted = [max([least] + [line_cells(inline_spans(cell, "text")) for cell in column]) for column in columns]
+    room = width - 3 * (len(wanted) - 1)
+    widest = next((n for n in range(room, 3, -1) if sum(min(n, want) for want in wanted) <= room), 0)
+    aligns = "".join("^" if mark[0] == mark[-1] == ":" and mark[1:] else ">" if mark[-1] == ":" else "<" for mark in marks)
+    return Table(tuple(min(widest, want) for want in wanted), aligns, max(wanted) > widest) if widest else None
+
+def row_lines(text: str, table: Table, look: Look, style: str = "text") -> List[Line]:
+    """One row of a table."""
+    from itertools import zip_longest
+    bar: Span = (" │ " if look.unicode else " | ", "mark")
+    row = split_row(text, len(table.widths))
+    columns = [wrap_spans(inline_spans(cell, style), width) for cell, width in zip(row, table.widths)]
+    lines = [tuple(span for shown, width, align in zip(shown_row, table.widths, table.aligns)
+                   for span in (bar,) + align_spans(shown, width, align))[1:] for shown_row in zip_longest(*columns, fillvalue=())]
+    dash, cross = ("─", "─┼─") if look.unicode else ("-", "-+-")
+    return lines + [((cross.join(dash * width for width in table.widths), "mark"),)] * table.ruled
+
+def align_spans(line: Line, width: int, align: str) -> Line:
+    gap = width - line_cells(line)
+    left = {"<": 0, "^": gap // 2, ">": gap}[align]
+    return ((" " * left, "text"),) + line + ((" " * (gap - left), "text"),)
+
+def held_lines(held: Tuple[str, ...], look: Look) -> List[Line]:
+    """A table; or, where there is no separator or no room, its lines as they were written."""
+    table = plan_table(held, look.width) if held[1:] else None
+    if not table:
+        return [line for text in held for line in lay_text(Place(), text, look)[1]]
+    header = row_lines(held[0], table._replace(ruled=True), look, "bold")
+    return header + [line for text in held[2:] for line in row_lines(text, table, look)]
+
 # -- turns and log lines as styled lines --
 
-@lru_cache(maxsize=2048)
-def turn_lines(turn: Turn, width: int, unicode: bool = True) -> Tuple[Line, ...]:
-    """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
-    if turn.role == "user":
-        mark = "❯ " if unicode else "> "
-        body = [((mark if i == 0 else "  ", "prompt"), (row, "user"))
-                for i, row in enumerate(wrap(clean(turn.text), width - 3))]
-    else:
-        style = turn.style if turn.role == "notice" else "text"
-        body = [(("  ", style), (row, style)) for row in wrap(clean(turn.text), width - 3)] if turn.text else []
-    if turn.note:
-        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), width - 3)]
-    return tuple(body) + ((),)
+class Page:
+    """A reply in lines while it grows: what is finished is laid out once, however often the reply is shown."""
+    def __init__(self, look: Look) -> None:
+        self.look, self.text, self.at, self.shown = look, "", 0, None    # at: where the unfinished line begins
+        self.place, self.lines, self.n_done = Place(), [], 0
+
+    def show(self, text: str, ended: bool = False) -> List[Line]:
+        """The lines of a reply, with a cursor unless it has ended. The list is changed by the next call."""
+        if not text.startswith(self.text):
+            self.__init__(self.look)
+        if (text, ended) != self.shown:
+            del self.lines[self.n_done:]
+            self.text, self.shown = text, (text, ended)
+            self._finish_lines()
+            self.lines += [(("  ", "text"),) + line for line in self._open_lines(ended)]
+        return self.lines
+
+    def _finish_lines(self) -> None:
+        """Lay out for good what is complete: lines, and pieces of long lines."""
+        while True:
+            end = self.text.find("\n", self.at, self.at + PIECE) + 1
+            if not end and len(self.text) - self.at > PIECE:
+                end = self.text.rfind(" ", self.at, self.at + PIECE) + 1 or self.at + PIECE
+            if not end:
+                break
+            piece = clean(self.text[self.at:end])
+            self.place, lines = lay_line(self.place, piece.rstrip("\n"), self.look, piece.endswith("\n"))
+            self.lines += [(("  ", "text"),) + line for line in lines]
+            self.at = end
+        self.n_done = len(self.lines)
+
+    def _open_lines(self, ended: bool) -> List[Line]:
+        """What may still change, as it looks so far."""
+        place, text, lines = self.place, clean(self.text[self.at:]), []
+        if ended and text or place.carry:
+            place, lines = lay_line(place, text, self.look)
+        elif not ended and not (len(place.held) == 1 and not text.strip("|:- ")):    # a separator may be on its way
+            closed = text if place.fence or self.look.raw else close_marks(text)
+            hidden = place.fence and place.fence.startswith(text.strip(" "))         # … or the end of the code
+            place, lines = lay_line(place, "" if hidden else closed, self.look)
+        held = place.held
+        if not ended and len(held) == 1 and held[0].lstrip(" ").startswith("|"):
+            held += ("-|" * len(split_row(held[0])),)
+        lines = lines + held_lines(held, self.look)
+        if not ended:
+            lines = lines or [()]
+            return lines[:-1] + [lines[-1] + (("▌" if self.look.unicode else "_", "text"),)]
+        return lines + [code_rule(self.look)] if place.fence and not self.look.raw else lines
 
 @lru_cache(maxsize=2)
-def reply_head(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
-    """Kept apart from turn_lines' cache, which would keep the lines of every stage of a growing reply."""
-    return turn_lines.__wrapped__(Turn("assistant", text), width, unicode)[:-1]
+def reply_page(look: Look) -> Page:
+    """The page of the reply in progress."""
+    return Page(look._replace(width=max(1, look.width - 3)))
 
-def reply_lines(text: str, width: int, unicode: bool) -> Tuple[Line, ...]:
-    """The reply in progress: what ends in a newline is cached, only the last paragraph is wrapped again."""
-    done, _, last = text.rpartition("\n")
-    head = reply_head(done, width, unicode) if done else ()
-    cursor = "▌" if unicode else "_"
-    rows = wrap(clean(last) + cursor, width - 3)
-    return head + tuple((("  ", "text"), (row, "text")) for row in rows)
+@lru_cache(maxsize=2048)
+def turn_lines(turn: Turn, look: Look) -> Tuple[Line, ...]:
+    """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
+    mark, style = ("❯ " if look.unicode else "> ", "user") if turn.role == "user" else ("  ", turn.style)
+    if turn.role == "assistant":
+        page = reply_page(look)           # has most of it laid out, if this turn was the reply in progress just now
+        page = page if turn.text.startswith(page.text) else Page(page.look)
+        body = list(page.show(turn.text, ended=True))
+    else:
+        rows = wrap(clean(turn.text), look.width - 3) if turn.text else []
+        body = [(("  " if i else mark, "prompt"), (row, style)) for i, row in enumerate(rows)]
+    if turn.note:
+        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), look.width - 3)]
+    return tuple(body) + ((),)
 
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
@@ -629,9 +926,10 @@ def plan_layout(state: State) -> Layout:
 Items = NamedTuple("Items", [("count", int), ("lines", Any)])
 
 def chat_items(state: State, width: int) -> Items:
-    turns, reply, forgotten, unicode = state.chat.turns, state.chat.reply, state.chat.forgotten, state.settings.unicode
-    def lines(i: int) -> Tuple[Line, ...]:
-        shown = turn_lines(turns[i], width, unicode) if i < len(turns) else reply_lines(reply or "", width, unicode)
+    turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
+    look = Look(width, state.settings.unicode, state.settings.raw)
+    def lines(i: int) -> Sequence[Line]:
+        shown = turn_lines(turns[i], look) if i < len(turns) else reply_page(look).show(reply or "")
         if i < forgotten:
             shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
         if i == forgotten - 1:
@@ -3234,6 +3532,11 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
             name, "whole " if kind is int else "", low, high, meaning, value)
     return number, ""
 
+def cmd_raw(state: State, argument: str) -> Change:
+    """/raw: show replies as they were written, without formatting (again: with it)"""
+    raw = not state.settings.raw
+    return state._replace(settings=state.settings._replace(raw=raw), hint="Replies as written" if raw else "Replies formatted"), ()
+
 def cmd_stats(state: State, argument: str) -> Change:
     """/stats: what this session has read and written"""
     s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
@@ -3905,7 +4208,9 @@ class Screen:
 
     def _styles(self) -> Dict[str, int]:
         curses, styles, n_colors = self.curses, {}, 0
-        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE}
+        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
+        if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
+            flags["i"] = curses.A_ITALIC           # where there is no italic, it is underlined
         if not os.environ.get("NO_COLOR") and curses.has_colors():
             curses.start_color()
             curses.use_default_colors()

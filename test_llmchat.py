@@ -1557,6 +1557,166 @@ class TextTest(unittest.TestCase):
             self.assertEqual(llmchat.draft_cursor(draft, 4), place, before)
 
 
+MARKDOWN = """\
+# Title of *it* #
+A **bold *both* word**, *italic*, `code **x**`, [a link](https://x.y/z_(1)) and https://a.b/c_d_e.
+- an item that is long enough to be wrapped
+  - nested
+    1) third
+10. tenth
+> quoted **text** that is long
+> - in a list
+* * *
+| Name | Qty | Price |
+|:-----|:---:|------:|
+| apples | 3 | 1.20 |
+| 日本 🦙 | 12 | `a|b` and more |
+| e\u0301 | \\| |
+```Python
+def f(x):  # no *marks*
+    return "long enough to be wrapped", x
+```
+    ~~~
+  no language
+    ~~~
+"""
+MARKDOWN_36 = """\
+Title of it
+A bold both word, italic, code
+**x**, a link (https://x.y/z_(1))
+and https://a.b/c_d_e.
+• an item that is long enough to be
+  wrapped
+  ◦ nested
+    1) third
+10. tenth
+│ quoted text that is long
+│ • in a list
+────────────────────────────────────
+Name    │ Qty │        Price
+────────┼─────┼─────────────
+apples  │  3  │         1.20
+日本 🦙 │ 12  │ a|b and more
+e\u0301       │  |  │
+── Python ───────────────────── 1 ──
+def f(x):  # no *marks*
+    return "long enough to be
+    wrapped", x
+────────────────────────────────────
+─────────────────────────────── 2 ──
+  no language
+────────────────────────────────────"""
+UNMARKED = """a*b*c, 2 * 3 * 4, 2**3**4, 5 *3, snake_case_names, __init__, _x and _y, f(*a, **b), (**a,**b), *.py and *.md, src/**/*.c, /*c*/, char *a, *b;
+<tag> <b>, C:\\paths\\_x, C:\\*.*, a lone ` backtick, `` and ``` inside, #hashtag, 1.5, -5, a[i](x), [not a link] (x), \\(a_1 * b_1 * c\\)
+$a_i * b_i * c$, $$x_1 _y_$$, \\[ \\sum_{i} *x* \\], costs $5 and $6, a | b, | bar, ** no **, * no*x, _ no _, "quoted" 'text' & more; 日本*語*x"""
+PIECES = ["# ", "**", "*", "_", "`", "```", "```py\n", "~~~\n", "\n", "\n\n", "- ", "  ", "1. ", "> ", "|", "|", " | ", "|--|:-:|\n", "---", "[a](b/c)", "$", "\\",
+          '"""', "'", '"', "/*", "#", "word ", "long_word", "日本", "🦙", "e\u0301", "\x1b[2J", "\t", "\r\n", "\u202e"]
+
+
+class MarkdownTest(unittest.TestCase):
+    def page(self, columns=36, unicode=True, raw=False):
+        return llmchat.Page(llmchat.Look(columns, unicode, raw))
+
+    def shown(self, words, columns=36, **look):
+        """The rows of a finished reply, without the margin."""
+        return ["".join(part for part, _ in line)[2:].rstrip() for line in self.page(columns, **look).show(words, True)]
+
+    def styles(self, words, columns=100):
+        return [(part, style) for line in self.page(columns).show(words, True) for part, style in line[1:] if part.strip()]
+
+    def test_literal_lines(self):
+        self.assertEqual("\n".join(self.shown(MARKDOWN)), MARKDOWN_36)
+
+    def test_what_is_not_markdown_stays(self):
+        for line in UNMARKED.split("\n"):
+            self.assertEqual(self.shown(line, 200), [line])
+        self.assertEqual(self.shown(MARKDOWN, raw=True), [row.rstrip() for row in llmchat.wrap(MARKDOWN, 36)][:-1])
+
+    def test_styles(self):
+        for words, expected in (
+                ("a **b *c*** `d`", [("a ", "text"), ("b ", "bold"), ("c", "bold"), ("d", "code")]),
+                ("**L**arge 这是**重点**内容 *i*, _i_", [("L", "bold"), ("arge 这是", "text"), ("重点", "bold"), ("内容 ", "text"), ("i", "italic"), (", ", "text"), ("i", "italic")]),
+                ("## A `b`", [("A ", "heading"), ("b", "code")]), ("> q **b**", [("│ ", "mark"), ("q ", "quote"), ("b", "bold")]),
+                ("[x](http://y/)", [("x", "link"), (" (http://y/)", "dim")]), ("[http://y/](http://y/)", [("http://y/", "link")]),
+                ("- i\n  \\*x\\*", [("• ", "mark"), ("i", "text"), ("*", "text"), ("x", "text"), ("*", "text")]),
+                ("```py\nif 1: 'a' # b\n\"\"\"c\nd\"\"\" + e", [("if", "keyword"), ("1", "number"), (": ", "text"), ("'a'", "string"), ("# b", "comment"),
+                                                                ('"""c', "string"), ('d"""', "string"), (" + ", "text"), ("e", "text")]),
+                ("```c\n/* if\nif */ if\n#include \"x\" // y", [("/* if", "comment"), ("if */", "comment"), ("if", "keyword"), ("#include ", None), ('"x"', "string"), ("// y", "comment")]),
+                ("```sql\nSELECT 1 -- x", [("SELECT", "keyword"), ("1", "number"), ("-- x", "comment")]), ("```\nif **1**", [("if **1**", "text")]),
+                ("```html\n<b class=\"c\">if</b> <!-- d\n-->", [("<b", "keyword"), (" class=", "text"), ('"c"', "string"), (">", "keyword"), ("if", "text"), ("</b", "keyword"),
+                                                             (">", "keyword"), ("<!-- d", "comment"), ("-->", "comment")])):
+            with self.subTest(words):
+                got = [span for span in self.styles(words) if span[1] != "mark" or "─" not in span[0]]
+                self.assertEqual([span for span in got if "include" not in span[0] and span[0] != "#"], [span for span in expected if span[1]])
+
+    def test_ascii(self):
+        plain = self.shown("- a\n> b\n---\n|a|b|\n|-|-|\n|c|d|\n```c\nx", 20, unicode=False)
+        self.assertEqual(plain, ["- a", "> b", "-" * 20, "a | b", "--+--", "c | d", "-- c ---------- 1 --", "x", "-" * 20])
+
+    def test_narrow_table(self):
+        table = "| Mode | What it does |\n|--|--|\n| read | reads all of it |\n| w | writes |"
+        self.assertEqual(self.shown(table, 16), ["Mode │ What it", "     │ does", "─────┼──────────", "read │ reads all", "     │ of it", "─────┼──────────",
+                                                 "w    │ writes", "─────┼──────────"])
+        long = self.shown("|a|b|\n|-|-|\n" + "|c|d|\n" * llmchat.TABLE_LINES + "|日|e f|", 16)
+        self.assertEqual(long[-3:], ["c  │ d", "日 │ e", "   │ f"], "the columns of a long table are settled, and wide enough for any character")
+        self.assertEqual(self.shown(table, 9), [row for line in table.split("\n") for row in llmchat.wrap(line, 9)], "too narrow for columns")
+
+    def test_unfinished(self):
+        for words, expected in (
+                ("a **bold te", "a bold te▌"), ("a **", "a▌"), ("some `co", "some co▌"), ("an *it", "an it▌"), ("**a `b` c", "a b c▌"), ("```py", "── py ────────────────────────── 1 ──▌"),
+                ("```\nx\n``", "▌"), ("```\nx", "x▌"), ("2 * 3", "2 * 3▌"), ("- ", "- ▌"), ("|a|b|\n", "──┼──▌"), ("|a|b|\n|-", "──┼──▌"), ("|a|b|\n|-|-|\n|**c", "c │▌")):
+            with self.subTest(words):
+                last = "".join(part for part, _ in self.page().show(words)[-1])[2:]
+                self.assertEqual(re.sub(r"─+", "─", re.sub(" +▌", "▌", last)), re.sub(r"─+", "─", expected if expected != "- ▌" else "-▌"))
+
+    def test_growing(self):
+        """Every prefix can be shown; what is finished never changes; the end is as if it had come at once; nothing is too wide."""
+        dice = random.Random(5)
+        long_line = "word **b** " * 700
+        for words in [MARKDOWN, UNMARKED, long_line, "```c\n" + long_line + "\n```\n" + long_line, "> " + long_line, "|a|b|\n|-|-|\n" + "|cc|`d`|\n" * 90 + "x"] + [
+                random_text(dice, 60, PIECES) for _ in range(300)]:
+            columns, raw, step = dice.randint(5, 97), dice.random() < 0.2, max(1, len(words) // 100)
+            page, done = self.page(columns, raw=raw), []
+            for end in list(range(0, len(words), step)) + [len(words)]:
+                lines = page.show(words[:end])
+                self.assertEqual(lines[:len(done)], done)
+                done = lines[:page.n_done]
+                whole = "".join(part for line in lines for part, _ in line)
+                self.assertLessEqual(max(sum(width(part) for part, _ in line) for line in lines), columns + 3, (words[:end], columns))
+                self.assertFalse(re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", whole), ascii(whole))
+            self.assertEqual(page.show(words, True), self.page(columns, raw=raw).show(words, True), (words, columns))
+
+    def test_nothing_is_lost(self):
+        letters = lambda lines: "".join(re.findall(r"[a-z0-9]", "".join(lines)))
+        self.assertEqual(letters(self.shown("x " + "word " * 3000, 31)), "x" + "word" * 3000)
+        code = "    deep" + "abc " * 900 + "x" * 5000
+        self.assertEqual(letters(self.shown("```\n" + code + "\n```", 31)), "1" + letters([code]))
+        self.assertEqual(self.shown("word " * 3000, 31), [row.rstrip() for row in llmchat.wrap("word " * 3000, 31)])
+
+    def test_cost_of_a_frame(self):
+        """What is laid out again per frame doesn't grow with the reply, in any kind of block."""
+        ten = "|".join("|%d|" % n for n in range(10)) + "\n"
+        for columns, begin, block in ((80, "", "Some **words** here.\n\n"), (80, "", "word **b** "), (80, "|a|b|\n|-|-|\n", "| a | b |\n"),
+                                      (40, ten + "|-" * 19 + "|\n", ten), (80, "```py\n", "x = f(1)\n"), (80, "```py\n", "x = f(1); ")):
+            words, state = begin + block * 2000, ready(Turn("user", "hi"), engine=Condition.WRITING, columns=columns, rows=24)
+            for end in range(200, len(words), 200):
+                view(state._replace(chat=state.chat._replace(reply=words[:end])))
+            with mock.patch("llmchat.break_rows", side_effect=llmchat.break_rows) as broken, \
+                    mock.patch("llmchat.lay_line", side_effect=llmchat.lay_line) as laid, \
+                    mock.patch("llmchat.row_lines", side_effect=llmchat.row_lines) as rows:
+                view(state._replace(chat=state.chat._replace(reply=words)))
+                view(update(state._replace(chat=state.chat._replace(reply=words, request=1)), done(1))[0])
+            self.assertLess(laid.call_count, 30, block)
+            self.assertLess(rows.call_count, 200, block)
+            self.assertLess(sum(len(call[0][0]) for call in broken.call_args_list), 7000, block)
+
+    def test_raw_command(self):
+        state = ready(Turn("assistant", "**bold**"))
+        raw, _ = play(state, "/raw", "[enter]")
+        self.assertIn("**bold**", "\n".join(rows_of(raw)))
+        self.assertNotIn("**", "\n".join(rows_of(play(raw, "/raw", "[enter]")[0])))
+
+
 class ScrollTest(unittest.TestCase):
     def setUp(self):
         reply = "".join("line %d\n\n" % i for i in range(40)) + "end"
