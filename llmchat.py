@@ -4,6 +4,7 @@
     python3 llmchat.py model.gguf                 open the window and chat
     python3 llmchat.py --demo                     try the program without a model
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
+    python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
     git diff | python3 llmchat.py m.gguf -p "explain this"      one answer, in a pipe
     python3 llmchat.py --help                     everything else
 
@@ -21,7 +22,7 @@ Sections (each uses only what stands above it; `grep '^# ==' llmchat.py` lists t
      4 HARDWARE & MODELS   what this machine has, what a GGUF file needs, what fits
      5 ENGINES             llama.cpp: load, read the prompt, generate
      6 ENGINE PROCESS      the child: JSON lines in, JSON lines out
-     7 STORAGE             files on disk: the demo model, the private environment of the engine
+     7 STORAGE             files on disk: the demo model, what --bench found, the private environment of the engine
      8 COMMANDS            what keys and /slash commands do
      9 UPDATE              (state, event) -> (state, effects)
     10 VIEW                state -> styled lines
@@ -199,6 +200,7 @@ class Wishes(NamedTuple):
     n_gpu_layers: int = GPU_LAYERS
     n_ubatch: int = 0
     kv_type: str = "f16"
+    tuned_rate: float = 0.0  # tokens/s that --bench measured with these; 0 = not measured
 
 Gpu = NamedTuple("Gpu", [("name", str), ("backend", str), ("total_bytes", int), ("free_bytes", int)])
 
@@ -1178,6 +1180,12 @@ def describe_hardware(h: Hardware) -> Tuple[str, ...]:
             *(gpus or ["GPU  none that this llama.cpp can use"]),
             "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
 
+def data_dir() -> str:
+    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
+    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
 # any header has, and ModelError with the end of a sentence that begins with the file's name.
@@ -1449,7 +1457,7 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     plan = Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores,
                 plan_gpu_layers(header, memory, gpu_bytes, wishes.n_gpu_layers), memory, free,
                 "fits" if share <= COMFORT else "tight" if share <= 1 else "too big")
-    return plan._replace(lines=plan_lines(plan, n_most, model_layers(header)))
+    return plan._replace(lines=plan_lines(plan, n_most, model_layers(header), wishes.tuned_rate))
 
 def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int) -> int:
     if wished >= 0 or gpu_bytes == 0:
@@ -1457,15 +1465,48 @@ def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int)
     n_all, room = model_layers(header) + 1, gpu_bytes - GPU_RESERVE_BYTES - memory.compute
     return max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
 
-def plan_lines(plan: Plan, n_most: int, n_layers: int) -> Tuple[str, ...]:
+def plan_lines(plan: Plan, n_most: int, n_layers: int, tuned_rate: float) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
     memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(sum(plan.memory)))
     memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
     context = "context {:,} tokens" if plan.n_ctx == n_most else "context lowered from {1:,} to {0:,} tokens to fit"
     where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
              "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
-    return memory + ADVICE[plan.verdict], ", ".join(
-        (format_count(plan.n_threads, "thread"), context.format(plan.n_ctx, n_most), where))
+    threads = format_count(plan.n_threads, "thread")
+    threads = "tuned: %s, %.1f tokens/s" % (threads, tuned_rate) if tuned_rate else threads
+    return memory + ADVICE[plan.verdict], ", ".join((threads, context.format(plan.n_ctx, n_most), where))
+
+def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
+    """What --bench's result depends on."""
+    return "%s, %d of %d cores, %d GPUs, %d layers on them: %s, %d bytes" % (
+        hardware.cpu_name, hardware.usable_cores, hardware.logical_cores, len(hardware.gpus), wishes.n_gpu_layers,
+        model_name(header), header.file_bytes)
+
+def read_tunings() -> Dict[str, Any]:
+    """What --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}."""
+    import json
+    try:
+        return dict(json.loads(read_text(os.path.join(data_dir(), "tuning.json"))))
+    except (ValueError, TypeError):
+        return {}                         # none yet, or damaged: the next --bench writes it anew
+
+def save_tuning(key: str, tuned: Dict[str, float]) -> None:
+    import json
+    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+    path = os.path.join(data_dir(), "tuning.json")
+    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        json.dump(dict(read_tunings(), **{key: tuned}), file, indent=1)
+    os.replace(path + ".new", path)
+
+def tune(wishes: Wishes, key: str) -> Wishes:
+    """The wishes with what --bench found for this key; a number of threads that is wished for stays."""
+    try:
+        found = read_tunings()[key]
+        tuned = wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
+                                tuned_rate=float(found["tokens_per_s"]))
+    except (KeyError, ValueError, TypeError):
+        return wishes
+    return wishes if wishes.n_threads else tuned
 
 LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
     (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
@@ -1826,7 +1867,7 @@ class LlamaEngine:
         check_text_generator(header)
         path = header.path
         hardware = probe_hardware()._replace(gpus=probe_gpus(self.api), llama_version=llama_version(self.api))
-        plan = plan_load(header, hardware, wishes)
+        plan = plan_load(header, hardware, tune(wishes, tuning_key(wishes, header, hardware)))
         self.emit("hardware", lines=describe_hardware(hardware))
         self.emit("plan", lines=(plan.lines[0], model_summary(header)) + plan.lines[1:], verdict=plan.verdict)
         warm.start()
@@ -2035,6 +2076,15 @@ class LlamaEngine:
         if status == 2:
             return False
         raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
+
+    def _decode_next(self, token: int) -> bool:
+        """The same for a token just written, by as many threads as the machine's load allows."""
+        import time
+        wall_s, cpu_s = time.monotonic(), time.process_time()
+        done = self._decode([token])
+        if done:
+            self.threads.add(time.monotonic() - wall_s, time.process_time() - cpu_s)
+        return done
 
     def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
         """Read the rest of the prompt in pieces of about half a second, with progress; False when stopped, or until() says so.
@@ -2264,16 +2314,13 @@ class LlamaEngine:
         api, n_before = self.api, len(self.tokens)
         guess = self.drafter.guess(self.tokens + [token], n_most) if n_most > 0 else []
         guess = guess[:next((i for i, t in enumerate(guess) if api.llama_vocab_is_eog(self.vocab, t)), len(guess))]
-        wall_s, cpu_s = time.monotonic(), time.process_time()
-        if not self._decode([token] + guess, bool(guess)):
+        began_s = time.monotonic()
+        if not (self._decode([token] + guess, True) if guess else self._decode_next(token)):
             return []
         sampled = [api.llama_sampler_sample(sampler, self.context, 0 if guess else -1)]
         while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:
             sampled.append(api.llama_sampler_sample(sampler, self.context, len(sampled)))
-        took_s = time.monotonic() - wall_s
-        self.drafter.add(len(guess), len(sampled) - 1, took_s)
-        if not guess:
-            self.threads.add(took_s, time.process_time() - cpu_s)
+        self.drafter.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
         self._truncate(n_before + len(sampled))
         return sampled
 
@@ -2319,11 +2366,130 @@ class Reply:
                          first_s=self.first_s - self.began_s if self.first_s else 0.0,
                          write_s=now - self.first_s if self.first_s else 0.0)
 
+BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
+
+class Bench:
+    """Measures a model on this machine: emits "measured", group by group, and "benched".
+
+    A quick measurement decides how much the others read and write, so that an old machine is done in two minutes."""
+    PART_S = 2.5                          # about how long each of them may take
+
+    def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
+        self.api, self.emit, self.stop = api, emit, stop
+        self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
+
+    def run(self, path: str, wishes: Wishes) -> None:
+        """Raises ModelError, also when stopped."""
+        header, self.hardware = read_gguf_header(path), probe_hardware()._replace(gpus=probe_gpus(self.api))
+        plan, *others = [plan_load(header, self.hardware, wishes._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
+        waits = {"load": self.median_s(lambda: self.engine.load(path, wishes))}
+        self.tokens = self.engine.tokenize(BENCH_TEXT, False)
+        self.read(8)                      # the first tokens wait for the disk
+        rate = 16 / self.median_s(lambda: self.read(16))
+        waits.update(self.measure_turns(max(16, min(256, plan.n_ctx // 8, int(rate * self.PART_S)))))
+        waits["stop"] = sorted(self.stop_s() for _ in range(3))[1]
+        self.emit("measured", group="seconds_to_wait", values=waits)
+        with suppress(ImportError):       # Windows
+            self.emit("measured", group="megabytes_at_most", values={"engine": probe_peak_mb()})
+        n = plan.n_threads
+        counts = {n} if plan.n_gpu_layers else {1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0}
+        self.emit("measured", group="tokens_per_s_written_by_threads",
+                  values={count: self.write_rate(plan._replace(n_threads=count)) for count in sorted(counts)})
+        self.emit("measured", group="tokens_per_s_written_beside_busy_programs",
+                  values={k: self.write_rate(plan, True, k) for k in range(3)})
+        # not the sizes that would take memory from the context, or half a minute each
+        fit = [p for p in others if (p.n_ctx, p.verdict) == (plan.n_ctx, plan.verdict) and p.n_ubatch < 18 * rate]
+        self.emit("measured", group="tokens_per_s_read_by_batch_size", values={p.n_ubatch: self.read_rate(p) for p in fit})
+        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(wishes, header, self.hardware),
+                  model=model_summary(header), machine=describe_hardware(self.hardware))
+
+    def median_s(self, action: Any, most: int = 1) -> float:
+        """The median of the seconds that an action takes, repeated up to `most` times while PART_S lasts."""
+        import time
+        times: List[float] = []
+        while not times or len(times) < most and sum(times) < self.PART_S:
+            if self.stop.is_set():
+                raise ModelError("The measurement was stopped.")
+            began_s = time.perf_counter()
+            action()
+            self.api.llama_synchronize(self.engine.context)    # a GPU works on when a call returns
+            times.append(time.perf_counter() - began_s)
+        return sorted(times)[len(times) // 2]
+
+    def renew(self, plan: Plan) -> None:
+        self.api.llama_free(self.engine.context)
+        self.engine.context, self.engine.tokens, self.engine.checkpoints = None, [], []
+        self.engine._make_context("", plan, self.hardware)
+
+    def read(self, n: int) -> None:
+        """n tokens in one batch, into an empty KV cache."""
+        self.engine._truncate(0)
+        self.engine._decode(self.tokens[:n])
+
+    def read_rate(self, plan: Plan) -> float:
+        self.renew(plan._replace(n_ctx=1024))
+        self.read(8)
+        return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
+
+    def write_rate(self, plan: Plan, adapt: bool = False, n_busy: int = 0) -> float:
+        """Tokens/s with the plan's threads, or adapting them to the load, beside programs that take all the CPU they get."""
+        import subprocess
+        code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"    # ends even if we are killed
+        null = subprocess.DEVNULL
+        decode = self.engine._decode_next if adapt else lambda token: self.engine._decode([token])
+        write = lambda: decode(self.tokens[len(self.engine.tokens)])
+        self.renew(plan)
+        loops = [subprocess.Popen([sys.executable, "-c", code], stdin=null, stdout=null, stderr=null) for _ in range(n_busy)]
+        try:
+            self.median_s(write, 50)      # a moment to get going, and to adapt
+            return 1 / self.median_s(write, 50)
+        finally:
+            for loop in loops:
+                loop.kill()
+                loop.wait()
+
+    def measure_turns(self, n: int) -> Dict[str, float]:
+        """Seconds to the first token of a second turn of n tokens, and of a third when the chat isn't in memory any more."""
+        import tempfile
+        engine, text = self.engine, b"".join(map(self.engine.piece, self.tokens[:n])).decode("utf-8", "replace")
+        answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+        ask = lambda messages: self.median_s(lambda: engine.chat(messages[:-1], Sampling(temperature=0, max_tokens=1)))
+        ask(answered(text))
+        waits = {"second_turn": ask(answered(text) + answered("Now: " + text))}
+        chat = answered(text) + answered("Then: " + text)
+        engine.ahead = engine.certain_tokens(chat[:2], chat[2]["content"])
+        engine.read_ahead(lambda: False)
+        waits["second_turn_read_ahead"] = ask(chat)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "state")
+            saved = engine.save_state(path)
+            engine._truncate(0)
+            waits["third_turn_all_read_again"] = ask(chat + answered("Why?"))
+            engine._truncate(0)
+            if saved:
+                waits["third_turn_resumed"] = self.median_s(lambda: engine.load_state(path)) + ask(chat + answered("Why?"))
+        return waits
+
+    def stop_s(self) -> float:
+        """Seconds from a stop in the middle of reading to its effect."""
+        import threading, time
+        began_s = time.perf_counter()
+        threading.Timer(0.8, self.stop.set).start()
+        while self.engine._read(self.tokens[:self.engine.n_ctx - 1]):
+            self.engine._truncate(0)
+        self.stop.clear()
+        return time.perf_counter() - began_s - 0.8
+
+def probe_peak_mb() -> float:
+    """The most memory that this process ever had; raises ImportError on Windows."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
 
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "info" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
-# "reading" | "text" | "done" | "ahead" | "forgot" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
+# "ahead" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
+# "reading" | "text" | "done" | "ahead" | "forgot" | "measured" | "benched" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
 class StateCache:
@@ -2493,6 +2659,9 @@ class EngineProcess:
         self.states = StateCache(self.engine, command.get("states", ""))
         self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
 
+    def on_bench(self, command: Dict[str, Any]) -> None:
+        Bench(self.engine.api, self.emit, self.stop).run(command["path"], Wishes(*command["wishes"]))
+
     def on_ahead(self, command: Dict[str, Any]) -> None:
         if self.engine.context:
             self.states.enter(command.get("chat", ""), command["messages"])
@@ -2631,12 +2800,6 @@ def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
                     path = os.path.normpath(os.path.join(place, name))
                     found.setdefault(os.path.realpath(path), path)
     return tuple(sorted(found.values()))
-
-def data_dir() -> str:
-    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
-    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
-    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
 
 def engine_python() -> str:
     """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
@@ -4555,6 +4718,8 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--plain", action="store_true", help="line by line, without the window")
     add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
+    add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
+    add("--json", action="store_true", help="with --bench: the numbers as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
@@ -4562,6 +4727,8 @@ def parse_arguments(argv: List[str]) -> Any:
     for name in ("ctx", "threads"):
         if getattr(arguments, name) < 0:
             parser.error("--%s takes 0 or more" % name)
+    if arguments.bench and not arguments.model:
+        parser.error("--bench needs a MODEL")
     for name in Sampling._fields:
         number, problem = check_setting(name, getattr(arguments, name))
         if problem:
@@ -4711,10 +4878,91 @@ def show_info(model: str) -> int:
     try:
         header = read_gguf_header(model, full=True) if model else None
         if header:
-            print(clean("\n".join((model_summary(header),) + plan_load(header, hardware, Wishes()).lines)))
+            print(clean("\n".join((model_summary(header),) + plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware))).lines)))
     except ModelError as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
+    return 0
+
+# -- --bench --
+
+def time_first_frame() -> float:
+    """Seconds from the program's start to its first frame, on a pseudo-terminal; raises ImportError or OSError without one."""
+    import pty, select, subprocess, time
+    here, there = pty.openpty()
+    began_s, seen = time.perf_counter(), b""
+    child = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=there, stdout=there, stderr=there)
+    try:
+        while b"F1 help" not in seen:     # the end of the last line
+            if not select.select([here], [], [], 10)[0]:
+                raise OSError("no frame came")
+            seen += os.read(here, 65536)
+        return time.perf_counter() - began_s
+    finally:
+        child.kill()
+        child.wait()
+        os.close(here)
+        os.close(there)
+
+def bench_messages(settings: Settings) -> Iterable[Dict[str, Any]]:
+    """The first frame's time, then what the engine says while it measures, "benched" last. Raises ModelError."""
+    import json, subprocess
+    with suppress(ImportError, OSError):
+        values = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
+        yield {"event": "measured", "group": "seconds_to_start", "values": values}
+    python = engine_python()
+    if not python:
+        raise ModelError("The engine is not installed: python3 llmchat.py --install")
+    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        child.stdin.write(json.dumps({"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}).encode() + b"\n")
+        child.stdin.flush()
+        for message in map(json.loads, child.stdout):
+            if message["event"] == "failed":
+                raise ModelError(message["text"])
+            yield message
+            if message["event"] == "benched":
+                return
+        raise ModelError(explain_death(EngineDied(child.wait()), False, ""))
+    finally:
+        child.kill()
+        child.communicate()
+
+def show_bench(group: str, values: Dict[str, float], out: Any) -> None:
+    print("\n" + group.replace("_", " "), file=out)
+    for name, value in values.items():
+        bar = "█" * round(40 * value / max(values.values()))
+        print("  %-27s%9.*f  %s" % (name.replace("_", " "), 3 if "seconds" in group else 1, value, bar), file=out, flush=True)
+
+def clearly_best(rates: Dict[str, float], default: int) -> int:
+    """The count with the highest rate; the default unless that is 3 % better, which chance seldom is."""
+    best = max(rates, key=lambda name: rates[name], default="")
+    return int(best) if str(default) in rates and rates[best] > 1.03 * rates[str(default)] else default
+
+def run_bench(settings: Settings, as_json: bool) -> int:
+    """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
+    import json
+    out, results, done = sys.stderr if as_json else sys.stdout, {}, {}
+    out.reconfigure(errors="replace")
+    print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
+    try:
+        for done in bench_messages(settings):
+            if done["event"] == "measured":
+                results[done["group"]] = done["values"]
+                show_bench(done["group"], done["values"], out)
+        rates = results["tokens_per_s_written_by_threads"]
+        n_threads = clearly_best(rates, done["n_threads"])
+        n_ubatch = clearly_best(results.get("tokens_per_s_read_by_batch_size", {}), done["n_ubatch"])
+        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rates[str(n_threads)]}
+        if not settings.wishes.n_threads:
+            save_tuning(done["key"], tuned)
+    except (ModelError, OSError) as error:
+        print(clean(str(error)), file=sys.stderr)
+        return 1
+    print("\ntuned: threads %(n_threads)d, batch size %(n_ubatch)d, %(tokens_per_s).1f tokens/s\n" % tuned, file=out)
+    print(clean("\n".join([done["model"]] + done["machine"])), file=out)
+    if as_json:
+        print(json.dumps(dict(results, version=VERSION, model=done["model"], machine=done["machine"], tuned=tuned)))
     return 0
 
 def run_window(state: State, first: str = "") -> int:
@@ -4744,6 +4992,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.info:
         return show_info(os.path.expanduser(arguments.model))
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
+    if arguments.bench:
+        return run_bench(initial_state(arguments).settings, arguments.json)
     if terminal and not arguments.plain and arguments.prompt is None:
         return run_window(initial_state(arguments), first)
     interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())

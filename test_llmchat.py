@@ -991,6 +991,73 @@ class ThreadCountTest(unittest.TestCase):
         self.assertEqual(self.play(lambda n: (0.1, 0.1), n_most=1), ([], 1))
 
 
+class BenchTest(unittest.TestCase):
+    def setUp(self):
+        home = mock.patch.dict(os.environ, ENV)
+        home.start()
+        self.addCleanup(home.stop)
+        self.path = os.path.join(llmchat.data_dir(), "tuning.json")
+        self.addCleanup(lambda: os.path.exists(self.path) and os.remove(self.path))
+
+    def plan(self, **wishes):
+        """The settings line of the plan with which the engine loads MIND."""
+        engine = Engine(self, MIND, **wishes)
+        return [event for event in engine.events if event["event"] == "plan"][0]["lines"][-1]
+
+    def test_measures_and_tunes(self):
+        status, out, err = run_plain("--bench", MIND, "--json")
+        self.assertEqual((status, "Traceback" in err), (0, False), err)
+        found, threads = json.loads(out), "tokens_per_s_written_by_threads"
+        groups = {"seconds_to_wait": {"load", "second_turn", "second_turn_read_ahead", "third_turn_all_read_again", "third_turn_resumed",
+                                      "stop"}, threads: {"1"}, "tokens_per_s_written_beside_busy_programs": {"0", "1", "2"},
+                  "tokens_per_s_read_by_batch_size": {"64", "128", "256", "512"}}
+        groups.update({"seconds_to_start": {"first_frame"}, "megabytes_at_most": {"engine"}} if POSIX else {})
+        for group, names in groups.items():
+            self.assertEqual(names - set(found[group]), set())
+            for name, value in found[group].items():
+                self.assertTrue(0 < value < (60 if "seconds" in group else 10 ** 6), (group, name, value))
+        tuned = found["tuned"]
+        self.assertEqual(tuned["tokens_per_s"], found[threads][str(tuned["n_threads"])])
+        self.assertTrue(not POSIX or os.stat(self.path).st_mode & 0o777 == 0o600)
+
+        with open(self.path) as file:
+            key, = json.load(file)
+        llmchat.save_tuning(key, dict(tuned, n_threads=3, tokens_per_s=11.24))
+        self.assertTrue(self.plan(n_threads=0).startswith("tuned: 3 threads, 11.2 tokens/s, context"))
+        self.assertIn("\ntuned: 3 threads", run_plain("--info", MIND)[1])
+        self.assertTrue(self.plan(n_threads=2).startswith("2 threads, context"))
+
+    def test_damaged_file_is_ignored(self):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        for text in ("{", "[1]", "\xff", '{"key": 3}', '{"key": {"n_threads": 3}}', '{"key": {"n_threads": [], "n_ubatch": 1}}'):
+            with open(self.path, "w", encoding="latin-1") as file:
+                file.write(text)
+            self.assertEqual(llmchat.tune(Wishes(), "key"), Wishes(), text)
+        llmchat.save_tuning("key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5})
+        self.assertEqual(llmchat.tune(Wishes(n_ctx=512), "key"), Wishes(n_ctx=512, n_threads=3, n_ubatch=256, tuned_rate=9.5))
+        self.assertEqual(llmchat.tune(Wishes(n_threads=1), "key"), Wishes(n_threads=1))
+
+    def test_only_what_is_clearly_better(self):
+        self.assertEqual([llmchat.clearly_best(rates, 2) for rates in ({"1": 10.2, "2": 10}, {"1": 10.4, "2": 10}, {"2": 10, "4": 9}, {"1": 10}, {})],
+                         [2, 1, 2, 2, 2])
+
+    def test_problems(self):
+        self.assertEqual(run_plain("--bench")[0], 2)
+        status, out, err = run_plain("--bench", MIND + "x")
+        self.assertEqual((status, "There is no file" in err, "Traceback" in err), (1, True, False), err)
+
+    @unittest.skipUnless(POSIX, "needs POSIX signals")
+    def test_ctrl_c(self):
+        child = PlainTest.start(self, "--bench", MIND)
+        seen = b""
+        while b"megabytes" not in seen:    # the longest part comes next
+            seen += os.read(child.stdout.fileno(), 999)
+        os.killpg(child.pid, signal.SIGINT)
+        _, err = child.communicate(timeout=LIMIT_S)
+        self.assertEqual((child.returncode, b"Traceback" in err), (130, False), err)
+        self.assertFalse(os.path.exists(self.path))
+
+
 class BadModelTest(unittest.TestCase):
     def test_engine_says_one_sentence_and_lives_on(self):
         engine = Engine(self)
