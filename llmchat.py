@@ -1738,7 +1738,7 @@ class ThreadCount:
     A thread that never waits uses as much CPU time as passes; what is missing, others have got. A change is kept if it
     makes tokens come faster; more threads are tried again now and then."""
 
-    WINDOW = 10                           # tokens between decisions
+    WINDOW, WINDOW_S = 10, 1.5            # tokens and seconds between decisions, whichever comes first
 
     def __init__(self, n_most: int, set_threads: Any) -> None:
         self.n = self.n_most = n_most
@@ -1751,13 +1751,13 @@ class ThreadCount:
     def add(self, wall_s: float, cpu_s: float) -> None:
         """One token took so long, and so much CPU time of all threads."""
         self.tokens, self.wall_s, self.cpu_s = self.tokens + 1, self.wall_s + wall_s, self.cpu_s + cpu_s
-        if self.tokens == self.WINDOW and self.n_most > 1:
-            wanted = self.decide(self.wall_s / self.tokens, self.cpu_s / max(1e-9, self.wall_s * self.n))
-            if wanted != self.n:
-                self.n = wanted
-                self.set_threads(wanted)
-        if self.tokens == self.WINDOW:
-            self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        if self.n_most == 1 or self.tokens < self.WINDOW and self.wall_s < self.WINDOW_S:
+            return
+        wanted = self.decide(self.wall_s / self.tokens, self.cpu_s / max(1e-9, self.wall_s * self.n))
+        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        if wanted != self.n:
+            self.n = wanted
+            self.set_threads(wanted)
 
     def decide(self, pace_s: float, share: float) -> int:
         """The number of threads for the next window. pace_s: seconds per token; share: of the CPU time the threads could use."""
@@ -4500,6 +4500,12 @@ class Mailbox:
     def take(self) -> List[Any]:
         return [self.events.popleft() for _ in range(len(self.events))]
 
+def engine_env() -> Dict[str, str]:
+    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
+    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers far too long for a busy machine
+        env.setdefault("GOMP_SPINCOUNT", "2000")
+    return env
+
 class Child:
     """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
     stderr, end_event(exit status) at its end."""
@@ -4508,10 +4514,7 @@ class Child:
         self.silent = False               # its end is no news: somebody asked for it
         self.post, self.line_event, self.end_event = post, line_event, end_event
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
-        if "OMP_WAIT_POLICY" not in env:  # GNU OpenMP's threads spin at barriers far too long for a busy machine
-            env.setdefault("GOMP_SPINCOUNT", "2000")
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **flags)
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=engine_env(), **flags)
         self.reader = threading.Thread(target=self._read, args=(self.process.stderr, EngineLogged), daemon=True)
         self.reader.start()
         self.ender = threading.Thread(target=self._read_all, daemon=True)
@@ -4913,7 +4916,7 @@ def bench_messages(settings: Settings) -> Iterable[Dict[str, Any]]:
     python = engine_python()
     if not python:
         raise ModelError("The engine is not installed: python3 llmchat.py --install")
-    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
     try:
         child.stdin.write(json.dumps({"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}).encode() + b"\n")
         child.stdin.flush()
