@@ -282,7 +282,7 @@ class Chat(NamedTuple):
     kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
     last: int = 0                     # the highest number
     stored: int = 0                   # … of those that are in the file
-    stored_at: int = 0                # where the chat stands, as the file says
+    stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
 
 # A stored chat: time_s: when it was last changed, seconds since 1970
 ChatEntry = NamedTuple("ChatEntry", [("name", str), ("title", str), ("model", str), ("time_s", float),
@@ -3079,7 +3079,8 @@ def install_engine(say: Any) -> int:
 # {"chat": 1, "time": 1732290000}                         the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}  also "time" and, of replies, "model" and "note"; parent 0 = the first
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
-# {"at": 2}                                               where the chat stands, after an undo or a change of versions
+# {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
+#                                                         first turn that the model still sees, 0 = all
 # {"title": …}                                            the last one counts; without one the first question is it
 
 def chat_path(name: str) -> str:
@@ -3097,6 +3098,10 @@ def stands_at(chat: Chat) -> int:
     """The number of the last turn, 0 in an empty chat."""
     return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
 
+def sees_from(chat: Chat) -> int:
+    """The number of the first turn that the model sees, 0 = all of them."""
+    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
+
 def add_turn(chat: Chat, role: str, text: str, note: str = "") -> Chat:
     """One more turn. What was said at this place before isn't stored again."""
     parent = stands_at(chat)
@@ -3112,14 +3117,14 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     import json
     nodes: Dict[int, Turn] = {}
     parts: Dict[int, Turn] = {}
-    at, title = 0, ""
+    at, seen, title = 0, 0, ""
     for line in raw.splitlines():
         try:
             record = json.loads(line)         # what isn't an object has no "in" or no keys
             if "title" in record:
                 title = str(record["title"])
             elif "at" in record:
-                at = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at
+                at, seen = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at, int(record.get("from", 0))
             elif "turn" in record:
                 number, parent = int(record["turn"]), int(record["parent"])
                 if number in nodes or number < 1 or parent != 0 and parent not in nodes:
@@ -3137,8 +3142,10 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     kids: Dict[int, Tuple[int, ...]] = {}
     for number in sorted(nodes):
         kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
-    chat = Chat(name=name, title=title, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0), stored_at=at)
-    return chat._replace(turns=turns_to(chat, at))
+    chat = Chat(name=name, title=title, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0))
+    chat = chat._replace(turns=turns_to(chat, at))
+    chat = chat._replace(forgotten=next((i for i, turn in enumerate(chat.turns) if turn.id == seen), 0))
+    return chat._replace(stored_at=(at, sees_from(chat)))
 
 def is_json(raw: Any) -> bool:
     import json
@@ -3857,7 +3864,7 @@ def update(state: State, event: Any) -> Change:
 
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Whatever the chat has more than its file goes there: new turns, and where it stands."""
-    chat, at = state.chat, stands_at(state.chat)
+    chat, at = state.chat, (stands_at(state.chat), sees_from(state.chat))
     if not chat.name or chat.last == chat.stored and at == chat.stored_at:
         return state, effects
     model = {"model": state.model.name} if state.model else {}
@@ -3865,8 +3872,8 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     records: List[Dict[str, Any]] = [dict(
         {"turn": turn.id, "parent": turn.parent, "role": turn.role, "content": turn.text},
         **dict(model, note=turn.note) if turn.role == "assistant" else {}) for turn in turns]
-    if at != (chat.last if records else chat.stored_at):
-        records.append({"at": at})
+    if at != (chat.last if records else chat.stored_at[0], chat.stored_at[1]):
+        records.append({"at": at[0], "from": at[1]})
     return state._replace(chat=chat._replace(stored=chat.last, stored_at=at)), effects + (Store("write", (chat.name, tuple(records))),)
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
@@ -3943,8 +3950,8 @@ def on_chats_found(state: State, event: ChatsFound) -> Change:
     import time
     if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query:
         return state, ()                  # it was closed meanwhile, or another search is on its way
-    items = tuple("%s  %-8s %s%s" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), format_bytes(entry.n_bytes), entry.title,
-                                     "  (%s)" % entry.model if entry.model else "") for entry in event.entries)
+    items = tuple("%s %6d kB  %s%s" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), 1 + entry.n_bytes // 1000, entry.title,
+                                       "  (%s)" % entry.model if entry.model else "") for entry in event.entries)
     return state._replace(dialog=state.dialog._replace(items=items, names=tuple(entry.name for entry in event.entries), index=0)), ()
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:

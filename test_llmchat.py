@@ -880,7 +880,7 @@ class ChatFileTest(unittest.TestCase):
 
     def test_a_chat_is_written_and_read_again(self):
         self.store.do(self.store.write, "one", self.records("ask ü\n", "answer \ud800 \u2028 end"))
-        self.store.do(self.store.write, "one", ({"at": 1}, {"turn": 3, "parent": 1, "role": "assistant", "content": "other"}))
+        self.store.do(self.store.write, "one", ({"at": 1, "from": 1}, {"turn": 3, "parent": 1, "role": "assistant", "content": "other"}))
         self.store.do(self.store.write, "two", self.records("second chat"))
         self.store.do(self.store.rename, "one", "a name")
         self.store.do(self.store.find, "")
@@ -891,6 +891,8 @@ class ChatFileTest(unittest.TestCase):
         self.assertEqual([turn.text for turn in chat.turns], ["ask ü\n", "other"])
         self.assertEqual(chat.nodes[2].text, "answer ? \u2028 end")
         self.assertEqual((chat.kids, chat.last, chat.title, chat.name), ({0: (1,), 1: (2, 3)}, 3, "a name", "one"))
+        chat = llmchat.parse_chat(self.raw() + b'{"at": 3, "from": 3}\n')
+        self.assertEqual((chat.forgotten, chat.stored_at), (1, (3, 3)))    # the model no longer sees the question
         self.store.do(self.store.find, "SECOND")
         self.assertEqual([entry.name for entry in self.said().entries], ["two"])
         self.store.do(self.store.delete, "one")
