@@ -283,6 +283,7 @@ class Chat(NamedTuple):
     last: int = 0                     # the highest number
     stored: int = 0                   # … of those that are in the file
     stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
+    system: str = ""                  # the system prompt, as the file says
 
 # A stored chat: time_s: when it was last changed, seconds since 1970
 ChatEntry = NamedTuple("ChatEntry", [("name", str), ("title", str), ("model", str), ("time_s", float),
@@ -359,7 +360,7 @@ EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of 
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
-ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str), ("system", Optional[str])])
+ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str)])
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
 Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
 
@@ -3081,6 +3082,7 @@ def install_engine(say: Any) -> int:
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
 # {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
 #                                                         first turn that the model still sees, 0 = all
+# {"system": …}                                           the system prompt from here on
 # {"title": …}                                            the last one counts; without one the first question is it
 
 def chat_path(name: str) -> str:
@@ -3117,12 +3119,14 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     import json
     nodes: Dict[int, Turn] = {}
     parts: Dict[int, Turn] = {}
-    at, seen, title = 0, 0, ""
+    at, seen, title, system = 0, 0, "", ""
     for line in raw.splitlines():
         try:
             record = json.loads(line)         # what isn't an object has no "in" or no keys
             if "title" in record:
                 title = str(record["title"])
+            elif "system" in record:
+                system = str(record["system"])
             elif "at" in record:
                 at, seen = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at, int(record.get("from", 0))
             elif "turn" in record:
@@ -3142,7 +3146,7 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     kids: Dict[int, Tuple[int, ...]] = {}
     for number in sorted(nodes):
         kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
-    chat = Chat(name=name, title=title, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0))
+    chat = Chat(name=name, title=title, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0))
     chat = chat._replace(turns=turns_to(chat, at))
     chat = chat._replace(forgotten=next((i for i, turn in enumerate(chat.turns) if turn.id == seen), 0))
     return chat._replace(stored_at=(at, sees_from(chat)))
@@ -3311,7 +3315,7 @@ class ChatStore:
             file.open()
             file.waiting = raw
         self._take(file)
-        self.post(ChatOpened(parse_chat(raw, name), note, None))
+        self.post(ChatOpened(parse_chat(raw, name), note))
 
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query))))
@@ -3347,10 +3351,10 @@ class ChatStore:
             self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
 
 def parse_messages(text: str, name: str) -> ChatOpened:
-    """A chat and its system prompt from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
+    """A chat from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
     import json
     messages = json.loads(text)
-    chat, system = Chat(name=name), None
+    chat, system = Chat(name=name), ""
     for message in messages["messages"] if isinstance(messages, dict) else messages:
         content = message["content"]
         if isinstance(content, list):         # parts, of which we take the texts
@@ -3359,7 +3363,7 @@ def parse_messages(text: str, name: str) -> ChatOpened:
             system = content
         elif message["role"] in ("user", "assistant") and content:
             chat = add_turn(chat, message["role"], content)
-    return ChatOpened(chat, "Brought in: %d messages." % len(chat.turns), system)
+    return ChatOpened(chat._replace(system=system), "Brought in: %d messages." % len(chat.turns))
 
 def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
     """A chat as a text: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
@@ -3865,7 +3869,8 @@ def update(state: State, event: Any) -> Change:
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Whatever the chat has more than its file goes there: new turns, and where it stands."""
     chat, at = state.chat, (stands_at(state.chat), sees_from(state.chat))
-    if not chat.name or chat.last == chat.stored and at == chat.stored_at:
+    system = state.settings.system_prompt
+    if not chat.name or not chat.last or chat.last == chat.stored and (at, system) == (chat.stored_at, chat.system):
         return state, effects
     model = {"model": state.model.name} if state.model else {}
     turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
@@ -3874,7 +3879,8 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
         **dict(model, note=turn.note) if turn.role == "assistant" else {}) for turn in turns]
     if at != (chat.last if records else chat.stored_at[0], chat.stored_at[1]):
         records.append({"at": at[0], "from": at[1]})
-    return state._replace(chat=chat._replace(stored=chat.last, stored_at=at)), effects + (Store("write", (chat.name, tuple(records))),)
+    records = [{"system": system}] * (system != chat.system) + records
+    return state._replace(chat=chat._replace(stored=chat.last, stored_at=at, system=system)), effects + (Store("write", (chat.name, tuple(records))),)
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
@@ -3955,9 +3961,9 @@ def on_chats_found(state: State, event: ChatsFound) -> Change:
     return state._replace(dialog=state.dialog._replace(items=items, names=tuple(entry.name for entry in event.entries), index=0)), ()
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
-    state = begin_chat(state, event.chat, event.note or "This chat goes on")
-    settings = state.settings._replace(system_prompt=state.settings.system_prompt if event.system is None else event.system)
-    return state._replace(settings=settings), ()
+    chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
+    state = begin_chat(state, chat, event.note or "This chat goes on")
+    return state._replace(settings=state.settings._replace(system_prompt=event.chat.system)), ()
 
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
