@@ -1931,7 +1931,7 @@ class LlamaEngine:
         first = self.tokenize("a", False)
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
-        self.system_mark = (0, "")
+        self.system_mark, self.shifting = (0, ""), False    # shifting: moved entries are only rotated at the next decode
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -2060,7 +2060,7 @@ class LlamaEngine:
         if self.api.llama_memory_seq_rm(self.memory, 0, start, at):
             self.api.llama_memory_seq_add(self.memory, 0, at, -1, start - at)
             self.tokens = self.tokens[:start] + self.tokens[at:]
-            self.checkpoints = []
+            self.checkpoints, self.shifting = [], True
 
     def _decode(self, tokens: List[int], all_logits: bool = False) -> bool:
         """Read tokens (at most n_batch) into the KV cache; False when stopped. Raises ModelError."""
@@ -2072,6 +2072,7 @@ class LlamaEngine:
         status = self.api.llama_decode(self.context, batch)
         if status == 0:
             self.tokens += tokens
+            self.shifting = False
             return True
         self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
         if status == 2:
@@ -2149,6 +2150,8 @@ class LlamaEngine:
         """Write the KV cache to a file: as llama_state_seq_save_file does, then the checkpoints, then JSON about them, its
         length and a checksum. Renamed into place, readable for its owner only; False where it could not be written."""
         import json, struct
+        if self.shifting:
+            return False
         temporary, tokens = "%s.%d.tmp" % (path, os.getpid()), (self.api.llama_token * len(self.tokens))(*self.tokens)
         about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in self.checkpoints]}
         raw = json.dumps(about).encode()
