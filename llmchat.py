@@ -85,7 +85,18 @@ BESIDE_COLUMNS = 90               # windows narrower than this show one pane at 
 SYSTEM_PANE_SHARE = 0.36          # the system pane's part of the window's width
 DRAFT_ROWS = 10                   # the input box grows up to this many lines (or a third of the window)
 LOG_LINES = 2000                  # lines kept in the system pane
+SCROLLBACK_LINES = 200            # lines of the chat's end that stay in the terminal after quitting; 0 = none
 DEMO_TOKENS_PER_S = 30            # the demo's fixed texts are played at this speed
+THOUGHTS = "folded"               # a model's thinking at the start: "folded" into a line, "open" or "hidden"
+
+# How replies begin that hold thinking, and what ends it. Templates' own ways to say so: see SWITCHES, section 5.
+THINKING = (
+    ("<think>", "</think>"),                  # Qwen, DeepSeek, GLM, Kimi, MiniMax, SmolLM, Nemotron …
+    ("[THINK]", "[/THINK]"),                  # Magistral, Ministral
+    ("<|channel>thought", "<channel|>"),      # Gemma
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),    # gpt-oss
+    ("<|channel|>final<|message|>", ""),      # … when it answers at once
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"))
 
 # Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
 # -1 = the terminal's own. Attributes: b bold, d dim, i italic, r reverse, u underline. Mono terminals use only those.
@@ -135,6 +146,7 @@ KEYS = {
     "alt-down":  "line_down",
     "ctrl-o":    "chats",
     "ctrl-l":    "redraw",
+    "ctrl-t":    "think",
 }
 # … and while the input box is empty:
 EMPTY_KEYS = {
@@ -252,6 +264,8 @@ class Settings(NamedTuple):
     session: str = ""                 # names of chats begin with it; "" = nothing is stored
     states: str = ""                  # folder of the engine's states, "" = none are kept
     raw: bool = False                 # show replies as they were written, Markdown and all
+    think: Optional[bool] = None      # whether the model is to think; None = as its template has it
+    thoughts: str = THOUGHTS
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -259,6 +273,7 @@ class ModelInfo(NamedTuple):
     description: str                  # one line, see model_summary
     n_ctx: int                        # tokens
     path: str = ""
+    can_switch: bool = True           # its template has a switch for thinking
 
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
@@ -267,6 +282,7 @@ class Turn(NamedTuple):
     style: str = "warn"               # of a notice
     id: int = 0                       # its number in the chat, from 1 on; 0 = a notice, which isn't stored
     parent: int = 0                   # the turn before it, 0 = none
+    thought: str = ""                 # how much of a reply is thinking: "214 tokens, 9 s"
 
 class Chat(NamedTuple):
     """A tree of turns, of which one path is shown: another answer or an edited question is a new branch."""
@@ -284,6 +300,9 @@ class Chat(NamedTuple):
     stored: int = 0                   # … of those that are in the file
     stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
     system: str = ""                  # the system prompt, as the file says
+    thought: str = ""                 # how much of the reply in progress is thinking
+
+File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
 # A stored chat: time_s: when it was last changed, seconds since 1970
 ChatEntry = NamedTuple("ChatEntry", [("name", str), ("title", str), ("model", str), ("time_s", float),
@@ -330,6 +349,9 @@ class State(NamedTuple):
     n_chats: int = 0                  # begun in this session
     find: str = ""                    # what /find looks for; n and N go on
     draft: Draft = Draft()
+    files: Tuple[File, ...] = ()      # attached to the draft
+    files_tokens: int = 0             # what they cost, 0 = not known yet
+    attaching: bool = False           # they are being read
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
@@ -362,6 +384,8 @@ Installed = NamedTuple("Installed", [("code", int)])              # the installe
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
 ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str)])
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
+Fitting = NamedTuple("Fitting", [("text", str), ("word", str), ("words", Sequence[str])])    # for the last word of this draft
+FilesRead = NamedTuple("FilesRead", [("files", Tuple[File, ...]), ("problems", Tuple[str, ...]), ("text", str)])    # … to be sent
 Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
 
 class EngineDied(NamedTuple):
@@ -374,6 +398,7 @@ InstallEngine = NamedTuple("InstallEngine", [])                   # in the backg
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [])
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
+Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 Quit = NamedTuple("Quit", [])
 
@@ -419,7 +444,9 @@ def take_cells(text: str, width: int) -> str:
 @lru_cache(maxsize=None)
 def _pattern(name: str) -> Any:
     """Regular expressions, compiled when first used (compiling one costs as much as an import)."""
+    path = r"""("[^"]+"|'[^']+'|(?:\\ |\S)*[^\s.,;:!?)])"""    # quoted, or its spaces escaped; without a full stop
     return re.compile({
+        "path": path, "@path": r"""(?<![^\s"'(])@""" + path,
         # C0 and C1 controls, DEL, surrogates, bidirectional overrides and isolates, line separators
         "unsafe": "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]",
         # white space, one wide character (a line may break on either side of it), or a word
@@ -427,6 +454,7 @@ def _pattern(name: str) -> Any:
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
                  "[^ \\t\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd]+",
+        "file": r"(?s)File ([^\n]+):\n(`{3,})\n(.*?)\n\2\n\n",        # as join_files writes it
         "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])",
         # a line of Markdown: indentation, and the mark of a heading, quote or list item
         "block": r"( *)(?:(#{1,6}) +(?=\S)|(>) ?|([-*+]|\d{1,9}[.)]) +(?=\S))?(.*)",
@@ -495,6 +523,20 @@ def wrap(text: str, width: int) -> List[str]:
     for paragraph in text.split("\n"):
         lines.extend(wrap_paragraph(paragraph, max(1, width)))
     return lines
+
+def join_files(files: Sequence[File], text: str) -> str:
+    """A message with its files before it, each in a fence that nothing in it can end."""
+    for file in reversed(files):
+        fence = "`" * max([3] + [len(ticks) + 1 for ticks in re.findall("`+", file.text)])
+        text = "File %s:\n%s\n%s\n%s\n\n%s" % (file.name, fence, file.text, fence, text)
+    return text
+
+def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
+    """What join_files has joined."""
+    files: Tuple[File, ...] = ()
+    while found := _pattern("file").match(text):
+        files, text = files + (File(*found.group(1, 3)),), text[found.end():]
+    return files, text
 
 # -- the edit buffer --
 
@@ -605,8 +647,14 @@ def clean_row(text: str) -> str:
 PIECE = 2000                      # characters: longer lines are laid out in pieces
 TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
 
-# What replies look like: columns of the pane; see Settings
-Look = NamedTuple("Look", [("width", int), ("unicode", bool), ("raw", bool)])
+class Look(NamedTuple):
+    """What replies look like; see Settings."""
+    width: int                    # columns of the pane
+    unicode: bool
+    raw: bool
+    thoughts: str = THOUGHTS
+    style: str = "text"           # of words that nothing marks
+
 # A table's columns: their widths; "<", "^" or ">" each; whether cells are wrapped, so that rows need lines between them
 Table = NamedTuple("Table", [("widths", Tuple[int, ...]), ("aligns", str), ("ruled", bool)])
 
@@ -688,7 +736,7 @@ def lay_text(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[P
     if place.carry:
         first, rest, base, kept = place.carry
     else:
-        kept, (first, rest, base, text) = (), start_line(text, look, plain=look.raw or bool(place.fence))
+        kept, (first, rest, base, text) = (), start_line(text, look, look.style, look.raw or bool(place.fence))
     if place.fence:
         spans, begun = color_code(text, place.language, place.begun)
     else:
@@ -774,6 +822,18 @@ def lay_line(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[P
         return place, done + [code_rule(look)]
     place, lines = (place, []) if row else lay_text(place, text, look, whole)
     return place, done + lines
+
+def code_blocks(text: str) -> List[str]:
+    """The blocks of code in a reply, in the order of their numbers on the screen."""
+    place, blocks = Place(), []
+    for row in text.split("\n"):
+        before, place, indent = place, lay_line(place, clean(row), Look(80, False, False))[0], len(row) - len(row.lstrip(" "))
+        if place.n_code > before.n_code:
+            blocks.append([])
+            outer = indent                # in a list a block is indented as a whole
+        elif place.fence:
+            blocks[-1].append(row[min(indent, outer):].rstrip("\r"))
+    return ["\n".join(rows) for rows in blocks]
 
 def split_row(text: str, n: int = 0) -> Tuple[str, ...]:
     """The cells of a table's row; n: as many, what is beyond is added to the last."""
@@ -872,21 +932,46 @@ class Page:
             return lines[:-1] + [lines[-1] + (("▌" if self.look.unicode else "_", "text"),)]
         return lines + [code_rule(self.look)] if place.fence and not self.look.raw else lines
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def reply_page(look: Look) -> Page:
-    """The page of the reply in progress."""
+    """The page of the reply in progress, or of its thinking."""
     return Page(look._replace(width=max(1, look.width - 3)))
+
+def split_thinking(text: str) -> Tuple[str, Optional[str]]:
+    """A reply's thinking, and its answer: None as long as it thinks."""
+    body = text.lstrip()
+    for begin, end in THINKING:
+        if body.startswith(begin):
+            at = body.find(end, len(begin))
+            return body[len(begin):at if at >= 0 else None].strip(), body[at + len(end):].lstrip() if at >= 0 else None
+        if body and begin.startswith(body):
+            return "", None               # only half of the mark is there
+    return "", text
+
+def reply_lines(text: str, thought: str, look: Look, ended: bool) -> List[Line]:
+    """A reply in lines: what it thought, as look.thoughts says, and its answer."""
+    thinking, answer = split_thinking(text)
+    lines: List[Line] = []
+    def show(text: str, look: Look, complete: bool) -> List[Line]:
+        page = reply_page(look)           # has most of it laid out, if this reply was in progress just now
+        return (page if not ended or text.startswith(page.text) else Page(page.look)).show(text, complete)
+    if (thinking or answer is None) and look.thoughts != "hidden":
+        title = "thinking%s %s" % ("…" if look.unicode else "...", thought)
+        lines = [(("  ", "dim"), (take_cells(title, max(1, look.width - 3)), "dim"))]
+        if look.thoughts == "open":
+            lines += show(thinking, look._replace(raw=True, style="dim"), ended or answer is not None) + [()]
+    return lines if lines and answer is None else lines + show(answer or "", look, ended)
 
 @lru_cache(maxsize=2048)
 def turn_lines(turn: Turn, look: Look) -> Tuple[Line, ...]:
     """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
     mark, style = ("❯ " if look.unicode else "> ", "user") if turn.role == "user" else ("  ", turn.style)
     if turn.role == "assistant":
-        page = reply_page(look)           # has most of it laid out, if this turn was the reply in progress just now
-        page = page if turn.text.startswith(page.text) else Page(page.look)
-        body = list(page.show(turn.text, ended=True))
+        body = reply_lines(turn.text, turn.thought, look, ended=True)
     else:
-        rows = wrap(clean(turn.text), look.width - 3) if turn.text else []
+        files, text = split_files(turn.text) if turn.role == "user" and not look.raw else ((), turn.text)
+        text = "".join("[%s] " % file.name for file in files) + text
+        rows = wrap(clean(text), look.width - 3) if text else []
         body = [(("  " if i else mark, "prompt"), (row, style)) for i, row in enumerate(rows)]
     if turn.note:
         body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), look.width - 3)]
@@ -930,9 +1015,9 @@ Items = NamedTuple("Items", [("count", int), ("lines", Any)])
 
 def chat_items(state: State, width: int) -> Items:
     turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
-    look = Look(width, state.settings.unicode, state.settings.raw)
+    look = Look(width, state.settings.unicode, state.settings.raw, state.settings.thoughts)
     def lines(i: int) -> Sequence[Line]:
-        shown = turn_lines(turns[i], look) if i < len(turns) else reply_page(look).show(reply or "")
+        shown = turn_lines(turns[i], look) if i < len(turns) else reply_lines(reply or "", state.chat.thought, look, ended=False)
         if i < forgotten:
             shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
         if i == forgotten - 1:
@@ -1546,6 +1631,9 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
+SWITCHES = (  # the variables by which templates are told to let the model think, or not
+    ("enable_thinking", True, False), ("thinking", True, False), ("reasoning_effort", "high", "low"),
+    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0))
 
 def import_llama() -> Any:
     """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
@@ -1638,6 +1726,19 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
         self.template = environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
         self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
+        self.switches, self.opened = {}, ""    # "<think>\n" where the prompt ends in it, so that the reply begins inside
+
+    def switch_thinking(self, think: Optional[bool]) -> str:
+        """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
+        hello = [{"role": "user", "content": "Hello"}]
+        self.switches = {} if think is None else {name: on if think else off for name, on, off in SWITCHES}
+        try:
+            prompt = self.render(hello)
+        except Exception:                 # it knows other words for it, and refuses these
+            self.switches = {}
+            prompt = self.render(hello)
+        self.opened = next((prompt[prompt.rindex(begin):] for begin, _ in THINKING if prompt.rstrip().endswith(begin)), "")
+        return prompt
 
     @staticmethod
     def _raise(message: str) -> None:
@@ -1656,7 +1757,7 @@ class ChatTemplate:
 
     def render(self, messages: List[Dict[str, str]]) -> str:
         """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
-        return self.template.render(messages=messages, **self.constants)
+        return self.template.render(messages=messages, **self.constants, **self.switches)
 
     def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
         """The prompt, and the messages as the template took them: when it refuses or drops a system message,
@@ -1684,18 +1785,13 @@ class ChatTemplate:
         The template runs twice, the second time with marks around each message's text. Where a template looks
         into the text and the marks change what it does, the messages are searched in its output instead."""
         text, messages = self.render_any(messages)
-        marked = self.render([dict(m, content=OPEN + m["content"] + CLOSE) for m in messages])
+        marked = self.render([{key: value if key == "role" else OPEN + value + CLOSE for key, value in m.items()} for m in messages])
+        parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
+        if "".join(parts) == text:
+            return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
         found: List[Tuple[str, bool]] = []
-        if marked.replace(OPEN, "").replace(CLOSE, "") == text and marked.count(CLOSE) == len(messages):
-            for part, message in zip(marked.split(CLOSE), messages + [{"content": ""}]):
-                markup, mark, own = part.rpartition(OPEN)
-                if not mark:              # the template cut the beginning (thinking): what is left ends the message
-                    n = len(os.path.commonprefix([own[::-1], message["content"][::-1]]))
-                    markup, own = own[:len(own) - n], own[len(own) - n:]
-                found += [(markup.replace(OPEN, ""), False), (own, True)]
-            return [piece for piece in found if piece[0]]
         at = 0
-        for body in (m["content"].strip() for m in messages):
+        for body in (m.get(key, "").strip() for m in messages for key in ("reasoning_content", "content")):
             start = text.find(body, at) if body else -1
             if start >= 0:
                 found += [(text[at:start], False), (body, True)]
@@ -1713,12 +1809,16 @@ def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
     """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
     tidy: List[Dict[str, str]] = []
     for message in messages:
-        content = message["content"].replace(OPEN, "").replace(CLOSE, "")
-        if not content.strip():
+        content, thinking = message["content"].replace(OPEN, "").replace(CLOSE, ""), ""
+        if message["role"] == "assistant":
+            thinking, content = split_thinking(content)
+        if not (content or "").strip():
             continue
         if tidy and tidy[-1]["role"] == message["role"]:
             content = tidy.pop()["content"] + "\n\n" + content
         tidy.append({"role": message["role"], "content": content})
+        if thinking:                      # templates that want it in the history look there, by either name
+            tidy[-1].update(reasoning_content=thinking, thinking=thinking)
     return tidy
 
 def file_checksum(file: Any, n_bytes: int) -> int:
@@ -1880,7 +1980,9 @@ class LlamaEngine:
         self._make_context(path, plan, hardware)
         warm.join()
         self._make_template()
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header))
+        on, off, _ = map(self.template.switch_thinking, (True, False, None))
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header),
+                  can_switch=on != off)
 
     def _load_model(self, path: str, plan: Plan, hardware: Hardware) -> None:
         api, params = self.api, self.api.llama_model_default_params()
@@ -1921,7 +2023,7 @@ class LlamaEngine:
         source = api.llama_model_chat_template(self.model, None)
         try:
             self.template = ChatTemplate(source.decode("utf-8", "replace") if source else CHATML, *special)
-            self.template.render([{"role": "user", "content": "Hello"}])
+            self.template.switch_thinking(None)
             if not source:
                 self.emit("log", level="warn", text="This model has no chat template; using ChatML. "
                           "If it answers oddly it is a base model: choose an instruct or chat one.")
@@ -1932,6 +2034,8 @@ class LlamaEngine:
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
         self.system_mark, self.shifting = (0, ""), False    # shifting: moved entries are only rotated at the next decode
+        marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
+        self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -2229,7 +2333,10 @@ class LlamaEngine:
         begun: how the reply begins; the model goes on from there."""
         import time
         began = time.monotonic()
-        begun_tokens = self.replies.get(begun) or (self._continue_tokens(begun, False, False) if begun else [])
+        opened = self.template.opened
+        written = begun[len(opened):] if begun.startswith(opened) else begun
+        marked = split_thinking(begun)[1] != begun
+        begun_tokens = self.replies.get(begun) or (self._continue_tokens(written, marked, False) if begun else [])
         kept, prompt = self._fit_messages(messages, len(begun_tokens))
         prompt = prompt + begun_tokens
         if kept is not messages:
@@ -2243,6 +2350,7 @@ class LlamaEngine:
         if not self._read(prompt):
             return reply.end("stopped")
         reply.read_s = time.monotonic() - began
+        reply.text, reply.unsent = begun, "" if begun else opened
         sampler = self.make_sampler(sampling)
         try:
             for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
@@ -2253,7 +2361,7 @@ class LlamaEngine:
             if reply.unsent:              # it failed in mid-reply
                 reply.flush(time.monotonic())
             if reply.tokens:
-                self.replies[begun + reply.text] = begun_tokens + reply.tokens
+                self.replies[reply.text] = begun_tokens + reply.tokens
 
     def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
         """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
@@ -2298,7 +2406,7 @@ class LlamaEngine:
             for token in tokens:
                 if self.api.llama_vocab_is_eog(self.vocab, token):
                     return "end"
-                reply.add(token, self.piece(token))
+                reply.add(token, self.piece(token, token in self.marks))
                 if len(reply.tokens) == max_tokens:
                     return "length"
             if len(self.tokens) >= self.n_ctx:
@@ -2338,6 +2446,7 @@ class Reply:
         self.tokens: List[int] = []
         self.text = self.unsent = ""
         self.read_s = self.first_s = self.sent_s = 0.0
+        self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
     def add(self, token: int, piece: bytes) -> None:
         import time
@@ -2347,6 +2456,8 @@ class Reply:
         text = self.decoder.decode(piece)
         starts = len(self.tokens) == 1 and not self.begun
         self.unsent += text[1:] if starts and text[:1] == " " else text    # SentencePiece's space before a text
+        if split_thinking(self.text + self.unsent)[1] is None:
+            self.thought = (len(self.tokens), now - self.first_s)
         if self.unsent and now - self.sent_s >= self.EMIT_S:
             self.sent_s = now
             self.flush(now)
@@ -2356,14 +2467,14 @@ class Reply:
         return (len(self.tokens) - 1) / (now_s - self.first_s) if len(self.tokens) > 1 else 0.0
 
     def flush(self, now_s: float) -> None:
-        self.engine.emit("text", text=self.unsent, rate=self.rate(now_s), n_used=len(self.engine.tokens))
-        self.text, self.unsent = self.text + self.unsent, ""
+        text, self.text, self.unsent = self.unsent, self.text + self.unsent, ""
+        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=len(self.engine.tokens), thought=self.thought)
 
     def end(self, reason: str) -> None:
         import time
         now = time.monotonic()
         self.unsent += self.decoder.decode(b"", True)
-        if self.unsent:
+        if self.unsent and self.tokens:
             self.flush(now)
         self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
                          rate=self.rate(now), read_s=self.read_s, n_used=len(self.engine.tokens), n_ctx=self.engine.n_ctx,
@@ -2668,6 +2779,11 @@ class EngineProcess:
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
         if self.engine.context:
+            self.engine.template.switch_thinking(command.get("think"))
+            if command.get("files"):
+                self.emit("counted", n=len(self.engine.tokenize(command["files"], False)))
+            if not READ_AHEAD:
+                return
             self.states.enter(command.get("chat", ""), command["messages"])
             self.engine.ahead = self.engine.certain_tokens(command["messages"], command["draft"])
 
@@ -2675,6 +2791,7 @@ class EngineProcess:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
+        self.engine.template.switch_thinking(command.get("think"))
         self.states.enter(command.get("chat", ""), command["messages"])
         self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0), command.get("begun", ""))
 
@@ -3081,7 +3198,7 @@ def install_engine(say: Any) -> int:
 
 # -- chats: a file of JSON lines each, only ever appended to --
 # {"chat": 1, "time": 1732290000}                         the first line: the format's version
-# {"turn": 3, "parent": 2, "role": "user", "content": …}  also "time" and, of replies, "model" and "note"; parent 0 = the first
+# {"turn": 3, "parent": 2, "role": "user", "content": …}  also "time" and, of replies, "model", "note", "thought"; parent 0 = the first
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
 # {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
 #                                                         first turn that the model still sees, 0 = all
@@ -3107,11 +3224,11 @@ def sees_from(chat: Chat) -> int:
     """The number of the first turn that the model sees, 0 = all of them."""
     return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
 
-def add_turn(chat: Chat, role: str, text: str, note: str = "") -> Chat:
+def add_turn(chat: Chat, role: str, text: str, note: str = "", thought: str = "") -> Chat:
     """One more turn. What was said at this place before isn't stored again."""
     parent = stands_at(chat)
     said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
-    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent)
+    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
     if not said:
         chat = chat._replace(nodes={**chat.nodes, turn.id: turn}, last=turn.id,
                              kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
@@ -3140,7 +3257,8 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
                 if "part" in record:
                     parts[number] = before._replace(text=before.text + record["part"])
                 elif record["role"] in ("user", "assistant"):
-                    nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent)
+                    nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent,
+                                         thought=str(record.get("thought", "")))
                     at = number
         except (ValueError, KeyError, TypeError, OverflowError):
             continue
@@ -3344,6 +3462,37 @@ class ChatStore:
             file.write(text)
         self.post(Told("Written: %s" % path, "good"))
 
+    def find_paths(self, text: str, word: str, escaped: bool) -> None:
+        """For Tab: the paths that begin with this word; escaped: spaces have a backslash before them."""
+        import glob
+        full = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
+        tails = [path[len(full):] + "/" * os.path.isdir(path) for path in sorted(glob.glob(glob.escape(full) + "*"))]
+        self.post(Fitting(text, word, [word + (tail.replace(" ", "\\ ") if escaped else tail) for tail in tails]))
+
+    def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
+        """The files of /file; or, with a text, those named in it that exist. Hardly any token has more than 16 characters."""
+        import glob
+        files, problems, room = [], [], 16 * n_ctx
+        for path in (os.path.expanduser(word.strip("'\"").replace("\\ ", " ")) for word in words):
+            names = sorted(glob.glob(glob.escape(path) if text else path))
+            for name in list(filter(os.path.isfile, names)) or [path] * (not text):
+                try:
+                    files.append(File(clean_row(name), read_attachment(name, room)))
+                    room -= len(files[-1].text)
+                except (OSError, ValueError) as error:
+                    problems.append("%s isn't attached: %s." % (name, getattr(error, "strerror", None) or error))
+        self.post(FilesRead(tuple(files), tuple(problems[:9]), text))
+
+    def copy(self, text: str, what: str, sent: bool) -> None:
+        """Put a text on the clipboard, or else into a file, and say where it is. sent: the terminal has been given it."""
+        program, place = copy_by_program(text), os.path.join(data_dir(), "copied.txt")
+        places = [program] * bool(program) + ["the terminal's clipboard (OSC 52, which no terminal confirms)"] * sent
+        if not places:
+            os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+            with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(text.encode("utf-8", "replace"))
+        self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
+
     def bring(self, path: str, name: str) -> None:
         """A chat from a file of OpenAI's messages."""
         with open(os.path.expanduser(path), encoding="utf-8") as file:
@@ -3352,6 +3501,37 @@ class ChatStore:
             self.post(parse_messages(text, name))
         except (ValueError, KeyError, TypeError, AttributeError):
             self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
+
+def read_attachment(path: str, room: int) -> str:
+    """A text file. Raises OSError, or ValueError with the reason why it can't be sent."""
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")
+    with open(path, "rb") as file:
+        raw = file.read(room + 1)
+    if len(raw) > room:
+        raise ValueError("it has {:,} bytes, and the context has room for {:,} at the very most".format(os.path.getsize(path), room))
+    try:
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", "replace")
+    if re.search("[\0-\x06\x0e-\x1a\x1c-\x1f]", text):
+        raise ValueError("it is binary, and only text can be sent")
+    return text.replace("\r\n", "\n").rstrip("\n")
+
+CLIPBOARDS = (("pbcopy",), ("wl-copy",), ("xclip", "-selection", "clipboard"), ("clip.exe",), ("termux-clipboard-set",))
+if os.name == "nt":                   # with its folder: Windows would look for it in the current one first, which may be anybody's
+    CLIPBOARDS = ((os.path.join(os.environ.get("SystemRoot", r"C:\Windows"), "System32", "clip.exe"),),)
+
+def copy_by_program(text: str) -> str:
+    """The name of the clipboard program that took this text, or "". Over ssh that clipboard would be the other machine's."""
+    from subprocess import DEVNULL, SubprocessError, run
+    tmux = ("tmux", "load-buffer", "-w", "-")    # sends it on where tmux's defaults don't let our own OSC 52 through
+    for argv in CLIPBOARDS * ("SSH_CONNECTION" not in os.environ) + (tmux,) * bool(os.environ.get("TMUX")):
+        raw = text.encode("utf-16-le" if argv[0].endswith("clip.exe") else "utf-8", "replace")
+        with suppress(OSError, SubprocessError):
+            run(argv, input=raw, stdout=DEVNULL, stderr=DEVNULL, timeout=5, check=True)
+            return argv[0]
+    return ""
 
 def parse_messages(text: str, name: str) -> ChatOpened:
     """A chat from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
@@ -3369,9 +3549,10 @@ def parse_messages(text: str, name: str) -> ChatOpened:
     return ChatOpened(chat._replace(system=system), "Brought in: %d messages." % len(chat.turns))
 
 def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
-    """A chat as a text: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
+    """A chat as a text, without the thinking: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
     import json
-    said = [("system", system)] * bool(system) + [(turn.role, turn.text) for turn in turns if turn.role != "notice"]
+    said = [("system", system)] * bool(system) + [
+        (turn.role, split_thinking(turn.text)[1] or "" if turn.role == "assistant" else turn.text) for turn in turns if turn.role != "notice"]
     if path.lower().endswith(".json"):
         return json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}, ensure_ascii=False, indent=1) + "\n"
     form = "## %s\n\n%s\n\n" if path.lower().endswith(".md") else "%s: %s\n\n"
@@ -3391,7 +3572,7 @@ def list_chats(query: str) -> List[ChatEntry]:
             continue
         titles = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or re.findall(r'(?m)^\{"turn": \d+, "parent": 0, .*$', text)[:1]
         record = json.loads(titles[0]) if titles and is_json(titles[0]) else {}
-        title = " ".join(str(record.get("title") or record.get("content") or "(empty)").split())[:200]
+        title = " ".join(str(record.get("title") or split_files(str(record.get("content", "")))[1] or "(empty)").split())[:200]
         models = re.findall(r'"model": "([^"]*)"', text)
         entries.append(ChatEntry(entry.name[:-6], title, "".join(models[-1:]), entry.stat().st_mtime, len(text)))
     return sorted(entries, key=lambda entry: -entry.time_s)
@@ -3464,7 +3645,7 @@ def forget_old(state: State) -> State:
             return state._replace(chat=state.chat._replace(forgotten=i))
     return state
 
-def ask_model(state: State, begun: str = "") -> Change:
+def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits. begun: how the reply begins."""
     chat = state.chat
     if state.engine is not Condition.READY:
@@ -3472,11 +3653,12 @@ def ask_model(state: State, begun: str = "") -> Change:
         if state.engine is Condition.MISSING:
             return state._replace(dialog=Dialog("install")), ()
         return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD) else (state, ())
-    chat = forget_old(state).chat._replace(waiting=False, reply=begun, request=chat.request + 1)
+    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought, request=chat.request + 1)
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "tokens_per_s": DEMO_TOKENS_PER_S if state.settings.demo else 0, "chat": chat.name, "begun": begun}
+               "tokens_per_s": DEMO_TOKENS_PER_S if state.settings.demo else 0, "chat": chat.name, "begun": begun,
+               "think": state.settings.think}
     return state, store_part(state, begun) + (SendEngine(request),)
 
 def store_part(state: State, text: str) -> Tuple[Any, ...]:
@@ -3568,6 +3750,37 @@ def cmd_import(state: State, argument: str) -> Change:
     """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
     return state, (Store("bring", (argument, begin_chat(state, Chat(), "").chat.name)),)
 
+def cmd_copy(state: State, argument: str) -> Change:
+    """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
+    text, what = pick_text(state, argument)
+    return (state, (Copy(text, what),)) if text else (state._replace(hint="There isn't any: " + what), ())
+
+def cmd_save(state: State, argument: str) -> Change:
+    """/save FILE N: write the last reply (N: its block of code with this number) to a file"""
+    path, number = re.match(r"(.*?)(?: (\d+))?$", argument).groups("")
+    text, what = pick_text(state, number)
+    if not path or not text:
+        return state._replace(hint="There isn't any: " + what if path else "Name a file, e.g. /save reply.md, or /save code.py 2"), ()
+    return state, (Store("export", (path, text + "\n")),)
+
+def pick_text(state: State, which: str) -> Tuple[str, str]:
+    """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
+    replies = [turn.text for turn in reversed(state.chat.turns) if turn.role == "assistant"]
+    parts = {"": "".join(replies[:1]), "all": export_chat(state.chat.turns, "", ".md")}
+    parts.update((str(n), block) for n, block in enumerate(next(filter(None, map(code_blocks, replies)), ()), 1))
+    return parts.get(which, ""), {"": "the last reply", "all": "the chat"}.get(which, "code block " + which)
+
+def cmd_file(state: State, argument: str) -> Change:
+    """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
+    if argument == "none":
+        return state._replace(files=(), hint="No files are attached"), ()
+    paths = _pattern("path").findall(argument)
+    return read_files(state, paths) if paths else (state._replace(hint="Name files, e.g. /file notes.txt src/*.py"), ())
+
+def read_files(state: State, paths: List[str], text: str = "") -> Change:
+    """text: the draft, which is sent when they have been read."""
+    return state._replace(attaching=True), (Store("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
+
 def cmd_find(state: State, argument: str) -> Change:
     """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
     return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
@@ -3603,7 +3816,7 @@ def cmd_continue(state: State, argument: str) -> Change:
     said = last_index(state.chat, "assistant")
     if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
         return state._replace(hint="There is no reply to go on with"), ()
-    return ask_model(state._replace(chat=cut_turns(state.chat, said)), begun=state.chat.turns[said].text)
+    return ask_model(state._replace(chat=cut_turns(state.chat, said)), state.chat.turns[said].text, state.chat.turns[said].thought)
 
 def cmd_edit(state: State, argument: str) -> Change:
     """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
@@ -3612,9 +3825,13 @@ def cmd_edit(state: State, argument: str) -> Change:
 def edit_turn(state: State, index: int) -> Change:
     if index < 0:
         return state._replace(hint="There is nothing above to edit"), ()
-    text = state.chat.turns[index].text
-    return state._replace(chat=state.chat._replace(editing=index), draft=state.draft._replace(text=text, cursor=len(text)),
-                          hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
+    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index)), state.chat.turns[index])
+    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
+
+def put_in_draft(state: State, turn: Turn) -> State:
+    """A turn in the input box again, with its files attached."""
+    files, text = split_files(turn.text) if turn.role == "user" else (state.files, turn.text)
+    return state._replace(files=files, draft=state.draft._replace(text=text, cursor=len(text)))
 
 def cmd_undo(state: State, argument: str) -> Change:
     """/undo: take back the last question and its answer (/redo brings them back)"""
@@ -3633,7 +3850,7 @@ def cmd_fork(state: State, argument: str) -> Change:
     """/fork: go on in a copy of this chat"""
     copy = Chat(forgotten=state.chat.forgotten)
     for turn in state.chat.turns:
-        copy = add_turn(copy, turn.role, turn.text, turn.note) if turn.id else copy._replace(turns=copy.turns + (turn,))
+        copy = add_turn(copy, turn.role, turn.text, turn.note, turn.thought) if turn.id else copy._replace(turns=copy.turns + (turn,))
     return begin_chat(state, copy, "This is a copy; the other chat stays as it was"), ()
 
 def versions(chat: Chat, turn: Turn) -> List[int]:
@@ -3714,6 +3931,16 @@ def cmd_raw(state: State, argument: str) -> Change:
     raw = not state.settings.raw
     return state._replace(settings=state.settings._replace(raw=raw), hint="Replies as written" if raw else "Replies formatted"), ()
 
+def cmd_think(state: State, argument: str) -> Change:
+    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word: open or close it)"""
+    settings = state.settings
+    if argument in ("", "hide"):
+        shown = "hidden" if argument else "folded" if settings.thoughts == "open" else "open"
+        return state._replace(settings=settings._replace(thoughts=shown), hint="Thinking is %s" % shown), ()
+    if argument not in ("on", "off") or state.model and not state.model.can_switch:
+        return state._replace(hint="This model has no switch for thinking" if argument in ("on", "off") else "/think on, off or hide"), ()
+    return state._replace(settings=settings._replace(think=argument == "on"), hint="Thinking is %s from the next message on" % argument), ()
+
 def cmd_stats(state: State, argument: str) -> Change:
     """/stats: what this session has read and written"""
     s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
@@ -3738,40 +3965,52 @@ def cmd_quit(state: State, argument: str) -> Change:
 
 def cmd_send(state: State, argument: str) -> Change:
     """send the message"""
-    text, draft = state.draft.text, state.draft
+    text, draft = state.draft.text, state.draft    # argument: "read" = the files that it names have been read
     if not text.strip():
         return state, ()
     is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
     if not is_command and (is_busy(state) or state.chat.waiting):
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
+    paths = [] if is_command or argument else _pattern("@path").findall(text)
+    if paths:
+        return read_files(state, paths, text)
     history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
     state = state._replace(draft=Draft(history=history, killed=draft.killed))
     if is_command:
         return run_slash(state, text)
     text = (text[1:] if text.startswith("//") else text).strip("\n")
     chat, editing = state.chat, state.chat.editing
-    if editing is None:
-        return ask_model(state._replace(chat=add_turn(chat, "user", text)))
-    chat = add_turn(cut_turns(chat, editing), chat.turns[editing].role, text)
-    if chat.turns[-1].role == "user":
-        return ask_model(state._replace(chat=chat))
-    return state._replace(chat=chat, hint="Changed; /continue goes on from there"), ()
+    before, role = (chat, "user") if editing is None else (cut_turns(chat, editing), chat.turns[editing].role)
+    if role == "user":
+        return ask_model(state._replace(chat=add_turn(before, role, join_files(state.files, text)), files=(), files_tokens=0))
+    return state._replace(chat=add_turn(before, role, text), hint="Changed; /continue goes on from there"), ()
 
 def cmd_newline(state: State, argument: str) -> Change:
     """start a new line in the message"""
     return state._replace(draft=edit_insert(state.draft, "\n")), ()
 
 def cmd_complete(state: State, argument: str) -> Change:
-    """complete a command or a setting's name"""
+    """complete a command, a setting's name or a path"""
     text = state.draft.text[:state.draft.cursor]
     head, _, word = text.rpartition(" ")
+    command, _, argument = text.partition(" ")
+    is_path = command in ("/load", "/save", "/export", "/import")    # the whole argument
+    last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
+    if head and (is_path or command == "/file") or last.startswith("@"):
+        return state, (Store("find_paths", (text, last[last.startswith("@"):], not is_path)),)
     words = ["/" + n for n in slash_commands()] if not head and text.startswith("/") else \
         list(SETTINGS_HELP) if head == "/set" else []
     fitting = [w for w in words if w.startswith(word)] if word or head else []
-    if not fitting:
+    return complete(state, Fitting(text, word, fitting))
+
+def complete(state: State, event: Fitting) -> Change:
+    """Add what all that fits the word has in common; show what there is to choose from."""
+    text, word, fitting = event
+    if not fitting or state.draft.text[:state.draft.cursor] != text:
         return state, ()
-    more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 else "")
-    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(fitting) if len(fitting) > 1 else ""), ()
+    more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
+    names = (name[word.rfind("/", 1) + 1:] for name in fitting)
+    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(names) if len(fitting) > 1 else ""), ()
 
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
@@ -3784,7 +4023,9 @@ def cmd_stop(state: State, argument: str) -> Change:
     if state.chat.waiting:
         return take_back(state), ()
     if state.chat.editing is not None:
-        return state._replace(chat=state.chat._replace(editing=None), draft=state.draft._replace(text="", cursor=0)), ()
+        return put_in_draft(state._replace(chat=state.chat._replace(editing=None)), Turn("user", "")), ()
+    if state.files:
+        return cmd_file(state, "none")
     return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
 
 def take_back(state: State) -> State:
@@ -3793,12 +4034,10 @@ def take_back(state: State) -> State:
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
     asked = last_index(chat, "user")
-    text = chat.turns[asked].text
     if chat.kids.get(chat.turns[asked].id):    # it was another answer that didn't come: the one before is there
         return cmd_redo(state._replace(chat=chat), "")[0]
-    return state._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
-                          draft=state.draft._replace(text=text, cursor=len(text)),
-                          hint="Your message is back in the input box; Ctrl-U clears it")
+    return put_in_draft(state, chat.turns[asked])._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
+                                                           hint="Your message is back in the input box; Ctrl-U clears it")
 
 def cmd_interrupt(state: State, argument: str) -> Change:
     """stop the reply; with nothing running: quit, after asking once"""
@@ -3867,7 +4106,7 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 def update(state: State, event: Any) -> Change:
     state, effects = HANDLERS[type(event)](state, event)
     state, effects = store_news(state, effects)
-    return read_ahead(state, effects) if READ_AHEAD and state.engine is Condition.READY else (state, effects)
+    return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
 
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Whatever the chat has more than its file goes there: new turns, and where it stands."""
@@ -3879,23 +4118,25 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
     records: List[Dict[str, Any]] = [dict(
         {"turn": turn.id, "parent": turn.parent, "role": turn.role, "content": turn.text},
-        **dict(model, note=turn.note) if turn.role == "assistant" else {}) for turn in turns]
+        **dict(model, note=turn.note, **{"thought": turn.thought} if turn.thought else {}) if turn.role == "assistant" else {}) for turn in turns]
     if at != (chat.last if records else chat.stored_at[0], chat.stored_at[1]):
         records.append({"at": at[0], "from": at[1]})
     records = [{"system": system}] * (system != chat.system) + records
     return state._replace(chat=chat._replace(stored=chat.last, stored_at=at, system=system)), effects + (Store("write", (chat.name, tuple(records))),)
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
-    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, and the draft's whole words."""
+    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
+    files (which it counts), and the draft's whole words."""
     text = state.draft.text
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
     chat = forget_old(state).chat
-    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.forgotten, chat.editing, draft)
+    ahead = (state.settings.system_prompt, state.settings.think, chat.name, stands_at(chat), chat.forgotten, chat.editing, draft, state.files)
     if ahead == state.ahead:
         return state, effects
     state = state._replace(chat=chat)
-    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": draft, "chat": chat.name}
+    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": join_files(state.files, draft), "chat": chat.name,
+               "files": join_files(state.files, ""), "think": state.settings.think}
     return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
 
 def on_typed(state: State, event: Any) -> Change:
@@ -3968,6 +4209,15 @@ def on_chat_opened(state: State, event: ChatOpened) -> Change:
     state = begin_chat(state, chat, event.note or "This chat goes on")
     return state._replace(settings=state.settings._replace(system_prompt=event.chat.system)), ()
 
+def on_files_read(state: State, event: FilesRead) -> Change:
+    """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
+    files = {file.name: file for file in state.files + event.files}
+    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False,
+                           hint="Attached: " + ", ".join(files) if event.files else state.hint)
+    if event.problems:
+        return notice(state, "\n".join(event.problems)), ()
+    return cmd_send(state, "read") if event.text and event.text == state.draft.text else (state, ())
+
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
     level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
@@ -4015,7 +4265,7 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
-    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"])
+    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"], message.get("can_switch", True))
     state = add_log(state, LogLine("good", "Ready: %s" % model.name))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
@@ -4038,9 +4288,11 @@ def on_forgot(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
-    engine = Condition.WRITING if state.engine is Condition.READING else state.engine
-    return state._replace(engine=engine, chat=state.chat._replace(reply=state.chat.reply + message["text"]),
-                          speed=message["rate"], n_used=message["n_used"], doing=""), store_part(state, message["text"])
+    engine, thought = Condition.WRITING if state.engine is Condition.READING else state.engine, message.get("thought")
+    chat = state.chat._replace(reply=state.chat.reply + message["text"],
+                               thought="%s, %.0f s" % (format_count(thought[0], "token"), thought[1]) if thought else state.chat.thought)
+    state = state._replace(engine=engine, chat=chat, speed=message["rate"], n_used=message["n_used"], doing="")
+    return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
     note = "%d tokens, %.1f/s, first after %.1f s, read %s" % (
@@ -4058,7 +4310,7 @@ def end_reply(state: State, note: str) -> State:
     state = state._replace(engine=engine, progress=0.0, doing="")
     if not state.chat.reply:
         return take_back(state)
-    return state._replace(chat=add_turn(state.chat, "assistant", state.chat.reply, note)._replace(reply=None))
+    return state._replace(chat=add_turn(state.chat, "assistant", state.chat.reply, note, state.chat.thought)._replace(reply=None))
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
@@ -4103,12 +4355,13 @@ def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
 HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
             Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
-            ChatOpened: on_chat_opened, ChatsFound: on_chats_found,
+            ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
             Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
                  "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "reading": on_reading,
-                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot}
+                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
+                 "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
 
 
 # == 10. VIEW ======================================================================================
@@ -4181,11 +4434,20 @@ def view_top(state: State, layout: Layout, side: bool) -> Line:
     return line + ((box["tr"], "frame"),)
 
 def view_rule(state: State, width: int, more: bool) -> Line:
-    """The line over the input box; it says when there is more below."""
-    box = BOX[state.settings.unicode]
+    """The line over the input box: the attached files and their cost, and whether there is more below."""
+    box, n, n_ctx = BOX[state.settings.unicode], state.files_tokens, state.model.n_ctx if state.model else 0
     text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
-    left = (width - cells(text)) // 2
-    return ((box["h"] * left, "frame"), (text, "warn"), (box["h"] * (width - left - cells(text)), "frame"))
+    cost = "%s of %s tokens: " % (format(n, ","), format(n_ctx, ",")) if n else ""
+    names = "".join("[%s] " % file.name for file in state.files)
+    chips = take_cells(" " + cost + names, max(0, width - cells(text))) if names else ""
+    room = width - cells(chips + text)
+    return ((box["h"] * (room // 2), "frame"), (chips, "user" if n < n_ctx else "warn"), (text, "warn"),
+            (box["h"] * (room - room // 2), "frame"))
+
+def view_end(state: State) -> List[str]:
+    """What stays in the terminal when the window closes: the end of the chat as plain text."""
+    items = chat_items(end_reply(state, "not finished"), state.columns)
+    return ["".join(text for text, _ in line).rstrip() for line in pane_lines(items, None, SCROLLBACK_LINES + 1)[0][:-1]]
 
 def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
     """The visible part of a list, and whether there is more below it."""
@@ -4283,6 +4545,7 @@ CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilitie
 CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1": "home", "2": "insert",
             "3": "del", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}    # ESC [ 1 ; modifier LETTER, ESC [ N ~
 PASTE_BEGINS = list("\x1b[200~")
+OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
 PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
 
 def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[Any]]:
@@ -4383,7 +4646,21 @@ class Screen:
 
     def _write(self, text: str) -> None:
         if os.name != "nt":                        # older Windows consoles show it
-            os.write(1, text.encode("ascii"))
+            raw = text.encode("ascii")
+            while raw:
+                raw = raw[os.write(1, raw):]
+
+    def copy(self, text: str) -> bool:
+        """Send a text to the terminal's clipboard (OSC 52 of xterm's control sequences), unless that can't work."""
+        import base64
+        code = base64.b64encode(text.encode("utf-8", "replace")).decode()
+        if os.name == "nt" or len(code) > OSC_52_MOST or os.environ.get("TERM", "").startswith(("linux", "vt")):
+            return False
+        sequence = "\x1b]52;c;%s\x07" % code
+        if os.environ.get("TMUX"):        # it passes on what is wrapped so
+            sequence = "\x1bPtmux;%s\x1b\\" % sequence.replace("\x1b", "\x1b\x1b")
+        self._write(sequence)
+        return True
 
     def _styles(self) -> Dict[str, int]:
         curses, styles, n_colors = self.curses, {}, 0
@@ -4595,8 +4872,8 @@ def engine_argv(python: str) -> List[str]:
 
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
-    def __init__(self) -> None:
-        self.mailbox = Mailbox()
+    def __init__(self, screen: Optional[Screen] = None) -> None:
+        self.screen, self.mailbox = screen, Mailbox()
         self.engine: Optional[Child] = None
         self.installer: Optional[Child] = None
         self.store = ChatStore(self.mailbox.post)
@@ -4607,6 +4884,8 @@ class Runner:
             self.engine.send(effect.message)
         elif isinstance(effect, Store):
             self.store.do(getattr(self.store, effect.job), *effect.arguments)
+        elif isinstance(effect, Copy):
+            self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
         elif isinstance(effect, StartEngine):
             self.start_engine(effect.demo)
         elif isinstance(effect, FindModels):
@@ -4663,7 +4942,7 @@ def watch_signals(mailbox: Mailbox) -> None:
 
 def run(screen: Screen, state: State, first: str = "") -> int:
     """The window, until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
-    runner = Runner()
+    runner = Runner(screen)
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
@@ -4673,14 +4952,19 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         watch_signals(runner.mailbox)
         for effect in effects + more:
             runner.perform(effect)
-        return loop(state, screen, runner)
+        last = loop(state, screen, runner)
     finally:
         try:
             screen.close()
         finally:
             runner.close()
+    if last and last.chat.turns and SCROLLBACK_LINES:
+        sys.stdout.reconfigure(errors="replace")
+        print("\n".join(view_end(last)))
+    return 0 if last else 1
 
-def loop(state: State, screen: Screen, runner: Runner) -> int:
+def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
+    """The last state; None when the terminal is gone."""
     import time
     drawn, drawn_s = state, 0.0
     while not runner.quit:
@@ -4688,7 +4972,7 @@ def loop(state: State, screen: Screen, runner: Runner) -> int:
         keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
         keys = screen.read_events() if keys_ready else []
         if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
-            return 1
+            return None
         for event in runner.mailbox.take() + keys:
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
@@ -4697,7 +4981,7 @@ def loop(state: State, screen: Screen, runner: Runner) -> int:
         if state is not drawn and (keys or now_s - drawn_s >= 1 / FRAMES_PER_S):
             screen.draw(view(state))      # a key is echoed at once; streaming text at the frame rate
             drawn, drawn_s = state, now_s
-    return 0
+    return state
 
 def react(state: State, event: Any, runner: Runner) -> State:
     """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
@@ -4791,13 +5075,13 @@ class Plain:
         before = self.state
         self.state, effects = update(before, event)
         self.show(before, self.state)
-        if isinstance(event, Submitted) and self.state.hint:
+        if isinstance(event, (Submitted, FilesRead)) and self.state.hint:
             self.note(self.state.hint)    # what a command says
         for effect in effects:
             self.runner.perform(effect)
 
     def show(self, before: State, now: State) -> None:
-        said = (now.chat.reply or "")[len(before.chat.reply or ""):]
+        said = (split_thinking(now.chat.reply or "")[1] or "")[len(split_thinking(before.chat.reply or "")[1] or ""):]
         if said:
             self.clear_progress()
             print(clean(said) if sys.stdout.isatty() else said, end="", flush=True)
@@ -4812,13 +5096,16 @@ class Plain:
         if now.dialog and now.dialog.items and now.dialog != before.dialog:
             rows = now.dialog.items if not now.dialog.names else tuple(map("  ".join, zip(now.dialog.names, now.dialog.items)))
             self.note("\n".join(rows + {"models": ("Load one with /load PATH.",), "chats": ("Go on with /open NAME.",)}.get(now.dialog.kind, ())))
-        if sys.stderr.isatty() and now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+        thinks = now.chat.thought not in ("", before.chat.thought)
+        if sys.stderr.isatty() and (thinks or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress):
             self.progress_shown = True
-            print("\r%s %d %%" % (now.engine.value, now.progress * 100), end="", file=sys.stderr, flush=True)
+            progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
+            print("\r" + progress, end="", file=sys.stderr, flush=True)
 
     def settle(self) -> None:
         """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
-        while is_busy(self.state) or self.state.engine in (Condition.STARTING, Condition.LOADING) or self.runner.mailbox.events:
+        while (is_busy(self.state) or self.state.attaching or self.state.engine in (Condition.STARTING, Condition.LOADING)
+               or self.runner.mailbox.events):
             try:
                 self.runner.mailbox.wait(None)
                 for event in self.runner.mailbox.take():
