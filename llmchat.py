@@ -72,6 +72,18 @@ REPEAT_LAST_N = 64                # how many of the last tokens the penalty look
 SEED = -1                         # the same seed gives the same answer; -1 = a new one each time
 MAX_TOKENS = 0                    # longest reply, in tokens; 0 = until the model is done
 
+PERSONAS = {                      # /persona NAME: ready-made system prompts
+    "plain":   SYSTEM_PROMPT,
+    "coder":   "You are an experienced programmer. Answer with working code first, then explain it in a few sentences.",
+    "teacher": "You are a patient teacher. Explain step by step in simple words, with an example, and end with a question to think about.",
+    "brief":   "You answer in one or two short sentences.",
+}
+PRESETS = {                       # /preset NAME: several settings at once; /set shows their names
+    "precise":  {"temperature": 0.2, "top_p": 0.9, "min_p": 0.1},
+    "standard": {"temperature": TEMPERATURE, "top_p": TOP_P, "min_p": MIN_P},
+    "creative": {"temperature": 1.2, "top_p": 1.0, "min_p": 0.05},
+}
+
 READ_AHEAD = True                 # read the chat and what you type while you type, so that the answer begins at once
 READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing of so many seconds
 CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
@@ -113,6 +125,7 @@ COLORS = {
     "status":  (151, 22, 0, 2, ""),        # the bottom line
     "alert":   (230, 124, 7, 1, "b"),      # … when something needs you
     "bar":     (46, 22, 0, 2, "b"),        # progress bars in it
+    "high":    (221, 22, 0, 3, "b"),       # the context at 75 %; at 90 % it is an alert
     "select":  (16, 77, 0, 2, "b"),        # the chosen line of a list
     "heading": (83, -1, 2, -1, "bu"),      # from here on: in replies
     "bold":    (231, -1, -1, -1, "b"),
@@ -125,6 +138,19 @@ COLORS = {
     "string":  (180, -1, 3, -1, ""),
     "number":  (116, -1, 6, -1, ""),
     "comment": (243, -1, -1, -1, "di"),
+}
+
+# /theme NAME: which of the numbers above become which others. None: no colours, only the attributes.
+THEME = "green"
+THEMES = {
+    "green": {},
+    "amber": {252: 222, 120: 214, 46: 220, 77: 178, 221: 227, 28: 94, 83: 214, 151: 223, 22: 58, 231: 230, 158: 229, 179: 215, 80: 216,
+              109: 137, 35: 136, 114: 208, 180: 186, 116: 180, 243: 137, 2: 3, 3: 7, 6: 7},
+    "calm":  {120: 117, 46: 75, 77: 109, 28: 238, 83: 110, 151: 250, 22: 236, 230: 255, 124: 95, 158: 146, 179: 180, 80: 110, 35: 67,
+              114: 110, 203: 174, 221: 180, 2: 6},
+    "light": {252: -1, 120: 22, 46: 28, 77: 28, 221: 130, 203: 160, 28: 108, 83: 22, 151: 236, 22: 253, 16: 231, 231: 16, 158: 23, 179: 94,
+              80: 25, 109: 60, 35: 28, 114: 90, 180: 130, 116: 25, 0: 7, 2: 4, 3: 5, 6: 4},
+    "mono":  None,
 }
 
 # Keys: key: command (a cmd_ function of section 8). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
@@ -266,6 +292,9 @@ class Settings(NamedTuple):
     raw: bool = False                 # show replies as they were written, Markdown and all
     think: Optional[bool] = None      # whether the model is to think; None = as its template has it
     thoughts: str = THOUGHTS
+    theme: str = THEME
+    given: Dict[str, Any] = {}        # what the command line says: names and values
+    kept: Dict[str, Dict[str, Any]] = {}    # … and what was chosen for each model: file name -> the same; "" = for all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -324,7 +353,7 @@ Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Dialog(NamedTuple):
-    """Something in front of the chat: kind "help", "models" or "chats" (lists to choose from), or a question: "install"."""
+    """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), or a question: "install"."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
@@ -364,6 +393,8 @@ class State(NamedTuple):
     progress: float = 0.0             # of loading or reading, 0 to 1
     doing: str = ""                   # one short line about it
     speed: float = 0.0                # tokens/s of the running or last reply
+    speeds: Tuple[float, ...] = ()    # … of all replies of this session
+    ram_bytes: int = 0                # what the engine has
     n_used: int = 0                   # tokens of the context in use
     ahead: Any = None                 # what the engine was last asked to read ahead
     ahead_left: str = ""              # how far it has come, "" = done
@@ -1030,12 +1061,18 @@ def log_items(state: State, width: int) -> Items:
 
 def log_height(state: State, layout: Layout) -> int:
     """Rows of the system pane that scroll: those under the summary and its rule."""
-    return max(1, layout.log_height - len(summary_lines(state, layout)) - bool(state.summary))
+    return max(1, layout.log_height - len(summary_lines(state, layout)) - bool(state.summary or state.speeds))
 
 def summary_lines(state: State, layout: Layout) -> List[Line]:
-    """What stays above the log: machine and plan, in at most 40 % of the pane."""
+    """What stays above the log: machine and plan, in at most 40 % of the pane, and how fast the last replies were."""
     lines = [line for entry in state.summary for line in log_lines(entry, layout.log_width)]
-    return lines[:layout.log_height * 2 // 5]
+    chart = " " + sparkline(state.speeds[-max(1, layout.log_width - 20):], state.settings.unicode)
+    return lines[:layout.log_height * 2 // 5] + [((chart, "good"), ("  %.1f tokens/s" % speed, "dim")) for speed in state.speeds[-1:]]
+
+def sparkline(values: Sequence[float], unicode: bool) -> str:
+    """A chart one row high: a character for each value."""
+    marks = "▁▂▃▄▅▆▇█" if unicode else "_.-=+*#"
+    return "".join(marks[round((len(marks) - 1) * value / (max(values) or 1))] for value in values)
 
 def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
     """Up to `height` lines from a place on."""
@@ -1568,26 +1605,27 @@ def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
         hardware.cpu_name, hardware.usable_cores, hardware.logical_cores, len(hardware.gpus), wishes.n_gpu_layers,
         model_name(header), header.file_bytes)
 
-def read_tunings() -> Dict[str, Any]:
-    """What --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}."""
-    import json
-    try:
-        return dict(json.loads(read_text(os.path.join(data_dir(), "tuning.json"))))
-    except (ValueError, TypeError):
-        return {}                         # none yet, or damaged: the next --bench writes it anew
+def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
+    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept."""
+    text, kept = read_text(os.path.join(data_dir(), name)), {}
+    if text:                              # or else json needn't be imported before the first frame
+        import json
+        with suppress(ValueError, TypeError):    # damaged: it is written anew
+            kept = {key: values for key, values in dict(json.loads(text)).items() if isinstance(values, dict)}
+    return kept
 
-def save_tuning(key: str, tuned: Dict[str, float]) -> None:
+def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
     import json
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-    path = os.path.join(data_dir(), "tuning.json")
+    path = os.path.join(data_dir(), name)
     with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        json.dump(dict(read_tunings(), **{key: tuned}), file, indent=1)
+        json.dump(dict(read_kept(name), **{key: values}), file, indent=1)
     os.replace(path + ".new", path)
 
 def tune(wishes: Wishes, key: str) -> Wishes:
     """The wishes with what --bench found for this key; a number of threads that is wished for stays."""
     try:
-        found = read_tunings()[key]
+        found = read_kept("tuning.json")[key]
         tuned = wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
                                 tuned_rate=float(found["tokens_per_s"]))
     except (KeyError, ValueError, TypeError):
@@ -1982,7 +2020,7 @@ class LlamaEngine:
         self._make_template()
         on, off, _ = map(self.template.switch_thinking, (True, False, None))
         self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header),
-                  can_switch=on != off)
+                  ram_bytes=probe_ram_bytes(), can_switch=on != off)
 
     def _load_model(self, path: str, plan: Plan, hardware: Hardware) -> None:
         api, params = self.api, self.api.llama_model_default_params()
@@ -2479,7 +2517,7 @@ class Reply:
         self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
                          rate=self.rate(now), read_s=self.read_s, n_used=len(self.engine.tokens), n_ctx=self.engine.n_ctx,
                          first_s=self.first_s - self.began_s if self.first_s else 0.0,
-                         write_s=now - self.first_s if self.first_s else 0.0)
+                         write_s=now - self.first_s if self.first_s else 0.0, ram_bytes=probe_ram_bytes())
 
 BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
 
@@ -2504,8 +2542,7 @@ class Bench:
         waits.update(self.measure_turns(max(16, min(256, plan.n_ctx // 8, int(rate * self.PART_S)))))
         waits["stop"] = sorted(self.stop_s() for _ in range(3))[1]
         self.emit("measured", group="seconds_to_wait", values=waits)
-        with suppress(ImportError):       # Windows
-            self.emit("measured", group="megabytes_at_most", values={"engine": probe_peak_mb()})
+        self.emit("measured", group="megabytes", values={"engine": probe_ram_bytes() / (1 << 20)})
         n = plan.n_threads
         counts = {n} if plan.n_gpu_layers else {1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0}
         self.emit("measured", group="tokens_per_s_written_by_threads",
@@ -2595,10 +2632,17 @@ class Bench:
         self.stop.clear()
         return time.perf_counter() - began_s - 0.8
 
-def probe_peak_mb() -> float:
-    """The most memory that this process ever had; raises ImportError on Windows."""
+def probe_ram_bytes() -> int:
+    """Memory that this process has; where the system doesn't tell that, the most it ever had."""
+    if os.name == "nt":
+        import ctypes
+        counters = (ctypes.c_size_t * 9)(72)    # PROCESS_MEMORY_COUNTERS: its length and a count, 32 bits each; the peak; the working set
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
+        return counters[2]
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    pages = read_text("/proc/self/statm").split()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(pages[1]) * resource.getpagesize() if pages else peak
 
 
 # == 6. ENGINE PROCESS =============================================================================
@@ -3438,6 +3482,8 @@ class ChatStore:
         self._take(file)
         self.post(ChatOpened(parse_chat(raw, name), note))
 
+    keep = staticmethod(save_kept)
+
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query))))
 
@@ -3596,6 +3642,15 @@ SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
     "repeat_last_n":  (int, 0, 4096, "how many tokens back the penalty looks"),
     "seed":           (int, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
     "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
+    "n_ctx":          (int, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
+    "n_threads":      (int, 0, 1024, "CPU threads, 0 = one per physical core"),
+    "n_gpu_layers":   (int, -1, 10000, "layers on the GPU, -1 = as many as fit"),
+}
+
+CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
+    "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
+    "preset":  {name: (", ".join("%s %s" % item for item in values.items()), values) for name, values in PRESETS.items()},
+    "theme":   {name: ("", {"theme": name}) for name in THEMES},
 }
 
 def command_help(name: str) -> str:
@@ -3685,13 +3740,19 @@ def run_slash(state: State, text: str) -> Change:
 
 def cmd_help(state: State, argument: str) -> Change:
     """/help: keys and commands"""
-    width = max(10, plan_layout(state).chat_width - 25)
-    rows = [row for left, right in help_rows() for row in help_lines(left, right, width)]
-    return state._replace(dialog=None if state.dialog else Dialog("help", tuple(rows))), ()
+    return state._replace(dialog=None if state.dialog else Dialog("help")), ()
 
-def help_lines(left: str, right: str, width: int) -> List[str]:
+def dialog_items(state: State) -> Sequence[str]:
+    """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
+    dialog = state.dialog or Dialog("")
+    if dialog.kind != "help":
+        return dialog.items
+    rows = [row for row in help_rows() if not dialog.query or row[1] and dialog.query.lower() in " ".join(row).lower()]
+    return [line for left, right in rows for line in help_lines(state, left, right)]
+
+def help_lines(state: State, left: str, right: str) -> List[str]:
     """A row of the help; what is too long for the left column gets a line of its own."""
-    rows = [" " * 22 + part for part in wrap(right, width)]
+    rows = [" " * 22 + part for part in wrap(right, max(10, plan_layout(state).chat_width - 25))]
     if not right:
         return [left]
     return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
@@ -3883,7 +3944,10 @@ def cmd_load(state: State, argument: str) -> Change:
     """/load PATH: load another model; the chat goes on with it (no PATH: choose from a list)"""
     path = argument.strip("'\"") or state.settings.model_path
     demo = state.settings.demo and not argument
-    state = state._replace(settings=state.settings._replace(model_path=path, demo=demo))
+    settings = state.settings._replace(model_path=path, demo=demo)
+    if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
+        settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
+    state = state._replace(settings=settings)
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
@@ -3897,22 +3961,66 @@ def cmd_system(state: State, argument: str) -> Change:
     if not argument:
         return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
     text = "" if argument.lower() == "none" else argument
-    return state._replace(settings=state.settings._replace(system_prompt=text), hint="System prompt set" if text else "System prompt removed"), ()
+    return choose(state, {"system_prompt": text}, "System prompt set" if text else "System prompt removed")
+
+def cmd_persona(state: State, argument: str) -> Change:
+    """/persona NAME: a ready-made system prompt (no NAME: choose from a list)"""
+    return choose_named(state, "persona", argument)
+
+def cmd_preset(state: State, argument: str) -> Change:
+    """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a list)"""
+    return choose_named(state, "preset", argument)
+
+def cmd_theme(state: State, argument: str) -> Change:
+    """/theme NAME: other colours (no NAME: try them from a list)"""
+    return choose_named(state, "theme", argument)
+
+def choose_named(state: State, kind: str, name: str) -> Change:
+    """One of CHOICES by its name, or the list of them."""
+    table, settings = CHOICES[kind], state.settings
+    if name in table:
+        return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
+    now = next((i for i, (_, values) in enumerate(table.values()) if with_values(settings, values) == settings), 0)
+    rows = tuple(name.ljust(10) + meaning for name, (meaning, _) in table.items())
+    return state._replace(dialog=Dialog(kind, rows, now, tuple(table)), hint=name and "There is no %s %r" % (kind, name)), ()
+
+def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
+    """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
+    settings = with_values(state.settings, values)
+    model = "" if "theme" in values else os.path.basename(settings.model_path)
+    if not state.chat.name:
+        return state._replace(settings=settings, hint=hint), ()
+    kept = dict(settings.kept, **{model: dict(settings.kept.get(model, {}), **values)})
+    return state._replace(settings=settings._replace(kept=kept), hint=hint), (Store("keep", ("settings.json", model, kept[model])),)
+
+def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
+    """The settings with these values. They may come from a file: what no setting would take is left out."""
+    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS_HELP}
+    def changed(part: Any) -> Any:
+        return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
+    texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
+    return settings._replace(sampling=changed(settings.sampling), wishes=changed(settings.wishes), **texts)
+
+def recall_settings(settings: Settings) -> Settings:
+    """The settings with what was chosen for their model; what the command line says wins."""
+    kept, model = settings.kept, os.path.basename(settings.model_path)
+    return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
+
+def setting_value(settings: Settings, name: str) -> Any:
+    return getattr(settings.sampling if name in Sampling._fields else settings.wishes, name)
 
 def cmd_set(state: State, argument: str) -> Change:
-    """/set NAME VALUE: change how replies are chosen, e.g. /set temperature 0.3 (no NAME: show all)"""
+    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
     name, _, value = argument.replace("=", " ").partition(" ")
-    sampling = state.settings.sampling
     if not name:
-        rows = ("%-15s %-8s %s" % (n, getattr(sampling, n), SETTINGS_HELP[n][3]) for n in sampling._fields)
-        return notice(state, "\n".join(rows), "dim"), ()
+        rows = [("%-14s %s" % (n, setting_value(state.settings, n)), meaning) for n, (_, _, _, meaning) in SETTINGS_HELP.items()]
+        return notice(state, "\n".join(line for row in rows for line in help_lines(state, *row)), "dim"), ()
     if name not in SETTINGS_HELP:
         return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
     number, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem), ()
-    settings = state.settings._replace(sampling=sampling._replace(**{name: number}))
-    return state._replace(settings=settings, hint="%s = %s" % (name, number)), ()
+    return choose(state, {name: number}, "%s = %s%s" % (name, number, "; /load loads the model with it" * (name in Wishes._fields)))
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
@@ -3922,8 +4030,8 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
     except ValueError:
         number = None
     if number is None or not low <= number <= high:
-        return None, "%s takes a %snumber from %s to %s (%s), not %r." % (
-            name, "whole " if kind is int else "", low, high, meaning, value)
+        return None, "%s takes a %snumber from %s to %s, e.g. %s (%s), not %r." % (
+            name, "whole " if kind is int else "", low, high, setting_value(Settings(), name), meaning, value)
     return number, ""
 
 def cmd_raw(state: State, argument: str) -> Change:
@@ -3942,12 +4050,13 @@ def cmd_think(state: State, argument: str) -> Change:
     return state._replace(settings=settings._replace(think=argument == "on"), hint="Thinking is %s from the next message on" % argument), ()
 
 def cmd_stats(state: State, argument: str) -> Change:
-    """/stats: what this session has read and written"""
+    """/stats: what this session has read and written, how fast, and the engine's memory"""
     s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
     return notice(state, "\n".join((
         "model      %s" % (state.model.description if state.model else state.engine.value),
         "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
-        "replies    %d" % s.replies,
+        "memory     %s in the engine" % format_bytes(state.ram_bytes),
+        "replies    %d %s" % (s.replies, sparkline(state.speeds[-40:], state.settings.unicode)),
         "read       %s tokens, %s" % (format(s.n_read, ","), rate(s.n_read, s.read_s)),
         "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
         "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
@@ -3990,27 +4099,31 @@ def cmd_newline(state: State, argument: str) -> Change:
     return state._replace(draft=edit_insert(state.draft, "\n")), ()
 
 def cmd_complete(state: State, argument: str) -> Change:
-    """complete a command, a setting's name or a path"""
+    """complete a command, a name or a path"""
     text = state.draft.text[:state.draft.cursor]
-    head, _, word = text.rpartition(" ")
     command, _, argument = text.partition(" ")
-    is_path = command in ("/load", "/save", "/export", "/import")    # the whole argument
+    is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
     last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
-    if head and (is_path or command == "/file") or last.startswith("@"):
+    if is_path or command == "/file" and " " in text or last.startswith("@"):
         return state, (Store("find_paths", (text, last[last.startswith("@"):], not is_path)),)
-    words = ["/" + n for n in slash_commands()] if not head and text.startswith("/") else \
-        list(SETTINGS_HELP) if head == "/set" else []
-    fitting = [w for w in words if w.startswith(word)] if word or head else []
-    return complete(state, Fitting(text, word, fitting))
+    return complete(state, Fitting(text, text.rpartition(" ")[2], [word for word, _ in completions(text)]))
 
 def complete(state: State, event: Fitting) -> Change:
-    """Add what all that fits the word has in common; show what there is to choose from."""
+    """Add what all that fits the word has in common; of paths, show what there is to choose from (the menu shows the rest)."""
     text, word, fitting = event
     if not fitting or state.draft.text[:state.draft.cursor] != text:
         return state, ()
     more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
     names = (name[word.rfind("/", 1) + 1:] for name in fitting)
-    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(names) if len(fitting) > 1 else ""), ()
+    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
+
+def completions(text: str) -> List[Tuple[str, str]]:
+    """What the last word of a command may become, and what that means."""
+    head, _, word = text.rpartition(" ")
+    tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
+              "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
+              **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
+    return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
 
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
@@ -4142,15 +4255,15 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
 def on_typed(state: State, event: Any) -> Change:
     """Typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-    if state.dialog and state.dialog.kind == "chats":
-        return search_chats(state, state.dialog.query + text.replace("\n", " "))
+    if state.dialog and state.dialog.kind in ("chats", "help"):
+        return search_dialog(state, state.dialog.query + text.replace("\n", " "))
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
     return state._replace(draft=edit_insert(state.draft, text), dialog=None, find="", hint="", quit_asked=False), ()
 
-def search_chats(state: State, query: str) -> Change:
-    dialog = state.dialog._replace(query=query)
-    return state._replace(dialog=dialog), () if dialog.question else (Store("find", (query,)),)
+def search_dialog(state: State, query: str) -> Change:
+    dialog = state.dialog._replace(query=query, index=0 if state.dialog.kind == "help" else state.dialog.index)
+    return state._replace(dialog=dialog), (Store("find", (query,)),) if dialog.kind == "chats" and not dialog.question else ()
 
 def on_submitted(state: State, event: Submitted) -> Change:
     return cmd_send(state._replace(draft=state.draft._replace(text=event.text), dialog=None, hint=""), "")
@@ -4165,16 +4278,18 @@ def on_pressed(state: State, event: Pressed) -> Change:
         return run_command(state, command)
     return state._replace(draft=EDITS[EDIT_KEYS[key]][1](draft)) if key in EDIT_KEYS else state, ()
 
-DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open"}    # kind: what Enter does, with the chosen item
+DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
     if key in moves:
-        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog.items) - 1))
+        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - 1))
         return state._replace(dialog=dialog._replace(index=index)), ()
+    if key == "backspace" and dialog.kind in ("chats", "help"):
+        return search_dialog(state, dialog.query[:-1])
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
-    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r", "backspace") or not chosen):
+    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
     if key == "enter" and dialog.kind in DIALOG_COMMANDS:
         return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
@@ -4183,8 +4298,6 @@ def on_dialog_key(state: State, key: str) -> Change:
 def on_chats_key(state: State, key: str, chosen: str) -> Change:
     """Searching, renaming and deleting in the list of chats."""
     dialog = state.dialog
-    if key == "backspace":
-        return search_chats(state, dialog.query[:-1])
     if key in ("del", "ctrl-r") and chosen:
         question = "delete" if key == "del" else "rename"
         return state._replace(dialog=dialog._replace(question=question, query="")), ()
@@ -4250,7 +4363,7 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
 
 def on_engine_said(state: State, event: EngineSaid) -> Change:
     message, chat = event.message, state.chat
-    name = message.get("event")
+    name, state = message.get("event"), state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
     if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
         return state, ()                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
@@ -4266,7 +4379,8 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"], message.get("can_switch", True))
-    state = add_log(state, LogLine("good", "Ready: %s" % model.name))
+    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
+    state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
 
@@ -4300,7 +4414,8 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
     note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
     note += {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}.get(message["reason"], "")
     stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
-    state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats), note)
+    state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats,
+                                     speeds=state.speeds + (message["rate"],) * bool(message["rate"])), note)
     silent = message["n_written"] == 0 and message["reason"] != "stopped"
     return state._replace(hint="The model answered nothing. " + state.hint) if silent else state, ()
 
@@ -4368,8 +4483,8 @@ ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
 # gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see COLORS.
 
-# cursor: row and column, None = hidden
-Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]])])
+# cursor: row and column, None = hidden; theme: a name in THEMES
+Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]]), ("theme", str)])
 
 BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
        False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
@@ -4389,14 +4504,15 @@ def fit(line: Line, width: int, style: str = "text") -> Line:
     return tuple(fitting)
 
 def view(state: State) -> Frame:
+    theme = state.dialog.names[state.dialog.index] if state.dialog and state.dialog.kind == "theme" else state.settings.theme
     if state.columns < 20 or state.rows < 6:
         lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
-        return Frame(tuple(fit(line, state.columns) for line in lines), None)
+        return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
     layout = plan_layout(state)
     edge = int(layout.framed)
     draft, (row, column) = view_draft(state, layout)
     rows = view_panes(state, layout, draft) + [view_status(state)]
-    return Frame(tuple(rows), (layout.chat_height + 1 + edge + row, edge + column))
+    return Frame(tuple(rows), (layout.chat_height + 1 + edge + row, edge + column), theme)
 
 def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
     """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
@@ -4413,6 +4529,8 @@ def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
     box, width = BOX[state.settings.unicode], layout.chat_width
     bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
     upper, more = view_pane(view_log if state.pane == "full" and layout.log_width else view_chat, state, layout)
+    menu = view_menu(state, layout)
+    upper[len(upper) - len(menu):] = menu
     left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
     left += [bar + line + bar for line in draft]
     if not layout.framed:
@@ -4421,6 +4539,19 @@ def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
     right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
     bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
     return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
+
+def view_menu(state: State, layout: Layout) -> List[Line]:
+    """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
+    if state.dialog and state.dialog.kind == "theme":
+        return view_dialog(state, layout.chat_width, min(layout.chat_height, len(THEMES) + 2))
+    text, most = state.draft.text[:state.draft.cursor], min(6, layout.chat_height)
+    if state.dialog or not text.startswith("/") or "\n" in state.draft.text:
+        return []
+    rows = completions(text) or [command_help(name).partition(": ")[::2] for name in slash_commands() if text.startswith("/%s " % name)]
+    if len(rows) > most:
+        rows[most - 1:] = [("", "and %d more: type on, or F1 shows all" % (len(rows) - most + 1))]
+    column = max((len(word) for word, _ in rows), default=0) + 2
+    return [fit(((" " + word.ljust(column), "bar"), (clean_row(meaning), "status")), layout.chat_width, "status") for word, meaning in rows]
 
 def view_top(state: State, layout: Layout, side: bool) -> Line:
     """The upper border with the titles of the panes; the one that scrolls is marked."""
@@ -4458,8 +4589,8 @@ def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[Lis
 def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     width, height = layout.chat_width, layout.chat_height
     items = chat_items(state, width)
-    if state.dialog:
-        return view_dialog(state.dialog, width, height), False
+    if state.dialog and state.dialog.kind != "theme":
+        return view_dialog(state, width, height), False
     return pane_lines(items, state.chat_scroll, height) if items.count else (view_welcome(state, width, height), False)
 
 def view_welcome(state: State, width: int, height: int) -> List[Line]:
@@ -4474,19 +4605,20 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 DIALOG_TEXTS = {"chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
-                "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Up and Down scroll, Esc closes", "models": "Choose a model: Up, Down, Enter",
+                "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
                 "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
 
-def view_dialog(dialog: Dialog, width: int, height: int) -> List[Line]:
+def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
-    text, room = DIALOG_TEXTS[dialog.question or dialog.kind], max(1, height - 2)
+    dialog, items = state.dialog, dialog_items(state)
+    text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
     if dialog.kind == "install":
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
     is_list = dialog.kind in DIALOG_COMMANDS
-    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(dialog.items) - room))
+    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
     lines: List[Line] = [((" " + text, "title"),), ((" " + clean_row(dialog.query), "user"),)]
-    for i, item in enumerate(dialog.items[top:top + room], top):
+    for i, item in enumerate(items[top:top + room], top):
         style = "select" if is_list and i == dialog.index else "title" if not is_list and item[:1].isalpha() else "text"
         lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
     return lines
@@ -4526,10 +4658,20 @@ def view_status(state: State) -> Line:
     for part in (state.doing, "your message waits" if state.chat.waiting and engine is not Condition.READY else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
-    used = "%s/%s tokens%s" % (format(state.n_used, ","), format(state.model.n_ctx, ","), dot) if state.model else ""
-    room = width - sum(cells(text) for text, _ in left) - 1
-    right = next((text for text in (used + "F1 help ", "F1 help ") if cells(text) <= room), "")
-    return fit(fit(left, width - cells(right), "status") + ((right, "status"),), width, "status")
+    room = width - line_cells(left) - 1
+    right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
+    return fit(fit(left, width - line_cells(right), "status") + right, width, "status")
+
+def view_gauges(state: State) -> List[Line]:
+    """How full the context is, and the engine's memory: forms for the end of the status line, the longest first."""
+    box, n_ctx, end = BOX[state.settings.unicode], max(1, state.model.n_ctx if state.model else 1), ("F1 help ", "status")
+    share, dot = min(1.0, state.n_used / n_ctx), (" %s " % box["dot"], "status")
+    style = "alert" if share >= 0.9 else "high" if share >= 0.75 else "status"
+    on, used = round(share * 8), ("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style)
+    bar = ((box["on"] * on, "bar" if style == "status" else style), (box["off"] * (8 - on) + " ", style), used, dot, end)
+    ram = (("engine " + format_bytes(state.ram_bytes), "status"), dot) if state.ram_bytes else ()
+    full = (("%d %% full" % (100 * share), style), (" ", "status"))
+    return [ram + bar, bar, (used, dot, end), (end,) if style == "status" else full, (end,)] if state.model else [(end,)]
 
 
 # == 11. TERMINAL ==================================================================================
@@ -4609,7 +4751,7 @@ class Screen:
         self.unicode = codeset.lower().replace("-", "") == "utf8"
         self.n_early, self.n_empty = self._count_early(), 0    # n_empty: reads in a row that brought nothing
         self.pending: List[Any] = []
-        self.painted: List[Any] = []
+        self.theme, self.painted = "", []          # what the screen shows
         self._check_terminal()
         self.window = curses.initscr()
         curses.raw()
@@ -4618,11 +4760,6 @@ class Screen:
         self.window.keypad(True)
         self.window.nodelay(True)
         self._write("\x1b[?2004h")                 # bracketed paste on
-        try:
-            self.styles = self._styles()
-        except Exception:
-            self.close()
-            raise
 
     def _check_terminal(self) -> None:
         """Raises OSError with a sentence when this terminal can't show a window."""
@@ -4662,12 +4799,12 @@ class Screen:
         self._write(sequence)
         return True
 
-    def _styles(self) -> Dict[str, int]:
-        curses, styles, n_colors = self.curses, {}, 0
+    def _styles(self, theme: str) -> Dict[str, int]:
+        curses, styles, n_colors, changed = self.curses, {}, 0, THEMES.get(theme, {})
         flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
         if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
             flags["i"] = curses.A_ITALIC           # where there is no italic, it is underlined
-        if not os.environ.get("NO_COLOR") and curses.has_colors():
+        if changed is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
             curses.start_color()
             curses.use_default_colors()
             n_colors = curses.COLORS
@@ -4677,7 +4814,7 @@ class Screen:
             elif not n_colors and bg != -1:
                 marks += "r"
             if n_colors:
-                curses.init_pair(number, *((fg, bg) if n_colors >= 256 else (fg8, bg8)))
+                curses.init_pair(number, *(changed.get(n, n) for n in ((fg, bg) if n_colors >= 256 else (fg8, bg8))))
             styles[name] = sum({flags[mark] for mark in marks}) | (curses.color_pair(number) if n_colors else 0)
         return styles
 
@@ -4723,7 +4860,9 @@ class Screen:
                 self.n_early -= len(item.encode("utf-8", "replace"))
 
     def draw(self, frame: Frame) -> None:
-        """Paint the rows that changed."""
+        """Paint the rows that changed; with another theme, all of them."""
+        if frame.theme != self.theme:
+            self.theme, self.styles, self.painted = frame.theme, self._styles(frame.theme), []
         for y, line in enumerate(frame.lines):
             if y >= len(self.painted) or self.painted[y] != line:
                 self._paint(y, line)
@@ -5007,14 +5146,13 @@ def parse_arguments(argv: List[str]) -> Any:
                '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
     add = parser.add_argument
     add("model", nargs="?", default=MODEL, metavar="MODEL", help="path of a .gguf file; without it, choose one of those found")
-    add("-s", "--system", default=SYSTEM_PROMPT, help="system prompt: how the model should behave")
+    add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
     add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
-    add("-c", "--ctx", type=int, default=CONTEXT_TOKENS, metavar="N", help="context in tokens; 0 = what fits (default: %(default)s)")
-    add("-t", "--threads", type=int, default=THREADS, metavar="N", help="CPU threads; 0 = one per physical core (default: %(default)s)")
-    add("-g", "--gpu-layers", type=int, default=GPU_LAYERS, metavar="N", help="layers on the GPU; -1 = as many as fit (default: %(default)s)")
-    for name, value in Sampling()._asdict().items():
-        flags = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"]}.get(name, ["--" + name.replace("_", "-")])
-        add(*flags, dest=name, default=str(value), metavar="X", help="%s (default: %s)" % (SETTINGS_HELP[name][3], value))
+    short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
+             "n_gpu_layers": ["-g", "--gpu-layers"]}
+    for name, row in SETTINGS_HELP.items():
+        add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
+            help="%s (default: %s)" % (row[3], setting_value(Settings(), name)))
     add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
     add("--resume", action="store_true", help="choose among your chats")
     add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
@@ -5027,23 +5165,16 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
-    for name in ("ctx", "threads"):
-        if getattr(arguments, name) < 0:
-            parser.error("--%s takes 0 or more" % name)
     if arguments.bench and not arguments.model:
         parser.error("--bench needs a MODEL")
-    for name in Sampling._fields:
-        number, problem = check_setting(name, getattr(arguments, name))
-        if problem:
-            parser.error(problem)
-        setattr(arguments, name, number)
+    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS_HELP, "system_prompt") and value is not None}
+    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS_HELP)):
+        parser.error(problem)
     return arguments
 
 def initial_state(arguments: Any) -> State:
-    sampling = Sampling(*(getattr(arguments, name) for name in Sampling._fields))
-    wishes = Wishes(n_ctx=arguments.ctx, n_threads=arguments.threads, n_gpu_layers=arguments.gpu_layers)
     path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
-    settings = Settings(path, arguments.system, sampling, wishes, arguments.demo)
+    settings = recall_settings(Settings(path, demo=arguments.demo, kept=read_kept("settings.json"), given=arguments.given))
     return State(settings=settings) if arguments.no_save or arguments.demo or arguments.prompt is not None else with_storage(settings)
 
 def with_storage(settings: Settings) -> State:
@@ -5093,9 +5224,11 @@ class Plain:
         levels = ("warn",) if self.quiet else ("warn", "good", "text")
         for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
             self.note(line.text)
-        if now.dialog and now.dialog.items and now.dialog != before.dialog:
-            rows = now.dialog.items if not now.dialog.names else tuple(map("  ".join, zip(now.dialog.names, now.dialog.items)))
-            self.note("\n".join(rows + {"models": ("Load one with /load PATH.",), "chats": ("Go on with /open NAME.",)}.get(now.dialog.kind, ())))
+        rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
+        if rows:
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
+            command = DIALOG_COMMANDS.get(now.dialog.kind)
+            self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
         if sys.stderr.isatty() and (thinks or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress):
             self.progress_shown = True
@@ -5261,7 +5394,7 @@ def run_bench(settings: Settings, as_json: bool) -> int:
         n_ubatch = clearly_best(results.get("tokens_per_s_read_by_batch_size", {}), done["n_ubatch"])
         tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rates[str(n_threads)]}
         if not settings.wishes.n_threads:
-            save_tuning(done["key"], tuned)
+            save_kept("tuning.json", done["key"], tuned)
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
@@ -5288,7 +5421,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
-        return run_window(with_storage(Settings(os.path.expanduser("".join(argv) or MODEL))))
+        path = os.path.expanduser("".join(argv) or MODEL)
+        return run_window(with_storage(recall_settings(Settings(path, kept=read_kept("settings.json")))))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
         import_llama().llama_backend_init()

@@ -385,6 +385,7 @@ class ReplyTest(unittest.TestCase):
         self.assertEqual(progress, sorted(progress))
         self.assertEqual(progress[-1], 1)
         self.assertEqual((loaded["name"], loaded["n_ctx"]), ("scripted", 2048))
+        self.assertTrue(1 << 20 < loaded["ram_bytes"] < 4 << 30, loaded)
 
     def test_recites_at_any_temperature(self):
         engine = Engine(self, TALK)
@@ -1120,8 +1121,8 @@ class BenchTest(unittest.TestCase):
         found, threads = json.loads(out), "tokens_per_s_written_by_threads"
         groups = {"seconds_to_wait": {"load", "second_turn", "second_turn_read_ahead", "third_turn_all_read_again", "third_turn_resumed",
                                       "stop"}, threads: {"1"}, "tokens_per_s_written_beside_busy_programs": {"0", "1", "2"},
-                  "tokens_per_s_read_by_batch_size": {"64", "128", "256", "512"}}
-        groups.update({"seconds_to_start": {"first_frame"}, "megabytes_at_most": {"engine"}} if POSIX else {})
+                  "tokens_per_s_read_by_batch_size": {"64", "128", "256", "512"}, "megabytes": {"engine"}}
+        groups.update({"seconds_to_start": {"first_frame"}} if POSIX else {})
         for group, names in groups.items():
             self.assertEqual(names - set(found[group]), set())
             for name, value in found[group].items():
@@ -1132,7 +1133,7 @@ class BenchTest(unittest.TestCase):
 
         with open(self.path) as file:
             key, = json.load(file)
-        llmchat.save_tuning(key, dict(tuned, n_threads=3, tokens_per_s=11.24))
+        llmchat.save_kept("tuning.json", key, dict(tuned, n_threads=3, tokens_per_s=11.24))
         self.assertTrue(self.plan(n_threads=0).startswith("tuned: 3 threads, 11.2 tokens/s, context"))
         self.assertIn("\ntuned: 3 threads", run_plain("--info", MIND)[1])
         self.assertTrue(self.plan(n_threads=2).startswith("2 threads, context"))
@@ -1143,7 +1144,7 @@ class BenchTest(unittest.TestCase):
             with open(self.path, "w", encoding="latin-1") as file:
                 file.write(text)
             self.assertEqual(llmchat.tune(Wishes(), "key"), Wishes(), text)
-        llmchat.save_tuning("key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5})
+        llmchat.save_kept("tuning.json", "key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5})
         self.assertEqual(llmchat.tune(Wishes(n_ctx=512), "key"), Wishes(n_ctx=512, n_threads=3, n_ubatch=256, tuned_rate=9.5))
         self.assertEqual(llmchat.tune(Wishes(n_threads=1), "key"), Wishes(n_threads=1))
 
@@ -1322,7 +1323,7 @@ class PlainTest(unittest.TestCase):
         self.assertEqual((status, out, err.count("\n")), (1, "", 1))
 
     def test_lines(self):
-        status, out, err = run_plain(TALK, "--plain", input="hi\n/set max_tokens 2\na long one\n/nonsense\n")
+        status, out, err = run_plain(TALK, "--plain", "--no-save", input="hi\n/set max_tokens 2\na long one\n/nonsense\n")
         self.assertEqual((status, out.split("\n\n")[0].strip()), (0, REPLIES["greet"]))
         self.assertIn("word0 word1\n", out)
         self.assertIn("There is no command /nonsense", err)
@@ -1359,7 +1360,7 @@ class PlainTest(unittest.TestCase):
         for words in ("default: %s" % llmchat.TEMPERATURE, "default: %s" % llmchat.TOP_P, "0 = what fits"):
             self.assertIn(words, out)
         for args, words in ((("--temp", "9"), "temperature takes a number from 0 to 5"), (("--top-k", "x"), "not 'x'"),
-                            (("-c", "-1"), "--ctx takes 0 or more"), (("--nonsense",), "--nonsense")):
+                            (("-c", "-1"), "n_ctx takes a whole number from 0"), (("--nonsense",), "--nonsense")):
             status, out, err = run_plain(TALK, "-p", "hi", *args)
             self.assertEqual((status, out, words in err, "Traceback" in err), (2, "", True, False), err)
 
@@ -1662,7 +1663,7 @@ def notices(state):
 
 
 LOADED = said("loaded", path="m.gguf", name="Tiny", description="llama 1B", n_ctx=4096)
-HELP = play(State(), "[f1]")[0].dialog.items
+HELP = llmchat.dialog_items(play(State(), "[f1]")[0])
 SCRIPTS = ["a", "bc", " ", "  ", "word", "-", "日", "本語", "한", "\u3000", "\u00a0", "e\u0301", "🙂", "✨", "\u200d", "ｗ", "٣"]
 HOSTILE = ["\x07", "\x1b[2J", "\x9b1m", "\u202e", "\ud800", "\t", "\n", "\r", "\x7f", "\x00", "\u2028", "\ufeff"]
 
@@ -1724,7 +1725,6 @@ class TextTest(unittest.TestCase):
                 draft = play(ready(draft=Draft(history=("first", "second"))), *keys)[0].draft
                 self.assertEqual(draft.text[:draft.cursor] + "|" + draft.text[draft.cursor:], expected)
         self.assertEqual(play(ready(), Pasted("a\r\nb\rc"))[0].draft.text, "a\nb\nc")
-        self.assertIn("top_k", play(ready(), "/set to", "[tab]")[0].hint)
 
     def test_draft_rows_and_cursor(self):
         for before, rows, place in (("|", [""], (0, 0)), ("abc|", ["abc"], (0, 3)), ("abcd|", ["abcd", ""], (1, 0)), ("abcd|ef", ["abcd", "ef"], (1, 0)),
@@ -2104,12 +2104,36 @@ class UpdateTest(unittest.TestCase):
         state, _ = play(ready(rows=12), "[f1]")
         scrolled, _ = play(state, "[pgdn]")
         self.assertEqual((rows_of(scrolled) == rows_of(state), rows_of(play(scrolled, "[home]")[0])), (False, rows_of(state)))
-        for key in ("[f1]", "[esc]", "[ctrl-c]", "q"):
+        for key in ("[f1]", "[esc]", "[ctrl-c]", "[enter]"):
             closed, effects = play(state, key)
-            self.assertEqual((closed.dialog, closed.draft.text, effects), (None, "q" if key == "q" else "", ()), key)
+            self.assertEqual((closed.dialog, closed.draft.text, effects), (None, "", ()), key)
         _, effects = play(State(), ModelsFound(("a.gguf", "b.gguf")), "[down]", "[down]", "[enter]")
         self.assertEqual(sent(effects, "load")[0]["path"], "b.gguf")
         self.assertIn("--demo", notices(play(State(), ModelsFound(()))[0])[0])
+
+    def test_help_is_searched_and_fits_the_window(self):
+        state = play(ready(columns=120, rows=40), "[f1]", "SCRO", "ll")[0]
+        found = [row for row in rows_of(state) if "scroll" in row.lower()]
+        self.assertTrue(any("PgUp" in row for row in found) and not any("/quit" in row for row in rows_of(state)), found)
+        self.assertIn("COMMANDS", "\n".join(rows_of(play(state, *["[backspace]"] * 6)[0])))
+        self.assertIn("/persona NAME", "\n".join(rows_of(play(ready(columns=120, rows=40), "[f1]", "persona")[0])))
+        narrow = play(state._replace(dialog=Dialog("help")), Resized(50, 40))[0]
+        self.assertGreater(len(llmchat.dialog_items(narrow)), len(HELP), "wrapped anew")
+        self.assertLessEqual(max(map(len, llmchat.dialog_items(narrow)[1:6])), 48)
+
+    def test_menu_of_commands(self):
+        shown = lambda text, **fields: [row[1:79].rstrip() for row in rows_of(play(ready(columns=80, **fields), text)[0])[1:-4]]
+        for text, rows in (("/s", ["/system  how the model should behave, from the next message on (no TEXT: show", "/set     change a setting", "/stats   what"]),
+                           ("/set top", ["top_k  choose among the K", "top_p  among"]), ("/preset c", ["creative  temperature 1.2"]),
+                           ("/load x", ["/load PATH  load another model"]), ("/zz", [""]), ("tell me of /s", [""]), ("/s\nx", [""])):
+            menu = [row.strip() for row in shown(text)[-len(rows):]]
+            self.assertEqual([row[:len(want)] for row, want in zip(menu, rows)], rows, text)
+        self.assertEqual(shown("/")[-7].strip(), "")
+        self.assertRegex(shown("/")[-1], r"and \d\d more: type on, or F1 shows all$")
+        self.assertEqual([row for row in shown("/", dialog=Dialog("models", ("a",))) if "/new" in row][:1], shown("/")[-5:-4], "typing closes the list")
+        self.assertIn("and ", rows_of(play(ready(rows=6), "/")[0])[2], "three lines are all there is")
+        turns = [Turn("user", str(n)) for n in range(99)]
+        self.assertEqual(shown("/", chat=Chat(tuple(turns)))[:-6], shown("x", chat=Chat(tuple(turns)))[:-6], "the chat isn't pushed")
 
     def test_reading_ahead(self):
         """The idle engine is told what is certain of the next prompt, and again only when that has grown."""
@@ -2363,11 +2387,115 @@ class FilesTest(unittest.TestCase):
         self.assertEqual((status, out[:11]), (0, "word0 word1"), "the model has seen the file")
 
 
+class SettingsTest(unittest.TestCase):
+    """Personas, presets, themes, /set; what is remembered for which model."""
+
+    def stored(self, **fields):
+        """A state whose chat is kept on the disk."""
+        return ready(**dict(dict(chat=Chat(name="c")), **fields))
+
+    def test_chosen_by_name_or_from_a_list(self):
+        state, effects = play(self.stored(), "/persona coder", "[enter]")
+        self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
+        self.assertEqual(effects, (Store("keep", ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]})),))
+        state, effects = play(state, "/preset", "[enter]", "[up]", "[enter]")
+        self.assertEqual((state.settings.sampling.temperature, state.settings.sampling.top_p), (0.2, 0.9))
+        self.assertEqual(state.settings.kept["m.gguf"]["temperature"], 0.2)
+        self.assertEqual(play(state, "/preset", "[enter]")[0].dialog.index, 0, "the list begins at what is chosen")
+        for kind in llmchat.CHOICES:
+            listed = play(state, "/%s nonsense" % kind, "[enter]")[0]
+            self.assertEqual((listed.dialog.names, listed.hint, listed.settings), (tuple(llmchat.CHOICES[kind]), "There is no %s 'nonsense'" % kind, state.settings))
+
+    def test_theme_is_seen_at_once_and_kept_by_enter(self):
+        state = play(self.stored(), "/theme", "[enter]", *["[down]"] * 2)[0]
+        names = tuple(llmchat.THEMES)
+        self.assertEqual((view(state).theme, state.settings.theme), (names[2], llmchat.THEME))
+        self.assertIn("❯", rows_of(play(self.stored(chat=Chat((Turn("user", "Hi"),), name="c")), "/theme", "[enter]")[0])[1], "the chat stays in view")
+        self.assertEqual(view(play(state, "[esc]")[0]).theme, llmchat.THEME)
+        state, effects = play(state, "[enter]")
+        self.assertEqual((view(state).theme, effects), (names[2], (Store("keep", ("settings.json", "", {"theme": names[2]})),)))
+
+    def test_other_settings(self):
+        state, effects = play(self.stored(), "/set n_ctx 2048", "[enter]")
+        self.assertEqual((state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1))
+        self.assertEqual(Wishes(*sent(play(state, "/load", "[enter]")[1], "load")[0]["wishes"]).n_ctx, 2048)
+        shown = notices(play(state, "/set", "[enter]")[0])[0]
+        for name in llmchat.SETTINGS_HELP:
+            self.assertIn("  " + name, shown)
+        self.assertIn("from 0 to 5, e.g. %s" % llmchat.TEMPERATURE, notices(play(state, "/set temperature hot", "[enter]")[0])[0])
+
+    def test_each_model_has_its_own(self):
+        state = play(self.stored(), "/set temperature 0.3", "[enter]", "/theme amber", "[enter]", "/load b.gguf", "[enter]", LOADED)[0]
+        self.assertEqual((state.settings.sampling, state.settings.theme), (Sampling(), "amber"))
+        state, effects = play(state, "/load x/m.gguf", "[enter]", LOADED)
+        self.assertEqual(state.settings.sampling.temperature, 0.3)
+        self.assertIn("with what you chose for it: temperature", state.log[-1].text)
+        again = play(state, "/load", "[enter]", LOADED)[0]
+        self.assertEqual(again.settings, state.settings)
+
+    def test_what_is_not_stored_is_not_remembered(self):
+        state, effects = play(ready(), "/set temperature 0.3", "[enter]", "/theme amber", "[enter]", "/system Be kind.", "[enter]")
+        self.assertEqual((state.settings.sampling.temperature, state.settings.theme, state.settings.system_prompt), (0.3, "amber", "Be kind."))
+        self.assertEqual((state.settings.kept, effects), ({}, ()))
+        self.assertEqual(play(state, "/load", "[enter]")[0].settings, state.settings, "loading the same model again changes nothing")
+
+    def test_command_line_wins_and_nonsense_is_left_out(self):
+        kept = {"m.gguf": {"temperature": 0.3, "top_k": "many", "top_p": [1], "min_p": float("nan"), "seed": 7, "demo": True, "n_ctx": 512},
+                "": {"theme": "amber"}, "other.gguf": {"seed": 9}}
+        with mock.patch.object(llmchat, "read_kept", lambda name: kept):
+            settings = llmchat.initial_state(llmchat.parse_arguments(["x/m.gguf", "--temp", str(llmchat.TEMPERATURE), "-c", "1024", "--no-save"])).settings
+        self.assertEqual(settings.sampling, Sampling(seed=7))
+        self.assertEqual((settings.wishes, settings.theme, settings.demo), (Wishes(n_ctx=1024), "amber", False))
+
+    def test_config_is_sound(self):
+        for name, values in llmchat.PRESETS.items():
+            self.assertEqual([llmchat.check_setting(*map(str, item))[1] for item in values.items()], [""] * len(values), name)
+        numbers = {n for color in llmchat.COLORS.values() for n in color[:4]}
+        for name, changed in llmchat.THEMES.items():
+            self.assertEqual(set(changed or {}) - numbers, set(), "%s changes what isn't used" % name)
+
+    def test_themes_can_be_read(self):
+        """Each colour stands out from its background by the contrast that WCAG 2 wants of large text, 3 (frames: 1.3)."""
+        def light(n, paper):              # relative luminance of one of the 256 colours
+            if n == -1:
+                return paper
+            levels = [8 + 10 * (n - 232)] * 3 if n > 231 else [(0, 95, 135, 175, 215, 255)[(n - 16) // k % 6] for k in (36, 6, 1)]
+            return sum(w * (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), levels))
+        for theme, changed in llmchat.THEMES.items():
+            paper, ink = (1, 0) if theme == "light" else (0, 1)
+            for role, color in llmchat.COLORS.items() if changed is not None else ():
+                a, b = light(changed.get(color[0], color[0]), ink), light(changed.get(color[1], color[1]), paper)
+                self.assertGreater((max(a, b) + 0.05) / (min(a, b) + 0.05), 1.3 if role == "frame" else 3, (theme, role))
+
+    @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
+    def test_remembered_by_the_next_run(self):
+        path = os.path.join(FOLDER, "remembered.gguf")
+        llmchat.write_scripted_model(path, {"it": "Answered."}, "<|it|>")
+        file = os.path.join(llmchat_dir(), "settings.json")
+        self.addCleanup(lambda: os.path.exists(file) and os.remove(file))
+        window = lambda *options: WindowTest.open(self, path, *options)
+        def choose(window, *commands):
+            window.wait_for("\n ready")
+            for words, wanted in commands:
+                window.type(words + "\r")
+                window.wait_for(wanted)
+            window.type(CTRL_Q)
+            return window
+        first = choose(window("--no-save"), ("/theme amber", "Theme: amber"), ("/set seed 5", "seed = 5"))
+        self.assertEqual((first.end(), os.path.exists(file), b"38;5;94" in first.raw, b"38;5;28" in first.raw), (0, False, True, True))
+        second = choose(window(), ("/theme amber", "Theme: amber"), ("/set seed 5", "seed = 5"), ("/persona brief", "Persona: brief"))
+        self.assertEqual((second.end(), os.stat(file).st_mode & 0o777), (0, 0o600))
+        third = window()
+        third.wait_for(r"with what you\s.*seed,")
+        third.ask("/set", r"seed +5 ")
+        self.assertEqual((b"38;5;94" in third.raw, b"38;5;28" in third.raw), (True, False), "no frame in another theme")
+
+
 class ViewTest(unittest.TestCase):
     def random_state(self, dice, columns, rows):
         words, draft, choose = lambda n: random_text(dice, n), random_text(dice, dice.choice((3, 90))), dice.choice
         turns = tuple(Turn(choose(("user", "assistant", "notice")), words(60), words(9)) for _ in range(dice.randrange(6)))
-        dialogs = (None, None, Dialog("help", HELP, dice.randrange(60)), Dialog("install"), Dialog("models", tuple(words(9) for _ in range(40)), dice.randrange(40)))
+        dialogs = (None, None, Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))), Dialog("install"), Dialog("models", tuple(words(9) for _ in range(40)), dice.randrange(40)))
         return State(
             settings=Settings("m.gguf", unicode=choose((True, False))), engine=choose(list(Condition)), model=choose((None, ModelInfo(words(30), "llama", 4096))),
             chat=Chat(turns, choose((None, "", words(200))), 1, choose((True, False))), draft=Draft(draft, dice.randint(0, len(draft))), dialog=choose(dialogs),
@@ -2414,10 +2542,30 @@ class ViewTest(unittest.TestCase):
         self.assertEqual([row.rstrip() for row in rows_of(bare)], [
             "  one two three four", "  five six_", "", "-" * 24, "> next", " ready - 5.0 tokens/s"])
 
+    def test_context_gauge(self):
+        for used, style, words in ((0, "status", "░░░░░░░░ 0/4,096"), (3071, "status", "██████░░ 3,071/4,096"), (3072, "high", "██████░░ 3,072/4,096"),
+                                   (3687, "alert", "███████░ 3,687/4,096"), (4096, "alert", "████████ 4,096/4,096"), (9999, "alert", "████████ 9,999/4,096")):
+            state = ready(n_used=used, ram_bytes=3 << 30, columns=80)
+            line = view(state).lines[-1]
+            self.assertIn("engine 3.0 GB · %s tokens · F1 help " % words, rows_of(state)[-1])
+            self.assertIn(style, [span_style for text, span_style in line if "/4,096" in text])
+        self.assertIn("90 % full ", rows_of(ready(n_used=3690, columns=40, speed=5.0))[-1])
+
+    def test_speeds_of_the_last_replies(self):
+        self.assertEqual([llmchat.sparkline(v, u) for v, u in (((1, 2, 4, 8), True), ((8, 4, 0), False), ((0, 0), True), ((), True))],
+                         ["▂▃▅█", "#=_", "▁▁", ""])
+        state = ready(columns=120, rows=30)
+        for n, rate in enumerate((5.0, 10.0, 0.0, 20.0), 1):
+            state, _ = play(state, "hi", "[enter]", text(n, "x"), EngineSaid(dict(done(n).message, rate=rate, ram_bytes=5 << 20)))
+        self.assertIn(" ▃▅█  20.0 tokens/s", "\n".join(rows_of(state)))
+        stats = notices(play(state, "/stats", "[enter]")[0])[0]
+        self.assertIn("replies    4 ▃▅█", stats)
+        self.assertIn("memory     5 MB", stats)
+
     def test_ascii_frame(self):
         state = ready(Turn("user", "hi"), Turn("assistant", "there " * 299, "note"), columns=100, rows=20, progress=0.5,
                       settings=Settings("m.gguf", unicode=False), engine=Condition.LOADING, chat_scroll=Scroll(0, 0))
-        for dialog in (None, Dialog("help", HELP), Dialog("install"), Dialog("models", ("a", "b"))):
+        for dialog in (None, Dialog("help"), Dialog("install"), Dialog("models", ("a", "b"))):
             self.assertTrue("".join(rows_of(state._replace(dialog=dialog))).isascii(), dialog)
         self.assertIn("v more below", "\n".join(rows_of(state)))
 
