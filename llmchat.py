@@ -96,6 +96,8 @@ SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or
 BESIDE_COLUMNS = 90               # windows narrower than this show one pane at a time (F2 switches)
 SYSTEM_PANE_SHARE = 0.36          # the system pane's part of the window's width
 DRAFT_ROWS = 10                   # the input box grows up to this many lines (or a third of the window)
+PASTE_LINES = 8                   # a longer paste is shown as "[pasted 120 lines]" (Tab shows all of it), and sent whole
+HISTORY_MESSAGES = 1000           # messages that Up and Ctrl-R find in later runs; chats that aren't stored leave none
 LOG_LINES = 2000                  # lines kept in the system pane
 SCROLLBACK_LINES = 200            # lines of the chat's end that stay in the terminal after quitting; 0 = none
 DEMO_TOKENS_PER_S = 30            # the demo's fixed texts are played at this speed
@@ -157,8 +159,6 @@ THEMES = {
 # "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or a character.
 KEYS = {
     "enter":     "send",
-    "alt-enter": "newline",
-    "ctrl-j":    "newline",
     "tab":       "complete",
     "esc":       "stop",
     "ctrl-c":    "interrupt",
@@ -173,6 +173,7 @@ KEYS = {
     "ctrl-o":    "chats",
     "ctrl-l":    "redraw",
     "ctrl-t":    "think",
+    "ctrl-x ctrl-e": "editor",       # one key after the other
 }
 # … and while the input box is empty:
 EMPTY_KEYS = {
@@ -198,7 +199,11 @@ EDIT_KEYS = {
     "alt-d":     "kill_word_right",
     "ctrl-u":    "kill_to_start",
     "ctrl-k":    "kill_to_end",
-    "ctrl-y":    "yank",
+    "ctrl-y":    "yank",        "alt-y":      "yank_before",
+    "ctrl-_":    "undo",        "ctrl-z":     "undo",
+    "ctrl-r":    "search",      "ctrl-g":     "unsearch",
+    "alt-<":     "first",       "alt->":      "last",
+    "alt-enter": "newline",     "ctrl-j":     "newline",
 }
 
 
@@ -344,7 +349,11 @@ class Draft(NamedTuple):
     history: Tuple[str, ...] = ()     # what was sent before, oldest first
     recall: int = 0                   # steps back into the history; 0 = what is being typed
     typed: str = ""                   # what was being typed when the recall began
-    killed: str = ""
+    search: Optional[str] = None      # what Ctrl-R looks for in the history, None = it doesn't
+    killed: Tuple[str, ...] = ("",)   # what was cut, the latest last
+    pastes: Tuple[str, ...] = ()      # long ones; each is one character of the text, its chip
+    undo: Tuple[Tuple[str, int], ...] = ()    # text and cursor before each change, the latest last
+    last: str = ""                    # what the last key did: a name in EDITS, "Typed", "Pasted" or the key itself
 
 # The first visible line: line `line` of item `item` (a turn, or a line of the log)
 Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
@@ -407,17 +416,22 @@ Typed = NamedTuple("Typed", [("text", str)])
 Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
-Submitted = NamedTuple("Submitted", [("text", str)])              # a whole line at once: plain mode, and -p
 EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
 ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str)])
+HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
+Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
 Fitting = NamedTuple("Fitting", [("text", str), ("word", str), ("words", Sequence[str])])    # for the last word of this draft
 FilesRead = NamedTuple("FilesRead", [("files", Tuple[File, ...]), ("problems", Tuple[str, ...]), ("text", str)])    # … to be sent
 Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
+
+class Submitted(NamedTuple):
+    text: str                         # a whole line at once: plain mode, and -p
+    literal: bool = False             # an @ in it names no file
 
 class EngineDied(NamedTuple):
     code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
@@ -431,6 +445,7 @@ FindModels = NamedTuple("FindModels", [])
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
+OpenEditor = NamedTuple("OpenEditor", [("text", str)])
 Quit = NamedTuple("Quit", [])
 
 class StartEngine(NamedTuple):
@@ -586,15 +601,53 @@ def _word_end(draft: Draft, by: int) -> int:
     """The cursor one word further (by = 1) or back (by = -1)."""
     at, peek = draft.cursor, 0 if by > 0 else -1
     inside = lambda: 0 <= at + peek < len(draft.text)
-    while inside() and not draft.text[at + peek].isalnum():
+    is_word = lambda char: char.isalnum() or char_cells(char) == 0 or char >= chr(CHIP)
+    while inside() and not is_word(draft.text[at + peek]):
         at += by
-    while inside() and draft.text[at + peek].isalnum():
+    while inside() and is_word(draft.text[at + peek]):
         at += by
     return at
 
-def _cut(draft: Draft, start: int, end: int, keep: bool = True) -> Draft:
-    return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start,
-                          killed=draft.text[start:end] if keep and end > start else draft.killed)
+def _cut(draft: Draft, start: int, end: int) -> Draft:
+    return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start)
+
+def _kill(draft: Draft, start: int, end: int) -> Draft:
+    """Cut and keep, to be yanked; cuts in a row make one."""
+    text, ring = draft.text[start:end], draft.killed
+    if draft.last.startswith("kill"):
+        text, ring = text + ring[-1] if start < draft.cursor else ring[-1] + text, ring[:-1]
+    return _cut(draft, start, end)._replace(killed=ring[-20:] + (text,) if end > start else draft.killed)
+
+def _yank_before(draft: Draft) -> Draft:
+    ring = draft.killed[-1:] + draft.killed[:-1]
+    if not draft.last.startswith("yank"):
+        return draft
+    return edit_insert(_cut(draft, draft.cursor - len(ring[0]), draft.cursor), ring[-1])._replace(killed=ring)
+
+def keep_undo(before: Draft, draft: Draft) -> Draft:
+    """The draft, with what it was before this change to be undone; the letters of a word, typed in a row, are one change."""
+    in_word = draft.last == before.last == "Typed" and before.text[:before.cursor][-1:].strip()
+    if draft.text == before.text or in_word or draft.undo is not before.undo:
+        return draft
+    return draft._replace(undo=before.undo[-200:] + ((before.text, before.cursor),))
+
+CHIP = 0x10e000    # the character for the first of draft.pastes; it is for private use, as those after it
+
+def chip_label(paste: str) -> str:
+    n_lines = paste.strip("\n").count("\n") + 1
+    return "[pasted %d lines]" % n_lines if n_lines > 1 else "[pasted one line]"
+
+def edit_paste(draft: Draft, text: str) -> Draft:
+    """Insert a pasted text, a long one as a chip: the box stays small and quick."""
+    if text.strip("\n").count("\n") < PASTE_LINES and len(text) < 500 * PASTE_LINES:
+        return edit_insert(draft, text)
+    return edit_insert(draft._replace(pastes=draft.pastes + (text,)), chr(CHIP + len(draft.pastes)))
+
+def open_chips(draft: Draft, text: str, show: Any = str) -> str:
+    """A text with what its chips stand for, or how they are shown (chip_label)."""
+    for i, paste in enumerate(draft.pastes):
+        text = text.replace(chr(CHIP + i), show(paste))
+    return text
 
 def _line_bounds(draft: Draft) -> Tuple[int, int]:
     start = draft.text.rfind("\n", 0, draft.cursor) + 1
@@ -610,24 +663,28 @@ def recall(draft: Draft, by: int) -> Draft:
     text = draft.history[-step] if step else typed
     return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
 
+def search_sent(draft: Draft, query: str, step: int) -> Draft:
+    """The latest sent message that holds `query`, from `step` steps back on; where there is none, the draft stays."""
+    draft = draft._replace(search=query)
+    for step in range(max(1, step), len(draft.history) + 1) if query else ():
+        if query in draft.history[-step]:
+            return recall(draft, step - draft.recall)._replace(cursor=draft.history[-step].index(query))
+    return draft
+
+def _go_to(draft: Draft, start: int, end: int) -> Draft:
+    """To another line, in the column that the cursor has in its own."""
+    column = cells(draft.text[_line_bounds(draft)[0]:draft.cursor])
+    return draft._replace(cursor=start + len(take_cells(draft.text[start:end], column)))
+
 def _up(draft: Draft) -> Draft:
     start, _ = _line_bounds(draft)
-    if start == 0:
-        return recall(draft, 1)
-    above = draft.text.rfind("\n", 0, start - 1) + 1
-    return draft._replace(cursor=min(above + draft.cursor - start, start - 1))
+    return _go_to(draft, draft.text.rfind("\n", 0, start - 1) + 1, start - 1) if start else recall(draft, 1)
 
 def _down(draft: Draft) -> Draft:
-    start, end = _line_bounds(draft)
+    _, end = _line_bounds(draft)
     if end == len(draft.text):
         return recall(draft, -1)
-    below_end = draft.text.find("\n", end + 1)
-    below_end = len(draft.text) if below_end < 0 else below_end
-    return draft._replace(cursor=min(end + 1 + draft.cursor - start, below_end))
-
-def _kill_to_end(draft: Draft) -> Draft:
-    start, end = draft.cursor, _line_bounds(draft)[1]
-    return _cut(draft, start, end if end > start else min(len(draft.text), end + 1))
+    return _go_to(draft, end + 1, _line_bounds(draft._replace(cursor=end + 1))[1])
 
 EDITS = {  # name: (help line, draft -> draft)
     "left":       ("one character left", lambda d: d._replace(cursor=_step(d, -1))),
@@ -638,36 +695,42 @@ EDITS = {  # name: (help line, draft -> draft)
     "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
     "home":       ("start of the line", lambda d: d._replace(cursor=_line_bounds(d)[0])),
     "end":        ("end of the line", lambda d: d._replace(cursor=_line_bounds(d)[1])),
-    "backspace":  ("delete the character before the cursor", lambda d: _cut(d, max(0, d.cursor - 1), d.cursor, keep=False)),
-    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1), keep=False)),
-    "kill_word":  ("cut the word before the cursor", lambda d: _cut(d, _word_end(d, -1), d.cursor)),
-    "kill_word_right": ("cut the word after the cursor", lambda d: _cut(d, d.cursor, _word_end(d, 1))),
-    "kill_to_start": ("cut to the start of the line", lambda d: _cut(d, _line_bounds(d)[0], d.cursor)),
-    "kill_to_end": ("cut to the end of the line", _kill_to_end),
-    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed)),
+    "first":      ("start of the text", lambda d: d._replace(cursor=0)),
+    "last":       ("end of the text", lambda d: d._replace(cursor=len(d.text))),
+    "newline":    ("start a new line", lambda d: edit_insert(d, "\n")),
+    "backspace":  ("delete the character before the cursor", lambda d:
+                   _cut(d, _step(d, -1), d.cursor) if d.search is None else search_sent(d, d.search[:-1], 1)),
+    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1))),
+    "kill_word":  ("cut the word before the cursor", lambda d: _kill(d, _word_end(d, -1), d.cursor)),
+    "kill_word_right": ("cut the word after the cursor", lambda d: _kill(d, d.cursor, _word_end(d, 1))),
+    "kill_to_start": ("cut to the start of the line", lambda d: _kill(d, _line_bounds(d)[0], d.cursor)),
+    "kill_to_end": ("cut to the end of the line, or what ends it", lambda d:
+                    _kill(d, d.cursor, max(_line_bounds(d)[1], min(d.cursor + 1, len(d.text))))),
+    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed[-1])),
+    "yank_before": ("… and then, in its place, what was cut before that", _yank_before),
+    "undo":       ("undo the last change", lambda d: d._replace(text=d.undo[-1][0], cursor=d.undo[-1][1], undo=d.undo[:-1], recall=0) if d.undo else d),
+    "search":     ("search what was sent before; again: further back", lambda d: search_sent(d, d.search or "", d.recall + 1)),
+    "unsearch":   ("back to what you were writing", lambda d: recall(d, -d.recall)),
 }
 
 @lru_cache(maxsize=64)
 def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
-    """The draft broken hard at `width` columns: (index of the first character, text) per row."""
-    rows, start, used = [], 0, 0
-    for i, char in enumerate(text):
-        n = 0 if char == "\n" else char_cells(char if char.isprintable() else clean_row(char))
-        if char == "\n" or used + n > width:
-            rows.append((start, text[start:i]))
-            start, used = (i + 1, 0) if char == "\n" else (i, 0)
-        used += n
-    rows.append((start, text[start:]))
-    if used >= width:
-        rows.append((len(text), ""))    # the cursor needs a cell after a full row
+    """The draft broken at words into rows of `width` columns: (index of the first character, text); spaces hang over the edge."""
+    rows, start = [], 0
+    for paragraph in map(clean_row, text.split("\n")):
+        starts = [at for at, _ in break_rows(paragraph, width)] + [len(paragraph)]
+        starts = [0] * (starts[0] > 0) + starts    # spaces that the first break swallowed
+        rows += [(start + at, paragraph[at:end]) for at, end in zip(starts, starts[1:])]
+        start += len(paragraph) + 1
+        if cells(rows[-1][1]) > width:
+            rows.append((start - 1, ""))    # the cursor follows spaces into the next row
     return tuple(rows)
 
 def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
-    """(row, column) of the cursor in draft_rows."""
+    """(row, column) of the cursor in draft_rows; column `width` is the one after a full row."""
     rows = draft_rows(draft.text, width)
     row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
-    start, text = rows[row]
-    return row, cells(clean_row(text[:draft.cursor - start]))
+    return row, min(width, cells(rows[row][1][:draft.cursor - rows[row][0]]))
 
 def clean_row(text: str) -> str:
     """One row of the draft with control characters shown in one cell each."""
@@ -1035,7 +1098,7 @@ def plan_layout(state: State) -> Layout:
     beside = state.pane == "beside" and columns >= BESIDE_COLUMNS and framed
     log_width = int(columns * SYSTEM_PANE_SHARE) if beside else inner if state.pane == "full" else 0
     chat_width = inner - log_width - 1 if beside else inner
-    wanted = len(draft_rows(state.draft.text, max(1, chat_width - 2)))
+    wanted = len(draft_rows(open_chips(state.draft, state.draft.text, chip_label), max(1, chat_width - 3)))
     draft_height = max(1, min(wanted, DRAFT_ROWS, rows // 3))
     chat_height = rows - 1 - draft_height - (3 if framed else 1)
     log_height = 0 if not log_width else chat_height if state.pane == "full" else rows - 3
@@ -3422,6 +3485,7 @@ class ChatStore:
         import queue
         self.post, self.jobs, self.thread = post, queue.Queue(), None
         self.file: Optional[ChatFile] = None
+        self.history = os.path.join(data_dir(), "history")
         self.failed = False
 
     def do(self, job: Any, *arguments: Any) -> None:
@@ -3501,6 +3565,21 @@ class ChatStore:
         for path in (chat_path(name), os.path.join(data_dir(), "states", name + ".state")):
             if os.path.exists(path):
                 os.remove(path)
+
+    def remember(self, *texts: str) -> None:
+        """Add to the history of sent messages, a file with a NUL after each."""
+        with suppress(OSError):           # the chat's file has told of a full disk
+            os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+            with open(os.open(self.history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+                file.write("".join(text + "\0" for text in texts).encode("utf-8", "replace"))
+
+    def recollect(self) -> None:
+        """Read the history, and cut it when it has grown to twice its size."""
+        texts = read_text(self.history).split("\0")[:-1]
+        self.post(HistoryRead(tuple(texts[-HISTORY_MESSAGES:])))
+        if len(texts) > 2 * HISTORY_MESSAGES:
+            os.remove(self.history)
+            self.remember(*texts[-HISTORY_MESSAGES:])
 
     def export(self, path: str, text: str) -> None:
         path = os.path.expanduser(path)
@@ -4074,33 +4153,39 @@ def cmd_quit(state: State, argument: str) -> Change:
 
 def cmd_send(state: State, argument: str) -> Change:
     """send the message"""
-    text, draft = state.draft.text, state.draft    # argument: "read" = the files that it names have been read
+    draft, text = state.draft, open_chips(state.draft, state.draft.text)    # argument: "read" = the files that it names have been read
     if not text.strip():
         return state, ()
     is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
     if not is_command and (is_busy(state) or state.chat.waiting):
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
-    paths = [] if is_command or argument else _pattern("@path").findall(text)
+    paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
     if paths:
-        return read_files(state, paths, text)
-    history = draft.history + (text,) if draft.history[-1:] != (text,) else draft.history
-    state = state._replace(draft=Draft(history=history, killed=draft.killed))
-    if is_command:
-        return run_slash(state, text)
-    text = (text[1:] if text.startswith("//") else text).strip("\n")
+        return read_files(state, paths, draft.text)
+    sent = (draft.text,) if draft.history[-1:] != (draft.text,) else ()
+    kept = (Store("remember", (text,)),) if sent and state.chat.name and len(text) < 10000 else ()
+    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes))
+    state, effects = run_slash(state, text) if is_command else send_text(state, (text[1:] if text[:2] == "//" else text).strip("\n"))
+    return state, kept + effects
+
+def send_text(state: State, text: str) -> Change:
+    """A message, or the new version of the turn that is being edited."""
     chat, editing = state.chat, state.chat.editing
     before, role = (chat, "user") if editing is None else (cut_turns(chat, editing), chat.turns[editing].role)
     if role == "user":
         return ask_model(state._replace(chat=add_turn(before, role, join_files(state.files, text)), files=(), files_tokens=0))
     return state._replace(chat=add_turn(before, role, text), hint="Changed; /continue goes on from there"), ()
 
-def cmd_newline(state: State, argument: str) -> Change:
-    """start a new line in the message"""
-    return state._replace(draft=edit_insert(state.draft, "\n")), ()
+def cmd_editor(state: State, argument: str) -> Change:
+    """/editor: write the message in your own editor ($EDITOR)"""
+    return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
 
 def cmd_complete(state: State, argument: str) -> Change:
-    """complete a command, a name or a path"""
+    """complete a command, a name or a path; behind a long paste: show all of it"""
     text = state.draft.text[:state.draft.cursor]
+    paste = open_chips(state.draft, text[-1:])
+    if paste != text[-1:]:
+        return state._replace(draft=edit_insert(_cut(state.draft, len(text) - 1, len(text)), paste)), ()
     command, _, argument = text.partition(" ")
     is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
     last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
@@ -4217,7 +4302,9 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 # curses, no files, no clock, never blocks. A new event: its type in section 2, an on_ function and a row in HANDLERS.
 
 def update(state: State, event: Any) -> Change:
+    draft = state.draft
     state, effects = HANDLERS[type(event)](state, event)
+    state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
     state, effects = store_news(state, effects)
     return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
 
@@ -4240,7 +4327,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
     files (which it counts), and the draft's whole words."""
-    text = state.draft.text
+    text = open_chips(state.draft, state.draft.text)
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
     chat = forget_old(state).chat
@@ -4259,24 +4346,30 @@ def on_typed(state: State, event: Any) -> Change:
         return search_dialog(state, state.dialog.query + text.replace("\n", " "))
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
-    return state._replace(draft=edit_insert(state.draft, text), dialog=None, find="", hint="", quit_asked=False), ()
+    draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
+    draft = insert(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
+    return state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False), ()
 
 def search_dialog(state: State, query: str) -> Change:
     dialog = state.dialog._replace(query=query, index=0 if state.dialog.kind == "help" else state.dialog.index)
     return state._replace(dialog=dialog), (Store("find", (query,)),) if dialog.kind == "chats" and not dialog.question else ()
 
 def on_submitted(state: State, event: Submitted) -> Change:
-    return cmd_send(state._replace(draft=state.draft._replace(text=event.text), dialog=None, hint=""), "")
+    # its history knows it already, so that none is written: that is of what is typed in the window
+    return cmd_send(state._replace(draft=Draft(event.text, history=(event.text,)), dialog=None, hint=""), "read" if event.literal else "")
 
 def on_pressed(state: State, event: Pressed) -> Change:
-    key, draft = event.key, state.draft
+    draft, pair = state.draft, "%s %s" % (state.draft.last, event.key)
+    key = pair if pair in KEYS or pair in EDIT_KEYS else event.key
+    key = "" if key == "esc" and draft.search is not None else key    # it only ends the search
     command = EMPTY_KEYS.get(key, KEYS.get(key)) if not draft.text or key in ("home", "end") and state.focus == "system" else KEYS.get(key)
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
         return on_dialog_key(state, key)
-    if command:
-        return run_command(state, command)
-    return state._replace(draft=EDITS[EDIT_KEYS[key]][1](draft)) if key in EDIT_KEYS else state, ()
+    edit = "" if command else EDIT_KEYS.get(key, "")
+    draft = EDITS[edit][1](draft) if edit else draft
+    state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
+    return run_command(state, command) if command else (state, ())
 
 DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
@@ -4471,6 +4564,8 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
             EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
             ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
+            HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
+            Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
             Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
@@ -4634,11 +4729,12 @@ def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
 def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
     """The input box, and the cursor (row, column) in it."""
     width, height = layout.chat_width, layout.draft_height
-    rows = draft_rows(state.draft.text, max(1, width - 2))
-    row, column = draft_cursor(state.draft, max(1, width - 2))
+    text, before = (open_chips(state.draft, part, chip_label) for part in (state.draft.text, state.draft.text[:state.draft.cursor]))
+    rows = draft_rows(text, max(1, width - 3))
+    row, column = draft_cursor(Draft(text, len(before)), max(1, width - 3))
     top = max(0, row - height + 1)
     mark = "❯ " if state.settings.unicode else "> "
-    lines = [fit(((mark if i == 0 else "  ", "prompt"), (clean_row(text), "user")), width)
+    lines = [fit(((mark if i == 0 else "  ", "prompt"), (text, "user")), width)
              for i, (_, text) in enumerate(rows[top:top + height], top)]
     return lines, (row - top, min(column + 2, width - 1))
 
@@ -4646,9 +4742,12 @@ def view_status(state: State) -> Line:
     """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
     engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
     dot = " %s " % box["dot"]
-    if state.hint:
+    search = state.draft.search
+    hint = state.hint if search is None else "Search back: %s%s   Ctrl-R: further back, Esc: keep this, Ctrl-G: leave" % (
+        search, "" if search in state.draft.text else " (not found)")
+    if hint:
         style = "alert" if state.quit_asked else "status"
-        return fit(((" " + clean_row(state.hint), style),), width, style)
+        return fit(((" " + clean_row(hint), style),), width, style)
     left: Line = ((" " + engine.value, "alert" if engine in (Condition.DEAD, Condition.MISSING) else "status"),)
     if engine is Condition.LOADING or engine in (Condition.READING, Condition.INSTALLING) and state.doing:
         n = max(4, min(20, width // 5))
@@ -4715,7 +4814,7 @@ def decode_key(item: Any) -> Any:
     if item in PLAIN_KEYS:
         return Pressed(PLAIN_KEYS[item])
     if item < " ":
-        return Pressed("ctrl-" + chr(ord(item) + 96)) if "\0" < item < "\x1b" else None
+        return Pressed("ctrl-" + chr(ord(item) | 64).lower()) if item > "\0" else None
     return Typed(item)
 
 def decode_escape(items: List[Any]) -> Tuple[Any, int]:
@@ -4751,6 +4850,7 @@ class Screen:
         self.unicode = codeset.lower().replace("-", "") == "utf8"
         self.n_early, self.n_empty = self._count_early(), 0    # n_empty: reads in a row that brought nothing
         self.pending: List[Any] = []
+        self.paste = bytearray()
         self.theme, self.painted = "", []          # what the screen shows
         self._check_terminal()
         self.window = curses.initscr()
@@ -4828,6 +4928,7 @@ class Screen:
         size = os.get_terminal_size(1)
         self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
         self.painted = []
+        self._write("\x1b[?2004h")                 # edit() has turned it off
         self.window.clear()
         return self.size()
 
@@ -4835,9 +4936,6 @@ class Screen:
         """What was typed since the last call; waits only a moment for the rest of an escape sequence."""
         items = self._read_items()
         self.n_empty = 0 if items else self.n_empty + 1
-        if self.pending[:6] == PASTE_BEGINS and "~" not in items:
-            self.pending += items         # a long paste goes on
-            return []
         events, self.pending = decode_keys(self.pending + items)
         if self.pending and self.pending[:6] != PASTE_BEGINS:
             self.curses.napms(20)
@@ -4847,17 +4945,30 @@ class Screen:
 
     def _read_items(self) -> List[Any]:
         items: List[Any] = []
-        while True:
+        if self.pending[:6] == PASTE_BEGINS:
+            return self._read_paste()
+        while items[-6:] != PASTE_BEGINS:
             try:
                 item = self.window.get_wch()
             except self.curses.error:              # nothing more
-                return items
+                break
             if isinstance(item, int):
                 name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
                 items += [(CURSES_KEYS[name],)] if name in CURSES_KEYS else []
             else:
                 items.append("\r" if item == "\n" and self.n_early > 0 else item)
                 self.n_early -= len(item.encode("utf-8", "replace"))
+        return items
+
+    def _read_paste(self) -> List[Any]:
+        """A paste, when all of it is here. Past curses (which has read no byte too many): it takes seconds for a megabyte."""
+        data = os.read(0, 65536)
+        self.n_empty = 0 if data else self.n_empty
+        self.paste += data
+        if b"\x1b[201~" not in self.paste[-len(data) - 5:]:
+            return []
+        text, self.paste = self.paste.decode("utf-8", "replace"), bytearray()
+        return list(text)
 
     def draw(self, frame: Frame) -> None:
         """Paint the rows that changed; with another theme, all of them."""
@@ -4884,6 +4995,23 @@ class Screen:
             except self.curses.error:
                 pass                               # curses' way to say that the last cell of the window is written
             x += cells(text)
+
+    def edit(self, text: str) -> Any:
+        """Leave the terminal to the user's editor; what becomes of the text."""
+        import shlex, subprocess, tempfile
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if os.name == "nt" else "vi")
+        with tempfile.TemporaryDirectory() as folder:    # nobody else may look into it
+            path = os.path.join(folder, "message.txt")
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+            self.close()
+            try:
+                subprocess.run(shlex.split(editor, posix=os.name != "nt") + [path], check=True)
+                return Edited(read_text(path).rstrip("\n"))
+            except (OSError, ValueError, KeyboardInterrupt, subprocess.CalledProcessError) as error:
+                return Told("Your editor failed (%s). $EDITOR names the one to use." % (str(error) or "interrupted"), "error")
+            finally:
+                self.resize()
 
     def close(self) -> None:
         self._write("\x1b[?2004l")
@@ -5033,6 +5161,8 @@ class Runner:
             self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], self.mailbox.post, EngineLogged, Installed)
         elif isinstance(effect, StopInstall) and self.installer:
             self.installer.interrupt()
+        elif isinstance(effect, OpenEditor):
+            self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
         elif isinstance(effect, Redraw):
             self.mailbox.post(Resized(0, 0))
         elif isinstance(effect, Quit):
@@ -5089,7 +5219,7 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
-        for effect in effects + more:
+        for effect in effects + more + (Store("recollect", ()),) * bool(state.settings.session):
             runner.perform(effect)
         last = loop(state, screen, runner)
     finally:
@@ -5272,7 +5402,7 @@ class Plain:
         if not text:
             self.note("There is nothing to answer: give a message with -p, or through a pipe.")
             return 1
-        self.handle(Submitted("/" + text if text.startswith("/") else text))
+        self.handle(Submitted("/" + text if text.startswith("/") else text, literal=bool(piped)))
         self.settle()
         turns = [turn for turn in self.state.chat.turns if turn.role == "assistant"]
         if turns and not turns[-1].text.endswith("\n"):

@@ -1701,8 +1701,29 @@ class TextTest(unittest.TestCase):
             self.assertEqual(llmchat.clean(dirty), harmless, ascii(dirty))
         self.assertEqual(llmchat.strip_ansi("\x1b[1;31mred\x1b[0m \x1b]0;title\x07\x1b]8;;x\x1b\\end"), "red end")
 
+    def test_draft_rows_hold_every_character(self):
+        dice = random.Random(5)
+        for _ in range(2000):
+            string, columns = random_text(dice, 30), dice.randint(2, 20)
+            rows, at = llmchat.draft_rows(string, columns), 0
+            for start, row in rows:
+                if start > at:
+                    self.assertEqual((start, string[at]), (at + 1, "\n"))
+                self.assertEqual(row, llmchat.clean_row(string[start:start + len(row)]))
+                self.assertLessEqual(width(row.rstrip(" ")), columns, (ascii(string), columns))
+                at = start + len(row)
+            self.assertEqual(at, len(string))
+            places = [llmchat.draft_cursor(Draft(string, i), columns) for i in range(len(string) + 1)]
+            self.assertEqual(places, sorted(places), (ascii(string), columns))
+
     def test_edit_functions(self):
         for name, before, after in (
+                ("backspace", "xe\u0301|", "x|"), ("backspace", "日本|", "日|"), ("delete", "|日本", "|本"),
+                ("word_left", "one cafe\u0301s|", "one |cafe\u0301s"), ("word_right", "|cafe\u0301s x", "cafe\u0301s| x"),
+                ("up", "日本語\nab|c", "日|本語\nabc"), ("up", "e\u0301e\u0301e\nab|", "e\u0301e\u0301|e\nab"), ("down", "日|本\nabc", "日本\nab|c"),
+                ("down", "abc|\n日本", "abc\n日|本"), ("up", "日\nab|", "日|\nab"),
+                ("first", "a\nb|c", "|a\nbc"), ("last", "|a\nbc", "a\nbc|"), ("newline", "a|b", "a\n|b"),
+                ("kill_to_end", "ab|", "ab|"), ("kill_to_end", "a|\n", "a|"),
                 ("left", "ab|", "a|b"), ("left", "|ab", "|ab"), ("left", "e\u0301|x", "|e\u0301x"),
                 ("right", "|ab", "a|b"), ("right", "ab|", "ab|"), ("right", "|e\u0301x", "e\u0301|x"),
                 ("word_left", "one two  |", "one |two  "), ("word_right", "| one two", " one| two"),
@@ -1726,9 +1747,58 @@ class TextTest(unittest.TestCase):
                 self.assertEqual(draft.text[:draft.cursor] + "|" + draft.text[draft.cursor:], expected)
         self.assertEqual(play(ready(), Pasted("a\r\nb\rc"))[0].draft.text, "a\nb\nc")
 
+    def test_kill_ring_undo_and_search(self):
+        sent = Draft(history=("open the door", "close it", "open a window"))
+        for keys, expected in (
+                (("one two three", "[ctrl-w]", "[ctrl-w]", "[ctrl-y]"), "one two three|"), (("ab", "[left]", "[ctrl-k]", "[ctrl-u]", "[ctrl-y]"), "ab|"),
+                (("ab", "[left]", "[ctrl-k]", "[home]", "[ctrl-k]", "[ctrl-y]"), "a|"), (("a", "[ctrl-u]", "[ctrl-k]", "x", "[ctrl-y]"), "xa|"),
+                (("one two", "[ctrl-w]", "[left]", "[ctrl-u]", "[ctrl-y]", "[alt-y]"), "two| "), (("a", "[ctrl-u]", "[ctrl-y]", "x", "[alt-y]"), "ax|"),
+                (("one two", "[ctrl-w]", "[left]", "[ctrl-u]", "[ctrl-y]", "[alt-y]", "[alt-y]", "[alt-y]"), "one| "), (("[ctrl-y]", "[alt-y]"), "|"),
+                ((*"one two", "[ctrl-_]"), "one |"), ((*"one two", "[ctrl-z]", "[ctrl-z]", "[ctrl-z]"), "|"), ((*"ab", "[backspace]", "c", "[ctrl-_]", "[ctrl-_]"), "ab|"),
+                (("abc", "[left]", "[ctrl-k]", "x", "[ctrl-_]", "[ctrl-_]"), "ab|c"), (("new", "[up]", "[ctrl-_]", "[up]"), "open a window|"),
+                (("/he", "[tab]", "[ctrl-_]"), "/he|"), (("a", Pasted("b"), "[ctrl-_]"), "a|"), (("x", "[enter]", "[ctrl-_]"), "|"),
+                (("new", "[ctrl-r]", *"op"), "|open a window"), (("new", "[ctrl-r]", *"op", "[ctrl-r]"), "|open the door"), (("[ctrl-r]", *"the"), "open |the door"),
+                (("[ctrl-r]", *"open", "[ctrl-r]", "[ctrl-r]"), "|open the door"), (("new", "[ctrl-r]", "it", "[ctrl-g]"), "new|"), (("n", "[ctrl-r]", "?"), "n|"),
+                (("[ctrl-r]", *"open t", "[backspace]", "[esc]", "[end]", "!"), "open a window!|"), (("new", "[ctrl-r]", "it", "[down]", "[down]"), "new|"),
+                (("[ctrl-r]", "it", "[ctrl-x]", "x"), "close x|it"), (("[ctrl-r]", "[backspace]", "c"), "|close it")):
+            with self.subTest(keys=keys):
+                draft = play(ready(draft=sent), *keys)[0].draft
+                self.assertEqual(draft.text[:draft.cursor] + "|" + draft.text[draft.cursor:], expected)
+        state = ready(draft=sent)
+        self.assertEqual(asked(play(state, "[ctrl-r]", "door", "[enter]")[1]), ["open the door"])
+        self.assertIn("Search back: door  ", rows_of(play(state, "[ctrl-r]", "door")[0])[-1])
+        self.assertIn("Search back: doors (not found)", rows_of(play(state, "[ctrl-r]", "door", "s")[0])[-1])
+        self.assertEqual(play(ready(engine=Condition.WRITING), "[ctrl-r]", "[esc]")[0].engine, Condition.WRITING)
+
+    def test_chips(self):
+        lines = "".join("line %d\n" % n for n in range(12))
+        state = play(ready(), "Look: ", Pasted(lines), " !", Pasted("x" * 9999))[0]
+        self.assertIn("❯ Look: [pasted 12 lines] ![pasted one line] ", "\n".join(rows_of(state)))
+        self.assertEqual(view(state).cursor[1], 1 + 2 + len("Look: [pasted 12 lines] ![pasted one line]"))
+        self.assertEqual(asked(play(state, "[enter]")[1]), ["Look: " + lines + " !" + "x" * 9999])
+        again = play(state, "[enter]", text(1, "ok"), done(1), "[up]", "[enter]")[1]
+        self.assertEqual(sent(again)[1]["messages"][-1]["content"], "Look: " + lines + " !" + "x" * 9999)
+        self.assertEqual(sent(update(state, Typed(" "))[1], "ahead")[0]["draft"], "Look: " + lines + " !" + "x" * 9999 + " ")
+        self.assertEqual(play(state, "[backspace]", "[left]", "[left]", "[tab]")[0].draft.text, "Look: " + lines + " !")
+        self.assertEqual(play(state, "[backspace]", "[left]", "[left]", "[tab]", "[ctrl-_]", "[ctrl-_]")[0].draft.text, state.draft.text)
+        self.assertEqual(play(state, "[ctrl-w]", "[enter]", "[ctrl-y]", "[tab]")[0].draft.text, "x" * 9999)    # a chip cut out of a message that was sent
+        self.assertEqual(play(ready(), Pasted("x\n" * 8))[0].draft.text, "x\n" * 8)
+
+    def test_sent_messages_are_remembered(self):
+        stored = llmchat.begin_chat(ready(), Chat(), "")._replace(chat=Chat(name="c"))
+        kept = lambda effects: [e.arguments for e in effects if isinstance(e, llmchat.Store) and e.job == "remember"]
+        self.assertEqual(kept(play(stored, Pasted("x\n" * 9), "[enter]")[1]), [("x\n" * 9,)])
+        self.assertEqual(kept(play(stored, "/set seed 1", "[enter]", "/set seed 1", "[enter]", "/private", "[enter]", "secret", "[enter]")[1]),
+                         [("/set seed 1",), ("/private",)])
+        self.assertEqual(kept(play(stored, Submitted("hello"))[1]) + kept(play(ready(), "hello", "[enter]")[1]), [])
+
     def test_draft_rows_and_cursor(self):
-        for before, rows, place in (("|", [""], (0, 0)), ("abc|", ["abc"], (0, 3)), ("abcd|", ["abcd", ""], (1, 0)), ("abcd|ef", ["abcd", "ef"], (1, 0)),
-                                    ("a\nb|\n", ["a", "b", ""], (1, 1)), ("日|本語", ["日本", "語"], (0, 2)), ("a日本|", ["a日", "本"], (1, 2))):
+        for before, rows, place in (
+                ("|", [""], (0, 0)), ("abc|", ["abc"], (0, 3)), ("abcd|", ["abcd"], (0, 4)), ("abcd|ef", ["abcd", "ef"], (1, 0)),
+                ("a\nb|\n", ["a", "b", ""], (1, 1)), ("日|本語", ["日本", "語"], (0, 2)), ("a日本|", ["a日", "本"], (1, 2)), ("ab cd|", ["ab ", "cd"], (1, 2)),
+                ("ab |cd", ["ab ", "cd"], (1, 0)), ("abcd |", ["abcd ", ""], (1, 0)), ("abcd|  ef", ["abcd  ", "ef"], (0, 4)), ("abcd  |ef", ["abcd  ", "ef"], (1, 0)),
+                ("abcd |  ef", ["abcd   ", "ef"], (0, 4)), ("      abc|", ["      ", "abc"], (1, 3)), ("|      \n", ["      ", "", ""], (0, 0)),
+                ("e\u0301ab cd\u0301|", ["e\u0301ab ", "cd\u0301"], (1, 2)), ("\t\x07|", [" ␇"], (0, 2)), ("abc \n|", ["abc ", ""], (1, 0))):
             draft = Draft(before.replace("|", ""), before.index("|"))
             self.assertEqual([row for _, row in llmchat.draft_rows(draft.text, 4)], rows, before)
             self.assertEqual(llmchat.draft_cursor(draft, 4), place, before)
@@ -2397,7 +2467,7 @@ class SettingsTest(unittest.TestCase):
     def test_chosen_by_name_or_from_a_list(self):
         state, effects = play(self.stored(), "/persona coder", "[enter]")
         self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
-        self.assertEqual(effects, (Store("keep", ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]})),))
+        self.assertEqual(effects[1:], (Store("keep", ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]})),))
         state, effects = play(state, "/preset", "[enter]", "[up]", "[enter]")
         self.assertEqual((state.settings.sampling.temperature, state.settings.sampling.top_p), (0.2, 0.9))
         self.assertEqual(state.settings.kept["m.gguf"]["temperature"], 0.2)
@@ -2417,7 +2487,7 @@ class SettingsTest(unittest.TestCase):
 
     def test_other_settings(self):
         state, effects = play(self.stored(), "/set n_ctx 2048", "[enter]")
-        self.assertEqual((state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1))
+        self.assertEqual((state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 2))
         self.assertEqual(Wishes(*sent(play(state, "/load", "[enter]")[1], "load")[0]["wishes"]).n_ctx, 2048)
         shown = notices(play(state, "/set", "[enter]")[0])[0]
         for name in llmchat.SETTINGS_HELP:
@@ -2860,6 +2930,66 @@ class WindowTest(unittest.TestCase):
         for message in ("other", "first"):
             window.type(UP)
             window.wait_for("├─.*❯ %s " % message)
+
+    def test_long_paste(self):
+        """Whole, with what is typed before and after it, though it comes in many pieces; and quickly."""
+        window = self.open(self.model())
+        window.wait_for("\n ready")
+        paste = "".join("%d: ~ ä 日本 \x1b[A\r" % n for n in range(20000))
+        typist = threading.Thread(target=window.type, args=("before \x1b[200~" + paste + "\x1b[201~ äfter\x1bOD\x1b[D!",))
+        typist.start()
+        window.wait_for(r"before \[pasted 20000 lines\] äft!er")
+        typist.join()
+        window.type("\x1bOH\x1b[200~one\rtwo\x1b[201~")
+        window.wait_for(r"one *│.*two ?before \[pasted")
+
+    def test_paste_reaches_the_model_whole(self):
+        window = self.open(self.model())
+        window.wait_for("\n ready")
+        window.type("\x1b[200~" + "".join("line %d\r" % n for n in range(12)) + "\x1b[201~")
+        window.wait_for(r"\[pasted 12 lines\]")
+        window.type("\r")
+        window.wait_for("❯ line 0.*line 11.*Answered")
+
+    def test_history_of_earlier_runs(self):
+        home, model = tempfile.mkdtemp(dir=FOLDER), self.model()
+        path = os.path.join(home, "llmchat", "history")
+        for message, options in (("first words", ()), ("second words", ()), ("unseen", ("--no-save",))):
+            window = self.open(model, *options, XDG_DATA_HOME=home)
+            window.ask(message, "Answered")
+            window.type(CTRL_Q)
+            self.assertEqual(window.end(), 0)
+        self.assertEqual((os.stat(path).st_mode & 0o777, llmchat.read_text(path)), (0o600, "first words\0second words\0"))
+        window = self.open(model, XDG_DATA_HOME=home)
+        window.wait_for("\n ready")
+        window.type("\x12first")
+        window.wait_for("❯ first words.*Search back: first ")
+        window.type("\r")
+        window.wait_for("❯ first words.*Answered.*❯  *│")
+        window.type(UP + UP)
+        window.wait_for("├─.*❯ second words")
+
+    def test_editor(self):
+        path, editor = os.path.join(FOLDER, "editor"), "#!/bin/sh\necho edits; cat \"$2\"; read key; echo $1 >>\"$2\"; exit $key\n"
+        with open(path, "w") as file:
+            file.write(editor)
+        os.chmod(path, 0o700)
+        window = self.open("--demo", VISUAL="", EDITOR=path + " edited")
+        window.wait_for("\n ready")
+        window.type("from the window\x18\x05")
+        window.wait_for("^(?!┌).*from the window$")    # the window has left the terminal to it
+        window.type("0\n")
+        window.wait_for("┌─.*❯ from the window *│.*│  edited *│.*\n ready")
+        window.type("\x18\x05")
+        window.wait_for("^(?!┌).*edited$")
+        window.type("3\n")
+        window.wait_for(r"Your editor failed \(.*status 3.*❯ from the window *│.*│  edited *│.*\n ready")
+        window.type("\x15\x7f\x15/editor\r")
+        window.wait_for("^(?!┌).*edits$")
+        os.killpg(window.process.pid, signal.SIGINT)    # what Ctrl-C does there
+        window.wait_for(r"Your editor failed \(.*Your editor failed \(.*├─[^┌]*\n ready")
+        window.type(CTRL_Q)
+        self.assert_ends_well(window)
 
     def test_plain_mode_in_a_terminal(self):
         window = self.open(self.model("Words that come one by one and stay."), "--plain", columns=60)
