@@ -327,7 +327,6 @@ class Chat(NamedTuple):
     forgotten: int = 0                # the model no longer sees the turns before this one
     editing: Optional[int] = None     # index of the turn that the draft will take the place of
     name: str = ""                    # of its file, "" = it isn't stored
-    title: str = ""
     nodes: Dict[int, Turn] = {}       # all turns by number; never changed in place
     kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
     last: int = 0                     # the highest number
@@ -421,7 +420,7 @@ EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of 
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
-ChatOpened = NamedTuple("ChatOpened", [("chat", Chat), ("note", str)])
+ChatOpened = NamedTuple("ChatOpened", [("chat", Chat)])
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
@@ -1104,14 +1103,31 @@ def plan_layout(state: State) -> Layout:
     log_height = 0 if not log_width else chat_height if state.pane == "full" else rows - 3
     return Layout(framed, chat_width, max(1, chat_height), draft_height, log_width, log_height)
 
+FAR = 10 ** 9                     # lines
+
 # A list of things that are lines when asked for (index -> lines): only what is on the screen is ever wrapped
 Items = NamedTuple("Items", [("count", int), ("lines", Any)])
+
+def versions(chat: Chat, turn: Turn) -> List[int]:
+    """The numbers of what was said in place of this turn, itself among them, oldest first."""
+    return [kid for kid in chat.kids.get(turn.parent, ()) if chat.nodes[kid].role == turn.role] if turn.id else []
+
+def turn_note(chat: Chat, i: int, dot: str) -> str:
+    """The dim line under turn i. The keys turn the versions of the last turn that has several."""
+    turn, numbers = chat.turns[i], versions(chat, chat.turns[i])
+    if len(numbers) < 2:
+        return turn.note
+    keys = not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:])
+    which = "version %d of %d" % (numbers.index(turn.id) + 1, len(numbers))
+    return (" %s " % dot).join(filter(None, (turn.note, which, "Alt-Left/Right" * keys)))
 
 def chat_items(state: State, width: int) -> Items:
     turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
     look = Look(width, state.settings.unicode, state.settings.raw, state.settings.thoughts)
+    dot = "·" if look.unicode else "-"
     def lines(i: int) -> Sequence[Line]:
-        shown = turn_lines(turns[i], look) if i < len(turns) else reply_lines(reply or "", state.chat.thought, look, ended=False)
+        shown = turn_lines(turns[i]._replace(note=turn_note(state.chat, i, dot)), look) if i < len(turns) else \
+            reply_lines(reply or "", state.chat.thought, look, ended=False)
         if i < forgotten:
             shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
         if i == forgotten - 1:
@@ -1159,8 +1175,10 @@ def last_page(items: Items, height: int) -> Scroll:
     return move_back(items, Scroll(items.count, 0), height)
 
 def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
-    """Scroll by lines (negative = up); None when the end is reached and is followed again."""
+    """Scroll by lines (negative = up, FAR = all the way); None when the end is reached and is followed again."""
     end = last_page(items, height)
+    if abs(by) >= FAR and end != Scroll(0, 0):
+        return Scroll(0, 0) if by < 0 else None
     place = clamp_scroll(items, scroll) or end
     if by < 0:
         return move_back(items, place, -by) if end != Scroll(0, 0) else None
@@ -2710,7 +2728,7 @@ def probe_ram_bytes() -> int:
 
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
+# "ahead" | "discard" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
 # "reading" | "text" | "done" | "ahead" | "forgot" | "measured" | "benched" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
@@ -2727,7 +2745,8 @@ class StateCache:
     def save(self) -> None:
         if self.has_news() and self.engine.save_state(self.path(self.chat)):
             self.saved = list(self.engine.tokens)
-            self.trim()
+            with suppress(OSError):       # another window may be removing files at the same time
+                self.trim()
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name + ".state")
@@ -2779,6 +2798,7 @@ class EngineProcess:
         self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
+        self.messages: List[Dict[str, str]] = []    # of the last "ahead"
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
@@ -2885,14 +2905,20 @@ class EngineProcess:
         Bench(self.engine.api, self.emit, self.stop).run(command["path"], Wishes(*command["wishes"]))
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
+        self.messages = command.get("messages", self.messages)    # without any: the same as before
         if self.engine.context:
             self.engine.template.switch_thinking(command.get("think"))
             if command.get("files"):
                 self.emit("counted", n=len(self.engine.tokenize(command["files"], False)))
             if not READ_AHEAD:
                 return
-            self.states.enter(command.get("chat", ""), command["messages"])
-            self.engine.ahead = self.engine.certain_tokens(command["messages"], command["draft"])
+            self.states.enter(command.get("chat", ""), self.messages)
+            self.engine.ahead = self.engine.certain_tokens(self.messages, command["draft"])
+
+    def on_discard(self, command: Dict[str, Any]) -> None:
+        """A chat was deleted: nothing of it may be written any more."""
+        if self.states.chat == command["chat"]:
+            self.states.chat = ""
 
     def on_chat(self, command: Dict[str, Any]) -> None:
         self.engine.ahead = []
@@ -3315,10 +3341,10 @@ def install_engine(say: Any) -> int:
 def chat_path(name: str) -> str:
     return os.path.join(data_dir(), "chats", name + ".jsonl")
 
-def turns_to(chat: Chat, at: int) -> Tuple[Turn, ...]:
-    """The turns from the beginning of a chat to this one."""
+def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
+    """The turns that lead to this one, from the beginning of a chat or from what follows `after`."""
     path = []
-    while at:
+    while at != after:
         path.append(chat.nodes[at])
         at = path[-1].parent
     return tuple(reversed(path))
@@ -3346,15 +3372,14 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     import json
     nodes: Dict[int, Turn] = {}
     parts: Dict[int, Turn] = {}
-    at, seen, title, system = 0, 0, "", ""
+    at, seen, system = 0, 0, ""
     for line in raw.splitlines():
         try:
             record = json.loads(line)         # what isn't an object has no "in" or no keys
-            if "title" in record:
-                title = str(record["title"])
-            elif "system" in record:
+            if "system" in record:
                 system = str(record["system"])
             elif "at" in record:
+                parts.clear()                 # the reply was the same as one that is there
                 at, seen = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at, int(record.get("from", 0))
             elif "turn" in record:
                 number, parent = int(record["turn"]), int(record["parent"])
@@ -3367,14 +3392,15 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
                     nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent,
                                          thought=str(record.get("thought", "")))
                     at = number
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
+    stored = max(nodes, default=0)            # what is there in parts alone will be written whole
     for number, turn in parts.items():
         nodes[number], at = turn, number
     kids: Dict[int, Tuple[int, ...]] = {}
     for number in sorted(nodes):
         kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
-    chat = Chat(name=name, title=title, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=max(nodes, default=0))
+    chat = Chat(name=name, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=stored)
     chat = chat._replace(turns=turns_to(chat, at))
     chat = chat._replace(forgotten=next((i for i, turn in enumerate(chat.turns) if turn.id == seen), 0))
     return chat._replace(stored_at=(at, sees_from(chat)))
@@ -3383,7 +3409,7 @@ def is_json(raw: Any) -> bool:
     import json
     try:
         return isinstance(json.loads(raw), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 def lock_file(file: Any) -> None:
@@ -3399,7 +3425,7 @@ def lock_file(file: Any) -> None:
     except OSError as error:
         import errno
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else the file system has no locks
-            raise BlockingIOError(error.errno, "it is in use")
+            raise BlockingIOError(error.errno, "another window has this chat open")
 
 class ChatFile:
     """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
@@ -3444,7 +3470,7 @@ class ChatFile:
                 text = self.part["part"] if self.part else ""
                 self.part = dict(record, part=text + record["part"])
             else:
-                self.part = None if "turn" in record else self.part
+                self.part = self.part if "title" in record else None
                 self.add(record)
         if self.part and time.monotonic() - self.written_s >= self.PART_S:
             self.flush_part()
@@ -3486,6 +3512,7 @@ class ChatStore:
         self.post, self.jobs, self.thread = post, queue.Queue(), None
         self.file: Optional[ChatFile] = None
         self.history = os.path.join(data_dir(), "history")
+        self.late: List[ChatFile] = []    # of chats before it; what could not be written yet
         self.failed = False
 
     def do(self, job: Any, *arguments: Any) -> None:
@@ -3496,55 +3523,76 @@ class ChatStore:
             self.thread.start()
 
     def _work(self) -> None:
-        for job, arguments in iter(self.jobs.get, None):
+        for job, arguments in iter(self._next_job, None):
             try:
                 job(*arguments)
                 if job == self.write:
                     self.failed = False
-            except OSError as error:
-                reason = error.strerror or str(error)
+            except Exception as error:    # the thread must go on, whatever is in a file
+                reason = getattr(error, "strerror", None) or str(error)
                 if job != self.write:
                     self.post(Told("That failed: %s." % reason, "error"))
                 elif not self.failed:
                     self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again and again." % reason, "error"))
                 self.failed = self.failed or job == self.write
+            if arguments:
+                self.jobs.task_done()
         with suppress(OSError):
-            self.file and self.file.close()
+            self._take(None)
+
+    def _next_job(self) -> Any:
+        """What is to be done; when nothing comes for a second, what waits to be written."""
+        import queue
+        waits = self.late or self.file and (self.file.part or self.file.waiting)
+        try:
+            return self.jobs.get(timeout=ChatFile.PART_S if waits else None)
+        except queue.Empty:
+            return self.write, ()
 
     def close(self) -> None:
         if self.thread:
             self.jobs.put(None)
             self.thread.join(5)
 
-    def write(self, name: str, records: Tuple[Dict[str, Any], ...]) -> None:
-        if not self.file or self.file.path != chat_path(name):
-            self._take(ChatFile(chat_path(name)))
-        self.file.write(records)
+    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
+        """Add to a chat; without a name: what waits."""
+        if name and not (self.file and self.file.path == chat_path(name)):
+            self.late, self.file = self.late + [self.file] * bool(self.file), ChatFile(chat_path(name))
+        try:
+            if self.file:
+                self.file.write(records)
+        finally:
+            self._take(self.file)
 
-    def _take(self, file: ChatFile) -> None:
-        before, self.file = self.file, file
-        if before and before is not file:
-            before.close()
+    def _take(self, file: Optional[ChatFile]) -> None:
+        """From now on this file; those before are closed, if need be later."""
+        self.late, self.file = self.late + [self.file] * bool(self.file and self.file is not file), file
+        while self.late:
+            self.late[0].close()
+            self.late.pop(0)
 
     def open(self, name: str, spare_name: str) -> None:
-        """Open a chat ("" = the latest). One that another window has open is copied to spare_name."""
-        name = name or next((entry.name for entry in list_chats("")), "")
-        file, note = ChatFile(chat_path(name)), ""
+        """Open a chat ("" = the latest). One that can't be written, as another window has it, is copied to spare_name ("" = in memory)."""
+        name = name or "".join(name for _, name in scan_chats()[:1])
+        file = ChatFile(chat_path(name))
         if not name or not os.path.exists(file.path):
             return self.post(Told("There is no chat to go on with.", "warn"))
+        if self.file and self.file.path == file.path:
+            self._take(None)              # this window's own: its lock first goes away
+        problem, path = None, file.path
         try:
-            if self.file and self.file.path == file.path:
-                self._take(file)          # this window's own: its lock first goes away
-            raw = file.open()
-        except BlockingIOError:
-            with open(file.path, "rb") as other:
+            raw = file.open() if spare_name else b""
+        except OSError as error:
+            problem = Told("This is a copy of the chat, as it could not be opened to go on with it: %s." % error.strerror, "warn")
+        if problem or not spare_name:
+            with open(path, "rb") as other:
                 raw = other.read()
-            raw, name, file = raw[:raw.rfind(b"\n") + 1], spare_name, ChatFile(chat_path(spare_name))
-            note = "Another window has this chat open, so this is a copy of it."
-            file.open()
-            file.waiting = raw
-        self._take(file)
-        self.post(ChatOpened(parse_chat(raw, name), note))
+            name, file = spare_name, ChatFile(chat_path(spare_name))
+            file.waiting = raw[:raw.rfind(b"\n") + 1] if spare_name else b""
+        with suppress(OSError):           # is told at the next write
+            self._take(file)
+        for event in filter(None, (ChatOpened(parse_chat(raw, name)), problem)):
+            self.post(event)
 
     keep = staticmethod(save_kept)
 
@@ -3554,14 +3602,18 @@ class ChatStore:
     def rename(self, name: str, title: str) -> None:
         if self.file and self.file.path == chat_path(name):
             return self.file.write([{"title": title}])
+        os.stat(chat_path(name))          # raises where another window has deleted it
         file = ChatFile(chat_path(name))
         file.write([{"title": title}])
         file.close()
 
     def delete(self, name: str) -> None:
-        if self.file and self.file.path == chat_path(name):
-            self.file.close()
-            self.file = None
+        own = self.file and self.file.path == chat_path(name)
+        file, self.file = (self.file, None) if own else (ChatFile(chat_path(name)), self.file)
+        if not own:
+            file.open()                   # raises where another window has it
+        file.part, file.waiting = None, b""
+        file.close()
         for path in (chat_path(name), os.path.join(data_dir(), "states", name + ".state")):
             if os.path.exists(path):
                 os.remove(path)
@@ -3618,12 +3670,13 @@ class ChatStore:
                 file.write(text.encode("utf-8", "replace"))
         self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
 
-    def bring(self, path: str, name: str) -> None:
+    def bring(self, path: str) -> None:
         """A chat from a file of OpenAI's messages."""
-        with open(os.path.expanduser(path), encoding="utf-8") as file:
-            text = file.read()
         try:
-            self.post(parse_messages(text, name))
+            with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+                opened = parse_messages(file.read())
+            self.post(opened)
+            self.post(Told("Brought in: %d messages." % len(opened.chat.turns), "good"))
         except (ValueError, KeyError, TypeError, AttributeError):
             self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
 
@@ -3658,20 +3711,21 @@ def copy_by_program(text: str) -> str:
             return argv[0]
     return ""
 
-def parse_messages(text: str, name: str) -> ChatOpened:
+def parse_messages(text: str) -> ChatOpened:
     """A chat from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
     import json
     messages = json.loads(text)
-    chat, system = Chat(name=name), ""
+    chat, system = Chat(), ""
     for message in messages["messages"] if isinstance(messages, dict) else messages:
         content = message["content"]
         if isinstance(content, list):         # parts, of which we take the texts
             content = "\n\n".join(part["text"] for part in content if part.get("type") == "text")
+        content = str(content or "")          # null: the call of a tool
         if message["role"] in ("system", "developer"):
             system = content
         elif message["role"] in ("user", "assistant") and content:
             chat = add_turn(chat, message["role"], content)
-    return ChatOpened(chat._replace(system=system), "Brought in: %d messages." % len(chat.turns))
+    return ChatOpened(chat._replace(system=system))
 
 def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
     """A chat as a text, without the thinking: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
@@ -3683,24 +3737,31 @@ def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
     form = "## %s\n\n%s\n\n" if path.lower().endswith(".md") else "%s: %s\n\n"
     return "".join(form % ({"user": "You", "assistant": "Model"}.get(role, "System"), text) for role, text in said)
 
+def scan_chats() -> List[Tuple[float, str]]:
+    """(when it was last changed, name) of the stored chats, the latest first."""
+    folder = os.path.dirname(chat_path(""))
+    files = [entry for entry in os.scandir(folder) if entry.name.endswith(".jsonl") and entry.is_file()] if os.path.isdir(folder) else []
+    return sorted(((entry.stat().st_mtime, entry.name[:-6]) for entry in files), reverse=True)
+
 def list_chats(query: str) -> List[ChatEntry]:
     """The stored chats that hold this text, the latest first."""
     import json
-    entries, low = [], query.lower()
-    folder = os.path.dirname(chat_path(""))
-    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-        if not entry.name.endswith(".jsonl"):
+    entries, low = [], json.dumps(query, ensure_ascii=False)[1:-1].lower()
+    for time_s, name in scan_chats():
+        try:
+            with open(chat_path(name), "rb") as file:
+                text = file.read().decode("utf-8", "replace")
+        except OSError:                       # just deleted in another window, or somebody else's
             continue
-        with open(entry.path, "rb") as file:
-            text = file.read().decode("utf-8", "replace")
-        if low and low not in text.lower():
+        if low and (low not in text.lower() or low not in "\n".join(
+                re.findall(r'"(?:content|part|title)": "((?:[^"\\]|\\.)*)"', text)).lower()):
             continue
         titles = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or re.findall(r'(?m)^\{"turn": \d+, "parent": 0, .*$', text)[:1]
         record = json.loads(titles[0]) if titles and is_json(titles[0]) else {}
         title = " ".join(str(record.get("title") or split_files(str(record.get("content", "")))[1] or "(empty)").split())[:200]
-        models = re.findall(r'"model": "([^"]*)"', text)
-        entries.append(ChatEntry(entry.name[:-6], title, "".join(models[-1:]), entry.stat().st_mtime, len(text)))
-    return sorted(entries, key=lambda entry: -entry.time_s)
+        models = re.findall(r'"model": ("(?:[^"\\]|\\.)*")', text)
+        entries.append(ChatEntry(name, title, "".join(map(json.loads, models[-1:])), time_s, len(text)))
+    return entries
 
 
 # == 8. COMMANDS ===================================================================================
@@ -3858,9 +3919,9 @@ def cmd_new(state: State, argument: str) -> Change:
 def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> State:
     """Show this chat; one without a name gets one, so that it is stored."""
     n, session = state.n_chats + 1, state.settings.session
-    name = chat.name or ("%s-%d" % (session, n) if session and not private else "")
+    name = (chat.name or "%s-%d" % (session, n)) if session and not private else ""
     return state._replace(chat=chat._replace(name=name, request=state.chat.request), n_chats=n, chat_scroll=None, n_used=0, dialog=None,
-                          hint=hint)
+                          ahead=None, hint=hint)
 
 def cmd_private(state: State, argument: str) -> Change:
     """/private: start a chat that leaves no trace on the disk"""
@@ -3872,13 +3933,13 @@ def cmd_chats(state: State, argument: str) -> Change:
 
 def cmd_open(state: State, argument: str) -> Change:
     """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
-    return state, (Store("open", (argument, "%s-copy-%d" % (state.settings.session or "chat", state.n_chats))),)
+    return state, (Store("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
 
 def cmd_title(state: State, argument: str) -> Change:
     """/title TEXT: give this chat a name"""
     if not (argument and state.chat.name and state.chat.last):
         return state._replace(hint="Say something first; then /title TEXT names the chat"), ()
-    return state._replace(chat=state.chat._replace(title=argument), hint="Named"), (Store("rename", (state.chat.name, argument)),)
+    return state._replace(hint="Named"), (Store("rename", (state.chat.name, argument)),)
 
 def cmd_export(state: State, argument: str) -> Change:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
@@ -3888,7 +3949,7 @@ def cmd_export(state: State, argument: str) -> Change:
 
 def cmd_import(state: State, argument: str) -> Change:
     """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
-    return state, (Store("bring", (argument, begin_chat(state, Chat(), "").chat.name)),)
+    return state, (Store("bring", (argument,)),)
 
 def cmd_copy(state: State, argument: str) -> Change:
     """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
@@ -3931,10 +3992,10 @@ def find_on(state: State, by: int) -> Change:
     items = chat_items(state, layout.chat_width)
     here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
     for i in range(min(here.item, len(turns) - 1), -1 if by < 0 else len(turns), by):
-        lines = items.lines(i)[::by] if state.find in turns[i].text.lower() else ()
-        for line in (k if by > 0 else len(lines) - 1 - k for k in range(len(lines))):
-            shown = "".join(text for text, _ in items.lines(i)[line]).lower()
-            if state.find in shown and (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
+        rows = ["".join(text for text, _ in line).lower() for line in items.lines(i)] if state.find in turns[i].text.lower() else []
+        hits = [n for n, row in enumerate(rows) if state.find in row] or [0] * bool(rows)    # it may be broken over two lines
+        for line in hits[::by]:
+            if (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
                 return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
     return state._replace(hint="%r isn't found %s" % (state.find, "above" if by < 0 else "below")), ()
 
@@ -3944,7 +4005,7 @@ def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
 
 def cut_turns(chat: Chat, n: int) -> Chat:
     """The path up to its first n turns; the others stay in the tree."""
-    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None)
+    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None, waiting=False)
 
 def cmd_retry(state: State, argument: str) -> Change:
     """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
@@ -3962,16 +4023,21 @@ def cmd_edit(state: State, argument: str) -> Change:
     """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
     return edit_turn(state, last_index(state.chat, "assistant" if argument == "reply" else "user"))
 
+def put_back(draft: Draft, text: str) -> Draft:
+    """A message in the input box again; a second slash says that it isn't a command."""
+    text = "/" * text.startswith("/") + text
+    return draft._replace(text=text, cursor=len(text))
+
 def edit_turn(state: State, index: int) -> Change:
     if index < 0:
         return state._replace(hint="There is nothing above to edit"), ()
-    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index)), state.chat.turns[index])
+    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index, waiting=False)), state.chat.turns[index])
     return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
 
 def put_in_draft(state: State, turn: Turn) -> State:
     """A turn in the input box again, with its files attached."""
     files, text = split_files(turn.text) if turn.role == "user" else (state.files, turn.text)
-    return state._replace(files=files, draft=state.draft._replace(text=text, cursor=len(text)))
+    return state._replace(files=files, draft=put_back(state.draft, text))
 
 def cmd_undo(state: State, argument: str) -> Change:
     """/undo: take back the last question and its answer (/redo brings them back)"""
@@ -3983,19 +4049,13 @@ def cmd_redo(state: State, argument: str) -> Change:
     chat = state.chat
     for role in ("user", "assistant"):
         kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
-        chat = chat._replace(turns=chat.turns + tuple(chat.nodes[kid] for kid in kids[-1:]))
+        chat = chat._replace(turns=chat.turns + tuple(chat.nodes[kid] for kid in kids[-1:]), waiting=chat.waiting and not kids)
     return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
 
 def cmd_fork(state: State, argument: str) -> Change:
     """/fork: go on in a copy of this chat"""
-    copy = Chat(forgotten=state.chat.forgotten)
-    for turn in state.chat.turns:
-        copy = add_turn(copy, turn.role, turn.text, turn.note, turn.thought) if turn.id else copy._replace(turns=copy.turns + (turn,))
-    return begin_chat(state, copy, "This is a copy; the other chat stays as it was"), ()
-
-def versions(chat: Chat, turn: Turn) -> List[int]:
-    """The numbers of what was said in place of this turn, itself among them, oldest first."""
-    return [kid for kid in chat.kids.get(turn.parent, ()) if chat.nodes[kid].role == turn.role] if turn.id else []
+    copy = state.chat._replace(name="", stored=0, stored_at=(0, 0), system="")
+    return begin_chat(state, copy, "This is a copy; the other chat stays as it was", private=not state.chat.name), ()
 
 def turn_version(state: State, by: int) -> Change:
     """Show another version of the last turn that has several, and the chat that follows it."""
@@ -4004,12 +4064,12 @@ def turn_version(state: State, by: int) -> Change:
     if index < 0:
         return state._replace(hint="There are no other versions (/retry makes one)"), ()
     numbers = versions(chat, chat.turns[index])
-    n = numbers.index(chat.turns[index].id) + by
-    at = numbers[n % len(numbers)]
+    at = numbers[(numbers.index(chat.turns[index].id) + by) % len(numbers)]
     while chat.kids.get(at):
         at = chat.kids[at][-1]
-    chat = cut_turns(chat, index)._replace(turns=turns_to(chat, at))
-    return state._replace(chat=chat, chat_scroll=None, hint="Version %d of %d" % (n % len(numbers) + 1, len(numbers))), ()
+    cut = cut_turns(chat, index)
+    chat = cut._replace(turns=cut.turns + turns_to(chat, at, chat.turns[index].parent))
+    return state._replace(chat=chat, chat_scroll=None), ()
 
 def cmd_version_back(state: State, argument: str) -> Change:
     """the version before, of the last reply or question that has several"""
@@ -4163,7 +4223,7 @@ def cmd_send(state: State, argument: str) -> Change:
     if paths:
         return read_files(state, paths, draft.text)
     sent = (draft.text,) if draft.history[-1:] != (draft.text,) else ()
-    kept = (Store("remember", (text,)),) if sent and state.chat.name and len(text) < 10000 else ()
+    kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
     state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes))
     state, effects = run_slash(state, text) if is_command else send_text(state, (text[1:] if text[:2] == "//" else text).strip("\n"))
     return state, kept + effects
@@ -4277,11 +4337,11 @@ def cmd_line_down(state: State, argument: str) -> Change:
 
 def cmd_top(state: State, argument: str) -> Change:
     """the beginning of the chat"""
-    return scroll_pane(state, -10 ** 9), ()
+    return scroll_pane(state, -FAR), ()
 
 def cmd_bottom(state: State, argument: str) -> Change:
     """the end of the chat"""
-    return scroll_pane(state, 10 ** 9), ()
+    return scroll_pane(state, FAR), ()
 
 def cmd_redraw(state: State, argument: str) -> Change:
     """draw the window again"""
@@ -4312,8 +4372,9 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Whatever the chat has more than its file goes there: new turns, and where it stands."""
     chat, at = state.chat, (stands_at(state.chat), sees_from(state.chat))
     system = state.settings.system_prompt
-    if not chat.name or not chat.last or chat.last == chat.stored and (at, system) == (chat.stored_at, chat.system):
-        return state, effects
+    if not chat.name or not chat.last or chat.last == chat.stored and (
+            (at, system) == (chat.stored_at, chat.system) or chat.reply is not None):
+        return state, effects             # killed during another answer, it stands at the one before
     model = {"model": state.model.name} if state.model else {}
     turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
     records: List[Dict[str, Any]] = [dict(
@@ -4330,13 +4391,15 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     text = open_chips(state.draft, state.draft.text)
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
-    chat = forget_old(state).chat
-    ahead = (state.settings.system_prompt, state.settings.think, chat.name, stands_at(chat), chat.forgotten, chat.editing, draft, state.files)
+    chat = state.chat
+    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (state.settings.think, state.files, draft))
     if ahead == state.ahead:
         return state, effects
-    state = state._replace(chat=chat)
-    message = {"cmd": "ahead", "messages": chat_messages(state), "draft": join_files(state.files, draft), "chat": chat.name,
+    message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
                "files": join_files(state.files, ""), "think": state.settings.think}
+    if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
+        state = forget_old(state)
+        message["messages"] = chat_messages(state)
     return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
 
 def on_typed(state: State, event: Any) -> Change:
@@ -4351,8 +4414,10 @@ def on_typed(state: State, event: Any) -> Change:
     return state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False), ()
 
 def search_dialog(state: State, query: str) -> Change:
-    dialog = state.dialog._replace(query=query, index=0 if state.dialog.kind == "help" else state.dialog.index)
-    return state._replace(dialog=dialog), (Store("find", (query,)),) if dialog.kind == "chats" and not dialog.question else ()
+    dialog = state.dialog._replace(query=query)
+    if dialog.question or dialog.kind != "chats":    # it is the new name; or a search in the help
+        return state._replace(dialog=dialog._replace(index=0 if dialog.kind == "help" else dialog.index)), ()
+    return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
 
 def on_submitted(state: State, event: Submitted) -> Change:
     # its history knows it already, so that none is written: that is of what is typed in the window
@@ -4394,26 +4459,32 @@ def on_chats_key(state: State, key: str, chosen: str) -> Change:
     if key in ("del", "ctrl-r") and chosen:
         question = "delete" if key == "del" else "rename"
         return state._replace(dialog=dialog._replace(question=question, query="")), ()
-    if key != "enter" or not chosen:
+    if key != "enter" or not chosen or dialog.question == "rename" and not dialog.query.strip():
         return state, ()
-    effects = (Store("delete", (chosen,)) if dialog.question == "delete" else Store("rename", (chosen, dialog.query)), Store("find", ("",)))
-    state = state._replace(dialog=Dialog("chats"))
-    if dialog.question == "delete" and chosen == state.chat.name:
-        state = begin_chat(state, Chat(), "This chat is deleted")._replace(dialog=state.dialog)
-    return state, effects
+    own, find, state = chosen == state.chat.name, Store("find", ("",)), state._replace(dialog=Dialog("chats"))
+    if dialog.question == "rename":
+        return state, (Store("rename", (chosen, dialog.query)), find)
+    if own and is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), (find,)
+    state = begin_chat(state, Chat(), "This chat is deleted")._replace(dialog=state.dialog) if own else state
+    return state, (SendEngine({"cmd": "discard", "chat": chosen}), Store("delete", (chosen,)), find)
 
 def on_chats_found(state: State, event: ChatsFound) -> Change:
     import time
-    if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query:
-        return state, ()                  # it was closed meanwhile, or another search is on its way
+    if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query or state.dialog.question:
+        return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
     items = tuple("%s %6d kB  %s%s" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), 1 + entry.n_bytes // 1000, entry.title,
                                        "  (%s)" % entry.model if entry.model else "") for entry in event.entries)
     return state._replace(dialog=state.dialog._replace(items=items, names=tuple(entry.name for entry in event.entries), index=0)), ()
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
+    if is_busy(state):
+        return state._replace(hint="The other chat isn't opened during a reply; stop it first (Esc)"), ()
+    waiting = state.chat.turns[last_index(state.chat, "user")].text if state.chat.waiting else ""
     chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
-    state = begin_chat(state, chat, event.note or "This chat goes on")
-    return state._replace(settings=state.settings._replace(system_prompt=event.chat.system)), ()
+    settings = state.settings._replace(system_prompt=event.chat.system)
+    state = begin_chat(state._replace(settings=settings), chat, "This chat goes on")
+    return ask_model(state._replace(chat=add_turn(state.chat, "user", waiting))) if waiting else (state, ())    # it was typed before the chat came
 
 def on_files_read(state: State, event: FilesRead) -> Change:
     """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
@@ -5274,7 +5345,8 @@ def parse_arguments(argv: List[str]) -> Any:
         description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
         epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
                '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
-    add = parser.add_argument
+    add, error = parser.add_argument, parser.error
+    parser.error = lambda message: error(clean(message))    # type: ignore   # it repeats what may be a file's name
     add("model", nargs="?", default=MODEL, metavar="MODEL", help="path of a .gguf file; without it, choose one of those found")
     add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
     add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
@@ -5336,10 +5408,12 @@ class Plain:
         before = self.state
         self.state, effects = update(before, event)
         self.show(before, self.state)
-        if isinstance(event, (Submitted, FilesRead)) and self.state.hint:
+        if isinstance(event, (Submitted, FilesRead, ChatOpened)) and self.state.hint:
             self.note(self.state.hint)    # what a command says
         for effect in effects:
             self.runner.perform(effect)
+        if isinstance(event, Submitted):  # the next line may be meant for the chat that this one opens
+            self.runner.store.jobs.join()
 
     def show(self, before: State, now: State) -> None:
         said = (split_thinking(now.chat.reply or "")[1] or "")[len(split_thinking(before.chat.reply or "")[1] or ""):]
@@ -5347,7 +5421,7 @@ class Plain:
             self.clear_progress()
             print(clean(said) if sys.stdout.isatty() else said, end="", flush=True)
         notices = lambda state: [turn for turn in state.chat.turns if turn.role == "notice"]
-        for turn in notices(now)[len(notices(before)):]:
+        for turn in notices(now)[len(notices(before)):] if now.chat.turns is not before.chat.turns else ():
             self.note(turn.text)
             self.status = 1 if turn.style == "error" else self.status
         plan = [line for line in now.summary if line not in before.summary and not self.quiet]
@@ -5558,7 +5632,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         import_llama().llama_backend_init()
         return 0
     if arguments.install:
-        return install_engine(lambda line: print(line, flush=True))
+        return install_engine(lambda line: print(clean(line), flush=True))
     if arguments.info:
         return show_info(os.path.expanduser(arguments.model))
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""

@@ -162,6 +162,11 @@ def write(data, name="m.gguf"):
     return path
 
 
+def read_bytes(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def read_until(child, wanted):
     """Read a child's lines up to one that holds `wanted`; its end is a failure."""
     watchdog, seen = threading.Timer(LIMIT_S, child.kill), []
@@ -905,7 +910,10 @@ class CacheTest(unittest.TestCase):
         more = chat + [assistant(text), user("more")]
         self.assertLess(engine.chat(more, chat="one", max_tokens=20)[1]["n_read"], 30)
         self.assertGreater(engine.chat([user("abc def " * 20)], max_tokens=20)[1]["n_read"], 50)    # one that leaves no trace
+        engine.chat([user("deleted " * 9)], chat="gone", max_tokens=20)
+        engine.send("discard", chat="gone")    # nothing of it is written when the next chat comes
         self.assertLess(engine.chat([system, user("another chat")], chat="two", max_tokens=20)[1]["n_read"], 30)
+        engine.send("discard", chat="one")    # not the one in memory
         engine.send("quit")
         engine.process.wait(LIMIT_S)
         names = os.listdir(folder)
@@ -999,7 +1007,7 @@ class ChatFileTest(unittest.TestCase):
         chat = self.said().chat
         self.assertEqual([turn.text for turn in chat.turns], ["ask ü\n", "other"])
         self.assertEqual(chat.nodes[2].text, "answer ? \u2028 end")
-        self.assertEqual((chat.kids, chat.last, chat.title, chat.name), ({0: (1,), 1: (2, 3)}, 3, "a name", "one"))
+        self.assertEqual((chat.kids, chat.last, chat.name), ({0: (1,), 1: (2, 3)}, 3, "one"))
         chat = llmchat.parse_chat(self.raw() + b'{"at": 3, "from": 3}\n')
         self.assertEqual((chat.forgotten, chat.stored_at), (1, (3, 3)))    # the model no longer sees the question
         self.store.do(self.store.find, "SECOND")
@@ -1053,12 +1061,14 @@ class ChatFileTest(unittest.TestCase):
     def test_two_windows_on_one_chat(self):
         self.store.do(self.store.write, "one", self.records("ask", "answer"))
         self.store.do(self.store.open, "one", "spare")
-        self.assertEqual(self.said().note, "")
-        code = ("import llmchat, sys\nstore = llmchat.ChatStore(lambda event: print(event.note, event.chat.name, len(event.chat.turns)))\n"
+        self.assertEqual(self.said().chat.name, "one")
+        code = ("import llmchat, sys\nstore = llmchat.ChatStore(lambda event: print(event.text if isinstance(event, llmchat.Told) else (event.chat.name, len(event.chat.turns))))\n"
                 "store.do(store.open, 'one', 'spare')\nstore.do(store.write, 'spare', ({'turn': 3, 'parent': 2, 'role': 'user', 'content': 'mine'},))\n"
-                "store.close()")
+                "store.do(store.delete, 'one')\nstore.do(store.rename, 'one', 'mine')\nstore.close()")
         out = subprocess.check_output([sys.executable, "-c", code], env=dict(ENV, XDG_DATA_HOME=self.home, LOCALAPPDATA=self.home), timeout=LIMIT_S)
-        self.assertEqual(out.decode().strip(), "Another window has this chat open, so this is a copy of it. spare 2")
+        self.assertEqual(out.decode().splitlines(), [
+            "('spare', 2)", "This is a copy of the chat, as it could not be opened to go on with it: another window has this chat open."]
+            + ["That failed: another window has this chat open."] * 2)
         self.assertEqual((self.texts(), self.texts(self.raw("spare"))), (["ask", "answer"], ["ask", "answer", "mine"]))
 
     @unittest.skipUnless(POSIX, "needs a limit on the size of files")
@@ -1788,8 +1798,7 @@ class TextTest(unittest.TestCase):
         stored = llmchat.begin_chat(ready(), Chat(), "")._replace(chat=Chat(name="c"))
         kept = lambda effects: [e.arguments for e in effects if isinstance(e, llmchat.Store) and e.job == "remember"]
         self.assertEqual(kept(play(stored, Pasted("x\n" * 9), "[enter]")[1]), [("x\n" * 9,)])
-        self.assertEqual(kept(play(stored, "/set seed 1", "[enter]", "/set seed 1", "[enter]", "/private", "[enter]", "secret", "[enter]")[1]),
-                         [("/set seed 1",), ("/private",)])
+        self.assertEqual(kept(play(stored, "/set seed 1", "[enter]", "/private", "[enter]", "secret", "[enter]")[1]), [])
         self.assertEqual(kept(play(stored, Submitted("hello"))[1]) + kept(play(ready(), "hello", "[enter]")[1]), [])
 
     def test_draft_rows_and_cursor(self):
@@ -2031,6 +2040,344 @@ class ThoughtsTest(unittest.TestCase):
             self.assertIsNone(state.settings.think)
 
 
+class StoredChatTest(unittest.TestCase):
+    """update() and a real ChatStore. After each event the file must hold what the window shows, and every version."""
+    setUp = ChatFileTest.setUp
+
+    def begin(self, **fields):
+        self.n = getattr(self, "n", 0) + 1
+        self.state = llmchat.begin_chat(ready(settings=Settings("m.gguf", session="s%d" % self.n), **fields), Chat(), "")
+
+    def do(self, *events):
+        for event in events:
+            event = event if not isinstance(event, str) else Pressed(event[1:-1]) if re.match(r"\[.+\]$", event) else Submitted(event)
+            self.state, effects = update(self.state, event)
+            for effect in effects:
+                if isinstance(effect, llmchat.Store):
+                    self.store.do(getattr(self.store, effect.job), *effect.arguments)
+            self.store.jobs.join()
+            while not self.posted.empty():
+                self.do(self.posted.get())
+        chat = self.state.chat
+        if chat.reply is None and chat.name and chat.last and not self.store.file.waiting:
+            stored = self.read()
+            self.assertEqual([turn.text for turn in stored.turns], self.shown())
+            self.assertEqual({n: turn.text for n, turn in stored.nodes.items()}, {n: turn.text for n, turn in chat.nodes.items()})
+        return effects
+
+    def read(self):
+        with open(llmchat.chat_path(self.state.chat.name), "rb") as file:
+            return llmchat.parse_chat(file.read())
+
+    def ask(self, question, *answer):
+        effects = self.do(question)
+        for part in answer:
+            self.do(text(self.state.chat.request, part))
+        if answer:
+            self.do(done(self.state.chat.request))
+        return effects
+
+    def shown(self):
+        return [turn.text for turn in self.state.chat.turns if turn.id]
+
+    def notes(self):
+        return [row.strip(" │")  for row in rows_of(self.state._replace(pane="hidden", columns=100, rows=40)) if "version " in row]
+
+    def test_retry_and_versions(self):
+        self.begin()
+        self.ask("q1", "a1")
+        self.ask("q2", "a2")
+        self.assertEqual(self.notes(), [])
+        self.assertEqual(asked(self.ask("/retry", "b", "2")), ["q1", "a1", "q2"])
+        self.ask("/retry", "c2")
+        self.assertEqual((self.shown(), self.notes()[0].split(" · ")[1:]), (["q1", "a1", "q2", "c2"], ["version 3 of 3", "Alt-Left/Right"]))
+        for key, answer, which in (("[alt-left]", "b2", 2), ("[alt-left]", "a2", 1), ("[alt-left]", "c2", 3), ("[alt-right]", "a2", 1), ("[alt-right]", "b2", 2)):
+            self.do("/stats", key)
+            self.assertEqual((self.shown()[3], len(notices(self.state))), (answer, 0), "what stood under the old version goes")
+            self.assertIn("version %d of 3" % which, self.notes()[0])
+        self.do("/stats")
+        self.ask("q3", "a3")
+        self.ask("/retry", "b3")
+        self.assertEqual([note.endswith("Alt-Left/Right") for note in self.notes()], [False, True], "the keys turn the last one")
+        self.do("[alt-left]")
+        self.assertEqual((self.shown()[-1], len(notices(self.state))), ("a3", 1), "what stands above stays")
+        self.ask("/retry", "a3")
+        self.assertEqual((len(self.read().nodes), self.shown()[-1]), (9, "a3"), "the same answer again is no new version")
+        self.ask("/retry", "d3")
+        self.do("/retry", "[esc]", done(self.state.chat.request + 1, "stopped"))
+        self.assertEqual(self.shown()[-1], "d3", "no word came: the answer before is back")
+
+    def test_versions_keep_what_the_model_sees(self):
+        self.begin()
+        for n in range(4):
+            self.do("/stats", "/stats", "/stats")
+            self.ask("q%d" % n, "a%d" % n)
+        self.state = self.state._replace(chat=self.state.chat._replace(forgotten=6))
+        self.ask("/retry", "b")
+        self.do("[alt-left]")
+        self.assertEqual(asked(self.ask("next"))[-3:], ["q3", "a3", "next"])
+
+    def test_edit(self):
+        self.begin()
+        for n in "123":
+            self.ask("q" + n, "a" + n)
+        self.do("/stats", "/edit")
+        self.assertEqual(self.state.draft.text, "q3")
+        self.do("[alt-up]", "[alt-up]", "[alt-up]")
+        self.assertEqual((self.state.draft.text, self.shown()[-1]), ("q1", "a3"))
+        self.do("[esc]")
+        self.assertEqual((self.state.draft.text, self.state.chat.editing, self.shown()[-1]), ("", None, "a3"))
+        self.do("/edit", "[alt-up]")
+        self.assertEqual(asked(self.ask("Q2", "A2")), ["q1", "a1", "Q2"])
+        self.assertEqual(self.shown(), ["q1", "a1", "Q2", "A2"])
+        self.do("[alt-left]")
+        self.assertEqual(self.shown(), ["q1", "a1", "q2", "a2", "q3", "a3"])
+        self.begin()
+        self.ask("//etc/passwd?", "/bin/sh")
+        self.do("/edit")
+        self.assertEqual(self.state.draft.text, "//etc/passwd?")
+        self.do("/edit reply")
+        self.assertEqual((self.state.draft.text, sent(self.ask(self.state.draft.text))), ("//bin/sh", []))
+        self.assertEqual(self.shown(), ["/etc/passwd?", "/bin/sh"])
+
+    def test_continue(self):
+        self.begin()
+        self.do("/continue")
+        self.assertIn("no reply", self.state.hint)
+        self.do("q", text(1, "once upon"), "[esc]", done(1, "stopped"), "/stats")
+        effects = self.do("/continue")
+        self.assertEqual((sent(effects)[0]["begun"], asked(effects)), ("once upon", ["q"]))
+        self.do("[esc]", done(2, "stopped"))
+        self.assertEqual((self.shown(), len(self.state.chat.nodes)), (["q", "once upon"], 2))
+        self.do("/continue", text(3, " a time"))
+        self.assertEqual([turn.text for turn in self.read().turns], ["q", "once upon"], "as after a kill now")
+        self.do("[esc]", done(3, "stopped"))
+        self.assertEqual((self.shown(), self.read().kids[1]), (["q", "once upon a time"], (2, 3)))
+        self.do("/edit reply", "once below")
+        self.assertEqual((self.shown()[-1], sent(self.do("/continue"))[0]["begun"]), ("once below", "once below"))
+        self.do(text(4, " it"), EngineDied(-9))
+        self.assertEqual(self.shown(), ["q", "once below it"])
+        self.assertIn("the engine stopped here", self.state.chat.turns[1].note)
+
+    def test_undo_and_redo(self):
+        self.begin()
+        self.do("/undo", "/redo", "/redo")
+        self.assertEqual(self.state.hint, "Nothing to redo")
+        for n in "12":
+            self.ask("q" + n, "a" + n)
+            self.do("/stats")
+        for step, left in ((["/undo"], 2), (["/undo"], 0), (["/undo"], 0), (["/stats", "/redo"], 2), (["/stats"], 2), (["/redo"], 4), (["/redo"], 4)):
+            self.do(*step)
+            self.assertEqual(self.shown(), ["q1", "a1", "q2", "a2"][:left], step)
+        self.do("/undo")
+        self.ask("other", "answer")
+        self.do("/undo", "/redo")
+        self.assertEqual(self.shown(), ["q1", "a1", "other", "answer"])
+        self.do("[alt-left]")
+        self.assertEqual(self.shown(), ["q1", "a1", "q2", "a2"])
+
+    def test_what_a_waiting_message_allows(self):
+        """The engine is still loading: the chat may be changed, and then only what is asked is answered."""
+        for steps, question in ((["/undo"], None), (["/edit"], None), (["/edit", "other"], "other"), (["/retry"], "q2"), (["/fork"], "q2"),
+                                (["/new"], None), (["[alt-left]"], "q2"), (["/redo"], "q2"), (["/private"], None)):
+            self.begin()
+            self.ask("q1", "a1")
+            self.state = self.state._replace(engine=Condition.LOADING)
+            self.do("q2", *steps)
+            effects = self.do(LOADED)
+            self.assertEqual([message["messages"][-1]["content"] for message in sent(effects)], [question] * bool(question), steps)
+
+    def test_fork(self):
+        self.begin()
+        self.ask("q", "a")
+        self.ask("/retry", "b")
+        first = self.state.chat.name
+        self.do("/stats", "/fork")
+        self.assertNotEqual(self.state.chat.name, first)
+        self.ask("more", "said")
+        self.do("[alt-left]")
+        self.assertEqual(self.shown(), ["q", "a"], "the copy has the versions too")
+        self.do("/open " + first)
+        self.assertEqual(self.shown(), ["q", "b"])
+
+    def files(self):
+        return {os.path.relpath(os.path.join(folder, name), self.home) for folder, _, names in os.walk(self.home) for name in names}
+
+    def test_private_and_no_save(self):
+        for settings in (Settings("m.gguf", session="s"), Settings("m.gguf")):
+            self.begin()
+            self.state = self.state._replace(settings=settings)
+            self.do("/private" if settings.session else "/new")
+            self.ask("secret", "kept")
+            self.ask("/retry", "so")
+            self.do("/title mine", "/undo", "/redo", "/fork", "[alt-left]", "/edit", "other", text(3, "yes"), done(3), "/continue", text(4, "!"), done(4))
+            self.assertEqual((self.state.chat.name, self.files()), ("", set()))
+        self.begin()
+        self.ask("q", "a")
+        name, before = self.state.chat.name, ChatFileTest.raw(self, self.state.chat.name)
+        self.do("/new")
+        self.state = self.state._replace(settings=Settings("m.gguf"))
+        self.ask("/open")
+        self.ask("more", "said")
+        self.store.close()
+        self.assertEqual((self.shown(), ChatFileTest.raw(self, name)), (["q", "a", "more", "said"], before))
+        self.assertEqual(len(self.files()), 1)
+
+    def test_picker(self):
+        self.begin()
+        for words in ("llamas eat grass", "mountains are \"high\"", "user content"):
+            self.ask(words, "Yes: " + words.split()[0])
+            self.do("/new")
+        titles = lambda: [re.sub(r"^\S+ \S+ +\S+ kB +| +\(Tiny\)$", "", item) for item in self.state.dialog.items]
+        for query, found in (("", 3), ("GRASS", 1), ("yes: moun", 1), ("are \"high", 1), ("user", 1), ("parent", 0), ("role", 0), ("\\", 0)):
+            self.do("/chats " + query)
+            self.assertEqual(len(titles()), found, query)
+        self.do("/chats", Typed("grass"), "[ctrl-r]", "[enter]", Typed("food "), Typed("llama"), "[backspace]", "[backspace]", "[enter]")
+        self.assertIn("food lla", titles())
+        self.do(*["[backspace]"] * 3, Typed("high"), "[enter]")
+        self.assertEqual((self.shown()[0], self.state.dialog), ('mountains are "high"', None))
+        own = self.state.chat.name
+        with mock.patch.object(self.store, "find"):    # the list is long in coming
+            self.do("/chats", Typed("high"), "[enter]", "[del]", "[enter]")
+            self.assertEqual((self.shown()[0], self.state.dialog.question), ('mountains are "high"', ""), "nothing happens to what isn't found yet")
+        self.do("/chats", Typed("high"), "[del]", "[esc]", "/chats", Typed("high"), "[del]")
+        self.do(llmchat.ChatsFound("", tuple(llmchat.list_chats(""))))
+        self.assertEqual(self.state.dialog.names[self.state.dialog.index], own, "a list that comes late doesn't change what is deleted")
+        self.do("[enter]")
+        self.assertEqual((len(titles()), self.shown(), os.path.exists(llmchat.chat_path(own))), (2, [], False))
+        self.ask("after", "it")
+        self.assertNotEqual(self.state.chat.name, own)
+
+    def test_deleting_the_chat_that_is_answered(self):
+        self.begin()
+        self.ask("q", "a")
+        self.state = self.state._replace(engine=Condition.LOADING)
+        self.do("more", "/chats", LOADED, "[del]", "[enter]")
+        self.assertIn("Stop the reply", self.state.hint)
+        self.do("[esc]", text(2, "said"), done(2))
+        self.assertEqual((self.shown(), self.state.engine), (["q", "a", "more", "said"], Condition.READY))
+
+    def test_find(self):
+        self.begin(columns=40, rows=16)
+        for n in range(12):
+            self.ask("question %d" % n, "word " * 30 + "needle here" + " word" * 30 if n in (3, 8) else "nothing")
+        for step, n in (("/find NEEDLE HERE", 8), (Typed("n"), 3), (Typed("n"), 3), (Typed("N"), 8), (Typed("N"), 8), (Typed("n"), 3)):
+            self.do(step)
+            self.assertEqual(self.state.chat_scroll.item, 2 * n + 1)
+        self.assertIn("needle", "".join(rows_of(self.state)[1:3]))
+        self.do("[esc]", Typed("n"))
+        self.assertEqual((self.state.chat_scroll, self.state.draft.text), (None, "n"))
+        for n in range(28, 36):           # wherever the words are broken over two lines
+            self.ask("x" * n + " broken", "text")
+            self.do("/find %s broken" % ("x" * n))
+            self.assertEqual(self.state.chat_scroll.item, len(self.state.chat.turns) - 2, n)
+        self.do("/find nowhere at all")
+        self.assertIn("isn't found above", self.state.hint)
+
+    def test_export_and_import(self):
+        self.begin()
+        self.state = self.state._replace(settings=self.state.settings._replace(system_prompt="Be brief."))
+        self.ask("q ü\nmore", "a *b*")
+        self.do("/stats")
+        self.ask("q2", "a2")
+        path = lambda name: os.path.join(self.home, name)
+        for name in ("chat.md", "chat.txt", "chat.json", "chat.json"):
+            self.do("/export " + path(name))
+        self.assertEqual([re.sub(": /.*", "", told) for told in notices(self.state)][1:], ["Written"] * 3 + ["That failed: File exists."])
+        read = lambda name: open(path(name), encoding="utf-8").read()
+        self.assertEqual(llmchat.read_text(path("chat.txt")), "System: Be brief.\n\nYou: q ü\nmore\n\nModel: a *b*\n\nYou: q2\n\nModel: a2\n\n")
+        self.assertEqual(llmchat.read_text(path("chat.md"))[:39], "## System\n\nBe brief.\n\n## You\n\nq ü\nmore\n")
+        before = self.state.chat.name
+        self.begin()
+        self.do("/import " + path("chat.json"))
+        self.assertEqual((self.shown(), self.state.settings.system_prompt), (["q ü\nmore", "a *b*", "q2", "a2"], "Be brief."))
+        self.assertIn("Brought in: 4 messages.", notices(self.state))
+        for data in (b"\xff\xfe\x00", b"[" * 10 ** 5, b"{}", b'[{"role": 1}]', b"\xef\xbb\xbf[]", b'[{"role": "user", "content": {"a": "\\ud800"}}]'):
+            self.do("/import " + write(data, "m.json"))
+            self.ask("goes on", "yes")
+
+    def test_a_reply_cut_by_a_kill_goes_on(self):
+        self.begin()
+        self.do("q", text(1, "once upon"))    # and here it is killed
+        name, raw = self.state.chat.name, ChatFileTest.raw(self, self.state.chat.name)
+        self.do("[esc]", done(1, "stopped"), "/new")
+        with open(llmchat.chat_path(name), "wb") as file:
+            file.write(raw)
+        self.do("/open " + name)
+        self.assertEqual((self.shown(), self.state.chat.turns[-1].note), (["q", "once upon"], "interrupted"))
+        self.ask("and then?", "more")
+        self.do("/undo", "/redo", "/new", "/open " + name)
+        self.assertEqual(self.shown(), ["q", "once upon", "and then?", "more"])
+
+    def test_words_typed_before_the_chat_is_open(self):
+        self.begin()
+        self.ask("q", "a")
+        name = self.state.chat.name
+        self.begin(engine=Condition.LOADING)
+        self.state = self.state._replace(chat=self.state.chat._replace(name="s-9"))
+        self.state, effects = update(self.state, Submitted("early"))
+        self.do("/open " + name)
+        self.assertEqual((self.shown(), asked(self.do(LOADED))), (["q", "a", "early"], ["q", "a", "early"]))
+        self.do("/stats", llmchat.ChatOpened(Chat(name="other")), text(self.state.chat.request, "said"), done(self.state.chat.request))
+        self.assertEqual((self.shown(), self.state.engine), (["q", "a", "early", "said"], Condition.READY))
+
+    def broken(self):
+        """While it lasts, nothing can be written."""
+        return mock.patch.object(llmchat.ChatFile, "open", side_effect=OSError(30, "Read-only file system"))
+
+    def test_read_only(self):
+        self.begin()
+        with self.broken():
+            self.ask("q1", "a1")
+            first = self.state.chat.name
+            self.do("/new")
+            self.ask("q2", "a2")
+            self.do("/fork")
+            self.ask("q3", "a3")
+            told = [notice for notice in notices(self.state) if "can't be saved" in notice]
+            self.assertEqual((told, self.files()), (["This chat can't be saved: Read-only file system. It goes on in memory, and saving is tried again and again."][:len(told)], set()))
+        wait_until(lambda: len(self.files()) == 3)    # without anybody's doing
+        self.do("/open " + first)
+        self.assertEqual(self.shown(), ["q1", "a1"])
+        with self.broken():
+            self.do("/new", "/open " + first)
+            self.assertEqual(self.shown(), ["q1", "a1"])
+            self.assertIn("Read-only file system", notices(self.state)[0])
+            self.assertNotEqual(self.state.chat.name, first)
+
+    def test_a_stalled_reply_is_written_within_a_second(self):
+        self.begin()
+        self.do("q", text(1, "so "), text(1, "far"))
+        wait_until(lambda: [turn.text for turn in self.read().turns] == ["q", "so far"])
+
+    def test_an_event_does_not_cost_more_in_a_long_chat(self):
+        """Counted in turns laid out and in characters sent to the engine."""
+        def cost(n_turns):
+            chat = Chat()
+            for n in range(n_turns):
+                chat = llmchat.add_turn(chat, ("user", "assistant")[n % 2], "turn %d of this chat" % n)
+            state = update(ready(chat=chat), Resized(100, 30))[0]
+            state, costs = update(state, Typed("x"))[0], []
+            streams = [text(1, "word ")] * 5
+            for event in [Typed("a "), Typed("b "), *map(Pressed, ("pgup", "alt-up", "pgdn", "home", "end", "enter")), *streams]:
+                llmchat.turn_lines.cache_clear()
+                with mock.patch("llmchat.turn_lines", side_effect=llmchat.turn_lines) as laid:
+                    state, effects = update(state, event)
+                    view(state)
+                costs.append((laid.call_count, 0 if event == Pressed("enter") else len(repr(effects))))
+            return costs
+        self.assertEqual(cost(2000), cost(200))
+
+    def test_damaged_files_do_not_end_storing(self):
+        os.makedirs(os.path.join(os.path.dirname(llmchat.chat_path("")), "folder.jsonl"))
+        with open(llmchat.chat_path("deep"), "wb") as file:
+            file.write(b"[" * 10 ** 5 + b"\n" + b'{"turn": 1, "parent": 0, "role": "user", "content": "q"}\n' + b"{" * 10 ** 5)
+        self.begin()
+        self.do("/open deep", "/chats", "/chats q", "/chats x")
+        self.assertEqual(self.shown(), ["q"])
+        self.ask("goes on", "yes")
+
+
 class ScrollTest(unittest.TestCase):
     def setUp(self):
         reply = "".join("line %d\n\n" % i for i in range(40)) + "end"
@@ -2210,8 +2557,8 @@ class UpdateTest(unittest.TestCase):
         state, told = ready(Turn("user", "a"), Turn("assistant", "b")), []
         for event in [Typed(c) for c in "one two th"] + [Pressed("backspace"), Typed("x y"), Typed("\nz"), said("ahead", done=5, total=9)]:
             state, effects = update(state, event)
-            told += [(len(m["messages"]), m["draft"]) for m in sent(effects, "ahead")]
-        self.assertEqual(told, [(2, ""), (2, "one "), (2, "one two "), (2, "one two tx "), (2, "one two tx y")])
+            told += [(len(m.get("messages", ())), m["draft"]) for m in sent(effects, "ahead")]
+        self.assertEqual(told, [(2, ""), (0, "one "), (0, "one two "), (0, "one two tx "), (0, "one two tx y")])    # 0: the same as before
         self.assertIn("reading ahead 5/9", rows_of(state)[-1])
         state, effects = update(state, Pressed("enter"))
         self.assertEqual((len(sent(effects, "chat")), sent(effects, "ahead"), state.ahead_left), (1, [], ""))
@@ -2467,7 +2814,7 @@ class SettingsTest(unittest.TestCase):
     def test_chosen_by_name_or_from_a_list(self):
         state, effects = play(self.stored(), "/persona coder", "[enter]")
         self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
-        self.assertEqual(effects[1:], (Store("keep", ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]})),))
+        self.assertEqual(effects, (Store("keep", ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]})),))
         state, effects = play(state, "/preset", "[enter]", "[up]", "[enter]")
         self.assertEqual((state.settings.sampling.temperature, state.settings.sampling.top_p), (0.2, 0.9))
         self.assertEqual(state.settings.kept["m.gguf"]["temperature"], 0.2)
@@ -2487,7 +2834,7 @@ class SettingsTest(unittest.TestCase):
 
     def test_other_settings(self):
         state, effects = play(self.stored(), "/set n_ctx 2048", "[enter]")
-        self.assertEqual((state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 2))
+        self.assertEqual((state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1))
         self.assertEqual(Wishes(*sent(play(state, "/load", "[enter]")[1], "load")[0]["wishes"]).n_ctx, 2048)
         shown = notices(play(state, "/set", "[enter]")[0])[0]
         for name in llmchat.SETTINGS_HELP:
@@ -3022,6 +3369,157 @@ class WindowTest(unittest.TestCase):
         window.wait_for("Once upon a time a llama.*The engine was killed.*\n engine down")
         window.type("some code\r")
         window.wait_for("Counter.*\n ready")
+
+    def home(self):
+        """A data directory for this test alone, and the chats in it as parse_chat() reads them."""
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        chats = os.path.join(folder, "llmchat", "chats")
+        def read():
+            return {name: llmchat.parse_chat(read_bytes(os.path.join(chats, name))) for name in os.listdir(chats)} if os.path.isdir(chats) else {}
+        return dict(XDG_DATA_HOME=folder, HOME=folder), read
+
+    def test_resume(self):
+        home, chats = self.home()
+        if sys.platform == "darwin":
+            home = dict(home, XDG_DATA_HOME=home["HOME"])
+        window = self.open(self.model(), **home)
+        window.ask("first question", "Answered.*first after")
+        window.type("/new\r")
+        window.ask("second question", "❯ second.*Answered.*first after")
+        other = self.open(self.model(), "-C", **home)    # while the first window has it
+        other.wait_for("❯ second question.*This is a copy of the chat.*another window.*Ready")
+        other.type(" \x7f")               # any key takes the hint away
+        other.ask("third question", "❯ third question.*Answered")
+        for one in (window, other):
+            one.type(CTRL_Q)
+            self.assertEqual(one.end(), 0)
+        self.assertEqual(sorted(len(chat.turns) for chat in chats().values()), [2, 2, 4])
+        window = self.open(self.model(), "--resume", **home)
+        window.wait_for("type to search.*second question.*first question")
+        window.type("first")
+        window.wait_for("^(?!.*second question).*first question")
+        window.type("\r")
+        window.wait_for("first question.*Answered.*This chat goes on")
+        window.type(" \x7f")
+        window.ask("more", "❯ more.*Answered.*first after")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        window = self.open(self.model(), "-C", "--plain", **home)
+        window.wait_for(">\\s*$")
+        window.type("plain words\r")
+        window.wait_for("Answered[^>]*>\\s*$")
+        window.type("/chats\r")
+        window.wait_for("first question.*Choose one with /open NAME")
+        window.type("\x04")
+        self.assertEqual(window.end(), 0)
+        chat = next(chat for chat in chats().values() if chat.turns[0].text == "first question")
+        self.assertEqual([turn.text for turn in chat.turns if turn.role == "user"], ["first question", "more", "plain words"])
+        before = {name: chat.nodes for name, chat in chats().items()}
+        for arguments in (("--no-save", "-C"), ("--no-save", "-C", "--plain")):
+            window = self.open(self.model(), *arguments, **home)
+            window.wait_for("(>\\s*$|plain words.*\n ready)" if "--plain" in arguments else "plain words.*Answered")
+            window.type("no trace\r")
+            window.wait_for("no trace.*Answered")
+            window.type("\x04" if "--plain" in arguments else CTRL_Q)
+            self.assertEqual(window.end(), 0)
+            self.assertEqual({name: chat.nodes for name, chat in chats().items()}, before)
+
+    def test_no_save_leaves_no_file(self):
+        home, _ = self.home()
+        for private in (False, True):
+            window = self.open(self.model(), *["--no-save"] * (not private), **home)
+            window.wait_for("\n ready")
+            window.type("/private\r" if private else "")
+            window.type("secret words\r")
+            window.wait_for("secret words.*Answered.*first after")
+            window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
+            self.assertEqual(window.end(), 0)
+            files = [os.path.join(folder, name) for folder, _, names in os.walk(home["HOME"]) for name in names]
+            self.assertEqual([path for path in files if not path.endswith(".pyc")], [])
+
+    def test_killed_windows(self):
+        """kill -9 at random moments: the chat opens, with every message that was complete and the beginning of the last."""
+        home, chats = self.home()
+        reply, dice, before = " ".join("w%d" % n for n in range(1500)), random.Random(1), []
+        model = self.model(reply)
+        for n in range(10):
+            child = subprocess.Popen([ENGINE, SCRIPT, "--plain", "-C", "-c", "8192", model], env=dict(ENV, **home), stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            self.addCleanup(child.stdout.close)
+            self.addCleanup(child.stdin.close)
+            child.stdin.write(b"question %d\n" % n)
+            child.stdin.flush()
+            wanted, got = dice.randrange(1, 8000), b""
+            while len(got) < wanted and not got.endswith(b"\n"):
+                got += os.read(child.stdout.fileno(), 100)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            (chat,) = chats().values()
+            texts = [turn.text for turn in chat.turns]
+            self.assertEqual(texts[:len(before) + 1], before + ["question %d" % n])
+            self.assertTrue(reply.startswith("".join(texts[len(before) + 1:])), texts)
+            self.assertTrue(not got.endswith(b"\n") or texts[-1] == reply, "a whole reply is lost")
+            before = texts
+
+    def assert_harmless(self, raw):
+        """No control sequence of EVIL's in what was written to the terminal, and the program's own are all known ones."""
+        text = raw.decode()               # strictly: no surrogates, no lone bytes
+        self.assertNotRegex(text, "\x1b\\]|\x1b\\[97;41m|\x1bc|[\x00\x07\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\u200e\u200f\ufeff]")
+        rest = re.sub("\x1b(\\[[?>0-9;]*[A-Za-z@]|[()][A-Z0-9]|[=>78M])", "", text)
+        self.assertNotRegex(rest, "[\x00-\x07\x0b\x0c\x0e-\x1f]")
+
+    def test_nothing_reaches_the_terminal_as_a_control_sequence(self):
+        """Names of models and files, replies, stored chats, pastes, the log, notices: in the window and in plain mode."""
+        evil = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
+        home, _ = self.home()
+        model = os.path.join(home["HOME"], "file" + evil + ".gguf")
+        llmchat.write_scripted_model(model, {"it": "REPLY" + evil + " \x90 ```" + evil + "\nCODE" + evil}, "<|it|>", **{"general.name": "NAME" + evil})
+        with mock.patch.dict(os.environ, home):
+            for n, words in enumerate(("QUESTION", "TITLE")):
+                path = llmchat.chat_path("chat%d" % n)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w", encoding="utf-8") as file:
+                    for record in ({"turn": 1, "parent": 0, "role": "user", "content": words + evil + "\ud800\x00"},
+                                   {"turn": 2, "parent": 1, "role": "assistant", "content": "OLD" + evil + "\ud800", "note": "NOTE" + evil, "model": "M" + evil},
+                                   {"title": "TITLE" + evil + "\ud800\x00"})[:n + 2]:
+                        file.write(json.dumps(record) + "\n")
+        paste = "\x1b[200~%s\x1b[201~"
+        for plain in (False, True):
+            window = self.open(model, *["--plain"] * plain, columns=120, **home)
+            window.wait_for(r"\n>\s*$" if plain else "NAME.*\n ready")
+            if not plain:
+                window.type(paste % ("PASTE" + evil))
+                window.wait_for("PASTE")
+                window.type("\r")
+                window.wait_for("PASTE.*REPLY.*CODE.*first after")
+                window.type(paste % ("/load " + "x" + evil) + "\r")
+                window.wait_for("There is no file x")
+                window.type(paste % ("/no" + evil) + "\r")
+                window.wait_for("There is no command /no")
+                window.type(paste % ("/find NOWHERE" + evil) + "\r")
+                window.wait_for("nowhere.*isn't found")
+                window.type("\x0f")
+                window.wait_for("QUESTION.*TITLE|TITLE.*QUESTION")
+                window.type("\x1b[B" + paste % ("QUESTION" + evil))
+                window.wait_for("Enter opens.*QUESTION")
+                window.type(ESC)
+                window.wait_for(r"^(?!.*Enter opens)")
+            else:
+                window.type("hello\r")
+                window.wait_for("REPLY.*CODE.*>\\s*$")
+                window.type("/chats\r")
+                window.wait_for("TITLE.*Choose one with /open NAME\\s*>\\s*$")
+            window.type("/open chat0\r")
+            window.wait_for("This chat goes on\\s*>\\s*$" if plain else "QUESTION.*OLD.*NOTE")
+            window.type("/export %s/OUT.md\r" % home["HOME"] if plain else paste % ("/export %s/OUT%s.md" % (home["HOME"], evil)) + "\r")
+            window.wait_for("Written")
+            window.type("\x04" if plain else CTRL_Q)
+            self.assertEqual(window.end(), 0)
+            self.assert_harmless(window.raw)
+        done = subprocess.run([ENGINE, SCRIPT, "--info", model], env=dict(ENV, **home), stdout=subprocess.PIPE, timeout=LIMIT_S)
+        self.assert_harmless(done.stdout)
+        done = subprocess.run([ENGINE, SCRIPT, model, model], env=dict(ENV, **home), stderr=subprocess.PIPE, timeout=LIMIT_S)
+        self.assert_harmless(done.stderr)
 
     def test_help_and_panes(self):
         window = self.open("--demo")
