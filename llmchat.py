@@ -4442,7 +4442,8 @@ def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
     if key in moves:
-        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - 1))
+        n_shown = plan_layout(state).chat_height - 2 if dialog.kind == "help" else 1    # help has no chosen line: its last page is the end
+        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
         return state._replace(dialog=dialog._replace(index=index)), ()
     if key == "backspace" and dialog.kind in ("chats", "help"):
         return search_dialog(state, dialog.query[:-1])
@@ -4694,7 +4695,7 @@ def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
     """The panes, with the frame around them where there is room for it."""
     box, width = BOX[state.settings.unicode], layout.chat_width
     bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
-    upper, more = view_pane(view_log if state.pane == "full" and layout.log_width else view_chat, state, layout)
+    upper, more = view_pane(view_log if state.pane == "full" and not state.dialog else view_chat, state, layout)
     menu = view_menu(state, layout)
     upper[len(upper) - len(menu):] = menu
     left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
