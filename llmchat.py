@@ -3429,7 +3429,7 @@ def lock_file(file: Any) -> None:
 
 class ChatFile:
     """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
-    PART_S = 1.0                          # how often a reply in progress is written
+    PART_S = 0.9                          # how often a reply in progress is written
 
     def __init__(self, path: str) -> None:
         self.path, self.file, self.end, self.waiting = path, None, 0, b""
@@ -3644,7 +3644,10 @@ class ChatStore:
         import glob
         full = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
         tails = [path[len(full):] + "/" * os.path.isdir(path) for path in sorted(glob.glob(glob.escape(full) + "*"))]
-        self.post(Fitting(text, word, [word + (tail.replace(" ", "\\ ") if escaped else tail) for tail in tails]))
+        fitting = [word + (tail.replace(" ", "\\ ") if escaped else tail) for tail in tails]
+        if text.startswith("/load "):         # models are known by their names, too
+            fitting += [path for path in find_models(MODEL_FOLDERS) if os.path.basename(path).lower().startswith(word.lower()) and path not in fitting]
+        self.post(Fitting(text, word, fitting))
 
     def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
         """The files of /file; or, with a text, those named in it that exist. Hardly any token has more than 16 characters."""
@@ -3966,7 +3969,7 @@ def cmd_save(state: State, argument: str) -> Change:
 
 def pick_text(state: State, which: str) -> Tuple[str, str]:
     """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
-    replies = [turn.text for turn in reversed(state.chat.turns) if turn.role == "assistant"]
+    replies = [split_thinking(turn.text)[1] or "" for turn in reversed(state.chat.turns) if turn.role == "assistant"]
     parts = {"": "".join(replies[:1]), "all": export_chat(state.chat.turns, "", ".md")}
     parts.update((str(n), block) for n, block in enumerate(next(filter(None, map(code_blocks, replies)), ()), 1))
     return parts.get(which, ""), {"": "the last reply", "all": "the chat"}.get(which, "code block " + which)
@@ -3997,7 +4000,7 @@ def find_on(state: State, by: int) -> Change:
         for line in hits[::by]:
             if (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
                 return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
-    return state._replace(hint="%r isn't found %s" % (state.find, "above" if by < 0 else "below")), ()
+    return state._replace(hint="%r isn't found %s" % (state.find, "above (/chats TEXT searches all chats)" if by < 0 else "below")), ()
 
 def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
     """Index of the last turn of this role, -1 = none."""
@@ -4258,9 +4261,11 @@ def complete(state: State, event: Fitting) -> Change:
     text, word, fitting = event
     if not fitting or state.draft.text[:state.draft.cursor] != text:
         return state, ()
-    more = os.path.commonprefix(fitting)[len(word):] + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
-    names = (name[word.rfind("/", 1) + 1:] for name in fitting)
-    return state._replace(draft=edit_insert(state.draft, more), hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
+    common = os.path.commonprefix(fitting) + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
+    if common.startswith(word) or len(fitting) == 1:    # a model's path comes in the place of its name
+        state = state._replace(draft=edit_insert(_cut(state.draft, len(text) - len(word), len(text)), common))
+    names = (name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting)
+    return state._replace(hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
 
 def completions(text: str) -> List[Tuple[str, str]]:
     """What the last word of a command may become, and what that means."""

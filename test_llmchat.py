@@ -2638,6 +2638,8 @@ class CopyTest(unittest.TestCase):
     def test_what_is_copied(self):
         copied = lambda argument, state=self.state: play(state, "/copy " + argument, "[enter]")[1]
         self.assertEqual(copied(""), (Copy("No code.", "the last reply"),))
+        thoughtful = ready(Turn("user", "q"), Turn("assistant", "<think>hm</think>\n\nSo."))
+        self.assertEqual(copied("", thoughtful), (Copy("So.", "the last reply"),))
         for n, block in (("1", "\tif a|b:\n        go()"), ("2", "indented\n  more\nless"), ("3", "open")):
             self.assertEqual(copied(n), (Copy(block, "code block " + n),))
         self.assertEqual(copied("all"), (Copy("## You\n\nq\n\n## Model\n\n%s\n\n## You\n\nr\n\n## Model\n\nNo code.\n\n" % CODE_REPLY, "the chat"),))
@@ -2789,6 +2791,20 @@ class FilesTest(unittest.TestCase):
             events = []
             llmchat.ChatStore(events.append).find_paths("t", word, escaped)
             self.assertEqual(events, [Fitting("t", word, [word + tail for tail in tails])])
+
+    def test_tab_completes_names_of_models(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for name in ("Qwen-a.gguf", "qwen-b.gguf", "other.gguf"):
+            open(os.path.join(folder, name), "w").close()
+        events = []
+        with mock.patch.object(llmchat, "MODEL_FOLDERS", (folder,)):
+            llmchat.ChatStore(events.append).find_paths("/load qwen", "qwen", False)
+            llmchat.ChatStore(events.append).find_paths("/load oth", "oth", False)
+        self.assertEqual([len(event.words) for event in events], [2, 1])
+        state, _ = play(ready(), "/load qwen", events[0])
+        self.assertEqual((state.draft.text, state.hint.count("wen-")), ("/load qwen", 2))
+        state, _ = play(ready(), "/load oth", events[1])
+        self.assertEqual(state.draft.text, "/load %s " % os.path.join(folder, "other.gguf"))
 
     def test_engine_counts_them(self):
         engine = Engine(self, MIND)
