@@ -2738,12 +2738,19 @@ class StateCache:
     def __init__(self, engine: LlamaEngine, folder: str) -> None:
         self.engine, self.folder, self.chat = engine, folder, ""
         self.saved: List[int] = []        # the tokens that the chat's file holds
+        self.messages: List[Dict[str, str]] = []    # what was said in it
+        self.draft = ""                   # what was typed since: it is read ahead, but not stored before it is sent
 
     def has_news(self) -> bool:
-        return bool(self.chat and self.engine.context and self.engine.tokens != self.saved)
+        begun = any(message["role"] != "system" for message in self.messages)
+        return bool(self.chat and begun and self.engine.context and self.engine.tokens != self.saved)
 
     def save(self) -> None:
-        if self.has_news() and self.engine.save_state(self.path(self.chat)):
+        if not self.has_news():
+            return
+        if self.messages[-1]["role"] == "assistant":    # else a reply to it is in memory, and no draft
+            self.engine._truncate(common_prefix(self.engine.tokens, self.engine.certain_tokens(self.messages, "")))
+        if self.engine.tokens != self.saved and self.engine.save_state(self.path(self.chat)):
             self.saved = list(self.engine.tokens)
             with suppress(OSError):       # another window may be removing files at the same time
                 self.trim()
@@ -2762,12 +2769,14 @@ class StateCache:
                 with suppress(OSError):
                     os.remove(path)
 
-    def enter(self, chat: str, messages: List[Dict[str, str]]) -> None:
+    def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
         """A chat comes: if it isn't the one in memory, its state is fetched, or else that of its system prompt."""
         chat = chat if self.folder else ""
-        if chat == self.chat:
+        if chat != self.chat:
+            self.save()
+        changed, self.messages, self.draft = chat != self.chat, messages, draft
+        if not changed:
             return
-        self.save()
         self.chat, self.engine.replies, self.engine.system_mark = chat, {}, (0, "")
         if chat and not self.load(chat):
             import hashlib
@@ -2869,7 +2878,7 @@ class EngineProcess:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
         try:
-            return self.commands.get(timeout=STATE_IDLE_S if self.states.has_news() else None)
+            return self.commands.get(timeout=STATE_IDLE_S if self.states.has_news() and not self.states.draft else None)
         except queue.Empty:
             self.states.save()
         return self.commands.get()
@@ -2912,7 +2921,7 @@ class EngineProcess:
                 self.emit("counted", n=len(self.engine.tokenize(command["files"], False)))
             if not READ_AHEAD:
                 return
-            self.states.enter(command.get("chat", ""), self.messages)
+            self.states.enter(command.get("chat", ""), self.messages, command["draft"])
             self.engine.ahead = self.engine.certain_tokens(self.messages, command["draft"])
 
     def on_discard(self, command: Dict[str, Any]) -> None:
@@ -3529,7 +3538,7 @@ class ChatStore:
                 if job == self.write:
                     self.failed = False
             except Exception as error:    # the thread must go on, whatever is in a file
-                reason = getattr(error, "strerror", None) or str(error)
+                reason = ": ".join(filter(None, (getattr(error, "filename", None), getattr(error, "strerror", None)))) or str(error)
                 if job != self.write:
                     self.post(Told("That failed: %s." % reason, "error"))
                 elif not self.failed:
@@ -3602,10 +3611,11 @@ class ChatStore:
     def rename(self, name: str, title: str) -> None:
         if self.file and self.file.path == chat_path(name):
             return self.file.write([{"title": title}])
-        os.stat(chat_path(name))          # raises where another window has deleted it
+        times = os.stat(chat_path(name))  # raises where another window has deleted it
         file = ChatFile(chat_path(name))
         file.write([{"title": title}])
         file.close()
+        os.utime(chat_path(name), ns=(times.st_atime_ns, times.st_mtime_ns))    # -C goes on with the chat that was last used
 
     def delete(self, name: str) -> None:
         own = self.file and self.file.path == chat_path(name)
@@ -3817,16 +3827,19 @@ def add_log(state: State, *lines: LogLine) -> State:
 def is_busy(state: State) -> bool:
     return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING)
 
+def is_private(state: State) -> bool:
+    return bool(state.settings.session) and not state.chat.name
+
 def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready. None is named: let the user choose."""
     settings = state.settings
     if not settings.model_path:
         return cmd_models(state, "")
     load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes), "states": settings.states})
-    state = state._replace(progress=0.0, doing="", speed=0.0, n_used=0, dialog=None)
+    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
-    return state._replace(engine=Condition.STARTING, model=None), (StartEngine(settings.demo), load)
+    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(settings.demo), load)
 
 def chat_messages(state: State) -> List[Dict[str, str]]:
     """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
@@ -4225,9 +4238,11 @@ def cmd_send(state: State, argument: str) -> Change:
     paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
     if paths:
         return read_files(state, paths, draft.text)
-    sent = (draft.text,) if draft.history[-1:] != (draft.text,) else ()
+    # the words of a private chat must not come up in another one
+    sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
     kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
-    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes))
+    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
+                           pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
     state, effects = run_slash(state, text) if is_command else send_text(state, (text[1:] if text[:2] == "//" else text).strip("\n"))
     return state, kept + effects
 
@@ -4551,7 +4566,7 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"], message.get("can_switch", True))
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
-    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", ahead=None)
+    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
@@ -4595,7 +4610,8 @@ def end_reply(state: State, note: str) -> State:
     state = state._replace(engine=engine, progress=0.0, doing="")
     if not state.chat.reply:
         return take_back(state)
-    return state._replace(chat=add_turn(state.chat, "assistant", state.chat.reply, note, state.chat.thought)._replace(reply=None))
+    chat = add_turn(state.chat, "assistant", state.chat.reply, note, state.chat.thought)._replace(reply=None)
+    return state._replace(chat=chat, hint="The answer is the same as before" if chat.last == state.chat.last else state.hint)
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
@@ -4729,7 +4745,8 @@ def view_top(state: State, layout: Layout, side: bool) -> Line:
     """The upper border with the titles of the panes; the one that scrolls is marked."""
     box, line = BOX[state.settings.unicode], ()
     name = state.model.name if state.model else os.path.basename(state.settings.model_path)
-    chat = "system" if state.pane == "full" else "llmchat %s %s" % (box["dot"], name) if name else "llmchat"
+    parts = ("llmchat", name, "private" if is_private(state) else "")
+    chat = "system" if state.pane == "full" and not state.dialog else (" %s " % box["dot"]).join(filter(None, parts))
     panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
     for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
         title = " %s " % take_cells(clean_row(title), max(0, width - 4))
@@ -5304,7 +5321,7 @@ def run(screen: Screen, state: State, first: str = "") -> int:
             screen.close()
         finally:
             runner.close()
-    if last and last.chat.turns and SCROLLBACK_LINES:
+    if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
         sys.stdout.reconfigure(errors="replace")
         print("\n".join(view_end(last)))
     return 0 if last else 1
@@ -5383,7 +5400,7 @@ def parse_arguments(argv: List[str]) -> Any:
 def initial_state(arguments: Any) -> State:
     path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
     settings = recall_settings(Settings(path, demo=arguments.demo, kept=read_kept("settings.json"), given=arguments.given))
-    return State(settings=settings) if arguments.no_save or arguments.demo or arguments.prompt is not None else with_storage(settings)
+    return State(settings=settings) if arguments.no_save or arguments.demo else with_storage(settings)
 
 def with_storage(settings: Settings) -> State:
     """The state at the start, where chats are stored."""
@@ -5647,6 +5664,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if terminal and not arguments.plain and arguments.prompt is None:
         return run_window(initial_state(arguments), first)
     interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
+    arguments.no_save |= not interactive    # what goes through a pipe is no chat to go on with
     return run_plain(initial_state(arguments), arguments.prompt, interactive, first)
 
 if __name__ == "__main__":

@@ -920,6 +920,27 @@ class CacheTest(unittest.TestCase):
         self.assertEqual(sorted(name for name in names if "system" not in name), ["one.state", "two.state"])
         self.assertEqual(len(names), 3)
 
+    def test_drafts_are_not_stored(self):
+        """What is typed but not sent is read ahead, and forgotten before the state is written; a chat without a message has none."""
+        folder = os.path.join(FOLDER, "drafts")
+        said = [user("abc def " * 10), assistant("fine")]
+        engine = Engine(self, MIND, states=folder)
+        engine.send("ahead", messages=[], draft="secret words " * 5, chat="empty")
+        engine.wait_for("ahead")
+        engine.send("ahead", messages=said, draft="", chat="one")
+        engine.send("ahead", draft="secret words " * 5, chat="one")
+        wait_until(lambda: engine.wait_for("ahead")["done"] > 140)
+        engine.send("ahead", draft="", chat="one")    # it was erased
+        engine.send("quit")
+        engine.process.wait(LIMIT_S)
+        self.assertEqual(os.listdir(folder), ["one.state"])
+        tokens, certain = run_engines(MIND, """if True:
+            e = engine(8192)
+            e.load_state(%r)
+            print(json.dumps([e.tokens, e.certain_tokens(%r, "")]))""" % (os.path.join(folder, "one.state"), said))
+        self.assertEqual(tokens, certain[:len(tokens)])
+        self.assertGreater(len(tokens), 90)
+
     def test_guessing_from_the_context_changes_nothing_but_the_speed(self):
         guessing = """if True:
             def run(guess, n_ctx, turns, **sampling):
@@ -1798,7 +1819,10 @@ class TextTest(unittest.TestCase):
         stored = llmchat.begin_chat(ready(), Chat(), "")._replace(chat=Chat(name="c"))
         kept = lambda effects: [e.arguments for e in effects if isinstance(e, llmchat.Store) and e.job == "remember"]
         self.assertEqual(kept(play(stored, Pasted("x\n" * 9), "[enter]")[1]), [("x\n" * 9,)])
-        self.assertEqual(kept(play(stored, "/set seed 1", "[enter]", "/private", "[enter]", "secret", "[enter]")[1]), [])
+        stored = stored._replace(settings=stored.settings._replace(session="s"))
+        private, effects = play(stored, "/set seed 1", "[enter]", "/private", "[enter]", "secret", "[enter]")
+        self.assertEqual((kept(effects), private.draft.history), ([], ("/set seed 1", "/private")))
+        self.assertIn("private", rows_of(private)[0])
         self.assertEqual(kept(play(stored, Submitted("hello"))[1]) + kept(play(ready(), "hello", "[enter]")[1]), [])
 
     def test_draft_rows_and_cursor(self):
@@ -2283,7 +2307,7 @@ class StoredChatTest(unittest.TestCase):
         path = lambda name: os.path.join(self.home, name)
         for name in ("chat.md", "chat.txt", "chat.json", "chat.json"):
             self.do("/export " + path(name))
-        self.assertEqual([re.sub(": /.*", "", told) for told in notices(self.state)][1:], ["Written"] * 3 + ["That failed: File exists."])
+        self.assertEqual([re.sub(": /.*", "", told) for told in notices(self.state)][1:], ["Written"] * 3 + ["That failed"])
         read = lambda name: open(path(name), encoding="utf-8").read()
         self.assertEqual(llmchat.read_text(path("chat.txt")), "System: Be brief.\n\nYou: q ü\nmore\n\nModel: a *b*\n\nYou: q2\n\nModel: a2\n\n")
         self.assertEqual(llmchat.read_text(path("chat.md"))[:39], "## System\n\nBe brief.\n\n## You\n\nq ü\nmore\n")
