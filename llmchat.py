@@ -3514,6 +3514,10 @@ class ChatFile:
         if self.file:
             self.file.close()
 
+def plain_path(word: str) -> str:
+    """A path as it was typed, without quotes and backslashes."""
+    return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
+
 class ChatStore:
     """Reads and writes chats in a thread of its own, in order, since disks can be slow; what comes of it goes to post(event)."""
     def __init__(self, post: Any) -> None:
@@ -3663,7 +3667,7 @@ class ChatStore:
         """The files of /file; or, with a text, those named in it that exist. Hardly any token has more than 16 characters."""
         import glob
         files, problems, room = [], [], 16 * n_ctx
-        for path in (os.path.expanduser(word.strip("'\"").replace("\\ ", " ")) for word in words):
+        for path in map(plain_path, words):
             names = sorted(glob.glob(glob.escape(path) if text else path))
             for name in list(filter(os.path.isfile, names)) or [path] * (not text):
                 try:
@@ -4431,7 +4435,11 @@ def on_typed(state: State, event: Any) -> Change:
         return find_on(state, -1 if text == "n" else 1)
     draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
     draft = insert(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
-    return state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False), ()
+    state = state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False)
+    words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
+    named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
+    named = [path for path in named if plain_path(path) not in {file.name for file in state.files}]
+    return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
 
 def search_dialog(state: State, query: str) -> Change:
     dialog = state.dialog._replace(query=query)

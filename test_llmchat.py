@@ -2788,7 +2788,7 @@ class FilesTest(unittest.TestCase):
 
     def test_named_in_the_text(self):
         state, effects = play(ready(), "me@a.b @x.txt, 'x @y' @", "[enter]")
-        self.assertEqual((effects, state.draft.text), ((Store("read_files", (["x.txt", "y'"], 4096, state.draft.text)),), "me@a.b @x.txt, 'x @y' @"))
+        self.assertEqual((effects[-1:], state.draft.text), ((Store("read_files", (["x.txt", "y'"], 4096, state.draft.text)),), "me@a.b @x.txt, 'x @y' @"))
         for files in ((), (File("x.txt", "one"),)):
             gone, effects = play(state, FilesRead(files, (), state.draft.text))
             self.assertEqual((asked(effects)[0], gone.draft.text), (llmchat.join_files(files, state.draft.text), ""))
@@ -2796,6 +2796,11 @@ class FilesTest(unittest.TestCase):
         self.assertEqual((effects, kept.draft, notices(kept)), ((), state.draft, ["x.txt isn't attached"]))
         kept, effects = play(state, "!", FilesRead((), (), state.draft.text))
         self.assertEqual((effects, kept.draft.text[-1]), ((), "!"), "it was changed meanwhile")
+        state, effects = play(ready(), "see @x.txt", Typed(" "))
+        self.assertEqual(effects, (Store("read_files", (["x.txt"], 4096, " ")),), "its cost is seen before it is sent")
+        state, effects = play(state, FilesRead((File("x.txt", "one"),), (), " "))
+        self.assertEqual((state.files, state.draft.text, sent(effects)), ((File("x.txt", "one"),), "see @x.txt ", []))
+        self.assertEqual(play(state, "more", Typed(" "))[1], ())
         for line in ("/nothing @x.txt", "a@b", "@ x"):
             self.assertFalse([e for e in play(ready(), line, "[enter]")[1] if isinstance(e, Store)])
 
