@@ -1695,11 +1695,15 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
             kept = {key: values for key, values in dict(json.loads(text)).items() if isinstance(values, dict)}
     return kept
 
+def open_private(path: str, flags: int) -> int:
+    """For open(…, opener=open_private): what is made new is readable for its owner only."""
+    return os.open(path, flags, 0o600)
+
 def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
     import json
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
     path = os.path.join(data_dir(), name)
-    with open(os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with open(path + ".new", "w", encoding="utf-8", opener=open_private) as file:
         json.dump(dict(read_kept(name), **{key: values}), file, indent=1)
     os.replace(path + ".new", path)
 
@@ -1845,11 +1849,17 @@ class ChatTemplate:
         source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
         self.template = environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
         self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
+        self.think: Optional[bool] = None     # as switch_thinking() was last told
         self.switches, self.opened = {}, ""    # "<think>\n" where the prompt ends in it, so that the reply begins inside
+
+    def let_think(self, think: Optional[bool]) -> None:
+        """switch_thinking(), where that changes anything: it comes with each word that is typed."""
+        if think != self.think:
+            self.switch_thinking(think)
 
     def switch_thinking(self, think: Optional[bool]) -> str:
         """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
-        hello = [{"role": "user", "content": "Hello"}]
+        self.think, hello = think, [{"role": "user", "content": "Hello"}]
         self.switches = {} if think is None else {name: on if think else off for name, on, off in SWITCHES}
         try:
             prompt = self.render(hello)
@@ -2916,7 +2926,7 @@ class EngineProcess:
     def on_ahead(self, command: Dict[str, Any]) -> None:
         self.messages = command.get("messages", self.messages)    # without any: the same as before
         if self.engine.context:
-            self.engine.template.switch_thinking(command.get("think"))
+            self.engine.template.let_think(command.get("think"))
             if command.get("files"):
                 self.emit("counted", n=len(self.engine.tokenize(command["files"], False)))
             if not READ_AHEAD:
@@ -2933,7 +2943,7 @@ class EngineProcess:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
-        self.engine.template.switch_thinking(command.get("think"))
+        self.engine.template.let_think(command.get("think"))
         self.states.enter(command.get("chat", ""), command["messages"])
         self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0), command.get("begun", ""))
 
@@ -3283,16 +3293,21 @@ def make_env(work: str, probe: InstallProbe, variables: Dict[str, str], say: Any
     run_logged([python, "-m", "pip", "install", ENGINE_PACKAGE] + options, env, say)
     run_logged([python, os.path.abspath(__file__), "--check-engine"], env, say)
 
+def take_lock(file: Any) -> None:
+    """Lock an open file until it is closed. Raises OSError, where another process has it or there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+        file.seek(1 << 30)                # a byte that nobody wants to read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 def lock_install(path: str) -> Any:
     """An open file, the lock while it is open: the system lifts it when a process dies. RuntimeError: it is taken."""
     lock = open(path, "w")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(lock)
     except OSError:
         lock.close()
         raise RuntimeError("Another install is at work in %s." % os.path.dirname(path))
@@ -3422,15 +3437,9 @@ def is_json(raw: Any) -> bool:
         return False
 
 def lock_file(file: Any) -> None:
-    """Lock an open file until it is closed. Raises BlockingIOError where another process has it."""
+    """take_lock(), where the file system has locks. Raises BlockingIOError where another process has it."""
     try:
-        if sys.platform == "win32":
-            import msvcrt
-            file.seek(1 << 30)            # a byte that nobody wants to read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take_lock(file)
     except OSError as error:
         import errno
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else the file system has no locks
@@ -3636,7 +3645,7 @@ class ChatStore:
         """Add to the history of sent messages, a file with a NUL after each."""
         with suppress(OSError):           # the chat's file has told of a full disk
             os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-            with open(os.open(self.history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+            with open(self.history, "ab", opener=open_private) as file:
                 file.write("".join(text + "\0" for text in texts).encode("utf-8", "replace"))
 
     def recollect(self) -> None:
@@ -3683,7 +3692,7 @@ class ChatStore:
         places = [program] * bool(program) + ["the terminal's clipboard (OSC 52, which no terminal confirms)"] * sent
         if not places:
             os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-            with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            with open(place, "wb", opener=open_private) as file:
                 file.write(text.encode("utf-8", "replace"))
         self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
 
