@@ -281,6 +281,20 @@ class Plan(NamedTuple):
     free_bytes: int
     verdict: str  # "fits", "tight" or "too big"
     lines: Tuple[str, ...] = ()
+    rate: float = 0.0  # tokens/s to expect while writing; 0 = not known
+
+class ModelEntry(NamedTuple):
+    """One line of the list of models: a file of this machine, or one that can be fetched."""
+    path: str                         # of the file; of one to fetch: "hf:org/repo:FILE.gguf"
+    name: str                         # such as "qwen3:0.6b"; the word for it on the command line
+    source: str                       # whose store it is in: "", "Ollama", "Hugging Face", …; "to fetch"
+    size: str = ""                    # parameters, such as "0.6B"
+    quant: str = ""                   # such as "Q4_K_M"
+    n_bytes: int = 0                  # of all its files
+    n_ctx: int = 0                    # tokens of context it was trained for
+    verdict: str = ""                 # as in Plan
+    rate: float = 0.0                 # tokens/s to expect; 0 = not known
+    note: str = ""                    # one line about its character, or why it can't be loaded
 
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
@@ -441,6 +455,7 @@ SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [])
+Download = NamedTuple("Download", [("name", str), ("load", bool)])    # in the background; name as parse_repo() takes it; load it then
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
@@ -1605,6 +1620,12 @@ def check_text_generator(header: Header) -> None:
         raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, whats[0]))
     if not arch:
         raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
+
+def parse_repo(name: str) -> Optional[Tuple[str, str]]:
+    """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
+    match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
+                     r"(?:(?::|/(?:blob|resolve)/\w+/)([\w./-]+?))?(?:\?.*)?/?$", name)
+    return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
