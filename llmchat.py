@@ -89,6 +89,7 @@ READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing 
 CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
 CHECKPOINT_MB = 256               # memory for going back in models that can't forget the last words (Qwen3.5, LFM2, Gemma)
 STATE_CACHE_MB = 1000             # disk for what the model has read of each chat, so that it needn't be read again; 0 = none
+UNLOAD_IDLE_S = 0                 # give the model's memory back when nothing has happened for so long, until you type again; 0 = never
 STATE_IDLE_S = 60                 # … written when nothing has happened for so long, at the end, and when the chat changes
 
 FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
@@ -214,6 +215,7 @@ EDIT_KEYS = {
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
     OFF = "no model"
+    RESTING = "unloaded"
     MISSING = "no engine"
     INSTALLING = "installing"
     STARTING = "starting"
@@ -2759,8 +2761,8 @@ def probe_ram_bytes() -> int:
 
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "discard" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" | "loaded" |
-# "reading" | "text" | "done" | "ahead" | "forgot" | "measured" | "benched" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
+# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" |
+# "loaded" | "unloaded" | "reading" | "text" | "done" | "ahead" | "forgot" | "measured" | "benched" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
 class StateCache:
@@ -2908,11 +2910,15 @@ class EngineProcess:
             except ModelError as error:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
-        try:
-            return self.commands.get(timeout=STATE_IDLE_S if self.states.has_news() and not self.states.draft else None)
-        except queue.Empty:
+        waited_s = 0
+        if self.states.has_news() and not self.states.draft:
+            with suppress(queue.Empty):
+                return self.commands.get(timeout=STATE_IDLE_S)
             self.states.save()
-        return self.commands.get()
+            waited_s = STATE_IDLE_S
+        with suppress(queue.Empty):
+            return self.commands.get(timeout=max(0, UNLOAD_IDLE_S - waited_s) if UNLOAD_IDLE_S and self.engine.context else None)
+        return 0, {"cmd": "unload"}
 
     def perform(self, number: int, command: Dict[str, Any]) -> None:
         self.request = command.get("id", 0)
@@ -2954,6 +2960,12 @@ class EngineProcess:
                 return
             self.states.enter(command.get("chat", ""), self.messages, command["draft"])
             self.engine.ahead = self.engine.certain_tokens(self.messages, command["draft"])
+
+    def on_unload(self, command: Dict[str, Any]) -> None:
+        """End, since that gives all memory back."""
+        self.states.save()
+        self.emit("unloaded")
+        os._exit(0)
 
     def on_discard(self, command: Dict[str, Any]) -> None:
         """A chat was deleted: nothing of it may be written any more."""
@@ -3816,7 +3828,7 @@ def list_chats(query: str) -> List[ChatEntry]:
 # one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
 # name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
 
-IDLE_COMMANDS = ("new", "private", "load", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
+IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
                  "version_back", "version_forward")
 
 SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
@@ -3897,7 +3909,7 @@ def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
             return state._replace(dialog=Dialog("install")), ()
-        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD) else (state, ())
+        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) else (state, ())
     chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought, request=chat.request + 1)
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
@@ -4066,7 +4078,7 @@ def cmd_continue(state: State, argument: str) -> Change:
     """/continue: go on with the last reply, e.g. one that was stopped"""
     said = last_index(state.chat, "assistant")
     if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
-        return state._replace(hint="There is no reply to go on with"), ()
+        return state._replace(hint="There is no reply to go on with" if state.engine is Condition.READY else "The model isn't loaded yet"), ()
     return ask_model(state._replace(chat=cut_turns(state.chat, said)), state.chat.turns[said].text, state.chat.turns[said].thought)
 
 def cmd_edit(state: State, argument: str) -> Change:
@@ -4140,6 +4152,12 @@ def cmd_load(state: State, argument: str) -> Change:
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
+
+def cmd_unload(state: State, argument: str) -> Change:
+    """/unload: give the model's memory back to the system, until you type again"""
+    if state.engine is not Condition.READY:
+        return state._replace(hint="No model is loaded"), ()
+    return state, (SendEngine({"cmd": "unload"}),)
 
 def cmd_models(state: State, argument: str) -> Change:
     """/models: choose among the models found on this machine"""
@@ -4469,6 +4487,8 @@ def on_typed(state: State, event: Any) -> Change:
     words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
     named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
     named = [path for path in named if plain_path(path) not in {file.name for file in state.files}]
+    if state.engine is Condition.RESTING:
+        return start_model(state)         # by the time that the message is written, the model is there
     return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
 
 def search_dialog(state: State, query: str) -> Change:
@@ -4607,6 +4627,14 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
     return ask_model(state) if state.chat.waiting else (state, ())
 
+def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
+    """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
+    asked = is_busy(state)                # … just before a message came
+    text = "%s is unloaded, its memory (%s) is free. It is loaded again when you type." % (state.model.name, format_bytes(state.ram_bytes))
+    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
+                           chat=state.chat._replace(reply=None, waiting=asked))
+    return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
+
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
     done, total, rate = message["done"], message["total"], message["rate"]
     doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
@@ -4667,7 +4695,7 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
-    if state.engine is Condition.MISSING:    # it had said why
+    if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
         return state, ()
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
@@ -4700,7 +4728,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
-                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "reading": on_reading,
+                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "reading": on_reading,
                  "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
                  "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
 
@@ -5379,8 +5407,8 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
                 event = Resized(*screen.resize())
             state = react(state, event, runner)
         now_s = time.monotonic()
-        if state is not drawn and (keys or now_s - drawn_s >= 1 / FRAMES_PER_S):
-            screen.draw(view(state))      # a key is echoed at once; streaming text at the frame rate
+        if state is not drawn and (keys or state.engine is not drawn.engine or now_s - drawn_s >= 1 / FRAMES_PER_S):
+            screen.draw(view(state))      # a key is echoed at once, and the first word; streaming text at the frame rate
             drawn, drawn_s = state, now_s
     return state
 

@@ -1340,6 +1340,37 @@ class EngineDeathTest(unittest.TestCase):
         self.assertIn("/install", window.said("notice")[0])
 
 
+class UnloadTest(unittest.TestCase):
+    """The model's memory goes back to the system; the chat stays, and the model comes back with the first word."""
+
+    def test_unload_and_type(self):
+        window = Headless(self, MIND, max_tokens=8).wait(Condition.READY)
+        window.ask("hi", Condition.READING).wait(Condition.READY)
+        window.ask("/unload", Condition.RESTING)
+        self.assertEqual((window.runner.engine.process.wait(LIMIT_S), window.state.model, window.state.ram_bytes), (0, None, 0))
+        self.assertRegex(window.state.hint, "is unloaded, its memory .* is free")
+        window.handle(llmchat.Typed("a"))
+        window.wait(Condition.READY)
+        window.ask("again", Condition.READING).wait(Condition.READY)
+        self.assertEqual((window.said("user"), len(window.said("assistant")), window.said("notice")), (["hi", "again"], 2, []))
+
+    def test_message_on_the_way(self):
+        window = Headless(self, MIND, max_tokens=8).wait(Condition.READY)
+        window.handle(llmchat.Submitted("/unload"))
+        window.ask("hi", Condition.READING)   # the engine doesn't read this any more
+        window.wait(Condition.STARTING).wait(Condition.READING).wait(Condition.READY)
+        self.assertEqual((window.said("user"), len(window.said("assistant"))), (["hi"], 1))
+
+    def test_after_idle_time(self):
+        engine = Engine(self, MIND, script=edited(UNLOAD_IDLE_S=0.05))
+        engine.wait_for("unloaded")
+        self.assertEqual(engine.process.wait(LIMIT_S), 0)
+
+    def test_nothing_to_unload(self):
+        state, effects = llmchat.cmd_unload(llmchat.State(), "")
+        self.assertEqual((state.hint, effects), ("No model is loaded", ()))
+
+
 # -- plain mode, through real pipes --
 
 class PlainTest(unittest.TestCase):
