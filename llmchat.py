@@ -4846,7 +4846,22 @@ def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     items = chat_items(state, width)
     if state.dialog and state.dialog.kind != "theme":
         return view_dialog(state, width, height), False
-    return pane_lines(items, state.chat_scroll, height) if items.count else (view_welcome(state, width, height), False)
+    if not items.count:
+        return view_welcome(state, width, height), False
+    lines, more = pane_lines(items, state.chat_scroll, height)
+    return [mark_hits(line, state.find) for line in lines] if state.find else lines, more
+
+def mark_hits(line: Line, text: str) -> Line:
+    """The line with all that /find looks for made conspicuous, whatever its style."""
+    whole = "".join(part for part, _ in line)
+    row = whole.lower()
+    hits = {i for match in re.finditer(re.escape(text), row) for i in range(*match.span())}
+    styles = [style for part, style in line for _ in part]
+    if not hits or len(row) != len(styles):    # a few letters have another length in lower case
+        return line
+    styles = ["select" if i in hits else style for i, style in enumerate(styles)]
+    edges = [i for i in range(len(row)) if i == 0 or styles[i] != styles[i - 1]] + [len(row)]
+    return tuple((whole[a:b], styles[a]) for a, b in zip(edges, edges[1:]))
 
 def view_welcome(state: State, width: int, height: int) -> List[Line]:
     """What an empty chat shows."""

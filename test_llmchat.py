@@ -2320,6 +2320,8 @@ class StoredChatTest(unittest.TestCase):
             self.do(step)
             self.assertEqual(self.state.chat_scroll.item, 2 * n + 1)
         self.assertIn("needle", "".join(rows_of(self.state)[1:3]))
+        marked = [text for line in llmchat.view(self.state).lines for text, style in line if style == "select"]
+        self.assertEqual("".join(marked).replace(" ", ""), "needlehere")
         self.do("[esc]", Typed("n"))
         self.assertEqual((self.state.chat_scroll, self.state.draft.text), (None, "n"))
         for n in range(28, 36):           # wherever the words are broken over two lines
