@@ -4630,7 +4630,7 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
 def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # … just before a message came
-    text = "%s is unloaded, its memory (%s) is free. It is loaded again when you type." % (state.model.name, format_bytes(state.ram_bytes))
+    text = "%s of memory given back; the model is loaded again when you type" % format_bytes(state.ram_bytes)
     state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
                            chat=state.chat._replace(reply=None, waiting=asked))
     return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
