@@ -61,11 +61,11 @@ SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answe
 # What /download offers: (name, repository on Hugging Face, file, bytes, GB of RAM in a machine for it, licence, character)
 SUGGESTED_MODELS = (
     ("smollm2:360m", "bartowski/SmolLM2-360M-Instruct-GGUF", "SmolLM2-360M-Instruct-Q4_K_M.gguf", 270_590_880, 1, "Apache-2.0",
-     "very small and quick, for short questions in English"),
-    ("qwen3:0.6b", "Qwen/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q8_0.gguf", 639_446_688, 2, "Apache-2.0", "small; thinks before it answers, many languages"),
-    ("qwen3:1.7b", "ggml-org/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q4_K_M.gguf", 1_282_439_264, 4, "Apache-2.0", "good for everyday questions; thinks, many languages"),
-    ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2_497_280_256, 8, "Apache-2.0", "writes and reasons well; thinks, many languages"),
-    ("qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf", 5_680_522_464, 16, "Apache-2.0", "the ablest of these; thinks, long texts, many languages"),
+     "tiny and quick, for short questions in English"),
+    ("qwen3:0.6b", "Qwen/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q8_0.gguf", 639_446_688, 2, "Apache-2.0", "small, thinks before it answers"),
+    ("qwen3:1.7b", "ggml-org/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q4_K_M.gguf", 1_282_439_264, 4, "Apache-2.0", "for everyday questions, thinks, many languages"),
+    ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2_497_280_256, 8, "Apache-2.0", "writes and reasons well, thinks, many languages"),
+    ("qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf", 5_680_522_464, 16, "Apache-2.0", "the ablest of these, thinks, long texts"),
 )
 DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
 DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
@@ -1417,7 +1417,7 @@ def describe_fetch(fetch: Fetch) -> str:
     left = "%d s" % left_s if left_s < 100 else "%d min" % (left_s / 60) if left_s < 6000 else "%.1f h" % (left_s / 3600)
     return ", ".join(filter(None, (
         fetch.doing if fetch.doing in ("looking", "checking", "waiting") else "", "%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)) if fetch.total else "",
-        "%.1f MB/s, %s left" % (fetch.rate / 1e6, left) if fetch.rate else "", fetch.stop)))
+        "%.1f MB/s, %s left" % (fetch.rate / 1e6, left) if fetch.rate and fetch.doing == "fetching" else "", fetch.stop)))
 
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
@@ -3903,9 +3903,9 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
         if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
             quant = model_quant(Header(file, n_bytes, 0, {}, n_bytes))
             entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, verdict=verdict,
-                                      note="for %d GB of RAM, %s: %s" % (ram_gb, licence, character)))
+                                      note="%d GB RAM, %s: %s" % (ram_gb, licence, character)))
     entries.sort(key=lambda entry: (entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
-    return tuple(entry._replace(note="the best for this machine; " + entry.note) if entry.name == best else entry for entry in entries)
+    return tuple(entry._replace(note="best fit, " + entry.note) if entry.name == best else entry for entry in entries)
 
 def parse_tree(items: Any) -> List[HubFile]:
     """The files of a repository's listing, but none whose name or hash could lead out of the cache's folder."""
@@ -3914,7 +3914,7 @@ def parse_tree(items: Any) -> List[HubFile]:
         lfs = item.get("lfs") or {}
         file = HubFile(str(item.get("path")), int(lfs.get("size", item.get("size", 0))), str(lfs.get("oid") or item.get("oid")))
         if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0]", file.path) \
-                and re.match("(?:[0-9a-f]{40}|[0-9a-f]{64})$", file.oid) and item.get("type", "file") == "file":
+                and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.oid) and item.get("type", "file") == "file":
             files.append(file)
     return files
 
@@ -3944,7 +3944,8 @@ class Hub:
         if not re.match("https?://[^/]", self.address):
             raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
         self.host = self.address.partition("//")[2]
-        self.token = (os.environ.get("HF_TOKEN") or read_text(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))).strip()
+        token = os.environ.get("HF_TOKEN") or read_text(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")))
+        self.token = token.strip()
         self.n_failed = self.done = self.furthest = self.total = 0    # tries in a row; bytes
         self.marks: List[Tuple[float, int]] = []    # (time, bytes done), for the rate
         self.digest: Any = None
@@ -4009,14 +4010,15 @@ class Hub:
         """(the answer, the address of its next page or "")."""
         import json
         with self.open(url) as answer:
-            return json.loads(answer.read()), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
+            return json.loads(answer.read(1 << 26)), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
 
     def list_files(self) -> Tuple[str, List[HubFile]]:
         """(the commit that "main" is now, its files)."""
-        url, files = "%s/api/models/%s/" % (self.address, self.repo), []
+        from urllib.parse import quote
+        url, files = "%s/api/models/%s/" % (self.address, quote(self.repo)), []
         try:
             commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
-            if not re.match("[0-9a-f]{40}$", commit):
+            if not re.fullmatch("[0-9a-f]{40}", commit):
                 raise ValueError
             url += "tree/%s?recursive=true" % commit
             while url:
@@ -4107,7 +4109,7 @@ def fetch_model(name: str, tell: Any) -> str:
     """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
     repo, wanted = parse_download(name) or ("", "")
     if not repo:
-        raise ModelError("%r names no model on Hugging Face: write org/repo or org/repo:Q4_K_M, or one of %s."
+        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
                          % (name, ", ".join(row[0] for row in SUGGESTED_MODELS)))
     hub = Hub(repo, tell)
     commit, files = hub.list_files()
@@ -4131,7 +4133,7 @@ def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
     oids = {file.oid for file in files}
     for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
         oid = os.path.basename(path)[:-len(".incomplete")]
-        if re.match("[0-9a-f]{40,64}$", oid) and oid not in oids:
+        if re.fullmatch("[0-9a-f]{40,64}", oid) and oid not in oids:    # huggingface_hub's own have longer names
             with suppress(OSError, ModelError), lock_blob(repo, oid):
                 os.remove(path)
 
@@ -4162,9 +4164,9 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
             link_blob(blob, places[file])
     if lacking:
         os.makedirs(os.path.join(folder, "refs"), exist_ok=True)
-        with open(os.path.join(folder, "refs", "main.tmp"), "w") as ref:
+        with open(os.path.join(folder, "refs", "main.%d" % os.getpid()), "w") as ref:
             ref.write(commit)
-        os.replace(ref.name, ref.name[:-4])
+        os.replace(ref.name, os.path.join(folder, "refs", "main"))
     return places[files[0]]
 
 def link_blob(blob: str, path: str) -> None:
@@ -4527,8 +4529,6 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
     if state.fetch and state.fetch.stop != "paused":
         return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
-    if not parse_download(name):
-        return notice(state, "%s names no model on Hugging Face: /download org/repo or org/repo:Q4_K_M; /download alone shows a list." % name), ()
     return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name, load),)
 
 def cmd_system(state: State, argument: str) -> Change:
@@ -4992,8 +4992,8 @@ def show_choices(state: State, entries: List[ModelEntry]) -> Change:
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
     if is_busy(state) or not (fetch.load or idle):
-        return notice(state, "Fetched: %s. It can be used now: /load %s" % (fetch.name, path), "good"), ()
-    return cmd_load(notice(state, "Fetched: %s" % fetch.name, "good"), path)
+        return notice(state, "Fetched. It can be used now: /load %s" % path, "good"), ()
+    return cmd_load(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
 
 def on_download_ended(state: State, event: DownloadEnded) -> Change:
     fetch, state = state.fetch, state._replace(fetch=None)
@@ -5316,7 +5316,7 @@ def view_status(state: State) -> Line:
         left += ((dot + part, "status"),) if part else ()
     if state.fetch:
         n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
-        left += ((dot + state.fetch.name.rpartition("/")[2] + " ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
+        left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
                  (" " * bool(n) + describe_fetch(state.fetch), "status"))
     room = width - line_cells(left) - 1
     right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
@@ -5724,7 +5724,7 @@ class Runner:
         elif isinstance(effect, StopInstall) and self.installer:
             self.installer.interrupt()
         elif isinstance(effect, Download):
-            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download", effect.name]
+            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
             self.downloader = Child(argv, self.mailbox.post, lambda line: parse_engine_line(line, DownloadSaid), DownloadEnded)
         elif isinstance(effect, StopDownload) and self.downloader:
             self.downloader.interrupt()
@@ -5751,7 +5751,7 @@ class Runner:
         if self.installer and self.installer.process.poll() is None:
             self.installer.interrupt()
         if self.downloader:
-            self.downloader.interrupt()
+            self.downloader.process.kill()    # what has come is on the disk
             self.downloader.close()
         self.store.close()
         if self.engine:
@@ -6113,7 +6113,7 @@ def run_bench(settings: Settings, as_json: bool) -> int:
 # -- --download --
 
 def run_download(name: str, as_json: bool) -> int:
-    """--download: 0, 1 = failed or there is something to choose, 130 = interrupted; then the same command goes on."""
+    """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import json, signal
     handle_signals(signal.default_int_handler)
     fetch, path = Fetch(name, False), ""
@@ -6135,10 +6135,12 @@ def run_download(name: str, as_json: bool) -> int:
             tell("done", path=path)
         return int(bool(name) and not path)
     except KeyboardInterrupt:
-        draw_status("")
+        if not as_json:
+            show_fetch(fetch._replace(doing="failed"), "Stopped; the same command goes on with it.")
         return 130
     except (ModelError, OSError) as error:
-        tell("failed", text=str(error))
+        text = "%s can't be written: %s." % (error.filename or hub_folder(), error.strerror) if isinstance(error, OSError) else str(error)
+        tell("failed", text=text)
         return 1
 
 def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
