@@ -1413,11 +1413,14 @@ def format_bytes(n_bytes: int) -> str:
 
 def describe_fetch(fetch: Fetch) -> str:
     """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
-    left_s = (fetch.total - fetch.done) / fetch.rate if fetch.rate else 0
-    left = "%d s" % left_s if left_s < 100 else "%d min" % (left_s / 60) if left_s < 6000 else "%.1f h" % (left_s / 3600)
-    return ", ".join(filter(None, (
-        fetch.doing if fetch.doing in ("looking", "checking", "waiting") else "", "%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)) if fetch.total else "",
-        "%.1f MB/s, %s left" % (fetch.rate / 1e6, left) if fetch.rate and fetch.doing == "fetching" else "", fetch.stop)))
+    parts = [fetch.doing] if fetch.doing in ("looking", "checking", "waiting") else []
+    if fetch.total:
+        parts.append("%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)))
+    if fetch.rate and fetch.doing == "fetching":
+        left_s = (fetch.total - fetch.done) / fetch.rate
+        left = "%d s" % left_s if left_s < 100 else "%d min" % (left_s / 60) if left_s < 6000 else "%.1f h" % (left_s / 3600)
+        parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
+    return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
 
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
@@ -4707,6 +4710,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
     head, _, word = text.rpartition(" ")
     tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
               "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
+              "/download": dict({row[0]: row[6] for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
               **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
     return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
 
@@ -5935,10 +5939,11 @@ class Plain:
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
-        if thinks or now.fetch or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+        fetches = now.fetch and now.fetch != before.fetch
+        if thinks or fetches or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
             self.progress_shown = True
             progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
-            draw_status(describe_fetch(now.fetch) if now.fetch else progress)
+            draw_status(describe_fetch(now.fetch) if fetches else progress)
 
     def settle(self) -> None:
         """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
@@ -6139,8 +6144,8 @@ def run_download(name: str, as_json: bool) -> int:
             show_fetch(fetch._replace(doing="failed"), "Stopped; the same command goes on with it.")
         return 130
     except (ModelError, OSError) as error:
-        text = "%s can't be written: %s." % (error.filename or hub_folder(), error.strerror) if isinstance(error, OSError) else str(error)
-        tell("failed", text=text)
+        is_disk = isinstance(error, OSError)
+        tell("failed", text="%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error) if is_disk else str(error))
         return 1
 
 def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:

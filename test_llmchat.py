@@ -2007,6 +2007,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((after.fetch, effects), (None, (Store("drop_parts", (fetch.parts,)),)))
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
         self.assertEqual(llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo", False),))
+        self.assertEqual(play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:360m ")
 
     def window(self, hub, model=""):
         window = Headless(self, model)
