@@ -58,6 +58,18 @@ MODEL = ""                        # the model to load when none is named, e.g. "
 MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files when no model is named
 SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
 
+# What /download offers: (name, repository on Hugging Face, file, bytes, GB of RAM in a machine for it, licence, character)
+SUGGESTED_MODELS = (
+    ("smollm2:360m", "bartowski/SmolLM2-360M-Instruct-GGUF", "SmolLM2-360M-Instruct-Q4_K_M.gguf", 270_590_880, 1, "Apache-2.0",
+     "tiny and quick, for short questions in English"),
+    ("qwen3:0.6b", "Qwen/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q8_0.gguf", 639_446_688, 2, "Apache-2.0", "small, thinks before it answers"),
+    ("qwen3:1.7b", "ggml-org/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q4_K_M.gguf", 1_282_439_264, 4, "Apache-2.0", "for everyday questions, thinks, many languages"),
+    ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2_497_280_256, 8, "Apache-2.0", "writes and reasons well, thinks, many languages"),
+    ("qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf", 5_680_522_464, 16, "Apache-2.0", "the ablest of these, thinks, long texts"),
+)
+DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
+DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
+
 CONTEXT_TOKENS = 0                # how much the model can keep in mind, in tokens; 0 = what fits (512 and up)
 THREADS = 0                       # CPU threads; 0 = one per physical core, which is nearly always fastest
 GPU_LAYERS = -1                   # layers of the model to put on the GPU; -1 = as many as fit, 0 = none
@@ -394,6 +406,17 @@ class Stats(NamedTuple):
     read_s: float = 0.0
     write_s: float = 0.0
 
+class Fetch(NamedTuple):
+    """A model that is being fetched, or could go on to be."""
+    name: str                         # as in Download
+    load: bool
+    doing: str = "looking"            # an event of the child, see "fetching from Hugging Face" in section 7
+    done: int = 0                     # bytes
+    total: int = 0
+    rate: float = 0.0                 # bytes/s
+    parts: Sequence[str] = ()         # the files with what has come so far
+    stop: str = ""                    # asked for: "pausing" or "cancelling"; "paused" = it has stopped
+
 class State(NamedTuple):
     settings: Settings = Settings()
     engine: Condition = Condition.OFF
@@ -425,6 +448,7 @@ class State(NamedTuple):
     hint: str = ""                    # for the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
+    fetch: Optional[Fetch] = None
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -435,6 +459,8 @@ EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JS
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
+DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # one JSON line of --download
+DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
 ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
 ChatOpened = NamedTuple("ChatOpened", [("chat", Chat)])
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
@@ -458,6 +484,7 @@ InstallEngine = NamedTuple("InstallEngine", [])                   # in the backg
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [])
 Download = NamedTuple("Download", [("name", str), ("load", bool)])    # in the background; name as parse_repo() takes it; load it then
+StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
@@ -1386,6 +1413,26 @@ def format_bytes(n_bytes: int) -> str:
     """Such as "0.8 GB", in the binary units in which systems show their RAM."""
     return "%.1f GB" % (n_bytes / (1 << 30)) if n_bytes >= 700 << 20 else "%.0f MB" % (n_bytes / (1 << 20))
 
+def describe_fetch(fetch: Fetch) -> str:
+    """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
+    parts = [fetch.doing] if fetch.doing in ("looking", "checking", "waiting") else []
+    if fetch.total:
+        parts.append("%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)))
+    if fetch.rate and fetch.doing == "fetching":
+        left_s = (fetch.total - fetch.done) / fetch.rate
+        left = "%d s" % left_s if left_s < 100 else "%d min" % (left_s / 60) if left_s < 6000 else "%.1f h" % (left_s / 3600)
+        parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
+    return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
+
+def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
+    """After a message of --download."""
+    values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts")}
+    return fetch._replace(doing=message["event"], **dict({"rate": 0.0}, **values))
+
+def choice_rows(entries: Sequence[ModelEntry]) -> Tuple[str, ...]:
+    width = max((len(entry.name) for entry in entries), default=0)
+    return tuple("%s  %7s  %-7s  %s" % (e.name.ljust(width), format_bytes(e.n_bytes), e.verdict, e.note) for e in entries)
+
 def format_count(n: int, noun: str) -> str:
     return "%d %s%s" % (n, noun, "s" * (n != 1))
 
@@ -1629,6 +1676,10 @@ def parse_repo(name: str) -> Optional[Tuple[str, str]]:
                      r"(?:(?::|/(?:blob|resolve)/\w+/)([\w./-]+?))?(?:\?.*)?/?$", name)
     return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
 
+def parse_download(name: str) -> Optional[Tuple[str, str]]:
+    """As parse_repo; the names of SUGGESTED_MODELS too."""
+    return next(((repo, file) for known, repo, file, *_ in SUGGESTED_MODELS if known == name.lower()), None) or parse_repo(name)
+
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
 KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
@@ -1702,6 +1753,12 @@ def plan_lines(plan: Plan, n_most: int, n_layers: int, tuned_rate: float) -> Tup
     threads = format_count(plan.n_threads, "thread")
     threads = "tuned: %s, %.1f tokens/s" % (threads, tuned_rate) if tuned_rate else threads
     return memory + ADVICE[plan.verdict], ", ".join((threads, context.format(plan.n_ctx, n_most), where))
+
+def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
+    """As in Plan, of a file that isn't here yet: about a tenth more for the context, and the rest; "" = not known."""
+    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in hardware.gpus)
+    share = (1.1 * n_bytes + 5 * PROCESS_BYTES) / free if free else 0
+    return "" if not free else "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
 
 def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
@@ -3590,7 +3647,7 @@ class ChatStore:
                 elif not self.failed:
                     self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again and again." % reason, "error"))
                 self.failed = self.failed or job == self.write
-            if arguments:
+            if arguments or job != self.write:    # else it wasn't in the queue
                 self.jobs.task_done()
         with suppress(OSError):
             self._take(None)
@@ -3650,6 +3707,14 @@ class ChatStore:
             self.post(event)
 
     keep = staticmethod(save_kept)
+
+    def suggest(self) -> None:
+        self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(probe_hardware())}))
+
+    def drop_parts(self, parts: Sequence[str]) -> None:
+        for path in filter(os.path.exists, parts):
+            os.remove(path)
+        self.post(Told("The download is cancelled; what had come is removed.", "dim"))
 
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query))))
@@ -3821,6 +3886,313 @@ def list_chats(query: str) -> List[ChatEntry]:
         models = re.findall(r'"model": ("(?:[^"\\]|\\.)*")', text)
         entries.append(ChatEntry(name, title, "".join(map(json.loads, models[-1:])), time_s, len(text)))
     return entries
+
+# -- fetching from Hugging Face --
+# `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes: "begun"
+# (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text).
+# It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well: blobs/HASH holds a file,
+# snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file is in blobs/HASH.incomplete until all is there.
+
+HUB_TIMEOUT_S = 20                    # for each answer, and each piece of a file
+# path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
+HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
+
+def hub_home() -> str:
+    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
+
+def hub_folder() -> str:
+    """Hugging Face's cache."""
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
+
+def repo_folder(repo: str, *below: str) -> str:
+    return os.path.join(hub_folder(), *below, "models--" + repo.replace("/", "--"))
+
+def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
+    """SUGGESTED_MODELS that aren't here yet: first those that fit, the largest of them at the top."""
+    import glob
+    entries, best = [], ""
+    for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
+        verdict = guess_verdict(n_bytes, hardware)
+        if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes:    # "8 GB" has 7.7
+            best = name
+        if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
+            quant = model_quant(Header(file, n_bytes, 0, {}, n_bytes))
+            entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, verdict=verdict,
+                                      note="%d GB RAM, %s: %s" % (ram_gb, licence, character)))
+    entries.sort(key=lambda entry: (entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
+    return tuple(entry._replace(note="best fit, " + entry.note) if entry.name == best else entry for entry in entries)
+
+def parse_tree(items: Any) -> List[HubFile]:
+    """The files of a repository's listing, but none whose name or hash could lead out of the cache's folder."""
+    files = []
+    for item in items:
+        lfs = item.get("lfs") or {}
+        file = HubFile(str(item.get("path")), int(lfs.get("size", item.get("size", 0))), str(lfs.get("oid") or item.get("oid")))
+        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0]", file.path) \
+                and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.oid) and item.get("type", "file") == "file":
+            files.append(file)
+    return files
+
+def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
+    """{path of its first file: all its files} of the models among these; a split one that lacks a part is none."""
+    by_path = {file.path: file for file in files if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path)}
+    splits = {path: plan_split_paths(path) for path in sorted(by_path)}
+    return {path: [by_path[part] for part in parts] for path, parts in splits.items() if path == parts[0] and all(part in by_path for part in parts)}
+
+def match_models(paths: Iterable[str], wanted: str) -> List[str]:
+    """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
+    low = wanted.lower()
+    exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
+    return exact or [path for path in paths if not low or re.search(r"(?:^|[-._/])%s(?:[-./]|$)" % re.escape(low), path.lower())]
+
+def new_digest(file: HubFile) -> Any:
+    import hashlib
+    return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
+
+class Hub:
+    """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
+    def __init__(self, repo: str, tell: Any) -> None:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ModelError("HF_HUB_OFFLINE is set, so nothing is fetched: unset it first.")
+        self.repo, self.tell = repo, tell
+        self.address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        if not re.match("https?://[^/]", self.address):
+            raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
+        self.host = self.address.partition("//")[2]
+        token = os.environ.get("HF_TOKEN") or read_text(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")))
+        self.token = token.strip()
+        self.n_failed = self.done = self.furthest = self.total = 0    # tries in a row; bytes
+        self.marks: List[Tuple[float, int]] = []    # (time, bytes done), for the rate
+        self.digest: Any = None
+
+    def open(self, url: str, **headers: str) -> Any:
+        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException."""
+        import urllib.request
+        from urllib.parse import urlsplit
+        etags: List[str] = []
+        class Redirects(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, request: Any, answer: Any, code: int, message: str, answered: Any, to: str) -> Any:
+                etags.append(answered.get("X-Linked-Etag", ""))
+                following = super().redirect_request(request, answer, code, message, answered, to)
+                if following and urlsplit(to)[:2] == urlsplit(request.full_url)[:2]:    # a new name; other hosts never see the token
+                    following.unredirected_hdrs.update(request.unredirected_hdrs)
+                return following
+        request = urllib.request.Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
+        if url.startswith(self.address + "/") and re.match("[!-~]+$", self.token):
+            request.add_unredirected_header("Authorization", "Bearer " + self.token)
+        answer = urllib.request.build_opener(Redirects).open(request, timeout=HUB_TIMEOUT_S)
+        answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
+        return answer
+
+    def attempt(self, do: Any, *arguments: Any) -> Any:
+        """do(…), and again while connections break or the server is busy."""
+        import http.client, time
+        while True:
+            try:
+                return do(*arguments)
+            except (OSError, http.client.HTTPException) as error:
+                text, wait_s = self.explain(error)
+                self.n_failed += 1
+                if not wait_s or self.n_failed >= DOWNLOAD_TRIES:
+                    raise ModelError(text)
+            self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
+            time.sleep(wait_s)
+
+    def explain(self, error: Any) -> Tuple[str, float]:
+        """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
+        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** self.n_failed), getattr(error, "reason", error)
+        if not hasattr(error, "code"):
+            if type(reason).__name__ == "SSLCertVerificationError":
+                return ("The connection to %s can't be trusted (%s): check this machine's clock and certificates; behind a company's proxy, "
+                        "set SSL_CERT_FILE." % (self.host, reason.verify_message), 0)
+            return "No connection to %s (%s): check the network, or the proxy." % (self.host, getattr(reason, "strerror", "") or reason), wait_s
+        error.close()
+        code, told = error.code, error.headers.get("Retry-After", "")
+        if not error.filename.startswith(self.address + "/"):    # where it led us to; its links are good for some minutes only
+            return "The server that %s led to answers: %s %s." % (self.host, code, reason), wait_s
+        if code == 429:
+            wait_s = int(told) if told.isdigit() else wait_s
+            return "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second")), max(wait_s, 1) * (wait_s <= 300)
+        if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
+            return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
+                    % (self.repo, self.address, self.repo, self.address), 0)
+        if code in (401, 404):
+            return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
+                    % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
+        return "%s answers: %s %s." % (self.host, code, reason), wait_s if code >= 500 or code in (408, 416) else 0
+
+    def read_json(self, url: str) -> Tuple[Any, str]:
+        """(the answer, the address of its next page or "")."""
+        import json
+        with self.open(url) as answer:
+            return json.loads(answer.read(1 << 26)), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
+
+    def list_files(self) -> Tuple[str, List[HubFile]]:
+        """(the commit that "main" is now, its files)."""
+        from urllib.parse import quote
+        url, files = "%s/api/models/%s/" % (self.address, quote(self.repo)), []
+        try:
+            commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
+            if not re.fullmatch("[0-9a-f]{40}", commit):
+                raise ValueError
+            url += "tree/%s?recursive=true" % commit
+            while url:
+                items, url = self.attempt(self.read_json, url)
+                files += parse_tree(items)
+            return commit, files
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError("%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host)
+
+    def fetch(self, file: HubFile, url: str, path: str) -> None:
+        """Complete the part at this path, and check it; a wrong one is removed."""
+        import time
+        with open(path, "a+b", buffering=0) as out:    # unbuffered, so that a full disk shows at once
+            out.seek(0)
+            self.digest, self.marks = new_digest(file), [(time.monotonic(), self.done)]
+            for piece in iter(lambda: out.read(1 << 20), b""):
+                self.count("checking", piece)
+            while out.tell() < file.n_bytes:
+                self.attempt(self.fetch_rest, file, url, out)
+        if self.digest.hexdigest() != file.oid:
+            os.remove(path)
+            raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), so it was removed: fetch it again." % self.repo)
+
+    def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
+        self.done -= out.tell()
+        self.digest = new_digest(file)
+        out.seek(0)
+        out.truncate()
+
+    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
+        """What lacks, as far as the connection lasts."""
+        import time
+        begun = out.tell()
+        try:
+            answer = self.open(url, **{"Range": "bytes=%d-" % begun} if begun else {})
+        except OSError as error:
+            if getattr(error, "code", 0) == 416:    # the part isn't of this file
+                self.begin_anew(file, out)
+            raise
+        with answer:
+            if answer.etag not in ("", file.oid):
+                raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
+            if begun and not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):    # all of it, not the rest
+                self.begin_anew(file, out)
+                if answer.status != 200:
+                    raise ConnectionError("a part that nobody asked for")
+            self.marks = [(time.monotonic(), self.done)]
+            for piece in iter(lambda: answer.read1(1 << 18), b""):
+                write_piece(out, piece)
+                self.count("fetching", piece)
+        if out.tell() < file.n_bytes:
+            raise ConnectionError("it broke off")
+
+    def count(self, event: str, piece: bytes) -> None:
+        import time
+        self.digest.update(piece)
+        self.done += len(piece)
+        if self.done > self.furthest:         # a server that begins anew each time must not keep us for ever
+            self.furthest, self.n_failed = self.done, 0
+        now_s = time.monotonic()
+        if now_s - self.marks[-1][0] >= 0.25:
+            self.marks = self.marks[-20:] + [(now_s, self.done)]
+            then_s, then = self.marks[0]
+            self.tell(event, done=self.done, rate=(self.done - then) / (now_s - then_s))
+
+def write_piece(out: BinaryIO, piece: bytes) -> None:
+    """Raises ModelError, as an OSError would be taken for the network's."""
+    try:
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[out.write(rest):]
+    except OSError as error:
+        raise ModelError("It can't be written (%s): make room in %s, then fetch it again; it goes on from there." % (error.strerror, hub_folder()))
+
+def lock_blob(repo: str, oid: str) -> Any:
+    """An open file: huggingface_hub's lock of this blob, while it is open. Raises ModelError where another process has it."""
+    folder = repo_folder(repo, ".locks")
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, oid + ".lock"), "a")
+    try:
+        lock_file(lock)
+    except BlockingIOError:
+        lock.close()
+        raise ModelError("Another window or program is fetching this file of %s already: wait for that one." % repo)
+    return lock
+
+def fetch_model(name: str, tell: Any) -> str:
+    """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
+    repo, wanted = parse_download(name) or ("", "")
+    if not repo:
+        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
+                         % (name, ", ".join(row[0] for row in SUGGESTED_MODELS)))
+    hub = Hub(repo, tell)
+    commit, files = hub.list_files()
+    models = group_models(files)
+    paths = match_models(models, wanted)
+    quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
+    if not paths:
+        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants.values())) if models else
+                         "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
+    if len(paths) > 1:
+        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, probe_hardware()
+        tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
+                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)])
+        return ""
+    drop_stale_parts(repo, files)
+    return fetch_files(hub, commit, models[paths[0]])
+
+def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
+    """Remove parts of files that the repository no longer holds."""
+    import glob
+    oids = {file.oid for file in files}
+    for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
+        oid = os.path.basename(path)[:-len(".incomplete")]
+        if re.fullmatch("[0-9a-f]{40,64}", oid) and oid not in oids:    # huggingface_hub's own have longer names
+            with suppress(OSError, ModelError), lock_blob(repo, oid):
+                os.remove(path)
+
+def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
+    """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
+    import shutil
+    from contextlib import ExitStack
+    from urllib.parse import quote
+    folder = repo_folder(hub.repo)
+    places = {file: os.path.join(folder, "snapshots", commit, *file.path.split("/")) for file in files}
+    lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
+    with ExitStack() as locks:
+        for file in lacking:
+            locks.enter_context(lock_blob(hub.repo, file.oid))
+        parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
+        os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
+        hub.total = sum(file.n_bytes for file in parts)
+        hub.tell("begun", total=hub.total, parts=list(parts.values()))
+        room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
+        if hub.total > room:
+            raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
+                             % (format_bytes(hub.total), format_bytes(room), hub_folder()))
+        for file, part in parts.items():
+            hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
+        for file, blob in lacking.items():
+            if file in parts:
+                os.replace(parts[file], blob)
+            link_blob(blob, places[file])
+    if lacking:
+        os.makedirs(os.path.join(folder, "refs"), exist_ok=True)
+        with open(os.path.join(folder, "refs", "main.%d" % os.getpid()), "w") as ref:
+            ref.write(commit)
+        os.replace(ref.name, os.path.join(folder, "refs", "main"))
+    return places[files[0]]
+
+def link_blob(blob: str, path: str) -> None:
+    """A link to the blob; where there are no links (Windows mostly) the blob itself, as huggingface_hub does it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(OSError):
+        os.remove(path)                   # a link to nothing
+    try:
+        os.symlink(os.path.relpath(blob, os.path.dirname(path)), path)
+    except (OSError, NotImplementedError):
+        os.replace(blob, path)
 
 
 # == 8. COMMANDS ===================================================================================
@@ -4163,6 +4535,23 @@ def cmd_models(state: State, argument: str) -> Change:
     """/models: choose among the models found on this machine"""
     return state._replace(doing="looking for models"), (FindModels(),)
 
+def cmd_download(state: State, argument: str) -> Change:
+    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
+    if argument not in ("pause", "cancel"):
+        return start_fetch(state, argument, False) if argument else (state, (Store("suggest", ()),))
+    fetch = state.fetch
+    if not fetch or (argument, fetch.stop) == ("pause", "paused"):
+        return state._replace(hint="/download %s goes on with it" % fetch.name if fetch else "Nothing is being fetched"), ()
+    if fetch.stop == "paused":
+        return state._replace(fetch=None), (Store("drop_parts", (fetch.parts,)),)
+    return state._replace(fetch=fetch._replace(stop={"pause": "pausing", "cancel": "cancelling"}[argument])), (StopDownload(),)
+
+def start_fetch(state: State, name: str, load: bool) -> Change:
+    """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
+    if state.fetch and state.fetch.stop != "paused":
+        return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
+    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name, load),)
+
 def cmd_system(state: State, argument: str) -> Change:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
     if not argument:
@@ -4339,6 +4728,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
     head, _, word = text.rpartition(" ")
     tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
               "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
+              "/download": dict({row[0]: row[6] for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
               **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
     return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
 
@@ -4514,7 +4904,7 @@ def on_pressed(state: State, event: Pressed) -> Change:
     state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
     return run_command(state, command) if command else (state, ())
 
-DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
+DIALOG_COMMANDS = {"models": "load", "downloads": "download", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
@@ -4528,6 +4918,8 @@ def on_dialog_key(state: State, key: str) -> Change:
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
     if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
+    if key == "enter" and dialog.kind == "downloads":
+        return start_fetch(closed, chosen, True)
     if key == "enter" and dialog.kind in DIALOG_COMMANDS:
         return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
     return state if dialog.kind in DIALOG_COMMANDS else closed, ()
@@ -4601,6 +4993,42 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     return notice(state, "No model was found here or in %s. Put a .gguf file there, start with its path "
                   "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
                   "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:])), ()
+
+def on_download_said(state: State, event: DownloadSaid) -> Change:
+    message, fetch, doing = event.message, state.fetch, event.message.get("event")
+    state = state._replace(fetch=fetch and fetch_step(fetch, message) if doing != "suggested" else fetch)
+    if doing in ("choices", "suggested"):
+        return show_choices(state, [ModelEntry(*entry) for entry in message["entries"]])
+    if not fetch:
+        return state, ()
+    if doing == "done":
+        return on_fetched(state, fetch, message["path"])
+    if doing == "failed":
+        return notice(state, message["text"], "error"), ()
+    return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
+
+def show_choices(state: State, entries: List[ModelEntry]) -> Change:
+    """The list of models to fetch."""
+    if not entries:
+        return notice(state, "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"), ()
+    return state._replace(dialog=Dialog("downloads", choice_rows(entries), 0, tuple(entry.path for entry in entries))), ()
+
+def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
+    idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
+    if is_busy(state) or not (fetch.load or idle):
+        return notice(state, "Fetched. It can be used now: /load %s" % path, "good"), ()
+    return cmd_load(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
+
+def on_download_ended(state: State, event: DownloadEnded) -> Change:
+    fetch, state = state.fetch, state._replace(fetch=None)
+    if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
+        return state, ()
+    if fetch.stop == "cancelling":
+        return state, (Store("drop_parts", (fetch.parts,)),)
+    if fetch.stop or event.code == 130:
+        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint="Paused; /download %s goes on" % fetch.name), ()
+    return notice(state, "Fetching ended by itself (exit status %d); the system pane (F2) may say why. /download %s goes on."
+                  % (event.code, fetch.name), "error"), ()
 
 # -- the engine --
 
@@ -4725,7 +5153,8 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
-            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed, ModelsFound: on_models_found}
+            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed,
+            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
                  "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "reading": on_reading,
@@ -4874,7 +5303,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
-DIALOG_TEXTS = {"chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
+DIALOG_TEXTS = {"downloads": "Fetch a model from Hugging Face: Up, Down, Enter", "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
                 "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
@@ -4932,6 +5361,10 @@ def view_status(state: State) -> Line:
     for part in (state.doing, "your message waits" if state.chat.waiting and engine is not Condition.READY else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
+    if state.fetch:
+        n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
+        left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
+                 (" " * bool(n) + describe_fetch(state.fetch), "status"))
     room = width - line_cells(left) - 1
     right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
     return fit(fit(left, width - line_cells(right), "status") + right, width, "status")
@@ -5318,6 +5751,7 @@ class Runner:
         self.screen, self.mailbox = screen, Mailbox()
         self.engine: Optional[Child] = None
         self.installer: Optional[Child] = None
+        self.downloader: Optional[Child] = None
         self.store = ChatStore(self.mailbox.post)
         self.quit = False
 
@@ -5336,6 +5770,11 @@ class Runner:
             self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], self.mailbox.post, EngineLogged, Installed)
         elif isinstance(effect, StopInstall) and self.installer:
             self.installer.interrupt()
+        elif isinstance(effect, Download):
+            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
+            self.downloader = Child(argv, self.mailbox.post, lambda line: parse_engine_line(line, DownloadSaid), DownloadEnded)
+        elif isinstance(effect, StopDownload) and self.downloader:
+            self.downloader.interrupt()
         elif isinstance(effect, OpenEditor):
             self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
         elif isinstance(effect, Redraw):
@@ -5358,17 +5797,20 @@ class Runner:
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
             self.installer.interrupt()
+        if self.downloader:
+            self.downloader.process.kill()    # what has come is on the disk
+            self.downloader.close()
         self.store.close()
         if self.engine:
             self.engine.close()
 
-def parse_engine_line(line: str) -> Any:
+def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
     import json
     try:
         message = json.loads(line)
     except ValueError:
         message = None
-    return EngineSaid(message) if isinstance(message, dict) else EngineLogged(line)
+    return kind(message) if isinstance(message, dict) else EngineLogged(line)
 
 def probe_engine_end(code: int) -> EngineDied:
     """After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and this one doesn't have."""
@@ -5466,7 +5908,9 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
-    add("--json", action="store_true", help="with --bench: the numbers as JSON, for scripts")
+    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3:4b or org/repo:Q4_K_M, and print "
+        "its path (no NAME: show what is suggested); then end")
+    add("--json", action="store_true", help="with --bench and --download: what they have to say as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
@@ -5505,7 +5949,7 @@ class Plain:
     def clear_progress(self) -> None:
         if self.progress_shown:
             self.progress_shown = False
-            print("\r" + " " * 30 + "\r", end="", file=sys.stderr, flush=True)
+            draw_status("")
 
     def handle(self, event: Any) -> None:
         """One event: update, show what is new, perform."""
@@ -5534,28 +5978,30 @@ class Plain:
             self.note(line.text)
         rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
         if rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind in ("chats", "downloads") else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
-        if sys.stderr.isatty() and (thinks or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress):
+        fetches = now.fetch and now.fetch != before.fetch
+        if thinks or fetches or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
             self.progress_shown = True
             progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
-            print("\r" + progress, end="", file=sys.stderr, flush=True)
+            draw_status(describe_fetch(now.fetch) if fetches else progress)
 
     def settle(self) -> None:
-        """Handle events until the engine rests; Ctrl-C stops a reply, or loading and with it the program."""
+        """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
+        fetches = lambda: self.state.fetch and self.state.fetch.stop != "paused"
         while (is_busy(self.state) or self.state.attaching or self.state.engine in (Condition.STARTING, Condition.LOADING)
-               or self.runner.mailbox.events):
+               or self.runner.mailbox.events or fetches()):
             try:
                 self.runner.mailbox.wait(None)
                 for event in self.runner.mailbox.take():
                     self.handle(event)
             except KeyboardInterrupt:
                 self.status = 130
-                if self.state.engine not in (Condition.READING, Condition.WRITING):
+                if self.state.engine not in (Condition.READING, Condition.WRITING) and not fetches():
                     raise
-                self.handle(Pressed("esc"))
+                self.handle(Submitted("/download pause") if fetches() else Pressed("esc"))
 
     def chat(self) -> int:
         """Read lines until the end of input."""
@@ -5712,6 +6158,47 @@ def run_bench(settings: Settings, as_json: bool) -> int:
         print(json.dumps(dict(results, version=VERSION, model=done["model"], machine=done["machine"], tuned=tuned)))
     return 0
 
+# -- --download --
+
+def run_download(name: str, as_json: bool) -> int:
+    """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
+    import json, signal
+    handle_signals(signal.default_int_handler)
+    fetch, path = Fetch(name, False), ""
+    def tell(event: str, **fields: Any) -> None:
+        nonlocal fetch
+        fetch = fetch_step(fetch, dict(fields, event=event))
+        if not as_json:
+            return show_fetch(fetch, **fields)
+        try:
+            print(json.dumps(dict(fields, event=event)), flush=True)
+        except OSError:
+            os._exit(1)                   # the window is gone
+    try:
+        if name:
+            path = fetch_model(name, tell)
+        else:
+            tell("choices", entries=suggested_entries(probe_hardware()))
+        if path:
+            tell("done", path=path)
+        return int(bool(name) and not path)
+    except KeyboardInterrupt:
+        if not as_json:
+            show_fetch(fetch._replace(doing="failed"), "Stopped; the same command goes on with it.")
+        return 130
+    except (ModelError, OSError) as error:
+        is_disk = isinstance(error, OSError)
+        tell("failed", text="%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error) if is_disk else str(error))
+        return 1
+
+def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
+    """For people: the path, or the list, on stdout, all else on stderr."""
+    over = fetch.doing in ("done", "failed", "choices")
+    draw_status("" if over else "%s  %s" % (fetch.name, text or describe_fetch(fetch)))
+    rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, choice_rows(entries))]
+    if over:
+        print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)
+
 def run_window(state: State, first: str = "") -> int:
     try:
         screen = Screen()
@@ -5735,6 +6222,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.check_engine:
         import_llama().llama_backend_init()
         return 0
+    if arguments.download is not None:
+        return run_download(arguments.download, arguments.json)
     if arguments.install:
         return install_engine(lambda line: print(clean(line), flush=True))
     if arguments.info:

@@ -195,8 +195,8 @@ def ask_engine(model, *expressions):
 
 def run_plain(*args, **options):
     """llmchat.py as in a pipe: (exit status, stdout, stderr)."""
-    done = subprocess.run([ENGINE, SCRIPT] + list(args), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          encoding="utf-8", timeout=LIMIT_S, cwd=FOLDER, **dict({"input": ""}, **options))
+    done = subprocess.run([ENGINE, SCRIPT] + list(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          encoding="utf-8", timeout=LIMIT_S, cwd=FOLDER, **dict({"input": "", "env": ENV}, **options))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -1668,6 +1668,467 @@ class PlanTest(unittest.TestCase):
         self.assertEqual(plan_load(big, machine(16, 12, gpu_gb=12, backend="Metal")).free_bytes, 12 * GB)
         plan = plan_load(header(weight_gb=2), machine(3.8, 2.8), Wishes(65536, 3, 0, 64, "q8_0"))
         self.assertEqual((plan[:4], plan.verdict), ((65536, 64, 3, 0), "too big"))
+
+
+# -- fetching models: a hub on this machine --
+
+class LoopbackHub:
+    """Plays Hugging Face on 127.0.0.1, and the server it redirects to on "localhost": another host, with another port. What
+    stands in `faults`, a list of (place, what), happens at the next requests there; `gate` lets the second halves of files through."""
+
+    def __init__(self, test, **repos):
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        self.repos, self.commit, self.wrong, self.requests, self.faults = repos, "c" * 40, {}, [], []
+        self.gate = threading.Event()
+        self.gate.set()
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version, hub = "HTTP/1.1", self
+            def do_GET(self):
+                self.hub.answer(self)
+            def log_message(self, *_):
+                pass
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler), ThreadingHTTPServer(("localhost", 0), Handler)]
+        self.address, self.other = ("http://%s:%d" % (name, server.server_port) for name, server in zip(("127.0.0.1", "localhost"), self.servers))
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            test.addCleanup(server.server_close)
+            test.addCleanup(server.shutdown)
+        test.addCleanup(self.gate.set)
+        self.home = tempfile.mkdtemp(dir=FOLDER)
+        self.env = dict(HF_ENDPOINT=self.address, HF_HOME=self.home, HF_TOKEN="hf_secret", no_proxy="*")
+        patch = mock.patch.dict(os.environ, self.env)
+        patch.start()
+        test.addCleanup(patch.stop)
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"):
+            os.environ.pop(name, None)
+
+    def send(self, request, code, body=b"", length=None, **headers):
+        request.send_response(code)
+        for name, value in dict(headers, Content_Length=len(body) if length is None else length).items():
+            request.send_header(name.replace("_", "-"), str(value))
+        request.end_headers()
+        request.wfile.write(body)
+
+    def answer(self, request):
+        is_other, path = request.server is self.servers[1], request.path.partition("?")[0]
+        place = "other" if is_other else "api" if "/api/" in path else "resolve"
+        self.requests.append((place, request.path, dict(request.headers)))
+        fault = next((i for i, (where, _) in enumerate(self.faults) if where == place), None)
+        fault = None if fault is None else self.faults.pop(fault)[1]
+        if isinstance(fault, tuple):
+            return self.send(request, fault[0], b"<html>", **fault[1])
+        if is_other:
+            return self.send_file(request, self.repos[path[1:path.index("/file/")].replace("/", "__")][path.partition("/file/")[2]], fault)
+        match = re.search(r"(?:/api/models)?/([^/]+)/([^/]+)/(revision/main|tree/|resolve/)(?:[^/]+/)?(.*)$", path)
+        repo = self.repos.get("%s__%s" % match.group(1, 2))
+        if repo is None:
+            return self.send(request, 404, b"{}", X_Error_Code="RepoNotFound")
+        if match.group(3) == "revision/main":
+            return self.send(request, 200, json.dumps({"sha": self.commit}).encode())
+        if match.group(3) == "tree/":
+            return self.send_tree(request, repo)
+        etag = fault or self.hash(match.group(4), repo[match.group(4)])
+        self.send(request, 302, Location="%s/%s/%s/file/%s" % ((self.other,) + match.group(1, 2, 4)), X_Linked_Etag='"%s"' % etag)
+
+    def hash(self, path, data):
+        import hashlib
+        return self.wrong.get(path) or hashlib.sha256(data).hexdigest()
+
+    def send_tree(self, request, repo):
+        """Two files a page."""
+        start, names = int((re.findall(r"start=(\d+)", request.path) or [0])[0]), sorted(repo)
+        items = [{"type": "file", "path": name, "size": len(repo[name]), "oid": "0" * 40, "lfs": {"oid": self.hash(name, repo[name]), "size": len(repo[name])}}
+                 for name in names[start:start + 2]] + [{"type": "directory", "path": "x", "oid": "1" * 40, "size": 0}]
+        more = {"Link": '<%s%s?recursive=true&start=%d>; rel="next"' % (self.address, request.path.partition("?")[0], start + 2)}
+        self.send(request, 200, json.dumps(items).encode(), **more if start + 2 < len(names) else {})
+
+    def send_file(self, request, data, fault):
+        begin, total = int((re.findall(r"bytes=(\d+)-", request.headers.get("Range", "")) or [0])[0]), len(data)
+        if fault == "whole":
+            begin = 0
+        rest = data[begin:]
+        headers = {"Content_Range": "bytes %d-%d/%d" % (begin + (fault == "elsewhere"), total - 1, total)} if begin else {}
+        if fault == "break":
+            self.send(request, 206 if begin else 200, rest[:len(rest) // 2], len(rest), **headers)
+            request.close_connection = True
+            return
+        half = 0 if self.gate.is_set() else len(rest) // 2
+        self.send(request, 206 if begin else 200, rest[:half], len(rest), **headers)
+        request.wfile.flush()
+        self.gate.wait(LIMIT_S)
+        with llmchat.suppress(OSError):       # a client that was interrupted
+            request.wfile.write(rest[half:])
+
+    def asked(self, place):
+        """The requests at a place: (path, headers)."""
+        return [request[1:] for request in self.requests if request[0] == place]
+
+    def cached(self, *path):
+        return os.path.join(self.home, "hub", "models--org--repo", *path)
+
+
+class FetchTest(unittest.TestCase):
+    DATA = random.Random(3).getrandbits(8 * 300000).to_bytes(300000, "little")
+
+    def setUp(self):
+        patch = mock.patch.object(llmchat, "DOWNLOAD_RETRY_S", 0.001)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def hub(self, *names, **repos):
+        """With org/repo, which holds DATA under these names."""
+        return LoopbackHub(self, **repos or {"org__repo": dict({name: self.DATA for name in names or ("m-Q4_K_M.gguf",)}, README=b"words")})
+
+    def fetch(self, name="org/repo"):
+        self.told = []
+        return llmchat.fetch_model(name, lambda event, **fields: self.told.append(dict(fields, event=event)))
+
+    def events(self, kind):
+        return [event for event in self.told if event["event"] == kind]
+
+    def ranges(self, hub):
+        return [headers.get("Range", "") for _, headers in hub.asked("other")]
+
+    def fails(self, words, name="org/repo"):
+        with self.assertRaisesRegex(ModelError, words):
+            self.fetch(name)
+
+    def part(self, hub, data, commit="c" * 40):
+        """What an earlier run left."""
+        path = hub.cached("blobs", hub.hash("m-Q4_K_M.gguf", self.DATA) + ".incomplete")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+        return path
+
+    def test_layout_and_token(self):
+        hub = self.hub()
+        path = self.fetch("hf:org/repo:q4_k_m")
+        self.assertEqual(path, hub.cached("snapshots", hub.commit, "m-Q4_K_M.gguf"))
+        self.assertEqual(read_bytes(path), self.DATA)
+        self.assertEqual(llmchat.read_text(hub.cached("refs", "main")), hub.commit)
+        oid = hub.hash("", self.DATA)
+        self.assertEqual(os.listdir(hub.cached("blobs")), [oid])
+        if POSIX:
+            self.assertEqual(os.readlink(path), os.path.join("..", "..", "blobs", oid))
+        tokens = [(place, headers.get("Authorization")) for place, _, headers in hub.requests]
+        self.assertEqual(set(tokens), {("api", "Bearer hf_secret"), ("resolve", "Bearer hf_secret"), ("other", None)})
+        self.assertEqual({headers["User-Agent"] for _, _, headers in hub.requests}, {"llmchat/" + llmchat.VERSION})
+        self.assertEqual((self.fetch(), len(hub.asked("other"))), (path, 1))    # it is there
+
+    def test_token_from_its_file_and_a_renamed_repository(self):
+        hub = self.hub(org__repo={"m-Q4_K_M.gguf": self.DATA}, org__new={})
+        del os.environ["HF_TOKEN"]
+        with open(os.path.join(hub.home, "token"), "w") as file:
+            file.write("hf_kept\n")
+        hub.faults = [("api", (307, {"Location": hub.address + "/api/models/org/new/revision/main"}))]
+        self.fetch()
+        self.assertEqual({headers.get("Authorization") for _, headers in hub.asked("api")}, {"Bearer hf_kept"})
+
+    def test_goes_on_where_the_connection_broke(self):
+        hub = self.hub()
+        hub.faults = [("other", "break"), ("other", "break"), ("other", (403, {})), ("resolve", (503, {})), ("resolve", (429, {"Retry_After": 0}))]
+        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(self.ranges(hub)[0], "")
+        self.assertEqual(self.ranges(hub)[-1], "bytes=225000-")
+        self.assertEqual(len(self.events("waiting")), 5)
+
+    def test_goes_on_with_an_earlier_part(self):
+        hub = self.hub()
+        self.part(hub, self.DATA[:100000])
+        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(self.ranges(hub), ["bytes=100000-"])
+        self.part(hub, self.DATA)             # all was there, but not its check
+        os.remove(hub.cached("blobs", hub.hash("", self.DATA)))
+        self.assertEqual((read_bytes(self.fetch()), len(self.ranges(hub))), (self.DATA, 1))
+
+    def test_begins_anew_where_the_part_is_of_no_use(self):
+        for faults, n_requests in (([("other", "whole")], 1), ([("other", "elsewhere")], 2), ([("other", (416, {}))], 2)):
+            hub = self.hub()
+            self.part(hub, b"x" * 1000)
+            hub.faults = faults
+            self.assertEqual(read_bytes(self.fetch()), self.DATA, faults)
+            self.assertEqual(self.ranges(hub), ["bytes=1000-"] + [""] * (n_requests - 1))
+
+    def test_gives_up_on_a_server_that_always_begins_anew(self):
+        hub = self.hub()
+        hub.faults = [("other", "break")] + [("other", "whole"), ("other", "break")] * 50
+        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        hub = self.hub()
+        with mock.patch.object(hub, "send_file", lambda request, data, fault: hub.send(request, 200, data[:9], 99) or setattr(request, "close_connection", True)):
+            self.fails("No connection to 127.0.0.1.* broke off")
+        self.assertEqual(len(hub.asked("other")), llmchat.DOWNLOAD_TRIES)
+
+    def test_wrong_file_is_removed(self):
+        hub = self.hub()
+        hub.wrong = {"m-Q4_K_M.gguf": "a" * 64}
+        self.fails("SHA-256.*removed")
+        self.part(hub, b"x" * 1000)
+        self.fails("SHA-256.*removed")        # after a part
+        self.assertEqual((os.listdir(hub.cached("blobs")), os.path.exists(hub.cached("snapshots"))), ([], False))
+
+    def test_changed_file(self):
+        hub = self.hub()
+        old, hub.repos["org__repo"]["m-Q4_K_M.gguf"] = self.part(hub, self.DATA[:1000]), self.DATA[::-1]
+        hub.faults = [("resolve", "b" * 64)]
+        self.fails("m-Q4_K_M.gguf has just changed in org/repo: fetch it again")
+        self.assertFalse(os.path.exists(old))    # no file of the repository any more
+        self.assertEqual(read_bytes(self.fetch()), self.DATA[::-1])
+
+    def test_faults_are_told(self):
+        gated, hub = {"X_Error_Code": "GatedRepo"}, self.hub()
+        for where, fault, words in (
+                ("api", (401, gated), "org/repo is for those who have accepted its licence: do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN"),
+                ("resolve", (403, {}), "accepted its licence"), ("api", (401, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+                ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"), ("api", (200, {}), "log in"), ("api", (418, {}), "answers: 418")):
+            hub.faults = [(where, fault)]
+            self.fails(words)
+            self.assertEqual((hub.faults, self.events("waiting")), ([], []))
+        self.fails("no repository org/none", "org/none")
+        hub.faults = [("api", (500, {}))] * 99
+        self.fails("answers: 500")
+        self.assertEqual((len(hub.faults), len(self.events("waiting"))), (99 - llmchat.DOWNLOAD_TRIES, llmchat.DOWNLOAD_TRIES - 1))
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        self.fails("No connection to 127.0.0.1:9")
+        os.environ["HF_ENDPOINT"] = hub.address.replace("http:", "https:")
+        self.fails("No connection")           # no TLS there
+        os.environ["HF_ENDPOINT"] = "example"
+        self.fails("HF_ENDPOINT is 'example'")
+        os.environ["HF_HUB_OFFLINE"], n = "1", len(hub.requests)
+        self.fails("HF_HUB_OFFLINE is set")
+        self.assertEqual(len(hub.requests), n)
+        self.fails("names no model", "nonsense")
+
+    def test_untrusted_certificate(self):
+        import ssl
+        from urllib.error import URLError
+        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+        error.verify_message = "self-signed certificate"
+        self.hub()
+        with mock.patch("urllib.request.OpenerDirector.open", side_effect=URLError(error)):
+            self.fails(r"can't be trusted \(self-signed certificate\)")
+        self.assertEqual(self.events("waiting"), [])
+
+    def test_choices(self):
+        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf", "big/m-F16-00001-of-00002.gguf")
+        self.assertEqual(self.fetch(), "")
+        entries = [llmchat.ModelEntry(*entry) for entry in self.events("choices")[0]["entries"]]
+        self.assertEqual([(entry.path, entry.n_bytes) for entry in entries],
+                         [("hf:org/repo:m-%s.gguf" % quant, len(self.DATA)) for quant in ("Q4_K_M", "Q8_0")])    # of F16 a part lacks
+        self.assertEqual({entry.verdict for entry in entries}, {"fits"})
+        self.fails("org/repo has no Q5_K. It has: Q4_K_M, Q8_0", "org/repo:Q5_K")
+        self.assertEqual(hub.asked("other"), [])
+        self.assertEqual(os.path.basename(self.fetch(entries[1].path)), "m-Q8_0.gguf")
+        self.fails("holds no GGUF", self.hub("model.safetensors") and "org/repo")
+
+    def test_split_model_appears_whole(self):
+        names = ["q/m-Q4_K_M-%05d-of-00003.gguf" % n for n in (1, 2, 3)]
+        hub = self.hub(org__repo={name: self.DATA[n:] for n, name in enumerate(names)})
+        hub.wrong = {names[2]: "a" * 64}
+        self.fails("SHA-256")
+        self.assertEqual(({name[64:] for name in os.listdir(hub.cached("blobs"))}, os.path.exists(hub.cached("snapshots"))), ({".incomplete"}, False))
+        hub.wrong, hub.requests = {}, []
+        path = self.fetch()
+        self.assertEqual([read_bytes(part) for part in llmchat.plan_split_paths(path)], [self.DATA[n:] for n in range(3)])
+        self.assertEqual(len(hub.asked("other")), 1)
+        self.assertEqual((self.events("begun")[0]["total"], len(self.events("begun")[0]["parts"])), (3 * len(self.DATA) - 3, 3))
+
+    def test_hostile_listing(self):
+        oid = "a" * 64
+        bad = ("../x.gguf", "/x.gguf", "a/../x.gguf", "a\\x.gguf", "c:x.gguf", "a//x.gguf", "./x.gguf", "x\0.gguf")
+        items = [{"path": path, "size": 1, "oid": oid} for path in bad + ("a/x..y.gguf",)] + [{"path": "x.gguf", "size": 1, "oid": "../../" + oid[6:]}]
+        self.assertEqual([file.path for file in llmchat.parse_tree(items)], ["a/x..y.gguf"])
+        hub = self.hub()
+        hub.commit = "../../.."
+        self.fails("doesn't answer as Hugging Face does")
+
+    def test_disk(self):
+        hub = self.hub()
+        with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)):
+            self.fails("takes 0 MB of disk, but 0 MB are free in .*HF_HOME")
+        self.assertEqual(hub.asked("other"), [])
+        if POSIX:
+            import resource
+            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+            status, out, err = run_plain("--download", "org/repo", env=dict(ENV, **hub.env), preexec_fn=limit)
+            self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+            self.assertRegex(err, r"It can't be written \(File too large\): make room")
+            self.fetch()
+            self.assertEqual(self.ranges(hub)[1:], ["bytes=100000-"])
+
+    def test_cache_that_cannot_be_written(self):
+        hub = self.hub()
+        status, out, err = run_plain("--download", "org/repo", env=dict(ENV, HF_HUB_CACHE=SCRIPT, **hub.env))
+        self.assertEqual((status, out, err.count("\n"), "can't be written" in err), (1, "", 1, True), err)
+
+    def test_two_at_once(self):
+        hub = self.hub()
+        with llmchat.lock_blob("org/repo", hub.hash("", self.DATA)):
+            self.fails("Another window or program is fetching this file")
+            self.assertEqual(hub.asked("other"), [])
+        self.fetch()
+        if POSIX:                             # where huggingface_hub's lock is
+            self.assertTrue(os.path.exists(os.path.join(hub.home, "hub", ".locks", "models--org--repo", hub.hash("", self.DATA) + ".lock")))
+
+    def test_proxy_and_no_links(self):
+        hub = self.hub()
+        hub.other = hub.other.replace("localhost", "127.0.0.1")
+        os.environ.update(http_proxy=hub.address, no_proxy="127.0.0.1", HF_ENDPOINT="http://hub.invalid")
+        with mock.patch("os.symlink", side_effect=OSError):
+            path = self.fetch()
+        self.assertEqual({headers["Host"] for _, headers in hub.asked("api")}, {"hub.invalid"})
+        self.assertEqual((os.path.islink(path), read_bytes(path), os.listdir(hub.cached("blobs"))), (False, self.DATA, []))
+
+    @unittest.skipUnless(POSIX, "the paths are POSIX's")
+    def test_folder(self):
+        names = ("XDG_CACHE_HOME", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE")
+        with mock.patch.dict(os.environ):
+            for name in names:
+                os.environ.pop(name, None)
+            for name, folder in zip(names, ("/cache/huggingface/hub", "/cache/hub", "/cache", "/cache")):    # each wins over those before
+                os.environ[name] = "/cache"
+                self.assertEqual(llmchat.hub_folder(), folder)
+
+    def test_suggestions(self):
+        hub = self.hub()
+        names = lambda *memory: [(e.name, e.verdict, e.note.startswith("best fit")) for e in llmchat.suggested_entries(machine(*memory))]
+        self.assertEqual(names(7.7, 5)[:2], [("qwen3:4b", "fits", True), ("qwen3:1.7b", "fits", False)])
+        self.assertEqual(names(7.7, 5)[-1][1], "too big")
+        self.assertEqual(names(0.9, 0.5)[0], ("smollm2:360m", "tight", False))
+        _, repo, file = llmchat.SUGGESTED_MODELS[3][:3]
+        os.makedirs(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit))
+        with open(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit, file), "w"):
+            pass
+        self.assertNotIn("qwen3:4b", [name for name, _, _ in names(7.7, 5)])    # it is here
+        for name, repo, file, *_ in llmchat.SUGGESTED_MODELS:
+            self.assertEqual((llmchat.parse_download(name), llmchat.parse_download("hf:%s:%s" % (repo, file))), ((repo, file),) * 2)
+
+    def test_command_line(self):
+        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        env = dict(ENV, **hub.env)
+        status, out, err = run_plain("--download", "org/repo", env=env)
+        self.assertEqual((status, len(out.splitlines()), err), (1, 2, ""))
+        self.assertEqual(run_plain("--download", "org/repo:Q8_0", env=env), (0, hub.cached("snapshots", hub.commit, "m-Q8_0.gguf") + "\n", ""))
+        events = [json.loads(line)["event"] for line in run_plain("--download", "org/repo:Q4_K_M", "--json", env=env)[1].splitlines()]
+        self.assertEqual((events[0], events[-1]), ("begun", "done"))
+        status, out, err = run_plain("--download", "org/repo:Q9", env=env)
+        self.assertEqual((status, out, err), (1, "", "org/repo has no Q9. It has: Q4_K_M, Q8_0.\n"))
+        status, out, err = run_plain("--download", env=dict(env, HF_ENDPOINT="http://127.0.0.1:9"))
+        self.assertEqual((status, len(out.splitlines()), err), (0, len(llmchat.SUGGESTED_MODELS), ""))    # asks nobody
+
+    def test_events(self):
+        fetch = llmchat.Fetch("org/repo", True, "fetching", GB, 4 * GB, 2e7, ("/nowhere/part",))
+        state = ready(Turn("user", "q"), fetch=fetch, columns=120)
+        self.assertIn(" ready · fetching ██░░░░░░ 25 % of 4.0 GB, 20.0 MB/s, 2 min left", rows_of(state)[-1])
+        self.assertTrue(rows_of(state._replace(columns=40))[-1].startswith(" ready · fetching 25 % of 4.0 GB, 20.0"))
+        self.assertIn("checking, 25 % of 4.0 GB", rows_of(play(state, llmchat.DownloadSaid({"event": "checking", "done": GB, "rate": 9e9}))[0])[-1])
+        waits, _ = play(state, llmchat.DownloadSaid({"event": "waiting", "text": "No connection."}))
+        self.assertEqual((waits.log[-1].text, waits.fetch.doing, waits.fetch.done), ("No connection.", "waiting", GB))
+        done = llmchat.DownloadSaid({"event": "done", "path": "/m.gguf"})
+        self.assertEqual(sent(play(state, done)[1], "load")[0]["path"], "/m.gguf")    # it was chosen from the list
+        for other in (state._replace(fetch=fetch._replace(load=False)), state._replace(engine=Condition.WRITING)):
+            after, effects = play(other, done, llmchat.DownloadEnded(0))
+            self.assertEqual((sent(effects, "load"), after.fetch), ([], None))
+            self.assertIn("/load /m.gguf", notices(after)[-1])
+        self.assertEqual(play(state, llmchat.DownloadEnded(130))[0].fetch.stop, "paused")
+        after, _ = play(state, llmchat.DownloadEnded(-9))
+        self.assertRegex(notices(after)[-1], "ended by itself .exit status -9.*/download org/repo goes on")
+        paused = state._replace(fetch=fetch._replace(stop="paused"))
+        after, effects = llmchat.cmd_download(paused, "cancel")
+        self.assertEqual((after.fetch, effects), (None, (Store("drop_parts", (fetch.parts,)),)))
+        self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
+        self.assertEqual(llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo", False),))
+        self.assertEqual(play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:360m ")
+
+    def window(self, hub, model=""):
+        window = Headless(self, model)
+        os.environ.update(hub.env)            # it has set those of the tests
+        return window
+
+    def wait(self, window, true):
+        end_s = time.monotonic() + LIMIT_S
+        while not true():
+            self.assertLess(time.monotonic(), end_s, window.said("notice"))
+            window.runner.mailbox.wait(0.1)
+            for event in window.runner.mailbox.take():
+                window.handle(event)
+
+    def test_in_the_window_to_the_first_reply(self):
+        hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
+        window = self.window(hub)
+        window.handle(Submitted("/download org/repo"))
+        self.assertEqual(window.state.fetch.name, "org/repo")
+        window.wait(Condition.READY)
+        self.assertEqual((window.state.fetch, window.said("notice")[-1]), (None, "Fetched: talk-F32.gguf"))
+        window.ask("hi", Condition.WRITING, Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant"), [REPLIES["greet"]])
+        self.assertEqual(window.state.model.path, hub.cached("snapshots", hub.commit, "talk-F32.gguf"))
+
+    @unittest.skipUnless(POSIX, "needs POSIX signals")
+    def test_pause_go_on_cancel(self):
+        hub = self.hub()
+        window = self.window(hub, MIND).wait(Condition.READY)
+        hub.gate.clear()
+        window.handle(Submitted("/download org/repo"))
+        half = lambda: any(os.path.exists(part) and os.path.getsize(part) == len(self.DATA) // 2 for part in window.state.fetch.parts)
+        self.wait(window, half)
+        window.handle(Submitted("/download qwen3:4b"))
+        self.assertIn("org/repo is being fetched", window.said("notice")[-1])
+        window.handle(Submitted("/download pause"))
+        self.wait(window, lambda: window.state.fetch.stop == "paused")
+        self.assertIn("/download org/repo goes on", window.state.hint)
+        self.assertIn("paused", rows_of(window.state._replace(hint=""))[-1])
+        hub.gate.set()
+        window.handle(Submitted("/download org/repo"))
+        self.wait(window, lambda: not window.state.fetch)
+        self.assertEqual(self.ranges(hub), ["", "bytes=150000-"])
+        self.assertIn("It can be used now: /load ", window.said("notice")[-1])    # another model is in use
+        hub.gate.clear()
+        hub.commit, hub.repos["org__repo"] = "d" * 40, {"m-Q4_K_M.gguf": self.DATA[::-1]}
+        window.handle(Submitted("/download org/repo"))
+        self.wait(window, half)
+        part = window.state.fetch.parts[0]
+        window.handle(Submitted("/download cancel"))
+        self.wait(window, lambda: not window.state.fetch and "cancelled" in window.said("notice")[-1])
+        self.assertFalse(os.path.exists(part))
+
+    def test_fault_in_the_window(self):
+        hub = self.hub()
+        window = self.window(hub)
+        window.handle(Submitted("/download org/none"))
+        self.wait(window, lambda: not window.state.fetch)
+        self.assertIn("no repository org/none", window.said("notice")[-1])
+        window.handle(Submitted("/download -nothing"))
+        self.wait(window, lambda: not window.state.fetch)
+        self.assertIn("-nothing names no model", window.said("notice")[-1])
+        window.handle(Submitted("/download pause"))
+        self.assertEqual(window.state.hint, "Nothing is being fetched")
+        window.handle(Submitted("/download"))
+        self.wait(window, lambda: window.state.dialog)
+        window.handle(Pressed("down"))
+        state, effects = update(window.state, Pressed("enter"))
+        self.assertEqual((effects, state.fetch.load), ((llmchat.Download(window.state.dialog.names[1], True),), True))
+
+    def test_in_plain_mode(self):
+        hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
+        status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n/download cancel\n", env=dict(ENV, **hub.env))
+        self.assertIn("Fetched. It can be used now: /load", err)
+        self.assertIn("Nothing is being fetched", err)
+
+    def test_no_connection_unless_asked(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        with open(os.path.join(folder, "sitecustomize.py"), "w") as file:    # in each Python process
+            file.write("import sys\nsys.addaudithook(lambda name, args: open(%r, 'a').write('%%s %%r\\n' %% (name, args)) "
+                       "if name in ('socket.connect', 'socket.getaddrinfo') else None)" % os.path.join(folder, "calls"))
+        env = dict(ENV, PYTHONPATH=os.pathsep.join((folder, ENV["PYTHONPATH"])), HF_ENDPOINT="http://127.0.0.1:9")
+        run_plain(TALK, "-p", "hi", env=env)
+        run_plain("--info", TALK, env=env)
+        run_plain("--download", env=env)
+        run_plain(TALK, "--plain", "--no-save", input="/models\n/download\n/chats\n/help\nhi\n", env=env)
+        self.assertFalse(os.path.exists(os.path.join(folder, "calls")))
+        hub = self.hub()                      # and when asked, it is seen
+        run_plain("--download", "org/repo", env=dict(env, **hub.env))
+        self.assertIn("socket.connect", llmchat.read_text(os.path.join(folder, "calls")))
 
 
 # -- what the user sees: text, editing, scrolling, update(), view() --
