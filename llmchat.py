@@ -3939,7 +3939,7 @@ def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
     splits = {path: plan_split_paths(path) for path in sorted(by_path)}
     return {path: [by_path[part] for part in parts] for path, parts in splits.items() if path == parts[0] and all(part in by_path for part in parts)}
 
-def match_models(paths: Iterable[str], wanted: str) -> List[str]:
+def match_files(paths: Iterable[str], wanted: str) -> List[str]:
     """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
     low = wanted.lower()
     exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
@@ -4129,7 +4129,7 @@ def fetch_model(name: str, tell: Any) -> str:
     hub = Hub(repo, tell)
     commit, files = hub.list_files()
     models = group_models(files)
-    paths = match_models(models, wanted)
+    paths = match_files(models, wanted)
     quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
     if not paths:
         raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants.values())) if models else
