@@ -3099,20 +3099,16 @@ def write_demo_model() -> str:
 
 MAX_DEPTH, MAX_ENTRIES = 3, 10_000    # how far a folder is searched, so that a huge one doesn't keep us busy for minutes
 
-def list_folder(folder: str, most: int = MAX_ENTRIES) -> List[Any]:
-    """Its first entries by name; none where there is no folder, or it may not be read."""
-    import itertools
-    with suppress(OSError), os.scandir(folder) as scan:
-        return sorted(itertools.islice(scan, max(0, most)), key=lambda entry: entry.name)
-    return []
-
 def walk_files(folder: str) -> Iterable[str]:
     """The files in a folder and below it, the upper ones first. Links that lead in circles and huge trees come to an end."""
+    import itertools
     todo, been, room = [(folder, 0)], set(), MAX_ENTRIES
     for place, depth in todo:             # which grows meanwhile
-        entries = [] if os.path.realpath(place) in been else list_folder(place, room)
+        entries, real = [], os.path.realpath(place)
+        with suppress(OSError), os.scandir(place) as scan:
+            entries = sorted(itertools.islice(scan, 0 if real in been else room), key=lambda entry: entry.name)
         room -= len(entries)
-        been.add(os.path.realpath(place))
+        been.add(real)
         for entry in entries:
             with suppress(OSError):       # a link to itself
                 if entry.is_file():
@@ -3135,12 +3131,13 @@ def scan_folder(folder: str) -> Iterable[ModelEntry]:
 
 def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
-    for repo in (entry.path for entry in list_folder(folder) if entry.name.startswith("models--")):
-        commit, files = read_small(os.path.join(repo, "refs", "main")).strip(), {}
-        for snapshot in sorted(list_folder(os.path.join(repo, "snapshots")), key=lambda entry: entry.name != commit):
-            for entry in scan_folder(snapshot.path):
-                files.setdefault(entry.path[len(snapshot.path):], entry)
-        yield from files.values()
+    import glob
+    is_old = lambda snapshot: os.path.basename(snapshot) != read_small(os.path.join(snapshot, "..", "..", "refs", "main")).strip()
+    files: Dict[Any, ModelEntry] = {}
+    for snapshot in sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old):
+        for entry in scan_folder(snapshot):
+            files.setdefault((os.path.dirname(snapshot), entry.path[len(snapshot):]), entry)
+    return files.values()
 
 def scan_ollama(folder: str) -> Iterable[ModelEntry]:
     """Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
@@ -3186,9 +3183,9 @@ def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
             write_kept("models.json", dict({path: old for path, old in kept.items() if os.path.exists(path)}, **known))
     models = (describe_entry(entries, known[entries[0].path], hardware) for entries in found.values())
     return tuple(sorted(filter(None, models), key=lambda entry: (
-        VERDICT_ORDER.get(entry.verdict, 3), entry.source != "", entry.name.lower(), entry.path)))
+        [*VERDICT_STYLES, entry.verdict].index(entry.verdict), entry.source != "", entry.name.lower(), entry.path)))
 
-VERDICT_ORDER = {"fits": 0, "tight": 1, "too big": 2}
+VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
 
 def probe_stamp(path: str) -> List[int]:
     """What changes when a file does: size, time; then what is the same for all links to it. [] where there is none."""
@@ -3218,7 +3215,7 @@ def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardwar
     entry = entry._replace(note="also " + ", ".join(others) if others else "")
     missing = ["part %d of %d is missing" % (n, len(known["stamp"]) - 1) for n, part in enumerate(known["stamp"]) if not part]
     if missing or "fault" in known:
-        return entry._replace(note=", ".join(missing) or known["fault"])
+        return entry._replace(note=(missing + [known.get("fault")])[0])
     header = Header(*known["header"])
     header = header._replace(metadata={key: tuple(value) if type(value) is list else range(value["n"]) if type(value) is dict else value
                                        for key, value in header.metadata.items()})
@@ -3226,8 +3223,7 @@ def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardwar
         return None
     plan = plan_load(header, hardware)
     return entry._replace(size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
-                          n_ctx=number(header, ".context_length"),
-                          verdict=plan.verdict, rate=plan.rate)
+                          n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate)
 
 def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     """The file of this name, or the models of this folder, without a look elsewhere; else all models there are."""
@@ -4030,7 +4026,7 @@ def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
     settings = state.settings
     if not settings.model_path:
-        return find_model(state, state.wanted or "")
+        return look_up(state, state.wanted or "")
     load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes), "states": settings.states})
     state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
@@ -4299,9 +4295,9 @@ def cmd_version_forward(state: State, argument: str) -> Change:
 def cmd_load(state: State, argument: str) -> Change:
     """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
     name = argument.strip("'\"")
-    return find_model(state, name) if name else load_path(state, state.settings.model_path)
+    return look_up(state, name) if name else load_path(state, state.settings.model_path)
 
-def find_model(state: State, wanted: str) -> Change:
+def look_up(state: State, wanted: str) -> Change:
     return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
 
 def load_entry(state: State, entry: ModelEntry) -> Change:
@@ -4321,7 +4317,7 @@ def load_path(state: State, path: str) -> Change:
 
 def cmd_models(state: State, argument: str) -> Change:
     """/models: choose among the models of this machine"""
-    return find_model(state, "")
+    return look_up(state, "")
 
 def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
     """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
@@ -4349,7 +4345,8 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Why a name doesn't mean one model, in a sentence or two."""
     if len(found) > 1:
-        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(entry.name for entry in found))
+        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,",
+                                            ", ".join(entry.name for entry in found))
     if not entries and not wanted:
         return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
                 "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
@@ -4775,7 +4772,9 @@ def on_dialog_key(state: State, key: str) -> Change:
         return search_dialog(state, dialog.query[:-1])
     if dialog.kind in ("models", "details") and key in ("enter", "tab"):
         entry = chosen_model(dialog.back or dialog)
-        return show_details(state) if key == "tab" and not dialog.back else load_entry(closed, entry) if entry and key == "enter" else (state, ())
+        if key == "enter" and entry:
+            return load_entry(closed, entry)
+        return show_details(state) if dialog.kind == "models" else (state._replace(dialog=dialog.back), ())
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
     if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
@@ -4856,7 +4855,7 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
         return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
-    if wanted and parse_repo(wanted) and not re.search(r"^[~/]|\.gguf$", wanted, re.I):
+    if (parse_repo(wanted) or (".gguf",))[0][-5:].lower() != ".gguf":    # it isn't a path that is misspelt
         return state, (Download(wanted, True),)
     return notice(state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
@@ -4868,8 +4867,6 @@ def on_engine_said(state: State, event: EngineSaid) -> Change:
     if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
         return state, ()                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
-
-VERDICT_STYLES = {"fits": "good", "tight": "warn"}
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     """It comes after "hardware"; its lines go above those."""
