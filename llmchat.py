@@ -4051,7 +4051,7 @@ def forget_old(state: State) -> State:
 def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits. begun: how the reply begins."""
     chat = state.chat
-    if state.engine is not Condition.READY:
+    if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
             return state._replace(dialog=Dialog("install")), ()
@@ -4857,7 +4857,7 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
         return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
     if (parse_repo(wanted) or (".gguf",))[0][-5:].lower() != ".gguf":    # it isn't a path that is misspelt
         return state, (Download(wanted, True),)
-    return notice(state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
+    return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 # -- the engine --
 
@@ -5171,7 +5171,7 @@ def view_status(state: State) -> Line:
         on = int(state.progress * n + 0.5)
         left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
     ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    for part in (state.doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting and engine is not Condition.READY else "",
+    for part in (state.doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
     room = width - line_cells(left) - 1

@@ -2876,6 +2876,148 @@ CODE_REPLY = """Look:
 open"""
 
 
+class ModelListTest(unittest.TestCase):
+    ENTRIES = (a_model("/m/alpha-Q8_0.gguf", "alpha-Q8_0", size="1B", quant="Q8_0", n_bytes=GB, n_ctx=4096, rate=12.4),
+               a_model("/o/1", "dolphin:8b", source="Ollama", size="8B", quant="Q4_K_M", n_bytes=5 * GB, verdict="tight", rate=3.25),
+               a_model("/m/huge.gguf", "huge", size="70B", quant="Q4_K_M", n_bytes=40 * GB, verdict="too big", note="also giant"),
+               a_model("hf:org/fetch:F.gguf", "fetch", source="to fetch", size="0.6B", n_bytes=GB // 2, note="small and quick"),
+               a_model("/m/bad.gguf", "bad", verdict="", note="is empty: download it again."))
+
+    def open(self, *events, columns=120):
+        return play(State(columns=columns, rows=24), ModelsFound(self.ENTRIES, ""), *events)
+
+    def rows(self, *events, columns=120):
+        """What stands in the list: the row of titles or the filter, then the models, the chosen one marked with a *."""
+        state = self.open(*events, columns=columns)[0]
+        lines = view(state).lines[2:-4]
+        width = llmchat.plan_layout(state).chat_width
+        return ["*" * any(style == "select" for _, style in line) + "".join(part for part, _ in line)[1:1 + width].strip() for line in lines
+                if "".join(part for part, _ in line)[1:1 + width].strip()]
+
+    def test_columns_follow_the_width(self):
+        self.assertEqual([re.split("  +", row) for row in self.rows(columns=140)], [
+            ["model", "verdict", "tokens/s", "on disk", "quant", "size", "from", "context"],
+            ["*alpha-Q8_0", "fits", "12", "1.0 GB", "Q8_0", "1B", "4,096"], ["dolphin:8b", "tight", "3.2", "5.0 GB", "Q4_K_M", "8B", "Ollama"],
+            ["huge", "too big", "40.0 GB", "Q4_K_M", "70B", "also giant"], ["fetch", "fits", "512 MB", "0.6B", "to fetch", "small and quick"],
+            ["bad", "is empty: download it again."]])
+        self.assertEqual([re.split("  +", row) for row in self.rows(columns=36)[:2]], [["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]])
+        starts = {row.index(verdict) for row, verdict in zip(llmchat.model_rows(self.ENTRIES[:3], 30), ("verdict", "fits", "tight", "too big"))}
+        self.assertEqual(len(starts), 1, "aligned")
+        wide = a_model("w", "\u6a21" * 30)
+        for width in range(10, 60):
+            rows = llmchat.model_rows((wide, a_model("x" * 70)), width)
+            self.assertEqual(len({llmchat.cells(row) for row in rows[1:]} - {llmchat.cells(rows[1]) - 1}), 1)
+        styles = {item[1:5]: style for line in view(self.open("[end]")[0]).lines for item, style in line}
+        self.assertEqual([styles[name] for name in ("alph", "dolp", "huge", "bad ")], ["good", "warn", "error", "select"])
+
+    def test_filter(self):
+        self.assertEqual(self.rows("q4", " olla"), ["q4 olla  1 of 5", "*" + self.rows()[2]])
+        self.assertEqual(self.rows("Q4", "[down]", "_k_M")[1:], ["*" + self.rows()[2], self.rows()[3]], "a new filter begins at the top")
+        self.assertEqual(self.rows("zz"), ["zz  0 of 5"])
+        state, effects = self.open("zz", "[enter]", "[tab]")
+        self.assertEqual((bool(state.dialog), effects), (True, ()))
+        self.assertEqual(self.rows("zz", "[backspace]", "[backspace]"), self.rows())
+        self.assertEqual(self.rows("zz", "[esc]"), self.rows(), "Esc clears the filter first")
+        self.assertEqual(self.open("zz", "[esc]", "[esc]")[0].dialog, None)
+        self.assertEqual(sent(self.open("hu", "[enter]")[1], "load")[0]["path"], "/m/huge.gguf")
+        state = self.open("/q")[0]
+        self.assertEqual((state.dialog, state.draft.text), (None, "/q"), "a command")
+
+    def test_moving_and_choosing(self):
+        for keys, name in (("down", "dolphin"), ("down,down,up", "dolphin"), ("end", "bad"), ("pgdn", "bad"), ("end,up", "fetch"), ("end,home", "alpha"), ("up", "alpha")):
+            self.assertIn("*" + name, "\n".join(self.rows(*("[%s]" % key for key in keys.split(",")))))
+        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf", True),))
+        busy = play(ready(), "hello", "[enter]")[0]
+        state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
+        self.assertEqual((effects, state.hint, state.chat), ((), "Stop the reply first (Esc)", busy.chat))
+
+    def test_details(self):
+        state, effects = self.open("d")
+        self.assertEqual(effects, (Store("describe", ("/m/alpha-Q8_0.gguf",)),))
+        told = ModelDescribed("/m/alpha-Q8_0.gguf", ("Alpha", "File: /m/alpha-Q8_0.gguf") + tuple("line %d" % n for n in range(40)))
+        self.assertEqual(play(state, "[down]", told)[0].dialog.kind, "models", "another is chosen by now")
+        self.assertEqual(play(state, "[esc]", told)[0].dialog, None)
+        shown = play(state, told)[0]
+        self.assertIn("File: /m/alpha", "\n".join(rows_of(shown)))
+        self.assertIn("line 39", "\n".join(rows_of(play(shown, "[end]")[0])), "a long text is scrolled")
+        for key in ("d", "[esc]", "[tab]"):
+            self.assertEqual(play(shown, key)[0].dialog, state.dialog, key)
+        self.assertEqual(play(shown, "olphin")[0].dialog.query, "dolphin", "d was the first letter of a name")
+        self.assertEqual(sent(play(shown, "[enter]")[1], "load")[0]["path"], "/m/alpha-Q8_0.gguf")
+        self.assertEqual(self.open("hu", "d")[0].dialog.query, "hud", "only while there is no filter")
+        self.assertEqual(self.open("hu", "[tab]")[1], (Store("describe", ("/m/huge.gguf",)),))
+        fetch = "\n".join(rows_of(self.open("fetch", "[tab]")[0]))
+        self.assertRegex(fetch, r"(?s)Model: fetch.*small and quick.*Enter fetches it from org/fetch:F.gguf")
+        self.assertNotIn("Traceback", "\n".join(rows_of(play(shown, Resized(24, 8))[0])))
+
+    def test_details_of_files(self):
+        events = []
+        store = llmchat.ChatStore(events.append)
+        for path in (TALK, write(gguf(dict(SHAPE, **dict(VOCAB, **{"general.license": "mit"})))), write(b"")):
+            store.describe(path)
+        texts = ["\n".join(event.lines) for event in events]
+        self.assertEqual([event.path in text for event, text in zip(events, texts)], [True] * 3)
+        for words in ("scripted", "llama, 1 layer", "Licence: not said", "Chat template: yes", "trained for 8,192", "weights 1 MB", "fits"):
+            self.assertIn(words, texts[0])
+        self.assertTrue("Licence: mit" in texts[1] and "base model" in texts[1], texts[1])
+        self.assertIn("is empty", texts[2])
+
+    def test_names(self):
+        """FindModels and what its answer leads to."""
+        state, effects = play(State(rows=24), Submitted("/load alpha"))
+        self.assertEqual((effects, state.wanted, "looking for models" in rows_of(state)[-1]), ((FindModels("alpha"),), "alpha", True))
+        loaded, effects = play(state, ModelsFound(self.ENTRIES, "alpha"))
+        self.assertEqual((sent(effects, "load")[0]["path"], loaded.wanted), ("/m/alpha-Q8_0.gguf", None))
+        self.assertEqual(play(state, ModelsFound(self.ENTRIES, "huge")), (state, ()), "another was looked up before")
+        several = play(State(), ModelsFound(self.ENTRIES, "8"))[0].dialog
+        self.assertEqual((several.query, [entry.name for entry in llmchat.shown_models(several)]), ("8", ["alpha-Q8_0", "dolphin:8b"]))
+        self.assertEqual(len(play(State(), ModelsFound(self.ENTRIES, "/m"))[0].dialog.entries), 3, "a folder's models")
+        for wanted in ("org/other", "hf:org/other:Q4_0", "hf:org/other:F.gguf"):
+            self.assertEqual(play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted, True),))
+        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf", True),))
+        for wanted in ("models/x.gguf", "alfa", "~/x/y"):
+            state, effects = play(State(), ModelsFound(self.ENTRIES, wanted))
+            self.assertEqual((effects, "called %s." % wanted in notices(state)[0], "alpha-Q8_0" in notices(state)[0]), ((), True, wanted == "alfa"))
+
+    def test_a_message_waits_for_the_name(self):
+        state, effects = play(State(wanted="alpha"), "hello", "[enter]")
+        self.assertEqual((effects, state.chat.waiting), ((), True), "it isn't looked up twice")
+        state, effects = play(state, ModelsFound(self.ENTRIES, "alpha"), LOADED)
+        self.assertEqual(asked(effects), ["hello"])
+        state, effects = play(ready(), "/load alpha", "[enter]", "hello", "[enter]")
+        self.assertEqual((effects[1:], state.chat.waiting, "your message waits" in rows_of(state)[-1]), ((), True, True), "the new model answers it")
+        state, effects = play(state, ModelsFound((), "alpha"))
+        self.assertEqual((effects, state.chat.waiting, state.draft.text), ((), False, "hello"), "it comes back")
+
+    @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
+    def test_choosing_in_the_window(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for name in ("aaa", "talker-one"):
+            llmchat.write_scripted_model(os.path.join(folder, name + ".gguf"), {"it": "I am %s." % name}, "<|it|>")
+        with open(os.path.join(folder, "torn.gguf"), "wb") as file:
+            file.write(b"GGUF")
+        window = Window("--no-save", HOME=os.path.join(folder, "none"), LLMCHAT_MODELS=folder, columns=80)
+        self.addCleanup(window.close)
+        window.wait_for(r"Models: type to filter")
+        window.wait_for(r"torn +is cut short")
+        window.type("\x1b")
+        window.wait_for(lambda: "Models:" not in window.text())
+        window.type("/models\r")
+        window.wait_for(r"Models: type to filter")
+        window.type("talker")
+        window.wait_for(r"talker +1 of \d+")
+        window.type("\t")
+        window.wait_for(r"File: \S*talker-one.gguf")
+        window.type("\r")
+        window.ask("who are you", "I am talker-one.")
+        window.type("/load aaa\rand who are you now\r")
+        window.wait_for("I am aaa.")
+        window.type("/load talker-\t")
+        window.wait_for("/load talker-one ")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+
+
 class CopyTest(unittest.TestCase):
     def setUp(self):
         self.state = ready(Turn("user", "q"), Turn("assistant", CODE_REPLY), Turn("notice", "by the way"), Turn("user", "r"), Turn("assistant", "No code."))
