@@ -54,8 +54,8 @@ VERSION = "0.1.0"
 # == 1. CONFIG =====================================================================================
 # Everything you may want to change. Edit, save, start again. Command-line options win over these.
 
-MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf"
-MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files when no model is named
+MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf" or a name that --list shows
+MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and other programs' STORES (section 7)
 SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
 
 # What /download offers: (name, repository on Hugging Face, file, bytes, GB of RAM in a machine for it, licence, character)
@@ -389,13 +389,16 @@ Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Dialog(NamedTuple):
-    """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), or a question: "install"."""
+    """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), a
+    text ("details" of a model), or a question: "install"."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
     names: Tuple[str, ...] = ()       # what the items stand for, where that isn't what is shown
     query: str = ""                   # what is searched for, or a new name while `question` is "rename"
     question: str = ""                # "delete" or "rename": what is being done to the chosen item
+    entries: Tuple[ModelEntry, ...] = ()    # of "models": all of them; those that fit the query are shown
+    back: Any = None                  # the dialog before this one, to which Esc leads; None = none
 
 class Stats(NamedTuple):
     """Counts of tokens and times in seconds, of this session or of one reply."""
@@ -445,6 +448,7 @@ class State(NamedTuple):
     n_used: int = 0                   # tokens of the context in use
     ahead: Any = None                 # what the engine was last asked to read ahead
     ahead_left: str = ""              # how far it has come, "" = done
+    wanted: Optional[str] = None      # the name that is being looked up among the models, "" = all of them; None = none
     hint: str = ""                    # for the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
@@ -461,7 +465,8 @@ EngineMissing = NamedTuple("EngineMissing", [])                   # no Python wi
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # one JSON line of --download
 DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
-ModelsFound = NamedTuple("ModelsFound", [("paths", Tuple[str, ...])])
+ModelsFound = NamedTuple("ModelsFound", [("entries", Tuple[ModelEntry, ...]), ("wanted", str)])    # what FindModels has brought
+ModelDescribed = NamedTuple("ModelDescribed", [("path", str), ("lines", Tuple[str, ...])])
 ChatOpened = NamedTuple("ChatOpened", [("chat", Chat)])
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
@@ -482,7 +487,7 @@ class EngineDied(NamedTuple):
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
-FindModels = NamedTuple("FindModels", [])
+FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
 Download = NamedTuple("Download", [("name", str), ("load", bool)])    # in the background; name as parse_repo() takes it; load it then
 StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
@@ -1429,10 +1434,6 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts")}
     return fetch._replace(doing=message["event"], **dict({"rate": 0.0}, **values))
 
-def choice_rows(entries: Sequence[ModelEntry]) -> Tuple[str, ...]:
-    width = max((len(entry.name) for entry in entries), default=0)
-    return tuple("%s  %7s  %-7s  %s" % (e.name.ljust(width), format_bytes(e.n_bytes), e.verdict, e.note) for e in entries)
-
 def format_count(n: int, noun: str) -> str:
     return "%d %s%s" % (n, noun, "s" * (n != 1))
 
@@ -1659,15 +1660,18 @@ def model_summary(header: Header) -> str:
     return "%s: %s, %s, %s%s" % (model_name(header), kind, format_count(model_layers(header), "layer"),
                                  format_bytes(header.file_bytes), trained)
 
-def check_text_generator(header: Header) -> None:
-    """Raise ModelError for what llama.cpp may load but nobody can chat with."""
-    arch, name = string(header, "general.architecture"), os.path.basename(header.path)
+def other_kind(header: Header) -> str:
+    """What the file is, where llama.cpp may load it but nobody can chat with it, else ""."""
+    arch = string(header, "general.architecture")
     is_embedding = number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False
     kinds = (string(header, "general.type"), arch, "bert" * bool(is_embedding), "vocab" * (header.n_tensors == 0))
-    whats = [what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()]
-    if whats:
-        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, whats[0]))
-    if not arch:
+    return next((what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()), "")
+
+def check_text_generator(header: Header) -> None:
+    name = os.path.basename(header.path)
+    if other_kind(header):
+        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, other_kind(header)))
+    if not string(header, "general.architecture"):
         raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 def parse_repo(name: str) -> Optional[Tuple[str, str]]:
@@ -1767,7 +1771,8 @@ def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
         model_name(header), header.file_bytes)
 
 def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
-    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept."""
+    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
+    models.json, the headers of the models that were seen: see probe_header."""
     text, kept = read_text(os.path.join(data_dir(), name)), {}
     if text:                              # or else json needn't be imported before the first frame
         import json
@@ -1780,11 +1785,14 @@ def open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
+    write_kept(name, dict(read_kept(name), **{key: values}))
+
+def write_kept(name: str, kept: Dict[str, Any]) -> None:
     import json
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
     path = os.path.join(data_dir(), name)
     with open(path + ".new", "w", encoding="utf-8", opener=open_private) as file:
-        json.dump(dict(read_kept(name), **{key: values}), file, indent=1)
+        json.dump(kept, file, indent=1)
     os.replace(path + ".new", path)
 
 def tune(wishes: Wishes, key: str) -> Wishes:
@@ -3152,17 +3160,160 @@ def write_demo_model() -> str:
     write_scripted_model(path, DEMO_REPLIES, DEMO_TEMPLATE, **{"general.name": "llmchat demo (fixed sentences)"})
     return path
 
-def find_models(folders: Iterable[str]) -> Tuple[str, ...]:
-    """The .gguf files in these folders and one level below, without the later parts of split ones; each file once."""
-    found: Dict[str, str] = {}
-    for folder in map(os.path.expanduser, folders):
-        for place, below, names in os.walk(folder, onerror=lambda error: None):
-            below[:] = [] if place != folder else [b for b in below if not b.startswith(".")]
-            for name in names:
-                if name.endswith(".gguf") and not re.search(r"mmproj|-(?!00001)\d{5}-of-\d{5}\.gguf$", name):
-                    path = os.path.normpath(os.path.join(place, name))
-                    found.setdefault(os.path.realpath(path), path)
-    return tuple(sorted(found.values()))
+# -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
+
+MAX_DEPTH, MAX_ENTRIES = 3, 10_000    # how far a folder is searched, so that a huge one doesn't keep us busy for minutes
+
+def walk_files(folder: str) -> Iterable[str]:
+    """The files in a folder and below it, the upper ones first. Links that lead in circles and huge trees come to an end."""
+    import itertools
+    todo, been, room = [(folder, 0)], set(), MAX_ENTRIES
+    for place, depth in todo:             # which grows meanwhile
+        entries, real = [], os.path.realpath(place)
+        with suppress(OSError), os.scandir(place) as scan:
+            entries = sorted(itertools.islice(scan, 0 if real in been else room), key=lambda entry: entry.name)
+        room -= len(entries)
+        been.add(real)
+        for entry in entries:
+            with suppress(OSError):       # a link to itself
+                if entry.is_file():
+                    yield entry.path
+                elif depth < MAX_DEPTH and not entry.name.startswith(".") and entry.is_dir():
+                    todo.append((entry.path, depth + 1))
+
+def read_small(path: str) -> str:
+    """A file of another program; "" where there is none, or something else in its place."""
+    return read_text(path) if os.path.isfile(path) and os.path.getsize(path) < 1 << 20 else ""
+
+def scan_folder(folder: str) -> Iterable[ModelEntry]:
+    """The .gguf files in a folder and below."""
+    for path in walk_files(folder):
+        if path.lower().endswith(".gguf"):
+            name = re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
+            name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", name)    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
+            place = os.path.dirname(path)     # Jan calls each file model.gguf, in a folder with the model's name
+            yield ModelEntry(path, os.path.basename(place) if name == "model" and place != folder else name, "")
+
+def scan_hub(folder: str) -> Iterable[ModelEntry]:
+    """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
+    import glob
+    is_old = lambda snapshot: os.path.basename(snapshot) != read_small(os.path.join(snapshot, "..", "..", "refs", "main")).strip()
+    files: Dict[Any, ModelEntry] = {}
+    for snapshot in sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old):
+        for entry in scan_folder(snapshot):
+            files.setdefault((os.path.dirname(snapshot), entry.path[len(snapshot):]), entry)
+    return files.values()
+
+def scan_ollama(folder: str) -> Iterable[ModelEntry]:
+    """Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
+    import json
+    root, blobs = os.path.join(folder, "manifests"), os.path.join(folder, "blobs", "")
+    for path in walk_files(root):
+        name = re.sub(r"^registry\.ollama\.ai/(library/)?", "", os.path.relpath(path, root).replace(os.sep, "/"))
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):    # it isn't a manifest, whatever it is
+            manifest = json.loads(read_small(path))
+            layers = [layer["digest"] for layer in manifest["layers"] if layer["mediaType"] == "application/vnd.ollama.image.model"]
+            model, config = (blobs + re.match(r"sha256[:-](\w{64})$", digest).expand(r"sha256-\1") for digest in (*layers, manifest["config"]["digest"]))
+            if os.path.isfile(model):
+                yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=str(json.loads(read_small(config) or "{}").get("file_type", "")))
+
+STORES = (  # whose, how it is read, where; a $NAME that isn't set leads nowhere, a file to the folder that it names
+    ("Hugging Face", scan_hub, ("$HF_HUB_CACHE", "$HUGGINGFACE_HUB_CACHE", "$HF_HOME/hub", "$XDG_CACHE_HOME/huggingface/hub",
+                                "~/.cache/huggingface/hub")),
+    ("llama.cpp", scan_folder, ("$LLAMA_CACHE", "$XDG_CACHE_HOME/llama.cpp", "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
+                                "$LOCALAPPDATA/llama.cpp")),
+    ("Ollama", scan_ollama, ("$OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama")),
+    ("LM Studio", scan_folder, ("~/.lmstudio-home-pointer/models", "~/.lmstudio/models", "~/.cache/lm-studio/models")),
+    ("GPT4All", scan_folder, ("$XDG_DATA_HOME/nomic.ai/GPT4All", "~/.local/share/nomic.ai/GPT4All", "$LOCALAPPDATA/nomic.ai/GPT4All",
+                              "~/Library/Application Support/nomic.ai/GPT4All", "~/.cache/gpt4all")),
+    ("Jan", scan_folder, tuple(base + tail for base in ("$XDG_DATA_HOME/Jan/data", "~/.local/share/Jan/data", "~/.config/Jan/data", "$APPDATA/Jan/data",
+                            "~/Library/Application Support/Jan/data", "~/jan") for tail in ("/llamacpp/models", "/models"))),
+    ("text-generation-webui", scan_folder, tuple(base + tail for base in ("~/text-generation-webui", "~/textgen")
+                                                 for tail in ("/user_data/models", "/models"))))
+
+def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
+    """The models in these folders; without any, all of this machine, our own folders first. Those that fit come first."""
+    own = folders or MODEL_FOLDERS + tuple(filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep)))
+    found: Dict[Any, List[ModelEntry]] = {}    # by file, as links make several paths of one
+    for source, scan, places in (("", scan_folder, own), *(() if folders else STORES)):
+        for place in map(os.path.expanduser, map(os.path.expandvars, places)):
+            home, tail = os.path.split(os.path.normpath(place))
+            for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
+                path = plan_split_paths(os.path.normpath(entry.path))[0]
+                found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
+    kept, hardware = read_kept("models.json"), probe_hardware()
+    known = {entries[0].path: probe_header(entries[0].path, kept) for entries in found.values()}
+    if any(known[path] is not kept.get(path) for path in known):
+        with suppress(OSError):           # it is only slower without
+            write_kept("models.json", dict({path: old for path, old in kept.items() if os.path.exists(path)}, **known))
+    models = (describe_entry(entries, known[entries[0].path], hardware) for entries in found.values())
+    return tuple(sorted(filter(None, models), key=lambda entry: (
+        [*VERDICT_STYLES, entry.verdict].index(entry.verdict), entry.source != "", entry.name.lower(), entry.path)))
+
+VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
+
+def probe_stamp(path: str) -> List[int]:
+    """What changes when a file does: size, time; then what is the same for all links to it. [] where there is none."""
+    try:
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
+    except OSError:
+        return []
+
+def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
+    """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
+    stamp = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
+    if kept.get(path, {}).get("stamp") == stamp:
+        return kept[path]
+    try:
+        header = read_gguf_header(path)
+        if not other_kind(header):
+            check_text_generator(header)
+        lean = {key: {"n": len(value)} if type(value) is range else value for key, value in header.metadata.items()}
+        return {"stamp": stamp, "header": header._replace(metadata=lean)}
+    except ModelError as error:
+        return {"stamp": stamp, "fault": str(error).replace(os.path.basename(path) + " ", "", 1)}
+
+def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardware: Hardware) -> Optional[ModelEntry]:
+    """The entries of one file as one, with what its header says; None = nobody can chat with it."""
+    entry, others = entries[0], sorted({other.name for other in entries} - {entries[0].name})
+    entry = entry._replace(note="also " + ", ".join(others) if others else "")
+    missing = ["part %d of %d is missing" % (n, len(known["stamp"]) - 1) for n, part in enumerate(known["stamp"]) if not part]
+    if missing or "fault" in known:
+        return entry._replace(note=(missing + [known.get("fault")])[0])
+    header = Header(*known["header"])
+    header = header._replace(metadata={key: tuple(value) if type(value) is list else range(value["n"]) if type(value) is dict else value
+                                       for key, value in header.metadata.items()})
+    if other_kind(header):
+        return None
+    plan = plan_load(header, hardware)
+    return entry._replace(size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
+                          n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate)
+
+def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
+    """The file of this name, or the models of this folder, without a look elsewhere; else all there are, and those to fetch."""
+    path = os.path.normpath(os.path.expanduser(wanted)) if wanted else ""
+    if os.path.isfile(path):
+        return (ModelEntry(path, os.path.basename(path), ""),)
+    return os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(probe_hardware())
+
+def describe_model(path: str) -> Tuple[str, ...]:
+    """A model in full, a line for each of its sides."""
+    try:
+        header = read_gguf_header(path, full=True)
+    except ModelError as error:
+        return "File: " + path, str(error)
+    plan, template = plan_load(header, probe_hardware()), string(header, "tokenizer.chat_template")
+    weights, kv, compute, process = map(format_bytes, plan.memory)
+    return (model_name(header), "File: " + path,
+            "Architecture: %s, %s" % (string(header, "general.architecture"), format_count(model_layers(header), "layer")),
+            "Parameters: %s, as %s" % (model_size(header) or "not said", model_quant(header) or "a kind not said"),
+            "Licence: " + (string(header, "general.license") or "not said in the file"),
+            "Chat template: " + ("yes" if template else "no; it may be a base model, which goes on with a text rather than answering"),
+            "Context: trained for {:,} tokens, here {:,}".format(number(header, ".context_length"), plan.n_ctx),
+            "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % (weights, kv, compute, process),
+            "This machine: " + "; ".join(plan.lines),
+            "Speed: " + ("about %.1f tokens/s" % plan.rate if plan.rate else "not known; --bench measures it"))
 
 def engine_python() -> str:
     """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
@@ -3767,8 +3918,11 @@ class ChatStore:
         tails = [path[len(full):] + "/" * os.path.isdir(path) for path in sorted(glob.glob(glob.escape(full) + "*"))]
         fitting = [word + (tail.replace(" ", "\\ ") if escaped else tail) for tail in tails]
         if text.startswith("/load "):         # models are known by their names, too
-            fitting += [path for path in find_models(MODEL_FOLDERS) if os.path.basename(path).lower().startswith(word.lower()) and path not in fitting]
+            fitting += [entry.name for entry in find_models() if word.lower() in entry.name.lower()]
         self.post(Fitting(text, word, fitting))
+
+    def describe(self, path: str) -> None:
+        self.post(ModelDescribed(path, describe_model(path)))
 
     def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
         """The files of /file; or, with a text, those named in it that exist. Hardly any token has more than 16 characters."""
@@ -4249,10 +4403,10 @@ def is_private(state: State) -> bool:
     return bool(state.settings.session) and not state.chat.name
 
 def start_model(state: State) -> Change:
-    """Load the model of the settings, into a fresh engine if none is ready. None is named: let the user choose."""
+    """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
     settings = state.settings
     if not settings.model_path:
-        return cmd_models(state, "")
+        return look_up(state, state.wanted or "")
     load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes), "states": settings.states})
     state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
@@ -4277,11 +4431,11 @@ def forget_old(state: State) -> State:
 def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits. begun: how the reply begins."""
     chat = state.chat
-    if state.engine is not Condition.READY:
+    if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
             return state._replace(dialog=Dialog("install")), ()
-        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) else (state, ())
+        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
     chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought, request=chat.request + 1)
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
@@ -4318,7 +4472,12 @@ def cmd_help(state: State, argument: str) -> Change:
 
 def dialog_items(state: State) -> Sequence[str]:
     """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
-    dialog = state.dialog or Dialog("")
+    dialog, width = state.dialog or Dialog(""), plan_layout(state).chat_width
+    if dialog.kind == "models":
+        rows = dict(zip(dialog.entries, model_rows(dialog.entries, width - 2)[1:]))    # the columns stay where they are
+        return [rows[entry] for entry in shown_models(dialog)]
+    if dialog.kind == "details":
+        return [row for line in dialog.items for row in wrap(line, max(1, width - 2))]
     if dialog.kind != "help":
         return dialog.items
     rows = [row for row in help_rows() if not dialog.query or row[1] and dialog.query.lower() in " ".join(row).lower()]
@@ -4514,9 +4673,20 @@ def cmd_version_forward(state: State, argument: str) -> Change:
     return turn_version(state, 1)
 
 def cmd_load(state: State, argument: str) -> Change:
-    """/load PATH: load another model; the chat goes on with it (no PATH: choose from a list)"""
-    path = argument.strip("'\"") or state.settings.model_path
-    demo = state.settings.demo and not argument
+    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
+    name = argument.strip("'\"")
+    return look_up(state, name) if name else load_path(state, state.settings.model_path)
+
+def look_up(state: State, wanted: str) -> Change:
+    return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
+
+def load_entry(state: State, entry: ModelEntry) -> Change:
+    if is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    return start_fetch(state, entry.path, True) if entry.path.startswith("hf:") else load_path(state, entry.path)
+
+def load_path(state: State, path: str) -> Change:
+    demo = state.settings.demo and path == state.settings.model_path
     settings = state.settings._replace(model_path=path, demo=demo)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
@@ -4532,8 +4702,75 @@ def cmd_unload(state: State, argument: str) -> Change:
     return state, (SendEngine({"cmd": "unload"}),)
 
 def cmd_models(state: State, argument: str) -> Change:
-    """/models: choose among the models found on this machine"""
-    return state._replace(doing="looking for models"), (FindModels(),)
+    """/models: choose among the models of this machine"""
+    return look_up(state, "")
+
+def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
+    """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
+    path, low, repo = os.path.normpath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
+    here = [entry for entry in entries if not entry.path.startswith("hf:")]
+    names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
+    folder = "" if path == "." else os.path.join(path, "")
+    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(folder)),
+                        (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
+                        (entries, lambda entry: entry.name.lower() in names),
+                        (here, lambda entry: repo and is_of_repo(entry, *repo)),
+                        (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
+        found = tuple(filter(fits, among))
+        if found:                         # copies of one file are the same model
+            return tuple({(entry.name, entry.n_bytes): entry for entry in reversed(found)}.values())[::-1]
+    return ()
+
+def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
+    """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
+    path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
+    places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
+    named = re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant), os.path.basename(path))
+    return any(place in path for place in places) and (not quant or bool(named) or quant == entry.quant.lower() or path.endswith("/" + quant))
+
+def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
+    """Why a name doesn't mean one model, in a sentence or two."""
+    if len(found) > 1:
+        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,",
+                                            ", ".join(entry.name for entry in found))
+    if not entries and not wanted:
+        return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
+                "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
+                "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:]))
+    import difflib
+    names = {entry.name.lower(): entry.name for entry in entries}
+    near = [names[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), names, 3, 0.3)]
+    return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
+
+MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
+    ("model", str.ljust, lambda entry: clean_row(entry.name)),
+    ("verdict", str.ljust, lambda entry: entry.verdict),
+    ("tokens/s", str.rjust, lambda entry: "%.*f" % (entry.rate < 10, entry.rate) if entry.rate else ""),
+    ("on disk", str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
+    ("quant", str.ljust, lambda entry: clean_row(entry.quant)),
+    ("size", str.rjust, lambda entry: clean_row(entry.size)),
+    ("from", str.ljust, lambda entry: entry.source),
+    ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
+
+def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
+    """The titles and a row for each model, in aligned columns, as many as leave room for the names; then its note."""
+    columns = [(align, [title] + [text(entry) for entry in entries]) for title, align, text in MODEL_COLUMNS]
+    columns = [(align, texts, max(map(cells, texts))) for align, texts in columns if any(texts[1:])]
+    room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
+    while len(columns) > 2 and room() < min(columns[0][2], 30):
+        columns.pop()
+    rows = []
+    for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
+        name = take_cells(columns[0][1][i], max(8, room()))
+        name += " " * (min(columns[0][2], max(8, room())) - cells(name))
+        row = "  ".join([name] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
+        rows.append(row.rstrip() + "  " * bool(note) + note)
+    return rows or [""]
+
+def shown_models(dialog: Dialog) -> List[ModelEntry]:
+    """The models that hold all words of the query."""
+    return [entry for entry in dialog.entries if all(
+        word in " ".join((entry.name, entry.source, entry.quant, entry.size)).lower() for word in dialog.query.lower().split())]
 
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
@@ -4718,7 +4955,7 @@ def complete(state: State, event: Fitting) -> Change:
     if not fitting or state.draft.text[:state.draft.cursor] != text:
         return state, ()
     common = os.path.commonprefix(fitting) + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
-    if common.startswith(word) or len(fitting) == 1:    # a model's path comes in the place of its name
+    if common.lower().startswith(word.lower()) or len(fitting) == 1:    # a model's name may have other letters than what was typed
         state = state._replace(draft=edit_insert(_cut(state.draft, len(text) - len(word), len(text)), common))
     names = (name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting)
     return state._replace(hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
@@ -4735,7 +4972,8 @@ def completions(text: str) -> List[Tuple[str, str]]:
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
-        return state._replace(dialog=None), ()
+        filtered = state.dialog.kind == "models" and state.dialog.query
+        return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="Stopping the installation"), (StopInstall(),)
     if state.engine in (Condition.READING, Condition.WRITING):
@@ -4867,8 +5105,9 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
 def on_typed(state: State, event: Any) -> Change:
     """Typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-    if state.dialog and state.dialog.kind in ("chats", "help"):
-        return search_dialog(state, state.dialog.query + text.replace("\n", " "))
+    kind, query = (state.dialog.kind, state.dialog.query) if state.dialog else ("", "")
+    if kind in ("chats", "help", "details") or kind == "models" and (query or text[:1] != "/"):    # "/" begins a command
+        return search_dialog(state, query + text.replace("\n", " "))
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
     draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
@@ -4883,6 +5122,10 @@ def on_typed(state: State, event: Any) -> Change:
 
 def search_dialog(state: State, query: str) -> Change:
     dialog = state.dialog._replace(query=query)
+    if dialog.kind == "models":
+        return show_details(state) if query == "d" and not state.dialog.query else (state._replace(dialog=dialog._replace(index=0)), ())
+    if dialog.kind == "details":          # d goes back; anything else is a name, of which d may have been the first letter
+        return state._replace(dialog=dialog.back if query == "d" else dialog.back._replace(query=(dialog.back.query or "d") + query, index=0)), ()
     if dialog.question or dialog.kind != "chats":    # it is the new name; or a search in the help
         return state._replace(dialog=dialog._replace(index=0 if dialog.kind == "help" else dialog.index)), ()
     return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
@@ -4904,22 +5147,43 @@ def on_pressed(state: State, event: Pressed) -> Change:
     state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
     return run_command(state, command) if command else (state, ())
 
-DIALOG_COMMANDS = {"models": "load", "downloads": "download", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
+def chosen_model(dialog: Dialog) -> Optional[ModelEntry]:
+    return next(iter(shown_models(dialog)[dialog.index:dialog.index + 1]), None)
+
+def show_details(state: State) -> Change:
+    """Of the chosen model: its file has more to say than the list."""
+    entry = chosen_model(state.dialog)
+    if not entry or not entry.path.startswith("hf:"):
+        return state, (Store("describe", (entry.path,)),) if entry else ()
+    lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
+    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path[3:])))
+
+def on_model_described(state: State, event: ModelDescribed) -> Change:
+    entry = chosen_model(state.dialog) if state.dialog and state.dialog.kind == "models" else None
+    if not entry or entry.path != event.path:
+        return state, ()                  # another is chosen by now
+    return state._replace(dialog=Dialog("details", event.lines, back=state.dialog)), ()
+
+DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
     if key in moves:
-        n_shown = plan_layout(state).chat_height - 2 if dialog.kind == "help" else 1    # help has no chosen line: its last page is the end
+        # a text has no chosen line: its last page is the end
+        n_shown = 1 if dialog.kind in DIALOG_COMMANDS else plan_layout(state).chat_height - 2
         index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
         return state._replace(dialog=dialog._replace(index=index)), ()
-    if key == "backspace" and dialog.kind in ("chats", "help"):
+    if key == "backspace" and dialog.kind in ("chats", "help", "models"):
         return search_dialog(state, dialog.query[:-1])
+    if dialog.kind in ("models", "details") and key in ("enter", "tab"):
+        entry = chosen_model(dialog.back or dialog)
+        if key == "enter" and entry:
+            return load_entry(closed, entry)
+        return show_details(state) if dialog.kind == "models" else (state._replace(dialog=dialog.back), ())
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
     if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
-    if key == "enter" and dialog.kind == "downloads":
-        return start_fetch(closed, chosen, True)
     if key == "enter" and dialog.kind in DIALOG_COMMANDS:
         return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
     return state if dialog.kind in DIALOG_COMMANDS else closed, ()
@@ -4987,12 +5251,23 @@ def on_installed(state: State, event: Installed) -> Change:
     return start_model(notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good"))
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
-    state = state._replace(doing="")
-    if event.paths:
-        return state._replace(dialog=Dialog("models", event.paths)), ()
-    return notice(state, "No model was found here or in %s. Put a .gguf file there, start with its path "
-                  "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
-                  "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:])), ()
+    """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
+    entries, wanted = event
+    if state.wanted not in (None, wanted):
+        return state, ()                  # another is looked up by now
+    state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
+    if wanted and len(found) == 1:
+        return load_entry(state, found[0])
+    if found:
+        by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
+        return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
+    repo, _ = parse_repo(wanted) or (".gguf", "")
+    if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
+        if not wanted.startswith(repo):
+            return start_fetch(state, wanted, True)
+        ask = "%s isn't on this machine. Enter, or the name hf:%s, fetches it from Hugging Face." % (wanted, wanted)
+        return state._replace(dialog=Dialog("models", entries=(ModelEntry("hf:" + wanted, wanted, "to fetch", note=ask),))), ()
+    return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
     message, fetch, doing = event.message, state.fetch, event.message.get("event")
@@ -5011,7 +5286,7 @@ def show_choices(state: State, entries: List[ModelEntry]) -> Change:
     """The list of models to fetch."""
     if not entries:
         return notice(state, "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"), ()
-    return state._replace(dialog=Dialog("downloads", choice_rows(entries), 0, tuple(entry.path for entry in entries))), ()
+    return state._replace(dialog=Dialog("models", entries=tuple(entries))), ()
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
@@ -5041,7 +5316,7 @@ def on_engine_said(state: State, event: EngineSaid) -> Change:
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     """It comes after "hardware"; its lines go above those."""
-    style = {"fits": "good", "tight": "warn"}.get(message["verdict"], "error")
+    style = VERDICT_STYLES.get(message["verdict"], "error")
     return state._replace(summary=tuple(LogLine(style, line) for line in message["lines"]) + state.summary), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
@@ -5154,7 +5429,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
             Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed,
-            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found}
+            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
                  "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "reading": on_reading,
@@ -5303,7 +5578,9 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
-DIALOG_TEXTS = {"downloads": "Fetch a model from Hugging Face: Up, Down, Enter", "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
+DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d or Tab tells more, Esc closes",
+                "details": "d or Esc goes back, Enter takes this model",
+                "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
                 "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
@@ -5317,8 +5594,13 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     is_list = dialog.kind in DIALOG_COMMANDS
     top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
     lines: List[Line] = [((" " + text, "title"),), ((" " + clean_row(dialog.query), "user"),)]
+    models = shown_models(dialog)
+    if dialog.kind == "models":
+        lines[1] = ((" %s" % clean_row(dialog.query), "user"), ("  %d of %d" % (len(models), len(dialog.entries)), "dim")) if dialog.query else (
+            (" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
     for i, item in enumerate(items[top:top + room], top):
-        style = "select" if is_list and i == dialog.index else "title" if not is_list and item[:1].isalpha() else "text"
+        style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
+                 VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
         lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
     return lines
 
@@ -5358,7 +5640,7 @@ def view_status(state: State) -> Line:
         on = int(state.progress * n + 0.5)
         left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
     ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    for part in (state.doing, "your message waits" if state.chat.waiting and engine is not Condition.READY else "",
+    for part in (state.doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
     if state.fetch:
@@ -5765,7 +6047,8 @@ class Runner:
         elif isinstance(effect, StartEngine):
             self.start_engine(effect.demo)
         elif isinstance(effect, FindModels):
-            self.mailbox.post(ModelsFound(find_models(MODEL_FOLDERS)))
+            import threading
+            threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
         elif isinstance(effect, InstallEngine):
             self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], self.mailbox.post, EngineLogged, Installed)
         elif isinstance(effect, StopInstall) and self.installer:
@@ -5781,6 +6064,15 @@ class Runner:
             self.mailbox.post(Resized(0, 0))
         elif isinstance(effect, Quit):
             self.quit = True
+
+    def find_models(self, wanted: str) -> None:
+        """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
+        entries: Tuple[ModelEntry, ...] = ()
+        try:
+            entries = probe_models(wanted)
+        except Exception as error:
+            self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
+        self.mailbox.post(ModelsFound(entries, wanted))
 
     def start_engine(self, demo: bool = False) -> None:
         if self.engine:
@@ -5893,7 +6185,8 @@ def parse_arguments(argv: List[str]) -> Any:
                '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
     add, error = parser.add_argument, parser.error
     parser.error = lambda message: error(clean(message))    # type: ignore   # it repeats what may be a file's name
-    add("model", nargs="?", default=MODEL, metavar="MODEL", help="path of a .gguf file; without it, choose one of those found")
+    add("model", nargs="?", default=MODEL, metavar="MODEL", help="a .gguf file, a folder, a name that --list shows or a part of it, or org/repo[:quant] of "
+        "Hugging Face; without it, choose from a list")
     add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
     add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
     short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
@@ -5908,9 +6201,10 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
+    add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
     add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3:4b or org/repo:Q4_K_M, and print "
         "its path (no NAME: show what is suggested); then end")
-    add("--json", action="store_true", help="with --bench and --download: what they have to say as JSON, for scripts")
+    add("--json", action="store_true", help="with --bench, --list and --download: what they have to say as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
@@ -5923,16 +6217,22 @@ def parse_arguments(argv: List[str]) -> Any:
     return arguments
 
 def initial_state(arguments: Any) -> State:
-    path = os.path.join(data_dir(), "demo.gguf") if arguments.demo else os.path.expanduser(arguments.model)
-    settings = recall_settings(Settings(path, demo=arguments.demo, kept=read_kept("settings.json"), given=arguments.given))
-    return State(settings=settings) if arguments.no_save or arguments.demo else with_storage(settings)
+    name = os.path.join(data_dir(), "demo.gguf") if arguments.demo else arguments.model
+    state = with_model(Settings(demo=arguments.demo, kept=read_kept("settings.json"), given=arguments.given), name)
+    return state if arguments.no_save or arguments.demo else with_storage(state)
 
-def with_storage(settings: Settings) -> State:
-    """The state at the start, where chats are stored."""
+def with_model(settings: Settings, name: str) -> State:
+    """The state at the start: a file is loaded at once; what another name means has to be looked up."""
+    path = os.path.expanduser(name)
+    here = settings.demo or os.path.isfile(path)
+    return State(recall_settings(settings._replace(model_path=path if here else "")), wanted=None if here else name)
+
+def with_storage(state: State) -> State:
+    """… where chats are stored."""
     import time
     session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
     states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
-    return begin_chat(State(settings=settings._replace(session=session, states=states)), Chat(), "")
+    return begin_chat(state._replace(settings=state.settings._replace(session=session, states=states)), Chat(), "")
 
 # -- without a window --
 
@@ -5977,8 +6277,10 @@ class Plain:
         for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
             self.note(line.text)
         rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
-        if rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind in ("chats", "downloads") else rows
+        if rows and self.quiet and now.dialog.kind == "models":
+            self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
+        elif rows:
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
@@ -5991,8 +6293,8 @@ class Plain:
     def settle(self) -> None:
         """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
         fetches = lambda: self.state.fetch and self.state.fetch.stop != "paused"
-        while (is_busy(self.state) or self.state.attaching or self.state.engine in (Condition.STARTING, Condition.LOADING)
-               or self.runner.mailbox.events or fetches()):
+        while (is_busy(self.state) or self.state.attaching or self.state.wanted is not None or fetches()
+               or self.runner.mailbox.events or self.state.engine in (Condition.STARTING, Condition.LOADING)):
             try:
                 self.runner.mailbox.wait(None)
                 for event in self.runner.mailbox.take():
@@ -6039,10 +6341,6 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
     sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     plain = Plain(state, quiet=not interactive)
     try:
-        if not state.settings.model_path:
-            plain.note("Name a model: python3 llmchat.py MODEL.gguf (or --demo). Found here: %s"
-                       % (", ".join(find_models(MODEL_FOLDERS)) or "none"))
-            return 1
         for command in filter(None, ("/load", first)):
             plain.handle(Submitted(command))
         return plain.chat() if interactive else plain.answer(prompt)
@@ -6054,6 +6352,25 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
         return 130
     finally:
         plain.runner.close()
+
+def named_model(name: str) -> str:
+    """The file that a MODEL means. Raises ModelError."""
+    entries = probe_models(name)
+    found = match_models(entries, name)
+    if len(found) != 1 or found[0].path.startswith("hf:"):
+        raise ModelError(explain_match(entries, found, name))
+    return found[0].path
+
+def show_list(as_json: bool) -> int:
+    """--list: the models of this machine, one to a line."""
+    import json
+    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+    entries = find_models()
+    rows = model_rows(entries, FAR)[1:]
+    print(json.dumps([entry._asdict() for entry in entries], indent=1) if as_json else clean("\n".join(rows)), end="\n" * bool(as_json or rows))
+    if not entries:
+        print(explain_match((), (), ""), file=sys.stderr)
+    return int(not entries)
 
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
@@ -6195,7 +6512,7 @@ def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[M
     """For people: the path, or the list, on stdout, all else on stderr."""
     over = fetch.doing in ("done", "failed", "choices")
     draw_status("" if over else "%s  %s" % (fetch.name, text or describe_fetch(fetch)))
-    rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, choice_rows(entries))]
+    rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, model_rows(entries, FAR)[1:])]
     if over:
         print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)
 
@@ -6216,8 +6533,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
-        path = os.path.expanduser("".join(argv) or MODEL)
-        return run_window(with_storage(recall_settings(Settings(path, kept=read_kept("settings.json")))))
+        return run_window(with_storage(with_model(Settings(kept=read_kept("settings.json")), "".join(argv) or MODEL)))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
         import_llama().llama_backend_init()
@@ -6226,8 +6542,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_download(arguments.download, arguments.json)
     if arguments.install:
         return install_engine(lambda line: print(clean(line), flush=True))
+    if arguments.list:
+        return show_list(arguments.json)
+    if arguments.model and (arguments.info or arguments.bench):
+        try:
+            arguments.model = named_model(arguments.model)
+        except ModelError as error:
+            print(clean(str(error)), file=sys.stderr)
+            return 1
     if arguments.info:
-        return show_info(os.path.expanduser(arguments.model))
+        return show_info(arguments.model)
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
         return run_bench(initial_state(arguments).settings, arguments.json)

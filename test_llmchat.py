@@ -26,8 +26,8 @@ from functools import lru_cache
 from unittest import mock
 
 import llmchat
-from llmchat import (Chat, Condition, Copy, Dialog, Draft, EngineDied, EngineLogged, EngineMissing, EngineSaid, File, FilesRead,
-                     FindModels, Fitting, Installed, InstallEngine, LogLine, ModelError, ModelInfo, ModelsFound, Pasted, Pressed, Quit, Redraw, Resized, Sampling,
+from llmchat import (Chat, Condition, Copy, Dialog, Download, Draft, EngineDied, EngineLogged, EngineMissing, EngineSaid, File, FilesRead,
+                     FindModels, Fitting, Installed, InstallEngine, LogLine, ModelDescribed, ModelEntry, ModelError, ModelInfo, ModelsFound, Pasted, Pressed, Quit, Redraw, Resized, Sampling,
                      Scroll, SendEngine, Settings, StartEngine, State, StopInstall, Store, Submitted, Turn, Typed, Wishes, plan_load,
                      read_gguf_header, update, view)
 
@@ -195,8 +195,8 @@ def ask_engine(model, *expressions):
 
 def run_plain(*args, **options):
     """llmchat.py as in a pipe: (exit status, stdout, stderr)."""
-    done = subprocess.run([ENGINE, SCRIPT] + list(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          encoding="utf-8", timeout=LIMIT_S, cwd=FOLDER, **dict({"input": "", "env": ENV}, **options))
+    done = subprocess.run([ENGINE, SCRIPT] + list(args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                          timeout=LIMIT_S, **dict({"input": "", "env": ENV, "cwd": FOLDER}, **options))
     return done.returncode, done.stdout, done.stderr
 
 
@@ -1211,7 +1211,8 @@ class BadModelTest(unittest.TestCase):
         self.assertEqual(engine.chat("hi")[0], REPLIES["greet"])
 
     def test_plain_mode_says_one_sentence_and_fails(self):
-        for path, words in list(bad_files()) + [("", "Name a model"), (TALK, "context holds 256")]:
+        for path, words in list(bad_files()) + [("", "Name a model, one of these: "), (TALK, "context holds 256")]:
+            words = "Name a model, one of these: " if path == FOLDER else words
             status, out, err = run_plain(*[path] * bool(path), "-c", "256", "-p", "x" * 300)
             self.assertEqual((status, out.strip()), (1, ""), err)
             self.assertEqual((words in err, err.count("\n"), "Traceback" in err), (True, 1, False), err)
@@ -2162,6 +2163,15 @@ def play(state, *events):
     return state._replace(ahead=None), tuple(e for e in effects if not (isinstance(e, SendEngine) and e.message["cmd"] == "ahead"))
 
 
+def a_model(path, name="", **fields):
+    return ModelEntry(path, name or path, **dict(dict(source="", verdict="fits"), **fields))
+
+
+def found(path):
+    """The answer to FindModels, where a path has been asked for."""
+    return ModelsFound((a_model(path),), path)
+
+
 def ready(*turns, **fields):
     """A state with a model loaded and these turns behind it."""
     model = ModelInfo("Tiny", "llama 1B", 4096)
@@ -2193,6 +2203,215 @@ HOSTILE = ["\x07", "\x1b[2J", "\x9b1m", "\u202e", "\ud800", "\t", "\n", "\r", "\
 
 def random_text(dice, longest, pieces=tuple(SCRIPTS + HOSTILE)):
     return "".join(dice.choice(pieces) for _ in range(dice.randrange(longest)))
+
+
+class FindModelsTest(unittest.TestCase):
+    """The stores of other programs, as they leave them, in a temporary home."""
+    CHAT = gguf(dict(SHAPE, **VOCAB))
+
+    def setUp(self):
+        self.home = os.path.join(tempfile.mkdtemp(dir=FOLDER), "h")
+        variables = dict(HOME=self.home, USERPROFILE=self.home, XDG_DATA_HOME=self.path("data"), LOCALAPPDATA=self.path("local"),
+                         APPDATA=self.path("roaming"), LLMCHAT_MODELS=self.path("mine"))
+        others = {name: "" for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "LLAMA_CACHE", "OLLAMA_MODELS")}
+        for patch in (mock.patch.dict(os.environ, variables), mock.patch.dict(os.environ, {name: "/none/" + name for name in others}),
+                      mock.patch.object(llmchat, "MODEL_FOLDERS", (self.path("first"),))):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def path(self, *parts):
+        return os.path.join(self.home, *parts)
+
+    def put(self, *parts, data=CHAT):
+        """A file in the home; returns its path. Each model is a little longer than the one before: copies are known by their size."""
+        path = self.path(*parts)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data if isinstance(data, bytes) else json.dumps(data).encode())
+        return path
+
+    def put_ollama(self, root, name, number, **manifest):
+        """Two tags of a number are one model."""
+        digest, config = ("sha256:" + "%064x" % (number + add) for add in (0, 1 << 80))
+        self.put(root, "blobs", digest.replace(":", "-"), data=self.CHAT)
+        self.put(root, "blobs", config.replace(":", "-"), data={"file_type": "Q4_K_M"})
+        layers = [{"mediaType": "application/vnd.ollama.image.license", "digest": "sha256:1"},
+                  {"mediaType": "application/vnd.ollama.image.model", "digest": digest}]
+        self.put(root, "manifests", *name.split("/"), data=dict({"config": {"digest": config}, "layers": layers}, **manifest))
+
+    def names(self):
+        return sorted((entry.source, entry.name) for entry in llmchat.find_models())
+
+    @unittest.skipIf(os.name == "nt", "making links needs rights there")
+    def test_every_store(self):
+        self.put("first", "mine-Q4_K_M.gguf")
+        self.put("mine", "org", "deep", "other.gguf")
+        for commit, ref in (("old", ""), ("new", "main")):
+            for file in ("a-Q8_0.gguf", commit + "-Q4_0.gguf"):
+                blob = self.put("hub", "models--org--repo", "blobs", commit + file)
+                os.makedirs(self.path("hub", "models--org--repo", "snapshots", commit), exist_ok=True)
+                os.symlink(blob, self.path("hub", "models--org--repo", "snapshots", commit, file))
+        self.put("hub", "models--org--repo", "refs", "main", data=b"new\n")
+        self.put("llama", "org_Other-GGUF_Other-Q4_0.gguf")
+        self.put("llama", "org_Other-GGUF_Other-Q4_0.gguf.json", data={})
+        self.put_ollama("ollama", "registry.ollama.ai/library/qwen3/0.6b", 1)
+        self.put_ollama("ollama", "registry.ollama.ai/library/qwen3/8b", 2)
+        self.put_ollama("ollama", "registry.ollama.ai/library/qwen3/latest", 2)
+        self.put_ollama("ollama", "registry.ollama.ai/hhao/coder/7b", 3)
+        self.put_ollama("ollama", "hf.co/org/repo/Q4_0", 4)
+        self.put("moved", "models", "publisher", "repo", "studio-Q4_K_M.gguf")
+        self.put(".lmstudio-home-pointer", data=self.path("moved").encode() + b"\n")
+        self.put(".cache", "lm-studio", "models", "publisher", "repo", "older.gguf")
+        self.put("data", "nomic.ai", "GPT4All", "four.gguf")
+        self.put("data", "Jan", "data", "llamacpp", "models", "Jan-v1", "model.gguf")
+        self.put("text-generation-webui", "user_data", "models", "webui.gguf")
+        with mock.patch.dict(os.environ, HF_HUB_CACHE=self.path("hub"), LLAMA_CACHE=self.path("llama"), OLLAMA_MODELS=self.path("ollama")):
+            entries = llmchat.find_models()
+            self.assertEqual(self.names(), [
+                ("", "mine-Q4_K_M"), ("", "other"), ("GPT4All", "four"), ("Hugging Face", "a-Q8_0"), ("Hugging Face", "new-Q4_0"),
+                ("Hugging Face", "old-Q4_0"), ("Jan", "Jan-v1"), ("LM Studio", "older"), ("LM Studio", "studio-Q4_K_M"), ("Ollama", "hf.co/org/repo:Q4_0"),
+                ("Ollama", "hhao/coder:7b"), ("Ollama", "qwen3:0.6b"), ("Ollama", "qwen3:8b"), ("llama.cpp", "Other-Q4_0"), ("text-generation-webui", "webui")])
+        by_name = {entry.name: entry for entry in entries}
+        self.assertIn(os.path.join("snapshots", "new"), by_name["a-Q8_0"].path, "the version that refs/main names")
+        self.assertEqual((by_name["qwen3:8b"].note, by_name["qwen3:8b"].quant), ("also qwen3:latest", "Q4_K_M"))
+        self.assertEqual([entry.source for entry in entries[:3]], ["", "", "Hugging Face"], "our own first")
+        mine = by_name["mine-Q4_K_M"]
+        self.assertEqual((mine.quant, mine.n_ctx, mine.n_bytes, mine.verdict), ("Q4_K_M", 32768, len(self.CHAT), "fits"))
+        for wanted, name in (("qwen3", "qwen3:8b"), ("QWEN3:0.6B", "qwen3:0.6b"), ("hhao/coder:7b", "hhao/coder:7b"), ("org/repo:q8_0", "a-Q8_0"),
+                             ("hf:org/repo:new-Q4_0.gguf", "new-Q4_0"), ("org/Other-GGUF", "Other-Q4_0"), ("publisher/repo:Q4_K_M", "studio-Q4_K_M"),
+                             ("studio", "studio-Q4_K_M"), ("Jan-v1.gguf", "Jan-v1"), ("other", "other"), ("q8", "a-Q8_0"),
+                             (os.path.dirname(mine.path), "mine-Q4_K_M"), (mine.path, "mine-Q4_K_M"), ("hf.co/org/repo:Q4_0", "hf.co/org/repo:Q4_0")):
+            self.assertEqual([entry.name for entry in llmchat.match_models(entries, wanted)], [name], wanted)
+        for wanted, n in (("org/repo", 3), ("Q4_K_M", 2), ("org/nothing", 0), ("q4_0 new", 1), ("nonsense", 0)):
+            self.assertEqual(len(llmchat.match_models(entries, wanted)), n, wanted)
+
+    def test_places_in_order(self):
+        for n, (variables, place) in enumerate((({}, ".cache/huggingface/hub"), ({"XDG_CACHE_HOME": "xdg"}, "xdg/huggingface/hub"), ({"HF_HOME": "hf"}, "hf/hub"),
+                                 ({"HUGGINGFACE_HUB_CACHE": "old"}, "old"), ({"HF_HUB_CACHE": "new"}, "new"))):
+            self.put(*place.split("/"), "models--a--b", "snapshots", "c", "m%d.gguf" % n)
+            with mock.patch.dict(os.environ, {name: self.path(value) for name, value in variables.items()}):
+                self.assertIn(("Hugging Face", "m%d" % n), self.names())
+
+    def test_what_is_one_model_and_what_is_none(self):
+        for n in (1, 2):
+            self.put("first", "split-0000%d-of-00002.gguf" % n)
+            self.put("first", "sub", "torn-0000%d-of-00003.gguf" % (n + 1))
+        for name, keys in (("mmproj", {"general.architecture": "clip"}), ("bert", {"general.architecture": "bert"}), ("lora", {"general.type": "adapter"}),
+                           ("pooled", {"llama.pooling_type": 1}), ("aid", {"general.type": "imatrix"})):
+            self.put("first", name + ".gguf", data=gguf(dict(SHAPE, **keys)))
+        self.put("first", "vocab.gguf", data=gguf(dict(SHAPE, **VOCAB), tensors=()))
+        self.put("first", "empty.gguf", data=b"")
+        self.put("first", "page.gguf", data=b"<html>")
+        self.put("first", "nothing.gguf", data=gguf({"a": 1}))
+        self.put("first", ".hidden", "no.gguf")
+        os.mkfifo(self.path("first", "pipe.gguf")) if POSIX else None
+        entries = {entry.name: entry for entry in llmchat.find_models()}
+        self.assertEqual(list(entries), ["split", "empty", "nothing", "page", "torn"], "those that can't be loaded come last")
+        self.assertEqual((entries["split"].n_bytes, entries["split"].note), (2 * len(self.CHAT), ""))
+        self.assertEqual([entries[name].note for name in ("empty", "torn")], ["is empty: download it again.", "part 1 of 3 is missing"])
+        self.assertIn("doesn't say what kind", entries["nothing"].note)
+        self.assertIn("web page", entries["page"].note)
+        self.assertEqual({entry.verdict for entry in entries.values() if entry.note}, {""})
+
+    @unittest.skipIf(os.name == "nt", "making links needs rights there")
+    def test_links_are_one_model(self):
+        path = self.put("data", "Jan", "data", "models", "real", "model.gguf")
+        os.makedirs(self.path("first"))
+        os.symlink(path, self.path("first", "link.gguf"))
+        os.link(path, self.path("first", "zlink.gguf"))
+        os.symlink(os.path.dirname(path), self.path("first", "folder"))
+        (entry,) = llmchat.find_models()
+        self.assertEqual((entry.source, entry.name, entry.note), ("", "link", "also folder, real, zlink"))
+
+    @unittest.skipUnless(POSIX, "needs links")
+    def test_hostile_stores(self):
+        self.put("first", "good.gguf")
+        os.symlink("../first", self.path("first", "circle"))
+        os.symlink("self", self.path("first", "self"))
+        os.symlink("nowhere.gguf", self.path("first", "broken.gguf"))
+        os.makedirs(self.path("first", "1", "2", "3", "4", "5"))
+        for n in range(40):
+            self.put("first", "1", "2", "3", "4", "deep%d.gguf" % n)
+        self.put("first", "x-00001-of-99999.gguf")
+        bad = self.path("bad")
+        for n, data in enumerate((b"{", b"[]", b"null", b"[" * 9999, {"layers": 3}, {"layers": [3]}, {"layers": [], "config": {"digest": "x"}}, b"\xff")):
+            self.put("bad", "manifests", "registry.ollama.ai", "library", "m%d" % n, "latest", data=data)
+        digest = "sha256:../../../%s" % ("x" * 55)
+        self.put_ollama("bad", "registry.ollama.ai/library/out/1", 1, layers=[{"mediaType": "application/vnd.ollama.image.model", "digest": digest}])
+        self.put_ollama("bad", "registry.ollama.ai/library/odd/1", 2, config=7)
+        os.mkfifo(self.path("bad", "manifests", "pipe"))
+        os.makedirs(self.path("bad", "models--a--b", "refs", "main"))
+        self.put("bad", "models--c--d", "snapshots")
+        with mock.patch.dict(os.environ, OLLAMA_MODELS=bad, HF_HUB_CACHE=bad, LLAMA_CACHE=self.path("first", "good.gguf")):
+            self.assertEqual(self.names(), [("", "good"), ("", "x")])
+        with mock.patch.object(llmchat, "MAX_ENTRIES", 3):
+            self.assertLessEqual(len(list(llmchat.walk_files(self.path("first")))), 3, "of a huge folder no more than so many entries are seen")
+        dice = random.Random(8)
+        for n in range(300):                  # headers that say anything at all
+            data = bytearray(self.CHAT[:600])
+            for _ in range(3):
+                data[dice.randrange(24, 600)] = dice.randrange(256)
+            self.put("mine", "fuzz%d.gguf" % n, data=bytes(data) + self.CHAT[600:])
+        self.assertIn(("", "good"), self.names())
+
+    def test_headers_are_kept(self):
+        path, kept = self.put("first", "a.gguf"), os.path.join(llmchat.data_dir(), "models.json")
+        reads = []
+        with mock.patch.object(llmchat, "read_gguf_header", lambda path: reads.append(path) or read_gguf_header(path)):
+            first = llmchat.find_models()
+            self.assertEqual((llmchat.find_models(), reads, os.stat(kept).st_mode & 0o77), (first, [path], 0))
+            written = os.stat(kept).st_mtime_ns
+            llmchat.find_models()
+            self.assertEqual(os.stat(kept).st_mtime_ns, written, "nothing is written when nothing is new")
+            self.put("first", "a.gguf", data=gguf(dict(SHAPE, **dict(VOCAB, **{"llama.context_length": 77}))))
+            os.utime(path, ns=(1, 1))
+            self.assertEqual((llmchat.find_models()[0].n_ctx, reads), (77, [path, path]))
+            other = self.put("first", "b.gguf")
+            os.remove(path)
+            llmchat.find_models()
+            self.assertEqual(list(llmchat.read_kept("models.json")), [other], "what is gone is forgotten")
+            for damage in (b"", b"[]", b'{"%s": {"stamp": 3}}' % other.encode().replace(b"\\", b"\\\\"), b"\xff{"):
+                with open(kept, "wb") as file:
+                    file.write(damage)
+                self.assertEqual([entry.name for entry in llmchat.find_models()], ["b"])
+        os.remove(kept)
+        os.makedirs(os.path.join(kept, "in the way"))
+        self.assertEqual(len(llmchat.find_models()), 1, "it can't be kept")
+
+    def test_list(self):
+        env = dict(ENV, HOME=self.home, XDG_DATA_HOME=self.path("data"), LOCALAPPDATA=self.path("data"), USERPROFILE=self.home)
+        options = dict(env=env, cwd=tempfile.mkdtemp(dir=FOLDER))
+        status, out, err = run_plain("--list", **options)
+        self.assertEqual((status, out, err.count("\n"), "No model was found" in err), (1, "", 1, True))
+        self.put("models", "b-Q8_0.gguf")
+        self.put("models", "a \x1b[31mm.gguf", data=b"")
+        status, out, err = run_plain("--list", **options)
+        rows = {row.split()[0]: row for row in out.splitlines()}
+        self.assertRegex(rows["b-Q8_0"], r"^b-Q8_0 +fits +0 MB +Q\d\S+ .*32,768$")
+        self.assertEqual((status, "\x1b" in out, "is empty" in rows["a"]), (0, False, True), out)
+        listed = {entry["name"]: entry for entry in json.loads(run_plain("--list", "--json", **options)[1])}
+        self.assertEqual((listed["b-Q8_0"]["verdict"], listed["b-Q8_0"]["path"]), ("fits", self.path("models", "b-Q8_0.gguf")))
+
+    def test_names_instead_of_paths(self):
+        """The real program, with the real engine."""
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        env = dict(ENV, HOME=self.home, XDG_DATA_HOME=self.path("data"), LOCALAPPDATA=self.path("data"), USERPROFILE=self.home)
+        env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(SCRIPT)])
+        with open(TALK, "rb") as file:
+            talk = file.read()
+        self.put("models", "sub", "Talker-F32.gguf", data=talk)
+        ask = lambda name, **more: run_plain(*[name] * bool(name), "-p", "hi", cwd=folder, env=dict(env, LLMCHAT_MODELS=self.path("mine"), **more))
+        for name in ("Talker-F32", "talk", "talker-f32.gguf", self.path("models"), self.path("models", "sub", "Talker-F32.gguf")):
+            self.assertEqual(ask(name), (0, REPLIES["greet"] + "\n", ""), name)
+        self.put("mine", "Talker-F16.gguf")
+        for name, words in (("talk", "Several models fit talk; name one of these: Talker-F16, Talker-F32."), ("", "Name a model, one of these: Talker-"),
+                            ("tolker.gguf", "There is no file or model called tolker.gguf. The nearest: Talker-F")):
+            status, out, err = ask(name)
+            self.assertEqual((status, out, err.count("\n"), words in err), (1, "", 1, True), err)
+        self.assertEqual(run_plain("--info", "f32", cwd=folder, env=env)[0], 0)
+        self.assertIn("no file or model called f33", run_plain("--info", "f33", cwd=folder, env=env)[2])
+        status, out, err = run_plain("--plain", "--no-save", "talk", cwd=folder, env=dict(env, LLMCHAT_MODELS=self.path("mine")), input="/load f32\nhi\n")
+        self.assertEqual((out.strip(), "Talker-F16  fits" in err, "Choose one with /load NAME" in err), (REPLIES["greet"], True, True), err)
 
 
 class TextTest(unittest.TestCase):
@@ -3018,8 +3237,10 @@ class UpdateTest(unittest.TestCase):
             self.assertEqual((state.settings, effects), (start.settings, ()), line)
         kind = run("/system Be kind.")[0]
         self.assertEqual([kind.settings.system_prompt, run("/system none", kind)[0].settings.system_prompt], ["Be kind.", ""])
-        self.assertEqual((run("/new")[0].chat.turns, run("/quit")[1], run("/models")[1]), ((), (Quit(),), (FindModels(),)))
+        self.assertEqual((run("/new")[0].chat.turns, run("/quit")[1], run("/models")[1]), ((), (Quit(),), (FindModels(""),)))
         state, effects = run("/load 'my model.gguf'")
+        self.assertEqual(effects, (FindModels("my model.gguf"),))
+        state, effects = play(state, found("my model.gguf"))
         self.assertEqual((sent(effects, "load")[0]["path"], state.chat), ("my model.gguf", start.chat))
         self.assertEqual(asked(run("//etc is a folder")[1])[-1], "/etc is a folder")
         self.assertEqual([play(start, key)[1] for key in ("[ctrl-l]", "[ctrl-q]")], [(Redraw(),), (Quit(),)])
@@ -3042,9 +3263,9 @@ class UpdateTest(unittest.TestCase):
         for key in ("[f1]", "[esc]", "[ctrl-c]", "[enter]"):
             closed, effects = play(state, key)
             self.assertEqual((closed.dialog, closed.draft.text, effects), (None, "", ()), key)
-        _, effects = play(State(), ModelsFound(("a.gguf", "b.gguf")), "[down]", "[down]", "[enter]")
+        _, effects = play(State(), ModelsFound((a_model("a.gguf"), a_model("b.gguf")), ""), "[down]", "[down]", "[enter]")
         self.assertEqual(sent(effects, "load")[0]["path"], "b.gguf")
-        self.assertIn("--demo", notices(play(State(), ModelsFound(()))[0])[0])
+        self.assertIn("--demo", notices(play(State(), ModelsFound((), ""))[0])[0])
 
     def test_help_is_searched_and_fits_the_window(self):
         state = play(ready(columns=120, rows=40), "[f1]", "SCRO", "ll")[0]
@@ -3060,12 +3281,12 @@ class UpdateTest(unittest.TestCase):
         shown = lambda text, **fields: [row[1:79].rstrip() for row in rows_of(play(ready(columns=80, **fields), text)[0])[1:-4]]
         for text, rows in (("/s", ["/system  how the model should behave, from the next message on (no TEXT: show", "/set     change a setting", "/stats   what"]),
                            ("/set top", ["top_k  choose among the K", "top_p  among"]), ("/preset c", ["creative  temperature 1.2"]),
-                           ("/load x", ["/load PATH  load another model"]), ("/zz", [""]), ("tell me of /s", [""]), ("/s\nx", [""])):
+                           ("/load x", ["/load NAME  load another model"]), ("/zz", [""]), ("tell me of /s", [""]), ("/s\nx", [""])):
             menu = [row.strip() for row in shown(text)[-len(rows):]]
             self.assertEqual([row[:len(want)] for row, want in zip(menu, rows)], rows, text)
         self.assertEqual(shown("/")[-7].strip(), "")
         self.assertRegex(shown("/")[-1], r"and \d\d more: type on, or F1 shows all$")
-        self.assertEqual([row for row in shown("/", dialog=Dialog("models", ("a",))) if "/new" in row][:1], shown("/")[-5:-4], "typing closes the list")
+        self.assertEqual([row for row in shown("/", dialog=Dialog("models", entries=(a_model("a"),))) if "/new" in row][:1], shown("/")[-5:-4], "typing closes the list")
         self.assertIn("and ", rows_of(play(ready(rows=6), "/")[0])[2], "three lines are all there is")
         turns = [Turn("user", str(n)) for n in range(99)]
         self.assertEqual(shown("/", chat=Chat(tuple(turns)))[:-6], shown("x", chat=Chat(tuple(turns)))[:-6], "the chat isn't pushed")
@@ -3109,7 +3330,7 @@ class UpdateTest(unittest.TestCase):
             os.close(fd)
 
     def test_load_that_fails_keeps_the_model(self):
-        state, effects = play(ready(), "/load other.gguf", "[enter]")
+        state, effects = play(play(ready(), "/load other.gguf", "[enter]")[0], found("other.gguf"))
         self.assertEqual((state.engine, [type(e) for e in effects]), (Condition.LOADING, [SendEngine]))
         state = state._replace(model=state.model._replace(path="m.gguf"))
         state, _ = play(state, said("failed", during="load", text="There is no file.", kept=True))
@@ -3147,6 +3368,148 @@ CODE_REPLY = """Look:
 | not | a table
 ```
 open"""
+
+
+class ModelListTest(unittest.TestCase):
+    ENTRIES = (a_model("/m/alpha-Q8_0.gguf", "alpha-Q8_0", size="1B", quant="Q8_0", n_bytes=GB, n_ctx=4096, rate=12.4),
+               a_model("/o/1", "dolphin:8b", source="Ollama", size="8B", quant="Q4_K_M", n_bytes=5 * GB, verdict="tight", rate=3.25),
+               a_model("/m/huge.gguf", "huge", size="70B", quant="Q4_K_M", n_bytes=40 * GB, verdict="too big", note="also giant"),
+               a_model("hf:org/fetch:F.gguf", "fetch", source="to fetch", size="0.6B", n_bytes=GB // 2, note="small and quick"),
+               a_model("/m/bad.gguf", "bad", verdict="", note="is empty: download it again."))
+
+    def open(self, *events, columns=120):
+        return play(State(columns=columns, rows=24), ModelsFound(self.ENTRIES, ""), *events)
+
+    def rows(self, *events, columns=120):
+        """What stands in the list: the row of titles or the filter, then the models, the chosen one marked with a *."""
+        state = self.open(*events, columns=columns)[0]
+        lines = view(state).lines[2:-4]
+        width = llmchat.plan_layout(state).chat_width
+        return ["*" * any(style == "select" for _, style in line) + "".join(part for part, _ in line)[1:1 + width].strip() for line in lines
+                if "".join(part for part, _ in line)[1:1 + width].strip()]
+
+    def test_columns_follow_the_width(self):
+        self.assertEqual([re.split("  +", row) for row in self.rows(columns=140)], [
+            ["model", "verdict", "tokens/s", "on disk", "quant", "size", "from", "context"],
+            ["*alpha-Q8_0", "fits", "12", "1.0 GB", "Q8_0", "1B", "4,096"], ["dolphin:8b", "tight", "3.2", "5.0 GB", "Q4_K_M", "8B", "Ollama"],
+            ["huge", "too big", "40.0 GB", "Q4_K_M", "70B", "also giant"], ["fetch", "fits", "512 MB", "0.6B", "to fetch", "small and quick"],
+            ["bad", "is empty: download it again."]])
+        self.assertEqual([re.split("  +", row) for row in self.rows(columns=36)[:2]], [["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]])
+        starts = {row.index(verdict) for row, verdict in zip(llmchat.model_rows(self.ENTRIES[:3], 30), ("verdict", "fits", "tight", "too big"))}
+        self.assertEqual(len(starts), 1, "aligned")
+        wide = a_model("w", "\u6a21" * 30)
+        for width in range(10, 60):
+            rows = llmchat.model_rows((wide, a_model("x" * 70)), width)
+            self.assertEqual(len({llmchat.cells(row) for row in rows[1:]} - {llmchat.cells(rows[1]) - 1}), 1)
+        styles = {item[1:5]: style for line in view(self.open("[end]")[0]).lines for item, style in line}
+        self.assertEqual([styles[name] for name in ("alph", "dolp", "huge", "bad ")], ["good", "warn", "error", "select"])
+
+    def test_filter(self):
+        self.assertEqual(self.rows("q4", " olla"), ["q4 olla  1 of 5", "*" + self.rows()[2]])
+        self.assertEqual(self.rows("Q4", "[down]", "_k_M")[1:], ["*" + self.rows()[2], self.rows()[3]], "a new filter begins at the top")
+        self.assertEqual(self.rows("zz"), ["zz  0 of 5"])
+        state, effects = self.open("zz", "[enter]", "[tab]")
+        self.assertEqual((bool(state.dialog), effects), (True, ()))
+        self.assertEqual(self.rows("zz", "[backspace]", "[backspace]"), self.rows())
+        self.assertEqual(self.rows("zz", "[esc]"), self.rows(), "Esc clears the filter first")
+        self.assertEqual(self.open("zz", "[esc]", "[esc]")[0].dialog, None)
+        self.assertEqual(sent(self.open("hu", "[enter]")[1], "load")[0]["path"], "/m/huge.gguf")
+        state = self.open("/q")[0]
+        self.assertEqual((state.dialog, state.draft.text), (None, "/q"), "a command")
+
+    def test_moving_and_choosing(self):
+        for keys, name in (("down", "dolphin"), ("down,down,up", "dolphin"), ("end", "bad"), ("pgdn", "bad"), ("end,up", "fetch"), ("end,home", "alpha"), ("up", "alpha")):
+            self.assertIn("*" + name, "\n".join(self.rows(*("[%s]" % key for key in keys.split(",")))))
+        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf", True),))
+        busy = play(ready(), "hello", "[enter]")[0]
+        state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
+        self.assertEqual((effects, state.hint, state.chat), ((), "Stop the reply first (Esc)", busy.chat))
+
+    def test_details(self):
+        state, effects = self.open("d")
+        self.assertEqual(effects, (Store("describe", ("/m/alpha-Q8_0.gguf",)),))
+        told = ModelDescribed("/m/alpha-Q8_0.gguf", ("Alpha", "File: /m/alpha-Q8_0.gguf") + tuple("line %d" % n for n in range(40)))
+        self.assertEqual(play(state, "[down]", told)[0].dialog.kind, "models", "another is chosen by now")
+        self.assertEqual(play(state, "[esc]", told)[0].dialog, None)
+        shown = play(state, told)[0]
+        self.assertIn("File: /m/alpha", "\n".join(rows_of(shown)))
+        self.assertIn("line 39", "\n".join(rows_of(play(shown, "[end]")[0])), "a long text is scrolled")
+        for key in ("d", "[esc]", "[tab]"):
+            self.assertEqual(play(shown, key)[0].dialog, state.dialog, key)
+        self.assertEqual(play(shown, "olphin")[0].dialog.query, "dolphin", "d was the first letter of a name")
+        self.assertEqual(sent(play(shown, "[enter]")[1], "load")[0]["path"], "/m/alpha-Q8_0.gguf")
+        self.assertEqual(self.open("hu", "d")[0].dialog.query, "hud", "only while there is no filter")
+        self.assertEqual(self.open("hu", "[tab]")[1], (Store("describe", ("/m/huge.gguf",)),))
+        fetch = "\n".join(rows_of(self.open("fetch", "[tab]")[0]))
+        self.assertRegex(fetch, r"(?s)Model: fetch.*small and quick.*Enter fetches it from org/fetch:F.gguf")
+        self.assertNotIn("Traceback", "\n".join(rows_of(play(shown, Resized(24, 8))[0])))
+
+    def test_details_of_files(self):
+        events = []
+        store = llmchat.ChatStore(events.append)
+        for path in (TALK, write(gguf(dict(SHAPE, **dict(VOCAB, **{"general.license": "mit"})))), write(b"")):
+            store.describe(path)
+        texts = ["\n".join(event.lines) for event in events]
+        self.assertEqual([event.path in text for event, text in zip(events, texts)], [True] * 3)
+        for words in ("scripted", "llama, 1 layer", "Licence: not said", "Chat template: yes", "trained for 8,192", "weights 1 MB", "fits"):
+            self.assertIn(words, texts[0])
+        self.assertTrue("Licence: mit" in texts[1] and "base model" in texts[1], texts[1])
+        self.assertIn("is empty", texts[2])
+
+    def test_names(self):
+        """FindModels and what its answer leads to."""
+        state, effects = play(State(rows=24), Submitted("/load alpha"))
+        self.assertEqual((effects, state.wanted, "looking for models" in rows_of(state)[-1]), ((FindModels("alpha"),), "alpha", True))
+        loaded, effects = play(state, ModelsFound(self.ENTRIES, "alpha"))
+        self.assertEqual((sent(effects, "load")[0]["path"], loaded.wanted), ("/m/alpha-Q8_0.gguf", None))
+        self.assertEqual(play(state, ModelsFound(self.ENTRIES, "huge")), (state, ()), "another was looked up before")
+        several = play(State(), ModelsFound(self.ENTRIES, "8"))[0].dialog
+        self.assertEqual((several.query, [entry.name for entry in llmchat.shown_models(several)]), ("8", ["alpha-Q8_0", "dolphin:8b"]))
+        self.assertEqual(len(play(State(), ModelsFound(self.ENTRIES, "/m"))[0].dialog.entries), 3, "a folder's models")
+        for wanted in ("org/other", "hf:org/other:Q4_0", "hf:org/other:F.gguf"):
+            self.assertEqual(play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted, True),))
+        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf", True),))
+        for wanted in ("models/x.gguf", "alfa", "~/x/y"):
+            state, effects = play(State(), ModelsFound(self.ENTRIES, wanted))
+            self.assertEqual((effects, "called %s." % wanted in notices(state)[0], "alpha-Q8_0" in notices(state)[0]), ((), True, wanted == "alfa"))
+
+    def test_a_message_waits_for_the_name(self):
+        state, effects = play(State(wanted="alpha"), "hello", "[enter]")
+        self.assertEqual((effects, state.chat.waiting), ((), True), "it isn't looked up twice")
+        state, effects = play(state, ModelsFound(self.ENTRIES, "alpha"), LOADED)
+        self.assertEqual(asked(effects), ["hello"])
+        state, effects = play(ready(), "/load alpha", "[enter]", "hello", "[enter]")
+        self.assertEqual((effects[1:], state.chat.waiting, "your message waits" in rows_of(state)[-1]), ((), True, True), "the new model answers it")
+        state, effects = play(state, ModelsFound((), "alpha"))
+        self.assertEqual((effects, state.chat.waiting, state.draft.text), ((), False, "hello"), "it comes back")
+
+    @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
+    def test_choosing_in_the_window(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for name in ("aaa", "talker-one"):
+            llmchat.write_scripted_model(os.path.join(folder, name + ".gguf"), {"it": "I am %s." % name}, "<|it|>")
+        with open(os.path.join(folder, "torn.gguf"), "wb") as file:
+            file.write(b"GGUF")
+        window = Window("--no-save", HOME=os.path.join(folder, "none"), LLMCHAT_MODELS=folder, columns=80)
+        self.addCleanup(window.close)
+        window.wait_for(r"Models: type to filter")
+        window.wait_for(r"torn +is cut short")
+        window.type("\x1b")
+        window.wait_for(lambda: "Models:" not in window.text())
+        window.type("/models\r")
+        window.wait_for(r"Models: type to filter")
+        window.type("talker")
+        window.wait_for(r"talker +1 of \d+")
+        window.type("\t")
+        window.wait_for(r"File: \S*talker-one.gguf")
+        window.type("\r")
+        window.ask("who are you", "I am talker-one.")
+        window.type("/load aaa\rand who are you now\r")
+        window.wait_for("I am aaa.")
+        window.type("/load talker-\t")
+        window.wait_for("/load talker-one ")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
 
 
 class CopyTest(unittest.TestCase):
@@ -3320,14 +3683,16 @@ class FilesTest(unittest.TestCase):
         for name in ("Qwen-a.gguf", "qwen-b.gguf", "other.gguf"):
             open(os.path.join(folder, name), "w").close()
         events = []
-        with mock.patch.object(llmchat, "MODEL_FOLDERS", (folder,)):
+        with mock.patch.object(llmchat, "MODEL_FOLDERS", (folder,)), mock.patch.dict(os.environ, ENV):
             llmchat.ChatStore(events.append).find_paths("/load qwen", "qwen", False)
             llmchat.ChatStore(events.append).find_paths("/load oth", "oth", False)
         self.assertEqual([len(event.words) for event in events], [2, 1])
         state, _ = play(ready(), "/load qwen", events[0])
         self.assertEqual((state.draft.text, state.hint.count("wen-")), ("/load qwen", 2))
+        state, _ = play(ready(), "/load qwen-", Fitting("/load qwen-", "qwen-", ["Qwen-3-4B", "Qwen-3-8B"]))
+        self.assertEqual(state.draft.text, "/load Qwen-3-", "the name's own letters")
         state, _ = play(ready(), "/load oth", events[1])
-        self.assertEqual(state.draft.text, "/load %s " % os.path.join(folder, "other.gguf"))
+        self.assertEqual(state.draft.text, "/load other ")
 
     def test_engine_counts_them(self):
         engine = Engine(self, MIND)
@@ -3381,9 +3746,9 @@ class SettingsTest(unittest.TestCase):
         self.assertIn("from 0 to 5, e.g. %s" % llmchat.TEMPERATURE, notices(play(state, "/set temperature hot", "[enter]")[0])[0])
 
     def test_each_model_has_its_own(self):
-        state = play(self.stored(), "/set temperature 0.3", "[enter]", "/theme amber", "[enter]", "/load b.gguf", "[enter]", LOADED)[0]
+        state = play(self.stored(), "/set temperature 0.3", "[enter]", "/theme amber", "[enter]", "/load b.gguf", "[enter]", found("b.gguf"), LOADED)[0]
         self.assertEqual((state.settings.sampling, state.settings.theme), (Sampling(), "amber"))
-        state, effects = play(state, "/load x/m.gguf", "[enter]", LOADED)
+        state, effects = play(state, "/load x/m.gguf", "[enter]", found("x/m.gguf"), LOADED)
         self.assertEqual(state.settings.sampling.temperature, 0.3)
         self.assertIn("with what you chose for it: temperature", state.log[-1].text)
         again = play(state, "/load", "[enter]", LOADED)[0]
@@ -3399,7 +3764,7 @@ class SettingsTest(unittest.TestCase):
         kept = {"m.gguf": {"temperature": 0.3, "top_k": "many", "top_p": [1], "min_p": float("nan"), "seed": 7, "demo": True, "n_ctx": 512},
                 "": {"theme": "amber"}, "other.gguf": {"seed": 9}}
         with mock.patch.object(llmchat, "read_kept", lambda name: kept):
-            settings = llmchat.initial_state(llmchat.parse_arguments(["x/m.gguf", "--temp", str(llmchat.TEMPERATURE), "-c", "1024", "--no-save"])).settings
+            settings = llmchat.initial_state(llmchat.parse_arguments([write(b""), "--temp", str(llmchat.TEMPERATURE), "-c", "1024", "--no-save"])).settings
         self.assertEqual(settings.sampling, Sampling(seed=7))
         self.assertEqual((settings.wishes, settings.theme, settings.demo), (Wishes(n_ctx=1024), "amber", False))
 
@@ -3451,7 +3816,9 @@ class ViewTest(unittest.TestCase):
     def random_state(self, dice, columns, rows):
         words, draft, choose = lambda n: random_text(dice, n), random_text(dice, dice.choice((3, 90))), dice.choice
         turns = tuple(Turn(choose(("user", "assistant", "notice")), words(60), words(9)) for _ in range(dice.randrange(6)))
-        dialogs = (None, None, Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))), Dialog("install"), Dialog("models", tuple(words(9) for _ in range(40)), dice.randrange(40)))
+        dialogs = (None, None, Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))), Dialog("install"), Dialog("models", index=dice.randrange(9), query=choose(("", "e")), entries=tuple(
+                       a_model(words(9), words(40), quant=words(3), rate=9 * dice.random(), n_bytes=n << 28, note=choose(("", words(30))),
+                               verdict=choose(("fits", "tight", ""))) for n in range(40))))
         return State(
             settings=Settings("m.gguf", unicode=choose((True, False))), engine=choose(list(Condition)), model=choose((None, ModelInfo(words(30), "llama", 4096))),
             chat=Chat(turns, choose((None, "", words(200))), 1, choose((True, False))), draft=Draft(draft, dice.randint(0, len(draft))), dialog=choose(dialogs),
@@ -3521,7 +3888,7 @@ class ViewTest(unittest.TestCase):
     def test_ascii_frame(self):
         state = ready(Turn("user", "hi"), Turn("assistant", "there " * 299, "note"), columns=100, rows=20, progress=0.5,
                       settings=Settings("m.gguf", unicode=False), engine=Condition.LOADING, chat_scroll=Scroll(0, 0))
-        for dialog in (None, Dialog("help"), Dialog("install"), Dialog("models", ("a", "b"))):
+        for dialog in (None, Dialog("help"), Dialog("install"), Dialog("models", entries=(a_model("a"), a_model("b")))):
             self.assertTrue("".join(rows_of(state._replace(dialog=dialog))).isascii(), dialog)
         self.assertIn("v more below", "\n".join(rows_of(state)))
 
