@@ -2982,8 +2982,9 @@ class EngineProcess:
 
 
 # == 7. STORAGE ====================================================================================
-# What is on the disk: the user's data directory, the demo's model, and (below) the private environment that
-# --install makes for the engine. It must not know State or the terminal.
+# What is on the disk: the user's data directory, the demo's model, the models of this machine (another program's
+# are another row of STORES), and (below) the private environment that --install makes for the engine, and the chats.
+# It must not know State or the terminal.
 
 DEMO_TEMPLATE = """{% for m in messages %}{% set q = m.content | lower %}{% if m.role != 'assistant' %}<|{{ m.role }}|>
 {% endif %}{{ m.content }}</s>
@@ -4851,7 +4852,8 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
         return state, ()                  # another is looked up by now
     state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
     if wanted and len(found) == 1:
-        return load_entry(state, found[0])
+        loading, effects = load_entry(state, found[0])
+        return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
         return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
