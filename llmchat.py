@@ -22,7 +22,7 @@ Sections (each uses only what stands above it; `grep '^# ==' llmchat.py` lists t
      4 HARDWARE & MODELS   what this machine has, what a GGUF file needs, what fits
      5 ENGINES             llama.cpp: load, read the prompt, generate
      6 ENGINE PROCESS      the child: JSON lines in, JSON lines out
-     7 STORAGE             files on disk: the demo model, what --bench found, the private environment of the engine
+     7 STORAGE             files on disk: the models of this machine, chats, the private environment of the engine
      8 COMMANDS            what keys and /slash commands do
      9 UPDATE              (state, event) -> (state, effects)
     10 VIEW                state -> styled lines
@@ -3198,7 +3198,7 @@ def probe_stamp(path: str) -> List[int]:
 
 def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
-    stamp = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
+    stamp: List[Any] = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
     if kept.get(path, {}).get("stamp") == stamp:
         return kept[path]
     try:
