@@ -22,7 +22,7 @@ Sections (each uses only what stands above it; `grep '^# ==' llmchat.py` lists t
      4 HARDWARE & MODELS   what this machine has, what a GGUF file needs, what fits
      5 ENGINES             llama.cpp: load, read the prompt, generate
      6 ENGINE PROCESS      the child: JSON lines in, JSON lines out
-     7 STORAGE             files on disk: the demo model, what --bench found, the private environment of the engine
+     7 STORAGE             files on disk: the models of this machine, chats, the private environment of the engine
      8 COMMANDS            what keys and /slash commands do
      9 UPDATE              (state, event) -> (state, effects)
     10 VIEW                state -> styled lines
@@ -3047,8 +3047,9 @@ class EngineProcess:
 
 
 # == 7. STORAGE ====================================================================================
-# What is on the disk: the user's data directory, the demo's model, and (below) the private environment that
-# --install makes for the engine. It must not know State or the terminal.
+# What is on the disk: the user's data directory, the demo's model, the models of this machine (another program's
+# are another row of STORES), and (below) the private environment that --install makes for the engine, and the chats.
+# It must not know State or the terminal.
 
 DEMO_TEMPLATE = """{% for m in messages %}{% set q = m.content | lower %}{% if m.role != 'assistant' %}<|{{ m.role }}|>
 {% endif %}{{ m.content }}</s>
@@ -3262,7 +3263,7 @@ def probe_stamp(path: str) -> List[int]:
 
 def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
-    stamp = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
+    stamp: List[Any] = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
     if kept.get(path, {}).get("stamp") == stamp:
         return kept[path]
     try:
@@ -5257,7 +5258,8 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
         return state, ()                  # another is looked up by now
     state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
     if wanted and len(found) == 1:
-        return load_entry(state, found[0])
+        loading, effects = load_entry(state, found[0])
+        return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
         return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
