@@ -1512,10 +1512,13 @@ def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     return read_tensors(file, header) if full else header
 
 def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
-    data = file.read(n_bytes) if n_bytes <= MAX_VALUE_BYTES and file.tell() <= MAX_HEADER_BYTES else b""
-    if len(data) < n_bytes:
+    if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
         raise EOFError
-    return data
+    return file.read(n_bytes)
+
+def bytes_left(file: BinaryIO) -> int:
+    """Of the file, and of what any header has."""
+    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
 
 def read_numbers(file: BinaryIO, code: str) -> tuple:
     import struct
@@ -1545,9 +1548,12 @@ def read_values(file: BinaryIO, kind: int, count: int) -> Any:
         raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
     if count > MAX_VALUE_BYTES:
         raise EOFError
+    if kind != GGUF_STRING and count > MAX_LAYERS:
+        import struct
+        read_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+        return range(count)
     if kind != GGUF_STRING:
-        values = read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
-        return values if count <= MAX_LAYERS else range(count)
+        return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
     if count == 1:
         return (read_string(file),)
     skip_strings(file, count)
@@ -1558,15 +1564,14 @@ def skip_strings(file: BinaryIO, count: int) -> None:
     import struct
     length_at = struct.Struct("<Q").unpack_from
     while count:
-        start, data, at = file.tell(), file.read(1 << 20), 0
+        start, data, at = file.tell(), file.read(max(0, min(1 << 20, bytes_left(file)))), 0
         with suppress(struct.error, OverflowError):    # the next length isn't in these bytes
             while count:
                 at += 8 + length_at(data, at)[0]
                 count -= 1
-        if not at or start + at > MAX_HEADER_BYTES:
+        if not 0 < at <= bytes_left(file) + len(data):
             raise EOFError
-        file.seek(start + at - 1)
-        read_bytes(file, 1)               # it is there
+        file.seek(start + at)
 
 def tensor_part(name: str) -> str:
     """What a tensor is for: "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or "" = read for each token."""
@@ -1784,7 +1789,7 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     ladder = [best] + below
     at = min(wishes.rung, len(ladder) - 1)
     plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
-    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
+    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
     plan = plan._replace(rate=rate)
     return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
 
@@ -1840,7 +1845,7 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
     """The plan for people: one line about memory, one about settings."""
     most, n_layers = rungs[0], model_layers(header)
     memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
-    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if plan.memory.copied > 0.1 * plan.memory.needed() else ""
+    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
     memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
     context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
     where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
