@@ -1799,6 +1799,8 @@ def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]
     n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
     n_most = wishes.n_ctx or min(number(header, ".context_length") or N_CTX_STEPS[0], N_CTX_STEPS[0])
     kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
+    if kv_type not in KV_TYPES:
+        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
     steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
     steps.append((steps[-1][0], few, kv_type))
     quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
@@ -1955,6 +1957,7 @@ LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the patter
     (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"
      r"tensor '[^']*' not found", "the file and the installed llama-cpp-python don't agree (%s): update "
      "llama-cpp-python with --install, or download the file again from a newer source."),
+    (r"\w cache type (\w+) with block size \d+ does not divide", "its attention heads don't divide into %s's blocks: take f16 (--kv-type f16)."),
     (r"error loading model: ([^\n]+)", "llama.cpp says: %s."),
     (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)", "llama.cpp says: %s."),  # the last such line
     (r"", "llama.cpp says nothing about the reason."))

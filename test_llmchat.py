@@ -1351,7 +1351,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             self.assertEqual((rungs, len(window.said("notice"))), ([0, 1, 2], n_notices))
             self.assertEqual(window.said("notice")[0], "The engine ended because memory ran out. Trying again with step 1.")
             self.assertIn("the next message (or /load) starts the engine again", window.said("notice")[-1])
-            self.assertEqual((window.said("user"), window.state.draft.text), (["hello"], ""))
+            self.assertEqual((window.said("user"), window.state.draft.text), ([], "hello"))    # to be sent again
         window.runner.engine.close()
 
     def test_only_memory_steps_down(self):
@@ -1711,7 +1711,7 @@ class PlanTest(unittest.TestCase):
         self.assertEqual(plan.memory.copied, int(2.0 * GB))
         self.assertIn("(4.3 GB while there is room)", plan.lines[0])
         self.assertEqual(plan_load(header(2.0), machine(8, 6), Wishes(use_mmap=0)).memory.copied, 0)
-        self.assertEqual([plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict for on in (0, 1)], ["fits", "too big"])
+        self.assertEqual([plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict for on in (0, 1)], ["fits", "tight"])
 
     def test_rates(self):
         """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
