@@ -1694,7 +1694,7 @@ FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context
     **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
 REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
     "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
-CORE_RATES = {0: 30e9, 1: 20e9, 30: 20e9, 8: 11e9, 2: 8.5e9}  # ggml type -> bytes/s that a core with VNNI works through …
+CORE_RATES = {0: 20e9, 1: 14e9, 30: 14e9, 8: 11e9, 2: 8.5e9}  # ggml type -> bytes/s that a core with VNNI works through …
 OTHER_CORE_RATE = 7e9  # … of other types
 LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token
 
@@ -1746,13 +1746,17 @@ def model_tensors(header: Header) -> Dict[Tuple[str, int], int]:
     guess = int(header.weight_bytes * share)
     return header.tensors or {("", kind): header.weight_bytes - guess, ("experts", kind): guess}
 
+def token_shares(header: Header, tensors: Dict[Tuple[str, int], int]) -> Dict[str, float]:
+    """How much of each part is multiplied for each token: of the table of tokens nothing, unless it is the output too; only the chosen experts."""
+    is_output = not any(part == "output" for part, _ in tensors)
+    return {"": 1.0, "output": 1.0, "rows": 0.0, "token_embd": float(is_output),
+            "experts": min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))}
+
 def bytes_per_token(header: Header) -> Dict[int, float]:
-    """ggml type -> bytes of weights that are read for each token: not the table of tokens, unless it is the output too, and only the chosen experts."""
+    """ggml type -> bytes of weights that are read for each token."""
     tensors, found = model_tensors(header), {}
-    shares = {"": 1.0, "output": 1.0, "token_embd": float(not any(part == "output" for part, _ in tensors)),
-              "experts": number(header, ".expert_used_count") / max(1, number(header, ".expert_count"))}
     for (part, kind), n_bytes in tensors.items():
-        found[kind] = found.get(kind, 0.0) + n_bytes * min(1.0, shares.get(part, 0.0))
+        found[kind] = found.get(kind, 0.0) + n_bytes * token_shares(header, tensors)[part]
     return found
 
 def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
@@ -1763,7 +1767,7 @@ def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) 
     skill = 1 if has & {"AVX-VNNI", "AVX-512 VNNI", "dot product"} else 0.7 if "AVX2" in has else 0.3
     most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
     seconds = sum(n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes in bytes_per_token(header).items())
-    return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (1 + model_layers(header)) / skill)
+    return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (5 + model_layers(header)) / skill)
 
 def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
     """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
@@ -1773,8 +1777,7 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
     compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
     kinds = {kind for name in hardware.instruction_sets for kind in REPACKED.get(name, ())}
     tensors = model_tensors(header)
-    tied = not any(part == "output" for part, _ in tensors)    # then the table of tokens is the output too
-    copied = sum(n for (part, kind), n in tensors.items() if kind in kinds and (part not in ("rows", "token_embd") or tied and part != "rows"))
+    copied = sum(n for (part, kind), n in tensors.items() if kind in kinds and token_shares(header, tensors)[part])
     return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
@@ -1785,7 +1788,7 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
     best, below = rungs[at], rungs[at + 1:]
     if best.n_gpu_layers and wishes.n_gpu_layers < 0:
-        below = [best._replace(n_gpu_layers=n) for n in (best.n_gpu_layers // 2, 0)] + [rung._replace(n_gpu_layers=0) for rung in below]
+        below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
     ladder = [best] + below
     at = min(wishes.rung, len(ladder) - 1)
     plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
@@ -1923,35 +1926,32 @@ def measure_machine(hardware: Hardware) -> Hardware:
     return hardware._replace(bytes_per_s=max(now))
 
 def probe_bytes_per_s(hardware: Hardware) -> float:
-    """How fast the used cores together read the RAM: they copy (read and write) for 30 ms, more than the caches of most hold."""
+    """How fast the used cores together read the RAM, 0 = not known: they copy (read and write) for 30 ms, more than most caches hold."""
     import ctypes, threading, time
-    n, part = hardware.usable_cores, min(128 << 20, (hardware.ram_free_bytes or 1 << 30) // 8) // (2 * hardware.usable_cores)
-    start = threading.Barrier(n)
-    def copy(rates: List[float]) -> None:
-        buffer, n_copies = ctypes.create_string_buffer(2 * part), 0
-        here = ctypes.addressof(buffer)
-        ctypes.memset(here, 1, 2 * part)  # untouched pages would all be the same one
-        start.wait()
-        began_s = time.perf_counter()
-        while not n_copies or time.perf_counter() < began_s + 0.03:
-            ctypes.memmove(here + part, here, part)    # both release the GIL
-            n_copies += 1
-        rates.append(2 * part * n_copies / (time.perf_counter() - began_s))
-    rates: List[float] = []
-    threads = [threading.Thread(target=copy, args=(rates,)) for _ in range(n)]
+    n, rates = hardware.usable_cores, []
+    half = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n) // 2
+    def copy() -> None:
+        with suppress(MemoryError):
+            buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
+            ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
+            began_s, here = time.perf_counter(), ctypes.addressof(buffer)
+            while not n_copies or time.perf_counter() < began_s + 0.03:
+                ctypes.memmove(here + half, here, half)    # without the GIL
+                n_copies += 1
+            rates.append(2 * half * n_copies / (time.perf_counter() - began_s))
+    threads = [threading.Thread(target=copy) for _ in range(n)]
     for act in (threading.Thread.start, threading.Thread.join):
         list(map(act, threads))
     return sum(rates)
 
-OUT_OF_MEMORY = (r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed|insufficient memory|"
-                 r"(?:failed|unable) to (?:allocate|reserve)|bad_alloc|out of memory|mmap failed|Cannot allocate memory")
+GPU_IS_FULL = r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed"
+RAM_IS_FULL = r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|insufficient memory|Cannot allocate memory"
+OUT_OF_MEMORY = GPU_IS_FULL + "|" + RAM_IS_FULL
 LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
     (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
      "llama-cpp-python is too old for the %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed",
-     "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
-    (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|mmap failed|insufficient memory",
-     "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
+    (GPU_IS_FULL, "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
+    (RAM_IS_FULL, "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
     (r"not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header)",
      "the file is incomplete or damaged (%s): download it again."),
     (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"

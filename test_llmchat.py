@@ -1221,6 +1221,7 @@ class BadModelTest(unittest.TestCase):
     def test_not_enough_memory(self):
         engine = Engine(self, limit_bytes=2 * GB)
         self.assertIn("there isn't enough memory", engine.load(MIND, n_ctx=1 << 23).get("text", ""))
+        self.assertIn("don't divide into q8_0's blocks", engine.load(MIND, n_ctx=512, kv_type="q8_0").get("text", ""))
         self.assertEqual([e["text"] for e in engine.events if e["event"] == "lowered"], ["Memory ran out while loading. Trying again with batches of 32 tokens."])
         engine.load(MIND, n_ctx=1024)
         self.assertEqual(engine.chat("hi", max_tokens=3)[1]["reason"], "length")
@@ -3030,6 +3031,16 @@ class SettingsTest(unittest.TestCase):
     def stored(self, **fields):
         """A state whose chat is kept on the disk."""
         return ready(**dict(dict(chat=Chat(name="c")), **fields))
+
+    def test_how_the_model_is_kept_in_memory(self):
+        wishes = llmchat.initial_state(llmchat.parse_arguments(["m.gguf", "--mlock", "--no-mmap", "--kv-type", "q8_0", "--no-save"])).settings.wishes
+        self.assertEqual((wishes.use_mlock, wishes.use_mmap, wishes.kv_type), (1, 0, "q8_0"))
+        state = play(ready(), "/set kv_type q4_0", "[enter]", "/set use_mmap 0", "[enter]")[0]
+        self.assertEqual((state.settings.wishes.kv_type, state.settings.wishes.use_mmap), ("q4_0", 0))
+        self.assertEqual(play(state, "/set kv_type", "[enter]")[0].settings.wishes.kv_type, "")    # again what fits
+        self.assertIn("kv_type takes one of: f32, f16", notices(play(state, "/set kv_type q9", "[enter]")[0])[-1])
+        with self.assertRaisesRegex(ModelError, "KV type 'q9' is none of llama.cpp's"):
+            plan_load(header(), machine(4, 3), Wishes(kv_type="q9"))    # from CONFIG
 
     def test_chosen_by_name_or_from_a_list(self):
         state, effects = play(self.stored(), "/persona coder", "[enter]")
