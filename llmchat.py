@@ -1681,7 +1681,7 @@ def parse_repo(name: str) -> Optional[Tuple[str, str]]:
 
 KV_TYPES = {  # name -> (ggml type, bytes per value)
     "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
-PROCESS_BYTES = 40_000_000  # Python with llama.cpp, measured with 0.3.36
+PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
 MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once

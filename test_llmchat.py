@@ -354,7 +354,7 @@ class PlanInstallTest(unittest.TestCase):
 class InstallTest(unittest.TestCase):
     def test_install(self):
         python = install()
-        self.assertEqual(sorted(os.listdir(llmchat_dir())), ["engine", "engine.lock"])
+        self.assertEqual(sorted(set(os.listdir(llmchat_dir())) - {"machine.json"}), ["engine", "engine.lock"])
         # -S: this Python may itself have llama_cpp.
         code = "import llmchat; print(llmchat.engine_python())"
         self.assertEqual(subprocess.check_output([sys.executable, "-S", "-c", code], env=ENV).decode().strip(), python)
@@ -374,7 +374,7 @@ class InstallTest(unittest.TestCase):
             read_until(first, "nothing has changed")
         self.assertEqual((first.returncode, second.returncode), (130, 1))
         self.assertIn("Another install", second.stdout)
-        self.assertEqual(sorted(os.listdir(llmchat_dir())), ["engine", "engine.lock"])
+        self.assertEqual(sorted(set(os.listdir(llmchat_dir())) - {"machine.json"}), ["engine", "engine.lock"])
         self.assertEqual(os.stat(install()).st_ino, before)
 
 
@@ -1764,7 +1764,7 @@ class PlanTest(unittest.TestCase):
         asked = plan_load(model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16"))    # what is wished for stays
         self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
         self.assertIn("what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16", plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0])
-        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.0 GB would fit")
+        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.1 GB would fit")
         odd = header(4.0, **{"llama.attention.key_length": 80})    # quantised types come in blocks of 32
         self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
 
@@ -3666,7 +3666,7 @@ class WindowTest(unittest.TestCase):
             window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
             self.assertEqual(window.end(), 0)
             files = [os.path.join(folder, name) for folder, _, names in os.walk(home["HOME"]) for name in names]
-            self.assertEqual([path for path in files if not path.endswith(".pyc")], [])
+            self.assertEqual([path for path in files if not path.endswith((".pyc", "machine.json"))], [])    # nothing of what was said
 
     def test_killed_windows(self):
         """kill -9 at random moments: the chat opens, with every message that was complete and the beginning of the last."""
