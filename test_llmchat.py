@@ -1614,7 +1614,6 @@ class HeaderTest(unittest.TestCase):
         base = gguf(dict(SHAPE, **{"x": [1, 2], "tokenizer.ggml.tokens": ["a"] * 30, "llama.attention.sliding_window_pattern": [1, 0, 1, 1],
                                    "llama.attention.sliding_window": 64, "llama.expert_count": 4, "llama.ssm.inner_size": 9}), tensors)
         rng, path, outcomes, most = random.Random(7), write(b""), set(), 0
-        tracemalloc.start()
         self.addCleanup(tracemalloc.stop)
         for n in range(10000):
             data = bytearray(base)
@@ -1624,15 +1623,20 @@ class HeaderTest(unittest.TestCase):
                                                                 struct.pack("<Q", len(data) - at), struct.pack("<Q", 1 << 40)))
             with open(path, "wb") as file:
                 file.write(data[: rng.choice((len(data), rng.randrange(len(data))))])
-            tracemalloc.clear_traces()
+            traced = n % 10 < 2           # it makes everything slow
+            tracemalloc.start() if traced else None
             try:
                 found = read_gguf_header(path, full=n % 2 == 0)
                 most = max(most, tracemalloc.get_traced_memory()[1])
-                plan_load(found, machine(4, 3)._replace(bytes_per_s=1e10))
+                tracemalloc.stop()
+                if n % 5 < 2:
+                    plan_load(found, machine(4, 3)._replace(bytes_per_s=1e10))
                 llmchat.model_summary(found)
                 llmchat.check_text_generator(found)
                 outcomes.add("fine")
             except ModelError as error:
+                most = max(most, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
                 outcomes.add("a sentence" if str(error).endswith(".") else str(error))
         self.assertEqual(outcomes, {"fine", "a sentence"})
         self.assertLess(most, len(base) + 60000)    # Python's objects for the keys
