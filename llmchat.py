@@ -73,6 +73,9 @@ DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twi
 CONTEXT_TOKENS = 0                # how much the model can keep in mind, in tokens; 0 = what fits (512 and up)
 THREADS = 0                       # CPU threads; 0 = one per physical core, which is nearly always fastest
 GPU_LAYERS = -1                   # layers of the model to put on the GPU; -1 = as many as fit, 0 = none
+KV_TYPE = ""                      # how the model's memory of the chat is kept: "f16", "q8_0" or "q4_0" (smaller, slower); "" = what fits
+USE_MMAP = 1                      # 1 = the system reads the model's file when it is needed, 0 = read all of it at the start
+USE_MLOCK = 0                     # 1 = the model stays in RAM, whatever other programs want (the system may limit this)
 
 TEMPERATURE = 0.8                 # 0 = always the likeliest word, 0.3 = sober, 0.8 = lively, 1.5 = wild
 TOP_K = 40                        # choose among the K likeliest tokens; 0 = among all
@@ -256,10 +259,18 @@ class Wishes(NamedTuple):
     n_threads: int = THREADS
     n_gpu_layers: int = GPU_LAYERS
     n_ubatch: int = 0
-    kv_type: str = "f16"
+    kv_type: str = KV_TYPE
     tuned_rate: float = 0.0  # tokens/s that --bench measured with these; 0 = not measured
+    use_mmap: int = USE_MMAP
+    use_mlock: int = USE_MLOCK
+    rung: int = 0            # so many steps below the plan, because memory ran out with those before
 
-Gpu = NamedTuple("Gpu", [("name", str), ("backend", str), ("total_bytes", int), ("free_bytes", int)])
+class Gpu(NamedTuple):
+    name: str
+    backend: str
+    total_bytes: int
+    free_bytes: int
+    shared: bool = False     # its memory is the RAM
 
 class Hardware(NamedTuple):
     """The machine; 0 bytes of RAM = not known."""
@@ -274,6 +285,7 @@ class Hardware(NamedTuple):
     python_version: str
     gpus: Tuple[Gpu, ...] = ()
     llama_version: str = ""
+    bytes_per_s: float = 0.0  # how fast the used cores together read the RAM; 0 = not measured
 
 class Header(NamedTuple):
     """What a GGUF file, or all parts of a split one, says of itself."""
@@ -282,9 +294,18 @@ class Header(NamedTuple):
     n_tensors: int
     metadata: Dict[str, Any]
     weight_bytes: int  # without the header, if all of that was read
+    tensors: Dict[Tuple[str, int], int] = {}    # … and then (part, ggml type) -> bytes; parts: see tensor_part()
 
-# The bytes that a model takes; their sum is what it needs
-Memory = NamedTuple("Memory", [("weights", int), ("kv", int), ("compute", int), ("process", int)])
+class Memory(NamedTuple):
+    """The bytes that a model takes."""
+    weights: int
+    kv: int
+    compute: int
+    process: int
+    copied: int = 0  # pages of the file whose contents llama.cpp has copied: the system may take them when it needs room
+
+    def needed(self) -> int:
+        return sum(self) - self.copied
 
 class Plan(NamedTuple):
     n_ctx: int
@@ -296,6 +317,8 @@ class Plan(NamedTuple):
     verdict: str  # "fits", "tight" or "too big"
     lines: Tuple[str, ...] = ()
     rate: float = 0.0  # tokens/s to expect while writing; 0 = not known
+    kv_type: str = "f16"
+    next: str = ""     # what to try when memory runs out all the same; "" = nothing is left
 
 class ModelEntry(NamedTuple):
     """One line of the list of models: a file of this machine, or one that can be fetched."""
@@ -336,6 +359,7 @@ class ModelInfo(NamedTuple):
     n_ctx: int                        # tokens
     path: str = ""
     can_switch: bool = True           # its template has a switch for thinking
+    proven: bool = False              # it has replied, so its memory suffices
 
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
@@ -453,6 +477,8 @@ class State(NamedTuple):
     quit_asked: bool = False
     stats: Stats = Stats()
     fetch: Optional[Fetch] = None
+    rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
+    next_rung: str = ""               # the next one, in words
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -1499,8 +1525,11 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
             raise ModelError(fault % part)
     headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
     file_bytes = sum(map(os.path.getsize, paths))
+    tensors: Dict[Tuple[str, int], int] = {}
+    for header in headers:
+        tensors.update((kind, tensors.get(kind, 0) + n_bytes) for kind, n_bytes in header.tensors.items())
     return headers[0]._replace(
-        file_bytes=file_bytes, weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes,
+        file_bytes=file_bytes, weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes, tensors=tensors,
         n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
 
 def plan_split_paths(path: str) -> List[str]:
@@ -1530,13 +1559,16 @@ def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     if n_keys > 1 << 16 or n_tensors > 1 << 18:
         raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
     header = Header(path, os.path.getsize(path), n_tensors, read_metadata(file, n_keys, full), 0)
-    return header._replace(weight_bytes=read_weight_bytes(file, header)) if full else header
+    return read_tensors(file, header) if full else header
 
 def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
-    data = file.read(n_bytes) if n_bytes <= MAX_VALUE_BYTES and file.tell() <= MAX_HEADER_BYTES else b""
-    if len(data) < n_bytes:
+    if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
         raise EOFError
-    return data
+    return file.read(n_bytes)
+
+def bytes_left(file: BinaryIO) -> int:
+    """Of the file, and of what any header has."""
+    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
 
 def read_numbers(file: BinaryIO, code: str) -> tuple:
     import struct
@@ -1566,37 +1598,55 @@ def read_values(file: BinaryIO, kind: int, count: int) -> Any:
         raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
     if count > MAX_VALUE_BYTES:
         raise EOFError
+    if kind != GGUF_STRING and count > MAX_LAYERS:
+        import struct
+        read_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+        return range(count)
     if kind != GGUF_STRING:
-        values = read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
-        return values if count <= MAX_LAYERS else range(count)
+        return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
     if count == 1:
         return (read_string(file),)
-    at = file.tell()
-    for _ in range(count):  # up to 500,000 times, so this loop does nothing else
-        head = file.read(8)
-        n_bytes = int.from_bytes(head, "little")
-        at += 8 + n_bytes
-        if len(head) < 8 or at > MAX_HEADER_BYTES:
-            raise EOFError
-        file.read(n_bytes)
+    skip_strings(file, count)
     return range(count)
 
-def read_weight_bytes(file: BinaryIO, header: Header) -> int:
-    """The size of all after the header; it must hold the tensors, where their types are known."""
+def skip_strings(file: BinaryIO, count: int) -> None:
+    """Up to 500,000 of them, so the inner loop does nothing but add their lengths."""
+    import struct
+    length_at = struct.Struct("<Q").unpack_from
+    while count:
+        start, data, at = file.tell(), file.read(max(0, min(1 << 20, bytes_left(file)))), 0
+        with suppress(struct.error, OverflowError):    # the next length isn't in these bytes
+            while count:
+                at += 8 + length_at(data, at)[0]
+                count -= 1
+        if not 0 < at <= bytes_left(file) + len(data):
+            raise EOFError
+        file.seek(start + at)
+
+def tensor_part(name: str) -> str:
+    """What a tensor is for: "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or "" = read for each token."""
+    first = name.partition(".")[0]
+    return "experts" if "_exps." in name else "rows" if first == "per_layer_token_embd" else first if first in ("token_embd", "output") else ""
+
+def read_tensors(file: BinaryIO, header: Header) -> Header:
+    """The header with the size of all after it, and that of its tensors, which must be there, where their types are known."""
     import math
-    last_end = 0
+    last_end, tensors = 0, {}
     for _ in range(header.n_tensors):
-        _, (n_dims,) = read_string(file), read_numbers(file, "I")
+        name, (n_dims,) = read_string(file), read_numbers(file, "I")
         if n_dims > 4:
             raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
         *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
         per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
-        last_end = max(last_end, offset + math.prod(dims) // per_block * block_bytes)
+        n_bytes = math.prod(dims) // per_block * block_bytes
+        last_end = max(last_end, offset + n_bytes)
+        part = tensor_part(name), kind
+        tensors[part] = tensors.get(part, 0) + n_bytes
     data_offset = file.tell() + -file.tell() % (number(header, "general.alignment") or 32)
     if header.n_tensors and data_offset + last_end > header.file_bytes:
         raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
             header.file_bytes, data_offset + last_end))
-    return max(0, header.file_bytes - data_offset)
+    return header._replace(weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
 
 # -- what a header means -----------------------------------------------------------------------------------------------
 
@@ -1686,60 +1736,148 @@ def parse_download(name: str) -> Optional[Tuple[str, str]]:
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
-KV_TYPE_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_0": 18 / 32}
-PROCESS_BYTES = 40_000_000  # Python with llama.cpp, measured with 0.3.36
+KV_TYPES = {  # name -> (ggml type, bytes per value)
+    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
+PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
+MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
 N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
+SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
 COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
-ADVICE = {"fits": "", "tight": "; close other programs if it gets slow",
-          "too big": "; it would be read from disk over and over, so choose a smaller model or quantisation"}
+TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
+FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context, the others a window; the files don't say it (llama.cpp's src/models)
+    "gemma2": 2, "gpt-oss": 2, "gemma3": 6, "gemma3n": 5, "plamo3": 8,
+    **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
+REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
+    "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
+CORE_RATES = {0: 20e9, 1: 14e9, 30: 14e9, 8: 11e9, 2: 8.5e9}  # ggml type -> bytes/s that a core with VNNI works through …
+OTHER_CORE_RATE = 7e9  # … of other types
+LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token
 
-def kv_bytes_per_token(header: Header, kv_type: str = "f16") -> float:
-    """Bytes of KV cache for each token of context, all layers.
+def attention_layers(header: Header) -> List[Tuple[int, bool]]:
+    """(KV heads, sees only a window) of each layer that has a KV cache.
 
-    Sliding-window layers count in full, as the files don't say which they are. Layers without attention
-    (head_count_kv 0, or all but every n-th) cost nothing here, nor do those that share another layer's cache.
-    """
-    n_layers, n_heads = model_layers(header), number(header, ".attention.head_count")
-    head = number(header, ".embedding_length") // max(1, n_heads)
-    k_length, v_length = (number(header, ".attention.%s_length" % which, head) for which in ("key", "value"))
-    if number(header, ".attention.key_length_mla"):
-        v_length = 0  # DeepSeek's latent attention keeps one vector, which is in key_length
-    heads = numbers(header, ".attention.head_count_kv") or [n_heads]
+    Layers without attention (head_count_kv 0, or all but every n-th) have none, nor do those that share another layer's."""
+    arch, n_layers = string(header, "general.architecture"), max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
+    heads = numbers(header, ".attention.head_count_kv") or [number(header, ".attention.head_count")]
     heads = heads * n_layers if len(heads) == 1 else heads
-    heads = heads[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))]
+    pattern = numbers(header, ".attention.sliding_window_pattern") or [FULL_EVERY.get(arch, 1)]
+    window = number(header, ".attention.sliding_window")
+    windowed = pattern if len(pattern) > 1 else [(n + 1) % max(1, pattern[0]) for n in range(n_layers)]
     every = number(header, ".full_attention_interval") or 1
-    return sum(heads[every - 1:: every]) * (k_length + v_length) * KV_TYPE_BYTES.get(kv_type, 2)
+    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed)]
+    layers = layers[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))][every - 1:: every]
+    return [layer for layer in layers if layer[0]]
 
-def plan_memory(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
-    """What the model takes. llama.cpp's repacked weights aren't counted: their originals' pages can be given back."""
+def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
+    """Values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
+    head = number(header, ".embedding_length") // max(1, number(header, ".attention.head_count"))
+    k, v = (number(header, ".attention.%s_length%s" % (name, suffix), number(header, ".attention.%s_length" % name, head)) for name in ("key", "value"))
+    return k, 0 if number(header, ".attention.key_length_mla") else v    # DeepSeek's latent attention keeps one vector, in K
+
+def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
+    """Bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
+    pad = lambda n: n + -n % 256
+    window = number(header, ".attention.sliding_window")
+    cells = {False: pad(n_ctx), True: pad(min(pad(n_ctx), window + n_ubatch))}
+    sizes = {slides: cells[slides] * sum(head_lengths(header, "_swa" * slides)) for slides in cells}
+    layers = attention_layers(header)
+    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + state_bytes(header) * (
+        model_layers(header) - len(layers) * (string(header, "general.architecture") != "falcon-h1"))
+
+def state_bytes(header: Header) -> int:
+    """Of one recurrent layer (Mamba, Qwen3.5, Kimi, LFM2): 32-bit numbers, whatever the context."""
+    inner, state, head, n_embd = (number(header, key) for key in (".ssm.inner_size", ".ssm.state_size", ".kda.head_dim", ".embedding_length"))
+    kernel = max(0, number(header, ".ssm.conv_kernel") - 1)
+    kda = number(header, ".attention.head_count") * head * (head + 3 * kernel)
+    return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
+                + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
+
+def model_tensors(header: Header) -> Dict[Tuple[str, int], int]:
+    """The header's tensors, or a guess at them from the model's shape if the header wasn't read in full."""
+    n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
+    kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
+    experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
+    share = experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd)
+    guess = int(header.weight_bytes * share)
+    return header.tensors or {("", kind): header.weight_bytes - guess, ("experts", kind): guess}
+
+def token_shares(header: Header, tensors: Dict[Tuple[str, int], int]) -> Dict[str, float]:
+    """How much of each part is multiplied for each token: of the table of tokens nothing, unless it is the output too; only the chosen experts."""
+    is_output = not any(part == "output" for part, _ in tensors)
+    return {"": 1.0, "output": 1.0, "rows": 0.0, "token_embd": float(is_output),
+            "experts": min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))}
+
+def bytes_per_token(header: Header) -> Dict[int, float]:
+    """ggml type -> bytes of weights that are read for each token."""
+    tensors, found = model_tensors(header), {}
+    for (part, kind), n_bytes in tensors.items():
+        found[kind] = found.get(kind, 0.0) + n_bytes * token_shares(header, tensors)[part]
+    return found
+
+def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Tokens/s to expect of the CPU while writing, 0 = not known: reading the weights takes the time, or working them through."""
+    if not hardware.bytes_per_s:
+        return 0.0
+    has = set(hardware.instruction_sets)
+    skill = 1 if has & {"AVX-VNNI", "AVX-512 VNNI", "dot product"} else 0.7 if "AVX2" in has else 0.3
+    most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
+    seconds = sum(n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes in bytes_per_token(header).items())
+    return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (5 + model_layers(header)) / skill)
+
+def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
+    """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
     n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
     n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
-    # state-space layers (Mamba, Qwen3.5, Granite-H) have 32-bit states, whatever the context
-    states = 4 * model_layers(header) * number(header, ".ssm.inner_size") * number(header, ".ssm.state_size")
-    # llama.cpp's compute buffer: the wider of the logits and of a layer's work
-    compute = 4 * n_ubatch * max(model_vocab(header) + n_embd, 3 * n_ff + 4 * n_embd + n_ctx // 2)
-    return Memory(header.weight_bytes, int(kv_bytes_per_token(header, kv_type) * n_ctx) + states, compute,
-                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header))
+    # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
+    compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
+    kinds = {kind for name in hardware.instruction_sets for kind in REPACKED.get(name, ())}
+    tensors = model_tensors(header)
+    copied = sum(n for (part, kind), n in tensors.items() if kind in kinds and token_shares(header, tensors)[part])
+    return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
+                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
 def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
     """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
-    gpu_bytes = sum(gpu.free_bytes for gpu in hardware.gpus) if wishes.n_gpu_layers else 0
-    # Apple's GPUs use the RAM itself, so it must not be counted twice
-    is_shared = any(gpu.backend.lower() in ("metal", "mtl") for gpu in hardware.gpus)
-    free = hardware.ram_free_bytes + (0 if is_shared else gpu_bytes)
-    n_ubatch = wishes.n_ubatch or (512 if gpu_bytes else 128)  # 128 reads at 95 % of 512's speed and stops sooner
+    rungs = plan_rungs(header, hardware, wishes)
+    n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
+    at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
+    best, below = rungs[at], rungs[at + 1:]
+    if best.n_gpu_layers and wishes.n_gpu_layers < 0:
+        below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
+    ladder = [best] + below
+    at = min(wishes.rung, len(ladder) - 1)
+    plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
+    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
+    plan = plan._replace(rate=rate)
+    return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
+
+def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]:
+    """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
+    gpus = hardware.gpus if wishes.n_gpu_layers else ()
+    n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
     n_most = wishes.n_ctx or min(number(header, ".context_length") or N_CTX_STEPS[0], N_CTX_STEPS[0])
-    for n_ctx in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]:
-        memory = plan_memory(header, n_ctx, n_ubatch, wishes.kv_type)
-        share = sum(memory) / free if free else 0
-        if share <= COMFORT:
-            break
-    plan = Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores,
-                plan_gpu_layers(header, memory, gpu_bytes, wishes.n_gpu_layers), memory, free,
-                "fits" if share <= COMFORT else "tight" if share <= 1 else "too big")
-    return plan._replace(lines=plan_lines(plan, n_most, model_layers(header), wishes.tuned_rate))
+    kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
+    if kv_type not in KV_TYPES:
+        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
+    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
+    steps.append((steps[-1][0], few, kv_type))
+    quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
+    steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
+    return [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
+
+def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
+    """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
+    gpus = hardware.gpus if wishes.n_gpu_layers else ()
+    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
+    memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
+    n_gpu_layers = plan_gpu_layers(header, memory, sum(gpu.free_bytes for gpu in gpus), wishes.n_gpu_layers)
+    on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
+    memory = memory._replace(copied=int(memory.copied * on_cpu) if wishes.use_mmap else 0)
+    share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
+    return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
+                "fits" if share <= COMFORT else "tight" if share <= 1 else "too big", kv_type=kv_type)
 
 def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int) -> int:
     if wished >= 0 or gpu_bytes == 0:
@@ -1747,16 +1885,39 @@ def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int)
     n_all, room = model_layers(header) + 1, gpu_bytes - GPU_RESERVE_BYTES - memory.compute
     return max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
 
-def plan_lines(plan: Plan, n_most: int, n_layers: int, tuned_rate: float) -> Tuple[str, ...]:
+def plan_step(now: Plan, then: Plan) -> str:
+    """What is smaller in the second plan, in words."""
+    return ("%s on the GPU" % format_count(then.n_gpu_layers, "layer") if then.n_gpu_layers < now.n_gpu_layers else
+            "a context of {:,} tokens".format(then.n_ctx) if then.n_ctx < now.n_ctx else
+            "batches of %d tokens" % then.n_ubatch if then.n_ubatch < now.n_ubatch else
+            "the KV cache in %s, which is slower" % then.kv_type)
+
+def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wishes: Wishes) -> str:
+    """What to do when it doesn't fit."""
+    if plan.verdict == "fits":
+        return ""
+    free = plan_load(header, hardware, Wishes()) if wishes[:5] != Wishes()[:5] else plan
+    if free.verdict == "fits":
+        return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
+    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
+    smaller = "a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room) if room > 0 else "close other programs"
+    return "; close other programs if it gets slow" if plan.verdict == "tight" else ": would swap, so take %s" % smaller
+
+def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, advice: str) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
-    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(sum(plan.memory)))
+    most, n_layers = rungs[0], model_layers(header)
+    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
+    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
     memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
-    context = "context {:,} tokens" if plan.n_ctx == n_most else "context lowered from {1:,} to {0:,} tokens to fit"
+    context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
     where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
              "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
     threads = format_count(plan.n_threads, "thread")
-    threads = "tuned: %s, %.1f tokens/s" % (threads, tuned_rate) if tuned_rate else threads
-    return memory + ADVICE[plan.verdict], ", ".join((threads, context.format(plan.n_ctx, n_most), where))
+    rate = ", %s%.*f tokens/s" % ("" if wishes.tuned_rate else "about ", wishes.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
+    settings = ["tuned: " * bool(wishes.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
+    settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
+    settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
+    return memory + advice, ", ".join(settings + [where])
 
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
     """As in Plan, of a file that isn't here yet: about a tenth more for the context, and the rest; "" = not known."""
@@ -1766,13 +1927,16 @@ def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
 
 def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
-    return "%s, %d of %d cores, %d GPUs, %d layers on them: %s, %d bytes" % (
-        hardware.cpu_name, hardware.usable_cores, hardware.logical_cores, len(hardware.gpus), wishes.n_gpu_layers,
-        model_name(header), header.file_bytes)
+    return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
+        machine_key(hardware), len(hardware.gpus), wishes.n_gpu_layers, model_name(header), header.file_bytes)
+
+def machine_key(hardware: Hardware) -> str:
+    return "%s, %d of %d cores" % (hardware.cpu_name, hardware.usable_cores, hardware.logical_cores)
 
 def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
-    models.json, the headers of the models that were seen: see probe_header."""
+    models.json, the headers of the models that were seen: see probe_header;
+    machine.json, what the engine found, for those who don't run it: {machine_key(): {"gpus", "bytes_per_s": of the first three}}."""
     text, kept = read_text(os.path.join(data_dir(), name)), {}
     if text:                              # or else json needn't be imported before the first frame
         import json
@@ -1805,18 +1969,62 @@ def tune(wishes: Wishes, key: str) -> Wishes:
         return wishes
     return wishes if wishes.n_threads else tuned
 
+def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
+    """What engines have found of this machine: its GPUs, and how fast it read its RAM."""
+    try:
+        kept = read_kept("machine.json")[machine_key(hardware)]
+        return tuple(Gpu(*gpu) for gpu in kept["gpus"] if 0 <= gpu[3] <= gpu[2]), [max(0.0, float(rate)) for rate in kept["bytes_per_s"]]
+    except (KeyError, TypeError, ValueError, IndexError):
+        return (), []                     # nothing yet, or the file is damaged
+
+def known_hardware() -> Hardware:
+    """This machine, with what only an engine can find out as the last one found it."""
+    hardware = probe_hardware()
+    gpus, rates = read_machine(hardware)
+    return hardware._replace(gpus=gpus, bytes_per_s=max(rates, default=0.0))
+
+def measure_machine(hardware: Hardware) -> Hardware:
+    """With the RAM's speed, which the first three engines measure (other programs may be busy); what is new is remembered."""
+    gpus, rates = read_machine(hardware)
+    sizes, now = lambda gpus: [gpu._replace(free_bytes=0) for gpu in gpus], rates if len(rates) >= 3 else rates + [probe_bytes_per_s(hardware)]
+    if (sizes(gpus), rates) != (sizes(hardware.gpus), now):
+        with suppress(OSError):           # then the next one does it again
+            save_kept("machine.json", machine_key(hardware), {"gpus": hardware.gpus, "bytes_per_s": now})
+    return hardware._replace(bytes_per_s=max(now))
+
+def probe_bytes_per_s(hardware: Hardware) -> float:
+    """How fast the used cores together read the RAM, 0 = not known: they copy (read and write) for 30 ms, more than most caches hold."""
+    import ctypes, threading, time
+    n, rates = hardware.usable_cores, []
+    half = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n) // 2
+    def copy() -> None:
+        with suppress(MemoryError):
+            buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
+            ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
+            began_s, here = time.perf_counter(), ctypes.addressof(buffer)
+            while not n_copies or time.perf_counter() < began_s + 0.03:
+                ctypes.memmove(here + half, here, half)    # without the GIL
+                n_copies += 1
+            rates.append(2 * half * n_copies / (time.perf_counter() - began_s))
+    threads = [threading.Thread(target=copy) for _ in range(n)]
+    for act in (threading.Thread.start, threading.Thread.join):
+        list(map(act, threads))
+    return sum(rates)
+
+GPU_IS_FULL = r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed"
+RAM_IS_FULL = r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|insufficient memory|Cannot allocate memory"
+OUT_OF_MEMORY = GPU_IS_FULL + "|" + RAM_IS_FULL
 LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
     (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
      "llama-cpp-python is too old for the %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed",
-     "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
-    (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory",
-     "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
+    (GPU_IS_FULL, "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
+    (RAM_IS_FULL, "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
     (r"not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header)",
      "the file is incomplete or damaged (%s): download it again."),
     (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"
      r"tensor '[^']*' not found", "the file and the installed llama-cpp-python don't agree (%s): update "
      "llama-cpp-python with --install, or download the file again from a newer source."),
+    (r"\w cache type (\w+) with block size \d+ does not divide", "its attention heads don't divide into %s's blocks: take f16 (--kv-type f16)."),
     (r"error loading model: ([^\n]+)", "llama.cpp says: %s."),
     (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)", "llama.cpp says: %s."),  # the last such line
     (r"", "llama.cpp says nothing about the reason."))
@@ -1897,9 +2105,13 @@ def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
         if kind(device) in (1, 2):
             free, total = c_size_t(), c_size_t()
             memory(device, byref(free), byref(total))
-            gpus.append(Gpu(description(device).decode("utf-8", "replace"), name(device).decode(),
-                            total.value, free.value))
+            gpus.append(Gpu(description(device).decode("utf-8", "replace"), name(device).decode(), total.value, free.value,
+                            kind(device) == 2 or name(device).decode().lower().startswith(("metal", "mtl"))))    # Apple's are of type 1
     return tuple(gpus)
+
+def probe_engine_hardware(api: Any) -> Hardware:
+    """This machine as llama.cpp sees it."""
+    return measure_machine(probe_hardware()._replace(gpus=probe_gpus(api), llama_version=llama_version(api)))
 
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
@@ -2181,29 +2393,51 @@ class LlamaEngine:
         import threading
         # jinja2 takes as long to import as a small model to load: both at once
         warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        header = read_gguf_header(path)
+        header = read_gguf_header(path, full=True)
         check_text_generator(header)
         path = header.path
-        hardware = probe_hardware()._replace(gpus=probe_gpus(self.api), llama_version=llama_version(self.api))
-        plan = plan_load(header, hardware, tune(wishes, tuning_key(wishes, header, hardware)))
-        self.emit("hardware", lines=describe_hardware(hardware))
-        self.emit("plan", lines=(plan.lines[0], model_summary(header)) + plan.lines[1:], verdict=plan.verdict)
+        hardware = probe_engine_hardware(self.api)
+        wishes = tune(wishes, tuning_key(wishes, header, hardware))
         warm.start()
         self.close()
-        self._percent = -1
-        self.identity = [os.path.realpath(path), header.file_bytes, os.stat(path).st_mtime, plan.n_ctx, wishes.kv_type,
+        plan = self._load_rung(header, hardware, wishes)
+        self.identity = [os.path.realpath(path), header.file_bytes, os.stat(path).st_mtime, plan.n_ctx, plan.kv_type,
                          hardware.llama_version]
-        self._load_model(path, plan, hardware)
-        self._make_context(path, plan, hardware)
         warm.join()
         self._make_template()
         on, off, _ = map(self.template.switch_thinking, (True, False, None))
         self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header),
                   ram_bytes=probe_ram_bytes(), can_switch=on != off)
 
-    def _load_model(self, path: str, plan: Plan, hardware: Hardware) -> None:
+    def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
+        """Load as planned; when memory runs out, with the next smaller plan, until nothing is left to try."""
+        plan = plan_load(header, hardware, wishes)
+        self.emit("hardware", lines=describe_hardware(hardware))
+        self.emit("plan", lines=(plan.lines[0], model_summary(header)) + plan.lines[1:], verdict=plan.verdict, rung=wishes.rung, next=plan.next)
+        try:
+            if not self.model:
+                self._load_model(header.path, plan, hardware, wishes)
+            self._make_context(header.path, plan, hardware)
+            return plan
+        except ModelError:
+            lower = wishes._replace(rung=wishes.rung + 1)
+            model_stays = plan_load(header, hardware, lower).n_gpu_layers == plan.n_gpu_layers
+            # smaller contexts don't help where the weights themselves have no room
+            if not plan.next or not re.search(OUT_OF_MEMORY, "\n".join(self.errors)) or not self.model and model_stays:
+                raise
+        self.emit("lowered", text="Memory ran out while loading. Trying again with %s." % plan.next)
+        if not model_stays:
+            self.close()
+        return self._load_rung(header, hardware, lower)
+
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware, wishes: Wishes) -> None:
         api, params = self.api, self.api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
+        if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x; since then llama_load_mode: 0 none, 1 mmap, 2 mlock, 3 both
+            params.use_mmap, params.use_mlock = bool(wishes.use_mmap), bool(wishes.use_mlock)
+        elif (wishes.use_mmap, wishes.use_mlock) != (1, 0):    # or else llama.cpp chooses, by what the devices can
+            params.load_mode = wishes.use_mmap + 2 * wishes.use_mlock
+        self._percent = -1
         params.progress_callback = self._callbacks[1]
         self.errors = []
         self.model = api.llama_model_load_from_file(os.fsencode(path), params)
@@ -2219,6 +2453,10 @@ class LlamaEngine:
         params.n_ctx, params.n_batch, params.n_ubatch = plan.n_ctx, plan.n_ubatch, plan.n_ubatch
         params.n_threads = params.n_threads_batch = plan.n_threads
         params.n_seq_max, params.swa_full, params.no_perf = 1, False, True
+        params.n_outputs_max = MAX_OUTPUTS    # by default logits of the whole batch: 70 MB for a vocabulary of 150,000
+        params.type_k = params.type_v = KV_TYPES[plan.kv_type][0]
+        params.flash_attn_type = -1 if plan.kv_type in ("f32", "f16", "bf16") else 1    # auto; quantised V needs it
+        self.errors = []
         self.recurrent = api.llama_model_is_recurrent(self.model) or api.llama_model_is_hybrid(self.model)
         self.n_swa = api.llama_model_n_swa(self.model)
         self.cuts_badly = bool(self.recurrent or self.n_swa)
@@ -2226,7 +2464,8 @@ class LlamaEngine:
             params.abort_callback, params.abort_callback_data = self._callbacks[2], self.stop.address
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
-            raise ModelError(explain_load_failure(path, "\n".join(self.errors) or "failed to allocate", hardware))
+            self.errors = self.errors or ["failed to allocate"]
+            raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware))
         self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
                                    api.llama_set_n_threads(self.context, n, plan.n_threads))
         self.drafter = Drafter()
@@ -2712,7 +2951,7 @@ class Bench:
 
     def run(self, path: str, wishes: Wishes) -> None:
         """Raises ModelError, also when stopped."""
-        header, self.hardware = read_gguf_header(path), probe_hardware()._replace(gpus=probe_gpus(self.api))
+        header, self.hardware = read_gguf_header(path, full=True), probe_engine_hardware(self.api)
         plan, *others = [plan_load(header, self.hardware, wishes._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
         waits = {"load": self.median_s(lambda: self.engine.load(path, wishes))}
         self.tokens = self.engine.tokenize(BENCH_TEXT, False)
@@ -2827,7 +3066,8 @@ def probe_ram_bytes() -> int:
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
 # "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" |
-# "loaded" | "unloaded" | "reading" | "text" | "done" | "ahead" | "forgot" | "measured" | "benched" | "failed" | "log", …}. Whatever else the libraries print goes to stderr. It must not
+# "loaded" | "unloaded" | "reading" | "text" | "done" | "ahead" | "forgot" | "lowered" | "measured" | "benched" | "failed" | "log", …}. Whatever
+# else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
 class StateCache:
@@ -3003,7 +3243,7 @@ class EngineProcess:
 
     def on_info(self, command: Dict[str, Any]) -> None:
         api = self.engine.api
-        hardware = probe_hardware()._replace(gpus=probe_gpus(api), llama_version=llama_version(api))
+        hardware = probe_engine_hardware(api)
         system = " ".join(api.llama_print_system_info().decode("utf-8", "replace").split())
         self.emit("hardware", lines=describe_hardware(hardware) + ("llama.cpp  " + system,))
 
@@ -3242,7 +3482,7 @@ def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
                 path = plan_split_paths(os.path.normpath(entry.path))[0]
                 found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
-    kept, hardware = read_kept("models.json"), probe_hardware()
+    kept, hardware = read_kept("models.json"), known_hardware()
     known = {entries[0].path: probe_header(entries[0].path, kept) for entries in found.values()}
     if any(known[path] is not kept.get(path) for path in known):
         with suppress(OSError):           # it is only slower without
@@ -3296,7 +3536,7 @@ def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     path = os.path.normpath(os.path.expanduser(wanted)) if wanted else ""
     if os.path.isfile(path):
         return (ModelEntry(path, os.path.basename(path), ""),)
-    return os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(probe_hardware())
+    return os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(known_hardware())
 
 def describe_model(path: str) -> Tuple[str, ...]:
     """A model in full, a line for each of its sides."""
@@ -3304,7 +3544,7 @@ def describe_model(path: str) -> Tuple[str, ...]:
         header = read_gguf_header(path, full=True)
     except ModelError as error:
         return "File: " + path, str(error)
-    plan, template = plan_load(header, probe_hardware()), string(header, "tokenizer.chat_template")
+    plan, template = plan_load(header, known_hardware()), string(header, "tokenizer.chat_template")
     weights, kv, compute, process = map(format_bytes, plan.memory)
     return (model_name(header), "File: " + path,
             "Architecture: %s, %s" % (string(header, "general.architecture"), format_count(model_layers(header), "layer")),
@@ -3861,7 +4101,7 @@ class ChatStore:
     keep = staticmethod(save_kept)
 
     def suggest(self) -> None:
-        self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(probe_hardware())}))
+        self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(known_hardware())}))
 
     def drop_parts(self, parts: Sequence[str]) -> None:
         for path in filter(os.path.exists, parts):
@@ -4358,7 +4598,7 @@ def link_blob(blob: str, path: str) -> None:
 IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
                  "version_back", "version_forward")
 
-SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
+SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str, all of them, None, meaning)
     "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
     "top_k":          (int, 0, 100000, "choose among the K likeliest tokens, 0 = all"),
     "top_p":          (float, 0, 1, "among the likeliest that add up to this, 1 = off"),
@@ -4371,6 +4611,9 @@ SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning)
     "n_ctx":          (int, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
     "n_threads":      (int, 0, 1024, "CPU threads, 0 = one per physical core"),
     "n_gpu_layers":   (int, -1, 10000, "layers on the GPU, -1 = as many as fit"),
+    "kv_type":        (str, ("", *KV_TYPES), None, "of the model's memory of the chat: f16, q8_0, q4_0 …; empty = what fits"),
+    "use_mmap":       (int, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
+    "use_mlock":      (int, 0, 1, "1 = the model stays in RAM whatever other programs want"),
 }
 
 CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
@@ -4408,7 +4651,7 @@ def start_model(state: State) -> Change:
     settings = state.settings
     if not settings.model_path:
         return look_up(state, state.wanted or "")
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes), "states": settings.states})
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes._replace(rung=state.rung)), "states": settings.states})
     state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
@@ -4691,7 +4934,7 @@ def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path, demo=demo)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings)
+    state = state._replace(settings=settings, rung=0, next_rung="")
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
@@ -4859,6 +5102,8 @@ def cmd_set(state: State, argument: str) -> Change:
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
     kind, low, high, meaning = SETTINGS_HELP[name]
+    if kind is str:
+        return (value, "") if value in low else (None, "%s takes one of: %s (%s), not %r." % (name, ", ".join(low[1:]), meaning, value))
     try:
         number = kind(value)
     except ValueError:
@@ -5318,8 +5563,8 @@ def on_engine_said(state: State, event: EngineSaid) -> Change:
 
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     """It comes after "hardware"; its lines go above those."""
-    style = VERDICT_STYLES.get(message["verdict"], "error")
-    return state._replace(summary=tuple(LogLine(style, line) for line in message["lines"]) + state.summary), ()
+    lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
+    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
     """Also at the engine's "hello": what comes next is loading."""
@@ -5369,6 +5614,7 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         message["n_written"], message["rate"], message["first_s"], format(message["n_read"], ","))
     note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
     note += {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}.get(message["reason"], "")
+    state = state._replace(model=state.model and state.model._replace(proven=True))
     stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
     state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats,
                                      speeds=state.speeds + (message["rate"],) * bool(message["rate"])), note)
@@ -5404,9 +5650,18 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
         return state, ()
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
+    unproven = state.engine is Condition.LOADING or state.engine is Condition.READING and state.model and not state.model.proven
+    if unproven and state.next_rung and (event.code == -9 or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
+        return step_down(state)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
+
+def step_down(state: State) -> Change:
+    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan; the message waits."""
+    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_rung)
+    chat = state.chat._replace(reply=None, waiting=state.chat.waiting or state.engine is Condition.READING)
+    return start_model(state._replace(chat=chat, engine=Condition.DEAD, rung=state.rung + 1, next_rung=""))
 
 DEATHS = (  # exit codes (-signal; on Windows NTSTATUS), what to tell people
     ((-9,), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
@@ -5434,7 +5689,8 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
-                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "reading": on_reading,
+                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded,
+                 "lowered": lambda state, message: (notice(state, message["text"]), ()), "reading": on_reading,
                  "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
                  "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
 
@@ -6193,7 +6449,11 @@ def parse_arguments(argv: List[str]) -> Any:
     add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
     short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
              "n_gpu_layers": ["-g", "--gpu-layers"]}
+    add("--mlock", dest="use_mlock", action="store_const", const="1", help="keep the model in RAM, whatever other programs want")
+    add("--no-mmap", dest="use_mmap", action="store_const", const="0", help="read the model's file at the start, not when it is needed")
     for name, row in SETTINGS_HELP.items():
+        if name in ("use_mlock", "use_mmap"):
+            continue
         add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
             help="%s (default: %s)" % (row[3], setting_value(Settings(), name)))
     add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
@@ -6377,7 +6637,7 @@ def show_list(as_json: bool) -> int:
 def show_info(model: str) -> int:
     """--info: this machine, and what a model would need on it."""
     import json, subprocess
-    hardware, python = probe_hardware(), engine_python()
+    hardware, python = known_hardware(), engine_python()
     lines = list(describe_hardware(hardware))
     if python:
         done = subprocess.run(engine_argv(python), input=b'{"cmd": "info"}\n', stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -6497,7 +6757,7 @@ def run_download(name: str, as_json: bool) -> int:
         if name:
             path = fetch_model(name, tell)
         else:
-            tell("choices", entries=suggested_entries(probe_hardware()))
+            tell("choices", entries=suggested_entries(known_hardware()))
         if path:
             tell("done", path=path)
         return int(bool(name) and not path)

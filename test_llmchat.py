@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import unicodedata
 import unittest
 from functools import lru_cache
@@ -1167,7 +1168,7 @@ class BenchTest(unittest.TestCase):
         llmchat.save_kept("tuning.json", key, dict(tuned, n_threads=3, tokens_per_s=11.24))
         self.assertTrue(self.plan(n_threads=0).startswith("tuned: 3 threads, 11.2 tokens/s, context"))
         self.assertIn("\ntuned: 3 threads", run_plain("--info", MIND)[1])
-        self.assertTrue(self.plan(n_threads=2).startswith("2 threads, context"))
+        self.assertRegex(self.plan(n_threads=2), r"^2 threads, about \d+ tokens/s, context")
 
     def test_damaged_file_is_ignored(self):
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -1221,7 +1222,24 @@ class BadModelTest(unittest.TestCase):
     def test_not_enough_memory(self):
         engine = Engine(self, limit_bytes=2 * GB)
         self.assertIn("there isn't enough memory", engine.load(MIND, n_ctx=1 << 23).get("text", ""))
+        self.assertIn("don't divide into q8_0's blocks", engine.load(MIND, n_ctx=512, kv_type="q8_0").get("text", ""))
+        self.assertEqual([e["text"] for e in engine.events if e["event"] == "lowered"], ["Memory ran out while loading. Trying again with batches of 32 tokens."])
         engine.load(MIND, n_ctx=1024)
+        self.assertEqual(engine.chat("hi", max_tokens=3)[1]["reason"], "length")
+
+    @unittest.skipUnless(sys.platform.startswith("linux"), "RLIMIT_AS counts here")
+    def test_steps_down_until_it_fits(self):
+        """A real allocation fails twice, for a context of 2^20 tokens: 780, 580, 340 MB with batches of 128, of 32, and in q8_0."""
+        path = os.path.join(FOLDER, "wide.gguf")
+        write_random_model(path, **{"llama.attention.head_count": 2, "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 32})
+        small = Engine(self, path, n_ctx=256)
+        with open("/proc/%d/status" % small.process.pid) as file:
+            base = 1024 * llmchat.parse_numbers(file.read())["VmPeak"]
+        engine = Engine(self, limit_bytes=base + (450 << 20))
+        self.assertEqual(engine.load(path, n_ctx=1 << 20)["n_ctx"], 1 << 20)
+        told = [e["text"].partition("again with ")[2] for e in engine.events if e["event"] == "lowered"]
+        self.assertEqual(told, ["batches of 32 tokens.", "the KV cache in q8_0, which is slower."])
+        self.assertIn("KV cache in q8_0 to fit", [e["lines"][-1] for e in engine.events if e["event"] == "plan"][-1])
         self.assertEqual(engine.chat("hi", max_tokens=3)[1]["reason"], "length")
 
 
@@ -1319,6 +1337,40 @@ class EngineDeathTest(unittest.TestCase):
         window.wait(Condition.READY)
         self.assertEqual(window.said("user"), ["hi", "go on"])
         self.assertEqual((window.said("assistant")[-2], len(window.said("notice"))), (partial, 2))
+
+    def test_killed_for_memory_steps_down(self):
+        """Each fresh engine tries the next smaller plan, with the message waiting, until one lives or none is left."""
+        script = """#!/bin/sh
+read load; echo "$load" >> %s; n=$(wc -l < %s)
+echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tight", "rung": '$((n-1))', "next": "'$(test $n -lt 3 && echo step $n)'"}'
+%s"""
+        for last, conditions, n_notices in (("kill -9 $$", (Condition.DEAD,), 3), ("test $n -lt 3 && kill -9 $$; kill -4 $$", (Condition.DEAD,), 3)):
+            log = write(b"", "log")
+            window = Headless(self, MIND, self.fake(script % (log, log, last)))
+            window.handle(llmchat.Submitted("hello"))
+            window.wait(*conditions)
+            rungs = [json.loads(line)["wishes"][Wishes._fields.index("rung")] for line in read_bytes(log).splitlines()]
+            self.assertEqual((rungs, len(window.said("notice"))), ([0, 1, 2], n_notices))
+            self.assertEqual(window.said("notice")[0], "The engine ended because memory ran out. Trying again with step 1.")
+            self.assertIn("the next message (or /load) starts the engine again", window.said("notice")[-1])
+            self.assertEqual((window.said("user"), window.state.draft.text), ([], "hello"))    # to be sent again
+        window.runner.engine.close()
+
+    def test_only_memory_steps_down(self):
+        loading = ready(engine=Condition.LOADING, next_rung="less", rung=1)
+        abort = add_errors(loading, "ggml_aligned_malloc: failed to allocate 9 MB")
+        reading = play(ready(next_rung="less"), "hi", "[enter]", text(1, ""))[0]._replace(engine=Condition.READING)
+        for state, code, steps in ((loading, -9, True), (loading, -11, False), (loading, -4, False), (loading, -6, False), (abort, -6, True),
+                                   (loading._replace(next_rung=""), -9, False), (ready(next_rung="less"), -9, False), (reading, -9, True),
+                                   (reading._replace(model=reading.model._replace(proven=True)), -9, False)):
+            after, effects = play(state, llmchat.EngineDied(code))
+            self.assertEqual([m["wishes"][-1] for m in sent(effects, "load")], [state.rung + 1] * steps, (state.engine, code))
+            self.assertEqual(after.engine is Condition.STARTING, steps)
+        after, _ = play(reading, llmchat.EngineDied(-9))
+        self.assertEqual((after.chat.waiting, after.chat.reply, [turn.text for turn in after.chat.turns][:1]), (True, None, ["hi"]))
+        self.assertEqual(asked(play(after, LOADED)[1]), ["hi"])
+        self.assertEqual(play(after, "/load b.gguf", "[enter]")[0].rung, 0)
+        self.assertEqual(notices(play(ready(), said("lowered", text="less"))[0]), ["less"])
 
     def fake(self, script):
         path = write(script.encode(), "python")
@@ -1462,7 +1514,7 @@ def header(weight_gb=1.0, n_layers=16, n_embd=2048, n_heads=32, n_kv=8, n_ff=819
 
 
 def machine(total_gb, free_gb, gpu_gb=0, backend="CUDA"):
-    gpus = (llmchat.Gpu("card", backend, int(gpu_gb * GB), int(gpu_gb * GB)),) if gpu_gb else ()
+    gpus = (llmchat.Gpu("card", backend, int(gpu_gb * GB), int(gpu_gb * GB), backend == "Metal"),) if gpu_gb else ()
     return llmchat.Hardware("cpu", 4, 4, 4, ("AVX2",), int(total_gb * GB), int(free_gb * GB), "OS", "3.8.0", gpus)
 
 
@@ -1589,9 +1641,13 @@ class HeaderTest(unittest.TestCase):
         llmchat.check_text_generator(both)
 
     def test_fuzz(self):
-        """Whatever stands in a file, there is a header or a sentence."""
-        rng, base, path, outcomes = random.Random(7), gguf(dict(SHAPE, **{"x": [1, 2], "tokenizer.ggml.tokens": ["a"] * 30})), write(b""), set()
-        for n in range(2000):
+        """Whatever stands in a file, there is a header or a sentence, and no more memory is taken than for the file and a few keys."""
+        tensors = tuple((256, 8, kind) for kind in (0, 1, 8, 12))
+        base = gguf(dict(SHAPE, **{"x": [1, 2], "tokenizer.ggml.tokens": ["a"] * 30, "llama.attention.sliding_window_pattern": [1, 0, 1, 1],
+                                   "llama.attention.sliding_window": 64, "llama.expert_count": 4, "llama.ssm.inner_size": 9}), tensors)
+        rng, path, outcomes, most = random.Random(7), write(b""), set(), 0
+        self.addCleanup(tracemalloc.stop)
+        for n in range(10000):
             data = bytearray(base)
             for _ in range(rng.randint(1, 6)):
                 at = rng.randrange(len(data))
@@ -1599,15 +1655,23 @@ class HeaderTest(unittest.TestCase):
                                                                 struct.pack("<Q", len(data) - at), struct.pack("<Q", 1 << 40)))
             with open(path, "wb") as file:
                 file.write(data[: rng.choice((len(data), rng.randrange(len(data))))])
+            traced = n % 10 < 2           # it makes everything slow
+            tracemalloc.start() if traced else None
             try:
                 found = read_gguf_header(path, full=n % 2 == 0)
-                plan_load(found, machine(4, 3))
+                most = max(most, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+                if n % 5 < 2:
+                    plan_load(found, machine(4, 3)._replace(bytes_per_s=1e10))
                 llmchat.model_summary(found)
                 llmchat.check_text_generator(found)
                 outcomes.add("fine")
             except ModelError as error:
+                most = max(most, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
                 outcomes.add("a sentence" if str(error).endswith(".") else str(error))
         self.assertEqual(outcomes, {"fine", "a sentence"})
+        self.assertLess(most, len(base) + 60000)    # Python's objects for the keys
 
 
 class MeaningTest(unittest.TestCase):
@@ -1629,8 +1693,8 @@ class MeaningTest(unittest.TestCase):
         for more, want in (({}, 16 * 8 * 128 * 2), ({"llama.attention.head_count_kv": (8, 0) * 8}, 8 * 8 * 128 * 2),
                            ({"llama.full_attention_interval": 4}, 4 * 8 * 128 * 2), ({"llama.attention.shared_kv_layers": 6}, 10 * 8 * 128 * 2),
                            ({"llama.attention.key_length": 128, "llama.attention.value_length": 128}, 16 * 8 * 256 * 2)):
-            self.assertEqual(llmchat.kv_bytes_per_token(header(**more)), want, more)
-        self.assertEqual(llmchat.kv_bytes_per_token(header(), "q8_0"), 16 * 8 * 128 * 34 / 32)
+            self.assertEqual(llmchat.kv_bytes(header(**more), 1024, 128, "f16"), 1024 * want, more)
+        self.assertEqual(llmchat.kv_bytes(header(), 1000, 128, "q8_0"), 1024 * 16 * 8 * 128 * 34 / 32)    # in steps of 256 tokens
 
     def test_load_failures_are_explained(self):
         path, h = write(gguf()), machine(4, 3)
@@ -1643,6 +1707,118 @@ class MeaningTest(unittest.TestCase):
 
 
 class PlanTest(unittest.TestCase):
+    def test_memory_is_what_llama_cpp_takes(self):
+        """KV cache, states and compute buffer to the byte that its log rounds to, for each way in which models remember."""
+        for arch, wishes in (("llama", {}), ("llama", {"n_ctx": 3000, "n_ubatch": 64}), ("lfm2", {"n_ctx": 2048}), ("gemma3", {"n_ctx": 4096})):
+            path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
+            write_random_model(path, arch)
+            log = [e["text"] for e in Engine(self, path, **wishes).events if e["event"] == "log"]
+            took = lambda what: sum(float(size) for line in log for size in re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, line))
+            plan = plan_load(read_gguf_header(path, full=True), llmchat.probe_hardware(), Wishes(**wishes))
+            self.assertAlmostEqual(plan.memory.kv / 2 ** 20, took("KV|RS"), delta=0.02, msg=(arch, wishes, log))
+            self.assertAlmostEqual(plan.memory.compute / 2 ** 20, took("compute"), delta=0.4, msg=(arch, wishes))
+            self.assertAlmostEqual(plan.memory.weights / 2 ** 20, took("model"), delta=0.1)
+
+    def test_kv_cache_of_other_models(self):
+        windowed = {"general.architecture": "gemma3", "gemma3.block_count": 12, "gemma3.embedding_length": 256, "gemma3.attention.head_count": 4,
+                    "gemma3.attention.head_count_kv": 1, "gemma3.attention.sliding_window": 512}
+        one = 2 * 64 * 2                  # bytes for a token in a layer
+        for keys, want in ((windowed, one * (2 * 4096 + 10 * 768)),                       # 512 + 128 in steps of 256
+                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": (0,) * 12}), one * 12 * 4096),
+                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": 3}), one * (4 * 4096 + 8 * 768)),
+                           (dict(windowed, **{"gemma3.attention.key_length_swa": 32}), one * 2 * 4096 + (32 + 64) * 2 * 10 * 768),
+                           (dict(windowed, **{"gemma3.attention.shared_kv_layers": 2}), one * (1 * 4096 + 9 * 768)),
+                           (dict(windowed, **{"gemma3.nextn_predict_layers": 6}), one * (1 * 4096 + 5 * 768)),
+                           ({key.replace("gemma3", "llama"): "llama" if value == "gemma3" else value for key, value in windowed.items()}, one * 12 * 4096)):
+            self.assertEqual(llmchat.kv_bytes(llmchat.Header("m", 1, 1, keys, 1), 4096, 128, "f16"), want, keys)
+        mla = {"llama.attention.key_length": 576, "llama.attention.value_length": 512, "llama.attention.key_length_mla": 192}
+        self.assertEqual(llmchat.kv_bytes(header(n_kv=1, **mla), 1024, 128, "f16"), 16 * 576 * 2 * 1024)
+        mamba = {"llama.ssm.inner_size": 100, "llama.ssm.state_size": 10, "llama.ssm.conv_kernel": 4, "llama.ssm.group_count": 1}
+        self.assertEqual(llmchat.kv_bytes(header(n_heads=0, n_kv=0, **mamba), 1024, 128, "f16"), 16 * 4 * (1000 + 3 * 120))
+
+    def test_copies_and_what_a_token_reads(self):
+        tensors = {("token_embd", 8): 100, ("output", 14): 80, ("", 12): 400, ("experts", 12): 8000, ("rows", 8): 7}
+        moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(tensors=tensors)
+        self.assertEqual(llmchat.bytes_per_token(moe), {8: 0, 14: 80, 12: 900})
+        tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
+        self.assertEqual(llmchat.bytes_per_token(tied), {8: 100, 12: 400})
+        for flags, copied in ((("AVX2",), 8400), (("NEON", "dot product"), 8480), (("AVX",), 0)):
+            self.assertEqual(llmchat.plan_memory(moe, machine(8, 8)._replace(instruction_sets=flags), 1024, 128, "f16").copied, copied)
+        plan = plan_load(header(2.0), machine(8, 6))
+        self.assertEqual(plan.memory.copied, int(2.0 * GB))
+        self.assertIn("(4.3 GB while there is room)", plan.lines[0])
+        self.assertEqual(plan_load(header(2.0), machine(8, 6), Wishes(use_mmap=0)).memory.copied, 0)
+        self.assertEqual([plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict for on in (0, 1)], ["fits", "tight"])
+
+    def test_rates(self):
+        """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
+        fast = machine(64, 60)._replace(bytes_per_s=20e9, instruction_sets=("AVX2", "AVX-512 VNNI"))
+        rate = lambda header, hardware=fast, **wishes: plan_load(header, hardware, Wishes(**wishes)).rate
+        self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
+        self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
+        self.assertLess(rate(header(4.0), fast._replace(instruction_sets=("SSE4.2",))), 0.7 * rate(header(4.0)))
+        experts = {"llama.expert_count": 128, "llama.expert_used_count": 8, "llama.expert_feed_forward_length": 768}
+        self.assertGreater(rate(header(17.0, n_layers=48, n_ff=6144, **experts)), 6 * rate(header(17.0)))
+        self.assertEqual((rate(header(4.0), machine(64, 60)), rate(header(4.0), tuned_rate=3.5)), (0, 3.5))
+        gpu = machine(64, 60, 24)._replace(bytes_per_s=20e9)
+        self.assertEqual((rate(header(4.0), gpu), rate(header(4.0), gpu, n_gpu_layers=0) > 0), (0, True))
+        self.assertIn(", about 4.", plan_load(header(4.0), fast).lines[1])
+
+    def test_models_on_machines(self):
+        """Verdict, context and GPU layers of five models on six machines, as tables."""
+        models = [header(0.25, 24, 960, 15, 5, 2560, 8192), header(1.2, 28, 2048, 16, 8, 6144, 40960), header(4.6, 32, 4096, 32, 8, 14336, 131072),
+                  header(17.3, 48, 2048, 32, 4, 6144, 40960, **{"llama.expert_count": 128, "llama.expert_used_count": 8,
+                         "llama.expert_feed_forward_length": 768, "llama.attention.key_length": 128, "llama.attention.value_length": 128}),
+                  header(39.6, 80, 8192, 64, 8, 28672, 131072)]
+        old = machine(4, 2.9)._replace(instruction_sets=("SSE4.2", "AVX"))
+        numa = machine(256, 250)._replace(usable_cores=64, physical_cores=64, logical_cores=128)
+        for name, where, want in (
+                ("1 GB Pi", machine(0.9, 0.65), ["fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
+                ("laptop without AVX2", old, ["fits 8192 0", "fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
+                ("8 GB GPU", machine(16, 12, 7.5), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "tight 8192 19", "too big 1024 14"]),
+                ("Apple, unified", machine(16, 11, 10.6, "Metal"), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "too big 1024 28", "too big 1024 20"]),
+                ("64 cores", numa, ["fits 8192 0"] * 5),
+                ("container", machine(6, 5.5), ["fits 8192 0", "fits 8192 0", "tight 4096 0", "too big 1024 0", "too big 1024 0"])):
+            plans = [plan_load(model, where) for model in models]
+            self.assertEqual(["%s %d %d" % (p.verdict, p.n_ctx, p.n_gpu_layers) for p in plans], want, name)
+            self.assertEqual({plan.n_threads for plan in plans}, {where.usable_cores})
+
+    def test_ladder(self):
+        """Each step below a plan is smaller, is said, and the last one says that it is the last."""
+        model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
+        plans, rung = [], 0
+        while not plans or plans[-1].next:
+            plans.append(plan_load(model, where, Wishes(rung=rung)))
+            rung += 1
+        self.assertEqual([(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
+                         [(plans[0].n_gpu_layers // 2, 8192, 512, "f16"), (0, 8192, 512, "f16"), (0, 4096, 512, "f16"), (0, 2048, 512, "f16"),
+                          (0, 1024, 512, "f16"), (0, 1024, 32, "f16"), (0, 1024, 32, "q8_0"), (0, 1024, 32, "q4_0")])
+        self.assertEqual([p.next for p in plans][1:], ["0 layers on the GPU", "a context of 4,096 tokens", "a context of 2,048 tokens", "a context of 1,024 tokens",
+                         "batches of 32 tokens", "the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""])
+        self.assertIn("context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, KV cache in q4_0 to fit", plans[-1].lines[1])
+        self.assertEqual(plan_load(model, where, Wishes(rung=99))[:4], plans[-1][:4])
+        asked = plan_load(model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16"))    # what is wished for stays
+        self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
+        self.assertIn("what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16", plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0])
+        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.1 GB would fit")
+        odd = header(4.0, **{"llama.attention.key_length": 80})    # quantised types come in blocks of 32
+        self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
+
+    def test_what_engines_found_is_known_later(self):
+        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)):
+            here = llmchat.probe_hardware()._replace(gpus=machine(1, 1, 8).gpus)
+            self.assertEqual((llmchat.known_hardware().gpus, llmchat.known_hardware().bytes_per_s), ((), 0))
+            with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=[3e9, 9e9, 5e9])):    # never a fourth time
+                for want in (3e9, 9e9, 9e9, 9e9):
+                    self.assertEqual(llmchat.measure_machine(here).bytes_per_s, want)
+                    self.assertEqual((llmchat.known_hardware().gpus, llmchat.known_hardware().bytes_per_s), (here.gpus, want))
+            for text in ("{", "[]", '{"%s": 3}', '{"%s": {"gpus": 3, "bytes_per_s": []}}', '{"%s": {"gpus": [[1]], "bytes_per_s": [1]}}'):
+                with open(os.path.join(llmchat.data_dir(), "machine.json"), "w") as file:
+                    file.write(text.replace("%s", llmchat.machine_key(here)))
+                self.assertEqual(llmchat.known_hardware().gpus, (), text)
+        rate = llmchat.probe_bytes_per_s(here._replace(ram_free_bytes=64 << 20))
+        self.assertTrue(1e8 < rate < 1e13, rate)
+
     def test_machines(self):
         small = dict(weight_gb=0.4, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
         big = dict(weight_gb=4.6, n_layers=32, n_embd=4096, n_heads=32, n_kv=8, n_ff=14336)
@@ -2176,6 +2352,10 @@ def ready(*turns, **fields):
     """A state with a model loaded and these turns behind it."""
     model = ModelInfo("Tiny", "llama 1B", 4096)
     return State(**dict(dict(settings=Settings("m.gguf"), engine=Condition.READY, model=model, chat=Chat(turns)), **fields))
+
+
+def add_errors(state, *lines):
+    return llmchat.add_log(state, *(llmchat.LogLine("error", line) for line in lines))
 
 
 def sent(effects, command="chat"):
@@ -3718,6 +3898,16 @@ class SettingsTest(unittest.TestCase):
         """A state whose chat is kept on the disk."""
         return ready(**dict(dict(chat=Chat(name="c")), **fields))
 
+    def test_how_the_model_is_kept_in_memory(self):
+        wishes = llmchat.initial_state(llmchat.parse_arguments(["m.gguf", "--mlock", "--no-mmap", "--kv-type", "q8_0", "--no-save"])).settings.wishes
+        self.assertEqual((wishes.use_mlock, wishes.use_mmap, wishes.kv_type), (1, 0, "q8_0"))
+        state = play(ready(), "/set kv_type q4_0", "[enter]", "/set use_mmap 0", "[enter]")[0]
+        self.assertEqual((state.settings.wishes.kv_type, state.settings.wishes.use_mmap), ("q4_0", 0))
+        self.assertEqual(play(state, "/set kv_type", "[enter]")[0].settings.wishes.kv_type, "")    # again what fits
+        self.assertIn("kv_type takes one of: f32, f16", notices(play(state, "/set kv_type q9", "[enter]")[0])[-1])
+        with self.assertRaisesRegex(ModelError, "KV type 'q9' is none of llama.cpp's"):
+            plan_load(header(), machine(4, 3), Wishes(kv_type="q9"))    # from CONFIG
+
     def test_chosen_by_name_or_from_a_list(self):
         state, effects = play(self.stored(), "/persona coder", "[enter]")
         self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
@@ -4344,7 +4534,7 @@ class WindowTest(unittest.TestCase):
             window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
             self.assertEqual(window.end(), 0)
             files = [os.path.join(folder, name) for folder, _, names in os.walk(home["HOME"]) for name in names]
-            self.assertEqual([path for path in files if not path.endswith(".pyc")], [])
+            self.assertEqual([path for path in files if not path.endswith((".pyc", "machine.json"))], [])    # nothing of what was said
 
     def test_killed_windows(self):
         """kill -9 at random moments: the chat opens, with every message that was complete and the beginning of the last."""
