@@ -4,6 +4,7 @@
     python3 llmchat.py model.gguf                 open the window and chat
     python3 llmchat.py --demo                     try the program without a model
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
+    python3 llmchat.py --doctor                   check everything it needs
     python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
     git diff | python3 llmchat.py m.gguf -p "explain this"      one answer, in a pipe
     python3 llmchat.py --help                     everything else
@@ -1484,7 +1485,7 @@ def describe_details(h: Hardware) -> Tuple[str, ...]:
     swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
     seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
     rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", h.build and " ".join(h.build) + " (llama.cpp as it was built)"),
-            ("DISK", "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
+            ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
     return tuple("%-5s%s" % row for row in rows if row[1])
 
 def plan_advice(h: Hardware) -> List[Tuple[str, str]]:
@@ -3221,13 +3222,13 @@ def find_packages(python: str, pattern: str) -> List[str]:
 
 def engine_version(python: str) -> str:
     """Of llama-cpp-python in a virtual environment, "" = not there."""
-    return "".join(os.path.basename(path).split("-")[1] for path in find_packages(python, "llama_cpp_python-*.dist-info")[:1])
+    return "".join(re.findall(r"-([^-]+)\.dist-info$", " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))))
 
 # -- --install: a private environment for the engine --
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
 # as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
 
-ENGINE_PACKAGE = "llama-cpp-python"
+ENGINE_PACKAGE, ENGINE_OLDEST = "llama-cpp-python", ">=0.3.36"    # the index's packages may lag far behind
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
 WHEEL_INDEX_S = 3                     # how long it may take to answer
 CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)    # it has them for these versions of CUDA
@@ -3240,14 +3241,13 @@ GPU_BUILDS = (                        # (name, CMake flag, compiler, where, devi
     ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)",    # SPIRV-Headers: distributions pack them apart
      "glslc & /usr/include/vulkan | /usr/local/include/vulkan | $VULKAN_SDK/include/vulkan & /usr/*/cmake/SPIRV-Headers"
      " | /usr/local/*/cmake/SPIRV-Headers | $VULKAN_SDK/*/cmake/SPIRV-Headers", "a GPU under /dev/dri", "/dev/dri/renderD*"))
-TOOLKITS = {                          # how to get them; "name system" where a system's package manager has them
-    "cuda": "install NVIDIA's CUDA toolkit (https://developer.nvidia.com/cuda-downloads)",
-    "cuda apt": "sudo apt install nvidia-cuda-toolkit", "cuda pacman": "sudo pacman -S cuda",
+TOOLKITS = {                          # how to get them, in general and where a system has packages of them
+    "metal": "only Macs have it", "cuda": "install NVIDIA's CUDA toolkit (https://developer.nvidia.com/cuda-downloads)",
     "rocm": "install AMD's ROCm with its HIP compiler (https://rocm.docs.amd.com)",
-    "rocm apt": "sudo apt install hipcc libhipblas-dev librocblas-dev", "rocm pacman": "sudo pacman -S rocm-hip-sdk",
-    "vulkan": "install the Vulkan SDK (https://vulkan.lunarg.com)", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
+    "vulkan": "install the Vulkan SDK (https://vulkan.lunarg.com)", "cuda apt": "sudo apt install nvidia-cuda-toolkit",
+    "cuda pacman": "sudo pacman -S cuda", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
     "vulkan dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
-    "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers", "metal": "it is only in Macs"}
+    "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}
 COMPILE_CORE_S = {"cuda": 8000, "rocm": 8000, "vulkan": 1200, "": 420}    # compiling, in seconds of one core: a first guess
 COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
 COMPILER_HINTS = {
@@ -3297,6 +3297,8 @@ def plan_install(probe: InstallProbe) -> InstallPlan:
         problems.append("It needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
     gpu, flag, gpu_notes, obstacle = plan_gpu_build(probe)
     wheel, why = plan_wheel(probe, gpu, obstacle)
+    if obstacle and not wheel:
+        problems.append(obstacle)
     if not probe.has_compiler:
         # No problem yet: pip's settings may lead to a ready-made package. pip is told to look for nothing else.
         notes.append("There is no C++ compiler, so only a ready-made package will do (it needs AVX2, FMA, F16C and BMI2). "
@@ -3330,7 +3332,7 @@ def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     lacking = [name for name in WHEEL_SETS if name not in probe.instruction_sets and "NEON" not in probe.instruction_sets]
     more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON")]
     can_compile = probe.has_compiler and not obstacle
-    if probe.user_cmake_args or probe.platform == "termux" or (probe.platform, probe.wanted_gpu) == ("macos", "none"):
+    if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
         return "", ""                     # there are none for these
     if lacking:
         return "", "Your CPU lacks %s, which ready-made packages need: the engine is compiled for it." % ", ".join(lacking)
@@ -3485,28 +3487,31 @@ def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, s
     if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
         env["TMPDIR"] = scratch
     termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
-    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
-    # It doesn't keep the engine from being compiled: PyPI has only its source.
-    options = ["-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
-    only_ready = ["--only-binary", ENGINE_PACKAGE]
-    options += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
     run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
     try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
         run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
     except RuntimeError:
         say("pip could not be updated; going on with this one.")
-    install = [python, "-m", "pip", "install", ENGINE_PACKAGE] + options
+    fill_env(python, env, probe, plan, expected, say)
+
+def fill_env(python: str, env: Dict[str, str], probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
+    """Get the engine and try it out. Raises OSError, RuntimeError."""
+    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
+    # It doesn't keep the engine from being compiled: PyPI has only its source.
+    install = [python, "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
+    install += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
+    only_ready = ["--only-binary", ENGINE_PACKAGE]
     check = [python, os.path.abspath(__file__), "--check-engine"]
     if plan.wheel:
         try:
-            run_logged(install + only_ready + ["--find-links", WHEEL_INDEX % plan.wheel], env, say, expected)
+            run_logged(install + only_ready + ["--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST], env, say, expected)
             return run_logged(check, env, say)
         except RuntimeError as error:
             if plan.obstacle:
                 raise RuntimeError("%s\n%s" % (error, plan.obstacle))
             say("The ready-made package won't do here, so the engine is compiled.")
             install += ["--force-reinstall"]
-    run_logged(install + ([] if probe.has_compiler else only_ready), env, say, expected)
+    run_logged(install + [ENGINE_PACKAGE] + ([] if probe.has_compiler else only_ready), env, say, expected)
     run_logged(check, env, say)
 
 def take_lock(file: Any) -> None:
@@ -3544,7 +3549,7 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
     expected = " of about " + format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
-    say("It will take%s minutes." % expected[3:])
+    say("This takes%s minutes." % expected[3:])
     with lock_install(place + ".lock"):
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
@@ -4471,7 +4476,7 @@ def cmd_stats(state: State, argument: str) -> Change:
         "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
 
 def cmd_install(state: State, argument: str) -> Change:
-    """/install: get the engine (llama-cpp-python), compiled for this machine"""
+    """/install: get the engine (llama-cpp-python) that suits this machine"""
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="It is being installed; Esc stops it"), ()
     pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
@@ -5053,7 +5058,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
 
 DIALOG_TEXTS = {"chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
-                "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
+                "install": "\nThe engine is not installed yet.\n\nllmchat can get it now: it downloads llama-cpp-python and, where that is better, compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
@@ -5931,7 +5936,7 @@ def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
-    findings = [("good", line[:5].strip(), line[5:]) for line in describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h)]
+    findings = [("good", line[:5].strip(), line[5:]) for line in describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h._replace(disk_free_bytes=0))]
     if 0 < h.ram_free_bytes < 1 << 30:
         findings += [("warn", "RAM", "%s free is enough for the smallest models only: close other programs" % format_bytes(h.ram_free_bytes))]
     return findings + [(level, "engine", text) for level, text in plan_advice(h)]
@@ -6043,7 +6048,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.check_engine:
         (level, _, text), = check_engine(sys.executable)
-        print("%s: %s" % (level, text))
+        print("error: " * (level == "error") + text)
         return int(level == "error")
     if arguments.install:
         return install_engine(lambda line: print(clean(line), flush=True), arguments.gpu, arguments.upgrade)
