@@ -3443,10 +3443,11 @@ def read_lines(child: Any) -> Iterable[str]:
                 lines.put(line.rstrip())
     threading.Thread(target=pump, daemon=True).start()
     while True:
+        ended = child.poll() is not None  # asked first, as its last line may come after the wait
         try:
             yield lines.get(timeout=0.2)
         except queue.Empty:
-            if child.poll() is not None:
+            if ended:
                 return
             yield ""
 
