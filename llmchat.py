@@ -1475,10 +1475,11 @@ def describe_hardware(h: Hardware) -> Tuple[str, ...]:
     gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
             for g in h.gpus]
     llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
-    return (" · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
+    return (*(text for _, text in plan_advice(h)),    # first, as the window may cut the end off
+            " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
             "RAM  " + (ram if h.ram_total_bytes else "not known"),
             *(gpus or ["GPU  none that this llama.cpp can use"]),
-            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama), *(text for _, text in plan_advice(h)))
+            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
 
 def describe_details(h: Hardware) -> Tuple[str, ...]:
     """What --info shows below that."""
@@ -1496,9 +1497,8 @@ def plan_advice(h: Hardware) -> List[Tuple[str, str]]:
                           "python3 llmchat.py --install" % ", ".join(lacking))]
     unused = [name for name in h.instruction_sets if name not in h.build and name != "SSE4.2"] if h.build and not h.gpus else []
     cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
-    return [("warn", "This llama.cpp doesn't use all of your CPU (%s). One that does: python3 llmchat.py --install" % ", ".join(unused))] * bool(unused) + [
-        ("warn", "Your %s isn't used: this llama.cpp was built without %s. One that uses it: python3 llmchat.py --install --gpu %s"
-                 % (gpu.name, gpu.backend.upper(), gpu.backend)) for gpu in cards[:1]]
+    return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
+        ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
 
 def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
@@ -5583,8 +5583,7 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
     finally:
         timer.cancel()
         child.kill()
-        with suppress(OSError):
-            child.communicate()
+        child.communicate()
 
 def try_engine(python: str) -> str:
     """What the demo's model replies in a fresh engine process. Raises ModelError, OSError."""
@@ -5914,25 +5913,19 @@ def check_folder() -> List[Tuple[str, str, str]]:
         (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 1.5 GB" * (level != "good")))]
 
 def check_settings() -> List[Tuple[str, str, str]]:
-    import json
-    findings = []
-    for path in (os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")):
-        try:
-            with open(path, encoding="utf-8") as file:
-                dict(json.load(file))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError) as error:
-            findings.append(("warn", "settings", "%s can't be read and counts for nothing: delete it (%s)" % (path, error)))
-    return findings or [("good", "settings", "readable")]
+    paths = [os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")]
+    bad = [path for path in paths if os.path.exists(path) and not is_json(read_text(path))]
+    return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
 def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
     import time
     python, began_s = python or engine_python(), time.monotonic()
     try:
         reply = try_engine(python)
-    except (ModelError, OSError) as error:
+    except ModelError as error:
         return [("error", "engine", str(error))]
+    except OSError as error:
+        return [("error", "engine", "It could not be tried, as the demo's model can't be written (%s)" % error)]
     return [("good", "engine", "loaded the demo's model and replied \"%s\" in %.1f s (%s)" % (reply.strip(), time.monotonic() - began_s, python))]
 
 def check_machine() -> List[Tuple[str, str, str]]:
