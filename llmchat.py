@@ -3488,7 +3488,9 @@ def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, s
     if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
         env["TMPDIR"] = scratch
     termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
-    run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
+    # Of the Python beneath, where this one is a virtual environment's: that may be the very one which is replaced.
+    base = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    run_logged([base, "-m", "venv"] + termux + [folder], env, say)
     try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
         run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
     except RuntimeError:
