@@ -86,6 +86,14 @@ def install():
     return llmchat.env_python(os.path.join(llmchat_dir(), "engine"))
 
 
+def new_home():
+    """(variables that lead a child to an empty home, llmchat's folder there)."""
+    home = tempfile.mkdtemp(dir=FOLDER)
+    env = dict(XDG_DATA_HOME=home, LOCALAPPDATA=home, HOME=home)
+    with mock.patch.dict(os.environ, env):
+        return env, llmchat.data_dir()
+
+
 def llmchat_dir():
     with mock.patch.dict(os.environ, ENV):
         return llmchat.data_dir()
@@ -423,11 +431,11 @@ class InstallTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "copies an environment with its links")
     def test_upgrade(self):
-        home, wheels = tempfile.mkdtemp(dir=FOLDER), tempfile.mkdtemp(dir=FOLDER)
-        place = os.path.join(home, "llmchat", "engine")
+        (home, folder), wheels = new_home(), tempfile.mkdtemp(dir=FOLDER)
+        place = os.path.join(folder, "engine")
         shutil.copytree(os.path.dirname(os.path.dirname(install())), place, symlinks=True)
         subprocess.run([ENGINE, "-c", PACK_WHEELS, wheels], check=True)
-        env = dict(ENV, XDG_DATA_HOME=home, HOME=home, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull)
+        env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull, **home)
         before, argv = os.stat(place).st_ino, [llmchat.env_python(place), SCRIPT, "--install", "--upgrade"]    # by the one that it replaces
         upgrade = lambda: subprocess.run(argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
         done = upgrade()
@@ -437,7 +445,7 @@ class InstallTest(unittest.TestCase):
         repack(os.path.join(wheels, wheel), "0.9999.0")
         done = upgrade()
         self.assertRegex(done.stdout, r"replied(?s:.*)The engine is installed: llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)")
-        self.assertEqual([name for name in sorted(os.listdir(os.path.dirname(place))) if name.startswith("engine")], ["engine", "engine.lock"])
+        self.assertEqual([name for name in sorted(os.listdir(folder)) if name.startswith("engine")], ["engine", "engine.lock"])
         self.assertIn("is the newest", upgrade().stdout)    # the Python in the new place works
 
     @unittest.skipUnless(POSIX, "links")
@@ -459,9 +467,8 @@ class InstallTest(unittest.TestCase):
             llmchat.make_env = make_env
             sys.exit(llmchat.install_engine(print))
         """
-        home = tempfile.mkdtemp(dir=FOLDER)
-        env = dict(ENV, XDG_DATA_HOME=home, HOME=home, PIP_NO_INDEX="1")
-        place = os.path.join(home, "llmchat")
+        home, place = new_home()
+        env = dict(ENV, PIP_NO_INDEX="1", **home)
         os.makedirs(place)
         os.symlink(engine, os.path.join(place, "engine"))
         ends = []
@@ -1618,10 +1625,7 @@ class DoctorTest(unittest.TestCase):
     def test_bad_folders(self):
         status, found = self.doctor(XDG_DATA_HOME=TALK, LOCALAPPDATA=TALK, HOME=TALK)    # a file, so it can't be written to, not by root either
         self.assertEqual((status, found["folder"][0], found["engine"][0]), (1, "problem", "problem"))
-        home = tempfile.mkdtemp(dir=FOLDER)
-        surroundings = dict(XDG_DATA_HOME=home, LOCALAPPDATA=home, HOME=home)
-        with mock.patch.dict(os.environ, surroundings):
-            place = llmchat.data_dir()
+        surroundings, place = new_home()
         os.makedirs(place, mode=0o755)
         with open(os.path.join(place, "settings.json"), "w") as file:
             file.write("{")
@@ -1631,23 +1635,22 @@ class DoctorTest(unittest.TestCase):
         self.assertEqual(found["folder"][0] if POSIX else "warning", "warning")
 
     def test_no_engine_and_a_broken_one(self):
-        home = tempfile.mkdtemp(dir=FOLDER)
-        for broken in (False, True):
-            argv = [sys.executable, "-S", SCRIPT, "--doctor"]
-            env = dict(ENV, XDG_DATA_HOME=home, HOME=home, LOCALAPPDATA=home)
-            with mock.patch.dict(os.environ, env):
-                python = llmchat.env_python(os.path.join(llmchat.data_dir(), "engine"))
-            if broken:                    # an engine that dies of an illegal instruction, as one does that was built for a newer CPU
-                if not POSIX:
-                    continue
-                os.makedirs(os.path.dirname(python))
-                os.makedirs(os.path.join(os.path.dirname(python), "../lib/python3.0/site-packages/llama_cpp"))
-                with open(python, "w") as file:
-                    file.write("#!/bin/sh\nkill -ILL $$\n")
-                os.chmod(python, 0o755)
-            done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        home, place = new_home()
+        doctor = lambda: subprocess.run([sys.executable, "-S", SCRIPT, "--doctor"], env=dict(ENV, **home), stdout=subprocess.PIPE,
+                                        encoding="utf-8", timeout=LIMIT_S)    # -S: this Python may itself have llama_cpp
+        done = doctor()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, "problem +engine +The engine is not installed: .*--install")
+        if POSIX:                         # one that dies of an illegal instruction, as one does that was built for a newer CPU
+            python = llmchat.env_python(os.path.join(place, "engine"))
+            os.makedirs(os.path.dirname(python))
+            os.makedirs(os.path.join(place, "engine/lib/python3.0/site-packages/llama_cpp"))
+            with open(python, "w") as file:
+                file.write("#!/bin/sh\nkill -ILL $$\n")
+            os.chmod(python, 0o755)
+            done = doctor()
             self.assertEqual(done.returncode, 1)
-            self.assertRegex(done.stdout, "problem +engine +" + ("This llama.cpp was built for a newer CPU.*--install" if broken else "The engine is not installed: .*--install"))
+            self.assertRegex(done.stdout, "problem +engine +This llama.cpp was built for a newer CPU.*--install")
 
 
 # -- hardware, model files, plans --
