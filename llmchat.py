@@ -1485,7 +1485,8 @@ def describe_details(h: Hardware) -> Tuple[str, ...]:
     """What --info shows below that."""
     swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
     seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
-    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", h.build and " ".join(h.build) + " (llama.cpp as it was built)"),
+    uses = " ".join(h.build) + " (llama.cpp as it was built)" if h.build else ""
+    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", uses),
             ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
     return tuple("%-5s%s" % row for row in rows if row[1])
 
@@ -3248,7 +3249,7 @@ TOOLKITS = {                          # how to get them, in general and where a 
     "cuda pacman": "sudo pacman -S cuda", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
     "vulkan dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
     "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}
-COMPILE_CORE_S = {"cuda": 8000, "rocm": 8000, "vulkan": 1200, "": 420}    # compiling, in seconds of one core: a first guess
+COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 420}    # compiling, in seconds of one core: "" measured, the others guessed
 COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
 COMPILER_HINTS = {
     "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
@@ -3337,9 +3338,9 @@ def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     if lacking:
         return "", "Your CPU lacks %s, which ready-made packages need: the engine is compiled for it." % ", ".join(lacking)
     if gpu not in ("", "metal"):
-        cuda = max((n for n in CUDA_WHEELS if n <= probe.cuda_version), default=CUDA_WHEELS[-1])
-        rocm = "hip-radeon" if probe.platform == "windows" else "rocm72"
-        return ("", "") if can_compile else ({"cuda": "cu%d" % cuda, "rocm": rocm}.get(gpu, gpu), "So a ready-made package is looked for.")
+        cuda = max((n for n in CUDA_WHEELS if n <= probe.cuda_version), default=CUDA_WHEELS[0])
+        folders = {"cuda": "cu%d" % cuda, "rocm": "hip-radeon" if probe.platform == "windows" else "rocm72", "vulkan": "vulkan"}
+        return ("", "") if can_compile else (folders[gpu], "Only a ready-made package for %s will do here, so one is looked for." % gpu)
     if more and can_compile and not gpu:
         return "", "The engine is compiled: that takes minutes, once, and uses your CPU's %s, which no ready-made package does." % ", ".join(more)
     return gpu or "cpu", "A ready-made package will do%s, so one is looked for before compiling." % (" all that your CPU can" if not more else "")
@@ -3419,7 +3420,7 @@ def run_logged(argv: List[str], env: Dict[str, str], say: Any, expected: str = "
     tail, began_s = ["starting"], time.monotonic()
     try:
         for line in map(short_pip_line, read_lines(child)):
-            clock = format_clock(time.monotonic() - began_s) + expected
+            clock = format_clock(time.monotonic() - began_s) + (expected and " of about " + expected)
             tail = tail[-200:] + [line] if line else tail
             if not line:
                 draw_status("%s  %s" % (clock, tail[-1].strip()))
@@ -3546,24 +3547,31 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     plan = plan_install(probe)
     for line in plan.notes:
         say(line)
-    if plan.wheel and not plan.problems and not ("PIP_NO_INDEX" not in os.environ and probe_wheels(WHEEL_INDEX % plan.wheel)):
+    if plan.wheel and not plan.problems and ("PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel)):
         say("The index of ready-made packages doesn't answer.")
         plan = plan._replace(wheel="", problems=(plan.obstacle,) if plan.obstacle else ())
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
-    expected = " of about " + format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
-    say("This takes%s minutes." % expected[3:])
+    expected = format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
+    say("This takes about %s minutes." % expected)
     with lock_install(place + ".lock"):
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
         make_env(work, probe, plan, expected, say)
-        if os.path.lexists(place):
-            discard(place + ".old", work)
-            os.rename(place, place + ".old")    # where engine_python() finds it, should all end right here
-        os.rename(os.path.join(work, "env"), place)
-        discard(place + ".old", work)
+        swap_env(place, work)
+    with suppress(OSError):               # only the next install would have known it
         save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
         save_kept("install.json", "last", {"gpu": gpu})
+
+def swap_env(place: str, work: str) -> None:
+    """The new environment takes the old one's place; at any instant engine_python() finds one of them."""
+    import signal
+    handle_signals(signal.SIG_IGN)
+    if os.path.lexists(place):
+        discard(place + ".old", work)
+        os.rename(place, place + ".old")
+    os.rename(os.path.join(work, "env"), place)
+    discard(place + ".old", work)
 
 def discard(path: str, work: str) -> None:
     """Out of the way at once; it goes with `work`."""
@@ -5692,7 +5700,8 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--json", action="store_true", help="with --info and --bench: as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
     add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
-    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="", help="with --install: what the engine is to use; without it, what is found")
+    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
+        help="with --install: what the engine is to use; without it, what is found")
     add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
@@ -5873,7 +5882,7 @@ def show_info(model: str, as_json: bool) -> int:
         print(clean(facts["model_problem"]), file=sys.stderr)
     return int("model_problem" in facts)
 
-# The doctor's checks: each gives (level, what, sentence), …
+# The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: list it in run_doctor().
 
 def check_python() -> List[Tuple[str, str, str]]:
     small = sys.maxsize < 1 << 32
@@ -5932,7 +5941,8 @@ def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
-    findings = [("good", line[:5].strip(), line[5:]) for line in describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h._replace(disk_free_bytes=0))]
+    lines = describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h._replace(disk_free_bytes=0))
+    findings = [("good", line[:5].strip(), line[5:]) for line in lines]    # without the advice, which comes below
     if 0 < h.ram_free_bytes < 1 << 30:
         findings += [("warn", "RAM", "%s free is enough for the smallest models only: close other programs" % format_bytes(h.ram_free_bytes))]
     return findings + [(level, "engine", text) for level, text in plan_advice(h)]

@@ -533,6 +533,7 @@ class WheelTest(unittest.TestCase):
                    XDG_DATA_HOME=os.path.dirname(place))
         env.pop("PIP_NO_INDEX", None)
         with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(llmchat, "WHEEL_INDEX", index.url + "/%s/"), \
+                mock.patch.object(llmchat, "handle_signals"), \
                 mock.patch.object(llmchat, "probe_install", lambda gpu: PLAIN_MACHINE._replace(instruction_sets=AVX2_CPU, **facts)):
             llmchat.replace_env(place, place + ".new-1", "", said.append)
         return "\n".join(said), llmchat.env_python(place)
