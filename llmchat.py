@@ -4,6 +4,7 @@
     python3 llmchat.py model.gguf                 open the window and chat
     python3 llmchat.py --demo                     try the program without a model
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
+    python3 llmchat.py --doctor                   check everything it needs
     python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
     git diff | python3 llmchat.py m.gguf -p "explain this"      one answer, in a pipe
     python3 llmchat.py --help                     everything else
@@ -277,7 +278,7 @@ class Hardware(NamedTuple):
     cpu_name: str
     physical_cores: int
     logical_cores: int
-    usable_cores: int  # physical ones that this process may use and that are not the slow half of a phone
+    usable_cores: int  # physical ones that this process may use and that are worth it, see count_cores()
     instruction_sets: Tuple[str, ...]
     ram_total_bytes: int
     ram_free_bytes: int
@@ -286,6 +287,16 @@ class Hardware(NamedTuple):
     gpus: Tuple[Gpu, ...] = ()
     llama_version: str = ""
     bytes_per_s: float = 0.0  # how fast the used cores together read the RAM; 0 = not measured
+    build: Tuple[str, ...] = ()  # the instruction sets that this llama.cpp was compiled for
+    fast_cores: int = 0  # 0 = all are alike
+    numa_nodes: int = 1
+    container_cores: int = 0  # what a container grants, 0 = no limit
+    container_bytes: int = 0  # … of RAM
+    swap_total_bytes: int = 0
+    swap_free_bytes: int = 0
+    seen_gpus: Tuple[Gpu, ...] = ()  # that the system has; backend: the word for --install --gpu
+    disk_free_bytes: int = 0  # in the data directory; this and the next only in --info and --doctor
+    battery: str = ""
 
 class Header(NamedTuple):
     """What a GGUF file, or all parts of a split one, says of itself."""
@@ -1276,12 +1287,13 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
 # llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another system, write probes that return
 # Hardware fields and list them in probe_hardware; for another reason why a file can't be used, add to the tables.
 
-CPU_FLAGS = (  # /proc/cpuinfo's, macOS's and Windows' word for it -> ours; those that llama.cpp has faster code for
+CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it -> ours; those that llama.cpp has faster code for
     ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
-    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41", "AVX-512"),
+    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41 avx512", "AVX-512"),
     ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
-    ("asimddp hw.optional.arm.feat_dotprod win43", "dot product"), ("i8mm hw.optional.arm.feat_i8mm", "I8MM"),
+    ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"), ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
     ("sve", "SVE"))
+WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
 
 def read_text(path: str) -> str:
     """A small system file; "" where it isn't there or may not be read (Android hides many)."""
@@ -1291,11 +1303,11 @@ def read_text(path: str) -> str:
     except OSError:
         return ""
 
-def read_command(*argv: str) -> str:
+def read_command(*argv: str, limit_s: float = 2) -> str:
     """What a system command prints; "" where it doesn't work."""
     from subprocess import DEVNULL, PIPE, SubprocessError, run
     try:
-        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=2).stdout.decode("utf-8", "replace")
+        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s).stdout.decode("utf-8", "replace")
     except (OSError, SubprocessError):
         return ""
 
@@ -1303,16 +1315,24 @@ def parse_numbers(text: str) -> Dict[str, int]:
     """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
     return {name: int(digits) for name, digits in re.findall(r"(?m)^([\w ]+?):?\s+(\d+)", text)}
 
+def parse_range(text: str) -> List[int]:
+    """The numbers of Linux's lists of CPUs and nodes, such as "0-3,8"."""
+    return [n for first, last in re.findall(r"(\d+)(?:-(\d{1,5}))?", text) for n in range(int(first), int(last or first) + 1)]
+
+def parse_build(system_info: str) -> Tuple[str, ...]:
+    """Our words for what stands in llama_print_system_info(), "CPU : SSE3 = 1 | AVX2 = 1 | …"."""
+    return parse_flags(re.findall(r"(\w+) = 1", system_info.lower()))
+
 def parse_flags(flags: Iterable[str]) -> Tuple[str, ...]:
     return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
 
-def probe_hardware() -> Hardware:
-    """This machine, without GPUs (llama.cpp reports those); never raises."""
+def probe_hardware(*more: Any) -> Hardware:
+    """This machine, without the GPUs that llama.cpp reports; never raises. more: probes that take longer."""
     n_cores = os.cpu_count() or 1
     hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
                         "%d.%d.%d" % sys.version_info[:3])
     probes = {"darwin": (probe_macos,), "win32": (probe_windows_cpu, probe_windows_ram)}
-    for probe in probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)):
+    for probe in (*probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)), probe_seen_gpus, *more):
         try:
             hardware = hardware._replace(**probe())
         except Exception:
@@ -1324,12 +1344,24 @@ def probe_linux_cpu() -> dict:
     threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     folder = "/sys/devices/system/cpu/cpu%d/"
     core_of = {n: read_text(folder % n + "topology/thread_siblings_list") or core_ids.get(n, n) for n in threads}
-    n_cores, n_fast = count_cores({n: int(read_text(folder % n + "cpu_capacity") or 0) for n in threads}, core_of)
+    n_cores, n_fast = count_cores(probe_linux_speeds(threads, folder), core_of)
+    quotas = probe_cgroup_quotas()
     system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
     return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
             "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
             "instruction_sets": instruction_sets, "physical_cores": n_cores, "logical_cores": len(threads),
-            "usable_cores": min([n_fast] + probe_cgroup_quotas())}
+            "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
+            "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
+
+def probe_linux_speeds(threads: Iterable[int], folder: str) -> Dict[int, float]:
+    """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
+    read_number = lambda n, name: int((re.match(r"\d+", read_text(folder % n + name)) or [0])[0])
+    slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
+    if set(threads) - set(slow) and slow:
+        return {n: float(n not in slow) for n in threads}
+    # the square, as a core made for a lower clock also does less in each cycle
+    return {n: read_number(n, "cpu_capacity") for n in threads if read_number(n, "cpu_capacity")} or {
+        n: read_number(n, "cpufreq/cpuinfo_max_freq") ** 2 for n in threads}
 
 def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
@@ -1340,13 +1372,14 @@ def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     flags = first.get("flags") or first.get("Features", "")
     return name, parse_flags(flags.split()), dict(enumerate(zip(packages, cores)))
 
-def count_cores(speeds: Dict[int, int], core_of: dict) -> Tuple[int, int]:
-    """All cores and the fast ones, of {thread: speed} and {thread: what its core's threads have in common}.
+def count_cores(speeds: Dict[int, float], core_of: dict) -> Tuple[int, int]:
+    """All cores and those to use, of {thread: speed} and {thread: what its core's threads have in common}.
 
     Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
     """
-    fast = [thread for thread in speeds if speeds[thread] * 2 >= max(speeds.values())]
-    return len({core_of.get(n, n) for n in speeds}), len({core_of.get(n, n) for n in fast})
+    count = lambda least: len({core_of.get(n, n) for n in speeds if speeds[n] >= least})
+    best = max(set(speeds.values()), key=lambda speed: (speed * count(speed), -speed))
+    return count(0), count(best)
 
 def probe_cgroup_folders(controller: str) -> List[str]:
     """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
@@ -1371,7 +1404,7 @@ def probe_cgroup_quotas() -> List[int]:
 def probe_linux_ram() -> dict:
     told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
     free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    total = 1024 * told.get("MemTotal", 0)
+    total, limits = 1024 * told.get("MemTotal", 0), [0]
     for folder in probe_cgroup_folders("memory"):
         limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
             ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
@@ -1379,25 +1412,61 @@ def probe_linux_ram() -> dict:
             pages = parse_numbers(read_text(folder + "memory.stat"))
             files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
             total = int(limit)
+            limits.append(total)
             free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
-    return {"ram_total_bytes": total, "ram_free_bytes": free}
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": limits[-1],
+            "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
+
+def probe_seen_gpus() -> dict:
+    """The GPUs that the system knows of, with memory of their own where that is told."""
+    has_nvidia = any(map(os.path.exists, ("/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1", "C:/Windows/System32/nvcuda.dll")))
+    backends = {"0x10de": ("NVIDIA GPU", "cuda" if has_nvidia else "vulkan"), "0x8086": ("Intel GPU", "vulkan"),
+                "0x1002": ("AMD GPU", "rocm" if os.path.exists("/dev/kfd") else "vulkan")}
+    seen = []
+    for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
+        name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
+        n_bytes, n_free = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
+        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_free))] if name else []
+    cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
+    return {"seen_gpus": tuple(seen + cuda)}
+
+def probe_nvidia() -> dict:
+    """The NVIDIA GPUs by name, from their driver, which may take its time."""
+    rows = re.findall(r"(?m)^(.+), (\d+), (\d+)\s*$", read_command(
+        "nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"))
+    cards = tuple(Gpu(name, "cuda", int(total) << 20, int(free) << 20) for name, total, free in rows)
+    seen = probe_seen_gpus()["seen_gpus"]
+    return {"seen_gpus": cards + tuple(gpu for gpu in seen if gpu.backend != "cuda")} if cards else {}
+
+def probe_disk() -> dict:
+    import shutil
+    folder = data_dir()
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return {"disk_free_bytes": shutil.disk_usage(folder).free}
+
+def probe_battery() -> dict:
+    in_use, percent = probe_power()
+    return {"battery": percent and "%s %%%s" % (percent, ", in use" if in_use else "")}
 
 def probe_macos() -> dict:
     import platform
     keys = ("machdep.cpu.brand_string machdep.cpu.features machdep.cpu.leaf7_features hw.optional.arm.FEAT_DotProd "
-            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize").split()
+            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize vm.swapusage").split()
     told = dict(re.findall(r"(?m)^(\S+): (.*)$", read_command("/usr/sbin/sysctl", "-i", *keys)))
     vm_stat = read_command("/usr/bin/vm_stat")
     page_bytes, pages = re.search(r"page size of (\d+)|$", vm_stat).group(1) or 4096, parse_numbers(vm_stat)
     free = int(page_bytes) * sum(
         pages.get("Pages " + key, 0) for key in ("free", "inactive", "speculative", "purgeable"))  # without swapping
     flags = " ".join([*told.values(), *(key for key in told if told[key] == "1"), platform.machine()])
+    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
     # the last is Apple's performance cores, absent on Intel
     total, n_cores, n_threads, n_fast = (int(told.get("hw." + key, 0)) for key in (
         "memsize", "physicalcpu", "logicalcpu", "perflevel0.physicalcpu"))
     return {"cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
             "instruction_sets": parse_flags(flags.lower().split()), "os_name": "macOS " + platform.mac_ver()[0],
             "physical_cores": n_cores or 1, "logical_cores": n_threads or 1, "usable_cores": n_fast or n_cores or 1,
+            "fast_cores": n_fast, "swap_total_bytes": int(swap.get("total", 0)) << 20, "swap_free_bytes": int(swap.get("free", 0)) << 20,
             "ram_total_bytes": total, "ram_free_bytes": min(total, free or total // 2)}
 
 def probe_windows_cpu() -> dict:
@@ -1406,39 +1475,48 @@ def probe_windows_cpu() -> dict:
     # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
     flags = ["win%d" % number for number in (19, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
     size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
-    kernel32.GetLogicalProcessorInformation(buffer, ctypes.byref(size))
-    n_cores = parse_windows_cores(buffer.raw[: size.value]) or os.cpu_count() or 1
+    done = kernel32.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size))    # 0 = RelationProcessorCore
+    n_cores, n_fast = parse_windows_cores(buffer.raw[: size.value] if done else b"") or (os.cpu_count() or 1,) * 2
     with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
         name = winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
     windows = "11" if build >= 22000 else "10" if build >= 10240 else "before 10"  # 11 still calls itself 10
     return {"cpu_name": name, "os_name": "Windows %s (build %d)" % (windows, build),
-            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_cores}
+            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_fast, "fast_cores": n_fast % n_cores}
 
-def parse_windows_cores(raw: bytes) -> int:
-    """Entries of SYSTEM_LOGICAL_PROCESSOR_INFORMATION whose relationship is 0, RelationProcessorCore."""
+def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
+    """All cores and the fast ones, of SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX records: relationship, size, flags, EfficiencyClass …"""
     import struct
-    return sum(mask and relationship == 0 for mask, relationship, _, _ in struct.iter_unpack("PIQQ", raw))
+    classes = []
+    while len(raw) >= 10:
+        relationship, size, _, efficiency = struct.unpack_from("<IIBB", raw)
+        classes += [efficiency] * (relationship == 0)
+        raw = raw[max(10, size):]
+    return (len(classes), classes.count(max(classes))) if classes else None    # a higher class is faster
 
 def probe_windows_ram() -> dict:
     import ctypes, struct
     # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
     buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
     ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
-    total, free = struct.unpack_from("<QQ", buffer.raw, 8)
-    return {"ram_total_bytes": total, "ram_free_bytes": free}
+    total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)    # the commit limit: RAM and page file
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "swap_total_bytes": max(0, commit - total),
+            "swap_free_bytes": max(0, min(commit - total, commit_free - free))}
 
-def on_battery() -> bool:
-    """Whether the machine runs on its battery, as far as the system tells."""
+def probe_power() -> Tuple[bool, str]:
+    """Whether the machine runs on its battery, and how full that is in percent or "", as far as the system tells."""
     if sys.platform == "win32":
         import ctypes
-        status = ctypes.create_string_buffer(12)  # SYSTEM_POWER_STATUS; its first byte: 0 = no mains
-        return bool(ctypes.windll.kernel32.GetSystemPowerStatus(status)) and status.raw[0] == 0
+        status = ctypes.create_string_buffer(b"\1\0\xff", 12)  # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
+        ctypes.windll.kernel32.GetSystemPowerStatus(status)
+        return status.raw[0] == 0, str(status.raw[2]) if status.raw[2] <= 100 else ""
     if sys.platform == "darwin":
-        return "Battery Power" in read_command("/usr/bin/pmset", "-g", "batt")
+        told = read_command("/usr/bin/pmset", "-g", "batt")
+        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
     import glob
-    return any(read_text(path).strip() == "Discharging" and
-               read_text(path[:-6] + "scope").strip() != "Device"  # not a mouse's
-               for path in glob.glob("/sys/class/power_supply/*/status"))
+    folders = [path[:-6] for path in glob.glob("/sys/class/power_supply/*/status")
+               if read_text(path[:-6] + "scope").strip() != "Device"]  # not a mouse's
+    return (any(read_text(folder + "status").strip() == "Discharging" for folder in folders),
+            "".join(re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))[:1]))
 
 def format_bytes(n_bytes: int) -> str:
     """Such as "0.8 GB", in the binary units in which systems show their RAM."""
@@ -1465,15 +1543,39 @@ def format_count(n: int, noun: str) -> str:
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
     cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
+    cores += ", %d fast" % h.fast_cores if h.fast_cores else ""
+    cores += ", the container grants %d" % h.container_cores if h.container_cores else ""
     cores += ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
-    ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
+    cores += ", %d NUMA nodes" % h.numa_nodes if h.numa_nodes > 1 else ""
+    ram = "%s, %s free%s" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes), ", as the container grants" * bool(h.container_bytes))
     gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
             for g in h.gpus]
     llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
-    return (" · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
+    return (*(text for _, text in plan_upgrade(h)),    # first, as the window may cut the end off
+            " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
             "RAM  " + (ram if h.ram_total_bytes else "not known"),
             *(gpus or ["GPU  none that this llama.cpp can use"]),
             "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+
+def describe_details(h: Hardware) -> Tuple[str, ...]:
+    """What --info shows below that."""
+    swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
+    seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
+    uses = " ".join(h.build) + " (llama.cpp as it was built)" if h.build else ""
+    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", uses),
+            ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
+    return tuple("%-5s%s" % row for row in rows if row[1])
+
+def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
+    """(level, sentence) about what the installed llama.cpp makes of this machine, where it could be better. Pure."""
+    lacking = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build and name not in h.instruction_sets]
+    if lacking and h.instruction_sets:
+        return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
+                          "python3 llmchat.py --install" % ", ".join(lacking))]
+    unused = [name for name in h.instruction_sets if name not in h.build and name != "SSE4.2"] if h.build and not h.gpus else []
+    cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
+    return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
+        ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
 
 def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
@@ -1980,17 +2082,16 @@ def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
 def known_hardware() -> Hardware:
     """This machine, with what only an engine can find out as the last one found it."""
     hardware = probe_hardware()
-    gpus, rates = read_machine(hardware)
-    return hardware._replace(gpus=gpus, bytes_per_s=max(rates, default=0.0))
+    return measure_machine(hardware._replace(gpus=read_machine(hardware)[0]), 3)
 
-def measure_machine(hardware: Hardware) -> Hardware:
-    """With the RAM's speed, which the first three engines measure (other programs may be busy); what is new is remembered."""
+def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
+    """With the RAM's speed, the best of so many measurements (other programs may be busy), one at a time; what is new is remembered."""
     gpus, rates = read_machine(hardware)
-    sizes, now = lambda gpus: [gpu._replace(free_bytes=0) for gpu in gpus], rates if len(rates) >= 3 else rates + [probe_bytes_per_s(hardware)]
+    sizes, now = lambda gpus: [gpu._replace(free_bytes=0) for gpu in gpus], rates + [probe_bytes_per_s(hardware)] if len(rates) < n_wanted else rates
     if (sizes(gpus), rates) != (sizes(hardware.gpus), now):
         with suppress(OSError):           # then the next one does it again
             save_kept("machine.json", machine_key(hardware), {"gpus": hardware.gpus, "bytes_per_s": now})
-    return hardware._replace(bytes_per_s=max(now))
+    return hardware._replace(bytes_per_s=max(now, default=0.0))
 
 def probe_bytes_per_s(hardware: Hardware) -> float:
     """How fast the used cores together read the RAM, 0 = not known: they copy (read and write) for 30 ms, more than most caches hold."""
@@ -2109,9 +2210,11 @@ def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
                             kind(device) == 2 or name(device).decode().lower().startswith(("metal", "mtl"))))    # Apple's are of type 1
     return tuple(gpus)
 
-def probe_engine_hardware(api: Any) -> Hardware:
-    """This machine as llama.cpp sees it."""
-    return measure_machine(probe_hardware()._replace(gpus=probe_gpus(api), llama_version=llama_version(api)))
+def probe_engine_hardware(api: Any, *more: Any) -> Hardware:
+    """This machine, and what this llama.cpp makes of it."""
+    hardware = probe_hardware(*more)._replace(gpus=probe_gpus(api), llama_version=llama_version(api),
+                                              build=parse_build(api.llama_print_system_info().decode("utf-8", "replace")))
+    return measure_machine(hardware, 0)
 
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
@@ -2393,7 +2496,7 @@ class LlamaEngine:
         import threading
         # jinja2 takes as long to import as a small model to load: both at once
         warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        header = read_gguf_header(path, full=True)
+        header = read_gguf_header(path)   # not in full: its vocabulary takes 26 ms
         check_text_generator(header)
         path = header.path
         hardware = probe_engine_hardware(self.api)
@@ -3065,7 +3168,7 @@ def probe_ram_bytes() -> int:
 
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "hardware" | "plan" | "loading" |
+# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "machine" | "hardware" | "plan" | "loading" |
 # "loaded" | "unloaded" | "reading" | "text" | "done" | "ahead" | "forgot" | "lowered" | "measured" | "benched" | "failed" | "log", …}. Whatever
 # else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
@@ -3200,7 +3303,7 @@ class EngineProcess:
         """Wait for a command; meanwhile read ahead, in pieces that any command interrupts."""
         import queue
         try:
-            if self.engine.ahead and on_battery():
+            if self.engine.ahead and probe_power()[0]:
                 return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
         except queue.Empty:
             pass
@@ -3242,10 +3345,8 @@ class EngineProcess:
             self.emit("failed", during=command["cmd"], text="%s: %s (details are in the system pane)" % (type(error).__name__, error))
 
     def on_info(self, command: Dict[str, Any]) -> None:
-        api = self.engine.api
-        hardware = probe_engine_hardware(api)
-        system = " ".join(api.llama_print_system_info().decode("utf-8", "replace").split())
-        self.emit("hardware", lines=describe_hardware(hardware) + ("llama.cpp  " + system,))
+        hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk, probe_battery)
+        self.emit("machine", hardware=hardware)
 
     def on_load(self, command: Dict[str, Any]) -> None:
         self.states.save()
@@ -3557,37 +3658,55 @@ def describe_model(path: str) -> Tuple[str, ...]:
             "Speed: " + ("about %.1f tokens/s" % plan.rate if plan.rate else "not known; --bench measures it"))
 
 def engine_python() -> str:
-    """Path of a Python that can run the engine: this one, else the private environment's, else ""."""
-    import glob
+    """Path of a Python that can run the engine: the private environment's, which somebody asked for; else this one; else ""."""
     from importlib.machinery import PathFinder
+    for folder in ("engine", "engine.old"):    # .old: where an install was cut off between its last two steps
+        python = env_python(os.path.join(data_dir(), folder))
+        if os.path.exists(python) and find_packages(python, "llama_cpp"):
+            return python
     spec = PathFinder.find_spec("llama_cpp")
-    if spec and spec.has_location:        # a mere folder of that name is found too, without a location
-        return sys.executable
-    folder = os.path.join(data_dir(), "engine")
-    python = env_python(folder)
-    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
-    version = os.path.basename(os.path.realpath(python))
-    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
-    packages = glob.glob(os.path.join(glob.escape(folder), lib, "site-packages", "llama_cpp"))
-    return python if packages and os.path.exists(python) else ""
+    return sys.executable if spec and spec.has_location else ""    # a mere folder of that name has no location
 
 def env_python(folder: str) -> str:
     return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+
+def find_packages(python: str, pattern: str) -> List[str]:
+    """Paths of this name among the packages of a virtual environment."""
+    import glob
+    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
+    version = os.path.basename(os.path.realpath(python))
+    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
+    return glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.dirname(python))), lib, "site-packages", pattern))
+
+def engine_version(python: str) -> str:
+    """Of llama-cpp-python in a virtual environment, "" = not there."""
+    return "".join(re.findall(r"-([^-]+)\.dist-info$", " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))))
 
 # -- --install: a private environment for the engine --
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
 # as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
 
-ENGINE_PACKAGE = "llama-cpp-python"
+ENGINE_PACKAGE, ENGINE_OLDEST = "llama-cpp-python", ">=0.3.36"    # the index's packages may lag far behind
+WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
+WHEEL_INDEX_S = 3                     # how long it may take to answer
+CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)    # it has them for these versions of CUDA
 INSTALL_BYTES = 1_500_000_000         # sources, object files and the finished environment together
 COMPILE_JOB_BYTES = 1_000_000_000     # what one C++ compiler at work may need
 GPU_BUILDS = (                        # (name, CMake flag, compiler, where, device, where), see is_here(): the first with both
     ("metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU", "/System/*/*/Metal.framework"),
     ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "nvcc", "an NVIDIA GPU", "/dev/nvidia[0-9]* | nvidia-smi"),
-    ("hip", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "hipcc", "an AMD GPU with ROCm's driver (/dev/kfd)", "/dev/kfd"),
+    ("rocm", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "hipcc", "an AMD GPU with ROCm's driver (/dev/kfd)", "/dev/kfd"),
     ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)",    # SPIRV-Headers: distributions pack them apart
      "glslc & /usr/include/vulkan | /usr/local/include/vulkan | $VULKAN_SDK/include/vulkan & /usr/*/cmake/SPIRV-Headers"
      " | /usr/local/*/cmake/SPIRV-Headers | $VULKAN_SDK/*/cmake/SPIRV-Headers", "a GPU under /dev/dri", "/dev/dri/renderD*"))
+TOOLKITS = {                          # how to get them, in general and where a system has packages of them
+    "metal": "only Macs have it", "cuda": "install NVIDIA's CUDA toolkit (https://developer.nvidia.com/cuda-downloads)",
+    "rocm": "install AMD's ROCm with its HIP compiler (https://rocm.docs.amd.com)",
+    "vulkan": "install the Vulkan SDK (https://vulkan.lunarg.com)", "cuda apt": "sudo apt install nvidia-cuda-toolkit",
+    "cuda pacman": "sudo pacman -S cuda", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
+    "vulkan dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
+    "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}
+COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 420}    # compiling, in seconds of one core: "" measured, the others guessed
 COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
 COMPILER_HINTS = {
     "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
@@ -3600,7 +3719,7 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
      "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
-    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To compile without the GPU, set CMAKE_ARGS=-DGGML_NATIVE=on."),
+    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
     (r"", "Mend what it names."))
 
 class InstallProbe(NamedTuple):
@@ -3614,49 +3733,113 @@ class InstallProbe(NamedTuple):
     free_disk_bytes: int = 0
     memory_bytes: int = 0             # 0 = not known
     n_cpus: int = 1
+    wanted_gpu: str = ""              # a name of GPU_BUILDS or "none"; "" = what is found
+    instruction_sets: Tuple[str, ...] = ()
+    cuda_version: int = 0             # that the driver can do, such as 124
 
-def plan_install(probe: InstallProbe) -> Tuple[Tuple[str, ...], Tuple[str, ...], Dict[str, str]]:
-    """(problems that stop it, notes for the user, environment variables for the build). Pure."""
+class InstallPlan(NamedTuple):
+    problems: Tuple[str, ...]         # they stop it
+    notes: Tuple[str, ...]            # for the user
+    variables: Dict[str, str]         # in the build's environment
+    gpu: str                          # a name of GPU_BUILDS, "" = none
+    wheel: str                        # folder of the wheel index to take a ready-made package from, "" = none will do
+    obstacle: str                     # why it can't be compiled for this GPU, "" = it can
+
+def plan_install(probe: InstallProbe) -> InstallPlan:
+    """What --install does on such a machine. Pure."""
     problems, notes = [], []
     if not probe.has_venv:
         hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install your system's package of it"
         problems.append("Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % hint)
     if probe.free_disk_bytes < INSTALL_BYTES:
         problems.append("It needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
+    gpu, flag, gpu_notes, obstacle = plan_gpu_build(probe)
+    wheel, why = plan_wheel(probe, gpu, obstacle)
+    if obstacle and not wheel:
+        problems.append(obstacle)
     if not probe.has_compiler:
         # No problem yet: pip's settings may lead to a ready-made package. pip is told to look for nothing else.
-        notes.append("There is no C++ compiler, so only a ready-made package will do. To compile one for this processor: %s. "
-                     "Or take a prebuilt wheel (llama-cpp-python's README says from where; it needs AVX2, FMA, F16C and BMI2)."
-                     % COMPILER_HINTS[probe.platform])
-    flag, gpu_notes = plan_gpu_build(probe)
+        notes.append("There is no C++ compiler, so only a ready-made package will do (it needs AVX2, FMA, F16C and BMI2). "
+                     "To compile one for this processor: %s." % COMPILER_HINTS[probe.platform])
     variables = {"CMAKE_ARGS": flag} if flag else {}
     if 0 < probe.memory_bytes < probe.n_cpus * COMPILE_JOB_BYTES:
         variables["CMAKE_BUILD_PARALLEL_LEVEL"] = str(max(1, probe.memory_bytes // COMPILE_JOB_BYTES))
-    return tuple(problems), tuple(notes + gpu_notes), variables
+    return InstallPlan(tuple(problems), tuple(filter(None, (*notes, *gpu_notes, why))), variables, gpu, wheel, obstacle)
 
-def plan_gpu_build(probe: InstallProbe) -> Tuple[str, List[str]]:
-    """(CMake's flag or "", notes). The user's own CMAKE_ARGS always win."""
+def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
+    """(name of GPU_BUILDS or "", CMake's flag or "", notes, why it can't be compiled or ""). The user's own CMAKE_ARGS always win."""
     if probe.user_cmake_args:
-        return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args]
+        return "", "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
+    if probe.wanted_gpu == "none":
+        return "", "-DGGML_METAL=off" * (probe.platform == "macos"), [], ""
     notes = []
     for name, flag, tool, _, device, _ in GPU_BUILDS:
         has_tool, has_device = name in probe.gpu_tools, name in probe.gpus
-        if has_tool and has_device:
-            return flag, notes + ["Found %s and %s: what is compiled will use it." % (tool, device)]
-        if has_tool or has_device and name != "vulkan":    # nearly every desktop has a device for Vulkan
-            notes.append("Found %s but not %s, so it isn't used." % ((tool, device) if has_tool else (device, tool)))
-    return "", notes
+        if name == probe.wanted_gpu and not has_tool:
+            how = TOOLKITS.get("%s %s" % (name, probe.platform), TOOLKITS[name])
+            return name, flag, [], "%s isn't here, which --gpu %s needs: %s." % (tool, name, how)
+        if name == probe.wanted_gpu or has_tool and has_device and not probe.wanted_gpu:
+            return name, flag, notes + ["Found %s%s: what is compiled will use it." % (tool, " and " + device if has_device else "")], ""
+        if not probe.wanted_gpu and (has_tool or has_device and name != "vulkan"):    # nearly every desktop has a device for Vulkan
+            notes.append("Found %s but not %s, so it isn't used." % ((tool, device) if has_tool else (device, tool))
+                         + " To try a ready-made package: --install --gpu %s" % name * has_device)
+    return "", "", notes, ""
 
-def probe_install() -> InstallProbe:
+def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
+    """(a folder of the wheel index, or "" to compile; why). What is compiled uses all of the CPU, a ready-made package comes in seconds."""
+    lacking = [name for name in WHEEL_SETS if name not in probe.instruction_sets and "NEON" not in probe.instruction_sets]
+    more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON")]
+    can_compile = probe.has_compiler and not obstacle
+    if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
+        return "", ""                     # there are none for these
+    if lacking:
+        return "", "Your CPU lacks %s, which ready-made packages need: the engine is compiled for it." % ", ".join(lacking)
+    if gpu not in ("", "metal"):
+        cuda = max((n for n in CUDA_WHEELS if n <= probe.cuda_version), default=CUDA_WHEELS[0])
+        folders = {"cuda": "cu%d" % cuda, "rocm": "hip-radeon" if probe.platform == "windows" else "rocm72", "vulkan": "vulkan"}
+        return ("", "") if can_compile else (folders[gpu], "Only a ready-made package for %s will do here, so one is looked for." % gpu)
+    if more and can_compile and not gpu:
+        return "", "The engine is compiled: that takes minutes, once, and uses your CPU's %s, which no ready-made package does." % ", ".join(more)
+    return gpu or "cpu", "A ready-made package will do%s, so one is looked for before compiling." % (" all that your CPU can" if not more else "")
+
+def probe_install(wanted_gpu: str) -> InstallProbe:
     import shutil
     from importlib.util import find_spec
     system = "termux" if "com.termux" in os.environ.get("PREFIX", "") else \
         {"win32": "windows", "darwin": "macos"}.get(sys.platform) or next(filter(is_here, ("apt", "dnf", "pacman", "apk")), "")
     tools = tuple(name for name, _, _, where, _, _ in GPU_BUILDS if is_here(where))
     gpus = tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where))
+    told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi")) if wanted_gpu == "cuda" else None
+    hardware = probe_hardware()
     return InstallProbe(
         system, bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system), os.environ.get("CMAKE_ARGS", ""),
-        tools, gpus, shutil.disk_usage(data_dir()).free, probe_hardware().ram_total_bytes, os.cpu_count() or 1)
+        tools, gpus, shutil.disk_usage(data_dir()).free, hardware.ram_total_bytes, os.cpu_count() or 1, wanted_gpu,
+        hardware.instruction_sets, int("".join(told.groups())) if told else 0)
+
+def probe_wheels(page: str) -> bool:
+    """Whether this page of the wheel index answers in time and names packages; in a thread, as a name server may take longer."""
+    import threading
+    from urllib.request import urlopen
+    answers: List[bytes] = []
+    def fetch() -> None:
+        with suppress(Exception):         # whatever it is, the package is compiled then
+            answers.append(urlopen(page, timeout=WHEEL_INDEX_S).read(1 << 24))
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(WHEEL_INDEX_S)
+    return b".whl" in b"".join(answers)
+
+def plan_seconds(plan: InstallPlan, n_cpus: int, kept: Dict[str, Dict[str, Any]]) -> float:
+    """How long it will take: as long as the last one of its kind on this machine, else by the number of compilers at work. Pure."""
+    last = kept.get(install_kind(plan), {}).get("seconds")
+    n_jobs = int(plan.variables.get("CMAKE_BUILD_PARALLEL_LEVEL", n_cpus))
+    return last if type(last) is int else 60 if plan.wheel else 40 + COMPILE_CORE_S.get(plan.gpu, COMPILE_CORE_S[""]) / n_jobs
+
+def install_kind(plan: InstallPlan) -> str:
+    return "%s for %s" % ("ready-made" if plan.wheel else "compiled", plan.gpu or "cpu")
+
+def format_clock(seconds: float) -> str:
+    return "%d:%02d" % divmod(int(seconds), 60)
 
 def probe_compiler(system: str) -> bool:
     import subprocess
@@ -3684,8 +3867,8 @@ def handle_signals(handler: Any) -> None:
         if number and signal.getsignal(number) != signal.SIG_IGN:    # nohup
             signal.signal(number, handler)
 
-def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
-    """Run a command and say what matters of its output as it comes. Raises RuntimeError; interrupted, ends it first."""
+def run_logged(argv: List[str], env: Dict[str, str], say: Any, expected: str = "") -> None:
+    """Run a command and say what matters of its output as it comes, with the time it takes. Raises RuntimeError; interrupted, ends it first."""
     import subprocess, time
     # In our group the terminal's Ctrl-C would reach some of pip's children before us, and a kill none of them.
     group: Dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
@@ -3694,7 +3877,7 @@ def run_logged(argv: List[str], env: Dict[str, str], say: Any) -> None:
     tail, began_s = ["starting"], time.monotonic()
     try:
         for line in map(short_pip_line, read_lines(child)):
-            clock = "%d:%02d" % divmod(int(time.monotonic() - began_s), 60)
+            clock = format_clock(time.monotonic() - began_s) + (expected and " of about " + expected)
             tail = tail[-200:] + [line] if line else tail
             if not line:
                 draw_status("%s  %s" % (clock, tail[-1].strip()))
@@ -3718,10 +3901,11 @@ def read_lines(child: Any) -> Iterable[str]:
                 lines.put(line.rstrip())
     threading.Thread(target=pump, daemon=True).start()
     while True:
+        ended = child.poll() is not None  # asked first, as its last line may come after the wait
         try:
             yield lines.get(timeout=0.2)
         except queue.Empty:
-            if child.poll() is not None:
+            if ended:
                 return
             yield ""
 
@@ -3752,28 +3936,44 @@ def end_group(child: Any) -> None:
             pass                          # all gone already
     child.wait()
 
-def make_env(work: str, probe: InstallProbe, variables: Dict[str, str], say: Any) -> None:
-    """work/env: a virtual environment with the engine in it, tried out. Raises OSError, RuntimeError."""
+def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
+    """work/env: a virtual environment with the engine in it, which has loaded a model and replied. Raises OSError, RuntimeError."""
     folder, scratch = os.path.join(work, "env"), os.path.join(work, "tmp")
     python, astray = env_python(folder), re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
-    env = dict(variables, **{name: value for name, value in os.environ.items() if not astray.match(name)})
+    env = dict(plan.variables, **{name: value for name, value in os.environ.items() if not astray.match(name)})
     env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
     os.makedirs(scratch)
     if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
         env["TMPDIR"] = scratch
     termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
-    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
-    # It doesn't keep the engine from being compiled: PyPI has only its source.
-    options = ["-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
-    options += [] if probe.has_compiler else ["--only-binary", ENGINE_PACKAGE]
-    options += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
-    run_logged([sys.executable, "-m", "venv"] + termux + [folder], env, say)
+    # Of the Python beneath, where this one is a virtual environment's: that may be the very one which is replaced.
+    base = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    run_logged([base, "-m", "venv"] + termux + [folder], env, say)
     try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
         run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
     except RuntimeError:
         say("pip could not be updated; going on with this one.")
-    run_logged([python, "-m", "pip", "install", ENGINE_PACKAGE] + options, env, say)
-    run_logged([python, os.path.abspath(__file__), "--check-engine"], env, say)
+    fill_env(python, env, probe, plan, expected, say)
+
+def fill_env(python: str, env: Dict[str, str], probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
+    """Get the engine and try it out. Raises OSError, RuntimeError."""
+    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
+    # It doesn't keep the engine from being compiled: PyPI has only its source.
+    install = [python, "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
+    install += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
+    only_ready = ["--only-binary", ENGINE_PACKAGE]
+    check = [python, os.path.abspath(__file__), "--check-engine"]
+    if plan.wheel:
+        try:
+            run_logged(install + only_ready + ["--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST], env, say, expected)
+            return run_logged(check, env, say)
+        except RuntimeError as error:
+            if plan.obstacle:
+                raise RuntimeError("%s\n%s" % (error, plan.obstacle))
+            say("The ready-made package won't do here, so the engine is compiled.")
+            install += ["--force-reinstall"]
+    run_logged(install + [ENGINE_PACKAGE] + ([] if probe.has_compiler else only_ready), env, say, expected)
+    run_logged(check, env, say)
 
 def take_lock(file: Any) -> None:
     """Lock an open file until it is closed. Raises OSError, where another process has it or there are no locks."""
@@ -3795,25 +3995,53 @@ def lock_install(path: str) -> Any:
         raise RuntimeError("Another install is at work in %s." % os.path.dirname(path))
     return lock
 
-def replace_env(place: str, work: str, say: Any) -> None:
-    """Make a new environment in `work`; only a finished one moves to `place`. Raises OSError, RuntimeError."""
-    import glob, shutil
+def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
+    """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
+    import glob, shutil, time
+    began_s = time.monotonic()
     os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-    probe = probe_install()
-    problems, notes, variables = plan_install(probe)
-    for line in notes:
+    probe = probe_install(gpu)
+    plan = plan_install(probe)
+    for line in plan.notes:
         say(line)
-    if problems:
-        raise RuntimeError("\n".join(problems))
+    if plan.wheel and not plan.problems and ("PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel)):
+        say("The index of ready-made packages doesn't answer.")
+        plan = plan._replace(wheel="", problems=(plan.obstacle,) if plan.obstacle else ())
+    if plan.problems:
+        raise RuntimeError("\n".join(plan.problems))
+    expected = format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
+    say("This takes about %s minutes." % expected)
     with lock_install(place + ".lock"):
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
-        make_env(work, probe, variables, say)
-        if os.path.lexists(place):
-            os.rename(place, os.path.join(work, "old"))
-        os.rename(os.path.join(work, "env"), place)
+        make_env(work, probe, plan, expected, say)
+        swap_env(place, work)
+    with suppress(OSError):               # only the next install would have known it
+        save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
+        save_kept("install.json", "last", {"gpu": gpu})
 
-def install_engine(say: Any) -> int:
+def swap_env(place: str, work: str) -> None:
+    """The new environment takes the old one's place; at any instant engine_python() finds one of them."""
+    import signal
+    handle_signals(signal.SIG_IGN)
+    if os.path.lexists(place):
+        discard(place + ".old", work)
+        os.rename(place, place + ".old")
+    os.rename(os.path.join(work, "env"), place)
+    discard(place + ".old", work)
+
+def discard(path: str, work: str) -> None:
+    """Out of the way at once; it goes with `work`."""
+    import tempfile
+    if os.path.lexists(path):
+        os.rename(path, os.path.join(tempfile.mkdtemp(dir=work), "old"))
+
+def probe_upgrade(python: str) -> str:
+    """The newest version that pip can get, "" = not known."""
+    told = read_command(python, "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
+    return "".join(re.findall(r"^[\w-]+ \((\S+)\)", told))
+
+def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     """Make the private environment, as the last thing a process does, for it changes what signals do. say(line) tells.
 
     0 = done, 1 = failed, 130 = interrupted; after these two nothing has changed."""
@@ -3821,9 +4049,13 @@ def install_engine(say: Any) -> int:
     handle_signals(signal.default_int_handler)    # which raises KeyboardInterrupt
     place = os.path.join(data_dir(), "engine")
     work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
+    before = engine_version(env_python(place))
     try:
-        replace_env(place, work, say)
-        say("The engine is installed.")
+        if upgrade and before and not gpu and probe_upgrade(env_python(place)) == before:
+            say("llama-cpp-python %s is the newest; nothing was changed." % before)
+            return 0
+        replace_env(place, work, gpu or (str(read_kept("install.json").get("last", {}).get("gpu", "")) if upgrade else ""), say)
+        say("The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), before and " (it was %s)" % before))
         return 0
     except KeyboardInterrupt:
         say("Installing was stopped; nothing has changed.")
@@ -5141,7 +5373,7 @@ def cmd_stats(state: State, argument: str) -> Change:
         "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
 
 def cmd_install(state: State, argument: str) -> Change:
-    """/install: get the engine (llama-cpp-python), compiled for this machine"""
+    """/install: get the engine (llama-cpp-python) that suits this machine"""
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="It is being installed; Esc stops it"), ()
     pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
@@ -5840,7 +6072,7 @@ DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d or 
                 "details": "d or Esc goes back, Enter takes this model",
                 "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
-                "install": "\nThe engine is not installed yet.\n\nllmchat can make it now: it downloads llama-cpp-python and compiles it "
+                "install": "\nThe engine is not installed yet.\n\nllmchat can get it now: it downloads llama-cpp-python and, where that is better, compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
@@ -5983,24 +6215,25 @@ def decode_escape(items: List[Any]) -> Tuple[Any, int]:
     key = decode_key(items[1])
     return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
 
+def probe_encoding() -> str:
+    """The locale's, such as "utf8"; it is set, as curses draws in it."""
+    import locale
+    with suppress(locale.Error):          # an unknown locale: plain ASCII it is
+        locale.setlocale(locale.LC_ALL, "")
+    return locale.nl_langinfo(locale.CODESET).lower().replace("-", "") if hasattr(locale, "nl_langinfo") else "utf8"
+
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
-        import locale
-        try:
-            locale.setlocale(locale.LC_ALL, "")    # curses draws in the locale's encoding
-        except locale.Error:
-            pass                                   # an unknown locale: plain ASCII it is
+        self.unicode = probe_encoding() == "utf8"
         os.environ.setdefault("ESCDELAY", "25")    # milliseconds that curses waits after ESC for a sequence
         import curses
         self.curses = curses
-        codeset = locale.nl_langinfo(locale.CODESET) if hasattr(locale, "nl_langinfo") else "utf-8"
-        self.unicode = codeset.lower().replace("-", "") == "utf8"
         self.n_early, self.n_empty = self._count_early(), 0    # n_empty: reads in a row that brought nothing
         self.pending: List[Any] = []
         self.paste = bytearray()
         self.theme, self.painted = "", []          # what the screen shows
-        self._check_terminal()
+        self.check_terminal()
         self.window = curses.initscr()
         curses.raw()
         curses.noecho()
@@ -6009,15 +6242,17 @@ class Screen:
         self.window.nodelay(True)
         self._write("\x1b[?2004h")                 # bracketed paste on
 
-    def _check_terminal(self) -> None:
+    @staticmethod
+    def check_terminal() -> None:
         """Raises OSError with a sentence when this terminal can't show a window."""
+        import curses
         if os.name == "nt":
             return                        # windows-curses needs no terminfo
         try:
-            self.curses.setupterm(fd=1)
-            if self.curses.tigetstr("cup"):
+            curses.setupterm(fd=1)
+            if curses.tigetstr("cup"):
                 return
-        except self.curses.error:
+        except curses.error:
             pass                          # terminfo doesn't know it
         raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % os.environ.get("TERM", ""))
 
@@ -6365,7 +6600,42 @@ def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
 def probe_engine_end(code: int) -> EngineDied:
     """After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and this one doesn't have."""
     has = probe_hardware().instruction_sets if code in (-4, 0xC000001D) else ("NEON",)
-    return EngineDied(code, () if "NEON" in has else tuple(name for name in ("AVX", "AVX2", "FMA", "F16C") if name not in has))
+    return EngineDied(code, () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has))
+
+def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
+    """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
+    import json, subprocess, threading
+    if not python:
+        raise ModelError("The engine is not installed: python3 llmchat.py --install")
+    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+    late: List[int] = []
+    timer = threading.Timer(limit_s, lambda: (late.append(1), child.kill()))
+    timer.daemon = True
+    timer.start()
+    try:
+        with suppress(OSError):           # it has died already; its exit status says how
+            child.stdin.write(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
+            child.stdin.flush()
+        for message in map(json.loads, child.stdout):
+            if message["event"] == "failed":
+                raise ModelError(message["text"])
+            yield message
+        raise ModelError("The engine did not answer in %d s." % limit_s if late else explain_death(probe_engine_end(child.wait()), False, ""))
+    finally:
+        timer.cancel()
+        child.kill()
+        child.communicate()
+
+def try_engine(python: str) -> str:
+    """What the demo's model replies in a fresh engine process. Raises ModelError, OSError."""
+    load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
+    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
+    text = ""
+    for message in ask_engine(python, load, chat, limit_s=120):
+        text += message.get("text", "") if message["event"] == "text" else ""
+        if message["event"] == "done" and text:
+            break
+    return text
 
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
@@ -6466,13 +6736,19 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
     add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3:4b or org/repo:Q4_K_M, and print "
         "its path (no NAME: show what is suggested); then end")
-    add("--json", action="store_true", help="with --bench, --list and --download: what they have to say as JSON, for scripts")
-    add("--install", action="store_true", help="get the engine (llama-cpp-python), compiled for this machine; then end")
+    add("--json", action="store_true", help="with --info, --list, --bench and --download: what they have to say as JSON, for scripts")
+    add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
+    add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
+    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
+        help="with --install: what the engine is to use; without it, what is found")
+    add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
     if arguments.bench and not arguments.model:
         parser.error("--bench needs a MODEL")
+    if (arguments.gpu or arguments.upgrade) and not arguments.install:
+        parser.error("--gpu and --upgrade go with --install")
     arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS_HELP, "system_prompt") and value is not None}
     for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS_HELP)):
         parser.error(problem)
@@ -6634,27 +6910,124 @@ def show_list(as_json: bool) -> int:
         print(explain_match((), (), ""), file=sys.stderr)
     return int(not entries)
 
-def show_info(model: str) -> int:
-    """--info: this machine, and what a model would need on it."""
-    import json, subprocess
-    hardware, python = known_hardware(), engine_python()
-    lines = list(describe_hardware(hardware))
-    if python:
-        done = subprocess.run(engine_argv(python), input=b'{"cmd": "info"}\n', stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        told = {message["event"]: message for message in map(json.loads, done.stdout.splitlines())}
-        failed = told.get("failed", {"text": "The engine does not start."})["text"]
-        lines = told["hardware"]["lines"] if "hardware" in told else lines + [failed]
-    else:
-        lines.append("The engine is not installed: python3 llmchat.py --install")
-    print(clean("\n".join(["llmchat %s" % VERSION] + lines)))
+# -- --info, --doctor --
+
+def probe_machine() -> Tuple[Hardware, str]:
+    """The machine in depth, and what is wrong with the engine, which knows a part of it."""
     try:
-        header = read_gguf_header(model, full=True) if model else None
-        if header:
-            print(clean("\n".join((model_summary(header),) + plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware))).lines)))
+        for message in ask_engine(engine_python(), {"cmd": "info"}, limit_s=60):
+            if message["event"] == "machine":
+                h = Hardware(*(tuple(value) if isinstance(value, list) else value for value in message["hardware"]))
+                return h._replace(gpus=tuple(Gpu(*g) for g in h.gpus), seen_gpus=tuple(Gpu(*g) for g in h.seen_gpus)), ""
     except ModelError as error:
-        print(clean(str(error)), file=sys.stderr)
-        return 1
-    return 0
+        problem = str(error)
+    return probe_hardware(probe_nvidia, probe_disk, probe_battery), problem
+
+def show_info(model: str, as_json: bool) -> int:
+    """--info: this machine, and what a model would need on it."""
+    import json
+    hardware, problem = probe_machine()
+    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware), problem]
+    facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
+        name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
+    try:
+        if model:
+            header = read_gguf_header(model, full=True)
+            plan = plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware)))
+            lines += (model_summary(header),) + plan.lines
+            facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
+                "path": header.path, "name": model_name(header), "architecture": string(header, "general.architecture"),
+                "size": model_size(header), "quant": model_quant(header), "bytes": header.file_bytes,
+                "n_layers": model_layers(header), "n_ctx_trained": number(header, ".context_length")})
+    except ModelError as error:
+        facts["model_problem"] = str(error)
+    print(json.dumps(facts) if as_json else clean("\n".join(filter(None, lines))), flush=True)
+    if "model_problem" in facts:
+        print(clean(facts["model_problem"]), file=sys.stderr)
+    return int("model_problem" in facts)
+
+# The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: list it in run_doctor().
+
+def check_python() -> List[Tuple[str, str, str]]:
+    small = sys.maxsize < 1 << 32
+    return [("warn" if small else "good", "Python", "%d.%d.%d in %s" % (*sys.version_info[:3], sys.executable)
+             + ": a 32-bit one, which can use 2 to 4 GB of memory. Install a 64-bit Python" * small)]
+
+def check_window() -> List[Tuple[str, str, str]]:
+    try:
+        import curses
+        Screen.check_terminal()
+    except ImportError:
+        return [("error", "window", "This Python has no curses, so there is only the plain mode. On Windows: pip install windows-curses; "
+                                    "elsewhere install your system's package of it, or another Python")]
+    except OSError as error:
+        return [("error", "window", "%s There is only the plain mode" % error)]
+    encoding, n_colors = probe_encoding(), 256 if os.name == "nt" else curses.tigetnum("colors")
+    columns, rows = os.get_terminal_size() if sys.stdout.isatty() else (80, 24)
+    findings = [("good", "window", "TERM=%s, %d colours, %s" % (os.environ.get("TERM", ""), max(0, n_colors), encoding))]
+    if n_colors < 8:
+        findings += [("warn", "colours", "there are none; if your terminal has them: export TERM=xterm-256color")]
+    if encoding != "utf8":
+        findings += [("warn", "letters", "only those of %s and no boxes: export LANG=C.UTF-8" % encoding)]
+    if columns < 40 or rows < 12:
+        findings += [("warn", "size", "%d columns and %d rows: 40 and 12 are the least that is pleasant" % (columns, rows))]
+    return findings
+
+def check_folder() -> List[Tuple[str, str, str]]:
+    import tempfile
+    try:
+        os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+        tempfile.TemporaryFile(dir=data_dir()).close()
+    except OSError as error:
+        return [("error", "folder", "%s can't be written (%s), so no chats and settings are kept and no engine can be installed: "
+                                    "make it yours, or choose another with XDG_DATA_HOME" % (data_dir(), error.strerror))]
+    is_open = os.name != "nt" and bool(os.stat(data_dir()).st_mode & 0o077)
+    free = probe_disk()["disk_free_bytes"]
+    level = "error" if free < 50 << 20 else "warn" if free < INSTALL_BYTES else "good"
+    return [("warn", "folder", "others may look into %s: chmod 700 it" % data_dir())] * is_open + [
+        (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 1.5 GB" * (level != "good")))]
+
+def check_settings() -> List[Tuple[str, str, str]]:
+    paths = [os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")]
+    bad = [path for path in paths if os.path.exists(path) and not is_json(read_text(path))]
+    return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
+
+def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
+    import time
+    python, began_s = python or engine_python(), time.monotonic()
+    try:
+        reply = try_engine(python)
+    except ModelError as error:
+        return [("error", "engine", str(error))]
+    except OSError as error:
+        return [("error", "engine", "It could not be tried, as the demo's model can't be written (%s)" % error)]
+    return [("good", "engine", "loaded the demo's model and replied \"%s\" in %.1f s (%s)" % (reply.strip(), time.monotonic() - began_s, python))]
+
+def check_machine() -> List[Tuple[str, str, str]]:
+    h, _ = probe_machine()
+    lines = describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h._replace(disk_free_bytes=0))
+    findings = [("good", line[:5].strip(), line[5:]) for line in lines]    # without the advice, which comes below
+    if 0 < h.ram_free_bytes < 1 << 30:
+        findings += [("warn", "RAM", "%s free is enough for the smallest models only: close other programs" % format_bytes(h.ram_free_bytes))]
+    return findings + [(level, "engine", text) for level, text in plan_upgrade(h)]
+
+def run_doctor() -> int:
+    """--doctor: check all that the program needs. Returns 0, or 1 when something stops it from working."""
+    import shutil
+    terminal, worst = sys.stdout.isatty(), 0
+    color = "\033[3%dm%s\033[m" if terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb" else "%.0s%s"
+    sys.stdout.reconfigure(errors="replace")
+    for check in (check_python, check_window, check_folder, check_settings, check_engine, check_machine):
+        try:
+            findings = check()
+        except Exception as error:        # a doctor must not fall ill
+            findings = [("error", check.__name__[6:], "This could not be checked: %s: %s" % (type(error).__name__, error))]
+        for level, what, text in findings:
+            word = {"good": "ok", "warn": "warning", "error": "problem"}[level]
+            rows = wrap(clean(text), max(20, shutil.get_terminal_size().columns - 19)) if terminal else [clean(text)]
+            print(color % (COLORS[level][2], word.ljust(9)) + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
+            worst = max(worst, level == "error")
+    return int(worst)
 
 # -- --bench --
 
@@ -6678,27 +7051,13 @@ def time_first_frame() -> float:
 
 def bench_messages(settings: Settings) -> Iterable[Dict[str, Any]]:
     """The first frame's time, then what the engine says while it measures, "benched" last. Raises ModelError."""
-    import json, subprocess
     with suppress(ImportError, OSError):
         values = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
         yield {"event": "measured", "group": "seconds_to_start", "values": values}
-    python = engine_python()
-    if not python:
-        raise ModelError("The engine is not installed: python3 llmchat.py --install")
-    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
-    try:
-        child.stdin.write(json.dumps({"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}).encode() + b"\n")
-        child.stdin.flush()
-        for message in map(json.loads, child.stdout):
-            if message["event"] == "failed":
-                raise ModelError(message["text"])
-            yield message
-            if message["event"] == "benched":
-                return
-        raise ModelError(explain_death(EngineDied(child.wait()), False, ""))
-    finally:
-        child.kill()
-        child.communicate()
+    for message in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
+        yield message
+        if message["event"] == "benched":
+            return
 
 def show_bench(group: str, values: Dict[str, float], out: Any) -> None:
     print("\n" + group.replace("_", " "), file=out)
@@ -6798,12 +7157,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_window(with_storage(with_model(Settings(kept=read_kept("settings.json")), "".join(argv) or MODEL)))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
-        import_llama().llama_backend_init()
-        return 0
+        (level, _, text), = check_engine(sys.executable)
+        print("error: " * (level == "error") + text)
+        return int(level == "error")
     if arguments.download is not None:
         return run_download(arguments.download, arguments.json)
     if arguments.install:
-        return install_engine(lambda line: print(clean(line), flush=True))
+        return install_engine(lambda line: print(clean(line), flush=True), arguments.gpu, arguments.upgrade)
+    if arguments.doctor:
+        return run_doctor()
     if arguments.list:
         return show_list(arguments.json)
     if arguments.model and (arguments.info or arguments.bench):
@@ -6813,7 +7175,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(clean(str(error)), file=sys.stderr)
             return 1
     if arguments.info:
-        return show_info(arguments.model)
+        return show_info(arguments.model, arguments.json)
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
         return run_bench(initial_state(arguments).settings, arguments.json)

@@ -13,6 +13,7 @@ import queue
 import random
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -56,7 +57,7 @@ def setUpModule():
     unittest.addModuleCleanup(home.cleanup)
     FOLDER = os.path.realpath(home.name)
     cache = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], stdout=subprocess.PIPE, encoding="utf-8").stdout
-    ENV.update(HOME=FOLDER, XDG_DATA_HOME=os.path.join(FOLDER, "data"), LOCALAPPDATA=FOLDER, PYTHONDONTWRITEBYTECODE="1",
+    ENV.update(HOME=FOLDER, XDG_DATA_HOME=os.path.join(FOLDER, "data"), LOCALAPPDATA=FOLDER, PYTHONDONTWRITEBYTECODE="1", PIP_NO_COMPILE="1",
                PYTHONPATH=os.pathsep.join(filter(None, (os.path.dirname(SCRIPT), os.environ.get("PYTHONPATH")))))
     ENV.setdefault("XDG_CONFIG_HOME", os.path.expanduser("~/.config"))    # pip's settings stay the user's
     if cache.strip():
@@ -86,6 +87,14 @@ def install():
     return llmchat.env_python(os.path.join(llmchat_dir(), "engine"))
 
 
+def new_home():
+    """(variables that lead a child to an empty home, llmchat's folder there)."""
+    home = tempfile.mkdtemp(dir=FOLDER)
+    env = dict(XDG_DATA_HOME=home, LOCALAPPDATA=home, HOME=home)
+    with mock.patch.dict(os.environ, env):
+        return env, llmchat.data_dir()
+
+
 def llmchat_dir():
     with mock.patch.dict(os.environ, ENV):
         return llmchat.data_dir()
@@ -105,6 +114,18 @@ PACK_WHEELS = """if True:
                     wheel.write(str(file.locate()), str(file))
         todo += [re.match(r"[\\w.-]+", r).group() for r in d.requires or () if ";" not in r]
 """
+
+
+def repack(path, version, broken=False):
+    """Write a wheel of llama-cpp-python again beside it, as another version, or as one whose library can't be loaded."""
+    import zipfile
+    old = re.search("llama_cpp_python-([^-]+)-", path).group(1)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(path.replace(old, version), "w") as wheel:
+        for name in source.namelist():
+            data = source.read(name)
+            data = data.replace(b"\nVersion: " + old.encode(), b"\nVersion: " + version.encode()) if name.endswith("METADATA") else data
+            data = b"" if name.endswith("RECORD") or broken and re.search(r"\.(so|dylib|dll)", name) else data
+            wheel.writestr(name.replace(old, version), data)
 
 
 def write_random_model(path, arch="llama", **metadata):
@@ -302,7 +323,9 @@ def wait_until(true):
 
 # -- the installer --
 
-PLAIN_MACHINE = llmchat.InstallProbe(platform="apt", has_compiler=True, n_cpus=4, free_disk_bytes=9 * 10 ** 9, memory_bytes=8 * 10 ** 9)
+AVX2_CPU, AVX512_CPU = ("SSE4.2", *llmchat.WHEEL_SETS), ("SSE4.2", *llmchat.WHEEL_SETS, "AVX-512", "AVX-512 VNNI")
+PLAIN_MACHINE = llmchat.InstallProbe(platform="apt", has_compiler=True, n_cpus=4, free_disk_bytes=9 * 10 ** 9, memory_bytes=8 * 10 ** 9,
+                                     instruction_sets=AVX512_CPU)
 
 
 class PlanInstallTest(unittest.TestCase):
@@ -310,29 +333,67 @@ class PlanInstallTest(unittest.TestCase):
         return llmchat.plan_install(PLAIN_MACHINE._replace(**facts))
 
     def test_problems_and_notes(self):
-        self.assertEqual(self.plan(), ((), (), {}))
-        self.assertIn("sudo apt install python3-venv", self.plan(has_venv=False)[0][0])
-        self.assertIn("1.4 GB are free", self.plan(free_disk_bytes=1_400_000_000)[0][0])
-        self.assertIn("Metal", self.plan(platform="macos", gpu_tools=("metal",), gpus=("metal",))[1][0])
+        self.assertEqual(self.plan()._replace(notes=()), llmchat.InstallPlan((), (), {}, "", "", ""))
+        self.assertIn("sudo apt install python3-venv", self.plan(has_venv=False).problems[0])
+        self.assertIn("1.4 GB are free", self.plan(free_disk_bytes=1_400_000_000).problems[0])
+        self.assertIn("Metal", self.plan(platform="macos", gpu_tools=("metal",), gpus=("metal",)).notes[0])
         for memory, jobs in ((2 * 10 ** 9, "2"), (5 * 10 ** 8, "1"), (0, None)):
-            self.assertEqual(self.plan(memory_bytes=memory)[2].get("CMAKE_BUILD_PARALLEL_LEVEL"), jobs)
-        _, notes, variables = self.plan(gpu_tools=("cuda",), gpus=("cuda",), user_cmake_args="-DGGML_BLAS=ON")
-        self.assertEqual((variables, "-DGGML_BLAS=ON" in notes[0]), ({}, True))
+            self.assertEqual(self.plan(memory_bytes=memory).variables.get("CMAKE_BUILD_PARALLEL_LEVEL"), jobs)
+        plan = self.plan(gpu_tools=("cuda",), gpus=("cuda",), user_cmake_args="-DGGML_BLAS=ON", instruction_sets=AVX2_CPU)
+        self.assertEqual((plan.variables, plan.wheel, "-DGGML_BLAS=ON" in plan.notes[0]), ({}, "", True))
+
+    def test_ready_made_or_compiled(self):
+        for facts, wheel, words in (
+                (dict(), "", "uses your CPU's AVX-512, AVX-512 VNNI"), (dict(instruction_sets=AVX2_CPU), "cpu", "all that your CPU can"),
+                (dict(has_compiler=False), "cpu", "looked for"), (dict(instruction_sets=("SSE4.2", "AVX")), "", "lacks AVX2, FMA, F16C, BMI2"),
+                (dict(instruction_sets=("SSE4.2", "AVX"), has_compiler=False), "", "lacks AVX2"), (dict(instruction_sets=()), "", "lacks"),
+                (dict(instruction_sets=("NEON",)), "cpu", "all that"), (dict(instruction_sets=("NEON", "dot product")), "", "dot product"),
+                (dict(instruction_sets=("NEON",), platform="termux"), "", ""),
+                (dict(instruction_sets=("NEON", "dot product"), platform="macos", gpu_tools=("metal",), gpus=("metal",)), "metal", "looked for"),
+                (dict(instruction_sets=AVX2_CPU, gpu_tools=("cuda",), gpus=("cuda",)), "", "will use it")):
+            plan = self.plan(**facts)
+            self.assertEqual((plan.wheel, plan.problems), (wheel, ()), facts)
+            self.assertIn(words, " ".join(plan.notes))
+
+    def test_wanted_gpu(self):
+        for facts, gpu, flag, wheel, obstacle in (
+                (dict(wanted_gpu="cuda", gpu_tools=("cuda",)), "cuda", "-DGGML_CUDA=on", "", ""),
+                (dict(wanted_gpu="cuda", cuda_version=124), "cuda", "-DGGML_CUDA=on", "cu124", "sudo apt install nvidia-cuda-toolkit"),
+                (dict(wanted_gpu="cuda", cuda_version=129), "cuda", "-DGGML_CUDA=on", "cu125", "nvcc"),
+                (dict(wanted_gpu="rocm", platform="dnf"), "rocm", "-DGGML_HIP=on", "rocm72", "https://rocm.docs.amd.com"),
+                (dict(wanted_gpu="rocm", platform="windows"), "rocm", "-DGGML_HIP=on", "hip-radeon", "hipcc"),
+                (dict(wanted_gpu="vulkan", gpu_tools=("cuda", "vulkan"), gpus=("cuda",)), "vulkan", "-DGGML_VULKAN=on", "", ""),
+                (dict(wanted_gpu="vulkan", platform=""), "vulkan", "-DGGML_VULKAN=on", "vulkan", "https://vulkan.lunarg.com"),
+                (dict(wanted_gpu="none", gpu_tools=("cuda",), gpus=("cuda",)), "", None, "", ""),
+                (dict(wanted_gpu="none", platform="macos", gpu_tools=("metal",), gpus=("metal",)), "", "-DGGML_METAL=off", "", "")):
+            plan = self.plan(**facts)
+            self.assertEqual((plan.gpu, plan.variables.get("CMAKE_ARGS"), plan.wheel, plan.problems), (gpu, flag, wheel, ()), facts)
+            self.assertTrue(obstacle in plan.obstacle and bool(obstacle) == bool(plan.obstacle), plan)
+        self.assertIn("only Macs have it", self.plan(wanted_gpu="metal").problems[0])
+        self.assertIn("sudo apt install nvidia-cuda", self.plan(wanted_gpu="cuda", instruction_sets=()).problems[0])
+
+    def test_expected_time(self):
+        plan = self.plan()
+        self.assertEqual(llmchat.plan_seconds(plan, 4, {"compiled for cpu": {"seconds": 77}}), 77)
+        for kept in ({}, {"compiled for cpu": {"seconds": "soon"}}, {"ready-made for cpu": {"seconds": 7}}):
+            self.assertEqual(llmchat.plan_seconds(plan, 4, kept), 40 + 420 / 4)
+        self.assertEqual(llmchat.plan_seconds(plan._replace(variables={"CMAKE_BUILD_PARALLEL_LEVEL": "1"}), 4, {}), 460)
+        self.assertLess(llmchat.plan_seconds(plan._replace(wheel="cpu"), 1, {}), llmchat.plan_seconds(plan, 4, {}))
 
     def test_no_compiler_is_a_note(self):
         for platform, hint in llmchat.COMPILER_HINTS.items():
-            problems, notes, _ = self.plan(platform=platform, has_compiler=False)
-            self.assertEqual(problems, ())
-            self.assertRegex(notes[0], re.escape(hint) + ".*AVX2, FMA, F16C and BMI2")
+            plan = self.plan(platform=platform, has_compiler=False)
+            self.assertEqual(plan.problems, ())
+            self.assertRegex(plan.notes[0], "AVX2, FMA, F16C and BMI2.*" + re.escape(hint))
 
     def test_gpu_builds(self):
         for tools, gpus, flag, words in (
-                (("cuda",), ("cuda",), "-DGGML_CUDA=on", "will use it"), (("hip",), ("hip",), "-DGGML_HIP=on", "will use it"),
+                (("cuda",), ("cuda",), "-DGGML_CUDA=on", "will use it"), (("rocm",), ("rocm",), "-DGGML_HIP=on", "will use it"),
                 (("cuda", "vulkan"), ("vulkan",), "-DGGML_VULKAN=on", "not an NVIDIA GPU, so it isn't used"),
-                (("cuda",), (), None, "not an NVIDIA GPU"), ((), ("cuda",), None, "not CUDA's compiler"), ((), ("vulkan",), None, "")):
-            problems, notes, variables = self.plan(gpu_tools=tools, gpus=gpus)
-            self.assertEqual((problems, variables.get("CMAKE_ARGS"), bool(notes)), ((), flag, bool(words)), (tools, gpus))
-            self.assertIn(words, " ".join(notes))
+                (("cuda",), (), None, "not an NVIDIA GPU"), ((), ("cuda",), None, "not CUDA's compiler"), ((), ("vulkan",), None, "compiled")):
+            plan = self.plan(gpu_tools=tools, gpus=gpus)
+            self.assertEqual((plan.problems, plan.variables.get("CMAKE_ARGS")), ((), flag), (tools, gpus))
+            self.assertIn(words, " ".join(plan.notes))
 
     def test_what_is_here(self):
         place = os.path.dirname(SCRIPT).replace(os.sep, "/")
@@ -354,7 +415,7 @@ class PlanInstallTest(unittest.TestCase):
 class InstallTest(unittest.TestCase):
     def test_install(self):
         python = install()
-        self.assertEqual(sorted(name for name in os.listdir(llmchat_dir()) if "engine" in name), ["engine", "engine.lock"])
+        self.assert_tidy()
         # -S: this Python may itself have llama_cpp.
         code = "import llmchat; print(llmchat.engine_python())"
         self.assertEqual(subprocess.check_output([sys.executable, "-S", "-c", code], env=ENV).decode().strip(), python)
@@ -362,6 +423,62 @@ class InstallTest(unittest.TestCase):
             argv = llmchat.engine_argv(python)
         hello = subprocess.run(argv, env=ENV, input=b"", stdout=subprocess.PIPE, timeout=LIMIT_S).stdout
         self.assertEqual(json.loads(hello)["event"], "hello")
+        with open(os.path.join(llmchat_dir(), "install.json")) as file:
+            kept = json.load(file)
+        self.assertEqual((kept["last"], [type(row["seconds"]) for name, row in kept.items() if name != "last"]), ({"gpu": ""}, [int]))
+
+    def assert_tidy(self):
+        self.assertEqual([name for name in sorted(os.listdir(llmchat_dir())) if name.startswith("engine")], ["engine", "engine.lock"])
+
+    @unittest.skipUnless(POSIX, "copies an environment with its links")
+    def test_upgrade(self):
+        (home, folder), wheels = new_home(), tempfile.mkdtemp(dir=FOLDER)
+        place = os.path.join(folder, "engine")
+        shutil.copytree(os.path.dirname(os.path.dirname(install())), place, symlinks=True)
+        subprocess.run([ENGINE, "-c", PACK_WHEELS, wheels], check=True)
+        env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull, **home)
+        before, argv = os.stat(place).st_ino, [llmchat.env_python(place), SCRIPT, "--install", "--upgrade"]    # by the one that it replaces
+        upgrade = lambda: subprocess.run(argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        done = upgrade()
+        self.assertEqual((done.returncode, os.stat(place).st_ino), (0, before), done.stdout)
+        self.assertRegex(done.stdout, r"^llama-cpp-python [\d.]+ is the newest; nothing was changed")
+        wheel = next(name for name in os.listdir(wheels) if name.startswith("llama_cpp_python"))
+        repack(os.path.join(wheels, wheel), "0.9999.0")
+        done = upgrade()
+        self.assertRegex(done.stdout, r"replied(?s:.*)The engine is installed: llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)")
+        self.assertEqual([name for name in sorted(os.listdir(folder)) if name.startswith("engine")], ["engine", "engine.lock"])
+        self.assertIn("is the newest", upgrade().stdout)    # the Python in the new place works
+
+    @unittest.skipUnless(POSIX, "links")
+    def test_killed_at_any_step_an_engine_is_left(self):
+        """A process that dies in one of the last renames; the "new engine" is a copy of the old one."""
+        engine = os.path.dirname(os.path.dirname(install()))
+        code = """if True:
+            import os, shutil, sys, llmchat
+            place, rename, left = os.path.join(llmchat.data_dir(), "engine"), os.rename, [int(sys.argv[1])]
+            def die(*paths):
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                rename(*paths)
+            def make_env(work, *_):
+                os.makedirs(work, exist_ok=True)
+                shutil.copytree(sys.argv[2], os.path.join(work, "env"), symlinks=True)
+                os.rename = die
+            llmchat.make_env = make_env
+            sys.exit(llmchat.install_engine(print))
+        """
+        home, place = new_home()
+        env = dict(ENV, PIP_NO_INDEX="1", **home)
+        os.makedirs(place)
+        os.symlink(engine, os.path.join(place, "engine"))
+        ends = []
+        for steps in (0, 1, 0, 2, 1, 1, 9):
+            ends.append(subprocess.call([ENGINE, "-c", code, str(steps), engine], env=env, stdout=subprocess.DEVNULL, timeout=LIMIT_S))
+            found = subprocess.check_output([sys.executable, "-S", "-c", "import llmchat; print(llmchat.engine_python())"], env=env)
+            self.assertTrue(found.decode().startswith(place), (steps, os.listdir(place)))    # -S: this Python may itself have llama_cpp
+        self.assertEqual((ends[-1], set(ends[:-1]), [name for name in sorted(os.listdir(place)) if name.startswith("engine")]),
+                         (0, {0, 9}, ["engine", "engine.lock"]), ends)
 
     @unittest.skipUnless(POSIX, "needs POSIX signals")
     def test_interrupted_install_changes_nothing(self):
@@ -374,8 +491,79 @@ class InstallTest(unittest.TestCase):
             read_until(first, "nothing has changed")
         self.assertEqual((first.returncode, second.returncode), (130, 1))
         self.assertIn("Another install", second.stdout)
-        self.assertEqual(sorted(name for name in os.listdir(llmchat_dir()) if "engine" in name), ["engine", "engine.lock"])
+        self.assert_tidy()
         self.assertEqual(os.stat(install()).st_ino, before)
+
+
+class WheelIndex:
+    """A wheel index on this machine: pages is {path: bytes}; None = it takes the connection and says nothing."""
+    def __init__(self, test, pages):
+        import http.server
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                page = pages.get(self.path, b"")
+                if page is None:
+                    return quiet.wait(LIMIT_S)
+                self.send_response(200 if page else 404)
+                self.send_header("Content-Type", "text/html" if page.startswith(b"<") else "application/octet-stream")
+                self.end_headers()
+                self.wfile.write(page)
+            def log_message(self, *_):
+                pass
+        quiet = threading.Event()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = "http://127.0.0.1:%d" % self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        for end in (self.server.server_close, self.server.shutdown, quiet.set):
+            test.addCleanup(end)
+
+
+class WheelTest(unittest.TestCase):
+    def test_index_that_answers_and_others(self):
+        index = WheelIndex(self, {"/good/": b"<a href='x-1-py3-none-any.whl'>x</a>", "/empty/": b"<html>", "/odd/": b"\xff\0\x01", "/dumb/": None})
+        with mock.patch.object(llmchat, "WHEEL_INDEX_S", 1):
+            for page, found in (("/good/", True), ("/empty/", False), ("/odd/", False), ("/dumb/", False), ("/missing/", False)):
+                self.assertEqual(llmchat.probe_wheels(index.url + page), found, page)
+            self.assertFalse(llmchat.probe_wheels("http://127.0.0.1:1/") or llmchat.probe_wheels("odd") or llmchat.probe_wheels("http://[/"))
+
+    def install_from(self, wheel, links, **facts):
+        """replace_env() on a machine of these facts, with an index that has this wheel: (what it said, the new environment's Python)."""
+        index = WheelIndex(self, {"/cpu/": b"<html><a href='/w/%s'>w</a></html>" % wheel[0].encode(), "/w/" + wheel[0]: wheel[1]})
+        place, said = os.path.join(tempfile.mkdtemp(dir=FOLDER), "engine"), []
+        env = dict(ENV, PIP_FIND_LINKS=links, PIP_INDEX_URL=index.url + "/simple", PIP_CONFIG_FILE=os.devnull, PIP_RETRIES="0",
+                   XDG_DATA_HOME=os.path.dirname(place))
+        env.pop("PIP_NO_INDEX", None)
+        with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(llmchat, "WHEEL_INDEX", index.url + "/%s/"), \
+                mock.patch.object(llmchat, "handle_signals"), \
+                mock.patch.object(llmchat, "probe_install", lambda gpu: PLAIN_MACHINE._replace(instruction_sets=AVX2_CPU, **facts)):
+            llmchat.replace_env(place, place + ".new-1", "", said.append)
+        return "\n".join(said), llmchat.env_python(place)
+
+    def packed(self):
+        """(the engine's wheel, the folder of what it depends on)."""
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        subprocess.run([ENGINE, "-c", PACK_WHEELS, folder], check=True)
+        name = next(name for name in os.listdir(folder) if name.startswith("llama_cpp_python"))
+        return os.path.join(folder, name), folder
+
+    def test_ready_made_package_is_taken(self):
+        path, links = self.packed()
+        data = read_bytes(path)
+        os.remove(path)
+        said, python = self.install_from((os.path.basename(path), data), links, has_compiler=False)
+        self.assertIn("replied", said)
+        self.assertNotIn("is compiled", said)
+        self.assertTrue(llmchat.engine_version(python))
+
+    def test_bad_package_is_not_taken(self):
+        path, links = self.packed()
+        repack(path, "0.9999.0", broken=True)          # it installs and can't be loaded
+        new = next(os.path.join(links, name) for name in os.listdir(links) if "0.9999.0" in name)
+        data = read_bytes(new)
+        os.remove(new)
+        said, python = self.install_from((os.path.basename(new), data), links)
+        self.assertRegex(said, r"(?s)error: .*won't do here, so the engine is compiled.*replied")
+        self.assertTrue(llmchat.engine_version(python).startswith("0.3."), said)
 
 
 # -- the engine process --
@@ -1481,8 +1669,73 @@ class PlainTest(unittest.TestCase):
 
     def test_info(self):
         status, out, _ = run_plain("--info", TALK)
-        self.assertEqual((status, [line for line in ("CPU  ", "RAM  ", "llama.cpp  ", "needs about") if line not in out]), (0, []))
-        self.assertIn("There is no file", run_plain("--info", TALK + "x")[2])
+        self.assertEqual((status, [line for line in ("CPU  ", "RAM  ", "SWAP ", "DISK ", "needs about") if line not in out]), (0, []))
+        status, out, err = run_plain("--info", TALK + "x", "--json")
+        self.assertEqual((status, "There is no file" in err, json.loads(out)["model_problem"] in err), (1, True, True))
+
+    def test_info_as_json(self):
+        status, out, err = run_plain("--info", "--json", TALK)
+        facts = json.loads(out)
+        self.assertEqual((status, err, facts["version"], facts["engine_problem"]), (0, "", llmchat.VERSION, ""))
+        self.assertEqual((facts["model"]["n_layers"], facts["model"]["bytes"]), (1, os.path.getsize(TALK)))
+        self.assertTrue(facts["plan"]["n_ctx"] and facts["plan"]["memory"]["weights"] and facts["hardware"]["build"])
+        self.assertNotIn("model", json.loads(run_plain("--info", "--json")[1]))
+
+
+class DoctorTest(unittest.TestCase):
+    def doctor(self, **surroundings):
+        """(exit status, {what: (level, text)})."""
+        env = dict({k: v for k, v in ENV.items() if not k.startswith("LC_")}, **dict(dict(TERM="xterm-256color", LANG="C.UTF-8"), **surroundings))
+        status, out, err = run_plain("--doctor", env=env)
+        self.assertEqual(err, "")
+        rows = [re.match(r"(ok|warning|problem) +(\w+) +(.+)$", line) for line in out.splitlines()]
+        self.assertTrue(all(rows) and len(rows) > 8, out)
+        return status, {row.group(2): row.groups() for row in rows[::-1]}
+
+    def test_good_surroundings(self):
+        status, found = self.doctor()
+        self.assertEqual((status, [row for row in found.values() if row[0] == "problem"]), (0, []))
+        self.assertEqual({found[what][0] for what in ("Python", "window", "disk", "settings", "engine", "CPU")}, {"ok"}, found)
+        self.assertIn("replied", found["engine"][2])
+        self.assertTrue(not POSIX or "256 colours" in found["window"][2], found)
+
+    @unittest.skipUnless(POSIX, "terminfo and locales")
+    def test_bad_surroundings(self):
+        status, found = self.doctor(TERM="dumb")
+        self.assertEqual((status, found["window"][0]), (1, "problem"))
+        status, found = self.doctor(TERM="vt100", LANG="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+        self.assertEqual((status, found["colours"][0], found["letters"][0]), (0, "warning", "warning"))
+        self.assertIn("export LANG=C.UTF-8", found["letters"][2])
+
+    def test_bad_folders(self):
+        status, found = self.doctor(XDG_DATA_HOME=TALK, LOCALAPPDATA=TALK, HOME=TALK)    # a file, so it can't be written to, not by root either
+        self.assertEqual((status, found["folder"][0], found["engine"][0]), (1, "problem", "problem"))
+        surroundings, place = new_home()
+        os.makedirs(place, mode=0o755)
+        with open(os.path.join(place, "settings.json"), "w") as file:
+            file.write("{")
+        status, found = self.doctor(**surroundings)
+        self.assertEqual((status, found["settings"][0], found["engine"][0]), (0, "warning", "ok"))
+        self.assertIn("settings.json", found["settings"][2])
+        self.assertEqual(found["folder"][0] if POSIX else "warning", "warning")
+
+    def test_no_engine_and_a_broken_one(self):
+        home, place = new_home()
+        doctor = lambda: subprocess.run([sys.executable, "-S", SCRIPT, "--doctor"], env=dict(ENV, **home), stdout=subprocess.PIPE,
+                                        encoding="utf-8", timeout=LIMIT_S)    # -S: this Python may itself have llama_cpp
+        done = doctor()
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, "problem +engine +The engine is not installed: .*--install")
+        if POSIX:                         # one that dies of an illegal instruction, as one does that was built for a newer CPU
+            python = llmchat.env_python(os.path.join(place, "engine"))
+            os.makedirs(os.path.dirname(python))
+            os.makedirs(os.path.join(place, "engine/lib/python3.0/site-packages/llama_cpp"))
+            with open(python, "w") as file:
+                file.write("#!/bin/sh\nkill -ILL $$\n")
+            os.chmod(python, 0o755)
+            done = doctor()
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stdout, "problem +engine +This llama.cpp was built for a newer CPU.*--install")
 
 
 # -- hardware, model files, plans --
@@ -1532,12 +1785,15 @@ class HardwareTest(unittest.TestCase):
         name, flags, places = llmchat.parse_cpuinfo("model name\t: Old CPU\n" + x86)
         self.assertEqual((name, flags, len(set(places.values()))), ("Old CPU", ("AVX", "FMA"), 4))
         arm = "processor\t: 0\nmodel name\t: ARMv7 rev 4\nFeatures\t: neon vfpv4\n\nHardware\t: BCM2835\nModel\t\t: Raspberry Pi 3\n"
-        windows = b"".join(struct.pack("PIQQ", 1, kind, 0, 0) for kind in (0, 2, 0, 3))
+        windows = b"".join(struct.pack("<IIBB38x", kind, 48, 1, speed) for kind, speed in ((0, 1), (2, 9), (0, 0), (0, 1), (3, 0)))
         phone = dict(zip(range(8), [250] * 4 + [800] * 3 + [1024]))    # four slow cores
         for parse, cases in (
                 (llmchat.parse_cpuinfo, ((arm, ("Raspberry Pi 3", ("NEON",), {})), ("", ("", (), {})))),
                 (llmchat.count_cores, (({0: 0, 1: 0}, {}, (2, 2)), ({0: 0, 1: 0}, {0: "0-1", 1: "0-1"}, (1, 1)), (phone, {}, (8, 4)))),
-                (llmchat.parse_windows_cores, ((windows, 2), (windows + bytes(len(windows)), 2), (b"", 0))),
+                (llmchat.parse_windows_cores, ((windows, (3, 2)), (windows + bytes(5), (3, 2)), (b"\0" * 48, (4, 4)), (b"", None), (b"\xff" * 99, None))),
+                (llmchat.parse_range, (("0-3,8\n", [0, 1, 2, 3, 8]), ("", []), ("odd", []), ("5-2", []))),
+                (llmchat.parse_build, (("CPU : SSE3 = 1 | AVX = 1 | AVX2 = 0 | AVX512_VNNI = 1 | ", ("AVX", "AVX-512 VNNI")), ("", ()),
+                                       ("CPU : NEON = 1 | ARM_FMA = 1 | DOTPROD = 1 | MATMUL_INT8 = 1", ("NEON", "dot product", "I8MM")))),
                 (llmchat.format_bytes, ((0, "0 MB"), (640 << 20, "640 MB"), (800 << 20, "0.8 GB"), (23 * GB, "23.0 GB")))):
             for case in cases:
                 self.assertEqual(parse(*case[:-1]), case[-1], (parse.__name__, case))
@@ -1548,6 +1804,75 @@ class HardwareTest(unittest.TestCase):
         name = lambda path: paths.get(path, path.replace("/sys/fs/cgroup/", "").replace("/", "_").replace(".", "_"))
         with mock.patch.object(llmchat, "read_text", lambda path: files.get(name(path), "")):
             return probe(*args)
+
+    def probe(self, n_threads, files, devices=()):
+        """probe_hardware() on a Linux machine of so many threads, whose /proc and /sys hold these files."""
+        files = dict({"/etc/os-release": "PRETTY_NAME='Linux'"}, **files)
+        with mock.patch.object(llmchat, "read_text", lambda path: files.get(path, "")), mock.patch.object(sys, "platform", "linux"), \
+                mock.patch.object(os, "sched_getaffinity", lambda pid: range(n_threads), create=True), \
+                mock.patch.object(os.path, "exists", devices.__contains__):
+            return llmchat.probe_hardware()
+
+    def test_machines(self):
+        cpu = "/sys/devices/system/cpu/cpu%d/"
+        each = lambda name, values: {cpu % n + name: str(value) for n, value in enumerate(values)}
+        pairs = lambda n: each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(n)])
+        limits = {"/proc/self/cgroup": "0::/", "/sys/fs/cgroup/cpu.max": "200000 100000", "/sys/fs/cgroup/memory.max": "536870912",
+                  "/sys/fs/cgroup/memory.current": "1048576", "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 1000000 kB\nSwapTotal: 8 kB\n"}
+        old = {"/sys/devices/system/node/online": "0-1\n"}
+        wanted = "physical_cores fast_cores usable_cores numa_nodes container_cores container_bytes swap_total_bytes".split()
+        for name, n_threads, files, found in (
+                ("Pi", 4, each("cpufreq/cpuinfo_max_freq", [1500000] * 4), (4, 0, 4, 1, 0, 0, 0)),
+                ("phone", 8, each("cpu_capacity", [250] * 4 + [800] * 3 + [1024]), (8, 4, 4, 1, 0, 0, 0)),
+                ("old phone, told by its clocks", 8, each("cpufreq/cpuinfo_max_freq", [1400000] * 4 + [2000000] * 4), (8, 4, 4, 1, 0, 0, 0)),
+                ("P and E cores", 24, dict(each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(16)]),
+                                           **{"/sys/devices/cpu_core/cpus": "0-15", "/sys/devices/cpu_atom/cpus": "16-23\n"}), (16, 8, 8, 1, 0, 0, 0)),
+                ("only E cores", 4, {"/sys/devices/cpu_atom/cpus": "0-3"}, (4, 0, 4, 1, 0, 0, 0)),
+                ("one favoured core", 4, each("cpufreq/cpuinfo_max_freq", [5000000, 4600000, 4600000, 4600000]), (4, 0, 4, 1, 0, 0, 0)),
+                ("two sockets", 128, dict(pairs(128), **old), (64, 0, 64, 2, 0, 0, 0)),
+                ("container", 64, dict(pairs(64), **limits), (32, 0, 2, 1, 2, 512 << 20, 8192)),
+                ("garbage", 2, dict({key: "\0\xff-, 7x" for key in list(limits) + list(old) + ["/proc/cpuinfo"]}, **each("cpu_capacity", "xy")),
+                 (2, 0, 2, 1, 0, 0, 0))):
+            h = self.probe(n_threads, files)
+            self.assertEqual(tuple(getattr(h, field) for field in wanted), found, name)
+            self.assertTrue(all(llmchat.describe_hardware(h) + llmchat.describe_details(h)), name)
+        line = llmchat.describe_hardware(self.probe(64, dict(pairs(64), **limits)))[0]
+        self.assertIn("32 cores (64 threads), the container grants 2, 2 used", line)
+
+    def test_gpus_of_the_system(self):
+        card = "/sys/class/drm/card%d/device/"
+        amd = {card % 1 + "vendor": "0x1002\n", card % 1 + "mem_info_vram_total": "17179869184\n", card % 1 + "mem_info_vram_used": "0"}
+        intel, nvidia = {card % 0 + "vendor": "0x8086\n"}, {card % 2 + "vendor": "0x10de"}
+        for files, devices, found in (
+                (intel, (), [("Intel GPU", "vulkan", 0)]), (dict(intel, **amd), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
+                (amd, ("/dev/kfd",), [("AMD GPU", "rocm", 16 * GB)]), (nvidia, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
+                (nvidia, (), [("NVIDIA GPU", "vulkan", 0)]), ({}, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]), ({card % 0 + "vendor": "?"}, (), [])):
+            self.assertEqual([gpu[:3] for gpu in self.probe(2, files, devices).seen_gpus], found)
+
+    @unittest.skipUnless(POSIX, "a shell script plays nvidia-smi")
+    def test_nvidia_smi(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for script, found in (("echo 'Tesla X, 81559, 80000'; echo 'odd'", [("Tesla X", "cuda", 81559 << 20, 80000 << 20)]),
+                              ("exec sleep 1000", []), ("printf '\\377\\0,,'; exit 9", []), ("kill -9 $$", [])):
+            with open(os.path.join(folder, "nvidia-smi"), "w") as file:
+                file.write("#!/bin/sh\n%s\n" % script)
+            os.chmod(file.name, 0o755)
+            with mock.patch.dict(os.environ, PATH=folder + os.pathsep + os.environ["PATH"]):
+                self.assertEqual(list(map(tuple, llmchat.probe_nvidia().get("seen_gpus", ()))), found, script)
+
+    def test_advice(self):
+        h = machine(8, 4)._replace(instruction_sets=("SSE4.2", "AVX", "AVX2", "AVX-512"), build=("AVX", "AVX2"))
+        nvidia, amd, intel = llmchat.Gpu("RTX", "cuda", 0, 0), llmchat.Gpu("AMD GPU", "rocm", 8 * GB, 0), llmchat.Gpu("Intel GPU", "vulkan", 0, 0)
+        for facts, words in (
+                (dict(build=()), []), (dict(build=h.instruction_sets[1:]), []), (dict(), ["CPU's AVX-512 isn't used.*--install$"]),
+                (dict(instruction_sets=("AVX",)), [r"newer CPU and will crash: yours lacks AVX2\. .*--install$"]), (dict(instruction_sets=()), []),
+                (dict(gpus=(nvidia,), seen_gpus=(nvidia,)), []), (dict(build=(), seen_gpus=(intel,)), []),
+                (dict(build=(), seen_gpus=(intel, nvidia)), ["RTX isn't used.*--install --gpu cuda$"]),
+                (dict(seen_gpus=(amd,)), ["AMD GPU isn't used.*--gpu rocm$", "AVX-512"])):
+            texts = [text for _, text in llmchat.plan_upgrade(h._replace(**facts))]
+            self.assertEqual(len(texts), len(words), (facts, texts))
+            for text, wanted in zip(texts, words):
+                self.assertRegex(text, wanted)
 
     def test_linux_memory(self):
         meminfo = "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:   60 kB\nActive(anon): 7 kB\n"
@@ -1579,12 +1904,12 @@ class HardwareTest(unittest.TestCase):
               "hw.logicalcpu: 8\nhw.perflevel0.physicalcpu: 4\nhw.memsize: 8589934592\n")
         old = ("machdep.cpu.brand_string: Intel(R) Core(TM) i5\nmachdep.cpu.features: FPU SSE4.2 AVX1.0 F16C FMA\n"
                "machdep.cpu.leaf7_features: BMI2 AVX2\nhw.physicalcpu: 2\nhw.logicalcpu: 4\nhw.memsize: 8589934592\n")
-        for machine, sysctl, vm, want in (
+        for chip, sysctl, vm, want in (
                 ("arm64", m1, vm_stat, ("Apple M1", ("NEON", "dot product"), 8, 8, 4, GB)),
                 ("x86_64", old, "", ("Intel(R) Core(TM) i5", ("SSE4.2", "AVX", "F16C", "FMA", "BMI2", "AVX2"), 2, 4, 2, 4 * GB)),
                 ("x86_64", "", "", ("x86_64", (), 1, 1, 1, 0))):
             commands = {"/usr/sbin/sysctl": sysctl, "/usr/bin/vm_stat": vm}
-            with mock.patch.object(llmchat, "read_command", lambda *argv: commands[argv[0]]), mock.patch("platform.machine", lambda: machine):
+            with mock.patch.object(llmchat, "read_command", lambda *argv: commands[argv[0]]), mock.patch("platform.machine", lambda: chip):
                 h = llmchat.probe_macos()
             self.assertEqual((h["cpu_name"], h["instruction_sets"], h["physical_cores"], h["logical_cores"], h["usable_cores"], h["ram_free_bytes"]), want)
 
