@@ -3646,14 +3646,13 @@ def describe_model(path: str) -> Tuple[str, ...]:
     except ModelError as error:
         return "File: " + path, str(error)
     plan, template = plan_load(header, known_hardware()), string(header, "tokenizer.chat_template")
-    weights, kv, compute, process = map(format_bytes, plan.memory)
     return (model_name(header), "File: " + path,
             "Architecture: %s, %s" % (string(header, "general.architecture"), format_count(model_layers(header), "layer")),
             "Parameters: %s, as %s" % (model_size(header) or "not said", model_quant(header) or "a kind not said"),
             "Licence: " + (string(header, "general.license") or "not said in the file"),
             "Chat template: " + ("yes" if template else "no; it may be a base model, which goes on with a text rather than answering"),
             "Context: trained for {:,} tokens, here {:,}".format(number(header, ".context_length"), plan.n_ctx),
-            "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % (weights, kv, compute, process),
+            "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(map(format_bytes, plan.memory[:4])),
             "This machine: " + "; ".join(plan.lines),
             "Speed: " + ("about %.1f tokens/s" % plan.rate if plan.rate else "not known; --bench measures it"))
 
@@ -5771,7 +5770,7 @@ def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
     if is_busy(state) or not (fetch.load or idle):
         return notice(state, "Fetched. It can be used now: /load %s" % path, "good"), ()
-    return cmd_load(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
+    return load_path(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
 
 def on_download_ended(state: State, event: DownloadEnded) -> Change:
     fetch, state = state.fetch, state._replace(fetch=None)
@@ -6932,7 +6931,7 @@ def show_info(model: str, as_json: bool) -> int:
         name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
     try:
         if model:
-            header = read_gguf_header(model, full=True)
+            header = read_gguf_header(named_model(model), full=True)
             plan = plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware)))
             lines += (model_summary(header),) + plan.lines
             facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
@@ -7070,13 +7069,14 @@ def clearly_best(rates: Dict[str, float], default: int) -> int:
     best = max(rates, key=lambda name: rates[name], default="")
     return int(best) if str(default) in rates and rates[best] > 1.03 * rates[str(default)] else default
 
-def run_bench(settings: Settings, as_json: bool) -> int:
+def run_bench(state: State, as_json: bool) -> int:
     """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out, results, done = sys.stderr if as_json else sys.stdout, {}, {}
     out.reconfigure(errors="replace")
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
     try:
+        settings = state.settings._replace(model_path=named_model(state.wanted or state.settings.model_path))
         for done in bench_messages(settings):
             if done["event"] == "measured":
                 results[done["group"]] = done["values"]
@@ -7168,17 +7168,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_doctor()
     if arguments.list:
         return show_list(arguments.json)
-    if arguments.model and (arguments.info or arguments.bench):
-        try:
-            arguments.model = named_model(arguments.model)
-        except ModelError as error:
-            print(clean(str(error)), file=sys.stderr)
-            return 1
     if arguments.info:
         return show_info(arguments.model, arguments.json)
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
-        return run_bench(initial_state(arguments).settings, arguments.json)
+        return run_bench(initial_state(arguments), arguments.json)
     if terminal and not arguments.plain and arguments.prompt is None:
         return run_window(initial_state(arguments), first)
     interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
