@@ -2401,10 +2401,14 @@ class ThreadCount:
             self.patience = 4 if better else min(64, 2 * self.patience)
             self.pace_s = pace_s if better else pace_before_s
             return self.n if better else n
+        fell = share < 0.85 and 0 < 1.5 * self.pace_s < pace_s    # threads that wait for each other can fall to a quarter, for long
         self.pace_s = (self.pace_s + pace_s) / 2 if self.pace_s else pace_s
         wanted = self.n
-        if self.calm > self.patience and (self.n < self.n_most or share < 0.85):
-            wanted = self.n_most if self.n < self.n_most else max(1, int(self.n * share))
+        if fell or share < 0.85 and self.n == self.n_most and self.calm > self.patience:
+            wanted = max(1, int(self.n * share))
+        elif self.calm > self.patience:
+            wanted = self.n_most
+        if wanted != self.n:
             self.before, self.calm = (self.n, self.pace_s), 0
         return wanted
 
@@ -6444,8 +6448,8 @@ class Mailbox:
 
 def engine_env() -> Dict[str, str]:
     env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
-    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers far too long for a busy machine
-        env.setdefault("GOMP_SPINCOUNT", "2000")
+    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine;
+        env.setdefault("GOMP_SPINCOUNT", "20000")    # with 2,000 an idle one loses 5 %
     return env
 
 class Child:

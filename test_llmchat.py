@@ -1321,6 +1321,16 @@ class ThreadCountTest(unittest.TestCase):
         self.assertLess(len(chosen), 14)                                                  # and trials become rare
         self.assertEqual(self.play(lambda n: (0.1, 0.1), n_most=1), ([], 1))
 
+    def test_a_fall_is_answered_at_once(self):
+        """Two threads on a busy machine may fall into step with the other programs: then each waits for the other for long."""
+        paces = iter([(0.07, 0.47)] + [(0.08, 0.7)] + [(0.07, 0.47)] * 3 + [(0.24, 0.5)] + [(0.09, 0.65)] * 2)    # one for each window
+        chosen = []
+        threads = llmchat.ThreadCount(2, chosen.append)
+        for pace_s, share in paces:
+            for _ in range(threads.WINDOW):
+                threads.add(pace_s, pace_s * share * threads.n)
+        self.assertEqual(chosen, [1, 2, 1])
+
 
 class BenchTest(unittest.TestCase):
     def setUp(self):
