@@ -2009,7 +2009,7 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
     """The plan for people: one line about memory, one about settings."""
     most, n_layers = rungs[0], model_layers(header)
     memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
-    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
+    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if header.tensors and 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
     memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
     context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
     where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
