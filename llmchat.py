@@ -4383,6 +4383,8 @@ class ChatStore:
 
     def export(self, path: str, text: str) -> None:
         path = os.path.expanduser(path)
+        if os.path.exists(path):
+            return self.post(Told("%s is there already: choose another name, or delete it first." % path, "error"))
         with open(path, "x", encoding="utf-8", errors="replace") as file:
             file.write(text)
         self.post(Told("Written: %s" % path, "good"))
@@ -4437,7 +4439,7 @@ class ChatStore:
 def read_attachment(path: str, room: int) -> str:
     """A text file. Raises OSError, or ValueError with the reason why it can't be sent."""
     if not os.path.isfile(path):
-        raise ValueError("there is no such file")
+        raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/") if os.path.isdir(path) else "there is no such file")
     with open(path, "rb") as file:
         raw = file.read(room + 1)
     if len(raw) > room:
@@ -4947,7 +4949,8 @@ def run_slash(state: State, text: str) -> Change:
 
 def cmd_help(state: State, argument: str) -> Change:
     """/help: keys and commands"""
-    return state._replace(dialog=None if state.dialog else Dialog("help")), ()
+    open_now = state.dialog and state.dialog.kind == "help"
+    return state._replace(dialog=state.dialog.back if open_now else Dialog("help", back=state.dialog)), ()
 
 def dialog_items(state: State) -> Sequence[str]:
     """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
@@ -5010,7 +5013,7 @@ def cmd_open(state: State, argument: str) -> Change:
 def cmd_title(state: State, argument: str) -> Change:
     """/title TEXT: give this chat a name"""
     if not (argument and state.chat.name and state.chat.last):
-        return state._replace(hint="Say something first; then /title TEXT names the chat"), ()
+        return state._replace(hint="Say something first; then /title TEXT names the chat" if state.chat.name else "This chat isn't stored, so it has no title"), ()
     return state._replace(hint="Named"), (Store("rename", (state.chat.name, argument)),)
 
 def cmd_export(state: State, argument: str) -> Change:
@@ -6813,8 +6816,9 @@ class Plain:
         for turn in notices(now)[len(notices(before)):] if now.chat.turns is not before.chat.turns else ():
             self.note(turn.text)
             self.status = 1 if turn.style == "error" else self.status
-        plan = [line for line in now.summary if line not in before.summary and not self.quiet]
+        plan = [line for line in now.summary if line not in before.summary]
         levels = ("warn",) if self.quiet else ("warn", "good", "text")
+        plan = [line for line in plan if line.level in ("warn", "error")][:1] if self.quiet else plan    # that it doesn't fit
         for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
             self.note(line.text)
         rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
@@ -6885,9 +6889,6 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
         for command in filter(None, ("/load", first)):
             plain.handle(Submitted(command))
         return plain.chat() if interactive else plain.answer(prompt)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone: end quietly
-        return 0
     except KeyboardInterrupt:
         plain.clear_progress()
         return 130
@@ -7188,3 +7189,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone, e.g. `head`: end quietly
