@@ -525,7 +525,7 @@ SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
-Download = NamedTuple("Download", [("name", str), ("load", bool)])    # in the background; name as parse_repo() takes it; load it then
+Download = NamedTuple("Download", [("name", str)])                # in the background; name as parse_download() takes it
 StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
@@ -1581,7 +1581,7 @@ def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
     bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
     base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
@@ -1829,8 +1829,12 @@ def check_text_generator(header: Header) -> None:
 def parse_repo(name: str) -> Optional[Tuple[str, str]]:
     """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
     match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
-                     r"(?:(?::|/(?:blob|resolve)/\w+/)([\w./-]+?))?(?:\?.*)?/?$", name)
+                     r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?(?:\?.*)?/?$", name)
     return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
+
+def has_quant(path: str, quant: str) -> bool:
+    """Whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
+    return bool(re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower()), path.lower()))
 
 def parse_download(name: str) -> Optional[Tuple[str, str]]:
     """As parse_repo; the names of SUGGESTED_MODELS too."""
@@ -4339,9 +4343,12 @@ class ChatStore:
         self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(known_hardware())}))
 
     def drop_parts(self, parts: Sequence[str]) -> None:
-        for path in filter(os.path.exists, parts):
-            os.remove(path)
-        self.post(Told("The download is cancelled; what had come is removed.", "dim"))
+        try:
+            for path in parts:
+                drop_part(path)
+            self.post(Told("The download is cancelled; what had come is removed.", "dim"))
+        except ModelError:
+            self.post(Told("The download is cancelled here; another window or program goes on with it.", "dim"))
 
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query))))
@@ -4534,8 +4541,8 @@ def hub_folder() -> str:
     """Hugging Face's cache."""
     return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
 
-def repo_folder(repo: str, *below: str) -> str:
-    return os.path.join(hub_folder(), *below, "models--" + repo.replace("/", "--"))
+def repo_folder(repo: str) -> str:
+    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     """SUGGESTED_MODELS that aren't here yet: first those that fit, the largest of them at the top."""
@@ -4558,7 +4565,7 @@ def parse_tree(items: Any) -> List[HubFile]:
     for item in items:
         lfs = item.get("lfs") or {}
         file = HubFile(str(item.get("path")), int(lfs.get("size", item.get("size", 0))), str(lfs.get("oid") or item.get("oid")))
-        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0]", file.path) \
+        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0-\x1f\x7f-\x9f]", file.path) \
                 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.oid) and item.get("type", "file") == "file":
             files.append(file)
     return files
@@ -4573,7 +4580,7 @@ def match_files(paths: Iterable[str], wanted: str) -> List[str]:
     """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
     low = wanted.lower()
     exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
-    return exact or [path for path in paths if not low or re.search(r"(?:^|[-._/])%s(?:[-./]|$)" % re.escape(low), path.lower())]
+    return exact or [path for path in paths if not low or has_quant(path, low)]
 
 def new_digest(file: HubFile) -> Any:
     import hashlib
@@ -4655,7 +4662,10 @@ class Hub:
         """(the answer, the address of its next page or "")."""
         import json
         with self.open(url) as answer:
-            return json.loads(answer.read(1 << 26)), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
+            text = answer.read(1 << 26)
+            if answer.length:             # so much was announced and hasn't come
+                raise ConnectionError("it broke off")
+            return json.loads(text), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
 
     def list_files(self) -> Tuple[str, List[HubFile]]:
         """(the commit that "main" is now, its files)."""
@@ -4706,12 +4716,14 @@ class Hub:
         with answer:
             if answer.etag not in ("", file.oid):
                 raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
-            if begun and not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):    # all of it, not the rest
+            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
+                begun = 0                 # all of it, not the rest
+            if answer.length not in (None, file.n_bytes - begun):    # some page in its place must not cost us the part
+                raise ConnectionError("what comes isn't the file")
+            if not begun:
                 self.begin_anew(file, out)
-                if answer.status != 200:
-                    raise ConnectionError("a part that nobody asked for")
             self.marks = [(time.monotonic(), self.done)]
-            for piece in iter(lambda: answer.read1(1 << 18), b""):
+            for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
                 write_piece(out, piece)
                 self.count("fetching", piece)
         if out.tell() < file.n_bytes:
@@ -4738,17 +4750,23 @@ def write_piece(out: BinaryIO, piece: bytes) -> None:
     except OSError as error:
         raise ModelError("It can't be written (%s): make room in %s, then fetch it again; it goes on from there." % (error.strerror, hub_folder()))
 
-def lock_blob(repo: str, oid: str) -> Any:
-    """An open file: huggingface_hub's lock of this blob, while it is open. Raises ModelError where another process has it."""
-    folder = repo_folder(repo, ".locks")
+def lock_blob(path: str) -> Any:
+    """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
+    hub, repo = os.path.split(os.path.dirname(os.path.dirname(path)))
+    folder = os.path.join(hub, ".locks", repo)
     os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, oid + ".lock"), "a")
+    lock = open(os.path.join(folder, os.path.basename(path).partition(".")[0] + ".lock"), "a")
     try:
         lock_file(lock)
     except BlockingIOError:
         lock.close()
-        raise ModelError("Another window or program is fetching this file of %s already: wait for that one." % repo)
+        raise ModelError("Another window or program is fetching this model already: wait for that one.")
     return lock
+
+def drop_part(path: str) -> None:
+    """Raises ModelError where another process goes on with it."""
+    with lock_blob(path), suppress(FileNotFoundError):
+        os.remove(path)
 
 def fetch_model(name: str, tell: Any) -> str:
     """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
@@ -4765,7 +4783,7 @@ def fetch_model(name: str, tell: Any) -> str:
         raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants.values())) if models else
                          "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
     if len(paths) > 1:
-        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, probe_hardware()
+        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, known_hardware()
         tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
                                             guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)])
         return ""
@@ -4779,8 +4797,8 @@ def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
     for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
         oid = os.path.basename(path)[:-len(".incomplete")]
         if re.fullmatch("[0-9a-f]{40,64}", oid) and oid not in oids:    # huggingface_hub's own have longer names
-            with suppress(OSError, ModelError), lock_blob(repo, oid):
-                os.remove(path)
+            with suppress(OSError, ModelError):
+                drop_part(path)
 
 def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
     """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
@@ -4792,7 +4810,7 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
     lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
     with ExitStack() as locks:
         for file in lacking:
-            locks.enter_context(lock_blob(hub.repo, file.oid))
+            locks.enter_context(lock_blob(lacking[file]))
         parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
         os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
         hub.total = sum(file.n_bytes for file in parts)
@@ -5204,8 +5222,8 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
     """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
     path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
     places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
-    named = re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant), os.path.basename(path))
-    return any(place in path for place in places) and (not quant or bool(named) or quant == entry.quant.lower() or path.endswith("/" + quant))
+    return any(place in path for place in places) and (
+        not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
 
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Why a name doesn't mean one model, in a sentence or two."""
@@ -5266,7 +5284,7 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
     if state.fetch and state.fetch.stop != "paused":
         return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
-    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name, load),)
+    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
 
 def cmd_system(state: State, argument: str) -> Change:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
@@ -5768,7 +5786,7 @@ def show_choices(state: State, entries: List[ModelEntry]) -> Change:
     """The list of models to fetch."""
     if not entries:
         return notice(state, "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"), ()
-    return state._replace(dialog=Dialog("models", entries=tuple(entries))), ()
+    return state._replace(dialog=Dialog("models", entries=tuple(entries), names=tuple(entry.path for entry in entries))), ()
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
@@ -6821,7 +6839,7 @@ class Plain:
         if rows and self.quiet and now.dialog.kind == "models":
             self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
         elif rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind in ("chats", "models") and now.dialog.names else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
@@ -7106,6 +7124,7 @@ def run_download(name: str, as_json: bool) -> int:
     """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import json, signal
     handle_signals(signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     fetch, path = Fetch(name, False), ""
     def tell(event: str, **fields: Any) -> None:
         nonlocal fetch
@@ -7136,7 +7155,7 @@ def run_download(name: str, as_json: bool) -> int:
 def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
     """For people: the path, or the list, on stdout, all else on stderr."""
     over = fetch.doing in ("done", "failed", "choices")
-    draw_status("" if over else "%s  %s" % (fetch.name, text or describe_fetch(fetch)))
+    draw_status("" if over else clean_row("%s  %s" % (text or describe_fetch(fetch), fetch.name)))
     rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, model_rows(entries, FAR)[1:])]
     if over:
         print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)
