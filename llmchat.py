@@ -1404,17 +1404,16 @@ def probe_cgroup_quotas() -> List[int]:
 def probe_linux_ram() -> dict:
     told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
     free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    total, limits = 1024 * told.get("MemTotal", 0), [0]
+    total, granted = 1024 * told.get("MemTotal", 0), 0
     for folder in probe_cgroup_folders("memory"):
         limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
             ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
             pages = parse_numbers(read_text(folder + "memory.stat"))
             files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
-            total = int(limit)
-            limits.append(total)
+            total = granted = int(limit)
             free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": limits[-1],
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": granted,
             "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
 
 def probe_seen_gpus() -> dict:
@@ -4340,7 +4339,9 @@ class ChatStore:
     keep = staticmethod(save_kept)
 
     def suggest(self) -> None:
-        self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(known_hardware())}))
+        entries = suggested_entries(known_hardware())
+        self.post(ModelsFound(entries, "") if entries else Told(
+            "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"))
 
     def drop_parts(self, parts: Sequence[str]) -> None:
         try:
@@ -4596,9 +4597,9 @@ class Hub:
         if not re.match("https?://[^/]", self.address):
             raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
         self.host = self.address.partition("//")[2]
-        token = os.environ.get("HF_TOKEN") or read_text(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")))
-        self.token = token.strip()
-        self.n_failed = self.done = self.furthest = self.total = 0    # tries in a row; bytes
+        self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
+        self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
+        self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
         self.marks: List[Tuple[float, int]] = []    # (time, bytes done), for the rate
         self.digest: Any = None
 
@@ -4653,6 +4654,9 @@ class Hub:
         if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
             return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
                     % (self.repo, self.address, self.repo, self.address), 0)
+        if code == 401 and self.token:        # which the hub says of public repositories, too
+            return "%s doesn't take your token (HF_TOKEN, or the file %s): make a new one on %s/settings/tokens, or remove it." % (
+                self.host, self.token_path, self.address), 0
         if code in (401, 404):
             return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
                     % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
@@ -4813,12 +4817,12 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
             locks.enter_context(lock_blob(lacking[file]))
         parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
         os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
-        hub.total = sum(file.n_bytes for file in parts)
-        hub.tell("begun", total=hub.total, parts=list(parts.values()))
+        total = sum(file.n_bytes for file in parts)
+        hub.tell("begun", total=total, parts=list(parts.values()))
         room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
-        if hub.total > room:
+        if total > room:
             raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
-                             % (format_bytes(hub.total), format_bytes(room), hub_folder()))
+                             % (format_bytes(total), format_bytes(room), hub_folder()))
         for file, part in parts.items():
             hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
         for file, blob in lacking.items():
@@ -5770,23 +5774,17 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
-    message, fetch, doing = event.message, state.fetch, event.message.get("event")
-    state = state._replace(fetch=fetch and fetch_step(fetch, message) if doing != "suggested" else fetch)
-    if doing in ("choices", "suggested"):
-        return show_choices(state, [ModelEntry(*entry) for entry in message["entries"]])
-    if not fetch:
-        return state, ()
+    message, doing = event.message, event.message.get("event")
+    fetch = fetch_step(state.fetch, message)
+    state = state._replace(fetch=fetch)
+    if doing == "choices":
+        entries = tuple(ModelEntry(*entry) for entry in message["entries"])
+        return state._replace(dialog=Dialog("models", entries=entries, names=tuple(entry.path for entry in entries))), ()
     if doing == "done":
         return on_fetched(state, fetch, message["path"])
     if doing == "failed":
         return notice(state, message["text"], "error"), ()
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
-
-def show_choices(state: State, entries: List[ModelEntry]) -> Change:
-    """The list of models to fetch."""
-    if not entries:
-        return notice(state, "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"), ()
-    return state._replace(dialog=Dialog("models", entries=tuple(entries), names=tuple(entry.path for entry in entries))), ()
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)

@@ -2445,12 +2445,16 @@ class FetchTest(unittest.TestCase):
         gated, hub = {"X_Error_Code": "GatedRepo"}, self.hub()
         for where, fault, words in (
                 ("api", (401, gated), "org/repo is for those who have accepted its licence: do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN"),
-                ("resolve", (403, {}), "accepted its licence"), ("api", (401, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+                ("resolve", (403, {}), "accepted its licence"), ("api", (404, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+                ("api", (401, {}), "doesn't take your token .HF_TOKEN, or the file .*token.: make a new one on http://127.0.0.1:.*/settings/tokens"),
                 ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"), ("api", (200, {}), "log in"), ("api", (418, {}), "answers: 418")):
             hub.faults = [(where, fault)]
             self.fails(words)
             self.assertEqual((hub.faults, self.events("waiting")), ([], []))
         self.fails("no repository org/none", "org/none")
+        with mock.patch.dict(os.environ, HF_TOKEN=""):    # how the hub answers those without a token
+            hub.faults = [("api", (401, {}))]
+            self.fails("no repository org/repo .* private and needs HF_TOKEN")
         hub.faults = [("api", (500, {}))] * 99
         self.fails("answers: 500")
         self.assertEqual((len(hub.faults), len(self.events("waiting"))), (99 - llmchat.DOWNLOAD_TRIES, llmchat.DOWNLOAD_TRIES - 1))
@@ -4090,6 +4094,7 @@ class ModelListTest(unittest.TestCase):
         window.wait_for(r"File: \S*talker-one.gguf")
         window.type("\r")
         window.ask("who are you", "I am talker-one.")
+        window.wait_for("first after")        # the reply is done: /load isn't for before
         window.type("/load aaa\rand who are you now\r")
         window.wait_for("I am aaa.")
         window.type("/load talker-o\t")
