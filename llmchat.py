@@ -1342,9 +1342,8 @@ def probe_hardware(*more: Any) -> Hardware:
 def probe_linux_cpu() -> dict:
     name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
     threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    folder = "/sys/devices/system/cpu/cpu%d/"
-    core_of = {n: read_text(folder % n + "topology/thread_siblings_list") or core_ids.get(n, n) for n in threads}
-    n_cores, n_fast = count_cores(probe_linux_speeds(threads, folder), core_of)
+    core_of = {n: read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n) or core_ids.get(n, n) for n in threads}
+    n_cores, n_fast = count_cores(probe_linux_speeds(threads), core_of)
     quotas = probe_cgroup_quotas()
     system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
     return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
@@ -1353,15 +1352,15 @@ def probe_linux_cpu() -> dict:
             "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
             "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
 
-def probe_linux_speeds(threads: Iterable[int], folder: str) -> Dict[int, float]:
+def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
     """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
-    read_number = lambda n, name: int((re.match(r"\d+", read_text(folder % n + name)) or [0])[0])
+    read = lambda name: {n: int((re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name))) or [0])[0]) for n in threads}
     slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
     if set(threads) - set(slow) and slow:
         return {n: float(n not in slow) for n in threads}
+    told = read("cpu_capacity")
     # the square, as a core made for a lower clock also does less in each cycle
-    return {n: read_number(n, "cpu_capacity") for n in threads if read_number(n, "cpu_capacity")} or {
-        n: read_number(n, "cpufreq/cpuinfo_max_freq") ** 2 for n in threads}
+    return told if any(told.values()) else {n: clock ** 2 for n, clock in read("cpufreq/cpuinfo_max_freq").items()}
 
 def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
@@ -1396,10 +1395,9 @@ def probe_cgroup_folders(controller: str) -> List[str]:
 
 def probe_cgroup_quotas() -> List[int]:
     """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
-    texts = [read_text(folder + "max") or read_text(folder + "cfs_quota_us") + read_text(folder + "cfs_period_us")
-             for folder in (folder + "cpu." for folder in probe_cgroup_folders("cpu"))]
-    quotas = filter(None, (re.match(r"(\d+)\s+([1-9]\d*)", text) for text in texts))
-    return [max(1, int(quota.group(1)) // int(quota.group(2))) for quota in quotas]
+    texts = (read_text(folder + "cpu.max") or read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
+             for folder in probe_cgroup_folders("cpu"))
+    return [max(1, int(quota) // int(period)) for text in texts for quota, period in re.findall(r"\A(\d+)\s+([1-9]\d*)", text)]
 
 def probe_linux_ram() -> dict:
     told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
@@ -4536,10 +4534,10 @@ HUB_TIMEOUT_S = 20                    # for each answer, and each piece of a fil
 HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
 
 def hub_home() -> str:
+    """Hugging Face's own folder, and below its cache."""
     return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 def hub_folder() -> str:
-    """Hugging Face's cache."""
     return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
 
 def repo_folder(repo: str) -> str:
@@ -4551,8 +4549,7 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     entries, best = [], ""
     for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
         verdict = guess_verdict(n_bytes, hardware)
-        if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes:    # "8 GB" has 7.7
-            best = name
+        best = name if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes else best    # "8 GB" has 7.7
         if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
             quant = model_quant(Header(file, n_bytes, 0, {}, n_bytes))
             entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, verdict=verdict,
@@ -4797,10 +4794,10 @@ def fetch_model(name: str, tell: Any) -> str:
 def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
     """Remove parts of files that the repository no longer holds."""
     import glob
-    oids = {file.oid for file in files}
+    kept = {file.oid + ".incomplete" for file in files}
     for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
-        oid = os.path.basename(path)[:-len(".incomplete")]
-        if re.fullmatch("[0-9a-f]{40,64}", oid) and oid not in oids:    # huggingface_hub's own have longer names
+        name = os.path.basename(path)
+        if re.fullmatch("[0-9a-f]{40,64}.incomplete", name) and name not in kept:    # huggingface_hub's own have longer names
             with suppress(OSError, ModelError):
                 drop_part(path)
 
