@@ -1422,8 +1422,8 @@ def probe_seen_gpus() -> dict:
     seen = []
     for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
         name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
-        n_bytes, n_free = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
-        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_free))] if name else []
+        n_bytes, n_used = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
+        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_used))] if name else []
     cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
     return {"seen_gpus": tuple(seen + cuda)}
 
