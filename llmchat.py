@@ -525,7 +525,7 @@ SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
-Download = NamedTuple("Download", [("name", str), ("load", bool)])    # in the background; name as parse_repo() takes it; load it then
+Download = NamedTuple("Download", [("name", str)])                # in the background; name as parse_download() takes it
 StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
 Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
@@ -1342,9 +1342,8 @@ def probe_hardware(*more: Any) -> Hardware:
 def probe_linux_cpu() -> dict:
     name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
     threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    folder = "/sys/devices/system/cpu/cpu%d/"
-    core_of = {n: read_text(folder % n + "topology/thread_siblings_list") or core_ids.get(n, n) for n in threads}
-    n_cores, n_fast = count_cores(probe_linux_speeds(threads, folder), core_of)
+    core_of = {n: read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n) or core_ids.get(n, n) for n in threads}
+    n_cores, n_fast = count_cores(probe_linux_speeds(threads), core_of)
     quotas = probe_cgroup_quotas()
     system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
     return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
@@ -1353,15 +1352,15 @@ def probe_linux_cpu() -> dict:
             "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
             "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
 
-def probe_linux_speeds(threads: Iterable[int], folder: str) -> Dict[int, float]:
+def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
     """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
-    read_number = lambda n, name: int((re.match(r"\d+", read_text(folder % n + name)) or [0])[0])
+    read = lambda name: {n: int((re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name))) or [0])[0]) for n in threads}
     slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
     if set(threads) - set(slow) and slow:
         return {n: float(n not in slow) for n in threads}
+    told = read("cpu_capacity")
     # the square, as a core made for a lower clock also does less in each cycle
-    return {n: read_number(n, "cpu_capacity") for n in threads if read_number(n, "cpu_capacity")} or {
-        n: read_number(n, "cpufreq/cpuinfo_max_freq") ** 2 for n in threads}
+    return told if any(told.values()) else {n: clock ** 2 for n, clock in read("cpufreq/cpuinfo_max_freq").items()}
 
 def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
@@ -1396,25 +1395,23 @@ def probe_cgroup_folders(controller: str) -> List[str]:
 
 def probe_cgroup_quotas() -> List[int]:
     """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
-    texts = [read_text(folder + "max") or read_text(folder + "cfs_quota_us") + read_text(folder + "cfs_period_us")
-             for folder in (folder + "cpu." for folder in probe_cgroup_folders("cpu"))]
-    quotas = filter(None, (re.match(r"(\d+)\s+([1-9]\d*)", text) for text in texts))
-    return [max(1, int(quota.group(1)) // int(quota.group(2))) for quota in quotas]
+    texts = (read_text(folder + "cpu.max") or read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
+             for folder in probe_cgroup_folders("cpu"))
+    return [max(1, int(quota) // int(period)) for text in texts for quota, period in re.findall(r"\A(\d+)\s+([1-9]\d*)", text)]
 
 def probe_linux_ram() -> dict:
     told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
     free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    total, limits = 1024 * told.get("MemTotal", 0), [0]
+    total, granted = 1024 * told.get("MemTotal", 0), 0
     for folder in probe_cgroup_folders("memory"):
         limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
             ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
             pages = parse_numbers(read_text(folder + "memory.stat"))
             files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
-            total = int(limit)
-            limits.append(total)
+            total = granted = int(limit)
             free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": limits[-1],
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": granted,
             "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
 
 def probe_seen_gpus() -> dict:
@@ -1425,8 +1422,8 @@ def probe_seen_gpus() -> dict:
     seen = []
     for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
         name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
-        n_bytes, n_free = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
-        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_free))] if name else []
+        n_bytes, n_used = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
+        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_used))] if name else []
     cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
     return {"seen_gpus": tuple(seen + cuda)}
 
@@ -1581,7 +1578,7 @@ def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
     bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
     base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
@@ -1829,8 +1826,12 @@ def check_text_generator(header: Header) -> None:
 def parse_repo(name: str) -> Optional[Tuple[str, str]]:
     """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
     match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
-                     r"(?:(?::|/(?:blob|resolve)/\w+/)([\w./-]+?))?(?:\?.*)?/?$", name)
+                     r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?(?:\?.*)?/?$", name)
     return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
+
+def has_quant(path: str, quant: str) -> bool:
+    """Whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
+    return bool(re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower()), path.lower()))
 
 def parse_download(name: str) -> Optional[Tuple[str, str]]:
     """As parse_repo; the names of SUGGESTED_MODELS too."""
@@ -4336,12 +4337,17 @@ class ChatStore:
     keep = staticmethod(save_kept)
 
     def suggest(self) -> None:
-        self.post(DownloadSaid({"event": "suggested", "entries": suggested_entries(known_hardware())}))
+        entries = suggested_entries(known_hardware())
+        self.post(ModelsFound(entries, "") if entries else Told(
+            "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"))
 
     def drop_parts(self, parts: Sequence[str]) -> None:
-        for path in filter(os.path.exists, parts):
-            os.remove(path)
-        self.post(Told("The download is cancelled; what had come is removed.", "dim"))
+        try:
+            for path in parts:
+                drop_part(path)
+            self.post(Told("The download is cancelled; what had come is removed.", "dim"))
+        except ModelError:
+            self.post(Told("The download is cancelled here; another window or program goes on with it.", "dim"))
 
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query))))
@@ -4530,14 +4536,14 @@ HUB_TIMEOUT_S = 20                    # for each answer, and each piece of a fil
 HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
 
 def hub_home() -> str:
+    """Hugging Face's own folder, and below its cache."""
     return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 def hub_folder() -> str:
-    """Hugging Face's cache."""
     return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
 
-def repo_folder(repo: str, *below: str) -> str:
-    return os.path.join(hub_folder(), *below, "models--" + repo.replace("/", "--"))
+def repo_folder(repo: str) -> str:
+    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     """SUGGESTED_MODELS that aren't here yet: first those that fit, the largest of them at the top."""
@@ -4545,8 +4551,7 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     entries, best = [], ""
     for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
         verdict = guess_verdict(n_bytes, hardware)
-        if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes:    # "8 GB" has 7.7
-            best = name
+        best = name if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes else best    # "8 GB" has 7.7
         if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
             quant = model_quant(Header(file, n_bytes, 0, {}, n_bytes))
             entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, verdict=verdict,
@@ -4560,7 +4565,7 @@ def parse_tree(items: Any) -> List[HubFile]:
     for item in items:
         lfs = item.get("lfs") or {}
         file = HubFile(str(item.get("path")), int(lfs.get("size", item.get("size", 0))), str(lfs.get("oid") or item.get("oid")))
-        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0]", file.path) \
+        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0-\x1f\x7f-\x9f]", file.path) \
                 and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.oid) and item.get("type", "file") == "file":
             files.append(file)
     return files
@@ -4575,7 +4580,7 @@ def match_files(paths: Iterable[str], wanted: str) -> List[str]:
     """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
     low = wanted.lower()
     exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
-    return exact or [path for path in paths if not low or re.search(r"(?:^|[-._/])%s(?:[-./]|$)" % re.escape(low), path.lower())]
+    return exact or [path for path in paths if not low or has_quant(path, low)]
 
 def new_digest(file: HubFile) -> Any:
     import hashlib
@@ -4591,9 +4596,9 @@ class Hub:
         if not re.match("https?://[^/]", self.address):
             raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
         self.host = self.address.partition("//")[2]
-        token = os.environ.get("HF_TOKEN") or read_text(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")))
-        self.token = token.strip()
-        self.n_failed = self.done = self.furthest = self.total = 0    # tries in a row; bytes
+        self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
+        self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
+        self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
         self.marks: List[Tuple[float, int]] = []    # (time, bytes done), for the rate
         self.digest: Any = None
 
@@ -4648,6 +4653,9 @@ class Hub:
         if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
             return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
                     % (self.repo, self.address, self.repo, self.address), 0)
+        if code == 401 and self.token:        # which the hub says of public repositories, too
+            return "%s doesn't take your token (HF_TOKEN, or the file %s): make a new one on %s/settings/tokens, or remove it." % (
+                self.host, self.token_path, self.address), 0
         if code in (401, 404):
             return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
                     % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
@@ -4657,7 +4665,10 @@ class Hub:
         """(the answer, the address of its next page or "")."""
         import json
         with self.open(url) as answer:
-            return json.loads(answer.read(1 << 26)), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
+            text = answer.read(1 << 26)
+            if answer.length:             # so much was announced and hasn't come
+                raise ConnectionError("it broke off")
+            return json.loads(text), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
 
     def list_files(self) -> Tuple[str, List[HubFile]]:
         """(the commit that "main" is now, its files)."""
@@ -4708,12 +4719,14 @@ class Hub:
         with answer:
             if answer.etag not in ("", file.oid):
                 raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
-            if begun and not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):    # all of it, not the rest
+            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
+                begun = 0                 # all of it, not the rest
+            if answer.length not in (None, file.n_bytes - begun):    # some page in its place must not cost us the part
+                raise ConnectionError("what comes isn't the file")
+            if not begun:
                 self.begin_anew(file, out)
-                if answer.status != 200:
-                    raise ConnectionError("a part that nobody asked for")
             self.marks = [(time.monotonic(), self.done)]
-            for piece in iter(lambda: answer.read1(1 << 18), b""):
+            for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
                 write_piece(out, piece)
                 self.count("fetching", piece)
         if out.tell() < file.n_bytes:
@@ -4740,17 +4753,23 @@ def write_piece(out: BinaryIO, piece: bytes) -> None:
     except OSError as error:
         raise ModelError("It can't be written (%s): make room in %s, then fetch it again; it goes on from there." % (error.strerror, hub_folder()))
 
-def lock_blob(repo: str, oid: str) -> Any:
-    """An open file: huggingface_hub's lock of this blob, while it is open. Raises ModelError where another process has it."""
-    folder = repo_folder(repo, ".locks")
+def lock_blob(path: str) -> Any:
+    """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
+    hub, repo = os.path.split(os.path.dirname(os.path.dirname(path)))
+    folder = os.path.join(hub, ".locks", repo)
     os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, oid + ".lock"), "a")
+    lock = open(os.path.join(folder, os.path.basename(path).partition(".")[0] + ".lock"), "a")
     try:
         lock_file(lock)
     except BlockingIOError:
         lock.close()
-        raise ModelError("Another window or program is fetching this file of %s already: wait for that one." % repo)
+        raise ModelError("Another window or program is fetching this model already: wait for that one.")
     return lock
+
+def drop_part(path: str) -> None:
+    """Raises ModelError where another process goes on with it."""
+    with lock_blob(path), suppress(FileNotFoundError):
+        os.remove(path)
 
 def fetch_model(name: str, tell: Any) -> str:
     """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
@@ -4767,7 +4786,7 @@ def fetch_model(name: str, tell: Any) -> str:
         raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants.values())) if models else
                          "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
     if len(paths) > 1:
-        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, probe_hardware()
+        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, known_hardware()
         tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
                                             guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)])
         return ""
@@ -4777,12 +4796,12 @@ def fetch_model(name: str, tell: Any) -> str:
 def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
     """Remove parts of files that the repository no longer holds."""
     import glob
-    oids = {file.oid for file in files}
+    kept = {file.oid + ".incomplete" for file in files}
     for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
-        oid = os.path.basename(path)[:-len(".incomplete")]
-        if re.fullmatch("[0-9a-f]{40,64}", oid) and oid not in oids:    # huggingface_hub's own have longer names
-            with suppress(OSError, ModelError), lock_blob(repo, oid):
-                os.remove(path)
+        name = os.path.basename(path)
+        if re.fullmatch("[0-9a-f]{40,64}.incomplete", name) and name not in kept:    # huggingface_hub's own have longer names
+            with suppress(OSError, ModelError):
+                drop_part(path)
 
 def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
     """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
@@ -4794,15 +4813,15 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
     lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
     with ExitStack() as locks:
         for file in lacking:
-            locks.enter_context(lock_blob(hub.repo, file.oid))
+            locks.enter_context(lock_blob(lacking[file]))
         parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
         os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
-        hub.total = sum(file.n_bytes for file in parts)
-        hub.tell("begun", total=hub.total, parts=list(parts.values()))
+        total = sum(file.n_bytes for file in parts)
+        hub.tell("begun", total=total, parts=list(parts.values()))
         room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
-        if hub.total > room:
+        if total > room:
             raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
-                             % (format_bytes(hub.total), format_bytes(room), hub_folder()))
+                             % (format_bytes(total), format_bytes(room), hub_folder()))
         for file, part in parts.items():
             hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
         for file, blob in lacking.items():
@@ -5207,8 +5226,8 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
     """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
     path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
     places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
-    named = re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant), os.path.basename(path))
-    return any(place in path for place in places) and (not quant or bool(named) or quant == entry.quant.lower() or path.endswith("/" + quant))
+    return any(place in path for place in places) and (
+        not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
 
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Why a name doesn't mean one model, in a sentence or two."""
@@ -5269,7 +5288,7 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
     if state.fetch and state.fetch.stop != "paused":
         return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
-    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name, load),)
+    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
 
 def cmd_system(state: State, argument: str) -> Change:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
@@ -5755,23 +5774,17 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
-    message, fetch, doing = event.message, state.fetch, event.message.get("event")
-    state = state._replace(fetch=fetch and fetch_step(fetch, message) if doing != "suggested" else fetch)
-    if doing in ("choices", "suggested"):
-        return show_choices(state, [ModelEntry(*entry) for entry in message["entries"]])
-    if not fetch:
-        return state, ()
+    message, doing = event.message, event.message.get("event")
+    fetch = fetch_step(state.fetch, message)
+    state = state._replace(fetch=fetch)
+    if doing == "choices":
+        entries = tuple(ModelEntry(*entry) for entry in message["entries"])
+        return state._replace(dialog=Dialog("models", entries=entries, names=tuple(entry.path for entry in entries))), ()
     if doing == "done":
         return on_fetched(state, fetch, message["path"])
     if doing == "failed":
         return notice(state, message["text"], "error"), ()
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
-
-def show_choices(state: State, entries: List[ModelEntry]) -> Change:
-    """The list of models to fetch."""
-    if not entries:
-        return notice(state, "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"), ()
-    return state._replace(dialog=Dialog("models", entries=tuple(entries))), ()
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
@@ -6825,7 +6838,7 @@ class Plain:
         if rows and self.quiet and now.dialog.kind == "models":
             self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
         elif rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind in ("chats", "models") and now.dialog.names else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
@@ -7107,6 +7120,7 @@ def run_download(name: str, as_json: bool) -> int:
     """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import json, signal
     handle_signals(signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     fetch, path = Fetch(name, False), ""
     def tell(event: str, **fields: Any) -> None:
         nonlocal fetch
@@ -7137,7 +7151,7 @@ def run_download(name: str, as_json: bool) -> int:
 def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
     """For people: the path, or the list, on stdout, all else on stderr."""
     over = fetch.doing in ("done", "failed", "choices")
-    draw_status("" if over else "%s  %s" % (fetch.name, text or describe_fetch(fetch)))
+    draw_status("" if over else clean_row("%s  %s" % (text or describe_fetch(fetch), fetch.name)))
     rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, model_rows(entries, FAR)[1:])]
     if over:
         print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)

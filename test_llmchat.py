@@ -1789,6 +1789,9 @@ class HardwareTest(unittest.TestCase):
         self.assertEqual([line[:5] for line in llmchat.describe_hardware(h)], ["CPU  ", "RAM  ", "GPU  ", "OS   "])
         with mock.patch.object(llmchat, "parse_numbers", lambda text: 1 / 0):    # a probe that fails leaves the rest
             self.assertGreaterEqual(llmchat.probe_hardware().usable_cores, 1)
+        with mock.patch.dict(os.environ, XDG_DATA_HOME="not/here", LOCALAPPDATA="not/here"):
+            self.assertTrue(os.path.isabs(llmchat.data_dir()))    # or probe_disk would search for ever
+            self.assertGreater(llmchat.probe_disk()["disk_free_bytes"], 0)
 
     def test_parsers(self):
         x86 = "".join("processor\t: %d\nphysical id\t: %d\ncore id\t\t: %d\nflags\t: avx fma\n\n" % (n, n // 4, n % 2) for n in range(8))
@@ -2358,7 +2361,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((read_bytes(self.fetch()), len(self.ranges(hub))), (self.DATA, 1))
 
     def test_begins_anew_where_the_part_is_of_no_use(self):
-        for faults, n_requests in (([("other", "whole")], 1), ([("other", "elsewhere")], 2), ([("other", (416, {}))], 2)):
+        for faults, n_requests in (([("other", "whole")], 1), ([("other", (416, {}))], 2)):
             hub = self.hub()
             self.part(hub, b"x" * 1000)
             hub.faults = faults
@@ -2370,9 +2373,57 @@ class FetchTest(unittest.TestCase):
         hub.faults = [("other", "break")] + [("other", "whole"), ("other", "break")] * 50
         self.assertEqual(read_bytes(self.fetch()), self.DATA)
         hub = self.hub()
-        with mock.patch.object(hub, "send_file", lambda request, data, fault: hub.send(request, 200, data[:9], 99) or setattr(request, "close_connection", True)):
+        with mock.patch.object(hub, "send_file", lambda request, data, fault: hub.send(request, 200, data[:9], len(data)) or setattr(request, "close_connection", True)):
             self.fails("No connection to 127.0.0.1.* broke off")
         self.assertEqual(len(hub.asked("other")), llmchat.DOWNLOAD_TRIES)
+
+    def test_a_page_in_its_place_does_not_cost_the_part(self):
+        hub = self.hub()
+        self.part(hub, self.DATA[:100000])
+        hub.faults = [("other", (200, {})), ("other", "elsewhere")]
+        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(self.ranges(hub), ["bytes=100000-"] * 3)
+
+    def test_no_more_is_taken_than_the_listing_says(self):
+        hub = self.hub()
+        def send_file(request, data, fault):
+            request.send_response(200)
+            request.end_headers()
+            request.wfile.write(data + b"more")
+        with mock.patch.object(hub, "send_file", send_file):
+            self.assertEqual(read_bytes(self.fetch()), self.DATA)
+
+    def test_listing_that_breaks_off(self):
+        hub = self.hub()
+        hub.faults = [("api", (200, {"length": 99}))]
+        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertIn("it broke off", self.events("waiting")[0]["text"])
+
+    def test_names_of_files(self):
+        names = ["My Model (1) Q6_K.gguf", "m-Q4_K_M.gguf", "m-UD-Q4_K_XL.gguf", "a/Q8_0+.gguf"]
+        for wanted, found in (("q6_k", names[:1]), ("Q4_K_XL", names[2:3]), ("Q4_K", []), ("Q8_0", names[3:]), ("a", names[3:]), ("", names)):
+            self.assertEqual(llmchat.match_files(names, wanted), found)
+        for name, meant in (("hf:org/two:" + names[0], names[0]), ("org/two:" + names[0], names[0]), ("https://huggingface.co/org/two/tree/main", ""),
+                            ("https://huggingface.co/org/two/tree/main/Q8_0?x=1", "Q8_0"), ("hf.co/org/two/blob/main/a/m.gguf", "a/m.gguf")):
+            self.assertEqual(llmchat.parse_repo(name), ("org/two", meant), name)
+
+    def test_verdicts_of_choices_know_the_gpu(self):
+        self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        small = machine(1, 0.01)
+        with mock.patch.object(llmchat, "probe_hardware", lambda *_: small), mock.patch.object(llmchat, "known_hardware", lambda: small._replace(
+                gpus=(llmchat.Gpu("GPU", "cuda", 24 * GB, 24 * GB),))):
+            self.fetch()
+        self.assertEqual({entry.verdict for entry in self.events("choices")[0]["entries"]}, {"fits"})
+
+    @unittest.skipUnless(POSIX, "locks of one process exclude each other on POSIX")
+    def test_cancel_leaves_the_part_that_another_fetches(self):
+        part, told = self.part(self.hub(), b"x"), []
+        store = llmchat.ChatStore(told.append)
+        with llmchat.lock_blob(part):
+            store.drop_parts([part])
+        self.assertEqual((os.path.exists(part), "another window" in told[0].text), (True, True))
+        store.drop_parts([part, part + "x"])
+        self.assertEqual((os.path.exists(part), "what had come is removed" in told[1].text), (False, True))
 
     def test_wrong_file_is_removed(self):
         hub = self.hub()
@@ -2394,12 +2445,16 @@ class FetchTest(unittest.TestCase):
         gated, hub = {"X_Error_Code": "GatedRepo"}, self.hub()
         for where, fault, words in (
                 ("api", (401, gated), "org/repo is for those who have accepted its licence: do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN"),
-                ("resolve", (403, {}), "accepted its licence"), ("api", (401, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+                ("resolve", (403, {}), "accepted its licence"), ("api", (404, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+                ("api", (401, {}), "doesn't take your token .HF_TOKEN, or the file .*token.: make a new one on http://127.0.0.1:.*/settings/tokens"),
                 ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"), ("api", (200, {}), "log in"), ("api", (418, {}), "answers: 418")):
             hub.faults = [(where, fault)]
             self.fails(words)
             self.assertEqual((hub.faults, self.events("waiting")), ([], []))
         self.fails("no repository org/none", "org/none")
+        with mock.patch.dict(os.environ, HF_TOKEN=""):    # how the hub answers those without a token
+            hub.faults = [("api", (401, {}))]
+            self.fails("no repository org/repo .* private and needs HF_TOKEN")
         hub.faults = [("api", (500, {}))] * 99
         self.fails("answers: 500")
         self.assertEqual((len(hub.faults), len(self.events("waiting"))), (99 - llmchat.DOWNLOAD_TRIES, llmchat.DOWNLOAD_TRIES - 1))
@@ -2450,7 +2505,7 @@ class FetchTest(unittest.TestCase):
 
     def test_hostile_listing(self):
         oid = "a" * 64
-        bad = ("../x.gguf", "/x.gguf", "a/../x.gguf", "a\\x.gguf", "c:x.gguf", "a//x.gguf", "./x.gguf", "x\0.gguf")
+        bad = ("../x.gguf", "/x.gguf", "a/../x.gguf", "a\\x.gguf", "c:x.gguf", "a//x.gguf", "./x.gguf", "x\0.gguf", "x\x1b[2J.gguf")
         items = [{"path": path, "size": 1, "oid": oid} for path in bad + ("a/x..y.gguf",)] + [{"path": "x.gguf", "size": 1, "oid": "../../" + oid[6:]}]
         self.assertEqual([file.path for file in llmchat.parse_tree(items)], ["a/x..y.gguf"])
         hub = self.hub()
@@ -2478,8 +2533,8 @@ class FetchTest(unittest.TestCase):
 
     def test_two_at_once(self):
         hub = self.hub()
-        with llmchat.lock_blob("org/repo", hub.hash("", self.DATA)):
-            self.fails("Another window or program is fetching this file")
+        with llmchat.lock_blob(hub.cached("blobs", hub.hash("", self.DATA))):
+            self.fails("Another window or program is fetching this model")
             self.assertEqual(hub.asked("other"), [])
         self.fetch()
         if POSIX:                             # where huggingface_hub's lock is
@@ -2528,6 +2583,14 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((events[0], events[-1]), ("begun", "done"))
         status, out, err = run_plain("--download", "org/repo:Q9", env=env)
         self.assertEqual((status, out, err), (1, "", "org/repo has no Q9. It has: Q4_K_M, Q8_0.\n"))
+        place = os.path.join(tempfile.mkdtemp(dir=FOLDER), "Łódź")    # a pipe gets UTF-8, whatever Windows' code page
+        status, out, err = run_plain("--download", "org/repo:Q8_0", env=dict(env, HF_HOME=place, PYTHONIOENCODING="cp1252:strict"))
+        self.assertEqual((status, out.startswith(place), err), (0, True, ""))
+        with mock.patch.object(llmchat, "draw_status") as draw:    # how far it is must be seen beside a long name, too
+            llmchat.show_fetch(llmchat.Fetch("n" * 99, False, "waiting", 1, 4), "\x1b[2J")
+            llmchat.show_fetch(llmchat.Fetch("n" * 99, False, "fetching", 1, 4))
+        texts = [call[0][0] for call in draw.call_args_list]
+        self.assertEqual(([text.isprintable() for text in texts], texts[1][:9]), ([True, True], "25 % of 0"))
         status, out, err = run_plain("--download", env=dict(env, HF_ENDPOINT="http://127.0.0.1:9"))
         self.assertEqual((status, len(out.splitlines()), err), (0, len(llmchat.SUGGESTED_MODELS), ""))    # asks nobody
 
@@ -2552,7 +2615,7 @@ class FetchTest(unittest.TestCase):
         after, effects = llmchat.cmd_download(paused, "cancel")
         self.assertEqual((after.fetch, effects), (None, (Store("drop_parts", (fetch.parts,)),)))
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
-        self.assertEqual(llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo", False),))
+        self.assertEqual(llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo"),))
         self.assertEqual(play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:360m ")
 
     def window(self, hub, model=""):
@@ -2622,9 +2685,12 @@ class FetchTest(unittest.TestCase):
         self.wait(window, lambda: window.state.dialog)
         window.handle(Pressed("down"))
         state, effects = update(window.state, Pressed("enter"))
-        self.assertEqual((effects, state.fetch.load), ((llmchat.Download(window.state.dialog.entries[1].path, True),), True))
+        self.assertEqual((effects, state.fetch.load), ((llmchat.Download(window.state.dialog.entries[1].path),), True))
 
     def test_in_plain_mode(self):
+        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n", env=dict(ENV, **hub.env))
+        self.assertRegex(err, r"\nhf:org/repo:m-Q8_0.gguf +Q8_0 .*\nChoose one with /load NAME")    # names that /load takes
         hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
         status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n/download cancel\n", env=dict(ENV, **hub.env))
         self.assertIn("Fetched. It can be used now: /load", err)
@@ -3940,7 +4006,7 @@ class ModelListTest(unittest.TestCase):
     def test_moving_and_choosing(self):
         for keys, name in (("down", "dolphin"), ("down,down,up", "dolphin"), ("end", "bad"), ("pgdn", "bad"), ("end,up", "fetch"), ("end,home", "alpha"), ("up", "alpha")):
             self.assertIn("*" + name, "\n".join(self.rows(*("[%s]" % key for key in keys.split(",")))))
-        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf", True),))
+        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf"),))
         busy = play(ready(), "hello", "[enter]")[0]
         state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
         self.assertEqual((effects, state.hint, state.chat), ((), "Stop the reply first (Esc)", busy.chat))
@@ -3987,10 +4053,10 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual((several.query, [entry.name for entry in llmchat.shown_models(several)]), ("8", ["alpha-Q8_0", "dolphin:8b"]))
         self.assertEqual(len(play(State(), ModelsFound(self.ENTRIES, "/m"))[0].dialog.entries), 3, "a folder's models")
         for wanted in ("hf:org/other", "hf:org/other:Q4_0", "https://huggingface.co/org/other"):
-            self.assertEqual(play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted, True),))
+            self.assertEqual(play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted),))
         asks, effects = play(State(), ModelsFound(self.ENTRIES, "org/other:Q4_0"))    # it may be a misspelt path, which nobody else is to know
-        self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0", True),)))
-        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf", True),))
+        self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0"),)))
+        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf"),))
         for wanted in ("models/x.gguf", "alfa", "~/x/y"):
             state, effects = play(State(), ModelsFound(self.ENTRIES, wanted))
             self.assertEqual((effects, "called %s." % wanted in notices(state)[0], "alpha-Q8_0" in notices(state)[0]), ((), True, wanted == "alfa"))
@@ -4029,6 +4095,7 @@ class ModelListTest(unittest.TestCase):
         window.wait_for(r"File: \S*talker-one.gguf")
         window.type("\r")
         window.ask("who are you", "I am talker-one.")
+        window.wait_for("first after")        # the reply is done: /load isn't for before
         window.type("/load aaa\rand who are you now\r")
         window.wait_for("I am aaa.")
         window.type("/load talker-o\t")
