@@ -3548,11 +3548,8 @@ def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
     import glob
     is_old = lambda snapshot: os.path.basename(snapshot) != read_small(os.path.join(snapshot, "..", "..", "refs", "main")).strip()
-    files: Dict[Any, ModelEntry] = {}
-    for snapshot in sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old):
-        for entry in scan_folder(snapshot):
-            files.setdefault((os.path.dirname(snapshot), entry.path[len(snapshot):]), entry)
-    return files.values()
+    snapshots = sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old, reverse=True)
+    return {(os.path.dirname(snapshot), entry.path[len(snapshot):]): entry for snapshot in snapshots for entry in scan_folder(snapshot)}.values()
 
 def scan_ollama(folder: str) -> Iterable[ModelEntry]:
     """Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
@@ -3604,11 +3601,10 @@ VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the 
 
 def probe_stamp(path: str) -> List[int]:
     """What changes when a file does: size, time; then what is the same for all links to it. [] where there is none."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
-    except OSError:
-        return []
+    return []
 
 def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
@@ -5211,9 +5207,10 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
 
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Why a name doesn't mean one model of this machine, in a sentence or two."""
-    names = [entry.name for entry in found if not entry.to_fetch]
-    if names:                             # of two with the same name, the paths tell
-        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in found if not entry.to_fetch]
+    here = [entry for entry in found if not entry.to_fetch]
+    if here:                              # of two with the same name, the paths tell
+        names = [entry.name for entry in here]
+        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
         return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(names))
     if found and wanted:
         return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
@@ -5243,18 +5240,16 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
     room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
     while len(columns) > 2 and room() < min(columns[0][2], 30):
         columns.pop()
-    rows = []
+    rows, name_cells = [], min(columns[0][2], max(8, room())) if columns else 0
     for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
-        name = take_cells(columns[0][1][i], max(8, room()))
-        name += " " * (min(columns[0][2], max(8, room())) - cells(name))
-        row = "  ".join([name] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
+        name = take_cells(columns[0][1][i], name_cells)
+        row = "  ".join([name + " " * (name_cells - cells(name))] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
         rows.append(row.rstrip() + "  " * bool(note) + note)
     return rows or [""]
 
 def shown_models(dialog: Dialog) -> List[ModelEntry]:
     """The models that hold all words of the query."""
-    return [entry for entry in dialog.entries if all(
-        word in " ".join((entry.name, entry.source, entry.quant, entry.size)).lower() for word in dialog.query.lower().split())]
+    return [entry for entry in dialog.entries if all(word in " ".join(entry[1:5]).lower() for word in dialog.query.lower().split())]
 
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
@@ -5458,7 +5453,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
-        filtered = state.dialog.kind == "models" and state.dialog.query
+        filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
         return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="Stopping the installation"), (StopInstall(),)
@@ -5762,7 +5757,7 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
         if not wanted.startswith(repo):
             return start_fetch(state, wanted, True)
-        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="as hf:%s is" % wanted),), question="fetch"), ()
+        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted),), wanted, "fetch"), ()
     return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
@@ -5981,15 +5976,10 @@ def view(state: State) -> Frame:
     edge = int(layout.framed)
     draft, (row, column) = view_draft(state, layout)
     rows = view_panes(state, layout, draft) + [view_status(state)]
-    row, column = view_cursor(state, layout.chat_width) or (layout.chat_height + 1 + row, column)
+    dialog, row = state.dialog, layout.chat_height + 1 + row
+    if dialog and dialog.kind in SEARCHED and (dialog.query or dialog.kind != "models"):    # one types there
+        row, column = 1, 1 + cells(query_end(dialog, layout.chat_width))
     return Frame(tuple(rows), (edge + row, edge + column), theme)
-
-def view_cursor(state: State, width: int) -> Optional[Tuple[int, int]]:
-    """Where one types, if that is in what is in front of the chat."""
-    dialog = state.dialog
-    if not dialog or dialog.kind not in SEARCHED or dialog.kind == "models" and not dialog.query:
-        return None
-    return 1, 1 + cells(query_end(dialog, width))
 
 def query_end(dialog: Dialog, width: int) -> str:
     """As much of what was typed as there is room for."""
@@ -6691,11 +6681,9 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
-        state, effects = state._replace(columns=columns, rows=rows, settings=settings), ()
-        if first != "/open" or state.settings.model_path or state.wanted:
-            state, effects = start_model(state)
-        else:                             # the chat is read first; its next message asks for a model
-            state = state._replace(wanted=None)
+        chat_first = first == "/open" and not settings.model_path and not state.wanted    # its next message asks for a model
+        state = state._replace(columns=columns, rows=rows, settings=settings, wanted=None if chat_first else state.wanted)
+        state, effects = (state, ()) if chat_first else start_model(state)
         state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
