@@ -344,6 +344,10 @@ class ModelEntry(NamedTuple):
     rate: float = 0.0                 # tokens/s to expect; 0 = not known
     note: str = ""                    # one line about its character, or why it can't be loaded
 
+    @property
+    def to_fetch(self) -> bool:
+        return self.path.startswith("hf:")
+
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
 
@@ -430,9 +434,9 @@ class Dialog(NamedTuple):
     items: Tuple[str, ...] = ()
     index: int = 0
     names: Tuple[str, ...] = ()       # what the items stand for, where that isn't what is shown
-    query: str = ""                   # what is searched for, or a new name while `question` is "rename"
-    question: str = ""                # "delete" or "rename": what is being done to the chosen item
-    entries: Tuple[ModelEntry, ...] = ()    # of "models": all of them; those that fit the query are shown
+    query: str = ""                   # what is searched for; while `question` is "rename", the new name
+    question: str = ""                # "delete" or "rename" the chosen chat, "fetch" the only model
+    entries: Tuple[Any, ...] = ()     # of "chats": ChatEntry; of "models": ModelEntry, those that fit the query are shown
     back: Any = None                  # the dialog before this one, to which Esc leads; None = none
 
 class Stats(NamedTuple):
@@ -1769,7 +1773,7 @@ def string(header: Header, key: str) -> str:
 def numbers(header: Header, key: str) -> List[int]:
     """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
     value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
-    values = value if type(value) is tuple else (value,)
+    values = value if type(value) in (tuple, list) else (value,)    # a list is from models.json
     return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
 
 def number(header: Header, key: str, default: int = 0) -> int:
@@ -3545,11 +3549,8 @@ def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
     import glob
     is_old = lambda snapshot: os.path.basename(snapshot) != read_small(os.path.join(snapshot, "..", "..", "refs", "main")).strip()
-    files: Dict[Any, ModelEntry] = {}
-    for snapshot in sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old):
-        for entry in scan_folder(snapshot):
-            files.setdefault((os.path.dirname(snapshot), entry.path[len(snapshot):]), entry)
-    return files.values()
+    snapshots = sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old, reverse=True)
+    return {(os.path.dirname(snapshot), entry.path[len(snapshot):]): entry for snapshot in snapshots for entry in scan_folder(snapshot)}.values()
 
 def scan_ollama(folder: str) -> Iterable[ModelEntry]:
     """Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
@@ -3586,7 +3587,7 @@ def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
         for place in map(os.path.expanduser, map(os.path.expandvars, places)):
             home, tail = os.path.split(os.path.normpath(place))
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
-                path = plan_split_paths(os.path.normpath(entry.path))[0]
+                path = plan_split_paths(os.path.abspath(entry.path))[0]
                 found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
     kept, hardware = read_kept("models.json"), known_hardware()
     known = {entries[0].path: probe_header(entries[0].path, kept) for entries in found.values()}
@@ -3601,11 +3602,10 @@ VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the 
 
 def probe_stamp(path: str) -> List[int]:
     """What changes when a file does: size, time; then what is the same for all links to it. [] where there is none."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
-    except OSError:
-        return []
+    return []
 
 def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
@@ -3616,7 +3616,8 @@ def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
         header = read_gguf_header(path)
         if not other_kind(header):
             check_text_generator(header)
-        lean = {key: {"n": len(value)} if type(value) is range else value for key, value in header.metadata.items()}
+        lean = {key: value for key, value in header.metadata.items() if type(value) is not range}
+        lean[string(header, "general.architecture") + ".vocab_size"] = model_vocab(header)
         return {"stamp": stamp, "header": header._replace(metadata=lean)}
     except ModelError as error:
         return {"stamp": stamp, "fault": str(error).replace(os.path.basename(path) + " ", "", 1)}
@@ -3629,8 +3630,6 @@ def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardwar
     if missing or "fault" in known:
         return entry._replace(note=(missing + [known.get("fault")])[0])
     header = Header(*known["header"])
-    header = header._replace(metadata={key: tuple(value) if type(value) is list else range(value["n"]) if type(value) is dict else value
-                                       for key, value in header.metadata.items()})
     if other_kind(header):
         return None
     plan = plan_load(header, hardware)
@@ -3639,10 +3638,10 @@ def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardwar
 
 def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     """The file of this name, or the models of this folder, without a look elsewhere; else all there are, and those to fetch."""
-    path = os.path.normpath(os.path.expanduser(wanted)) if wanted else ""
+    path = os.path.abspath(os.path.expanduser(wanted))
     if os.path.isfile(path):
         return (ModelEntry(path, os.path.basename(path), ""),)
-    return os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(known_hardware())
+    return wanted and os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(known_hardware())
 
 def describe_model(path: str) -> Tuple[str, ...]:
     """A model in full, a line for each of its sides."""
@@ -5184,7 +5183,7 @@ def look_up(state: State, wanted: str) -> Change:
 def load_entry(state: State, entry: ModelEntry) -> Change:
     if is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
-    return start_fetch(state, entry.path, True) if entry.path.startswith("hf:") else load_path(state, entry.path)
+    return start_fetch(state, entry.path, True) if entry.to_fetch else load_path(state, entry.path)
 
 def load_path(state: State, path: str) -> Change:
     demo = state.settings.demo and path == state.settings.model_path
@@ -5208,11 +5207,10 @@ def cmd_models(state: State, argument: str) -> Change:
 
 def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
     """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
-    path, low, repo = os.path.normpath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
-    here = [entry for entry in entries if not entry.path.startswith("hf:")]
+    path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
+    here = [entry for entry in entries if not entry.to_fetch]
     names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
-    folder = "" if path == "." else os.path.join(path, "")
-    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(folder)),
+    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
                         (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
                         (entries, lambda entry: entry.name.lower() in names),
                         (here, lambda entry: repo and is_of_repo(entry, *repo)),
@@ -5230,27 +5228,31 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
         not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
 
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
-    """Why a name doesn't mean one model, in a sentence or two."""
-    if len(found) > 1:
-        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,",
-                                            ", ".join(entry.name for entry in found))
-    if not entries and not wanted:
+    """Why a name doesn't mean one model of this machine, in a sentence or two."""
+    here = [entry for entry in found if not entry.to_fetch]
+    if here:                              # of two with the same name, the paths tell
+        names = [entry.name for entry in here]
+        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
+        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(names))
+    if found and wanted:
+        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
+    if not wanted:
         return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
-                "(python3 llmchat.py FILE.gguf), load one with /load PATH, or try the demo: "
+                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try the demo: "
                 "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:]))
     import difflib
-    names = {entry.name.lower(): entry.name for entry in entries}
-    near = [names[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), names, 3, 0.3)]
+    known = {entry.name.lower(): entry.name for entry in entries}
+    near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
     return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
 
 MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
     ("model", str.ljust, lambda entry: clean_row(entry.name)),
-    ("verdict", str.ljust, lambda entry: entry.verdict),
+    ("verdict", str.ljust, lambda entry: ", ".join(filter(None, (entry.verdict, entry.to_fetch and entry.source)))),    # shown however narrow it is
     ("tokens/s", str.rjust, lambda entry: "%.*f" % (entry.rate < 10, entry.rate) if entry.rate else ""),
     ("on disk", str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
     ("quant", str.ljust, lambda entry: clean_row(entry.quant)),
     ("size", str.rjust, lambda entry: clean_row(entry.size)),
-    ("from", str.ljust, lambda entry: entry.source),
+    ("from", str.ljust, lambda entry: "" if entry.to_fetch else entry.source),
     ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
 
 def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
@@ -5260,18 +5262,16 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
     room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
     while len(columns) > 2 and room() < min(columns[0][2], 30):
         columns.pop()
-    rows = []
+    rows, name_cells = [], min(columns[0][2], max(8, room())) if columns else 0
     for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
-        name = take_cells(columns[0][1][i], max(8, room()))
-        name += " " * (min(columns[0][2], max(8, room())) - cells(name))
-        row = "  ".join([name] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
+        name = take_cells(columns[0][1][i], name_cells)
+        row = "  ".join([name + " " * (name_cells - cells(name))] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
         rows.append(row.rstrip() + "  " * bool(note) + note)
     return rows or [""]
 
 def shown_models(dialog: Dialog) -> List[ModelEntry]:
     """The models that hold all words of the query."""
-    return [entry for entry in dialog.entries if all(
-        word in " ".join((entry.name, entry.source, entry.quant, entry.size)).lower() for word in dialog.query.lower().split())]
+    return [entry for entry in dialog.entries if all(word in " ".join(entry[1:5]).lower() for word in dialog.query.lower().split())]
 
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
@@ -5475,7 +5475,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
-        filtered = state.dialog.kind == "models" and state.dialog.query
+        filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
         return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="Stopping the installation"), (StopInstall(),)
@@ -5624,13 +5624,16 @@ def on_typed(state: State, event: Any) -> Change:
     return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
 
 def search_dialog(state: State, query: str) -> Change:
-    dialog = state.dialog._replace(query=query)
-    if dialog.kind == "models":
-        return show_details(state) if query == "d" and not state.dialog.query else (state._replace(dialog=dialog._replace(index=0)), ())
+    """The query, or the new name, has become this."""
+    before, dialog = state.dialog, state.dialog._replace(query=query)
     if dialog.kind == "details":          # d goes back; anything else is a name, of which d may have been the first letter
-        return state._replace(dialog=dialog.back if query == "d" else dialog.back._replace(query=(dialog.back.query or "d") + query, index=0)), ()
-    if dialog.question or dialog.kind != "chats":    # it is the new name; or a search in the help
-        return state._replace(dialog=dialog._replace(index=0 if dialog.kind == "help" else dialog.index)), ()
+        return state._replace(dialog=before.back if query == before.query + "d" else before.back._replace(query=query, index=0)), ()
+    if dialog.kind == "models" and query == "d" and not before.query:
+        return show_details(state, "d")
+    if dialog.kind != "chats":
+        return state._replace(dialog=dialog._replace(index=0)), ()
+    if dialog.question:
+        return state._replace(dialog=dialog if dialog.question == "rename" else before), ()
     return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
 
 def on_submitted(state: State, event: Submitted) -> Change:
@@ -5653,53 +5656,59 @@ def on_pressed(state: State, event: Pressed) -> Change:
 def chosen_model(dialog: Dialog) -> Optional[ModelEntry]:
     return next(iter(shown_models(dialog)[dialog.index:dialog.index + 1]), None)
 
-def show_details(state: State) -> Change:
-    """Of the chosen model: its file has more to say than the list."""
+def show_details(state: State, typed: str) -> Change:
+    """Of the chosen model: its file has more to say than the list. typed: what begins a name if more letters follow."""
     entry = chosen_model(state.dialog)
-    if not entry or not entry.path.startswith("hf:"):
-        return state, (Store("describe", (entry.path,)),) if entry else ()
+    if not entry:
+        return state, ()
+    state = state._replace(dialog=Dialog("details", query=typed, back=state.dialog))
+    if not entry.to_fetch:
+        return state, (Store("describe", (entry.path,)),)
     lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
     return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path[3:])))
 
 def on_model_described(state: State, event: ModelDescribed) -> Change:
-    entry = chosen_model(state.dialog) if state.dialog and state.dialog.kind == "models" else None
+    entry = chosen_model(state.dialog.back) if state.dialog and state.dialog.kind == "details" else None
     if not entry or entry.path != event.path:
-        return state, ()                  # another is chosen by now
-    return state._replace(dialog=Dialog("details", event.lines, back=state.dialog)), ()
+        return state, ()                  # it was closed meanwhile, or shows another
+    return state._replace(dialog=state.dialog._replace(items=event.lines)), ()
 
+SEARCHED = ("chats", "help", "models")    # dialogs with a line to type in
 DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
+    is_list, edit = dialog.kind in DIALOG_COMMANDS, EDIT_KEYS.get(key)
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
-    if key in moves:
+    if key in moves and not dialog.question:
         # a text has no chosen line: its last page is the end
-        n_shown = 1 if dialog.kind in DIALOG_COMMANDS else plan_layout(state).chat_height - 2
+        n_shown = 1 if is_list else plan_layout(state).chat_height - 2
         index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
         return state._replace(dialog=dialog._replace(index=index)), ()
-    if key == "backspace" and dialog.kind in ("chats", "help", "models"):
-        return search_dialog(state, dialog.query[:-1])
-    if dialog.kind in ("models", "details") and key in ("enter", "tab"):
+    if edit in ("backspace", "kill_word", "kill_to_start") and dialog.kind in SEARCHED:
+        return search_dialog(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
+    if dialog.kind in ("models", "details") and key == "enter":
         entry = chosen_model(dialog.back or dialog)
-        if key == "enter" and entry:
-            return load_entry(closed, entry)
-        return show_details(state) if dialog.kind == "models" else (state._replace(dialog=dialog.back), ())
+        return load_entry(closed, entry) if entry else (state, ())
+    if dialog.kind == "models" and key == "tab":
+        return show_details(state, dialog.query)
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
     if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
-    if key == "enter" and dialog.kind in DIALOG_COMMANDS:
+    if key == "enter" and is_list:
         return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
-    return state if dialog.kind in DIALOG_COMMANDS else closed, ()
+    return state if is_list else state._replace(dialog=dialog.back), ()
 
 def on_chats_key(state: State, key: str, chosen: str) -> Change:
-    """Searching, renaming and deleting in the list of chats."""
+    """Renaming and deleting in the list of chats."""
     dialog = state.dialog
-    if key in ("del", "ctrl-r") and chosen:
-        question = "delete" if key == "del" else "rename"
-        return state._replace(dialog=dialog._replace(question=question, query="")), ()
+    questions = {"del": ("delete", ""), "ctrl-r": ("rename", dialog.entries[dialog.index].title)} if chosen else {}
+    if key in questions and not dialog.question:
+        question, query = questions[key]
+        return state._replace(dialog=dialog._replace(question=question, query=query, back=dialog)), ()
     if key != "enter" or not chosen or dialog.question == "rename" and not dialog.query.strip():
         return state, ()
-    own, find, state = chosen == state.chat.name, Store("find", ("",)), state._replace(dialog=Dialog("chats"))
+    own, find, state = chosen == state.chat.name, Store("find", (dialog.back.query,)), state._replace(dialog=dialog.back._replace(index=-1))
     if dialog.question == "rename":
         return state, (Store("rename", (chosen, dialog.query)), find)
     if own and is_busy(state):
@@ -5711,9 +5720,10 @@ def on_chats_found(state: State, event: ChatsFound) -> Change:
     import time
     if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query or state.dialog.question:
         return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
-    items = tuple("%s %6d kB  %s%s" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), 1 + entry.n_bytes // 1000, entry.title,
-                                       "  (%s)" % entry.model if entry.model else "") for entry in event.entries)
-    return state._replace(dialog=state.dialog._replace(items=items, names=tuple(entry.name for entry in event.entries), index=0)), ()
+    items = tuple("%s  %s  (%s)" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), entry.title, ", ".join(
+        filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000))))) for entry in event.entries)
+    names = tuple(entry.name for entry in event.entries)
+    return state._replace(dialog=state.dialog._replace(items=items, names=names, entries=event.entries, index=0)), ()
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
     if is_busy(state):
@@ -5764,13 +5774,12 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
         return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
-        return state._replace(dialog=Dialog("models", entries=entries if by_words else found, query=wanted if by_words else "")), ()
+        return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
     repo, _ = parse_repo(wanted) or (".gguf", "")
     if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
         if not wanted.startswith(repo):
             return start_fetch(state, wanted, True)
-        ask = "%s isn't on this machine. Enter, or the name hf:%s, fetches it from Hugging Face." % (wanted, wanted)
-        return state._replace(dialog=Dialog("models", entries=(ModelEntry("hf:" + wanted, wanted, "to fetch", note=ask),))), ()
+        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted),), wanted, "fetch"), ()
     return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
@@ -5778,13 +5787,20 @@ def on_download_said(state: State, event: DownloadSaid) -> Change:
     fetch = fetch_step(state.fetch, message)
     state = state._replace(fetch=fetch)
     if doing == "choices":
-        entries = tuple(ModelEntry(*entry) for entry in message["entries"])
-        return state._replace(dialog=Dialog("models", entries=entries, names=tuple(entry.path for entry in entries))), ()
+        return show_models(state, [ModelEntry(*entry) for entry in message["entries"]]), ()
     if doing == "done":
         return on_fetched(state, fetch, message["path"])
     if doing == "failed":
         return notice(state, message["text"], "error"), ()
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
+
+def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", question: str = "") -> State:
+    """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
+    if state.draft.text and not state.model and not state.chat.waiting:
+        return state._replace(hint="/models chooses a model")
+    dialog = Dialog("models", entries=tuple(entries), query=query, question=question)
+    over = state.dialog and state.dialog.kind == "chats" and state.dialog
+    return state._replace(dialog=over._replace(back=dialog) if over else dialog)
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
@@ -5979,7 +5995,17 @@ def view(state: State) -> Frame:
     edge = int(layout.framed)
     draft, (row, column) = view_draft(state, layout)
     rows = view_panes(state, layout, draft) + [view_status(state)]
-    return Frame(tuple(rows), (layout.chat_height + 1 + edge + row, edge + column), theme)
+    dialog, row = state.dialog, layout.chat_height + 1 + row
+    if dialog and dialog.kind in SEARCHED and (dialog.query or dialog.kind != "models"):    # one types there
+        row, column = 1, 1 + cells(query_end(dialog, layout.chat_width))
+    return Frame(tuple(rows), (edge + row, edge + column), theme)
+
+def query_end(dialog: Dialog, width: int) -> str:
+    """As much of what was typed as there is room for."""
+    text = clean_row(dialog.query)[-width:]
+    while cells(text) > width - 2:
+        text = text[1:]
+    return text
 
 def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
     """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
@@ -6087,10 +6113,11 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
-DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d or Tab tells more, Esc closes",
-                "details": "d or Esc goes back, Enter takes this model",
+DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
+                "fetch": "It isn't on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
                 "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
-                "delete": "Delete this chat for good? Enter deletes it, Esc keeps it", "rename": "New name, then Enter:", "help": "Type to search; Up and Down scroll, Esc closes",
+                "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
+                "help": "Type to search, Up and Down scroll, Esc closes",
                 "install": "\nThe engine is not installed yet.\n\nllmchat can get it now: it downloads llama-cpp-python and, where that is better, compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
 
@@ -6100,13 +6127,15 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
     if dialog.kind == "install":
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
-    is_list = dialog.kind in DIALOG_COMMANDS
+    while cells(text) >= width and ", " in text:
+        text = text.rpartition(", ")[0]
+    is_list, is_models = dialog.kind in DIALOG_COMMANDS, dialog.kind == "models"
     top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
-    lines: List[Line] = [((" " + text, "title"),), ((" " + clean_row(dialog.query), "user"),)]
-    models = shown_models(dialog)
-    if dialog.kind == "models":
-        lines[1] = ((" %s" % clean_row(dialog.query), "user"), ("  %d of %d" % (len(models), len(dialog.entries)), "dim")) if dialog.query else (
-            (" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
+    query, models = ((" " + query_end(dialog, width), "user"),), shown_models(dialog) if is_models else ()
+    if is_models:
+        titles = ((" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
+        query = query + (("  %d of %d" % (len(models), len(dialog.entries)), "dim"),) if dialog.query else titles
+    lines: List[Line] = [((" " + text, "title"),), query if is_models or dialog.kind in SEARCHED else ()]
     for i, item in enumerate(items[top:top + room], top):
         style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
                  VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
@@ -6671,7 +6700,9 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
-        state, effects = start_model(state._replace(columns=columns, rows=rows, settings=settings))
+        chat_first = first == "/open" and not settings.model_path and not state.wanted    # its next message asks for a model
+        state = state._replace(columns=columns, rows=rows, settings=settings, wanted=None if chat_first else state.wanted)
+        state, effects = (state, ()) if chat_first else start_model(state)
         state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
@@ -6838,7 +6869,9 @@ class Plain:
         if rows and self.quiet and now.dialog.kind == "models":
             self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
         elif rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind in ("chats", "models") and now.dialog.names else rows
+            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
+            rows = tuple("%s  %s" % (row, entry.path if entry.path.startswith("hf:") else "") for row, entry in zip(
+                rows, shown_models(now.dialog))) if now.dialog.kind == "models" else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
         thinks = now.chat.thought not in ("", before.chat.thought)
@@ -6912,7 +6945,7 @@ def named_model(name: str) -> str:
     """The file that a MODEL means. Raises ModelError."""
     entries = probe_models(name)
     found = match_models(entries, name)
-    if len(found) != 1 or found[0].path.startswith("hf:"):
+    if len(found) != 1 or found[0].to_fetch:
         raise ModelError(explain_match(entries, found, name))
     return found[0].path
 

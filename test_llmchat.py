@@ -2975,6 +2975,8 @@ class FindModelsTest(unittest.TestCase):
         self.assertRegex(rows["b-Q8_0"], r"^b-Q8_0 +fits +\d+ +0 MB +Q\d\S+ .*32,768$")
         self.assertEqual((status, "\x1b" in out, "is empty" in rows["a"]), (0, False, True), out)
         listed = {entry["name"]: entry for entry in json.loads(run_plain("--list", "--json", **options)[1])}
+        here = [entry.path for entry in llmchat.find_models(os.path.relpath(self.path("models")))]
+        self.assertEqual(here, [os.path.abspath(path) for path in here], "it means the same elsewhere")
         self.assertEqual((listed["b-Q8_0"]["verdict"], listed["b-Q8_0"]["path"]), ("fits", self.path("models", "b-Q8_0.gguf")))
 
     def test_names_instead_of_paths(self):
@@ -3548,22 +3550,32 @@ class StoredChatTest(unittest.TestCase):
         for words in ("llamas eat grass", "mountains are \"high\"", "user content"):
             self.ask(words, "Yes: " + words.split()[0])
             self.do("/new")
-        titles = lambda: [re.sub(r"^\S+ \S+ +\S+ kB +| +\(Tiny\)$", "", item) for item in self.state.dialog.items]
+        titles = lambda: [re.sub(r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$", "", item) for item in self.state.dialog.items]
         for query, found in (("", 3), ("GRASS", 1), ("yes: moun", 1), ("are \"high", 1), ("user", 1), ("parent", 0), ("role", 0), ("\\", 0)):
             self.do("/chats " + query)
             self.assertEqual(len(titles()), found, query)
-        self.do("/chats", Typed("grass"), "[ctrl-r]", "[enter]", Typed("food "), Typed("llama"), "[backspace]", "[backspace]", "[enter]")
-        self.assertIn("food lla", titles())
-        self.do(*["[backspace]"] * 3, Typed("high"), "[enter]")
+        self.do("/chats", Typed("grass"), "[ctrl-r]")
+        lines, cursor, _ = view(self.state)
+        row = "".join(part for part, _ in lines[cursor[0]])
+        self.assertEqual((row[:cursor[1]].strip("\u2502 "), self.state.dialog.query), ("llamas eat grass",) * 2, "the cursor is behind the present title")
+        self.do("[ctrl-r]", "[up]", "[down]", "[esc]")
+        self.assertEqual((titles(), self.state.dialog.query, self.state.dialog.question), (["llamas eat grass"], "grass", ""), "Esc leads back to the list")
+        self.do("[ctrl-r]", *["[backspace]"] * 5, Typed("herbs"), "[enter]")
+        self.assertEqual(titles(), ["llamas eat herbs"])
+        self.do("[ctrl-r]", "[ctrl-u]", "[enter]", Typed("food "), Typed("llama"), "[backspace]", "[backspace]", "[enter]")
+        self.assertEqual((titles(), self.state.dialog.query), (["food lla"], "grass"), "the search stays")
+        self.do("[ctrl-w]", Typed("high"), "[enter]")
         self.assertEqual((self.shown()[0], self.state.dialog), ('mountains are "high"', None))
         own = self.state.chat.name
         with mock.patch.object(self.store, "find"):    # the list is long in coming
             self.do("/chats", Typed("high"), "[enter]", "[del]", "[enter]")
             self.assertEqual((self.shown()[0], self.state.dialog.question), ('mountains are "high"', ""), "nothing happens to what isn't found yet")
-        self.do("/chats", Typed("high"), "[del]", "[esc]", "/chats", Typed("high"), "[del]")
+        self.do("/chats", Typed("high"), "[del]", "[esc]", Typed("z"), "[backspace]", "[del]", Typed("y"), "[down]")
         self.do(llmchat.ChatsFound("", tuple(llmchat.list_chats(""))))
         self.assertEqual(self.state.dialog.names[self.state.dialog.index], own, "a list that comes late doesn't change what is deleted")
         self.do("[enter]")
+        self.assertEqual(titles(), [])
+        self.do("[ctrl-u]")
         self.assertEqual((len(titles()), self.shown(), os.path.exists(llmchat.chat_path(own))), (2, [], False))
         self.ask("after", "it")
         self.assertNotEqual(self.state.chat.name, own)
@@ -3978,9 +3990,12 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual([re.split("  +", row) for row in self.rows(columns=140)], [
             ["model", "verdict", "tokens/s", "on disk", "quant", "size", "from", "context"],
             ["*alpha-Q8_0", "fits", "12", "1.0 GB", "Q8_0", "1B", "4,096"], ["dolphin:8b", "tight", "3.2", "5.0 GB", "Q4_K_M", "8B", "Ollama"],
-            ["huge", "too big", "40.0 GB", "Q4_K_M", "70B", "also giant"], ["fetch", "fits", "512 MB", "0.6B", "to fetch", "small and quick"],
+            ["huge", "too big", "40.0 GB", "Q4_K_M", "70B", "also giant"], ["fetch", "fits, to fetch", "512 MB", "0.6B", "small and quick"],
             ["bad", "is empty: download it again."]])
-        self.assertEqual([re.split("  +", row) for row in self.rows(columns=36)[:2]], [["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]])
+        rows = [re.split("  +", row) for row in self.rows(columns=40)]
+        self.assertEqual((rows[:2], rows[4]), ([["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]], ["fetch", "fits, to fetch", "small and"]))
+        for columns, title in ((80, "d tells more, Esc closes"), (52, "Models: type to filter, Enter loads or fetches"), (40, "Models: type to filter")):
+            self.assertEqual(rows_of(self.open(columns=columns)[0])[1].strip("\u2502 ")[-len(title):], title)
         starts = {row.index(verdict) for row, verdict in zip(llmchat.model_rows(self.ENTRIES[:3], 30), ("verdict", "fits", "tight", "too big"))}
         self.assertEqual(len(starts), 1, "aligned")
         wide = a_model("w", "\u6a21" * 30)
@@ -4015,14 +4030,17 @@ class ModelListTest(unittest.TestCase):
         state, effects = self.open("d")
         self.assertEqual(effects, (Store("describe", ("/m/alpha-Q8_0.gguf",)),))
         told = ModelDescribed("/m/alpha-Q8_0.gguf", ("Alpha", "File: /m/alpha-Q8_0.gguf") + tuple("line %d" % n for n in range(40)))
-        self.assertEqual(play(state, "[down]", told)[0].dialog.kind, "models", "another is chosen by now")
-        self.assertEqual(play(state, "[esc]", told)[0].dialog, None)
+        other = play(state, "[esc]", "[down]", "d")[0]
+        self.assertEqual(play(other, told)[0], other, "another is chosen by now")
+        self.assertEqual(play(state, "[esc]", told)[0].dialog, self.open()[0].dialog)
+        self.assertEqual(play(state, "o", "l", told)[0].dialog.query, "dol", "typed before the file was read")
         shown = play(state, told)[0]
         self.assertIn("File: /m/alpha", "\n".join(rows_of(shown)))
         self.assertIn("line 39", "\n".join(rows_of(play(shown, "[end]")[0])), "a long text is scrolled")
-        for key in ("d", "[esc]", "[tab]"):
-            self.assertEqual(play(shown, key)[0].dialog, state.dialog, key)
+        for key in ("d", "[esc]", "[tab]", "[backspace]"):
+            self.assertEqual(play(shown, key)[0].dialog, self.open()[0].dialog, key)
         self.assertEqual(play(shown, "olphin")[0].dialog.query, "dolphin", "d was the first letter of a name")
+        self.assertEqual([play(self.open(*keys, "[tab]")[0], "e")[0].dialog.query for keys in ((), ("hug",))], ["e", "huge"])
         self.assertEqual(sent(play(shown, "[enter]")[1], "load")[0]["path"], "/m/alpha-Q8_0.gguf")
         self.assertEqual(self.open("hu", "d")[0].dialog.query, "hud", "only while there is no filter")
         self.assertEqual(self.open("hu", "[tab]")[1], (Store("describe", ("/m/huge.gguf",)),))
@@ -4057,9 +4075,25 @@ class ModelListTest(unittest.TestCase):
         asks, effects = play(State(), ModelsFound(self.ENTRIES, "org/other:Q4_0"))    # it may be a misspelt path, which nobody else is to know
         self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0"),)))
         self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf"),))
+        self.assertIn("It isn't on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(50, 12))[0])))
+        self.assertEqual((play(asks, "[esc]")[0].dialog, asks.dialog.query), (None, "org/other:Q4_0"))
+        twins = (a_model("/a/t.gguf", "t", n_bytes=1), a_model("/b/t.gguf", "t", n_bytes=2))
+        for found, wanted, words in ((twins, "t", "name one of these: /a/t.gguf, /b/t.gguf."), (self.ENTRIES[3:4], "", "No model was found"),
+                                     (self.ENTRIES[3:4], "fetch", "fetch isn't on this machine. To fetch it: python3 llmchat.py --download hf:org/")):
+            self.assertIn(words, llmchat.explain_match(self.ENTRIES, found, wanted))
         for wanted in ("models/x.gguf", "alfa", "~/x/y"):
             state, effects = play(State(), ModelsFound(self.ENTRIES, wanted))
             self.assertEqual((effects, "called %s." % wanted in notices(state)[0], "alpha-Q8_0" in notices(state)[0]), ((), True, wanted == "alfa"))
+
+    def test_the_list_is_not_in_the_way(self):
+        """It comes by itself at the start; meanwhile somebody writes, or chooses a chat."""
+        begun = play(State(wanted="", rows=24), "hel", ModelsFound(self.ENTRIES, ""), "lo")[0]
+        self.assertEqual((begun.dialog, begun.draft.text), (None, "hello"))
+        sent_off, effects = play(begun, "[enter]")
+        self.assertEqual((effects, play(sent_off, ModelsFound(self.ENTRIES, ""))[0].dialog.kind), ((FindModels(""),), "models"))
+        chats, _ = play(State(wanted="", rows=24), Submitted("/chats"), ModelsFound(self.ENTRIES, ""))
+        self.assertEqual((chats.dialog.kind, play(chats, "[esc]")[0].dialog.kind), ("chats", "models"))
+        self.assertEqual(play(chats, llmchat.ChatOpened(Chat()))[0].dialog, None)
 
     def test_a_message_waits_for_the_name(self):
         state, effects = play(State(wanted="alpha"), "hello", "[enter]")
@@ -4094,8 +4128,7 @@ class ModelListTest(unittest.TestCase):
         window.type("\t")
         window.wait_for(r"File: \S*talker-one.gguf")
         window.type("\r")
-        window.ask("who are you", "I am talker-one.")
-        window.wait_for("first after")        # the reply is done: /load isn't for before
+        window.ask("who are you", "I am talker-one.*first after")
         window.type("/load aaa\rand who are you now\r")
         window.wait_for("I am aaa.")
         window.type("/load talker-o\t")
@@ -4931,6 +4964,15 @@ class WindowTest(unittest.TestCase):
             window.type("\x04" if "--plain" in arguments else CTRL_Q)
             self.assertEqual(window.end(), 0)
             self.assertEqual({name: chat.nodes for name, chat in chats().items()}, before)
+        for option, wanted, key, after in (("-C", "plain words.*Answered", " \x7f", "no model[^\n]*$"), ("--resume", "Your chats.*first question", ESC, "Models:")):
+            nameless = self.open(option, LLMCHAT_MODELS=FOLDER, **home)
+            nameless.wait_for(wanted)
+            nameless.settle()
+            nameless.type(key)
+            nameless.wait_for(after)
+            self.assertEqual("Models:" in nameless.text(), option == "--resume")
+            nameless.type(CTRL_Q)
+            self.assertEqual(nameless.end(), 0)
 
     def test_no_save_leaves_no_file(self):
         home, _ = self.home()
