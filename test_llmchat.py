@@ -2690,7 +2690,7 @@ class FetchTest(unittest.TestCase):
     def test_in_plain_mode(self):
         hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
         status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n", env=dict(ENV, **hub.env))
-        self.assertRegex(err, r"\nhf:org/repo:m-Q8_0.gguf +Q8_0 .*\nChoose one with /load NAME")    # names that /load takes
+        self.assertRegex(err, r"\nQ8_0 .* hf:org/repo:m-Q8_0.gguf\nChoose one with /load NAME")    # names that /load takes
         hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
         status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n/download cancel\n", env=dict(ENV, **hub.env))
         self.assertIn("Fetched. It can be used now: /load", err)
@@ -4230,7 +4230,7 @@ class FilesTest(unittest.TestCase):
         texts = lambda *words, **options: [file.text for file in self.read(*words, **options).files]
         self.assertEqual(texts(at("a.txt"), at("b\\ c.txt"), "'%s'" % at("b c.txt"), at("old.txt"), at("[1].txt")), ["one\ntwo", "état", "état", "état “x”", "brackets"])
         self.assertEqual(texts(at("*.t*t"), n_ctx=6), ["brackets", "one\ntwo", "état", "état “x”"], "all but the big one")
-        for name, words in (("bin", "binary"), ("picture", "binary"), ("none", "no such file"), ("*.c", "no such file"), (".", "no such file"), ("big.txt", "has 100 bytes, .* room for 96 at")):
+        for name, words in (("bin", "binary"), ("picture", "binary"), ("none", "no such file"), ("*.c", "no such file"), (".", "is a folder"), ("big.txt", "has 100 bytes, .* room for 96 at")):
             event = self.read(at(name), n_ctx=6)
             self.assertEqual(event.files, ())
             self.assertRegex(event.problems[0], "isn't attached: .*" + words)
