@@ -490,6 +490,7 @@ class State(NamedTuple):
     fetch: Optional[Fetch] = None
     rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
     next_rung: str = ""               # the next one, in words
+    before: Settings = Settings()     # those of the model before, to which a load that fails leads back
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -1581,7 +1582,7 @@ def data_dir() -> str:
     """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
     bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
     base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.normpath(os.path.expanduser(base)), "llmchat")
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
@@ -2500,7 +2501,7 @@ class LlamaEngine:
         import threading
         # jinja2 takes as long to import as a small model to load: both at once
         warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        header = read_gguf_header(path)   # not in full: its vocabulary takes 26 ms
+        header = read_gguf_header(path, full=bool(self.context))    # its vocabulary takes 26 ms; a damaged file must not cost the model
         check_text_generator(header)
         path = header.path
         hardware = probe_engine_hardware(self.api)
@@ -2531,6 +2532,7 @@ class LlamaEngine:
             model_stays = plan_load(header, hardware, lower).n_gpu_layers == plan.n_gpu_layers
             # smaller contexts don't help where the weights themselves have no room
             if not plan.next or not re.search(OUT_OF_MEMORY, "\n".join(self.errors)) or not self.model and model_stays:
+                self.close()
                 raise
         self.emit("lowered", text="Memory ran out while loading. Trying again with %s." % plan.next)
         if not model_stays:
@@ -5169,7 +5171,7 @@ def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path, demo=demo)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings, rung=0, next_rung="")
+    state = state._replace(settings=settings, before=state.settings, rung=0, next_rung="")
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
@@ -5873,11 +5875,10 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if during == "chat":
         return notice(end_reply(state, "not finished"), text, "error"), ()
     if during == "load" and message.get("kept") and state.model:
-        settings = state.settings._replace(model_path=state.model.path)    # the one before still works
-        return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), text, "error"), ()
+        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
     machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine))
+                                     model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung=""))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -5886,7 +5887,7 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
     unproven = state.engine is Condition.LOADING or state.engine is Condition.READING and state.model and not state.model.proven
-    if unproven and state.next_rung and (event.code == -9 or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
+    if unproven and state.next_rung and (event.code in DEATHS[0][0] or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
         return step_down(state)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
@@ -5899,12 +5900,12 @@ def step_down(state: State) -> Change:
     return start_model(state._replace(chat=chat, engine=Condition.DEAD, rung=state.rung + 1, next_rung=""))
 
 DEATHS = (  # exit codes (-signal; on Windows NTSTATUS), what to tell people
-    ((-9,), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
+    ((-9, -15), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
             "or a smaller context (-c 2048)."),
     ((-4, 0xC000001D), "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
                        "`python3 llmchat.py --install` compiles one for this CPU."),
     ((-6, 0xC0000409), "llama.cpp gave up%(loading)s.%(said)s"),
-    ((-11, -10, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
+    ((-11, -10, -7, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
 
 def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     """One sentence for people about how the engine ended."""
@@ -6580,7 +6581,10 @@ class Runner:
             return self.mailbox.post(EngineMissing())
         if demo:
             write_demo_model()
-        self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
+        try:
+            self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
+        except OSError as error:          # it was made for another system or machine, say
+            self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
@@ -6605,12 +6609,17 @@ def probe_engine_end(code: int) -> EngineDied:
     has = probe_hardware().instruction_sets if code in (-4, 0xC000001D) else ("NEON",)
     return EngineDied(code, () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has))
 
+NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
+
 def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
     """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
     import json, subprocess, threading
     if not python:
         raise ModelError("The engine is not installed: python3 llmchat.py --install")
-    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+    try:
+        child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+    except OSError as error:
+        raise ModelError(NO_START % (python, error.strerror))
     late: List[int] = []
     timer = threading.Timer(limit_s, lambda: (late.append(1), child.kill()))
     timer.daemon = True
@@ -6668,7 +6677,6 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         finally:
             runner.close()
     if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
-        sys.stdout.reconfigure(errors="replace")
         print("\n".join(view_end(last)))
     return 0 if last else 1
 
@@ -6878,34 +6886,29 @@ class Plain:
 
 def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str = "") -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
-    # a reply may hold what the terminal's encoding lacks; files and pipes get UTF-8
-    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     plain = Plain(state, quiet=not interactive)
     try:
         for command in filter(None, ("/load", first)):
             plain.handle(Submitted(command))
         return plain.chat() if interactive else plain.answer(prompt)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone: end quietly
-        return 0
     except KeyboardInterrupt:
         plain.clear_progress()
         return 130
     finally:
         plain.runner.close()
 
-def named_model(name: str) -> str:
-    """The file that a MODEL means. Raises ModelError."""
+def named_settings(state: State) -> Settings:
+    """With the file that the command line's MODEL means, and what was chosen for it. Raises ModelError."""
+    name = state.wanted or state.settings.model_path
     entries = probe_models(name)
     found = match_models(entries, name)
     if len(found) != 1 or found[0].path.startswith("hf:"):
         raise ModelError(explain_match(entries, found, name))
-    return found[0].path
+    return recall_settings(state.settings._replace(model_path=found[0].path))
 
 def show_list(as_json: bool) -> int:
     """--list: the models of this machine, one to a line."""
     import json
-    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     entries = find_models()
     rows = model_rows(entries, FAR)[1:]
     print(json.dumps([entry._asdict() for entry in entries], indent=1) if as_json else clean("\n".join(rows)), end="\n" * bool(as_json or rows))
@@ -6926,7 +6929,7 @@ def probe_machine() -> Tuple[Hardware, str]:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk, probe_battery), problem
 
-def show_info(model: str, as_json: bool) -> int:
+def show_info(state: State, as_json: bool) -> int:
     """--info: this machine, and what a model would need on it."""
     import json
     hardware, problem = probe_machine()
@@ -6934,9 +6937,10 @@ def show_info(model: str, as_json: bool) -> int:
     facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
         name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
     try:
-        if model:
-            header = read_gguf_header(named_model(model), full=True)
-            plan = plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware)))
+        if state.wanted or state.settings.model_path:
+            settings = named_settings(state)
+            header = read_gguf_header(settings.model_path, full=True)
+            plan = plan_load(header, hardware, tune(settings.wishes, tuning_key(settings.wishes, header, hardware)))
             lines += (model_summary(header),) + plan.lines
             facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
                 "path": header.path, "name": model_name(header), "architecture": string(header, "general.architecture"),
@@ -7019,7 +7023,6 @@ def run_doctor() -> int:
     import shutil
     terminal, worst = sys.stdout.isatty(), 0
     color = "\033[3%dm%s\033[m" if terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb" else "%.0s%s"
-    sys.stdout.reconfigure(errors="replace")
     for check in (check_python, check_window, check_folder, check_settings, check_engine, check_machine):
         try:
             findings = check()
@@ -7077,10 +7080,9 @@ def run_bench(state: State, as_json: bool) -> int:
     """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out, results, done = sys.stderr if as_json else sys.stdout, {}, {}
-    out.reconfigure(errors="replace")
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
     try:
-        settings = state.settings._replace(model_path=named_model(state.wanted or state.settings.model_path))
+        settings = named_settings(state)
         for done in bench_messages(settings):
             if done["event"] == "measured":
                 results[done["group"]] = done["values"]
@@ -7155,6 +7157,8 @@ def run_window(state: State, first: str = "") -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout:                        # a reply, a name or pip's output may hold what the encoding lacks; files and pipes get UTF-8
+        sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
@@ -7173,7 +7177,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.list:
         return show_list(arguments.json)
     if arguments.info:
-        return show_info(arguments.model, arguments.json)
+        return show_info(initial_state(arguments), arguments.json)
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
         return run_bench(initial_state(arguments), arguments.json)
@@ -7188,3 +7192,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone: end quietly
