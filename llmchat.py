@@ -1897,27 +1897,19 @@ def state_bytes(header: Header) -> int:
     return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
                 + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
 
-def model_tensors(header: Header) -> Dict[Tuple[str, int], int]:
-    """The header's tensors, or a guess at them from the model's shape if the header wasn't read in full."""
+def weights_used(header: Header) -> List[Tuple[int, int, float]]:
+    """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
+
+    Of the table of tokens that is nothing, unless it is the output too; of experts, those that are chosen."""
+    chosen = min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))
+    if header.tensors:
+        shares = {"experts": chosen, "rows": 0.0, "token_embd": float(all(part != "output" for part, _ in header.tensors))}
+        return [(kind, n_bytes, shares.get(part, 1.0)) for (part, kind), n_bytes in header.tensors.items()]
     n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
     kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
     experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
-    share = experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd)
-    guess = int(header.weight_bytes * share)
-    return header.tensors or {("", kind): header.weight_bytes - guess, ("experts", kind): guess}
-
-def token_shares(header: Header, tensors: Dict[Tuple[str, int], int]) -> Dict[str, float]:
-    """How much of each part is multiplied for each token: of the table of tokens nothing, unless it is the output too; only the chosen experts."""
-    is_output = not any(part == "output" for part, _ in tensors)
-    return {"": 1.0, "output": 1.0, "rows": 0.0, "token_embd": float(is_output),
-            "experts": min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))}
-
-def bytes_per_token(header: Header) -> Dict[int, float]:
-    """ggml type -> bytes of weights that are read for each token."""
-    tensors, found = model_tensors(header), {}
-    for (part, kind), n_bytes in tensors.items():
-        found[kind] = found.get(kind, 0.0) + n_bytes * token_shares(header, tensors)[part]
-    return found
+    guess = int(header.weight_bytes * experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd))
+    return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
 
 def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
     """Tokens/s to expect of the CPU while writing, 0 = not known: reading the weights takes the time, or working them through."""
@@ -1926,7 +1918,7 @@ def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) 
     has = set(hardware.instruction_sets)
     skill = 1 if has & {"AVX-VNNI", "AVX-512 VNNI", "dot product"} else 0.7 if "AVX2" in has else 0.3
     most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
-    seconds = sum(n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes in bytes_per_token(header).items())
+    seconds = sum(share * n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes, share in weights_used(header))
     return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (5 + model_layers(header)) / skill)
 
 def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
@@ -1936,8 +1928,7 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
     # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
     compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
     kinds = {kind for name in hardware.instruction_sets for kind in REPACKED.get(name, ())}
-    tensors = model_tensors(header)
-    copied = sum(n for (part, kind), n in tensors.items() if kind in kinds and token_shares(header, tensors)[part])
+    copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
     return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
@@ -1975,18 +1966,15 @@ def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int
     gpus = hardware.gpus if wishes.n_gpu_layers else ()
     free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
     memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_gpu_layers = plan_gpu_layers(header, memory, sum(gpu.free_bytes for gpu in gpus), wishes.n_gpu_layers)
-    on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
+    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, wishes.n_gpu_layers)
+    if gpu_bytes and wishes.n_gpu_layers < 0:
+        room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
+        n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
+    on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
     memory = memory._replace(copied=int(memory.copied * on_cpu) if wishes.use_mmap else 0)
     share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
     return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
                 "fits" if share <= COMFORT else "tight" if share <= 1 else "too big", kv_type=kv_type)
-
-def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int) -> int:
-    if wished >= 0 or gpu_bytes == 0:
-        return max(0, wished)
-    n_all, room = model_layers(header) + 1, gpu_bytes - GPU_RESERVE_BYTES - memory.compute
-    return max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
 
 def plan_step(now: Plan, then: Plan) -> str:
     """What is smaller in the second plan, in words."""
@@ -2063,14 +2051,12 @@ def write_kept(name: str, kept: Dict[str, Any]) -> None:
     os.replace(path + ".new", path)
 
 def tune(wishes: Wishes, key: str) -> Wishes:
-    """The wishes with what --bench found for this key; a number of threads that is wished for stays."""
-    try:
-        found = read_kept("tuning.json")[key]
-        tuned = wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
-                                tuned_rate=float(found["tokens_per_s"]))
-    except (KeyError, ValueError, TypeError):
-        return wishes
-    return wishes if wishes.n_threads else tuned
+    """The wishes with what --bench found for this key, unless a number of threads is wished for."""
+    with suppress(KeyError, ValueError, TypeError):    # nothing, or the file is damaged
+        found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
+        return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
+                               tuned_rate=float(found["tokens_per_s"]))
+    return wishes
 
 def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
     """What engines have found of this machine: its GPUs, and how fast it read its RAM."""
@@ -2503,18 +2489,17 @@ class LlamaEngine:
         warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
         header = read_gguf_header(path, full=bool(self.context))    # its vocabulary takes 26 ms; a damaged file must not cost the model
         check_text_generator(header)
-        path = header.path
         hardware = probe_engine_hardware(self.api)
         wishes = tune(wishes, tuning_key(wishes, header, hardware))
         warm.start()
         self.close()
         plan = self._load_rung(header, hardware, wishes)
-        self.identity = [os.path.realpath(path), header.file_bytes, os.stat(path).st_mtime, plan.n_ctx, plan.kv_type,
+        self.identity = [os.path.realpath(header.path), header.file_bytes, os.stat(header.path).st_mtime, plan.n_ctx, plan.kv_type,
                          hardware.llama_version]
         warm.join()
         self._make_template()
         on, off, _ = map(self.template.switch_thinking, (True, False, None))
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header),
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path, description=model_summary(header),
                   ram_bytes=probe_ram_bytes(), can_switch=on != off)
 
     def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
@@ -3816,8 +3801,12 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
     gpus = tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where))
     told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi")) if wanted_gpu == "cuda" else None
     hardware = probe_hardware()
+    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
+        has_compiler = bool(read_command("xcode-select", "-p"))
+    else:                                 # pip can't fetch CMake for Android
+        has_compiler = is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)
     return InstallProbe(
-        system, bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system), os.environ.get("CMAKE_ARGS", ""),
+        system, bool(find_spec("venv") and find_spec("ensurepip")), has_compiler, os.environ.get("CMAKE_ARGS", ""),
         tools, gpus, shutil.disk_usage(data_dir()).free, hardware.ram_total_bytes, os.cpu_count() or 1, wanted_gpu,
         hardware.instruction_sets, int("".join(told.groups())) if told else 0)
 
@@ -3845,12 +3834,6 @@ def install_kind(plan: InstallPlan) -> str:
 
 def format_clock(seconds: float) -> str:
     return "%d:%02d" % divmod(int(seconds), 60)
-
-def probe_compiler(system: str) -> bool:
-    import subprocess
-    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
-        return not subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL)
-    return is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)    # pip can't fetch CMake for Android
 
 def is_here(where: str) -> bool:
     """Whether the machine has these programs on its PATH, or files where there is a "/": "a | b & c" = one of a and b, and c."""
@@ -3933,12 +3916,10 @@ def end_group(child: Any) -> None:
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
     else:
-        try:
+        with suppress(OSError):           # all gone already
             for number in (signal.SIGTERM, signal.SIGKILL):    # ninja's compilers are in groups that only ninja can end
                 os.killpg(child.pid, number)
                 time.sleep(0.5)           # last writes may still come
-        except OSError:
-            pass                          # all gone already
     child.wait()
 
 def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
@@ -3990,16 +3971,6 @@ def take_lock(file: Any) -> None:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-def lock_install(path: str) -> Any:
-    """An open file, the lock while it is open: the system lifts it when a process dies. RuntimeError: it is taken."""
-    lock = open(path, "w")
-    try:
-        take_lock(lock)
-    except OSError:
-        lock.close()
-        raise RuntimeError("Another install is at work in %s." % os.path.dirname(path))
-    return lock
-
 def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
     import glob, shutil, time
@@ -4016,7 +3987,11 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
         raise RuntimeError("\n".join(plan.problems))
     expected = format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
     say("This takes about %s minutes." % expected)
-    with lock_install(place + ".lock"):
+    with open(place + ".lock", "w") as lock:
+        try:
+            take_lock(lock)               # the system lifts it when a process dies
+        except OSError:
+            raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
         make_env(work, probe, plan, expected, say)
@@ -4026,25 +4001,17 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
         save_kept("install.json", "last", {"gpu": gpu})
 
 def swap_env(place: str, work: str) -> None:
-    """The new environment takes the old one's place; at any instant engine_python() finds one of them."""
+    """The new environment takes the old one's place; at any instant engine_python() finds one of them. What is old goes with `work`."""
     import signal
     handle_signals(signal.SIG_IGN)
+    old = place + ".old"
     if os.path.lexists(place):
-        discard(place + ".old", work)
-        os.rename(place, place + ".old")
+        if os.path.lexists(old):
+            os.rename(old, os.path.join(work, "older"))
+        os.rename(place, old)
     os.rename(os.path.join(work, "env"), place)
-    discard(place + ".old", work)
-
-def discard(path: str, work: str) -> None:
-    """Out of the way at once; it goes with `work`."""
-    import tempfile
-    if os.path.lexists(path):
-        os.rename(path, os.path.join(tempfile.mkdtemp(dir=work), "old"))
-
-def probe_upgrade(python: str) -> str:
-    """The newest version that pip can get, "" = not known."""
-    told = read_command(python, "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
-    return "".join(re.findall(r"^[\w-]+ \((\S+)\)", told))
+    if os.path.lexists(old):
+        os.rename(old, os.path.join(work, "old"))
 
 def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     """Make the private environment, as the last thing a process does, for it changes what signals do. say(line) tells.
@@ -4056,9 +4023,11 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
     before = engine_version(env_python(place))
     try:
-        if upgrade and before and not gpu and probe_upgrade(env_python(place)) == before:
-            say("llama-cpp-python %s is the newest; nothing was changed." % before)
-            return 0
+        if upgrade and before and not gpu:
+            told = read_command(env_python(place), "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
+            if re.findall(r"^[\w-]+ \((\S+)\)", told) == [before]:
+                say("llama-cpp-python %s is the newest; nothing was changed." % before)
+                return 0
         replace_env(place, work, gpu or (str(read_kept("install.json").get("last", {}).get("gpu", "")) if upgrade else ""), say)
         say("The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), before and " (it was %s)" % before))
         return 0
@@ -5334,7 +5303,7 @@ def cmd_set(state: State, argument: str) -> Change:
     number, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem), ()
-    return choose(state, {name: number}, "%s = %s%s" % (name, number, "; /load loads the model with it" * (name in Wishes._fields)))
+    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in Wishes._fields)))
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
@@ -6638,17 +6607,6 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
         child.kill()
         child.communicate()
 
-def try_engine(python: str) -> str:
-    """What the demo's model replies in a fresh engine process. Raises ModelError, OSError."""
-    load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
-    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
-    text = ""
-    for message in ask_engine(python, load, chat, limit_s=120):
-        text += message.get("text", "") if message["event"] == "text" else ""
-        if message["event"] == "done" and text:
-            break
-    return text
-
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
     import signal
@@ -7000,10 +6958,16 @@ def check_settings() -> List[Tuple[str, str, str]]:
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
 def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
+    """A fresh engine process must load the demo's model and reply."""
     import time
-    python, began_s = python or engine_python(), time.monotonic()
+    python, began_s, reply = python or engine_python(), time.monotonic(), ""
+    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
     try:
-        reply = try_engine(python)
+        load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
+        for message in ask_engine(python, load, chat, limit_s=120):
+            reply += message["text"] if message["event"] == "text" else ""
+            if message["event"] == "done" and reply:
+                break
     except ModelError as error:
         return [("error", "engine", str(error))]
     except OSError as error:

@@ -2104,9 +2104,10 @@ class PlanTest(unittest.TestCase):
     def test_copies_and_what_a_token_reads(self):
         tensors = {("token_embd", 8): 100, ("output", 14): 80, ("", 12): 400, ("experts", 12): 8000, ("rows", 8): 7}
         moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(tensors=tensors)
-        self.assertEqual(llmchat.bytes_per_token(moe), {8: 0, 14: 80, 12: 900})
+        read = lambda header: {kind: sum(n * share for k, n, share in llmchat.weights_used(header) if k == kind) for kind, _, _ in llmchat.weights_used(header)}
+        self.assertEqual(read(moe), {8: 0, 14: 80, 12: 900})
         tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
-        self.assertEqual(llmchat.bytes_per_token(tied), {8: 100, 12: 400})
+        self.assertEqual(read(tied), {8: 100, 12: 400})
         for flags, copied in ((("AVX2",), 8400), (("NEON", "dot product"), 8480), (("AVX",), 0)):
             self.assertEqual(llmchat.plan_memory(moe, machine(8, 8)._replace(instruction_sets=flags), 1024, 128, "f16").copied, copied)
         plan = plan_load(header(2.0), machine(8, 6))
@@ -4278,7 +4279,8 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual((wishes.use_mlock, wishes.use_mmap, wishes.kv_type), (1, 0, "q8_0"))
         state = play(ready(), "/set kv_type q4_0", "[enter]", "/set use_mmap 0", "[enter]")[0]
         self.assertEqual((state.settings.wishes.kv_type, state.settings.wishes.use_mmap), ("q4_0", 0))
-        self.assertEqual(play(state, "/set kv_type", "[enter]")[0].settings.wishes.kv_type, "")    # again what fits
+        again = play(state, "/set kv_type", "[enter]")[0]
+        self.assertEqual((again.settings.wishes.kv_type, again.hint), ("", "kv_type = what fits; /load applies it"))
         self.assertIn("kv_type takes one of: f32, f16", notices(play(state, "/set kv_type q9", "[enter]")[0])[-1])
         with self.assertRaisesRegex(ModelError, "KV type 'q9' is none of llama.cpp's"):
             plan_load(header(), machine(4, 3), Wishes(kv_type="q9"))    # from CONFIG
