@@ -1974,7 +1974,11 @@ def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int
     memory = memory._replace(copied=int(memory.copied * on_cpu) if wishes.use_mmap else 0)
     share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
     return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
-                "fits" if share <= COMFORT else "tight" if share <= 1 else "too big", kv_type=kv_type)
+                judge(share), kv_type=kv_type)
+
+def judge(share: float) -> str:
+    """A verdict on what takes this share of the free memory."""
+    return "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
 
 def plan_step(now: Plan, then: Plan) -> str:
     """What is smaller in the second plan, in words."""
@@ -2013,8 +2017,7 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
     """As in Plan, of a file that isn't here yet: about a tenth more for the context, and the rest; "" = not known."""
     free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in hardware.gpus)
-    share = (1.1 * n_bytes + 5 * PROCESS_BYTES) / free if free else 0
-    return "" if not free else "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
+    return judge((1.1 * n_bytes + 5 * PROCESS_BYTES) / free) if free else ""
 
 def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
@@ -2123,8 +2126,8 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
         read_gguf_header(path, full=True)
     except ModelError as error:
         return str(error)
-    match, words = next((match, words) for match, words in (
-        (re.search(pattern, log_text), words) for pattern, words in LOAD_FAILURES) if match)
+    pattern, words = next(row for row in LOAD_FAILURES if re.search(row[0], log_text))
+    match = re.search(pattern, log_text)
     caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
     free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
     return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught), free)
@@ -6895,7 +6898,7 @@ def show_info(state: State, as_json: bool) -> int:
     facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
         name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
     try:
-        if state.wanted or state.settings.model_path:
+        if state.wanted or state.settings.model_path and not state.settings.demo:
             settings = named_settings(state)
             header = read_gguf_header(settings.model_path, full=True)
             plan = plan_load(header, hardware, tune(settings.wishes, tuning_key(settings.wishes, header, hardware)))
@@ -7019,16 +7022,6 @@ def time_first_frame() -> float:
         os.close(here)
         os.close(there)
 
-def bench_messages(settings: Settings) -> Iterable[Dict[str, Any]]:
-    """The first frame's time, then what the engine says while it measures, "benched" last. Raises ModelError."""
-    with suppress(ImportError, OSError):
-        values = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
-        yield {"event": "measured", "group": "seconds_to_start", "values": values}
-    for message in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
-        yield message
-        if message["event"] == "benched":
-            return
-
 def show_bench(group: str, values: Dict[str, float], out: Any) -> None:
     print("\n" + group.replace("_", " "), file=out)
     for name, value in values.items():
@@ -7047,7 +7040,12 @@ def run_bench(state: State, as_json: bool) -> int:
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
     try:
         settings = named_settings(state)
-        for done in bench_messages(settings):
+        with suppress(ImportError, OSError):
+            results["seconds_to_start"] = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
+            show_bench("seconds_to_start", results["seconds_to_start"], out)
+        for done in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
+            if done["event"] == "benched":
+                break
             if done["event"] == "measured":
                 results[done["group"]] = done["values"]
                 show_bench(done["group"], done["values"], out)
