@@ -494,6 +494,7 @@ class State(NamedTuple):
     fetch: Optional[Fetch] = None
     rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
     next_rung: str = ""               # the next one, in words
+    before: Settings = Settings()     # those of the model before, to which a load that fails leads back
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -1901,27 +1902,19 @@ def state_bytes(header: Header) -> int:
     return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
                 + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
 
-def model_tensors(header: Header) -> Dict[Tuple[str, int], int]:
-    """The header's tensors, or a guess at them from the model's shape if the header wasn't read in full."""
+def weights_used(header: Header) -> List[Tuple[int, int, float]]:
+    """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
+
+    Of the table of tokens that is nothing, unless it is the output too; of experts, those that are chosen."""
+    chosen = min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))
+    if header.tensors:
+        shares = {"experts": chosen, "rows": 0.0, "token_embd": float(all(part != "output" for part, _ in header.tensors))}
+        return [(kind, n_bytes, shares.get(part, 1.0)) for (part, kind), n_bytes in header.tensors.items()]
     n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
     kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
     experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
-    share = experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd)
-    guess = int(header.weight_bytes * share)
-    return header.tensors or {("", kind): header.weight_bytes - guess, ("experts", kind): guess}
-
-def token_shares(header: Header, tensors: Dict[Tuple[str, int], int]) -> Dict[str, float]:
-    """How much of each part is multiplied for each token: of the table of tokens nothing, unless it is the output too; only the chosen experts."""
-    is_output = not any(part == "output" for part, _ in tensors)
-    return {"": 1.0, "output": 1.0, "rows": 0.0, "token_embd": float(is_output),
-            "experts": min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))}
-
-def bytes_per_token(header: Header) -> Dict[int, float]:
-    """ggml type -> bytes of weights that are read for each token."""
-    tensors, found = model_tensors(header), {}
-    for (part, kind), n_bytes in tensors.items():
-        found[kind] = found.get(kind, 0.0) + n_bytes * token_shares(header, tensors)[part]
-    return found
+    guess = int(header.weight_bytes * experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd))
+    return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
 
 def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
     """Tokens/s to expect of the CPU while writing, 0 = not known: reading the weights takes the time, or working them through."""
@@ -1930,7 +1923,7 @@ def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) 
     has = set(hardware.instruction_sets)
     skill = 1 if has & {"AVX-VNNI", "AVX-512 VNNI", "dot product"} else 0.7 if "AVX2" in has else 0.3
     most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
-    seconds = sum(n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes in bytes_per_token(header).items())
+    seconds = sum(share * n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes, share in weights_used(header))
     return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (5 + model_layers(header)) / skill)
 
 def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
@@ -1940,8 +1933,7 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
     # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
     compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
     kinds = {kind for name in hardware.instruction_sets for kind in REPACKED.get(name, ())}
-    tensors = model_tensors(header)
-    copied = sum(n for (part, kind), n in tensors.items() if kind in kinds and token_shares(header, tensors)[part])
+    copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
     return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
@@ -1979,18 +1971,19 @@ def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int
     gpus = hardware.gpus if wishes.n_gpu_layers else ()
     free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
     memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_gpu_layers = plan_gpu_layers(header, memory, sum(gpu.free_bytes for gpu in gpus), wishes.n_gpu_layers)
-    on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
+    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, wishes.n_gpu_layers)
+    if gpu_bytes and wishes.n_gpu_layers < 0:
+        room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
+        n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
+    on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
     memory = memory._replace(copied=int(memory.copied * on_cpu) if wishes.use_mmap else 0)
     share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
     return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
-                "fits" if share <= COMFORT else "tight" if share <= 1 else "too big", kv_type=kv_type)
+                judge(share), kv_type=kv_type)
 
-def plan_gpu_layers(header: Header, memory: Memory, gpu_bytes: int, wished: int) -> int:
-    if wished >= 0 or gpu_bytes == 0:
-        return max(0, wished)
-    n_all, room = model_layers(header) + 1, gpu_bytes - GPU_RESERVE_BYTES - memory.compute
-    return max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
+def judge(share: float) -> str:
+    """A verdict on what takes this share of the free memory."""
+    return "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
 
 def plan_step(now: Plan, then: Plan) -> str:
     """What is smaller in the second plan, in words."""
@@ -2029,8 +2022,7 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
     """As in Plan, of a file that isn't here yet: about a tenth more for the context, and the rest; "" = not known."""
     free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in hardware.gpus)
-    share = (1.1 * n_bytes + 5 * PROCESS_BYTES) / free if free else 0
-    return "" if not free else "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
+    return judge((1.1 * n_bytes + 5 * PROCESS_BYTES) / free) if free else ""
 
 def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
@@ -2067,14 +2059,12 @@ def write_kept(name: str, kept: Dict[str, Any]) -> None:
     os.replace(path + ".new", path)
 
 def tune(wishes: Wishes, key: str) -> Wishes:
-    """The wishes with what --bench found for this key; a number of threads that is wished for stays."""
-    try:
-        found = read_kept("tuning.json")[key]
-        tuned = wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
-                                tuned_rate=float(found["tokens_per_s"]))
-    except (KeyError, ValueError, TypeError):
-        return wishes
-    return wishes if wishes.n_threads else tuned
+    """The wishes with what --bench found for this key, unless a number of threads is wished for."""
+    with suppress(KeyError, ValueError, TypeError):    # nothing, or the file is damaged
+        found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
+        return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
+                               tuned_rate=float(found["tokens_per_s"]))
+    return wishes
 
 def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
     """What engines have found of this machine: its GPUs, and how fast it read its RAM."""
@@ -2141,8 +2131,8 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
         read_gguf_header(path, full=True)
     except ModelError as error:
         return str(error)
-    match, words = next((match, words) for match, words in (
-        (re.search(pattern, log_text), words) for pattern, words in LOAD_FAILURES) if match)
+    pattern, words = next(row for row in LOAD_FAILURES if re.search(row[0], log_text))
+    match = re.search(pattern, log_text)
     caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
     free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
     return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught), free)
@@ -2505,20 +2495,19 @@ class LlamaEngine:
         import threading
         # jinja2 takes as long to import as a small model to load: both at once
         warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        header = read_gguf_header(path)   # not in full: its vocabulary takes 26 ms
+        header = read_gguf_header(path, full=bool(self.context))    # its vocabulary takes 26 ms; a damaged file must not cost the model
         check_text_generator(header)
-        path = header.path
         hardware = probe_engine_hardware(self.api)
         wishes = tune(wishes, tuning_key(wishes, header, hardware))
         warm.start()
         self.close()
         plan = self._load_rung(header, hardware, wishes)
-        self.identity = [os.path.realpath(path), header.file_bytes, os.stat(path).st_mtime, plan.n_ctx, plan.kv_type,
+        self.identity = [os.path.realpath(header.path), header.file_bytes, os.stat(header.path).st_mtime, plan.n_ctx, plan.kv_type,
                          hardware.llama_version]
         warm.join()
         self._make_template()
         on, off, _ = map(self.template.switch_thinking, (True, False, None))
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=path, description=model_summary(header),
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path, description=model_summary(header),
                   ram_bytes=probe_ram_bytes(), can_switch=on != off)
 
     def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
@@ -2536,6 +2525,7 @@ class LlamaEngine:
             model_stays = plan_load(header, hardware, lower).n_gpu_layers == plan.n_gpu_layers
             # smaller contexts don't help where the weights themselves have no room
             if not plan.next or not re.search(OUT_OF_MEMORY, "\n".join(self.errors)) or not self.model and model_stays:
+                self.close()
                 raise
         self.emit("lowered", text="Memory ran out while loading. Trying again with %s." % plan.next)
         if not model_stays:
@@ -3814,8 +3804,12 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
     gpus = tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where))
     told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi")) if wanted_gpu == "cuda" else None
     hardware = probe_hardware()
+    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
+        has_compiler = bool(read_command("xcode-select", "-p"))
+    else:                                 # pip can't fetch CMake for Android
+        has_compiler = is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)
     return InstallProbe(
-        system, bool(find_spec("venv") and find_spec("ensurepip")), probe_compiler(system), os.environ.get("CMAKE_ARGS", ""),
+        system, bool(find_spec("venv") and find_spec("ensurepip")), has_compiler, os.environ.get("CMAKE_ARGS", ""),
         tools, gpus, shutil.disk_usage(data_dir()).free, hardware.ram_total_bytes, os.cpu_count() or 1, wanted_gpu,
         hardware.instruction_sets, int("".join(told.groups())) if told else 0)
 
@@ -3843,12 +3837,6 @@ def install_kind(plan: InstallPlan) -> str:
 
 def format_clock(seconds: float) -> str:
     return "%d:%02d" % divmod(int(seconds), 60)
-
-def probe_compiler(system: str) -> bool:
-    import subprocess
-    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
-        return not subprocess.call(["xcode-select", "-p"], stdout=subprocess.DEVNULL)
-    return is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)    # pip can't fetch CMake for Android
 
 def is_here(where: str) -> bool:
     """Whether the machine has these programs on its PATH, or files where there is a "/": "a | b & c" = one of a and b, and c."""
@@ -3931,12 +3919,10 @@ def end_group(child: Any) -> None:
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
     else:
-        try:
+        with suppress(OSError):           # all gone already
             for number in (signal.SIGTERM, signal.SIGKILL):    # ninja's compilers are in groups that only ninja can end
                 os.killpg(child.pid, number)
                 time.sleep(0.5)           # last writes may still come
-        except OSError:
-            pass                          # all gone already
     child.wait()
 
 def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
@@ -3988,16 +3974,6 @@ def take_lock(file: Any) -> None:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-def lock_install(path: str) -> Any:
-    """An open file, the lock while it is open: the system lifts it when a process dies. RuntimeError: it is taken."""
-    lock = open(path, "w")
-    try:
-        take_lock(lock)
-    except OSError:
-        lock.close()
-        raise RuntimeError("Another install is at work in %s." % os.path.dirname(path))
-    return lock
-
 def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
     import glob, shutil, time
@@ -4014,7 +3990,11 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
         raise RuntimeError("\n".join(plan.problems))
     expected = format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
     say("This takes about %s minutes." % expected)
-    with lock_install(place + ".lock"):
+    with open(place + ".lock", "w") as lock:
+        try:
+            take_lock(lock)               # the system lifts it when a process dies
+        except OSError:
+            raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
         make_env(work, probe, plan, expected, say)
@@ -4024,25 +4004,17 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
         save_kept("install.json", "last", {"gpu": gpu})
 
 def swap_env(place: str, work: str) -> None:
-    """The new environment takes the old one's place; at any instant engine_python() finds one of them."""
+    """The new environment takes the old one's place; at any instant engine_python() finds one of them. What is old goes with `work`."""
     import signal
     handle_signals(signal.SIG_IGN)
+    old = place + ".old"
     if os.path.lexists(place):
-        discard(place + ".old", work)
-        os.rename(place, place + ".old")
+        if os.path.lexists(old):
+            os.rename(old, os.path.join(work, "older"))
+        os.rename(place, old)
     os.rename(os.path.join(work, "env"), place)
-    discard(place + ".old", work)
-
-def discard(path: str, work: str) -> None:
-    """Out of the way at once; it goes with `work`."""
-    import tempfile
-    if os.path.lexists(path):
-        os.rename(path, os.path.join(tempfile.mkdtemp(dir=work), "old"))
-
-def probe_upgrade(python: str) -> str:
-    """The newest version that pip can get, "" = not known."""
-    told = read_command(python, "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
-    return "".join(re.findall(r"^[\w-]+ \((\S+)\)", told))
+    if os.path.lexists(old):
+        os.rename(old, os.path.join(work, "old"))
 
 def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     """Make the private environment, as the last thing a process does, for it changes what signals do. say(line) tells.
@@ -4054,9 +4026,11 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
     before = engine_version(env_python(place))
     try:
-        if upgrade and before and not gpu and probe_upgrade(env_python(place)) == before:
-            say("llama-cpp-python %s is the newest; nothing was changed." % before)
-            return 0
+        if upgrade and before and not gpu:
+            told = read_command(env_python(place), "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
+            if re.findall(r"^[\w-]+ \((\S+)\)", told) == [before]:
+                say("llama-cpp-python %s is the newest; nothing was changed." % before)
+                return 0
         replace_env(place, work, gpu or (str(read_kept("install.json").get("last", {}).get("gpu", "")) if upgrade else ""), say)
         say("The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), before and " (it was %s)" % before))
         return 0
@@ -5190,7 +5164,7 @@ def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path, demo=demo)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings, rung=0, next_rung="")
+    state = state._replace(settings=settings, before=state.settings, rung=0, next_rung="")
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
@@ -5354,7 +5328,7 @@ def cmd_set(state: State, argument: str) -> Change:
     number, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem), ()
-    return choose(state, {name: number}, "%s = %s%s" % (name, number, "; /load loads the model with it" * (name in Wishes._fields)))
+    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in Wishes._fields)))
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
@@ -5905,11 +5879,10 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if during == "chat":
         return notice(end_reply(state, "not finished"), text, "error"), ()
     if during == "load" and message.get("kept") and state.model:
-        settings = state.settings._replace(model_path=state.model.path)    # the one before still works
-        return notice(state._replace(engine=Condition.READY, settings=settings, progress=0.0), text, "error"), ()
+        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
     machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine))
+                                     model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung=""))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -5918,7 +5891,7 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
     tail = [line.text for line in state.log[-12:] if line.level == "error"]
     text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
     unproven = state.engine is Condition.LOADING or state.engine is Condition.READING and state.model and not state.model.proven
-    if unproven and state.next_rung and (event.code == -9 or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
+    if unproven and state.next_rung and (event.code in DEATHS[0][0] or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
         return step_down(state)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
@@ -5931,12 +5904,12 @@ def step_down(state: State) -> Change:
     return start_model(state._replace(chat=chat, engine=Condition.DEAD, rung=state.rung + 1, next_rung=""))
 
 DEATHS = (  # exit codes (-signal; on Windows NTSTATUS), what to tell people
-    ((-9,), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
+    ((-9, -15), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
             "or a smaller context (-c 2048)."),
     ((-4, 0xC000001D), "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
                        "`python3 llmchat.py --install` compiles one for this CPU."),
     ((-6, 0xC0000409), "llama.cpp gave up%(loading)s.%(said)s"),
-    ((-11, -10, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
+    ((-11, -10, -7, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
 
 def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
     """One sentence for people about how the engine ended."""
@@ -6625,7 +6598,10 @@ class Runner:
             return self.mailbox.post(EngineMissing())
         if demo:
             write_demo_model()
-        self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
+        try:
+            self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
+        except OSError as error:          # it was made for another system or machine, say
+            self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
@@ -6650,12 +6626,17 @@ def probe_engine_end(code: int) -> EngineDied:
     has = probe_hardware().instruction_sets if code in (-4, 0xC000001D) else ("NEON",)
     return EngineDied(code, () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has))
 
+NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
+
 def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
     """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
     import json, subprocess, threading
     if not python:
         raise ModelError("The engine is not installed: python3 llmchat.py --install")
-    child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+    try:
+        child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+    except OSError as error:
+        raise ModelError(NO_START % (python, error.strerror))
     late: List[int] = []
     timer = threading.Timer(limit_s, lambda: (late.append(1), child.kill()))
     timer.daemon = True
@@ -6673,17 +6654,6 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
         timer.cancel()
         child.kill()
         child.communicate()
-
-def try_engine(python: str) -> str:
-    """What the demo's model replies in a fresh engine process. Raises ModelError, OSError."""
-    load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
-    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
-    text = ""
-    for message in ask_engine(python, load, chat, limit_s=120):
-        text += message.get("text", "") if message["event"] == "text" else ""
-        if message["event"] == "done" and text:
-            break
-    return text
 
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
@@ -6715,7 +6685,6 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         finally:
             runner.close()
     if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
-        sys.stdout.reconfigure(errors="replace")
         print("\n".join(view_end(last)))
     return 0 if last else 1
 
@@ -6928,8 +6897,6 @@ class Plain:
 
 def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str = "") -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
-    # a reply may hold what the terminal's encoding lacks; files and pipes get UTF-8
-    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     plain = Plain(state, quiet=not interactive)
     try:
         for command in filter(None, ("/load", first)):
@@ -6941,18 +6908,18 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
     finally:
         plain.runner.close()
 
-def named_model(name: str) -> str:
-    """The file that a MODEL means. Raises ModelError."""
+def named_settings(state: State) -> Settings:
+    """With the file that the command line's MODEL means, and what was chosen for it. Raises ModelError."""
+    name = state.wanted or state.settings.model_path
     entries = probe_models(name)
     found = match_models(entries, name)
     if len(found) != 1 or found[0].to_fetch:
         raise ModelError(explain_match(entries, found, name))
-    return found[0].path
+    return recall_settings(state.settings._replace(model_path=found[0].path))
 
 def show_list(as_json: bool) -> int:
     """--list: the models of this machine, one to a line."""
     import json
-    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     entries = find_models()
     rows = model_rows(entries, FAR)[1:]
     print(json.dumps([entry._asdict() for entry in entries], indent=1) if as_json else clean("\n".join(rows)), end="\n" * bool(as_json or rows))
@@ -6973,7 +6940,7 @@ def probe_machine() -> Tuple[Hardware, str]:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk, probe_battery), problem
 
-def show_info(model: str, as_json: bool) -> int:
+def show_info(state: State, as_json: bool) -> int:
     """--info: this machine, and what a model would need on it."""
     import json
     hardware, problem = probe_machine()
@@ -6981,9 +6948,10 @@ def show_info(model: str, as_json: bool) -> int:
     facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
         name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
     try:
-        if model:
-            header = read_gguf_header(named_model(model), full=True)
-            plan = plan_load(header, hardware, tune(Wishes(), tuning_key(Wishes(), header, hardware)))
+        if state.wanted or state.settings.model_path and not state.settings.demo:
+            settings = named_settings(state)
+            header = read_gguf_header(settings.model_path, full=True)
+            plan = plan_load(header, hardware, tune(settings.wishes, tuning_key(settings.wishes, header, hardware)))
             lines += (model_summary(header),) + plan.lines
             facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
                 "path": header.path, "name": model_name(header), "architecture": string(header, "general.architecture"),
@@ -7043,10 +7011,16 @@ def check_settings() -> List[Tuple[str, str, str]]:
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
 def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
+    """A fresh engine process must load the demo's model and reply."""
     import time
-    python, began_s = python or engine_python(), time.monotonic()
+    python, began_s, reply = python or engine_python(), time.monotonic(), ""
+    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
     try:
-        reply = try_engine(python)
+        load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
+        for message in ask_engine(python, load, chat, limit_s=120):
+            reply += message["text"] if message["event"] == "text" else ""
+            if message["event"] == "done" and reply:
+                break
     except ModelError as error:
         return [("error", "engine", str(error))]
     except OSError as error:
@@ -7066,7 +7040,6 @@ def run_doctor() -> int:
     import shutil
     terminal, worst = sys.stdout.isatty(), 0
     color = "\033[3%dm%s\033[m" if terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb" else "%.0s%s"
-    sys.stdout.reconfigure(errors="replace")
     for check in (check_python, check_window, check_folder, check_settings, check_engine, check_machine):
         try:
             findings = check()
@@ -7099,16 +7072,6 @@ def time_first_frame() -> float:
         os.close(here)
         os.close(there)
 
-def bench_messages(settings: Settings) -> Iterable[Dict[str, Any]]:
-    """The first frame's time, then what the engine says while it measures, "benched" last. Raises ModelError."""
-    with suppress(ImportError, OSError):
-        values = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
-        yield {"event": "measured", "group": "seconds_to_start", "values": values}
-    for message in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
-        yield message
-        if message["event"] == "benched":
-            return
-
 def show_bench(group: str, values: Dict[str, float], out: Any) -> None:
     print("\n" + group.replace("_", " "), file=out)
     for name, value in values.items():
@@ -7124,11 +7087,15 @@ def run_bench(state: State, as_json: bool) -> int:
     """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out, results, done = sys.stderr if as_json else sys.stdout, {}, {}
-    out.reconfigure(errors="replace")
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
     try:
-        settings = state.settings._replace(model_path=named_model(state.wanted or state.settings.model_path))
-        for done in bench_messages(settings):
+        settings = named_settings(state)
+        with suppress(ImportError, OSError):
+            results["seconds_to_start"] = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
+            show_bench("seconds_to_start", results["seconds_to_start"], out)
+        for done in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
+            if done["event"] == "benched":
+                break
             if done["event"] == "measured":
                 results[done["group"]] = done["values"]
                 show_bench(done["group"], done["values"], out)
@@ -7203,6 +7170,8 @@ def run_window(state: State, first: str = "") -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout:                        # a reply, a name or pip's output may hold what the encoding lacks; files and pipes get UTF-8
+        sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
@@ -7221,7 +7190,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.list:
         return show_list(arguments.json)
     if arguments.info:
-        return show_info(arguments.model, arguments.json)
+        return show_info(initial_state(arguments), arguments.json)
     first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
         return run_bench(initial_state(arguments), arguments.json)

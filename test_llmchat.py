@@ -1407,7 +1407,16 @@ class BadModelTest(unittest.TestCase):
             self.assertIn(words, text)
             self.assertRegex(text, r"\.$")
         engine.load(TALK)
+        kept = [engine.load(path).get("kept") for path, _ in list(bad_files())[:6]]    # the others only llama.cpp finds out
+        self.assertEqual(kept, [True] * len(kept))
         self.assertEqual(engine.chat("hi")[0], REPLIES["greet"])
+
+    def test_nothing_stays_of_a_model_without_room(self):
+        engine = mock.Mock(model=None, errors=["failed to allocate"])
+        engine._make_context.side_effect = ModelError("No room.")
+        with self.assertRaises(ModelError):
+            llmchat.LlamaEngine._load_rung(engine, header(), machine(4, 3), Wishes(rung=99))
+        engine.close.assert_called_once_with()
 
     def test_plain_mode_says_one_sentence_and_fails(self):
         for path, words in list(bad_files()) + [("", "Name a model, one of these: "), (TALK, "context holds 256")]:
@@ -1558,7 +1567,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         loading = ready(engine=Condition.LOADING, next_rung="less", rung=1)
         abort = add_errors(loading, "ggml_aligned_malloc: failed to allocate 9 MB")
         reading = play(ready(next_rung="less"), "hi", "[enter]", text(1, ""))[0]._replace(engine=Condition.READING)
-        for state, code, steps in ((loading, -9, True), (loading, -11, False), (loading, -4, False), (loading, -6, False), (abort, -6, True),
+        for state, code, steps in ((loading, -9, True), (loading, -15, True), (loading, -11, False), (loading, -4, False), (loading, -6, False), (abort, -6, True),
                                    (loading._replace(next_rung=""), -9, False), (ready(next_rung="less"), -9, False), (reading, -9, True),
                                    (reading._replace(model=reading.model._replace(proven=True)), -9, False)):
             after, effects = play(state, llmchat.EngineDied(code))
@@ -1585,6 +1594,10 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         window = Headless(self, MIND, self.fake("#!/bin/sh\nexec '%s' -S \"$@\"\n" % sys.executable)).wait(Condition.MISSING)
         self.assertRegex(window.said("notice")[0], "llama-cpp-python is not installed in .*--install")
         window.runner.engine.process.wait(LIMIT_S)
+
+    def test_engine_that_cannot_be_started(self):
+        window = Headless(self, MIND, write(b"no program", "python")).wait(Condition.MISSING)
+        self.assertRegex(window.said("notice")[0], r"can't be started \(.*--install")
 
     def test_no_engine(self):
         window = Headless(self, MIND, engine="").wait(Condition.MISSING)
@@ -1680,6 +1693,9 @@ class PlainTest(unittest.TestCase):
     def test_info(self):
         status, out, _ = run_plain("--info", TALK)
         self.assertEqual((status, [line for line in ("CPU  ", "RAM  ", "SWAP ", "DISK ", "needs about") if line not in out]), (0, []))
+        self.assertIn("context 300 tokens", run_plain("--info", TALK, "-c", "300")[1])
+        status, out, err = run_plain("--info", TALK, env=dict(ENV, PYTHONIOENCODING="ascii"))    # it has a "·"
+        self.assertEqual((status, err), (0, ""))
         status, out, err = run_plain("--info", TALK + "x", "--json")
         self.assertEqual((status, "There is no file" in err, json.loads(out)["model_problem"] in err), (1, True, True))
 
@@ -1729,6 +1745,17 @@ class DoctorTest(unittest.TestCase):
         self.assertIn("settings.json", found["settings"][2])
         self.assertEqual(found["folder"][0] if POSIX else "warning", "warning")
 
+    def test_folder_without_a_home(self):
+        """A relative one hung every check of the disk: it has no parent that exists."""
+        with mock.patch.dict(os.environ, XDG_DATA_HOME="nowhere", LOCALAPPDATA="nowhere", HOME="nowhere"):
+            self.assertTrue(os.path.isabs(llmchat.data_dir()))
+
+    def test_reader_that_goes_away(self):
+        child = subprocess.Popen([ENGINE, SCRIPT, "--doctor"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child.stdout.close()
+        with child.stderr as err:
+            self.assertEqual((err.read(), child.wait(LIMIT_S)), (b"", 0))
+
     def test_no_engine_and_a_broken_one(self):
         home, place = new_home()
         doctor = lambda: subprocess.run([sys.executable, "-S", SCRIPT, "--doctor"], env=dict(ENV, **home), stdout=subprocess.PIPE,
@@ -1746,6 +1773,9 @@ class DoctorTest(unittest.TestCase):
             done = doctor()
             self.assertEqual(done.returncode, 1)
             self.assertRegex(done.stdout, "problem +engine +This llama.cpp was built for a newer CPU.*--install")
+            os.chmod(python, 0o644)       # as of another system, or where nothing may be run
+            self.assertRegex(doctor().stdout, "problem +engine +The engine, .*, can't be started .*--install")
+            self.assertRegex(run_plain("--info", env=dict(ENV, **home))[1], "(?s)RAM .*can't be started")
 
 
 # -- hardware, model files, plans --
@@ -2077,9 +2107,10 @@ class PlanTest(unittest.TestCase):
     def test_copies_and_what_a_token_reads(self):
         tensors = {("token_embd", 8): 100, ("output", 14): 80, ("", 12): 400, ("experts", 12): 8000, ("rows", 8): 7}
         moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(tensors=tensors)
-        self.assertEqual(llmchat.bytes_per_token(moe), {8: 0, 14: 80, 12: 900})
+        read = lambda header: {kind: sum(n * share for k, n, share in llmchat.weights_used(header) if k == kind) for kind, _, _ in llmchat.weights_used(header)}
+        self.assertEqual(read(moe), {8: 0, 14: 80, 12: 900})
         tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
-        self.assertEqual(llmchat.bytes_per_token(tied), {8: 100, 12: 400})
+        self.assertEqual(read(tied), {8: 100, 12: 400})
         for flags, copied in ((("AVX2",), 8400), (("NEON", "dot product"), 8480), (("AVX",), 0)):
             self.assertEqual(llmchat.plan_memory(moe, machine(8, 8)._replace(instruction_sets=flags), 1024, 128, "f16").copied, copied)
         plan = plan_load(header(2.0), machine(8, 6))
@@ -3793,7 +3824,7 @@ class UpdateTest(unittest.TestCase):
             self.assertEqual(play(state, key, "[ctrl-c]")[1], (), "%s forgets the question" % key)
 
     def test_engine_death(self):
-        for events, code, word in (((), -9, "memory"), ((text(1, "so far"),), -6, "gave up"), ((text(1, "so far"), "[esc]"), -11, "crashed"),
+        for events, code, word in (((), -9, "memory"), ((text(1, "so far"),), -6, "gave up"), ((text(1, "so far"), "[esc]"), -11, "crashed"), ((), -7, "damaged"), ((), -15, "memory"),
                                    ((), -4, "AVX2"), ((), 7, "status 7")):
             state, _ = play(ready(), "hello", "[enter]", *events)
             state, effects = play(state, EngineDied(code, ("AVX2",)))
@@ -3928,11 +3959,15 @@ class UpdateTest(unittest.TestCase):
             os.close(fd)
 
     def test_load_that_fails_keeps_the_model(self):
-        state, effects = play(play(ready(), "/load other.gguf", "[enter]")[0], found("other.gguf"))
+        before = play(ready(), "/set temperature 0.2", "[enter]")[0].settings
+        state, effects = play(play(ready(settings=before), "/load other.gguf", "[enter]")[0], found("other.gguf"))
         self.assertEqual((state.engine, [type(e) for e in effects]), (Condition.LOADING, [SendEngine]))
-        state = state._replace(model=state.model._replace(path="m.gguf"))
         state, _ = play(state, said("failed", during="load", text="There is no file.", kept=True))
-        self.assertEqual((state.engine, state.settings.model_path, notices(state)), (Condition.READY, "m.gguf", ["There is no file."]))
+        self.assertEqual((state.engine, state.settings, notices(state)), (Condition.READY, before, ["There is no file."]))
+
+    def test_load_that_fails_begins_at_the_top_again(self):
+        state, _ = play(ready(engine=Condition.LOADING, rung=4, next_rung="less"), said("failed", during="load", text="No room."))
+        self.assertEqual((state.engine, state.rung, state.next_rung), (Condition.OFF, 0, ""))
 
     def test_install_question(self):
         state, _ = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
@@ -4345,7 +4380,8 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual((wishes.use_mlock, wishes.use_mmap, wishes.kv_type), (1, 0, "q8_0"))
         state = play(ready(), "/set kv_type q4_0", "[enter]", "/set use_mmap 0", "[enter]")[0]
         self.assertEqual((state.settings.wishes.kv_type, state.settings.wishes.use_mmap), ("q4_0", 0))
-        self.assertEqual(play(state, "/set kv_type", "[enter]")[0].settings.wishes.kv_type, "")    # again what fits
+        again = play(state, "/set kv_type", "[enter]")[0]
+        self.assertEqual((again.settings.wishes.kv_type, again.hint), ("", "kv_type = what fits; /load applies it"))
         self.assertIn("kv_type takes one of: f32, f16", notices(play(state, "/set kv_type q9", "[enter]")[0])[-1])
         with self.assertRaisesRegex(ModelError, "KV type 'q9' is none of llama.cpp's"):
             plan_load(header(), machine(4, 3), Wishes(kv_type="q9"))    # from CONFIG
