@@ -6095,7 +6095,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
-                "fetch": "It isn't on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
+                "fetch": "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
                 "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
                 "help": "Type to search, Up and Down scroll, Esc closes",

@@ -4008,7 +4008,7 @@ class ModelListTest(unittest.TestCase):
         asks, effects = play(State(), ModelsFound(self.ENTRIES, "org/other:Q4_0"))    # it may be a misspelt path, which nobody else is to know
         self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0", True),)))
         self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf", True),))
-        self.assertIn("It isn't on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(50, 12))[0])))
+        self.assertIn("Not on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(40, 12))[0])))
         self.assertEqual((play(asks, "[esc]")[0].dialog, asks.dialog.query), (None, "org/other:Q4_0"))
         twins = (a_model("/a/t.gguf", "t", n_bytes=1), a_model("/b/t.gguf", "t", n_bytes=2))
         for found, wanted, words in ((twins, "t", "name one of these: /a/t.gguf, /b/t.gguf."), (self.ENTRIES[3:4], "", "No model was found"),
