@@ -68,6 +68,7 @@ SUGGESTED_MODELS = (
     ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2_497_280_256, 8, "Apache-2.0", "writes and reasons well, thinks, many languages"),
     ("qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf", 5_680_522_464, 16, "Apache-2.0", "the ablest of these, thinks, long texts"),
 )
+READING_TOKENS_PER_S = 7          # the best fit is the largest that writes about as fast as people read
 DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
 DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
 
@@ -457,6 +458,7 @@ class Fetch(NamedTuple):
     total: int = 0
     rate: float = 0.0                 # bytes/s
     parts: Sequence[str] = ()         # the files with what has come so far
+    text: str = ""                    # why it waits
     stop: str = ""                    # asked for: "pausing" or "cancelling"; "paused" = it has stopped
 
 class State(NamedTuple):
@@ -1526,7 +1528,7 @@ def format_bytes(n_bytes: int) -> str:
 
 def describe_fetch(fetch: Fetch) -> str:
     """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
-    parts = [fetch.doing] if fetch.doing in ("looking", "checking", "waiting") else []
+    parts = [fetch.doing] if fetch.doing in ("looking", "checking") else [fetch.text] if fetch.doing == "waiting" else []
     if fetch.total:
         parts.append("%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)))
     if fetch.rate and fetch.doing == "fetching":
@@ -1537,7 +1539,7 @@ def describe_fetch(fetch: Fetch) -> str:
 
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
-    values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts")}
+    values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts", "text")}
     return fetch._replace(doing=message["event"], **dict({"rate": 0.0}, **values))
 
 def format_count(n: int, noun: str) -> str:
@@ -3503,6 +3505,7 @@ def write_demo_model() -> str:
 
 # -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
 
+FULL_HEADERS_S = 0.7                  # so long headers are read in full, which shows files that are cut short; the rest next time
 MAX_DEPTH, MAX_ENTRIES = 3, 10_000    # how far a folder is searched, so that a huge one doesn't keep us busy for minutes
 
 def walk_files(folder: str) -> Iterable[str]:
@@ -3571,6 +3574,7 @@ STORES = (  # whose, how it is read, where; a $NAME that isn't set leads nowhere
 
 def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
     """The models in these folders; without any, all of this machine, our own folders first. Those that fit come first."""
+    import time
     own = folders or MODEL_FOLDERS + tuple(filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep)))
     found: Dict[Any, List[ModelEntry]] = {}    # by file, as links make several paths of one
     for source, scan, places in (("", scan_folder, own), *(() if folders else STORES)):
@@ -3580,7 +3584,8 @@ def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
                 path = plan_split_paths(os.path.abspath(entry.path))[0]
                 found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
     kept, hardware = read_kept("models.json"), known_hardware()
-    known = {entries[0].path: probe_header(entries[0].path, kept) for entries in found.values()}
+    end_s = time.monotonic() + FULL_HEADERS_S
+    known = {entries[0].path: probe_header(entries[0].path, kept, time.monotonic() < end_s) for entries in found.values()}
     if any(known[path] is not kept.get(path) for path in known):
         with suppress(OSError):           # it is only slower without
             write_kept("models.json", dict({path: old for path, old in kept.items() if os.path.exists(path)}, **known))
@@ -3597,18 +3602,20 @@ def probe_stamp(path: str) -> List[int]:
         return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
     return []
 
-def probe_header(path: str, kept: Dict[str, Any]) -> Dict[str, Any]:
+def probe_header(path: str, kept: Dict[str, Any], in_full: bool) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
     stamp: List[Any] = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
-    if kept.get(path, {}).get("stamp") == stamp:
-        return kept[path]
+    old = kept.get(path, {})
+    if old.get("stamp") == stamp and (old.get("full", True) or not in_full):
+        return old
     try:
-        header = read_gguf_header(path)
+        header = read_gguf_header(path, in_full)
         if not other_kind(header):
             check_text_generator(header)
         lean = {key: value for key, value in header.metadata.items() if type(value) is not range}
         lean[string(header, "general.architecture") + ".vocab_size"] = model_vocab(header)
-        return {"stamp": stamp, "header": header._replace(metadata=lean)}
+        tensors = [[*key, n_bytes] for key, n_bytes in header.tensors.items()]
+        return {"stamp": stamp, "full": in_full, "header": header._replace(metadata=lean, tensors=tensors)}
     except ModelError as error:
         return {"stamp": stamp, "fault": str(error).replace(os.path.basename(path) + " ", "", 1)}
 
@@ -3620,6 +3627,7 @@ def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardwar
     if missing or "fault" in known:
         return entry._replace(note=(missing + [known.get("fault")])[0])
     header = Header(*known["header"])
+    header = header._replace(tensors={(part, kind): n_bytes for part, kind, n_bytes in header.tensors})
     if other_kind(header):
         return None
     plan = plan_load(header, hardware)
@@ -4523,11 +4531,13 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     import glob
     entries, best = [], ""
     for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
-        verdict = guess_verdict(n_bytes, hardware)
-        best = name if verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes else best    # "8 GB" has 7.7
+        header = Header(file, n_bytes, 0, {}, n_bytes)
+        verdict, quant = guess_verdict(n_bytes, hardware), model_quant(header)
+        rate = 0.0 if hardware.gpus else plan_rate(header, hardware, hardware.usable_cores, "f16")
+        is_good = verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes    # "8 GB" has 7.7
+        best = name if is_good and (not best or not rate or rate >= READING_TOKENS_PER_S) else best
         if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
-            quant = model_quant(Header(file, n_bytes, 0, {}, n_bytes))
-            entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, verdict=verdict,
+            entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, 0, verdict, rate,
                                       note="%d GB RAM, %s: %s" % (ram_gb, licence, character)))
     entries.sort(key=lambda entry: (entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
     return tuple(entry._replace(note="best fit, " + entry.note) if entry.name == best else entry for entry in entries)
@@ -5245,7 +5255,8 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
 
 def shown_models(dialog: Dialog) -> List[ModelEntry]:
     """The models that hold all words of the query."""
-    return [entry for entry in dialog.entries if all(word in " ".join(entry[1:5]).lower() for word in dialog.query.lower().split())]
+    text = lambda entry: " ".join((*entry[1:5], entry.note)).lower()
+    return [entry for entry in dialog.entries if all(word in text(entry) for word in dialog.query.lower().split())]
 
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
@@ -5772,7 +5783,10 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", qu
     """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
     if state.draft.text and not state.model and not state.chat.waiting:
         return state._replace(hint="/models chooses a model")
-    dialog = Dialog("models", entries=tuple(entries), query=query, question=question)
+    path = os.path.abspath(state.model.path) if state.model else ""
+    entries = tuple(entry._replace(note=("in use, " + entry.note).rstrip(", ")) if entry.path == path else entry for entry in entries)
+    index = next((i for i, entry in enumerate(entries) if entry.path == path and not query), 0)
+    dialog = Dialog("models", index=index, entries=entries, query=query, question=question)
     over = state.dialog and state.dialog.kind == "chats" and state.dialog
     return state._replace(dialog=over._replace(back=dialog) if over else dialog)
 
@@ -6087,7 +6101,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
-                "fetch": "It isn't on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
+                "fetch": "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
                 "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
                 "help": "Type to search, Up and Down scroll, Esc closes",
@@ -6100,11 +6114,16 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
     if dialog.kind == "install":
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
+    models = shown_models(dialog) if dialog.kind == "models" else []
+    if models and all(entry.path.startswith("hf:") for entry in dialog.entries) and not dialog.question:
+        text = "Models to fetch: Enter gets one from Hugging Face, d or Tab tells more, Esc closes"
+    note = wrap(clean_row(models[dialog.index].note), width - 2)[:3] if dialog.index < len(models) and models[dialog.index].note and height > 9 else []
+    room -= len(note)
     while cells(text) >= width and ", " in text:
         text = text.rpartition(", ")[0]
     is_list, is_models = dialog.kind in DIALOG_COMMANDS, dialog.kind == "models"
     top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
-    query, models = ((" " + query_end(dialog, width), "user"),), shown_models(dialog) if is_models else ()
+    query = ((" " + query_end(dialog, width), "user"),)
     if is_models:
         titles = ((" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
         query = query + (("  %d of %d" % (len(models), len(dialog.entries)), "dim"),) if dialog.query else titles
@@ -6113,7 +6132,8 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
         style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
                  VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
         lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
-    return lines
+    lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
+    return lines + [((" " + row, "dim"),) for row in note]
 
 def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     """The system pane: machine and plan, a rule, the log."""

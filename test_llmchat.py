@@ -2876,7 +2876,7 @@ class FindModelsTest(unittest.TestCase):
         self.put_ollama("ollama", "hf.co/org/repo/Q4_0", 4)
         self.put("moved", "models", "publisher", "repo", "studio-Q4_K_M.gguf")
         self.put(".lmstudio-home-pointer", data=self.path("moved").encode() + b"\n")
-        self.put(".cache", "lm-studio", "models", "publisher", "repo", "older.gguf")
+        self.put(".cache", "lm-studio", "models", "publisher", "old", "older.gguf")
         self.put("data", "nomic.ai", "GPT4All", "four.gguf")
         self.put("data", "Jan", "data", "llamacpp", "models", "Jan-v1", "model.gguf")
         self.put("text-generation-webui", "user_data", "models", "webui.gguf")
@@ -2972,7 +2972,7 @@ class FindModelsTest(unittest.TestCase):
     def test_headers_are_kept(self):
         path, kept = self.put("first", "a.gguf"), os.path.join(llmchat.data_dir(), "models.json")
         reads = []
-        with mock.patch.object(llmchat, "read_gguf_header", lambda path: reads.append(path) or read_gguf_header(path)), \
+        with mock.patch.object(llmchat, "read_gguf_header", lambda path, full: reads.append(path) or read_gguf_header(path, full)), \
                 mock.patch.object(llmchat, "probe_bytes_per_s", lambda hardware: 1e10):
             first = llmchat.find_models()
             self.assertEqual((llmchat.find_models(), reads, os.stat(kept).st_mode & 0o77), (first, [path], 0))
@@ -4110,7 +4110,7 @@ class ModelListTest(unittest.TestCase):
         asks, effects = play(State(), ModelsFound(self.ENTRIES, "org/other:Q4_0"))    # it may be a misspelt path, which nobody else is to know
         self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0"),)))
         self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf"),))
-        self.assertIn("It isn't on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(50, 12))[0])))
+        self.assertIn("Not on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(40, 12))[0])))
         self.assertEqual((play(asks, "[esc]")[0].dialog, asks.dialog.query), (None, "org/other:Q4_0"))
         twins = (a_model("/a/t.gguf", "t", n_bytes=1), a_model("/b/t.gguf", "t", n_bytes=2))
         for found, wanted, words in ((twins, "t", "name one of these: /a/t.gguf, /b/t.gguf."), (self.ENTRIES[3:4], "", "No model was found"),
