@@ -2,9 +2,10 @@
 """llmchat: chat with any GGUF model, in your terminal, from this one file.
 
     python3 llmchat.py model.gguf                 open the window and chat
+    python3 llmchat.py                            choose among the models of this machine, or fetch one
     python3 llmchat.py --demo                     try the program without a model
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
-    python3 llmchat.py --doctor                   check everything it needs
+    python3 llmchat.py --doctor                   check everything that it needs
     python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
     git diff | python3 llmchat.py m.gguf -p "explain this"      one answer, in a pipe
     python3 llmchat.py --help                     everything else
@@ -4527,7 +4528,7 @@ def repo_folder(repo: str) -> str:
     return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
-    """SUGGESTED_MODELS that aren't here yet: first those that fit, the largest of them at the top."""
+    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the largest first."""
     import glob
     entries, best = [], ""
     for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
@@ -4539,7 +4540,7 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
         if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
             entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, 0, verdict, rate,
                                       note="%d GB RAM, %s: %s" % (ram_gb, licence, character)))
-    entries.sort(key=lambda entry: (entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
+    entries.sort(key=lambda entry: (entry.name != best, entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
     return tuple(entry._replace(note="best fit, " + entry.note) if entry.name == best else entry for entry in entries)
 
 def parse_tree(items: Any) -> List[HubFile]:

@@ -2596,6 +2596,9 @@ class FetchTest(unittest.TestCase):
         self.assertEqual(names(7.7, 5)[:2], [("qwen3:4b", "fits", True), ("qwen3:1.7b", "fits", False)])
         self.assertEqual(names(7.7, 5)[-1][1], "too big")
         self.assertEqual(names(0.9, 0.5)[0], ("smollm2:360m", "tight", False))
+        slow = llmchat.suggested_entries(machine(64, 60)._replace(bytes_per_s=8e9))    # all fit, but the large ones write too slowly
+        self.assertEqual([entry.name for entry in slow][:3], ["qwen3:0.6b", "qwen3.5:9b", "qwen3:4b"])
+        self.assertTrue(slow[0].rate > llmchat.READING_TOKENS_PER_S > slow[2].rate > 0, slow)
         _, repo, file = llmchat.SUGGESTED_MODELS[3][:3]
         os.makedirs(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit))
         with open(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit, file), "w"):
@@ -2993,6 +2996,16 @@ class FindModelsTest(unittest.TestCase):
         os.remove(kept)
         os.makedirs(os.path.join(kept, "in the way"))
         self.assertEqual(len(llmchat.find_models()), 1, "it can't be kept")
+
+    def test_a_file_that_is_cut_short_is_told(self):
+        """As long as that is quick: headers are read in full for some time only."""
+        self.put("mine", "whole.gguf")
+        self.put("mine", "cut.gguf", data=self.CHAT[:-100])
+        with mock.patch.object(llmchat, "FULL_HEADERS_S", 0):
+            self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits", "fits"])
+        for _ in range(2):                    # … and as it is remembered
+            entries = {entry.name: entry for entry in llmchat.find_models()}
+            self.assertEqual((entries["whole"].verdict, entries["cut"].verdict, "cut short" in entries["cut"].note), ("fits", "", True))
 
     def test_list(self):
         env = dict(ENV, HOME=self.home, XDG_DATA_HOME=self.path("data"), LOCALAPPDATA=self.path("data"), USERPROFILE=self.home)
@@ -4020,6 +4033,16 @@ class ModelListTest(unittest.TestCase):
         width = llmchat.plan_layout(state).chat_width
         return ["*" * any(style == "select" for _, style in line) + "".join(part for part, _ in line)[1:1 + width].strip() for line in lines
                 if "".join(part for part, _ in line)[1:1 + width].strip()]
+
+    def test_note_of_the_chosen_model_and_the_loaded_one(self):
+        """Below the list stands what its row has no room for; the list opens where the model in use is."""
+        shown = lambda *keys, columns=80: "\n".join(rows_of(self.open(*keys, columns=columns)[0]))
+        self.assertEqual((shown("[end]").count("is empty: download it again."), shown("[down]").count("is empty")), (2, 1))
+        model = ready().model._replace(path="/m/huge.gguf")
+        state = play(State(columns=80, rows=24, model=model), ModelsFound(self.ENTRIES, ""))[0]
+        self.assertEqual((state.dialog.index, "in use, also giant" in "\n".join(rows_of(state)[-6:])), (2, True))
+        only = play(State(columns=120, rows=24), ModelsFound(self.ENTRIES[3:4], ""))[0]
+        self.assertIn("Models to fetch: Enter gets one", rows_of(only)[1])
 
     def test_columns_follow_the_width(self):
         self.assertEqual([re.split("  +", row) for row in self.rows(columns=140)], [
