@@ -5215,6 +5215,7 @@ def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
 def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Why a name doesn't mean one model of this machine, in a sentence or two."""
     here = [entry for entry in found if not entry.to_fetch]
+    here = [entry for entry in here if entry.verdict] or here    # a damaged one is no advice
     if here:                              # of two with the same name, the paths tell
         names = [entry.name for entry in here]
         names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
@@ -5226,7 +5227,7 @@ def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wa
                 "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try the demo: "
                 "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:]))
     import difflib
-    known = {entry.name.lower(): entry.name for entry in entries}
+    known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
     near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
     return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
 
@@ -6942,7 +6943,7 @@ def show_list(as_json: bool) -> int:
     """--list: the models of this machine, one to a line."""
     import json
     entries = find_models()
-    rows = model_rows(entries, FAR)[1:]
+    rows = model_rows(entries, FAR)[not sys.stdout.isatty():] if entries else []    # titles are for people
     print(json.dumps([entry._asdict() for entry in entries], indent=1) if as_json else clean("\n".join(rows)), end="\n" * bool(as_json or rows))
     if not entries:
         print(explain_match((), (), ""), file=sys.stderr)
@@ -7070,8 +7071,9 @@ def run_doctor() -> int:
             word = {"good": "ok", "warn": "warning", "error": "problem"}[level]
             rows = wrap(clean(text), max(20, shutil.get_terminal_size().columns - 19)) if terminal else [clean(text)]
             print(color % (COLORS[level][2], word.ljust(9)) + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
-            worst = max(worst, level == "error")
-    return int(worst)
+            worst = max(worst, ("good", "warn", "error").index(level))
+    print(("All is well.", "It works, but see the warnings.", "See the problems above; llmchat can't work well before they are solved.")[worst])
+    return int(worst == 2)
 
 # -- --bench --
 

@@ -1714,8 +1714,11 @@ class DoctorTest(unittest.TestCase):
         env = dict({k: v for k, v in ENV.items() if not k.startswith("LC_")}, **dict(dict(TERM="xterm-256color", LANG="C.UTF-8"), **surroundings))
         status, out, err = run_plain("--doctor", env=env)
         self.assertEqual(err, "")
-        rows = [re.match(r"(ok|warning|problem) +(\w+) +(.+)$", line) for line in out.splitlines()]
+        *lines, summary = out.splitlines()
+        rows = [re.match(r"(ok|warning|problem) +(\w+) +(.+)$", line) for line in lines]
         self.assertTrue(all(rows) and len(rows) > 8, out)
+        levels = {row.group(1) for row in rows}
+        self.assertIn("problems" if "problem" in levels else "warnings" if "warning" in levels else "All is well", summary)
         return status, {row.group(2): row.groups() for row in rows[::-1]}
 
     def test_good_surroundings(self):
