@@ -4945,7 +4945,7 @@ def run_slash(state: State, text: str) -> Change:
         return run_command(state, name, argument.strip())
     import difflib
     near = difflib.get_close_matches(name, slash_commands(), 1)
-    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is."
+    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is. A message that begins with a slash needs two of them."
     return notice(state, "There is no command /%s. %s" % (name, advice)), ()
 
 # -- commands --
@@ -5401,7 +5401,8 @@ def cmd_send(state: State, argument: str) -> Change:
     if not text.strip():
         return state, ()
     is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
-    if not is_command and (is_busy(state) or state.chat.waiting):
+    refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state) if is_command else is_busy(state) or state.chat.waiting
+    if refused:                           # and nothing of it is lost
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
     paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
     if paths:
@@ -5795,7 +5796,8 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", qu
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
     if is_busy(state) or not (fetch.load or idle):
-        return notice(state, "Fetched. It can be used now: /load %s" % path, "good"), ()
+        name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
+        return notice(state, "Fetched. It can be used now: /load %s" % name, "good"), ()
     return load_path(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
 
 def on_download_ended(state: State, event: DownloadEnded) -> Change:

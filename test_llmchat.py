@@ -2644,7 +2644,7 @@ class FetchTest(unittest.TestCase):
         for other in (state._replace(fetch=fetch._replace(load=False)), state._replace(engine=Condition.WRITING)):
             after, effects = play(other, done, llmchat.DownloadEnded(0))
             self.assertEqual((sent(effects, "load"), after.fetch), ([], None))
-            self.assertIn("/load /m.gguf", notices(after)[-1])
+            self.assertTrue(notices(after)[-1].endswith(": /load m"))
         self.assertEqual(play(state, llmchat.DownloadEnded(130))[0].fetch.stop, "paused")
         after, _ = play(state, llmchat.DownloadEnded(-9))
         self.assertRegex(notices(after)[-1], "ended by itself .exit status -9.*/download org/repo goes on")
@@ -3793,6 +3793,11 @@ class ScrollTest(unittest.TestCase):
 
 
 class UpdateTest(unittest.TestCase):
+    def test_a_command_that_must_wait_is_not_lost(self):
+        state = play(ready(Turn("user", "q"), engine=Condition.WRITING), "/load x", "[enter]")[0]
+        self.assertEqual((state.draft.text, "Esc" in state.hint), ("/load x", True))
+        self.assertEqual(play(ready(engine=Condition.WRITING), "/stats", "[enter]")[0].draft.text, "")
+
     def test_send_and_reply(self):
         state, effects = play(ready(settings=Settings("m.gguf", "Be brief.")), "hello", "[enter]")
         self.assertEqual([m["messages"] for m in sent(effects)], [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]])
