@@ -6606,6 +6606,9 @@ class Runner:
     def find_models(self, wanted: str) -> None:
         """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
         entries: Tuple[ModelEntry, ...] = ()
+        if not self.engine:               # which will say more, of GPUs for one
+            lines = [line for line in describe_hardware(probe_hardware()) if not line.startswith("GPU")]
+            self.mailbox.post(EngineSaid({"event": "hardware", "lines": lines}))
         try:
             entries = probe_models(wanted)
         except Exception as error:

@@ -3000,6 +3000,16 @@ class FindModelsTest(unittest.TestCase):
         os.makedirs(os.path.join(kept, "in the way"))
         self.assertEqual(len(llmchat.find_models()), 1, "it can't be kept")
 
+    def test_the_machine_stands_beside_the_list(self):
+        runner = llmchat.Runner()
+        self.addCleanup(runner.close)
+        self.put("mine", "one.gguf")
+        runner.find_models("")
+        machine_said, found = runner.mailbox.take()
+        state, _ = play(State(columns=120, rows=24), machine_said, found)
+        self.assertIn("RAM  ", "\n".join(rows_of(state)))
+        self.assertIn("one", [entry.name for entry in found.entries])
+
     def test_a_file_that_is_cut_short_is_told(self):
         """As long as that is quick: headers are read in full for some time only."""
         self.put("mine", "whole.gguf")
