@@ -3656,8 +3656,7 @@ def describe_model(path: str) -> Tuple[str, ...]:
             "Chat template: " + ("yes" if template else "no; it may be a base model, which goes on with a text rather than answering"),
             "Context: trained for {:,} tokens, here {:,}".format(number(header, ".context_length"), plan.n_ctx),
             "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(map(format_bytes, plan.memory[:4])),
-            "This machine: " + "; ".join(plan.lines),
-            "Speed: " + ("about %.1f tokens/s" % plan.rate if plan.rate else "not known; --bench measures it"))
+            "This machine: " + "; ".join(plan.lines), *([] if plan.rate else ["Speed: not known; --bench measures it"]))
 
 def engine_python() -> str:
     """Path of a Python that can run the engine: the private environment's, which somebody asked for; else this one; else ""."""
