@@ -5226,7 +5226,7 @@ class WindowTest(unittest.TestCase):
             window.type(CTRL_Q)
             self.assert_ends_well(window)
             after = window.raw.rpartition(b"1049l")[2]
-            self.assertEqual((after.count(b"\n"), b"/nonsense" in after), (stays, stays))
+            self.assertEqual((after.count(b"\n"), b"of them." in after), (stays, stays))    # the end of the last line
 
     def test_hostile_reply(self):
         window = self.open(self.model("before \x1b]0;evil\x07 \x1b[2J \x9b31m \u202e \x7f \x1bc after"))
