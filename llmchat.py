@@ -1639,6 +1639,10 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
         file_bytes=file_bytes, weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes, tensors=tensors,
         n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
 
+def file_label(path: str) -> str:
+    """A file's name as a model's: without ".gguf" and what tells the parts of a split one."""
+    return re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
+
 def plan_split_paths(path: str) -> List[str]:
     match = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path)
     n_files = int(match.group(1)) if match else 0
@@ -3534,8 +3538,7 @@ def scan_folder(folder: str) -> Iterable[ModelEntry]:
     """The .gguf files in a folder and below."""
     for path in walk_files(folder):
         if path.lower().endswith(".gguf"):
-            name = re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
-            name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", name)    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
+            name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
             place = os.path.dirname(path)     # Jan calls each file model.gguf, in a folder with the model's name
             yield ModelEntry(path, os.path.basename(place) if name == "model" and place != folder else name, "")
 
@@ -3573,8 +3576,9 @@ STORES = (  # whose, how it is read, where; a $NAME that isn't set leads nowhere
     ("text-generation-webui", scan_folder, tuple(base + tail for base in ("~/text-generation-webui", "~/textgen")
                                                  for tail in ("/user_data/models", "/models"))))
 
-def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
-    """The models in these folders; without any, all of this machine, our own folders first. Those that fit come first."""
+def find_models(*folders: str, hardware: Optional[Hardware] = None) -> Tuple[ModelEntry, ...]:
+    """The models in these folders; without any, all of this machine, our own folders first. Those that fit (this one, or
+    the machine given) come first."""
     import time
     own = folders or MODEL_FOLDERS + tuple(filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep)))
     found: Dict[Any, List[ModelEntry]] = {}    # by file, as links make several paths of one
@@ -3584,7 +3588,7 @@ def find_models(*folders: str) -> Tuple[ModelEntry, ...]:
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
                 path = plan_split_paths(os.path.abspath(entry.path))[0]
                 found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
-    kept, hardware = read_kept("models.json"), known_hardware()
+    kept, hardware = read_kept("models.json"), hardware or known_hardware()
     end_s = time.monotonic() + FULL_HEADERS_S
     known = {entries[0].path: probe_header(entries[0].path, kept, time.monotonic() < end_s) for entries in found.values()}
     if any(known[path] is not kept.get(path) for path in known):
@@ -3640,7 +3644,9 @@ def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     path = os.path.abspath(os.path.expanduser(wanted))
     if os.path.isfile(path):
         return (ModelEntry(path, os.path.basename(path), ""),)
-    return wanted and os.path.isdir(path) and find_models(path) or find_models() + suggested_entries(known_hardware())
+    hardware = known_hardware()           # once, as it may measure
+    below = find_models(path, hardware=hardware) if wanted and os.path.isdir(path) else ()
+    return below or find_models(hardware=hardware) + suggested_entries(hardware)
 
 def describe_model(path: str) -> Tuple[str, ...]:
     """A model in full, a line for each of its sides."""
@@ -4370,10 +4376,11 @@ class ChatStore:
 
     def export(self, path: str, text: str) -> None:
         path = os.path.expanduser(path)
-        if os.path.exists(path):
+        try:
+            with open(path, "x", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        except FileExistsError:
             return self.post(Told("%s is there already: choose another name, or delete it first." % path, "error"))
-        with open(path, "x", encoding="utf-8", errors="replace") as file:
-            file.write(text)
         self.post(Told("Written: %s" % path, "good"))
 
     def find_paths(self, text: str, word: str, escaped: bool) -> None:
@@ -5795,8 +5802,7 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", qu
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
     if is_busy(state) or not (fetch.load or idle):
-        name = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
-        return notice(state, "Fetched. It can be used now: /load %s" % name, "good"), ()
+        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
     return load_path(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
 
 def on_download_ended(state: State, event: DownloadEnded) -> Change:
@@ -6118,7 +6124,7 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     if dialog.kind == "install":
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
     models = shown_models(dialog) if dialog.kind == "models" else []
-    if models and all(entry.path.startswith("hf:") for entry in dialog.entries) and not dialog.question:
+    if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
         text = "Models to fetch: Enter gets one from Hugging Face, d or Tab tells more, Esc closes"
     note = wrap(clean_row(models[dialog.index].note), width - 2)[:3] if dialog.index < len(models) and models[dialog.index].note and height > 9 else []
     room -= len(note)
@@ -6865,7 +6871,7 @@ class Plain:
             self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
         elif rows:
             rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
-            rows = tuple("%s  %s" % (row, entry.path if entry.path.startswith("hf:") else "") for row, entry in zip(
+            rows = tuple("%s  %s" % (row, entry.path if entry.to_fetch else "") for row, entry in zip(
                 rows, shown_models(now.dialog))) if now.dialog.kind == "models" else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
@@ -7147,7 +7153,6 @@ def run_download(name: str, as_json: bool) -> int:
     """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import json, signal
     handle_signals(signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
     fetch, path = Fetch(name, False), ""
     def tell(event: str, **fields: Any) -> None:
         nonlocal fetch
