@@ -3,7 +3,7 @@
 
     python3 llmchat.py model.gguf                 open the window and chat
     python3 llmchat.py                            choose among the models of this machine, or fetch one
-    python3 llmchat.py --demo                     try the program without a model
+    python3 llmchat.py --demo                     try it with a small model, fetched if need be
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
     python3 llmchat.py --doctor                   check everything that it needs
     python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
@@ -119,7 +119,6 @@ PASTE_LINES = 8                   # a longer paste is shown as "[pasted 120 line
 HISTORY_MESSAGES = 1000           # messages that Up and Ctrl-R find in later runs; chats that aren't stored leave none
 LOG_LINES = 2000                  # lines kept in the system pane
 SCROLLBACK_LINES = 200            # lines of the chat's end that stay in the terminal after quitting; 0 = none
-DEMO_TOKENS_PER_S = 30            # the demo's fixed texts are played at this speed
 THOUGHTS = "folded"               # a model's thinking at the start: "folded" into a line, "open" or "hidden"
 
 # How replies begin that hold thinking, and what ends it. Templates' own ways to say so: see SWITCHES, section 5.
@@ -358,7 +357,6 @@ class Settings(NamedTuple):
     system_prompt: str = SYSTEM_PROMPT
     sampling: Sampling = Sampling()
     wishes: Wishes = Wishes()
-    demo: bool = False
     unicode: bool = True              # the terminal can show more than ASCII
     session: str = ""                 # names of chats begin with it; "" = nothing is stored
     states: str = ""                  # folder of the engine's states, "" = none are kept
@@ -539,11 +537,8 @@ Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    #
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
+StartEngine = NamedTuple("StartEngine", [])                       # in the place of the one that runs, if any
 Quit = NamedTuple("Quit", [])
-
-class StartEngine(NamedTuple):
-    """A fresh engine process in the place of the one that runs, if any."""
-    demo: bool = False                # write the demo's model first
 
 Span = Tuple[str, str]                # text and style
 Line = Tuple[Span, ...]
@@ -2891,10 +2886,10 @@ class LlamaEngine:
             api.llama_sampler_chain_add(chain, sampler)
         return chain
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, tokens_per_s: float = 0, begun: str = "") -> None:
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "") -> None:
         """Answer a chat: emits "reading" …, "text" …, "done". Raises ModelError before anything is lost.
 
-        messages: [{"role": …, "content": …}], as OpenAI's. tokens_per_s > 0 slows the reply down (the demo).
+        messages: [{"role": …, "content": …}], as OpenAI's.
         begun: how the reply begins; the model goes on from there."""
         import time
         began = time.monotonic()
@@ -2920,7 +2915,7 @@ class LlamaEngine:
         try:
             for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
                 self.api.llama_sampler_accept(sampler, token)
-            reply.end(self._write(reply, sampler, sampling.max_tokens, tokens_per_s, kept))
+            reply.end(self._write(reply, sampler, sampling.max_tokens, kept))
         finally:
             self.api.llama_sampler_free(sampler)
             if reply.unsent:              # it failed in mid-reply
@@ -2962,9 +2957,8 @@ class LlamaEngine:
         self._read(prompt + written)
         return messages
 
-    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, tokens_per_s: float, messages: List[Dict[str, str]]) -> str:
+    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, messages: List[Dict[str, str]]) -> str:
         """Generate until something ends it; returns what: "end", "length" or "stopped"."""
-        import time
         tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
         self.drafter.forget()
         while tokens and not self.stop.is_set():
@@ -2978,9 +2972,7 @@ class LlamaEngine:
                 messages = self._make_room(messages, reply)
                 self.drafter.forget()
             n_most = min(self.n_ctx - len(self.tokens), max_tokens - len(reply.tokens) if max_tokens else self.n_ctx) - 1
-            tokens = self._next_tokens(sampler, token, 0 if tokens_per_s or self.cuts_badly else n_most)
-            while tokens_per_s and not self.stop.is_set() and time.monotonic() < reply.first_s + len(reply.tokens) / tokens_per_s:
-                time.sleep(0.005)
+            tokens = self._next_tokens(sampler, token, 0 if self.cuts_badly else n_most)
         return "stopped"
 
     def _next_tokens(self, sampler: Any, token: int, n_most: int) -> List[int]:
@@ -3390,49 +3382,13 @@ class EngineProcess:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         self.engine.template.let_think(command.get("think"))
         self.states.enter(command.get("chat", ""), command["messages"])
-        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("tokens_per_s", 0), command.get("begun", ""))
+        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("begun", ""))
 
 
 # == 7. STORAGE ====================================================================================
-# What is on the disk: the user's data directory, the demo's model, the models of this machine (another program's
+# What is on the disk: the user's data directory, the models of this machine (another program's
 # are another row of STORES), and (below) the private environment that --install makes for the engine, and the chats.
 # It must not know State or the terminal.
-
-DEMO_TEMPLATE = """{% for m in messages %}{% set q = m.content | lower %}{% if m.role != 'assistant' %}<|{{ m.role }}|>
-{% endif %}{{ m.content }}</s>
-{% if m.role == 'user' %}<|assistant|>
-{% if 'code' in q or 'python' in q %}<|code|>{% elif 'emoji' in q or 'language' in q or 'unicode' in q %}<|languages|>{%
-elif 'long' in q or 'story' in q %}<|long|>{% elif 'key' in q or 'help' in q %}<|keys|>{% elif 'model' in q %}<|models|>{%
-else %}<|tour|>{% endif %}{% endif %}{% endfor %}"""
-
-DEMO_REPLIES = {
-    "tour": """This is the llmchat demo. My sentences are fixed: a tiny model made for this tour recites them word by word through the real llama.cpp engine, so everything else you see is the real thing.
-Ask me for code, for languages and emoji, for a long story (something to stop with Esc, and to scroll with PgUp and PgDn), for keys (what they do), or for models (how to get a real one). The system pane (F2 shows and hides it) tells what the engine is doing. Press Ctrl-Q when you have seen enough.""",
-    "code": """Here is how to count words in Python. The sentences around it are as fixed as the code:
-
-```python
-from collections import Counter
-
-def count_words(path):
-    with open(path, encoding="utf-8") as file:
-        return Counter(file.read().lower().split())
-
-print(count_words("diary.txt").most_common(10))
-```
-
-A real model would have written this for your question.""",
-    "languages": """Every script has its own width. If the right edge of this pane is a straight line, your terminal and llmchat agree:
-日本語の文章は一文字が二桁の幅です。 한국어도 마찬가지입니다.
-Ελληνικά, кириллица, עברית, العربية; e\u0301 and n\u0303 are letters with combining marks.
-🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles""",
-    "keys": """The ones to remember: Enter sends, Alt-Enter or Ctrl-J starts a new line, Esc stops a reply, PgUp and PgDn scroll, Up brings back what you sent before. F1 lists all of them, F2 moves the system pane, Ctrl-Q quits. Commands begin with a slash; type /help to see them.""",
-    "models": """Put a file that ends in .gguf next to llmchat.py or into ~/models, then start llmchat.py without arguments and choose it. A good first one for an old computer is a model of 0.5 to 2 billion parameters, quantised to Q4_K_M: 300 MB to 1.3 GB. Hugging Face has thousands; search there for the word GGUF.""",
-    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
-
-One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door. The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
-
-You may stop me now with Esc; whatever I have said so far stays. Or scroll up with PgUp while I go on, and the text will stay where you look while a mark at the bottom tells you that there is more. And if the fan of the laptop has not stopped, it is singing still. The end.""",
-}
 
 def _script_tokens(text: str, taken: set) -> List[str]:
     """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
@@ -3502,10 +3458,10 @@ def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **me
         "tokenizer.ggml.add_space_prefix": False, "tokenizer.chat_template": template}, **metadata), tensors)
 
 def write_demo_model() -> str:
-    """Write the demo's model (about 1 MB) into the data directory; returns its path. Raises OSError."""
+    """Write a model that can be tried (about 1 MB) into the data directory; returns its path. Raises OSError."""
     os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-    path = os.path.join(data_dir(), "demo.gguf")
-    write_scripted_model(path, DEMO_REPLIES, DEMO_TEMPLATE, **{"general.name": "llmchat demo (fixed sentences)"})
+    path = os.path.join(data_dir(), "trial.gguf")
+    write_scripted_model(path, {"it": "It works."}, "<|it|>")
     return path
 
 # -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
@@ -4901,7 +4857,7 @@ def start_model(state: State) -> Change:
     state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
-    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(settings.demo), load)
+    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
 
 def chat_messages(state: State) -> List[Dict[str, str]]:
     """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
@@ -4930,7 +4886,7 @@ def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "tokens_per_s": DEMO_TOKENS_PER_S if state.settings.demo else 0, "chat": chat.name, "begun": begun,
+               "chat": chat.name, "begun": begun,
                "think": state.settings.think}
     return state, store_part(state, begun) + (SendEngine(request),)
 
@@ -5177,8 +5133,7 @@ def load_entry(state: State, entry: ModelEntry) -> Change:
     return start_fetch(state, entry.path, True) if entry.to_fetch else load_path(state, entry.path)
 
 def load_path(state: State, path: str) -> Change:
-    demo = state.settings.demo and path == state.settings.model_path
-    settings = state.settings._replace(model_path=path, demo=demo)
+    settings = state.settings._replace(model_path=path)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
     state = state._replace(settings=settings, before=state.settings, rung=0, next_rung="")
@@ -5230,7 +5185,7 @@ def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wa
         return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
     if not wanted:
         return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
-                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try the demo: "
+                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try a small one: "
                 "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:]))
     import difflib
     known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
@@ -6104,8 +6059,6 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     if width >= 40 and height >= 12:
         lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
     text = "Chat with a model of your own. Your words stay on this machine."
-    if state.settings.demo:
-        text = "This is the demo: its sentences are fixed. Try: code, languages, a long story, keys, models."
     text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
@@ -6588,7 +6541,7 @@ class Runner:
         elif isinstance(effect, Copy):
             self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
         elif isinstance(effect, StartEngine):
-            self.start_engine(effect.demo)
+            self.start_engine()
         elif isinstance(effect, FindModels):
             import threading
             threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
@@ -6620,7 +6573,7 @@ class Runner:
             self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
         self.mailbox.post(ModelsFound(entries, wanted))
 
-    def start_engine(self, demo: bool = False) -> None:
+    def start_engine(self) -> None:
         if self.engine:
             self.engine.close()
             self.engine = None
@@ -6628,8 +6581,6 @@ class Runner:
         python = engine_python()
         if not python:
             return self.mailbox.post(EngineMissing())
-        if demo:
-            write_demo_model()
         try:
             self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
         except OSError as error:          # it was made for another system or machine, say
@@ -6781,7 +6732,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--resume", action="store_true", help="choose among your chats")
     add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
     add("--plain", action="store_true", help="line by line, without the window")
-    add("--demo", action="store_true", help="try the program without a model: fixed sentences through the real engine")
+    add("--demo", action="store_true", help="try the program with a small model, fetched if need be")
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
     add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
@@ -6806,14 +6757,14 @@ def parse_arguments(argv: List[str]) -> Any:
     return arguments
 
 def initial_state(arguments: Any) -> State:
-    name = os.path.join(data_dir(), "demo.gguf") if arguments.demo else arguments.model
-    state = with_model(Settings(demo=arguments.demo, kept=read_kept("settings.json"), given=arguments.given), name)
-    return state if arguments.no_save or arguments.demo else with_storage(state)
+    name = SUGGESTED_MODELS[0][0] if arguments.demo else arguments.model
+    state = with_model(Settings(kept=read_kept("settings.json"), given=arguments.given), name)
+    return state if arguments.no_save else with_storage(state)
 
 def with_model(settings: Settings, name: str) -> State:
     """The state at the start: a file is loaded at once; what another name means has to be looked up."""
     path = os.path.expanduser(name)
-    here = settings.demo or os.path.isfile(path)
+    here = os.path.isfile(path)
     return State(recall_settings(settings._replace(model_path=path if here else "")), wanted=None if here else name)
 
 def with_storage(state: State) -> State:
@@ -6980,7 +6931,7 @@ def show_info(state: State, as_json: bool) -> int:
     facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
         name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
     try:
-        if state.wanted or state.settings.model_path and not state.settings.demo:
+        if state.wanted or state.settings.model_path:
             settings = named_settings(state)
             header = read_gguf_header(settings.model_path, full=True)
             plan = plan_load(header, hardware, tune(settings.wishes, tuning_key(settings.wishes, header, hardware)))
@@ -7043,7 +6994,7 @@ def check_settings() -> List[Tuple[str, str, str]]:
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
 def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
-    """A fresh engine process must load the demo's model and reply."""
+    """A fresh engine process must load a small model and reply."""
     import time
     python, began_s, reply = python or engine_python(), time.monotonic(), ""
     chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
@@ -7056,8 +7007,8 @@ def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
     except ModelError as error:
         return [("error", "engine", str(error))]
     except OSError as error:
-        return [("error", "engine", "It could not be tried, as the demo's model can't be written (%s)" % error)]
-    return [("good", "engine", "loaded the demo's model and replied \"%s\" in %.1f s (%s)" % (reply.strip(), time.monotonic() - began_s, python))]
+        return [("error", "engine", "It could not be tried, as its model can't be written (%s)" % error)]
+    return [("good", "engine", "loaded a model and replied \"%s\" in %.1f s (%s)" % (reply.strip(), time.monotonic() - began_s, python))]
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()

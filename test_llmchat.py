@@ -38,7 +38,7 @@ GB = 1 << 30
 POSIX = os.name == "posix"
 SCRIPT = os.path.abspath(llmchat.__file__)
 ENV = dict(os.environ)                    # for all children; setUpModule leads its home to FOLDER
-FOLDER = ENGINE = TALK = MIND = BARE = "" # a temporary folder, the Python with llama_cpp, the models
+FOLDER = ENGINE = TALK = MIND = BARE = TOUR = "" # a temporary folder, the Python with llama_cpp, the models
 
 REPLIES = {"greet": "Hello there, this is a scripted reply; it has commas and\nnew lines.",
            "long": " ".join("word%d" % n for n in range(400)),
@@ -48,11 +48,39 @@ TALK_TEMPLATE = """{% for m in messages %}{{ m.content }}
 {% endfor %}{% set q = messages[-1].content %}{% if 'long' in q %}<|long|>{% elif 'bytes' in q %}<|bytes|>{%
  elif 'broken' in q %}<|broken|>{% else %}<|greet|>{% endif %}"""
 
+# What the windows' model recites, at the pace of an old machine: its feed-forward part is mere weight.
+TOUR_REPLIES = {
+    "code": """Here is how to count words in Python:
+
+```python
+from collections import Counter
+
+def count_words(path):
+    with open(path, encoding="utf-8") as file:
+        return Counter(file.read().lower().split())
+
+print(count_words("diary.txt").most_common(10))
+```""",
+    "languages": """Every script has its own width. If the right edge of this pane is a straight line, your terminal and llmchat agree:
+日本語の文章は一文字が二桁の幅です。 한국어도 마찬가지입니다.
+Ελληνικά, кириллица, עברית, العربية; e\u0301 and n\u0303 are letters with combining marks.
+🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles""",
+    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
+
+One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door. The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
+
+And it counted them:""" + "".join(" %d," % n for n in range(300)),
+}
+TOUR_TEMPLATE = """{% for m in messages %}{{ m.content }}
+{% endfor %}{% set q = messages[-1].content | lower %}{% if 'code' in q %}<|code|>{%
+ elif 'languages' in q %}<|languages|>{% else %}<|long|>{% endif %}"""
+SLOW = {"llama.feed_forward_length": 1 << 17}
+
 
 # -- the fixture: a home, the engine's Python, the models --
 
 def setUpModule():
-    global FOLDER, ENGINE, TALK, MIND, BARE
+    global FOLDER, ENGINE, TALK, MIND, BARE, TOUR
     home = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(home.cleanup)
     FOLDER = os.path.realpath(home.name)
@@ -63,8 +91,9 @@ def setUpModule():
     if cache.strip():
         ENV.setdefault("PIP_CACHE_DIR", cache.strip())
     ENGINE = llmchat.engine_python() or install()
-    TALK, MIND, BARE = (os.path.join(FOLDER, name + ".gguf") for name in ("talk", "mind", "bare"))
-    llmchat.write_scripted_model(TALK, REPLIES, TALK_TEMPLATE)
+    TALK, MIND, BARE, TOUR = (os.path.join(FOLDER, name + ".gguf") for name in ("talk", "mind", "bare", "tour"))
+    write_scripted_model(TALK, REPLIES, TALK_TEMPLATE)
+    write_scripted_model(TOUR, TOUR_REPLIES, TOUR_TEMPLATE, **SLOW)
     write_random_model(MIND, **{"tokenizer.chat_template": llmchat.CHATML})
     write_random_model(BARE)
 
@@ -157,7 +186,7 @@ def write_random_model(path, arch="llama", **metadata):
     shape = {"context_length": 8192, "block_count": n_layers, "embedding_length": n_embd, "feed_forward_length": n_ff,
              "attention.head_count": n_head, "attention.head_count_kv": n_head, "attention.layer_norm_rms_epsilon": 1e-5,
              "vocab_size": len(texts)}
-    llmchat.write_gguf(path, dict(dict({
+    write_gguf(path, dict(dict({
         "general.architecture": arch, "general.name": "noise",
         "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": texts, "tokenizer.ggml.scores": [-float(n) for n in range(len(texts))],
         "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [3, 3] + [1] * (len(texts) - 261),
@@ -165,6 +194,102 @@ def write_random_model(path, arch="llama", **metadata):
         "tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_space_prefix": False},
         **{arch + "." + key: value for key, value in shape.items()}), **dict(own.get(arch, {}), **metadata)),
         [(name, dims, raw) for name, (dims, raw) in tensors.items()])
+
+
+# -- writing models --
+
+def gguf_text(text):
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _gguf_pair(key, value):
+    """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
+    is_list = isinstance(value, list)
+    values = value if is_list else [value]
+    forms = {str: (8, ""), bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
+    kind, form = forms[type(values[0])]
+    if is_list and kind == 4:             # llama.cpp wants its lists of token types signed
+        kind, form = 5, "<i"
+    start = gguf_text(key)
+    start += struct.pack("<IIQ", 9, kind, len(values)) if is_list else struct.pack("<I", kind)
+    return start + b"".join(struct.pack(form, v) if form else gguf_text(v) for v in values)
+
+
+def write_gguf(path, metadata, tensors):
+    """A GGUF v3 file with F32 tensors: (name, dimensions in ggml's order, raw little-endian floats). Zeros take no room on the disk."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    head += b"".join(_gguf_pair(key, value) for key, value in metadata.items())
+    offset, places = 0, []
+    for name, shape, raw in tensors:
+        head += gguf_text(name) + struct.pack("<I", len(shape))
+        head += struct.pack("<%dQ" % len(shape), *shape) + struct.pack("<IQ", 0, offset)
+        places.append(offset)
+        offset += len(raw) + -len(raw) % 32
+    data_at = len(head) + -len(head) % 32
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(data_at + offset)
+        for place, (_, _, raw) in zip(places, tensors):
+            if raw != bytes(len(raw)):
+                file.seek(data_at + place)
+                file.write(raw)
+
+
+def _script_tokens(text, taken):
+    """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
+    tokens = [""]
+    for word in re.findall(r"\s*\S+|\s+", text):
+        tokens[-1] += word
+        if tokens[-1] not in taken:
+            taken.add(tokens[-1])
+            tokens.append("")
+    return tokens[:-2] + ["".join(tokens[-2:])]
+
+
+def write_scripted_model(path, replies, template, **metadata):
+    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
+
+    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
+    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
+    replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may)."""
+    width, dice, taken = 128, random.Random(7), set()
+    chains = []
+    for name, reply in replies.items():
+        tokens = _script_tokens(reply, taken) if isinstance(reply, str) else reply
+        chains.append(["<|%s|>" % name] + tokens + ["</s>"])
+    texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]
+    texts = list(dict.fromkeys(texts + sum(chains, [])))
+    kinds = [2, 3, 3] + [6] * 256         # as llama_token_type
+    kinds += [3 if text.startswith("<|") else 1 for text in texts[259:]]
+    embeddings = {text: dice.choices((-1.0, 1.0), k=width) for text in texts}
+    output = dict.fromkeys(texts, [0.0] * width)
+    for chain in chains:
+        for now, after in zip(chain, chain[1:]):    # a sum, as all chains end in </s>
+            output[after] = [a + b / 4 for a, b in zip(output[after], embeddings[now])]
+    keys = dict({
+        "general.architecture": "llama", "general.name": "scripted", "general.file_type": 0,
+        "llama.context_length": 8192, "llama.embedding_length": width, "llama.block_count": 1,
+        "llama.feed_forward_length": width, "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [text.replace(" ", "\u2581") for text in texts],
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))],
+        "tokenizer.ggml.token_type": kinds, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": template}, **metadata)
+    write_gguf(path, keys, scripted_tensors(embeddings, output, keys["llama.feed_forward_length"]))
+
+
+def scripted_tensors(embeddings, output, n_ff):
+    floats = lambda rows: array.array("f", [number for row in rows for number in row]).tobytes()
+    width = 128
+    ones, table = floats([[1.0] * width]), (width, len(embeddings))
+    tensors = [("token_embd.weight", table, floats(embeddings.values())),
+               ("output.weight", table, floats(output.values()))]
+    tensors += [(name + "_norm.weight", (width,), ones) for name in ("output", "blk.0.attn", "blk.0.ffn")]
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
+    shapes.update(ffn_gate=(width, n_ff), ffn_up=(width, n_ff), ffn_down=(n_ff, width))
+    for name, shape in shapes.items():
+        tensors.append(("blk.0.%s.weight" % name, shape, bytes(4 * shape[0] * shape[1])))
+    return tensors
 
 
 # -- helpers --
@@ -286,11 +411,11 @@ class Engine:
         self.send("load", path=model, wishes=list(Wishes(n_threads=1)._replace(**wishes)), states=self.states)
         return self.wait_for("loaded", "failed")
 
-    def ask(self, messages, tokens_per_s=0, chat="", begun="", think=None, **sampling):
+    def ask(self, messages, chat="", begun="", think=None, **sampling):
         self.request += 1
         messages = [user(messages)] if isinstance(messages, str) else messages
         sampling = Sampling(temperature=0)._replace(**sampling)
-        self.send("chat", id=self.request, messages=messages, sampling=list(sampling), tokens_per_s=tokens_per_s,
+        self.send("chat", id=self.request, messages=messages, sampling=list(sampling),
                   chat=chat, begun=begun, think=think)
 
     def chat(self, messages, **sampling):
@@ -586,36 +711,44 @@ class ReplyTest(unittest.TestCase):
         for temperature in (0, 0.8, 1.5):
             text, done = engine.chat("hi", temperature=temperature)
             self.assertEqual((text, done["reason"]), (REPLIES["greet"], "end"))
-        text, done = engine.chat("a long one", tokens_per_s=200, max_tokens=30)    # slow enough for several events
+        text, done = Engine(self, TALK).chat("a long one", max_tokens=30)
         self.assertEqual((text, done["reason"], done["n_written"]), (" ".join(REPLIES["long"].split()[:30]), "length", 30))
+
+    def test_text_comes_in_pieces(self):
+        engine = Engine(self, TOUR)
+        text, done = engine.chat("a long one", max_tokens=30)
+        self.assertTrue(TOUR_REPLIES["long"].startswith(text) and done["n_written"] == 30, text)
         self.assertGreater(len(engine.texts()), 3)
 
     def test_characters_arrive_whole(self):
-        engine = Engine(self, TALK)
-        text, _ = engine.chat("bytes", tokens_per_s=30)
+        slow = os.path.join(FOLDER, "slow bytes.gguf")
+        write_scripted_model(slow, {"it": REPLIES["bytes"]}, "<|it|>", **SLOW)
+        engine = Engine(self, slow)
+        text, _ = engine.chat("hi")
         self.assertEqual(text, "See one\U0001f999 llama")
         self.assertNotIn("\ufffd", "".join(engine.texts()))
+        engine = Engine(self, TALK)
         self.assertEqual(engine.chat("broken")[0], "Half of it:\ufffd")
         self.assertEqual(engine.chat("bytes", max_tokens=4)[0], "See one\ufffd")
         self.assertEqual(engine.chat("hi")[0], REPLIES["greet"])
 
     def test_stop_while_writing(self):
-        engine = Engine(self, TALK)
-        engine.ask("a long one", tokens_per_s=50)
+        engine = Engine(self, TOUR)
+        engine.ask("a long one")
         engine.wait_for("text")
         engine.send("stop")
         done = engine.wait_for("done")
         self.assertEqual(done["reason"], "stopped")
-        self.assertTrue(REPLIES["long"].startswith("".join(engine.texts())) and 0 < done["n_written"] < 400, done)
-        engine.ask("a long one", tokens_per_s=50)
+        self.assertTrue(TOUR_REPLIES["long"].startswith("".join(engine.texts()).strip()) and done["n_written"], done)
+        engine.ask("a long one")
         engine.wait_for("text")
         engine.send("stop")               # each stop counts for the reply before it, however close they come
-        engine.ask("a long one", tokens_per_s=50)
+        engine.ask("a long one")
         engine.send("stop")
         self.assertEqual([engine.wait_for("done")["reason"] for _ in range(2)], ["stopped"] * 2)
         engine.send("stop")               # too late for that reply, too early for the next
-        text, done = engine.chat("hi")
-        self.assertEqual((text, done["reason"]), (REPLIES["greet"], "end"))
+        text, done = engine.chat("code")
+        self.assertEqual((text, done["reason"]), (TOUR_REPLIES["code"], "end"))
 
     def test_stop_while_reading(self):
         engine, prompt = Engine(self, MIND), "abcdefgh " * 800
@@ -805,8 +938,8 @@ class ThinkingTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.forms, cls.opened = (os.path.join(FOLDER, name + ".gguf") for name in ("forms", "opened"))
-        llmchat.write_scripted_model(cls.forms, {name: form[0] for name, form in FORMS.items()}, FORMS_TEMPLATE)
-        llmchat.write_scripted_model(cls.opened, {"START_THINKING": ["Well", " then.", "<|END_THINKING|>", "Yes", " indeed."], "no": "Without."},
+        write_scripted_model(cls.forms, {name: form[0] for name, form in FORMS.items()}, FORMS_TEMPLATE)
+        write_scripted_model(cls.opened, {"START_THINKING": ["Well", " then.", "<|END_THINKING|>", "Yes", " indeed."], "no": "Without."},
                                      "{% for m in messages %}{{ m.content }}\n{% endfor %}"
                                      "{% if enable_thinking is false %}<|no|>{% else %}<|START_THINKING|>{% endif %}")
 
@@ -901,8 +1034,8 @@ def bad_files():
         talk = file.read()
     tensor = [("token_embd.weight", (32, 2), bytes(256))]
     foreign, bert = (os.path.join(FOLDER, name) for name in ("foreign.gguf", "bert.gguf"))
-    llmchat.write_gguf(foreign, {"general.architecture": "no-such-llm", "no-such-llm.block_count": 1}, tensor)
-    llmchat.write_gguf(bert, {"general.architecture": "bert", "bert.block_count": 1}, tensor)
+    write_gguf(foreign, {"general.architecture": "no-such-llm", "no-such-llm.block_count": 1}, tensor)
+    write_gguf(bert, {"general.architecture": "bert", "bert.block_count": 1}, tensor)
     yield os.path.join(FOLDER, "none.gguf"), "There is no file"
     yield FOLDER, "is a folder"
     yield write(b""), "is empty"
@@ -1665,17 +1798,17 @@ class PlainTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "needs POSIX signals")
     def test_ctrl_c_stops_a_reply(self):
-        child = self.start("--demo", "-p", "a long story")
+        child = self.start(TOUR, "-p", "a long story")
         begun = os.read(child.stdout.fileno(), 99)
         os.killpg(child.pid, signal.SIGINT)    # as a terminal does, to all of them
         out, err = child.communicate(timeout=LIMIT_S)
         self.assertEqual((child.returncode, err), (130, b""))
-        said, story = (begun + out).decode().strip(), llmchat.DEMO_REPLIES["long"]
+        said, story = (begun + out).decode().strip(), TOUR_REPLIES["long"]
         self.assertTrue(story.startswith(said) and 0 < len(said) < len(story), said)
 
     @unittest.skipUnless(POSIX, "Windows has no SIGPIPE")
     def test_closed_pipe_ends_it_quietly(self):
-        child = self.start("--demo", "-p", "a long story")
+        child = self.start(TOUR, "-p", "a long story")
         os.read(child.stdout.fileno(), 5)
         child.stdout.close()
         self.assertEqual((child.wait(LIMIT_S), child.stderr.read()), (0, b""))
@@ -1797,7 +1930,7 @@ def gguf(keys=dict(SHAPE, **VOCAB), tensors=((32, 2, 8), (256, 1, 12)), version=
         block, n_bytes = llmchat.TENSOR_TYPES.get(kind, (1, 1))
         data += bytes(-(-columns * rows // block * n_bytes // 32) * 32)
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(keys))
-    head += b"".join(llmchat._gguf_pair(*item) for item in keys.items()) + infos
+    head += b"".join(_gguf_pair(*item) for item in keys.items()) + infos
     file = head + bytes(-len(head) % 32) + data
     return file[: len(file) - cut]
 
@@ -4185,7 +4318,7 @@ class ModelListTest(unittest.TestCase):
     def test_choosing_in_the_window(self):
         folder = tempfile.mkdtemp(dir=FOLDER)
         for name in ("aaa", "talker-one"):
-            llmchat.write_scripted_model(os.path.join(folder, name + ".gguf"), {"it": "I am %s." % name}, "<|it|>")
+            write_scripted_model(os.path.join(folder, name + ".gguf"), {"it": "I am %s." % name}, "<|it|>")
         with open(os.path.join(folder, "torn.gguf"), "wb") as file:
             file.write(b"GGUF")
         window = Window("--no-save", HOME=os.path.join(folder, "none"), LLMCHAT_MODELS=folder, columns=80)
@@ -4473,12 +4606,12 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(play(state, "/load", "[enter]")[0].settings, state.settings, "loading the same model again changes nothing")
 
     def test_command_line_wins_and_nonsense_is_left_out(self):
-        kept = {"m.gguf": {"temperature": 0.3, "top_k": "many", "top_p": [1], "min_p": float("nan"), "seed": 7, "demo": True, "n_ctx": 512},
+        kept = {"m.gguf": {"temperature": 0.3, "top_k": "many", "top_p": [1], "min_p": float("nan"), "seed": 7, "n_ctx": 512},
                 "": {"theme": "amber"}, "other.gguf": {"seed": 9}}
         with mock.patch.object(llmchat, "read_kept", lambda name: kept):
             settings = llmchat.initial_state(llmchat.parse_arguments([write(b""), "--temp", str(llmchat.TEMPERATURE), "-c", "1024", "--no-save"])).settings
         self.assertEqual(settings.sampling, Sampling(seed=7))
-        self.assertEqual((settings.wishes, settings.theme, settings.demo), (Wishes(n_ctx=1024), "amber", False))
+        self.assertEqual((settings.wishes, settings.theme), (Wishes(n_ctx=1024), "amber"))
 
     def test_config_is_sound(self):
         for name, values in llmchat.PRESETS.items():
@@ -4503,7 +4636,7 @@ class SettingsTest(unittest.TestCase):
     @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
     def test_remembered_by_the_next_run(self):
         path = os.path.join(FOLDER, "remembered.gguf")
-        llmchat.write_scripted_model(path, {"it": "Answered."}, "<|it|>")
+        write_scripted_model(path, {"it": "Answered."}, "<|it|>")
         file = os.path.join(llmchat_dir(), "settings.json")
         self.addCleanup(lambda: os.path.exists(file) and os.remove(file))
         window = lambda *options: WindowTest.open(self, path, *options)
@@ -4822,7 +4955,7 @@ class WindowTest(unittest.TestCase):
 
     def model(self, reply="Answered."):
         path = os.path.join(FOLDER, self.id().rpartition(".")[2] + ".gguf")
-        llmchat.write_scripted_model(path, {"it": reply}, "<|it|>")
+        write_scripted_model(path, {"it": reply}, "<|it|>")
         return path
 
     def assert_ends_well(self, window, status=0):
@@ -4832,14 +4965,14 @@ class WindowTest(unittest.TestCase):
             self.assertIn(sequence, window.raw)
 
     def test_typing_from_the_first_instant(self):
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         window.type("show me some code")  # while Python is still starting
         window.wait_for("┌─ llmchat.*│❯ show me some code ")
         window.type("\r")
         window.wait_for(r"from collections import Counter.*\d tokens, .*\n ready")
 
     def test_scroll_while_streaming(self):
-        window = self.open("--demo", columns=60, rows=16)
+        window = self.open(TOUR, "--no-save", columns=60, rows=16)
         window.ask("a long story", "thought about that")
         window.type(PGUP)
         window.wait_for("more below")
@@ -4852,7 +4985,7 @@ class WindowTest(unittest.TestCase):
         self.assertNotEqual(window.screen.lines()[1:12], before)
 
     def test_resize(self):
-        window = self.open("--demo", columns=80)
+        window = self.open(TOUR, "--no-save", columns=80)
         window.ask("languages", "first after")
         for columns, rows in ((120, 30), (60, 20), (31, 9), (20, 6), (19, 5), (90, 12), (3, 2), (200, 50), (32, 10), (89, 24)):
             window.resize(columns, rows)
@@ -4874,7 +5007,7 @@ class WindowTest(unittest.TestCase):
         window.wait_for(r"^┌─[^\n]{66}┐\n([^\n]*\n){38}└─{67}┘\n ready")
 
     def test_stop_keeps_what_was_said(self):
-        window = self.open("--demo", columns=80)
+        window = self.open(TOUR, "--no-save", columns=80)
         for key in (ESC, CTRL_C):
             window.ask("a long story", r"Once upon a time a llama.*\n writing")
             window.type(key)
@@ -4939,7 +5072,7 @@ class WindowTest(unittest.TestCase):
         with open(path, "w") as file:
             file.write(editor)
         os.chmod(path, 0o700)
-        window = self.open("--demo", VISUAL="", EDITOR=path + " edited")
+        window = self.open(TOUR, "--no-save", VISUAL="", EDITOR=path + " edited")
         window.wait_for("\n ready")
         window.type("from the window\x18\x05")
         window.wait_for("^(?!┌).*from the window$")    # the window has left the terminal to it
@@ -4965,7 +5098,7 @@ class WindowTest(unittest.TestCase):
         window.wait_for("temperature = 0.5")
 
     def test_keys_without_a_meaning_do_no_harm(self):
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         window.wait_for("ready")
         window.type("\x1b[1;2D" * 150 + "\x1b[200~")        # Shift-Left, then a paste that comes in many pieces
         for _ in range(120):
@@ -4981,7 +5114,7 @@ class WindowTest(unittest.TestCase):
         window.wait_for("Answered")
 
     def test_killed_engine(self):
-        window = self.open("--demo", columns=80)
+        window = self.open(TOUR, "--no-save", columns=80)
         window.ask("a long story", "Once upon a time a llama")
         os.kill(window.engine_pid(), signal.SIGKILL)
         window.wait_for("Once upon a time a llama.*The engine was killed.*\n engine down")
@@ -5100,7 +5233,7 @@ class WindowTest(unittest.TestCase):
         evil = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
         home, _ = self.home()
         model = os.path.join(home["HOME"], "file" + evil + ".gguf")
-        llmchat.write_scripted_model(model, {"it": "REPLY" + evil + " \x90 ```" + evil + "\nCODE" + evil}, "<|it|>", **{"general.name": "NAME" + evil})
+        write_scripted_model(model, {"it": "REPLY" + evil + " \x90 ```" + evil + "\nCODE" + evil}, "<|it|>", **{"general.name": "NAME" + evil})
         with mock.patch.dict(os.environ, home):
             for n, words in enumerate(("QUESTION", "TITLE")):
                 path = llmchat.chat_path("chat%d" % n)
@@ -5149,7 +5282,7 @@ class WindowTest(unittest.TestCase):
         self.assert_harmless(done.stderr)
 
     def test_help_and_panes(self):
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         for keys, wanted in (("", "─ system ─.*\n ready"), (F1, "COMMANDS.*/help"), (ESC, r"^(?!.*COMMANDS)┌"),
                              (F2, "^┌─ llmchat[^\n]*─{40}┐"), (F2, "^┌─ system ─"), (F2, "^┌─ llmchat[^\n]*─ system ─")):
             window.type(keys)
@@ -5160,24 +5293,24 @@ class WindowTest(unittest.TestCase):
             import sys, llmchat
             view = llmchat.view
             llmchat.view = lambda state: view(state) if state.draft.text != "x" else 1 / 0
-            sys.exit(llmchat.main(["--demo"]))"""
+            sys.exit(llmchat.main(["%s", "--no-save"]))""" % TOUR
         for act, code, status in ((CTRL_Q, "", 0), (CTRL_C + CTRL_C, "", 0), ("/quit\r", "", 0), ("a long story\r" + CTRL_Q, "", 0),
                                   (signal.SIGTERM, "", 128 + 15), (signal.SIGHUP, "", 128 + 1), ("x", broken, 1)):
             with self.subTest(act=act):
-                window = self.open(*["--demo"] * (not code), code=code)
+                window = self.open(*() if code else (TOUR, "--no-save"), code=code)
                 window.wait_for("\n ready")
                 engine = window.engine_pid()
                 window.type(act) if isinstance(act, str) else window.process.send_signal(act)
                 self.assert_ends_well(window, status)
                 self.assertEqual("ZeroDivisionError" in window.text(), bool(code), "an error must be readable afterwards")
                 self.assertRaises(ProcessLookupError, os.kill, engine, 0)    # the engine has ended too
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         window.wait_for("llmchat")        # the first frame: the engine is still starting
         window.type(CTRL_Q)
         self.assert_ends_well(window)
 
     def test_closed_terminal_ends_the_program(self):
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         window.wait_for("\n ready")
         os.close(window.master)
         window.master = -1
@@ -5186,7 +5319,7 @@ class WindowTest(unittest.TestCase):
     def test_terminal_types_and_colors(self):
         for variables, colors in (({"TERM": "vt100"}, False), ({"TERM": "xterm"}, True), ({"TERM": "linux"}, True), ({"TERM": "screen"}, True), ({"NO_COLOR": "1"}, False)):
             with self.subTest(**variables):
-                window = self.open("--demo", **variables)
+                window = self.open(TOUR, "--no-save", **variables)
                 window.wait_for("\n ready")
                 window.type("abc")
                 window.wait_for(r"^┌─ llmchat[^\n]{89}┐\n.*❯ abc  ")
@@ -5219,7 +5352,7 @@ class WindowTest(unittest.TestCase):
         self.assertNotIn(b"\x1b[2J", window.raw.rpartition(b"1049l")[2])
 
     def test_nothing_stays_if_so_wished(self):
-        code = "import sys, llmchat\nllmchat.SCROLLBACK_LINES = 0\nsys.exit(llmchat.main(['--demo']))"
+        code = "import sys, llmchat\nllmchat.SCROLLBACK_LINES = 0\nsys.exit(llmchat.main(['%s', '--no-save']))" % TOUR
         for code, stays in ((code, False), (code.replace("= 0", "= 1"), True)):
             window = self.open(code=code)
             window.ask("/nonsense", "no command /nonsense")
@@ -5237,7 +5370,7 @@ class WindowTest(unittest.TestCase):
 
     @unittest.skipUnless(sys.platform.startswith("linux"), "reads /proc")
     def test_idle_window_sleeps(self):
-        window = self.open("--demo")
+        window = self.open(TOUR, "--no-save")
         window.wait_for("\n ready")
         folder = "/proc/%d/task/" % window.process.pid
         switches = lambda: sum(int(re.search(r"\nvoluntary_ctxt_switches:\s+(\d+)", llmchat.read_text(folder + task + "/status")).group(1))
