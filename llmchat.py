@@ -1583,6 +1583,52 @@ def data_dir() -> str:
     base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
 
+def make_data_dir(*names: str) -> str:
+    """The data directory, or a folder below it; what isn't there is made for its owner only. Raises OSError."""
+    folder = os.path.join(data_dir(), *names)
+    make_private(folder)
+    return folder
+
+def make_private(folder: str) -> None:
+    """os.makedirs() would leave the mode of the folders above to the umask, and 0 lets others replace this one."""
+    if os.path.isdir(folder):
+        return
+    make_private(os.path.dirname(folder))
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(folder):     # else another process was faster
+            raise
+
+def distrust(*names: str) -> str:
+    """Why no code is run that lies in the data directory, or in these files and folders of it; "" = it is ours alone.
+    What isn't there yet is no reason."""
+    if os.name == "nt":                   # where other users have no right to these folders
+        return ""
+    place = data_dir()
+    above = place
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        if probe_mode(above)[1] & 0o1002 == 0o002:    # not sticky as /tmp is
+            return TRUST_NOTHING % ("other users can change " + above, "chmod o-w it")
+    for path in (place, *(os.path.join(place, name) for name in names)):
+        owner, mode = probe_mode(path)
+        if owner not in (None, os.geteuid()):
+            return TRUST_NOTHING % (path + " isn't yours", "make it yours")
+        if mode & 0o022:
+            return TRUST_NOTHING % ("other users can change " + path, "look what is in it, then chmod 700 it")
+    return ""
+
+TRUST_NOTHING = ("No engine or other code in llmchat's own folder is run, as %s: %s, or choose "
+                 "another folder with XDG_DATA_HOME.")
+
+def probe_mode(path: str) -> Tuple[Optional[int], int]:
+    """(owner, mode) of a file or folder; (None, 0) where there is none."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_uid, status.st_mode
+    return None, 0
+
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
 # any header has, and ModelError with the end of a sentence that begins with the file's name.
@@ -2054,8 +2100,7 @@ def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
 
 def write_kept(name: str, kept: Dict[str, Any]) -> None:
     import json
-    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-    path = os.path.join(data_dir(), name)
+    path = os.path.join(make_data_dir(), name)
     with open(path + ".new", "w", encoding="utf-8", opener=open_private) as file:
         json.dump(kept, file, indent=1)
     os.replace(path + ".new", path)
@@ -2820,7 +2865,7 @@ class LlamaEngine:
         about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in self.checkpoints]}
         raw = json.dumps(about).encode()
         try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            make_private(os.path.dirname(path))
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))    # llama.cpp keeps the mode
             if not self.api.llama_state_seq_save_file(self.context, os.fsencode(temporary), 0, tokens, len(tokens)):
                 raise OSError
@@ -3459,8 +3504,7 @@ def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **me
 
 def write_demo_model() -> str:
     """Write a model that can be tried (about 1 MB) into the data directory; returns its path. Raises OSError."""
-    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-    path = os.path.join(data_dir(), "trial.gguf")
+    path = os.path.join(make_data_dir(), "trial.gguf")
     write_scripted_model(path, {"it": "It works."}, "<|it|>")
     return path
 
@@ -3625,7 +3669,7 @@ def engine_python() -> str:
     from importlib.machinery import PathFinder
     for folder in ("engine", "engine.old"):    # .old: where an install was cut off between its last two steps
         python = env_python(os.path.join(data_dir(), folder))
-        if os.path.exists(python) and find_packages(python, "llama_cpp"):
+        if os.path.exists(python) and find_packages(python, "llama_cpp") and not distrust(folder):
             return python
     spec = PathFinder.find_spec("llama_cpp")
     return sys.executable if spec and spec.has_location else ""    # a mere folder of that name has no location
@@ -3948,7 +3992,9 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
     import glob, shutil, time
     began_s = time.monotonic()
-    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
+    make_data_dir()
+    if distrust():
+        raise RuntimeError(distrust())
     probe = probe_install(gpu)
     plan = plan_install(probe)
     for line in plan.notes:
@@ -3996,7 +4042,7 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
     before = engine_version(env_python(place))
     try:
-        if upgrade and before and not gpu:
+        if upgrade and before and not gpu and not distrust("engine"):
             told = read_command(env_python(place), "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
             if re.findall(r"^[\w-]+ \((\S+)\)", told) == [before]:
                 say("llama-cpp-python %s is the newest; nothing was changed." % before)
@@ -4118,7 +4164,7 @@ class ChatFile:
     def open(self) -> bytes:
         """Lock the file, mend its last line if that is torn, and return what it holds. Raises OSError."""
         import json
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        make_private(os.path.dirname(self.path))
         file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600), "r+b", buffering=0)
         try:
             lock_file(file)
@@ -4318,7 +4364,7 @@ class ChatStore:
     def remember(self, *texts: str) -> None:
         """Add to the history of sent messages, a file with a NUL after each."""
         with suppress(OSError):           # the chat's file has told of a full disk
-            os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+            make_data_dir()
             with open(self.history, "ab", opener=open_private) as file:
                 file.write("".join(text + "\0" for text in texts).encode("utf-8", "replace"))
 
@@ -4371,7 +4417,7 @@ class ChatStore:
         program, place = copy_by_program(text), os.path.join(data_dir(), "copied.txt")
         places = [program] * bool(program) + ["the terminal's clipboard (OSC 52, which no terminal confirms)"] * sent
         if not places:
-            os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+            make_data_dir()
             with open(place, "wb", opener=open_private) as file:
                 file.write(text.encode("utf-8", "replace"))
         self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
@@ -6532,6 +6578,8 @@ class Runner:
         self.downloader: Optional[Child] = None
         self.store = ChatStore(self.mailbox.post)
         self.quit = False
+        if distrust():
+            self.mailbox.post(Told(distrust(), "warn"))
 
     def perform(self, effect: Any) -> None:
         if isinstance(effect, SendEngine) and self.engine:
@@ -6615,7 +6663,7 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
     """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
     import json, subprocess, threading
     if not python:
-        raise ModelError("The engine is not installed: python3 llmchat.py --install")
+        raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
     try:
         child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
     except OSError as error:
@@ -6977,12 +7025,13 @@ def check_window() -> List[Tuple[str, str, str]]:
 def check_folder() -> List[Tuple[str, str, str]]:
     import tempfile
     try:
-        os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-        tempfile.TemporaryFile(dir=data_dir()).close()
+        tempfile.TemporaryFile(dir=make_data_dir()).close()
     except OSError as error:
         return [("error", "folder", "%s can't be written (%s), so no chats and settings are kept and no engine can be installed: "
                                     "make it yours, or choose another with XDG_DATA_HOME" % (data_dir(), error.strerror))]
     is_open = os.name != "nt" and bool(os.stat(data_dir()).st_mode & 0o077)
+    if distrust():
+        return [("error", "folder", distrust())]
     free = probe_disk()["disk_free_bytes"]
     level = "error" if free < 50 << 20 else "warn" if free < INSTALL_BYTES else "good"
     return [("warn", "folder", "others may look into %s: chmod 700 it" % data_dir())] * is_open + [

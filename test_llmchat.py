@@ -1583,6 +1583,64 @@ class BadModelTest(unittest.TestCase):
         self.assertEqual(engine.chat("hi", max_tokens=3)[1]["reason"], "length")
 
 
+@unittest.skipUnless(POSIX, "Windows has other rights")
+class DataFolderTest(unittest.TestCase):
+    """llmchat's own folder is the user's alone, and code in it is run only while it is."""
+
+    def setUp(self):
+        self.home, _ = new_home()
+        patch = mock.patch.dict(os.environ, self.home, XDG_DATA_HOME=os.path.join(self.home["HOME"], "a/b"))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_made_for_its_owner_whatever_the_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        folder = llmchat.make_data_dir("chats")
+        while folder != self.home["HOME"]:
+            self.assertEqual(os.stat(folder).st_mode & 0o777, 0o700, folder)
+            folder = os.path.dirname(folder)
+        self.assertEqual(llmchat.make_data_dir(), llmchat.data_dir())
+
+    def test_a_file_in_its_place_is_told(self):
+        open(os.path.join(self.home["HOME"], "a"), "w").close()
+        self.assertRaises(OSError, llmchat.make_data_dir)
+
+    def test_trusted_only_while_it_is_ours_alone(self):
+        self.assertEqual(llmchat.distrust(), "", "it isn't there yet")
+        place = llmchat.make_data_dir("engine")
+        above = os.path.dirname(llmchat.data_dir())
+        self.assertEqual(llmchat.distrust("engine"), "")
+        for path, mode, trusted in ((llmchat.data_dir(), 0o755, True), (llmchat.data_dir(), 0o775, False), (place, 0o702, False),
+                                    (above, 0o777, False), (above, 0o1777, True)):
+            os.chmod(path, mode)
+            self.assertEqual(llmchat.distrust("engine") == "", trusted, (path, oct(mode)))
+            self.assertIn("" if trusted else path, llmchat.distrust("engine"))
+            os.chmod(path, 0o700)
+        with mock.patch.object(os, "geteuid", return_value=os.geteuid() + 1):
+            self.assertIn("isn't yours", llmchat.distrust())
+
+    def test_a_planted_engine_is_not_run_and_the_user_is_told(self):
+        place, ran = llmchat.make_data_dir(), os.path.join(self.home["HOME"], "ran")
+        python = llmchat.env_python(os.path.join(place, "engine"))
+        os.makedirs(os.path.dirname(python))
+        os.makedirs(os.path.join(place, "engine/lib/python3.0/site-packages/llama_cpp"))
+        with open(python, "w") as file:
+            file.write("#!/bin/sh\ntouch %s\n" % ran)
+        os.chmod(python, 0o755)
+        os.chmod(place, 0o777)
+        env = dict(ENV, **os.environ)
+        status, out, err = run_plain(TALK, "-p", "hi", env=env)
+        self.assertEqual((status, out, os.path.exists(ran)), (0, REPLIES["greet"] + "\n", False))
+        self.assertIn("other users can change " + place, err)
+        self.assertIn("other users can change " + place, run_plain("--doctor", env=env)[1])
+        for arguments in (["--install"], ["--install", "--upgrade"]):
+            status, out, err = run_plain(*arguments, env=env)
+            self.assertEqual((status, os.path.exists(ran)), (1, False))
+            self.assertIn("other users can change " + place, out)
+        os.chmod(place, 0o700)
+        self.assertEqual(llmchat.engine_python(), python)
+
+
 class CurrentFolderTest(unittest.TestCase):
     def test_nothing_of_the_current_folder_is_run(self):
         folder = tempfile.mkdtemp(dir=FOLDER)
