@@ -266,6 +266,13 @@ class Wishes(NamedTuple):
     use_mmap: int = USE_MMAP
     use_mlock: int = USE_MLOCK
     rung: int = 0            # so many steps below the plan, because memory ran out with those before
+    caution: int = 0         # an index into CAUTIONS, because llama.cpp crashed with those before; or REMEMBERED
+
+REMEMBERED = -1              # as much caution as this engine has needed before, see careful()
+CAUTIONS = (                 # what loading leaves out
+    "",
+    "without the CPU's special buffers",  # use_extra_bufts of llama.h: AMX, repacking
+    "without the CPU's special buffers, flash attention and memory mapping")
 
 class Gpu(NamedTuple):
     name: str
@@ -352,6 +359,9 @@ class ModelEntry(NamedTuple):
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
 
+class EngineCrash(ModelError):
+    """The engine process crashed: the sentence says how, and what to do."""
+
 class Settings(NamedTuple):
     model_path: str = ""
     system_prompt: str = SYSTEM_PROMPT
@@ -374,7 +384,7 @@ class ModelInfo(NamedTuple):
     n_ctx: int                        # tokens
     path: str = ""
     can_switch: bool = True           # its template has a switch for thinking
-    proven: bool = False              # it has replied, so its memory suffices
+    proven: bool = False              # it has read and decoded, so it runs here
 
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
@@ -495,6 +505,8 @@ class State(NamedTuple):
     fetch: Optional[Fetch] = None
     rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
     next_rung: str = ""               # the next one, in words
+    caution: int = REMEMBERED         # with which the model is loaded, see Wishes
+    next_caution: int = 0             # what is left to try when llama.cpp crashes; 0 = nothing, or no plan has come
     before: Settings = Settings()     # those of the model before, to which a load that fails leads back
 
 # Events
@@ -525,6 +537,7 @@ class Submitted(NamedTuple):
 class EngineDied(NamedTuple):
     code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
     lacking: Tuple[str, ...] = ()     # after an illegal instruction: what this CPU hasn't got
+    fault: str = ""                   # after a crash: what is wrong with the model's file, a sentence
 
 # Effects
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
@@ -1894,6 +1907,7 @@ def parse_download(name: str) -> Optional[Tuple[str, str]]:
 
 KV_TYPES = {  # name -> (ggml type, bytes per value)
     "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
+FLOAT_KV_TYPES = ("f32", "f16", "bf16")
 PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
@@ -2024,7 +2038,8 @@ def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int
         room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
         n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
     on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
-    memory = memory._replace(copied=int(memory.copied * on_cpu) if wishes.use_mmap else 0)
+    copies = wishes.use_mmap and not wishes.caution
+    memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
     share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
     return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
                 judge(share), kv_type=kv_type)
@@ -2065,6 +2080,8 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
     settings = ["tuned: " * bool(wishes.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
     settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
     settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
+    if wishes.caution > 0:
+        settings.append(CAUTIONS[wishes.caution])
     return memory + advice, ", ".join(settings + [where])
 
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
@@ -2083,6 +2100,7 @@ def machine_key(hardware: Hardware) -> str:
 def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
     models.json, the headers of the models that were seen: see probe_header;
+    engines.json, which engines crash without caution: {engine_key(): {"caution"}};
     machine.json, what the engine found, for those who don't run it: {machine_key(): {"gpus", "bytes_per_s": of the first three}}."""
     text, kept = read_text(os.path.join(data_dir(), name)), {}
     if text:                              # or else json needn't be imported before the first frame
@@ -2257,6 +2275,32 @@ def probe_engine_hardware(api: Any, *more: Any) -> Hardware:
     hardware = probe_hardware(*more)._replace(gpus=probe_gpus(api), llama_version=llama_version(api),
                                               build=parse_build(api.llama_print_system_info().decode("utf-8", "replace")))
     return measure_machine(hardware, 0)
+
+def engine_key(api: Any, hardware: Hardware) -> str:
+    """This build of llama.cpp on this CPU: another build may do what this one can't."""
+    import zlib
+    folder = os.path.dirname(api._lib._name)
+    stamps = []
+    for name in sorted(os.listdir(folder)):
+        if re.search(r"\.(so|dll|dylib)\b", name):
+            stat = os.stat(os.path.join(folder, name))
+            stamps.append((name, stat.st_size, stat.st_mtime))
+    build = zlib.crc32(repr((stamps, hardware.build)).encode())
+    return "llama-cpp-python %s, build %08x: %s" % (hardware.llama_version, build, hardware.cpu_name)
+
+def read_caution(key: str) -> int:
+    """How much caution the engine of this key needs to run."""
+    kept = read_kept("engines.json").get(key, {}).get("caution")
+    return kept if kept in range(len(CAUTIONS)) else 0
+
+def careful(wishes: Wishes, key: str) -> Wishes:
+    """The wishes, as far as the caution that this engine needs lets them come true."""
+    if wishes.caution == REMEMBERED:
+        wishes = wishes._replace(caution=read_caution(key))
+    if wishes.caution < len(CAUTIONS) - 1:
+        return wishes
+    kv_type = wishes.kv_type if wishes.kv_type in FLOAT_KV_TYPES else "f16"    # the others need flash attention
+    return wishes._replace(use_mmap=0, kv_type=kv_type)
 
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
@@ -2508,6 +2552,8 @@ class LlamaEngine:
         self.ahead: List[int] = []                # tokens to read while nothing else is to do
         self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
         self.errors: List[str] = []               # llama.cpp's last error lines
+        self.caution, self.key = 0, ""            # see Wishes, and engine_key()
+        self.unproven: set = set()                # what hasn't worked yet: to decode several tokens (True), and one (False)
         self._callbacks = [api.llama_log_callback(self._on_log), api.llama_progress_callback(self._on_progress),
                            stop.callback(api)]    # C holds bare pointers to them
         api.llama_log_set(self._callbacks[0], None)
@@ -2545,7 +2591,9 @@ class LlamaEngine:
         header = read_gguf_header(path, full=bool(self.context))    # its vocabulary takes 26 ms; a damaged file must not cost the model
         check_text_generator(header)
         hardware = probe_engine_hardware(self.api)
-        wishes = tune(wishes, tuning_key(wishes, header, hardware))
+        self.key = engine_key(self.api, hardware)
+        wishes = careful(tune(wishes, tuning_key(wishes, header, hardware)), self.key)
+        self.caution, self.unproven = wishes.caution, {True, False}
         warm.start()
         self.close()
         plan = self._load_rung(header, hardware, wishes)
@@ -2561,7 +2609,8 @@ class LlamaEngine:
         """Load as planned; when memory runs out, with the next smaller plan, until nothing is left to try."""
         plan = plan_load(header, hardware, wishes)
         self.emit("hardware", lines=describe_hardware(hardware))
-        self.emit("plan", lines=(plan.lines[0], model_summary(header)) + plan.lines[1:], verdict=plan.verdict, rung=wishes.rung, next=plan.next)
+        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
+        self.emit("plan", lines=lines, verdict=plan.verdict, rung=wishes.rung, next=plan.next, caution=wishes.caution)
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, wishes)
@@ -2586,6 +2635,8 @@ class LlamaEngine:
             params.use_mmap, params.use_mlock = bool(wishes.use_mmap), bool(wishes.use_mlock)
         elif (wishes.use_mmap, wishes.use_mlock) != (1, 0):    # or else llama.cpp chooses, by what the devices can
             params.load_mode = wishes.use_mmap + 2 * wishes.use_mlock
+        if wishes.caution:
+            params.use_extra_bufts = False
         self._percent = -1
         params.progress_callback = self._callbacks[1]
         self.errors = []
@@ -2604,7 +2655,9 @@ class LlamaEngine:
         params.n_seq_max, params.swa_full, params.no_perf = 1, False, True
         params.n_outputs_max = MAX_OUTPUTS    # by default logits of the whole batch: 70 MB for a vocabulary of 150,000
         params.type_k = params.type_v = KV_TYPES[plan.kv_type][0]
-        params.flash_attn_type = -1 if plan.kv_type in ("f32", "f16", "bf16") else 1    # auto; quantised V needs it
+        params.flash_attn_type = -1 if plan.kv_type in FLOAT_KV_TYPES else 1    # auto; quantised V needs it
+        if self.caution == len(CAUTIONS) - 1:
+            params.flash_attn_type = 0
         self.errors = []
         self.recurrent = api.llama_model_is_recurrent(self.model) or api.llama_model_is_hybrid(self.model)
         self.n_swa = api.llama_model_n_swa(self.model)
@@ -2782,11 +2835,24 @@ class LlamaEngine:
         if status == 0:
             self.tokens += tokens
             self.shifting = False
+            if self.unproven:
+                self._prove(len(tokens) > 1)
             return True
         self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
         if status == 2:
             return False
         raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
+
+    def _prove(self, several: bool) -> None:
+        """A decode has worked. After one of several tokens and one of a single one, which are different kernels, the
+        model runs here: that is told, and the caution that it took is remembered."""
+        self.unproven.discard(several)
+        if self.unproven:
+            return
+        self.emit("proven")
+        if self.caution > read_caution(self.key):
+            with suppress(OSError):       # then the next start finds it out again
+                save_kept("engines.json", self.key, {"caution": self.caution})
 
     def _decode_next(self, token: int) -> bool:
         """The same for a token just written, by as many threads as the machine's load allows."""
@@ -2806,7 +2872,8 @@ class LlamaEngine:
         start, began_s = len(self.tokens), time.monotonic()
         told_s = began_s
         self._save_checkpoint()           # to come back to when this turn is undone or edited
-        last = len(prompt) - 1 if self.cuts_badly else len(prompt)
+        # the first time the last token goes alone, so that a crash comes before a word of the reply
+        last = len(prompt) - 1 if self.cuts_badly or self.unproven else len(prompt)
         stops = (self.system_mark[0], last, len(prompt))
         while len(self.tokens) < len(prompt):
             at, now_s = len(self.tokens), time.monotonic()
@@ -3212,7 +3279,7 @@ def probe_ram_bytes() -> int:
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
 # "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "machine" | "hardware" | "plan" | "loading" |
-# "loaded" | "unloaded" | "reading" | "text" | "done" | "ahead" | "forgot" | "lowered" | "measured" | "benched" | "failed" | "log", …}. Whatever
+# "loaded" | "unloaded" | "proven" | "reading" | "text" | "done" | "ahead" | "forgot" | "lowered" | "measured" | "benched" | "failed" | "log", …}. Whatever
 # else the libraries print goes to stderr. It must not
 # know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
 
@@ -3279,6 +3346,17 @@ class StateCache:
             self.engine.emit("log", level="good", text="{:,} tokens of this chat need not be read again.".format(n))
         return done
 
+def crash_quickly() -> None:
+    """No core dump, which would write gigabytes to the disk, and no dialog box: the next engine waits for our end."""
+    if os.name == "nt":
+        import ctypes
+        ctypes.windll.kernel32.SetErrorMode(3)    # SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
+        return
+    import resource
+    with suppress(ValueError, OSError):
+        # 1 byte is too small for a file, and keeps programs such as apport away too (core(5))
+        resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
 class EngineProcess:
     def __init__(self) -> None:
         import queue, threading
@@ -3326,6 +3404,7 @@ class EngineProcess:
     def run(self) -> None:
         import signal, threading
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
+        crash_quickly()
         threading.Thread(target=self.read_commands, daemon=True).start()
         try:
             api = import_llama()
@@ -4899,8 +4978,9 @@ def start_model(state: State) -> Change:
     settings = state.settings
     if not settings.model_path:
         return look_up(state, state.wanted or "")
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(settings.wishes._replace(rung=state.rung)), "states": settings.states})
-    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None)
+    wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(wishes), "states": settings.states})
+    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_rung="", next_caution=0)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
     return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
@@ -5182,7 +5262,7 @@ def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings, before=state.settings, rung=0, next_rung="")
+    state = state._replace(settings=settings, before=state.settings, rung=0, caution=REMEMBERED)
     if state.engine is Condition.INSTALLING and path:
         return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
@@ -5756,7 +5836,8 @@ def on_installed(state: State, event: Installed) -> Change:
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
         return notice(state._replace(engine=Condition.OFF, model=None), text + " /install tries again.", "error"), ()
-    return start_model(notice(state._replace(engine=Condition.OFF), "The engine is installed.", "good"))
+    state = state._replace(engine=Condition.OFF, rung=0, caution=REMEMBERED)
+    return start_model(notice(state, "The engine is installed.", "good"))
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
     """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
@@ -5829,7 +5910,9 @@ def on_engine_said(state: State, event: EngineSaid) -> Change:
 def on_plan(state: State, message: Dict[str, Any]) -> Change:
     """It comes after "hardware"; its lines go above those."""
     lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
-    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary), ()
+    caution = max(message.get("caution", 0), state.caution) + 1
+    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary,
+                          next_caution=caution if caution < len(CAUTIONS) else 0), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
     """Also at the engine's "hello": what comes next is loading."""
@@ -5840,7 +5923,7 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
-    return ask_model(state) if state.chat.waiting else (state, ())
+    return ask_model(state, state.chat.reply or "", state.chat.thought) if state.chat.waiting else (state, ())
 
 def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
@@ -5849,6 +5932,9 @@ def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
                            chat=state.chat._replace(reply=None, waiting=asked))
     return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
+
+def on_proven(state: State, message: Dict[str, Any]) -> Change:
+    return state._replace(model=state.model and state.model._replace(proven=True)), ()
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
     done, total, rate = message["done"], message["total"], message["rate"]
@@ -5879,7 +5965,6 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         message["n_written"], message["rate"], message["first_s"], format(message["n_read"], ","))
     note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
     note += {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}.get(message["reason"], "")
-    state = state._replace(model=state.model and state.model._replace(proven=True))
     stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
     state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats,
                                      speeds=state.speeds + (message["rate"],) * bool(message["rate"])), note)
@@ -5906,39 +5991,78 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
         return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
     machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung=""))
+                                     model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung="", caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
     if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
         return state, ()
-    tail = [line.text for line in state.log[-12:] if line.level == "error"]
-    text = explain_death(event, state.engine is Condition.LOADING, tail[-1] if tail else "")
-    unproven = state.engine is Condition.LOADING or state.engine is Condition.READING and state.model and not state.model.proven
-    if unproven and state.next_rung and (event.code in DEATHS[0][0] or event.code in DEATHS[2][0] and re.search(OUT_OF_MEMORY, "\n".join(tail))):
+    said = [line.text for line in state.log[-12:] if line.level == "error"]
+    ran_out = event.code in KILLS or event.code in CRASHES and re.search(OUT_OF_MEMORY, "\n".join(said))
+    if ran_out and state.next_rung and is_unproven(state):
         return step_down(state)
+    hopeless = False
+    if event.code in CRASHES and not ran_out and not event.fault and is_unproven(state, idle=True):
+        if state.next_caution:
+            return step_aside(state, event)
+        hopeless = state.caution == len(CAUTIONS) - 1
+    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
 
+def is_unproven(state: State, idle: bool = False) -> bool:
+    """The model is being loaded, or reads for the first time; idle: or does so ahead, before a message comes."""
+    if state.engine is Condition.LOADING:
+        return True
+    reads = state.engine is Condition.READING or idle and state.engine is Condition.READY
+    return bool(reads and state.model and not state.model.proven)
+
 def step_down(state: State) -> Change:
-    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan; the message waits."""
+    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan."""
     state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_rung)
-    chat = state.chat._replace(reply=None, waiting=state.chat.waiting or state.engine is Condition.READING)
-    return start_model(state._replace(chat=chat, engine=Condition.DEAD, rung=state.rung + 1, next_rung=""))
+    return start_again(state._replace(rung=state.rung + 1))
 
-DEATHS = (  # exit codes (-signal; on Windows NTSTATUS), what to tell people
-    ((-9, -15), "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
+def step_aside(state: State, event: EngineDied) -> Change:
+    """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
+    advice = BUS_ADVICE if event.code in BUS_ERRORS else "An engine made for this machine is better: " + MAKE_ANEW
+    text = "The engine crashed. Trying again %s, which may be slower. %s" % (CAUTIONS[state.next_caution], advice)
+    return start_again(notice(state, text)._replace(caution=state.next_caution))
+
+def start_again(state: State) -> Change:
+    """With the same model, in a fresh engine; the message waits."""
+    waiting = state.chat.waiting or state.engine is Condition.READING
+    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)    # a reply that goes on keeps what it has
+    return start_model(state._replace(chat=chat, engine=Condition.DEAD))
+
+# Exit codes: -signal; on Windows NTSTATUS
+KILLS = (-9, -15)
+NO_SUCH_INSTRUCTION = (-4, 0xC000001D)
+ABORTS = (-6, -5, 0xC0000409)
+BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read, such as a file's on a disk that went away
+FAULTS = (-11, -10, -8, 0xC0000005, 0xC0000094, 0xC00000FD, 0xC0000374)
+CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
+MAKE_ANEW = "/install, or python3 llmchat.py --install."
+BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
+DEATHS = (  # what to tell people
+    (KILLS, "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
             "or a smaller context (-c 2048)."),
-    ((-4, 0xC000001D), "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
-                       "`python3 llmchat.py --install` compiles one for this CPU."),
-    ((-6, 0xC0000409), "llama.cpp gave up%(loading)s.%(said)s"),
-    ((-11, -10, -7, 0xC0000005), "llama.cpp crashed%(loading)s: the model file may be damaged, or the memory.%(said)s"))
+    (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
+                          "`python3 llmchat.py --install` compiles one for this CPU."),
+    (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
+    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file there.%(said)s " + BUS_ADVICE),
+    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: " + MAKE_ANEW))
+HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
+            " If that doesn't help, take another model.")
 
-def explain_death(event: EngineDied, loading: bool, last_error: str) -> str:
-    """One sentence for people about how the engine ended."""
+def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False) -> str:
+    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too."""
+    if event.fault:
+        return "The engine ended because of the model's file: %s" % event.fault
     text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
                 "If this happens at each start, make the engine anew: python3 llmchat.py --install")
+    if hopeless and event.code not in NO_SUCH_INSTRUCTION:
+        text = HOPELESS
     return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
                    "loading": " while loading the model" if loading else "",
                    "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
@@ -5953,7 +6077,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
-                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded,
+                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "proven": on_proven,
                  "lowered": lambda state, message: (notice(state, message["text"]), ()), "reading": on_reading,
                  "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
                  "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
@@ -6574,6 +6698,7 @@ class Runner:
     def __init__(self, screen: Optional[Screen] = None) -> None:
         self.screen, self.mailbox = screen, Mailbox()
         self.engine: Optional[Child] = None
+        self.model_path = ""              # what it was last told to load
         self.installer: Optional[Child] = None
         self.downloader: Optional[Child] = None
         self.store = ChatStore(self.mailbox.post)
@@ -6583,7 +6708,7 @@ class Runner:
 
     def perform(self, effect: Any) -> None:
         if isinstance(effect, SendEngine) and self.engine:
-            self.engine.send(effect.message)
+            self.send_engine(effect.message)
         elif isinstance(effect, Store):
             self.store.do(getattr(self.store, effect.job), *effect.arguments)
         elif isinstance(effect, Copy):
@@ -6609,6 +6734,11 @@ class Runner:
         elif isinstance(effect, Quit):
             self.quit = True
 
+    def send_engine(self, message: Dict[str, Any]) -> None:
+        if message["cmd"] == "load":
+            self.model_path = message["path"]
+        self.engine.send(message)
+
     def find_models(self, wanted: str) -> None:
         """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
         entries: Tuple[ModelEntry, ...] = ()
@@ -6630,7 +6760,7 @@ class Runner:
         if not python:
             return self.mailbox.post(EngineMissing())
         try:
-            self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, probe_engine_end)
+            self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, lambda code: probe_engine_end(code, self.model_path))
         except OSError as error:          # it was made for another system or machine, say
             self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
@@ -6652,10 +6782,18 @@ def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
         message = None
     return kind(message) if isinstance(message, dict) else EngineLogged(line)
 
-def probe_engine_end(code: int) -> EngineDied:
-    """After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and this one doesn't have."""
-    has = probe_hardware().instruction_sets if code in (-4, 0xC000001D) else ("NEON",)
-    return EngineDied(code, () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has))
+def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
+    """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
+    this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
+    has = probe_hardware().instruction_sets if code in NO_SUCH_INSTRUCTION else ("NEON",)
+    lacking = () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has)
+    fault = ""
+    if code in CRASHES and model_path:
+        try:
+            read_gguf_header(os.path.expanduser(model_path), full=True)
+        except ModelError as error:
+            fault = str(error)
+    return EngineDied(code, lacking, fault)
 
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
@@ -6680,11 +6818,30 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
             if message["event"] == "failed":
                 raise ModelError(message["text"])
             yield message
-        raise ModelError("The engine did not answer in %d s." % limit_s if late else explain_death(probe_engine_end(child.wait()), False, ""))
+        if late:
+            raise ModelError("The engine did not answer in %d s." % limit_s)
+        paths = [command["path"] for command in commands if "path" in command]
+        event = probe_engine_end(child.wait(), paths[-1] if paths else "")
+        kind = EngineCrash if event.code in CRASHES and not event.fault else ModelError
+        raise kind(explain_death(event, False, ""))
     finally:
         timer.cancel()
         child.kill()
         child.communicate()
+
+def ask_bench(python: str, path: str, wishes: Wishes) -> Iterable[Dict[str, Any]]:
+    """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
+    for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
+        measured = False
+        try:
+            for message in ask_engine(python, {"cmd": "bench", "path": path, "wishes": wishes._replace(caution=caution)}):
+                measured = measured or message["event"] == "measured"
+                yield message
+        except EngineCrash as error:
+            if measured or caution == len(CAUTIONS) - 1:
+                raise
+            problem = "%s Trying again %s." % (error, CAUTIONS[max(0, caution) + 1])
+            print(clean(problem), file=sys.stderr, flush=True)
 
 def watch_signals(mailbox: Mailbox) -> None:
     """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
@@ -7126,7 +7283,7 @@ def run_bench(state: State, as_json: bool) -> int:
         with suppress(ImportError, OSError):
             results["seconds_to_start"] = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
             show_bench("seconds_to_start", results["seconds_to_start"], out)
-        for done in ask_engine(engine_python(), {"cmd": "bench", "path": settings.model_path, "wishes": settings.wishes}):
+        for done in ask_bench(engine_python(), settings.model_path, settings.wishes):
             if done["event"] == "benched":
                 break
             if done["event"] == "measured":
