@@ -41,10 +41,23 @@ To change a colour, a key or a default: section 1. To understand the rest, start
 
 # Only what the first frame needs is imported here; everything else inside the function that uses it:
 # on an old machine each import on the way to the first frame is felt.
+import sys
+
+if sys.version_info < (3, 8):         # the whole file must parse with 3.6, or this would be a SyntaxError
+    import subprocess
+    def _runs(name):
+        try:
+            return subprocess.call([name, "-c", ""], stderr=subprocess.DEVNULL) == 0
+        except OSError:
+            return False
+    _newer = [name for name in ("python3.%d" % n for n in range(20, 7, -1)) if _runs(name)]
+    sys.exit("llmchat needs Python 3.8 or newer, and this is %d.%d. " % sys.version_info[:2] + (
+        "This machine has a newer one: %s llmchat.py" % _newer[0] if _newer else
+        "Install a newer one, then start llmchat.py with it."))
+
 import enum
 import os
 import re
-import sys
 import unicodedata
 from contextlib import suppress
 from functools import lru_cache
@@ -375,6 +388,7 @@ class Settings(NamedTuple):
     thoughts: str = THOUGHTS
     theme: str = THEME
     given: Dict[str, Any] = {}        # what the command line says: names and values
+    named: bool = False               # … and it named the model, which a chat that is opened doesn't change then
     kept: Dict[str, Dict[str, Any]] = {}    # … and what was chosen for each model: file name -> the same; "" = for all
 
 class ModelInfo(NamedTuple):
@@ -411,6 +425,7 @@ class Chat(NamedTuple):
     stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
     system: str = ""                  # the system prompt, as the file says
     thought: str = ""                 # how much of the reply in progress is thinking
+    model_path: str = ""              # of the model that gave the last reply, as the file says; "" = not known
 
 File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
@@ -681,9 +696,12 @@ def join_files(files: Sequence[File], text: str) -> str:
 def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
     """What join_files has joined."""
     files: Tuple[File, ...] = ()
-    while found := _pattern("file").match(text):
-        files, text = files + (File(*found.group(1, 3)),), text[found.end():]
-    return files, text
+    while True:
+        found = _pattern("file").match(text)
+        if not found:
+            return files, text
+        files += (File(*found.group(1, 3)),)
+        text = text[found.end():]
 
 # -- the edit buffer --
 
@@ -3772,6 +3790,20 @@ def engine_version(python: str) -> str:
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
 # as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
 
+# A script is compiled at each start; the engine and the command `llmchat` take the compiled form from Python's cache instead.
+# In: path of llmchat.py, cache = folder of the compiled form. Out: module.
+BOOT = """sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
+from importlib.machinery import SourceFileLoader
+sys.pycache_prefix, before = cache, sys.pycache_prefix
+try:
+    code = SourceFileLoader("llmchat", path).get_code("llmchat")
+except FileNotFoundError:
+    sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
+sys.pycache_prefix = before
+sys.modules["llmchat"] = module = type(sys)("llmchat")
+module.__file__ = path
+exec(code, module.__dict__)"""
+
 ENGINE_PACKAGE, ENGINE_OLDEST = "llama-cpp-python", ">=0.3.36"    # the index's packages may lag far behind
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
 WHEEL_INDEX_S = 3                     # how long it may take to answer
@@ -4028,9 +4060,7 @@ def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, s
     if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
         env["TMPDIR"] = scratch
     termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
-    # Of the Python beneath, where this one is a virtual environment's: that may be the very one which is replaced.
-    base = sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    run_logged([base, "-m", "venv"] + termux + [folder], env, say)
+    run_logged([base_python(), "-m", "venv"] + termux + [folder], env, say)
     try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
         run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
     except RuntimeError:
@@ -4128,6 +4158,7 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
                 return 0
         replace_env(place, work, gpu or (str(read_kept("install.json").get("last", {}).get("gpu", "")) if upgrade else ""), say)
         say("The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), before and " (it was %s)" % before))
+        say(write_command())
         return 0
     except KeyboardInterrupt:
         say("Installing was stopped; nothing has changed.")
@@ -4138,10 +4169,120 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
+# -- the command `llmchat`, and --uninstall --
+
+COMMAND_MARK = "# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, removed by --uninstall."
+COMMAND = """#!%(python)s
+%(mark)s
+import sys
+path, cache = %(path)r, %(cache)r
+%(boot)s
+module.start()
+"""
+
+def base_python() -> str:
+    """This Python; of a virtual environment the one beneath it, as that may be replaced or be gone tomorrow."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+def command_path() -> str:
+    """Where the command is: in the user's own folder of programs, on Windows beside the data."""
+    if sys.platform == "win32":
+        return os.path.join(data_dir(), "llmchat.cmd")
+    return os.path.join(os.path.expanduser("~"), ".local", "bin", "llmchat")
+
+def write_command() -> str:
+    """Make `llmchat` a command that starts this file; returns what to tell the user."""
+    place, path = command_path(), os.path.abspath(__file__)
+    text = COMMAND % {"python": base_python(), "mark": COMMAND_MARK, "path": path, "boot": BOOT,
+                      "cache": os.path.join(data_dir(), "pycache")}
+    if os.path.lexists(place) and COMMAND_MARK not in read_text(place):
+        return "%s is another program, so it was left alone; start llmchat with: %s %s" % (place, sys.executable, path)
+    try:
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if sys.platform == "win32":       # where only a .cmd is a command: it starts the script beside it
+            script = place[:-len("cmd")] + "py"
+            write_whole(script, text)
+            write_whole(place, '@rem %s\n@"%s" "%s" %%*\n' % (COMMAND_MARK, base_python(), script))
+        else:
+            write_whole(place, text, 0o755)
+    except OSError as error:
+        return "The command llmchat could not be made in %s (%s)." % (os.path.dirname(place), error.strerror)
+    return explain_command(place)
+
+def explain_command(place: str) -> str:
+    """How to start the command, which a new folder of programs makes a little harder."""
+    import shutil
+    if shutil.which("llmchat") == place:
+        return "From now on `llmchat` starts it, from any folder."
+    folder = os.path.dirname(place)
+    if sys.platform == "win32":
+        how = "add %s to Path (Settings, environment variables)" % folder
+    else:
+        how = "add this line to ~/.profile: export PATH=\"$HOME/.local/bin:$PATH\""
+    return "From now on %s starts it; to write just `llmchat`, %s" % (place, how)
+
+def write_whole(path: str, text: str, mode: int = 0o600) -> None:
+    """A small file that is there whole or not at all. Raises OSError."""
+    new = "%s.%d" % (path, os.getpid())
+    with open(new, "w", encoding="utf-8", opener=open_private) as file:
+        file.write(text)
+    os.chmod(new, mode)
+    os.replace(new, path)
+
+# What --uninstall removes from the data directory, as glob patterns; and what only if the user says so.
+REMAKEABLE = ("engine", "engine.*", "pycache", "states", "models.json", "machine.json", "tuning.json", "install.json",
+              "copied.txt", "*.new", "llmchat.cmd", "llmchat.py")
+PERSONAL = ("chats", "history", "settings.json", "models")
+
+def uninstall(say: Any, ask: Any) -> int:
+    """Remove what llmchat has made; say(line) tells, ask(question) is whether chats and models go too. 0, or 1 = failed."""
+    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
+    with open(os.path.join(data_dir(), "engine.lock"), "w") as lock:
+        try:
+            take_lock(lock)
+        except OSError:
+            say("An install is at work in %s: stop it first." % data_dir())
+            return 1
+        failed = remove_files(REMAKEABLE)
+    command = command_path()
+    if COMMAND_MARK in read_text(command):
+        os.remove(command)
+    say("Removed: the engine, what was compiled and measured, and the command llmchat.")
+    personal = [name for name in PERSONAL if os.path.lexists(os.path.join(data_dir(), name))]
+    if personal and ask("Delete your chats, settings and the models in %s too?" % data_dir()):
+        failed += remove_files(PERSONAL)
+    elif personal:
+        say("Your %s are still in %s." % (", ".join(personal), data_dir()))
+    with suppress(OSError):
+        os.rmdir(data_dir())              # when it is empty
+    say("%s itself stays, as do models in other folders: delete them as you like." % os.path.abspath(__file__))
+    for problem in failed:
+        say(problem)
+    return int(bool(failed))
+
+def remove_files(patterns: Iterable[str]) -> List[str]:
+    """Remove what fits in the data directory; returns what could not be, a sentence each."""
+    import glob
+    import shutil
+    problems = []
+    for pattern in patterns:
+        for path in glob.glob(os.path.join(glob.escape(data_dir()), pattern)):
+            try:
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.remove(path)
+            except OSError as error:
+                problems.append("%s can't be removed: %s." % (path, error.strerror))
+    return problems
+
 
 # -- chats: a file of JSON lines each, only ever appended to --
 # {"chat": 1, "time": 1732290000}                         the first line: the format's version
-# {"turn": 3, "parent": 2, "role": "user", "content": …}  also "time" and, of replies, "model", "note", "thought"; parent 0 = the first
+# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note", "thought",
+#                                                         "model" (its name) and "file" (its path)
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
 # {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
 #                                                         first turn that the model still sees, 0 = all
@@ -4183,6 +4324,7 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     nodes: Dict[int, Turn] = {}
     parts: Dict[int, Turn] = {}
     at, seen, system = 0, 0, ""
+    model_path = ""
     for line in raw.splitlines():
         try:
             record = json.loads(line)         # what isn't an object has no "in" or no keys
@@ -4202,6 +4344,7 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
                     nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent,
                                          thought=str(record.get("thought", "")))
                     at = number
+                    model_path = str(record.get("file", model_path))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     stored = max(nodes, default=0)            # what is there in parts alone will be written whole
@@ -4210,7 +4353,8 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     kids: Dict[int, Tuple[int, ...]] = {}
     for number in sorted(nodes):
         kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
-    chat = Chat(name=name, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=stored)
+    chat = Chat(name=name, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=stored,
+                model_path=model_path)
     chat = chat._replace(turns=turns_to(chat, at))
     chat = chat._replace(forgotten=next((i for i, turn in enumerate(chat.turns) if turn.id == seen), 0))
     return chat._replace(stored_at=(at, sees_from(chat)))
@@ -5653,7 +5797,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     if not chat.name or not chat.last or chat.last == chat.stored and (
             (at, system) == (chat.stored_at, chat.system) or chat.reply is not None):
         return state, effects             # killed during another answer, it stands at the one before
-    model = {"model": state.model.name} if state.model else {}
+    model = {"model": state.model.name, "file": state.model.path} if state.model else {}
     turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
     records: List[Dict[str, Any]] = [dict(
         {"turn": turn.id, "parent": turn.parent, "role": turn.role, "content": turn.text},
@@ -5807,7 +5951,21 @@ def on_chat_opened(state: State, event: ChatOpened) -> Change:
     chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
     settings = state.settings._replace(system_prompt=event.chat.system)
     state = begin_chat(state._replace(settings=settings), chat, "This chat goes on")
-    return ask_model(state._replace(chat=add_turn(state.chat, "user", waiting))) if waiting else (state, ())    # it was typed before the chat came
+    state, effects = load_chat_model(state)
+    if not waiting:
+        return state, effects
+    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))    # it was typed before the chat came
+    return state, effects + more
+
+def load_chat_model(state: State) -> Change:
+    """The model that the chat was held with, unless the command line named one; without either, the last one."""
+    path, settings = state.chat.model_path, state.settings
+    state = state._replace(settings=settings._replace(named=False))    # that was for the first chat
+    if path and path != settings.model_path and not settings.named:
+        return look_up(state, path)
+    if state.engine is Condition.OFF and state.wanted is None:
+        return start_model(state)
+    return state, ()
 
 def on_files_read(state: State, event: FilesRead) -> Change:
     """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
@@ -5851,6 +6009,9 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
         return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
+    if wanted and wanted == state.chat.model_path:
+        state = notice(state, "This chat was held with %s, which isn't there any more: choose another model." % wanted)
+        return show_models(state, entries), ()
     repo, _ = parse_repo(wanted) or (".gguf", "")
     if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
         if not wanted.startswith(repo):
@@ -5923,7 +6084,20 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
-    return ask_model(state, state.chat.reply or "", state.chat.thought) if state.chat.waiting else (state, ())
+    state, effects = keep_for_all(state, model=os.path.abspath(model.path))
+    if not state.chat.waiting:
+        return state, effects
+    state, more = ask_model(state, state.chat.reply or "", state.chat.thought)
+    return state, effects + more
+
+def keep_for_all(state: State, **values: Any) -> Change:
+    """Remember values that belong to no single model, such as the last one's path. A chat that isn't stored leaves none."""
+    before = state.settings.kept.get("", {})
+    now = dict(before, **values)
+    if now == before or not state.chat.name:
+        return state, ()
+    settings = state.settings._replace(kept=dict(state.settings.kept, **{"": now}))
+    return state._replace(settings=settings), (Store("keep", ("settings.json", "", now)),)
 
 def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
@@ -6678,17 +6852,10 @@ class Child:
             self.process.wait()
         self.ender.join()
 
-# A script is compiled at each start; the engine's start takes the compiled form from Python's cache instead.
 ENGINE_BOOT = """import sys
-sys.path = [path for path in sys.path if path]    # nothing from the current folder, which may be anybody's
-from importlib.machinery import SourceFileLoader
-sys.pycache_prefix, before = sys.argv[2], sys.pycache_prefix
-code = SourceFileLoader("llmchat", sys.argv[1]).get_code("llmchat")
-sys.pycache_prefix = before
-sys.modules["llmchat"] = module = type(sys)("llmchat")
-module.__file__ = sys.argv[1]
-exec(code, module.__dict__)
-module.EngineProcess().run()"""
+path, cache = sys.argv[1:]
+%s
+module.EngineProcess().run()""" % BOOT
 
 def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), os.path.join(data_dir(), "pycache")]
@@ -6858,9 +7025,8 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
-        chat_first = first == "/open" and not settings.model_path and not state.wanted    # its next message asks for a model
-        state = state._replace(columns=columns, rows=rows, settings=settings, wanted=None if chat_first else state.wanted)
-        state, effects = (state, ()) if chat_first else start_model(state)
+        state = state._replace(columns=columns, rows=rows, settings=settings)
+        state, effects = start_model(state)
         state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
@@ -6948,6 +7114,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
     add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
         help="with --install: what the engine is to use; without it, what is found")
+    add("--uninstall", action="store_true", help="remove the engine and the command llmchat, and your chats and models if you say so; then end")
     add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
@@ -6970,7 +7137,18 @@ def with_model(settings: Settings, name: str) -> State:
     """The state at the start: a file is loaded at once; what another name means has to be looked up."""
     path = os.path.expanduser(name)
     here = os.path.isfile(path)
-    return State(recall_settings(settings._replace(model_path=path if here else "")), wanted=None if here else name)
+    settings = settings._replace(model_path=path if here else "", named=bool(name))
+    return State(recall_settings(settings), wanted=None if here else name)
+
+def with_last_model(state: State) -> State:
+    """… where none is named: the one that was used last."""
+    settings = state.settings
+    path = str(settings.kept.get("", {}).get("model", ""))
+    if settings.named or not path:
+        return state
+    if not os.path.isfile(path):
+        return notice(state, "The last model, %s, isn't there any more: choose another." % path)
+    return state._replace(settings=recall_settings(settings._replace(model_path=path)), wanted=None)
 
 def with_storage(state: State) -> State:
     """… where chats are stored."""
@@ -7345,6 +7523,15 @@ def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[M
     if over:
         print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)
 
+def ask_yes(question: str) -> bool:
+    """Whether the user says yes; nobody to ask means no."""
+    if not (sys.stdin and sys.stdin.isatty()):
+        return False
+    try:
+        return input(clean(question) + " [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
 def run_window(state: State, first: str = "") -> int:
     try:
         screen = Screen()
@@ -7364,7 +7551,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
-        return run_window(with_storage(with_model(Settings(kept=read_kept("settings.json")), "".join(argv) or MODEL)))
+        settings = Settings(kept=read_kept("settings.json"))
+        state = with_storage(with_model(settings, "".join(argv) or MODEL))
+        return run_window(with_last_model(state))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
         (level, _, text), = check_engine(sys.executable)
@@ -7374,6 +7563,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_download(arguments.download, arguments.json)
     if arguments.install:
         return install_engine(lambda line: print(clean(line), flush=True), arguments.gpu, arguments.upgrade)
+    if arguments.uninstall:
+        return uninstall(lambda line: print(clean(line)), ask_yes)
     if arguments.doctor:
         return run_doctor()
     if arguments.list:
@@ -7384,15 +7575,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.bench:
         return run_bench(initial_state(arguments), arguments.json)
     if terminal and not arguments.plain and arguments.prompt is None:
-        return run_window(initial_state(arguments), first)
+        return run_window(with_last_model(initial_state(arguments)), first)
     interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
     arguments.no_save |= not interactive    # what goes through a pipe is no chat to go on with
-    return run_plain(initial_state(arguments), arguments.prompt, interactive, first)
+    return run_plain(with_last_model(initial_state(arguments)), arguments.prompt, interactive, first)
 
-if __name__ == "__main__":
+def start() -> None:
+    """main() as a program: ends with its exit status."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone, e.g. `head`: end quietly
+
+if __name__ == "__main__":
+    start()

@@ -5420,7 +5420,11 @@ class WindowTest(unittest.TestCase):
             window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
             self.assertEqual(window.end(), 0)
             files = [os.path.join(folder, name) for folder, _, names in os.walk(home["HOME"]) for name in names]
-            self.assertEqual([path for path in files if not path.endswith((".pyc", "machine.json"))], [])    # nothing of what was said
+            for path in files:            # nothing of what was said
+                self.assertTrue(path.endswith((".pyc", "machine.json", "settings.json")), path)
+                self.assertNotIn("secret", llmchat.read_text(path))
+            kept = llmchat.read_text(os.path.join(home["HOME"], "llmchat", "settings.json"))
+            self.assertEqual("model" in kept, private)    # the model was loaded before the chat became private
 
     def test_killed_windows(self):
         """kill -9 at random moments: the chat opens, with every message that was complete and the beginning of the last."""
