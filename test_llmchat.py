@@ -453,6 +453,82 @@ PLAIN_MACHINE = llmchat.InstallProbe(platform="apt", has_compiler=True, n_cpus=4
                                      instruction_sets=AVX512_CPU)
 
 
+class OldPythonTest(unittest.TestCase):
+    """A Python older than 3.8 gets a sentence, not a SyntaxError."""
+
+    def test_parses_as_python_3_6(self):
+        import ast
+        ast.parse(read_bytes(SCRIPT).decode(), feature_version=(3, 6))
+
+    def test_sentence(self):
+        pretend = "import sys, runpy; sys.version_info = (3, 6, 9); runpy.run_path(sys.argv[1], run_name='__main__')"
+        for path, wanted in ((os.path.dirname(sys.executable), "This machine has a newer one: python3"), (FOLDER, "Install a newer one")):
+            done = subprocess.run([sys.executable, "-c", pretend, SCRIPT], env=dict(ENV, PATH=path), stderr=subprocess.PIPE,
+                                  stdout=subprocess.DEVNULL, encoding="utf-8")
+            self.assertEqual(done.returncode, 1)
+            self.assertIn("llmchat needs Python 3.8 or newer, and this is 3.6. " + wanted, done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1)
+
+
+@unittest.skipIf(os.name == "nt", "there the command is a .cmd")
+class CommandTest(unittest.TestCase):
+    """The command `llmchat`, which --install and --setup make, and --uninstall."""
+
+    def call(self, *argv, **env):
+        return subprocess.run(argv, env=dict(self.env, **env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, encoding="utf-8")
+
+    def setUp(self):
+        home, self.data = new_home()
+        self.env = dict(ENV, **home)
+        self.env.pop("PYTHONDONTWRITEBYTECODE", None)
+        self.script = os.path.join(home["HOME"], "llmchat.py")
+        self.command = os.path.join(home["HOME"], ".local", "bin", "llmchat")
+        shutil.copy(SCRIPT, self.script)
+        self.make = (sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import llmchat; print(llmchat.write_command())",
+                     home["HOME"])
+
+    def test_follows_the_file(self):
+        told = self.call(*self.make, PATH=os.path.dirname(self.command)).stdout
+        self.assertEqual(told, "From now on `llmchat` starts it, from any folder.\n")
+        self.assertIn('export PATH="$HOME/.local/bin:$PATH"', self.call(*self.make).stdout)
+        self.assertEqual(self.call(self.command, "--version").stdout, "llmchat %s\n" % llmchat.VERSION)
+        compiled = [name for _, _, names in os.walk(self.data) for name in names if name.endswith(".pyc")]
+        self.assertEqual(len(compiled), 1)
+        text = llmchat.read_text(self.script)
+        with open(self.script, "w", encoding="utf-8") as file:
+            file.write(text.replace('VERSION = "%s"' % llmchat.VERSION, 'VERSION = "edited"'))
+        self.assertEqual(self.call(self.command, "--version").stdout, "llmchat edited\n")
+        os.remove(self.script)
+        told = self.call(self.command)
+        self.assertEqual((told.returncode, told.stdout.count("\n")), (1, 1))
+        self.assertIn(self.script + " isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup", told.stdout)
+
+    def test_another_program_stays(self):
+        os.makedirs(os.path.dirname(self.command))
+        with open(self.command, "w") as file:
+            file.write("#!/bin/sh\n")
+        self.assertIn("is another program, so it was left alone", self.call(*self.make).stdout)
+        self.call(sys.executable, self.script, "--uninstall")
+        self.assertEqual(llmchat.read_text(self.command), "#!/bin/sh\n")
+
+    def test_uninstall(self):
+        self.call(*self.make)
+        for name in ("engine/bin/python", "engine.new-77/x", "pycache/x.pyc", "models.json", "settings.json", "history",
+                     "chats/a.jsonl", "models/m.gguf"):
+            os.makedirs(os.path.dirname(os.path.join(self.data, name)), exist_ok=True)
+            with open(os.path.join(self.data, name), "w") as file:
+                file.write("x")
+        done = self.call(sys.executable, self.script, "--uninstall")    # nobody is there to be asked
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("Your chats, history, settings.json, models are still in", done.stdout)
+        self.assertEqual(sorted(os.listdir(self.data)), ["chats", "history", "models", "settings.json"])
+        self.assertFalse(os.path.exists(self.command))
+        with mock.patch.dict(os.environ, self.env):
+            llmchat.uninstall(lambda line: None, lambda question: True)
+        self.assertFalse(os.path.exists(self.data))
+
+
 class PlanInstallTest(unittest.TestCase):
     def plan(self, **facts):
         return llmchat.plan_install(PLAIN_MACHINE._replace(**facts))
@@ -5399,15 +5475,44 @@ class WindowTest(unittest.TestCase):
             window.type("\x04" if "--plain" in arguments else CTRL_Q)
             self.assertEqual(window.end(), 0)
             self.assertEqual({name: chat.nodes for name, chat in chats().items()}, before)
-        for option, wanted, key, after in (("-C", "plain words.*Answered", " \x7f", "no model[^\n]*$"), ("--resume", "Your chats.*first question", ESC, "Models:")):
-            nameless = self.open(option, LLMCHAT_MODELS=FOLDER, **home)
-            nameless.wait_for(wanted)
-            nameless.settle()
-            nameless.type(key)
-            nameless.wait_for(after)
-            self.assertEqual("Models:" in nameless.text(), option == "--resume")
-            nameless.type(CTRL_Q)
-            self.assertEqual(nameless.end(), 0)
+
+    def test_a_chat_brings_its_model(self):
+        """-C, --resume and Ctrl-O load the model that the chat was held with; without a chat it is the last one."""
+        home, _ = self.home()
+        if sys.platform == "darwin":
+            home = dict(home, XDG_DATA_HOME=home["HOME"])
+        mine, other = self.model("Mine."), os.path.join(FOLDER, "other.gguf")
+        write_scripted_model(other, {"it": "Other."}, "<|it|>", **{"general.name": "the other"})
+        for model, question, reply in ((mine, "first question", "Mine"), (other, "second question", "Other")):
+            window = self.open(model, **home)
+            window.ask(question, reply + ".*first after")
+            window.type(CTRL_Q)
+            self.assertEqual(window.end(), 0)
+        window = self.open(**home)            # neither a model nor a chat is named: the last model
+        window.wait_for("the other.*\n ready")
+        window.type("\x0f")
+        window.wait_for("second question.*first question")
+        window.type("first")
+        window.wait_for("^(?!.*second question).*first question")
+        window.type("\r")
+        window.wait_for("llmchat · scripted.*Mine.*Ready: scripted")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        window = self.open("-C", **home)      # the second chat was the last to be written to
+        window.wait_for("llmchat · the other.*Other.*Ready: the other")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        window = self.open(mine, "-C", **home)    # a model that is named stays
+        window.wait_for("llmchat · scripted.*Other.*Ready: scripted")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        os.remove(other)
+        window = self.open("-C", LLMCHAT_MODELS=FOLDER, **home)
+        window.wait_for("Models:.*scripted")
+        window.type(ESC)
+        window.wait_for("Other.*This chat was held with.*isn't there any more: choose another model")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
 
     def test_no_save_leaves_no_file(self):
         home, _ = self.home()
