@@ -268,7 +268,7 @@ EDIT_KEYS = {
     "ctrl-_":    "undo",        "ctrl-z":     "undo",
     "ctrl-r":    "search",      "ctrl-g":     "unsearch",
     "alt-<":     "first",       "alt->":      "last",
-    "alt-enter": "newline",     "ctrl-j":     "newline",
+    "alt-enter": "newline",     "ctrl-j":     "newline",     "shift-enter": "newline",
 }
 
 
@@ -670,7 +670,19 @@ def _pattern(name: str) -> Any:
             |(?P<escape>(?<!\\)\\[*_`])""",
         "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+)(?=[^\s*`/.,;:)])",
         "pipe": r"(?<!\\)\|",
-        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name == "inline" else 0)
+        # what a terminal sends, see Keyboard; C1 controls may come as one character or, for keys, as one byte
+        "key": r"""(?s)(?P<text>[^\x00-\x1f\x7f-\x9f\udc8f\udc9b]+)
+            |(?:\x1b\[|[\x9b\udc9b])(?:(?P<paste>200~)|\[(?P<linux>[A-E])
+                |(?P<mouse>M[^\x00-\x1f]{3}|t[^\x00-\x1f]{2}|T[^\x00-\x1f]{6})|(?P<rxvt>\d\d?)[$]
+                |(?P<csi>[0-?]{0,256}[\ -/]{0,9})(?:(?P<final>[@-~])|(?P<broken>)))
+            |(?:\x1bO|[\x8f\udc8f])(?P<modifier>\d*)(?P<ss3>[@-~])
+            |(?P<string>\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])
+            |\x1b(?P<alt>.)|(?P<control>.)""",
+        "unfinished": r"""\x1b?(?:\x1b|\x1b[\]PX^_]|(?:\x1bO|[\x8f\udc8f])\d*
+            |(?:\x1b\[|[\x9b\udc9b])(?!\d\d?[$])(?:[0-?]{0,256}[\ -/]{0,9}
+                |\[|M[^\x00-\x1f]{0,2}|t[^\x00-\x1f]?|T[^\x00-\x1f]{0,5}))\Z""",
+        "string_end": "\x1b\\\\|[\x07\x9c\udc9c]|[\x00-\x06\x0e-\x1f]",
+        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name in ("inline", "key", "unfinished") else 0)
 
 def _visible(match: Any) -> str:
     code = ord(match.group())
@@ -6812,7 +6824,8 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     models = shown_models(dialog) if dialog.kind == "models" else []
     if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
         text = "Models to fetch: Enter gets one from Hugging Face, d or Tab tells more, Esc closes"
-    note = wrap(clean_row(models[dialog.index].note), width - 2)[:3] if dialog.index < len(models) and models[dialog.index].note and height > 9 else []
+    chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
+    note = wrap(clean_row(chosen.note), width - 2)[:3] if chosen and chosen.note and height > 9 else []
     room -= len(note)
     while cells(text) >= width and ", " in text:
         text = text.rpartition(", ")[0]
@@ -6894,83 +6907,352 @@ def view_gauges(state: State) -> List[Line]:
 # Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
 # Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
 
-CURSES_KEYS = {  # curses' names (without KEY_) and xterm's extended capabilities -> ours
-    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end", "PPAGE": "pgup",
-    "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter", "BTAB": "shift-tab", "RESIZE": "resize", "FIND": "home", "SELECT": "end",
-    "kUP3": "alt-up", "kDN3": "alt-down", "kLFT3": "alt-left", "kRIT3": "alt-right", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
-    **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
-CSI_KEYS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1": "home", "2": "insert",
-            "3": "del", "4": "end", "5": "pgup", "6": "pgdn", "7": "home", "8": "end"}    # ESC [ 1 ; modifier LETTER, ESC [ N ~
-PASTE_BEGINS = list("\x1b[200~")
+CURSES_KEYS = {  # on Windows: curses' names (without KEY_) -> ours
+    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end",
+    "PPAGE": "pgup", "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter",
+    "BTAB": "shift-tab", "RESIZE": "resize", **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
+TERMINFO_KEYS = {  # elsewhere: capabilities of terminfo(5), for terminals that have sequences of their own
+    "kcuu1": "up", "kcud1": "down", "kcub1": "left", "kcuf1": "right", "khome": "home",
+    "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "del", "kcbt": "shift-tab",
+    "kent": "enter", "kfnd": "home", "kslt": "end", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
+    **{"kf%d" % n: "f%d" % n for n in range(1, 13)}}
+PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace",
+              "\x1b": "esc"}
+
+# What stands after CSI (ESC [) and SS3 (ESC O), see xterm's "Control Sequences". CSI N ~ or N modifier:
+CSI_NUMBERS = {1: "home", 2: "insert", 3: "del", 4: "end", 5: "pgup", 6: "pgdn", 7: "home", 8: "end",
+               **{n: "f%d" % (n - 10) for n in range(11, 16)},
+               **{n: "f%d" % (n - 11) for n in range(17, 22)}, 23: "f11", 24: "f12"}
+# … CSI LETTER, CSI 1 ; modifier LETTER, SS3 LETTER:
+CSI_LETTERS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end",
+               "P": "f1", "Q": "f2", "R": "f3", "S": "f4", "Z": "shift-tab"}
+RXVT_ARROWS = {"a": "up", "b": "down", "c": "right", "d": "left"}    # CSI: with shift, SS3: with ctrl
+KEYPAD = dict(zip("Xjklmnopqrstuvwxy", "=*+,-./0123456789"))         # SS3, in application mode
+# The numbers of keys in CSI u (kitty's "Comprehensive keyboard handling", which begins at 57344):
+KEY_CODES = {9: "tab", 13: "enter", 27: "esc", 127: "backspace", 57414: "enter", 57417: "left",
+             57418: "right", 57419: "up", 57420: "down", 57421: "pgup", 57422: "pgdn",
+             57423: "home", 57424: "end", 57426: "del"}
+KEYPAD_CODES = dict(zip(range(57399, 57414), "0123456789./*-+"))
+SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64        # bits of a modifier, which is 1 + them
+
+PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
+ESC_S = 0.05                        # … an Esc alone, which is the key then
 OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
-PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace", "\x1b": "esc"}
 
-def decode_keys(items: List[Any], final: bool = False) -> Tuple[List[Any], List[Any]]:
-    """What get_wch() gave (characters; names of special keys in a tuple) -> (events, items of an unfinished sequence).
+def with_modifier(key: str, bits: int) -> str:
+    """The name of a key pressed together with others; Shift matters for Tab and Enter only."""
+    shift = "shift-" if bits & SHIFT and key in ("tab", "enter") else ""
+    alt = "alt-" if bits & (ALT | META) else ""
+    return ("ctrl-" if bits & CTRL else "") + alt + shift + key
 
-    final: nothing more will come, so an unfinished sequence is what it looks like, an Esc and some characters."""
-    events: List[Any] = []
-    i = 0
-    while i < len(items):
-        event, n = decode_escape(items[i:]) if items[i] == "\x1b" else (decode_key(items[i]), 1)
-        if n == 0 and not final:
-            break
-        event, n = (event, n) if n else (Pressed("esc"), 1)
-        if isinstance(event, Typed) and events and isinstance(events[-1], Typed):
-            events[-1] = Typed(events[-1].text + event.text)
-        elif event:
-            events.append(event)
-        i += n
-    return events, items[i:]
+def decode_control(char: str) -> Any:
+    """The event for a character that is a key of its own; None for NUL and C1 controls."""
+    if char in PLAIN_KEYS:
+        return Pressed(PLAIN_KEYS[char])
+    if "\0" < char < " ":
+        return Pressed("ctrl-" + chr(ord(char) | 64).lower())
+    return None
 
-def decode_key(item: Any) -> Any:
-    """The event for one character or one named key."""
-    if isinstance(item, tuple):
-        return Resized(0, 0) if item[0] == "resize" else Pressed(item[0])
-    if item in PLAIN_KEYS:
-        return Pressed(PLAIN_KEYS[item])
-    if item < " ":
-        return Pressed("ctrl-" + chr(ord(item) | 64).lower()) if item > "\0" else None
-    return Typed(item)
+def decode_character(char: str, bits: int) -> Any:
+    """The event for a character key and its modifiers."""
+    if bits & SUPER:                      # the desktop's own
+        return None
+    if bits & CTRL:
+        upper = char.upper().replace("/", "_") if char.isascii() else ""
+        event = decode_control(chr(ord(upper) & 31)) if "@" <= upper <= "_" else None
+        return event and Pressed(with_modifier(event.key, bits & ~(CTRL | SHIFT)))
+    if bool(bits & SHIFT) != bool(bits & CAPS):
+        char = char.upper()
+    return Pressed("alt-" + char) if bits & (ALT | META) else Typed(char)
 
-def decode_escape(items: List[Any]) -> Tuple[Any, int]:
-    """The event that a list of items beginning with ESC stands for, and how many items it took; 0 = not all there yet."""
-    text = "".join(item if isinstance(item, str) else "\0" for item in items)
-    if text.startswith("\x1b[200~"):
-        end = text.find("\x1b[201~")
-        return (None, 0) if end < 0 else (Pasted(text[6:end].replace("\0", "")), end + 6)
-    found = re.match("\x1b[\\[O]([0-9;?<=>]*)[ -/]*([@-~]?)", text)
-    if found and found.group(2):
-        number, _, modifier = found.group(1).partition(";")
-        key = CSI_KEYS.get(number if found.group(2) == "~" else found.group(2))    # there are sequences we have no use for
-        return Pressed({"3": "alt-", "5": "ctrl-"}.get(modifier, "") + key) if key else None, found.end()
-    if found and found.end() == len(text):
-        return None, 0
-    if len(items) == 1 or items[1] == "\x1b":
-        return Pressed("esc"), 1
-    key = decode_key(items[1])
-    return (Pressed("alt-" + (key.text if isinstance(key, Typed) else key.key)), 2) if key else (None, 2)
+def decode_code(fields: List[List[int]], bits: int) -> Any:
+    """The event for a key that is told by its number: CSI number:shifted ; modifier ; text u."""
+    code = fields[0][0]
+    if code in KEY_CODES:
+        return Pressed(with_modifier(KEY_CODES[code], bits))
+    if code in KEYPAD_CODES:
+        return Typed(KEYPAD_CODES[code])
+    if 57344 <= code < 63744:             # other keys without a character
+        return None
+    if fields[2:] and fields[2][0] >= 32:
+        code, bits = fields[2][0], 0
+    elif fields[0][1:] and bits & SHIFT:
+        code, bits = fields[0][1] or code, bits & ~SHIFT
+    if code < 32 or 0x7f <= code < 0xa0 or 0xd800 <= code < 0xe000 or code > 0x10ffff:
+        return None
+    return decode_character(chr(code), bits)
+
+def decode_csi(parameters: str, final: str) -> Any:
+    """The event for a control sequence; None for a report, and for those that we have no use for."""
+    if not re.match(r"[0-9;:]*\Z", parameters):
+        return None
+    fields = [[int(number or 0) for number in field.split(":")]
+              for field in parameters.split(";")]
+    is_alone = len(fields) == 1
+    modifier = fields[0] if is_alone and final.isalpha() else (fields + [[1]])[1]
+    if modifier[1:] and modifier[1] == 3:    # a key is let go
+        return None
+    bits = max(0, modifier[0] - 1)
+    if final == "u":
+        return None if fields == [[0]] else decode_code(fields, 0 if is_alone else bits)
+    if final == "~" and fields[0] == [27] and len(fields) == 3:    # xterm's modifyOtherKeys
+        return decode_code([fields[2]], bits)
+    if final in "~^@$":
+        key = CSI_NUMBERS.get(fields[0][0], "")
+        bits |= CTRL if final in "^@" else 0    # rxvt's
+    elif final in RXVT_ARROWS:
+        key = RXVT_ARROWS[final]
+    elif final == "R" and not is_alone:
+        key = ""                          # where the cursor is
+    else:
+        key = CSI_LETTERS.get(final, "")
+    return Pressed(with_modifier(key, bits)) if key else None
+
+def decode_ss3(modifier: str, final: str) -> Any:
+    bits = max(0, int(modifier or 1) - 1)
+    if final in KEYPAD:
+        return Typed(KEYPAD[final])
+    if final in RXVT_ARROWS:
+        return Pressed("ctrl-" + RXVT_ARROWS[final])
+    key = {"M": "enter", "I": "tab"}.get(final) or CSI_LETTERS.get(final)
+    return Pressed(with_modifier(key, bits)) if key else None
+
+def decode_sequence(found: Any) -> Any:
+    """The event for a match of the pattern "key", None for what isn't a key."""
+    kind, groups = found.lastgroup, found.groupdict()
+    if kind == "text":
+        return Typed(without_surrogates(found.group()))
+    if kind == "final":
+        return decode_csi(groups["csi"], groups["final"])
+    if kind == "rxvt":
+        return decode_csi(groups["rxvt"], "$")
+    if kind == "ss3":
+        return decode_ss3(groups["modifier"], groups["ss3"])
+    if kind == "linux":                   # its console's F1 to F5
+        return Pressed("f%d" % ("ABCDE".index(groups["linux"]) + 1))
+    if kind == "alt":
+        key = decode_control(groups["alt"])
+        return Pressed("alt-" + (key.key if key else groups["alt"])) if key or groups["alt"] >= " " else None
+    return decode_control(found.group()) if kind == "control" else None
+
+class Keyboard:
+    """Makes events of a terminal's bytes, which come in pieces of any size, by the grammar of ECMA-48.
+
+    charset: of bytes that aren't UTF-8. sequences: those of this terminal, to the names of keys."""
+    def __init__(self, charset: str = "utf-8", sequences: Optional[Dict[str, str]] = None) -> None:
+        self.charset = charset
+        self.is_utf8 = charset in ("utf-8", "ascii")
+        self.sequences = sorted((sequences or {}).items(), key=lambda item: -len(item[0]))
+        self.raw = b""                    # the beginning of a character
+        self.text = ""                    # … of a sequence
+        self.inside = ""                  # "paste" or "string": what all belongs to until its end comes
+        self.late = ""                    # the same, of which the end was given up
+        self.parts: List[str] = []        # … its text so far
+        self.by_hand = False              # it came a character at a time
+
+    def feed(self, data: bytes) -> List[Any]:
+        """The events that these bytes complete."""
+        events: List[Any] = []
+        exits = (b"\x03", b"\x11", b"\r") if self.inside == "string" else (b"\x03", b"\x11")
+        if self.inside and data in exits:    # Ctrl-C or Ctrl-Q and nothing else: somebody wants out
+            events = self.give_up()
+        text = self.text + self._decode(data)
+        self.text = ""
+        self.by_hand = self.by_hand and len(text) == 1
+        self._resume(text)
+        at = 0
+        while 0 <= at < len(text):
+            if self.inside == "paste":
+                at = self._read_paste(text, at, events)
+            elif self.inside:
+                at = self._skip_string(text, at, events)
+            else:
+                at = self._read_key(text, at, events)
+        return join_typed(events)
+
+    def patience_s(self) -> Optional[float]:
+        """How long to wait for the rest of what is unfinished; None = nothing is."""
+        if self.inside or self.text.strip("\x1b"):
+            return SILENCE_S
+        return ESC_S if self.text or self.raw and not self.is_utf8 else None
+
+    def give_up(self) -> List[Any]:
+        """Nothing more has come: what the unfinished means. Keys are heard again."""
+        text, self.text = self.text, ""
+        inside, self.inside = self.inside, ""
+        if inside:
+            self.late, self.parts = inside, self.parts + [text]
+            return self._end(inside, finished=False)
+        if not self.is_utf8:
+            text += self.raw.decode(self.charset, "replace")
+            self.raw = b""
+        if not text.strip("\x1b"):
+            return [Pressed("esc")] * len(text)
+        if text[0] != "\x1b":
+            return [Typed(text)]
+        return [Pressed("alt-" + text[1])] if len(text) == 2 else []
+
+    def _decode(self, data: bytes) -> str:
+        """UTF-8, whatever the locale says; other bytes by the locale, or as lone surrogates."""
+        import codecs
+        data = self.raw + data
+        if self.is_utf8:
+            text, n = codecs.utf_8_decode(data, "surrogateescape", False)
+            self.raw = data[n:]
+            return text
+        try:
+            text, n = codecs.utf_8_decode(data, "strict", False)
+            self.raw = data[n:]
+        except UnicodeDecodeError:
+            decoder = codecs.getincrementaldecoder(self.charset)("replace")
+            text = decoder.decode(data)
+            self.raw = decoder.getstate()[0]
+        return text
+
+    def _resume(self, text: str) -> None:
+        """Go on with what was given up, when its end comes, or when nobody types so."""
+        late = self.late
+        ends = PASTE_END in text if late == "paste" else "\x07" in text[1:] or "\x1b\\" in text[1:]
+        lines_follow = late == "paste" and re.search("[\r\n][^\r\n\x1b]", text)
+        if late and (ends or lines_follow) and text[0] != "\x1b":
+            self.inside, self.late = late, ""
+
+    def _read_paste(self, text: str, at: int, events: List[Any]) -> int:
+        end = text.find(PASTE_END, at)
+        if end >= 0:
+            self.parts.append(text[at:end])
+            events += self._end("paste")
+            return end + len(PASTE_END)
+        rest = text[at:]
+        n_kept = next(n for n in range(5, -1, -1) if rest.endswith(PASTE_END[:n]))
+        self.parts.append(rest[:len(rest) - n_kept])
+        self.text = PASTE_END[:n_kept]
+        return -1
+
+    def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
+        """An operating system command, device control string or the like: an answer to others' questions."""
+        found = _pattern("string_end").search(text, at)
+        if self.by_hand:
+            self.parts.append(text[at:found.start() if found else None])
+        if not found:
+            return -1
+        if found.group() == "\x1b" and found.end() == len(text):    # a "\" may follow
+            self.text = "\x1b"
+            return -1
+        is_end = len(found.group()) > 1 or found.group() in "\x07\x9c\udc9c"
+        events += self._end("string", is_end)
+        return found.end() if is_end else found.start()    # any other control breaks it off
+
+    def _end(self, inside: str, finished: bool = True) -> List[Any]:
+        text, self.parts, self.inside = "".join(self.parts), [], ""
+        if inside == "paste":
+            return [Pasted(without_surrogates(text))]
+        return [Typed(text)] if self.by_hand and not finished and text else []
+
+    def _read_key(self, text: str, at: int, events: List[Any]) -> int:
+        """One key, or a run of characters; -1 when the rest is the beginning of a sequence."""
+        is_begun = False
+        for known, key in self.sequences if text[at] == "\x1b" else ():
+            if text.startswith(known, at):
+                events.append(Pressed(key))
+                return at + len(known)
+            is_begun |= len(text) - at < len(known) and known.startswith(text[at:])
+        if is_begun or _pattern("unfinished").match(text, at):
+            self.text = text[at:]
+            return -1
+        if text.startswith("\x1b\x1b", at):
+            return self._read_alt(text, at, events)
+        found = _pattern("key").match(text, at)
+        if found.lastgroup in ("paste", "string"):
+            self.inside, self.late = found.lastgroup, ""
+            self.by_hand = len(text) - found.end() < 2
+        event = decode_sequence(found)
+        events += [event] if event else []
+        return found.end()
+
+    def _read_alt(self, text: str, at: int, events: List[Any]) -> int:
+        """ESC before a sequence is the Alt key, before another key it is Esc."""
+        after: List[Any] = []
+        end = at + 1 if text.startswith("\x1b", at + 2) else self._read_key(text, at + 1, after)
+        if end < 0:
+            self.text = "\x1b" + self.text
+            return -1
+        if end > at + 2 and len(after) == 1 and isinstance(after[0], Pressed):
+            events.append(Pressed("alt-" + after[0].key.replace("alt-", "")))
+        else:
+            events += [Pressed("esc")] + after
+        return end
+
+def without_surrogates(text: str) -> str:
+    """Bytes that were no characters become U+FFFD."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+def join_typed(events: List[Any]) -> List[Any]:
+    """Text that was typed in a row as one event."""
+    joined: List[Any] = []
+    for event in events:
+        if isinstance(event, Typed) and joined and isinstance(joined[-1], Typed):
+            joined[-1] = Typed(joined[-1].text + event.text)
+        else:
+            joined.append(event)
+    return joined
+
+UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
+
+def locale_variable(env: Any) -> str:
+    """The variable that decides on the encoding: LC_ALL, LC_CTYPE or LANG, see locale(7)."""
+    return next((name for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)), "LANG")
+
+def named_charset(env: Any) -> str:
+    """The encoding that the locale's name tells, whether it is installed or not; "" = it tells none."""
+    import codecs
+    name, _, modifier = env.get(locale_variable(env), "").partition("@")
+    charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
+    try:
+        return codecs.lookup(charset).name
+    except (LookupError, ValueError):     # "C", "de_DE"
+        return ""
+
+def is_locale(name: str) -> bool:
+    """Whether the system has this locale; one that is in use changes by that only for a moment."""
+    import locale
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, name)
+    except locale.Error:
+        return False
+    locale.setlocale(locale.LC_CTYPE, before)
+    return True
 
 def probe_encoding() -> str:
-    """The locale's, such as "utf8"; it is set, as curses draws in it."""
-    import locale
-    with suppress(locale.Error):          # an unknown locale: plain ASCII it is
-        locale.setlocale(locale.LC_ALL, "")
-    return locale.nl_langinfo(locale.CODESET).lower().replace("-", "") if hasattr(locale, "nl_langinfo") else "utf8"
+    """The encoding that curses draws in, such as "utf-8". Where the locale isn't installed, another one that has UTF-8 is set."""
+    import codecs, locale
+    if not hasattr(locale, "nl_langinfo"):
+        return "utf-8"
+    others = UTF8_LOCALES if named_charset(os.environ) in ("", "utf-8") else ()
+    for name in ("",) + others:
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            break
+    with suppress(LookupError):
+        return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
+    return "ascii"
 
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
-        self.unicode = probe_encoding() == "utf8"
-        os.environ.setdefault("ESCDELAY", "25")    # milliseconds that curses waits after ESC for a sequence
+        encoding = probe_encoding()
+        self.unicode = encoding == "utf-8"
         import curses
         self.curses = curses
-        self.n_early, self.n_empty = self._count_early(), 0    # n_empty: reads in a row that brought nothing
-        self.pending: List[Any] = []
-        self.paste = bytearray()
+        self.n_early = self._count_early()
+        self.n_empty = 0                           # reads in a row that brought nothing
+        self.heard_s = 0.0                         # when the last bytes came
         self.theme, self.painted = "", []          # what the screen shows
         self.check_terminal()
         self.window = curses.initscr()
+        self.keyboard = Keyboard(named_charset(os.environ) or encoding, self._sequences())
         curses.raw()
         curses.noecho()
         curses.nonl()
@@ -7051,43 +7333,66 @@ class Screen:
         self.window.clear()
         return self.size()
 
-    def read_events(self) -> List[Any]:
-        """What was typed since the last call; waits only a moment for the rest of an escape sequence."""
-        items = self._read_items()
-        self.n_empty = 0 if items else self.n_empty + 1
-        events, self.pending = decode_keys(self.pending + items)
-        if self.pending and self.pending[:6] != PASTE_BEGINS:
-            self.curses.napms(20)
-            more, self.pending = decode_keys(self.pending + self._read_items(), final=True)
-            events += more
+    def _sequences(self) -> Dict[str, str]:
+        """What this terminal sends for its keys, as terminfo says; single characters have their meaning without it."""
+        if os.name == "nt":
+            return {}
+        found = {(self.curses.tigetstr(name) or b"").decode("latin-1"): key for name, key in TERMINFO_KEYS.items()}
+        return {sequence: key for sequence, key in found.items() if len(sequence) > 1 and sequence[0] == "\x1b"}
+
+    def due_s(self) -> Optional[float]:
+        """The time (monotonic) from which on read_events() gives up what is unfinished."""
+        patience_s = self.keyboard.patience_s()
+        return None if patience_s is None else self.heard_s + patience_s
+
+    def read_events(self, ready: bool) -> List[Any]:
+        """What was typed since the last call. ready: there are bytes."""
+        import time
+        due_s, now_s = self.due_s(), time.monotonic()
+        if ready and os.name == "nt":
+            events = self._read_console()
+        elif ready:
+            events = self.keyboard.feed(self._read_bytes())
+        elif due_s is not None and now_s >= due_s:
+            return self.keyboard.give_up()
+        else:
+            return []
+        self.heard_s = now_s
         return events
 
-    def _read_items(self) -> List[Any]:
-        items: List[Any] = []
-        if self.pending[:6] == PASTE_BEGINS:
-            return self._read_paste()
-        while items[-6:] != PASTE_BEGINS:
+    def _read_bytes(self) -> bytes:
+        """What there is, up to 64 kB; b"" when the terminal is gone."""
+        import select
+        data = b""
+        while len(data) < 65536:
+            try:
+                more = os.read(0, 65536)
+            except BlockingIOError:
+                break
+            except OSError:               # it hung up
+                more = b""
+            data += more
+            if not more or not select.select([0], [], [], 0)[0]:
+                break
+        self.n_empty = 0 if data else self.n_empty + 1
+        early, data = data[:self.n_early], data[self.n_early:]
+        self.n_early -= len(early)
+        return early.replace(b"\n", b"\r") + data
+
+    def _read_console(self) -> List[Any]:
+        """On Windows, where curses knows the keys."""
+        events: List[Any] = []
+        while True:
             try:
                 item = self.window.get_wch()
             except self.curses.error:              # nothing more
-                break
-            if isinstance(item, int):
-                name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
-                items += [(CURSES_KEYS[name],)] if name in CURSES_KEYS else []
-            else:
-                items.append("\r" if item == "\n" and self.n_early > 0 else item)
-                self.n_early -= len(item.encode("utf-8", "replace"))
-        return items
-
-    def _read_paste(self) -> List[Any]:
-        """A paste, when all of it is here. Past curses (which has read no byte too many): it takes seconds for a megabyte."""
-        data = os.read(0, 65536)
-        self.n_empty = 0 if data else self.n_empty
-        self.paste += data
-        if b"\x1b[201~" not in self.paste[-len(data) - 5:]:
-            return []
-        text, self.paste = self.paste.decode("utf-8", "replace"), bytearray()
-        return list(text)
+                return join_typed(events)
+            if isinstance(item, str):
+                events += self.keyboard.feed(item.encode("utf-8", "replace"))
+                continue
+            name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
+            key = CURSES_KEYS.get(name, "")
+            events += [Resized(0, 0) if key == "resize" else Pressed(key)] if key else []
 
     def draw(self, frame: Frame) -> None:
         """Paint the rows that changed; with another theme, all of them."""
@@ -7444,8 +7749,12 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     drawn, drawn_s = state, 0.0
     while not runner.quit:
         due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
+        give_up_s = screen.due_s()        # of an unfinished key
+        if give_up_s is not None:
+            give_up_s -= time.monotonic()
+            due_s = give_up_s if due_s is None else min(due_s, give_up_s)
         keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
-        keys = screen.read_events() if keys_ready else []
+        keys = screen.read_events(keys_ready)
         if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
             return None
         for event in runner.mailbox.take() + keys:
@@ -7747,11 +8056,25 @@ def check_window() -> List[Tuple[str, str, str]]:
     findings = [("good", "window", "TERM=%s, %d colours, %s" % (os.environ.get("TERM", ""), max(0, n_colors), encoding))]
     if n_colors < 8:
         findings += [("warn", "colours", "there are none; if your terminal has them: export TERM=xterm-256color")]
-    if encoding != "utf8":
-        findings += [("warn", "letters", "only those of %s and no boxes: export LANG=C.UTF-8" % encoding)]
+    letters = advise_locale(os.environ, encoding)
+    findings += [("warn", "letters", letters)] if letters else []
     if columns < 40 or rows < 12:
         findings += [("warn", "size", "%d columns and %d rows: 40 and 12 are the least that is pleasant" % (columns, rows))]
     return findings
+
+def advise_locale(env: Any, encoding: str) -> str:
+    """What to do about the locale, "" = nothing. encoding: that of probe_encoding()."""
+    variable = locale_variable(env)
+    if encoding != "utf-8" and named_charset(env) == "utf-8":
+        return ("only those of ASCII: this machine has no locale with UTF-8. Install one "
+                "(Debian: sudo apt install locales, then sudo dpkg-reconfigure locales)")
+    if encoding != "utf-8":
+        return "only those of %s and no boxes: export %s=C.UTF-8" % (encoding, variable)
+    name = env.get(variable, "")
+    if name and not is_locale(name):
+        return ("%s=%s names a locale that isn't installed here; another one with UTF-8 is used. "
+                "So that other programs do too: export %s=C.UTF-8" % (variable, name, variable))
+    return ""
 
 def check_folder() -> List[Tuple[str, str, str]]:
     import tempfile

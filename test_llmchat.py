@@ -5633,6 +5633,11 @@ class ViewTest(unittest.TestCase):
         self.assertIn("replies    4 ▃▅█", stats)
         self.assertIn("memory     5 MB", stats)
 
+    def test_a_list_that_is_on_its_way(self):
+        """Nothing is chosen in it yet."""
+        state = ready(columns=80, rows=24, dialog=Dialog("chats", ("one",), -1, ("one",), "o"))
+        self.assertNotIn("Traceback", "\n".join(rows_of(state)))
+
     def test_ascii_frame(self):
         state = ready(Turn("user", "hi"), Turn("assistant", "there " * 299, "note"), columns=100, rows=20, progress=0.5,
                       settings=Settings("m.gguf", unicode=False), engine=Condition.LOADING, chat_scroll=Scroll(0, 0))
@@ -5641,25 +5646,184 @@ class ViewTest(unittest.TestCase):
         self.assertIn("v more below", "\n".join(rows_of(state)))
 
 
-class DecodeKeysTest(unittest.TestCase):
-    def test_sequences(self):
-        press = lambda *names: [Pressed(name) for name in names]
-        for items, events in (
-                ("ab", [Typed("ab")]), ("日本", [Typed("日本")]), ("a\rb", [Typed("a"), Pressed("enter"), Typed("b")]),
-                ("\n\t\x7f\x08", press("ctrl-j", "tab", "backspace", "backspace")), ("\x01\x11\x03", press("ctrl-a", "ctrl-q", "ctrl-c")),
-                ([("up",), ("f1",)], press("up", "f1")), ("\x1b[1;3A\x1b[1;5D", press("alt-up", "ctrl-left")),
-                ("\x1b[1;2C", press("right")), ("\x1b\r\x1bb\x1b\x7f", press("alt-enter", "alt-b", "alt-backspace")),
-                (["\x1b", ("left",)], press("alt-left")), ("\x1b[200~a\nb\x1b[201~c", [Pasted("a\nb"), Typed("c")]),
-                ("\x1b", press("esc")), ("\x1b[99;9z\x1b[?1;2cx", [Typed("x")]), ("\x1b[15;5~", []), ("\x1bOR", []), ("\x00", [])):
-            self.assertEqual(llmchat.decode_keys(list(items)), (events, []), items)
+def press(*names):
+    return [Pressed(name) for name in names]
 
-    def test_sequences_in_two_parts(self):
-        for whole in ("\x1b[200~two\nlines\x1b[201~", "\x1b[1;3A", "\x1b[99;9z"):
-            for cut in range(2, len(whole)):  # after the ESC alone it is the Esc key: curses has waited for more
-                events, rest = llmchat.decode_keys(list(whole[:cut]))
-                self.assertEqual(events, [], whole[:cut])
-                self.assertEqual(llmchat.decode_keys(rest + list(whole[cut:])), llmchat.decode_keys(list(whole)), whole[:cut])
-        self.assertEqual(llmchat.decode_keys(list("\x1b["), final=True)[0], [Pressed("esc"), Typed("[")])
+
+class DecodeKeysTest(unittest.TestCase):
+    """A terminal's bytes, by the grammar of ECMA-48 and xterm's control sequences."""
+
+    def decode(self, data, step=0, **options):
+        """The events for some bytes, which come at once or in pieces of `step` bytes, and then nothing more."""
+        keyboard, events = llmchat.Keyboard(**options), []
+        data = data.encode() if isinstance(data, str) else data
+        for i in range(0, len(data), step or len(data)):
+            events += keyboard.feed(data[i:i + (step or len(data))])
+        if keyboard.patience_s():
+            events += keyboard.give_up()
+        return llmchat.join_typed(events)
+
+    def test_keys(self):
+        for data, events in (
+                ("ab", [Typed("ab")]), ("日本 🦙", [Typed("日本 🦙")]), ("a\rb", [Typed("a"), *press("enter"), Typed("b")]),
+                ("\n\t\x7f\x08", press("ctrl-j", "tab", "backspace", "backspace")),
+                ("\x01\x11\x03\x1f", press("ctrl-a", "ctrl-q", "ctrl-c", "ctrl-_")), ("\x00", []),
+                ("\x1b", press("esc")), ("\x1b\x1b", press("esc", "esc")), ("\x1b\x1b\x1b[A", press("esc", "alt-up")),
+                ("\x1b\r\x1bb\x1b\x7f\x1b<\x1b\x18", press("alt-enter", "alt-b", "alt-backspace", "alt-<", "alt-ctrl-x")),
+                ("\x1b[A\x1bOB\x1b[C\x1bOD", press("up", "down", "right", "left")),
+                ("\x1b[H\x1b[F\x1bOH\x1bOF", press("home", "end") * 2),
+                ("\x1b[1~\x1b[4~\x1b[7~\x1b[8~", press("home", "end") * 2),    # vt220, rxvt
+                ("\x1b[3~\x1b[5~\x1b[6~", press("del", "pgup", "pgdn")),
+                ("\x1b[1;3A\x1b[1;5D\x1b[1;2C\x1b[1;7D\x1b[3;5~",
+                 press("alt-up", "ctrl-left", "right", "ctrl-alt-left", "ctrl-del")),
+                ("\x1b\x1b[D\x1b\x1bOC", press("alt-left", "alt-right")),
+                ("\x1bOP\x1bOS\x1b[15~\x1b[17~\x1b[24~", press("f1", "f4", "f5", "f6", "f12")),
+                ("\x1b[[A\x1b[[E", press("f1", "f5")), ("\x1b[11~\x1b[15;5~", press("f1", "ctrl-f5")),    # Linux's console, rxvt
+                ("\x1bOa\x1bOd\x1b[a\x1b[7^\x1b[3$\x1b[3$x", press("ctrl-up", "ctrl-left", "up", "ctrl-home", "del", "del") + [Typed("x")]),
+                ("\x1bOM\x1bOp\x1bOy\x1bOk", press("enter") + [Typed("09+")]),    # the keypad in application mode
+                ("\x1b[Z\x1b[1;2Z", press("shift-tab", "shift-tab"))):
+            with self.subTest(data):
+                self.assertEqual(self.decode(data), events)
+                if "\x1b\x1b" not in data:
+                    self.assertEqual(self.decode(data, 1), events, "a byte at a time")
+
+    def test_numbered_keys(self):
+        """kitty's protocol and xterm's modifyOtherKeys, which another program may have left on."""
+        for data, events in (
+                ("\x1b[97u\x1b[97;2u\x1b[97:65;2u\x1b[97;65u", [Typed("aAAA")]), ("\x1b[228u", [Typed("ä")]),
+                ("\x1b[97;5u\x1b[97;3u\x1b[97;7u\x1b[65;6u", press("ctrl-a", "alt-a", "alt-ctrl-a", "ctrl-a")),
+                ("\x1b[27;5;113~\x1b[27;2;13~\x1b[13;2u\x1b[13;3u", press("ctrl-q", "shift-enter", "shift-enter", "alt-enter")),
+                ("\x1b[13u\x1b[27u\x1b[9u\x1b[127u\x1b[9;2u", press("enter", "esc", "tab", "backspace", "shift-tab")),
+                ("\x1b[105;5u\x1b[109;5u\x1b[47;5u", press("tab", "enter", "ctrl-_")),    # as terminals have always sent them
+                ("\x1b[1;1:1A\x1b[1;1:3A\x1b[97;1:3u", press("up")), ("\x1b[97;1:2u", [Typed("a")]),    # held, let go
+                ("\x1b[57417u\x1b[57400u\x1b[57441u\x1b[97;9u", press("left") + [Typed("1")]),
+                ("\x1b[0;;229u\x1b[97;2;65u", [Typed("åA")]), ("\x1b[u\x1b[55296u\x1b[9999999u\x1b[1u", [])):
+            with self.subTest(data):
+                self.assertEqual(self.decode(data), events)
+                self.assertEqual(self.decode(data, 1), events)
+
+    REPORTS = ("\x1b]11;rgb:1e1e/1e1e/1e1e\x07", "\x1b]10;rgb:ffff/ffff/ffff\x1b\\", "\x1bP1+r544e=787465726d\x1b\\",
+               "\x1bP!|00000000\x1b\\", "\x1b_Gi=1;OK\x1b\\", "\x1b^private ä\x1b\\", "\x1bXany\tstring\n\x1b\\",
+               "\x1b[<0;10;5M", "\x1b[<0;10;5m", "\x1b[<64;10;5M", "\x1b[32;10;5M", "\x1b[M !!", "\x1b[M#\u00a3\u0105",
+               "\x1b[tab", "\x1b[Tabcdef", "\x1b[?62;4c", "\x1b[>41;354;0c", "\x1b[5;10R", "\x1b[0n", "\x1b[I", "\x1b[O",
+               "\x1b[?2026;2$y", "\x1b[4;1$y", "\x1b[?1u", "\x1b[8;24;80t", "\x1b]52;c;" + "QUJD" * 9999 + "\x07", "\x1b]l\x1b\\",
+               "\x1b[99;9z", "\x1b[1;2;3;4;5x", "\x1b[1<2A", "\x1b[ q", "\x1b[1 q", "\u009b?1;2c", "\u009d11;x\u009c", "\u0090q\u009c",
+               "\x1b[201~", "\x1bOz", "\x1b[200;1~", "\u0085", b"\x9b1;2y", b"\x1b]11;\xff\x9c", "\x1b[1;1R")
+
+    def test_what_is_no_key_disappears(self):
+        for report in self.REPORTS:
+            report = report.encode() if isinstance(report, str) else report
+            with self.subTest(report[:40]):
+                for step in (0, 1, 3) if len(report) < 99 else (0, 1000):
+                    self.assertEqual(self.decode(b"<" + report + b">", step), [Typed("<>")])
+
+    def test_a_report_that_breaks_off(self):
+        for data, events in (
+                ("\x1b[1;3\rx", press("enter") + [Typed("x")]), ("\x1b[1;3\x1b[A", press("up")), ("\x1b]11;rg\x1b[A", press("up")),
+                ("\x1b]11;rg\x03x", press("ctrl-c") + [Typed("x")]), ("\x1bPq\x18x", press("ctrl-x") + [Typed("x")]),
+                ("\x1b]11;rgb", []), ("\x1b[1;3", []), ("\x1b[M", []), ("\x1b[M !", []), ("\x1b[" + "1" * 999 + "A", [Typed("1" * 743 + "A")])):
+            with self.subTest(data):
+                self.assertEqual(self.decode(data), events)
+
+    def test_every_cut(self):
+        """Whatever comes in two pieces is what it is in one; only an Esc alone is a key at once."""
+        for whole in ("a日\x1b[1;3A🦙", "\x1b[200~two\nlin\x1b[A ä\x1b[201~x", "\x1b[M !!x", "\x1b[<0;1;1Mx", "\x1b]11;ä\x1b\\x", "\x1b_G\x07x", "\x1b[[Bx"):
+            raw = whole.encode()
+            for cut in range(1, len(raw)):
+                keyboard = llmchat.Keyboard()
+                events = keyboard.feed(raw[:cut])
+                events += keyboard.feed(raw[cut:])
+                self.assertEqual(llmchat.join_typed(events), self.decode(whole), (whole, cut))
+                self.assertIsNone(keyboard.patience_s())
+
+    def test_patience(self):
+        """How long the rest of something is waited for, and what it is when nothing comes."""
+        for data, patience_s, events in (
+                ("\x1b", llmchat.ESC_S, press("esc")), ("\x1b\x1b", llmchat.ESC_S, press("esc", "esc")), ("\x1b[", llmchat.SILENCE_S, press("alt-[")),
+                ("\x1bO", llmchat.SILENCE_S, press("alt-O")), ("\x1b]", llmchat.SILENCE_S, press("alt-]")), ("\x1b[1;", llmchat.SILENCE_S, []),
+                ("\x1b[200~a\rb", llmchat.SILENCE_S, [Pasted("a\rb")]), ("\x1b[200~a\x1b[20", llmchat.SILENCE_S, [Pasted("a\x1b[20")]),
+                ("\x1b]11;x", llmchat.SILENCE_S, []), ("a", None, []), ("\x1b[A", None, [])):
+            keyboard = llmchat.Keyboard()
+            keyboard.feed(data.encode())
+            self.assertEqual(keyboard.patience_s(), patience_s, data)
+            self.assertEqual(keyboard.give_up() if patience_s else [], events, data)
+            self.assertIsNone(keyboard.patience_s())
+            self.assertEqual(keyboard.feed(b"y\r"), [Typed("y"), Pressed("enter")], "keys are heard again")
+
+    def test_unfinished_paste(self):
+        def play(*pieces):
+            """None: a silence."""
+            keyboard, events = llmchat.Keyboard(), []
+            for piece in pieces:
+                events += keyboard.feed(piece.encode()) if piece else keyboard.give_up()
+            return events
+        begun = "\x1b[200~hello"
+        self.assertEqual(play(begun, None, "\x1b", None, "\x11"), [Pasted("hello"), *press("esc", "ctrl-q")])
+        self.assertEqual(play(begun, "\x11"), [Pasted("hello"), *press("ctrl-q")])
+        self.assertEqual(play(begun, "\x03", "x"), [Pasted("hello"), *press("ctrl-c"), Typed("x")])
+        self.assertEqual(play(begun, None, "x\r"), [Pasted("hello"), Typed("x"), *press("enter")])
+        self.assertEqual(play(begun, None, " a\rb", "\rc\x1b[201~d"), [Pasted("hello"), Pasted(" a\rb\rc"), Typed("d")], "it goes on late: it sends nothing")
+        self.assertEqual(play(begun, None, "\x1b[201~a\rb"), [Pasted("hello"), Typed("a"), *press("enter"), Typed("b")])
+        self.assertEqual(play("\x1b]11;rgb:1e", None, "1e/1e1e\x07x"), [Typed("x")])
+        self.assertEqual(play("\x1b]", *"hello", "\r"), [Typed("hello"), *press("enter")], "somebody has pressed Alt-]")
+        self.assertEqual(play("\x1b]", *"hel", None), [Typed("hel")])
+
+    def test_bytes_that_are_no_characters(self):
+        for charset, data, text in (
+                ("utf-8", b"caf\xe9 au lait", "caf\ufffd au lait"), ("utf-8", b"\xff\xfe\xc3", "\ufffd\ufffd"), ("utf-8", b"\xed\xa0\x80", "\ufffd" * 3),
+                ("ascii", "über".encode(), "über"), ("iso8859-1", b"caf\xe9 au lait \xe9", "café au lait é"), ("iso8859-1", "über".encode(), "über"),
+                ("iso8859-15", b"5 \xa4", "5 €"), ("koi8-r", "жук".encode("koi8-r"), "жук"), ("euc_jp", "日本".encode("euc_jp"), "日本")):
+            for step in (0, 1) if charset in ("utf-8", "ascii", "euc_jp") else (0,):
+                self.assertEqual(self.decode(data, step, charset=charset), [Typed(text)], (charset, data, step))
+        self.assertEqual(self.decode(b"\x1b[200~caf\xe9 au lait\x1b[201~"), [Pasted("caf\ufffd au lait")])
+
+    def test_sequences_of_terminfo(self):
+        own = {"\x1bA": "up", "\x1bP": "f1", "\x1b?t": "f5", "\x1b[M": "f1", "\x1b[216z": "pgup"}
+        for step in (0, 1):
+            events = self.decode("\x1bA\x1bP\x1b?t\x1b[216z\x1b[Mx\x1b[B\x1bb", step, sequences=own)
+            self.assertEqual(events, press("up", "f1", "f5", "pgup", "f1") + [Typed("x")] + press("down", "alt-b"))
+
+    def test_long_input_is_linear(self):
+        """What comes in many pieces is looked at once."""
+        keyboard, piece = llmchat.Keyboard(), b"x" * 4096
+        for begin in (b"\x1b[200~", b"\x1b]52;c;", b""):
+            seen = keyboard.feed(begin)
+            with mock.patch("llmchat._pattern", side_effect=llmchat._pattern) as patterns:
+                for _ in range(300):
+                    seen += keyboard.feed(piece)
+                    self.assertLess(len(keyboard.text), 9)
+            self.assertLess(patterns.call_count, 999)
+            seen += keyboard.feed(b"\x1b[201~" if begin.endswith(b"~") else b"\x07")
+            n_chars = sum(len(event.text) for event in seen if not isinstance(event, Pressed))
+            self.assertEqual(n_chars, 0 if b"]" in begin else 300 * 4096)
+
+
+class LocaleTest(unittest.TestCase):
+    def test_named_charset(self):
+        for env, variable, charset in (
+                ({}, "LANG", ""), ({"LANG": "C.UTF-8"}, "LANG", "utf-8"), ({"LANG": "de_DE.UTF-8", "LC_ALL": "C"}, "LC_ALL", ""), ({"LC_CTYPE": "UTF-8"}, "LC_CTYPE", "utf-8"),
+                ({"LC_ALL": "", "LC_CTYPE": "xx_YY.utf8@x", "LANG": "C"}, "LC_CTYPE", "utf-8"), ({"LANG": "de_DE"}, "LANG", ""), ({"LANG": "de_DE@euro"}, "LANG", "iso8859-15"),
+                ({"LANG": "de_DE.ISO-8859-1"}, "LANG", "iso8859-1"), ({"LANG": "ru_RU.KOI8-R"}, "LANG", "koi8-r"), ({"LANG": "x.nonsense"}, "LANG", "")):
+            self.assertEqual((llmchat.locale_variable(env), llmchat.named_charset(env)), (variable, charset), env)
+
+    def test_advice(self):
+        """It names the variable that decides, and only what helps."""
+        for env, encoding, words in (
+                ({"LANG": "C.UTF-8"}, "utf-8", ""), ({}, "utf-8", ""), ({"LC_ALL": "C", "LANG": "C.UTF-8"}, "ascii", "only those of ascii and no boxes: export LC_ALL=C.UTF-8"),
+                ({"LC_CTYPE": "POSIX"}, "ascii", "export LC_CTYPE=C.UTF-8"), ({"LANG": "de_DE.ISO-8859-1"}, "iso8859-1", "only those of iso8859-1 and no boxes: export LANG=C.UTF-8"),
+                ({"LC_ALL": "xx_YY.UTF-8"}, "utf-8", "LC_ALL=xx_YY.UTF-8 names a locale that isn't installed here"), ({"LC_ALL": "xx_YY.UTF-8"}, "ascii", "Install one")):
+            advice = llmchat.advise_locale(env, encoding)
+            self.assertIn(words, advice)
+            self.assertEqual(bool(words), bool(advice), env)
+
+    @unittest.skipUnless(POSIX, "locales of POSIX systems")
+    def test_the_advice_helps(self):
+        """Done as the doctor says, there is nothing to say any more."""
+        code = "import os, llmchat; print(llmchat.advise_locale(os.environ, llmchat.probe_encoding()))"
+        ask = lambda **variables: subprocess.run([ENGINE, "-c", code], env=dict(ENV, **variables), check=True, encoding="utf-8", stdout=subprocess.PIPE).stdout.strip()
+        for variables in ({"LC_ALL": "C"}, {"LC_ALL": "xx_YY.UTF-8", "LANG": "xx_YY.UTF-8"}):
+            advice = ask(**variables)
+            self.assertEqual(ask(**dict(variables, LC_ALL=re.search(r"export LC_ALL=(\S+)", advice).group(1))), "")
 
 
 # -- the window in a pseudo-terminal --
@@ -5798,7 +5962,7 @@ class Window:
             self.process.send_signal(signal.SIGWINCH)
 
     def type(self, keys):
-        os.write(self.master, keys.encode())
+        os.write(self.master, keys if isinstance(keys, bytes) else keys.encode())
 
     def read(self, limit_s):
         """Take in what has come, waiting for it at most so long; False when nothing has."""
@@ -5999,6 +6163,40 @@ class WindowTest(unittest.TestCase):
         window.wait_for(r"> hi\nWords that come one by one and stay\.\n>\s*$")
         window.type("/set temperature 0.5\r")
         window.wait_for("temperature = 0.5")
+
+    def test_a_locale_that_is_not_installed(self):
+        for variables in ({"LC_ALL": "xx_YY.UTF-8"}, {"LC_ALL": "xx_YY"}, {"LC_ALL": "", "LC_CTYPE": "UTF-8", "LANG": "C"},
+                          {"LC_ALL": "", "LANG": "C.UTF-8", "LC_TIME": "xx_YY"}):
+            with self.subTest(**variables):
+                window = self.open(self.model("Grüße zurück"), **variables)
+                window.ask("Grüße über 日本", "^┌─ llmchat.*❯ Grüße über 日本.*Grüße zurück.*first after")
+
+    def test_characters_in_pieces(self):
+        window = self.open(self.model())
+        window.wait_for("\n ready")
+        for byte in "ä日🦙x".encode() + b"\xe9y\x1b[1;3A\x1b[D!":
+            window.type(bytes([byte]))
+            window.read(0.02)
+        window.wait_for("❯ ä日🦙x�!y ")
+
+    def test_paste_without_its_end(self):
+        window = self.open(self.model())
+        window.wait_for("\n ready")
+        window.type("\x1b[200~one\rtwo")
+        window.wait_for("❯ one *│.*│  two ")
+        window.type("!\r")
+        window.wait_for("❯ one.*two!.*Answered")
+        window.type("\x1b[200~three" + "x" * 9)
+        window.read(0.1)
+        window.type(CTRL_Q)
+        self.assert_ends_well(window)
+
+    def test_answers_of_the_terminal_are_not_typed(self):
+        window = self.open(self.model())
+        window.wait_for("\n ready")
+        for report in ("\x1b]11;rgb:1e1e/1e1e/1e1e\x07", "\x1bP1+r544e=78\x1b\\", "\x1b[<0;10;5M", "\x1b[M !!", "\x1b[?62;4c"):
+            window.type("<%s>" % report)
+        window.wait_for("❯ (<>){5} ")
 
     def test_keys_without_a_meaning_do_no_harm(self):
         window = self.open(TOUR, "--no-save")
