@@ -43,6 +43,8 @@ To change a colour, a key or a default: section 1. To understand the rest, start
 # on an old machine each import on the way to the first frame is felt.
 import sys
 
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]                   # the folder of this file, where a json.py or a queue.py may be the user's own
 if sys.version_info < (3, 8):         # the whole file must parse with 3.6, or this would be a SyntaxError
     import subprocess
     def _runs(name):
@@ -3911,19 +3913,56 @@ def engine_version(python: str) -> str:
 # install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
 # as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
 
-# A script is compiled at each start; the engine and the command `llmchat` take the compiled form from Python's cache instead.
+# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in a file with a checksum
+# (Python's own has none, so a damaged one could do anything). One that isn't right in every way is made anew.
 # In: path of llmchat.py, cache = folder of the compiled form. Out: module.
-BOOT = """sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
-from importlib.machinery import SourceFileLoader
-sys.pycache_prefix, before = cache, sys.pycache_prefix
-try:
-    code = SourceFileLoader("llmchat", path).get_code("llmchat")
-except FileNotFoundError:
-    sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
-sys.pycache_prefix = before
+BOOT = """import marshal, os, zlib
+sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
+def is_ours(status):
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid() and not status.st_mode & 0o022
+def boot(kept):
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
+    stamp = repr((sys.version, path, status.st_mtime_ns, status.st_size)).encode()
+    try:
+        with open(kept, "rb") as file:
+            mine = is_ours(os.stat(cache)) and is_ours(os.fstat(file.fileno()))
+            checksum, raw = int(file.readline(20)), file.read()
+        if mine and checksum == zlib.crc32(raw) and raw.startswith(stamp):
+            return marshal.loads(raw[len(stamp):])
+    except (OSError, ValueError, EOFError, TypeError):
+        pass                              # it isn't there, or is damaged
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    if cache and not sys.dont_write_bytecode:
+        write(kept, stamp + marshal.dumps(code))
+    return code
+def write(kept, raw):
+    new = "%s.%d" % (kept, os.getpid())
+    try:
+        if not os.path.isdir(cache):
+            os.mkdir(cache, 0o700)
+        if is_ours(os.stat(cache)):
+            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(b"%d\\n" % zlib.crc32(raw) + raw)
+            os.replace(new, kept)
+    except OSError:                       # a full disk, say: it is compiled again the next time
+        if os.path.exists(new):
+            os.remove(new)
+code = boot(os.path.join(cache, "llmchat.%s-%d.code" % (sys.implementation.cache_tag, sys.flags.optimize)))
 sys.modules["llmchat"] = module = type(sys)("llmchat")
 module.__file__ = path
 exec(code, module.__dict__)"""
+
+def code_folder() -> str:
+    """Where compiled code is kept; "" = nowhere, since others may write there or we may not."""
+    try:
+        folder = make_data_dir("pycache")
+    except OSError:
+        return ""
+    return "" if distrust("pycache") else folder
 
 ENGINE_PACKAGE, ENGINE_OLDEST = "llama-cpp-python", ">=0.3.36"    # the index's packages may lag far behind
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
@@ -4296,6 +4335,8 @@ COMMAND_MARK = "# Starts llmchat, compiled once. Made by llmchat.py --install or
 COMMAND = """#!%(python)s
 %(mark)s
 import sys
+if not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]
 path, cache = %(path)r, %(cache)r
 %(boot)s
 module.start()
@@ -4317,7 +4358,7 @@ def write_command() -> str:
     """Make `llmchat` a command that starts this file; returns what to tell the user."""
     place, path = command_path(), os.path.abspath(__file__)
     text = COMMAND % {"python": base_python(), "mark": COMMAND_MARK, "path": path, "boot": BOOT,
-                      "cache": os.path.join(data_dir(), "pycache")}
+                      "cache": code_folder()}
     if os.path.lexists(place) and COMMAND_MARK not in read_text(place):
         return "%s is another program, so it was left alone; start llmchat with: %s %s" % (place, sys.executable, path)
     try:
@@ -5450,7 +5491,13 @@ CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
 }
 
 def command_help(name: str) -> str:
-    return (globals()["cmd_" + name].__doc__ or "").split("\n")[0]
+    """The first line of the command's docstring; PYTHONOPTIMIZE=2 drops those, but they stand in this file."""
+    text = globals()["cmd_" + name].__doc__ or source_help().get(name, "/" + name)
+    return text.split("\n")[0]
+
+@lru_cache(maxsize=None)
+def source_help() -> Dict[str, str]:
+    return dict(re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__)))
 
 def slash_commands() -> List[str]:
     return [name[4:] for name in globals() if name.startswith("cmd_") and command_help(name[4:]).startswith("/")]
@@ -7552,7 +7599,7 @@ path, cache = sys.argv[1:]
 module.EngineProcess().run()""" % BOOT
 
 def engine_argv(python: str) -> List[str]:
-    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), os.path.join(data_dir(), "pycache")]
+    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
@@ -8301,14 +8348,36 @@ def main(argv: Optional[List[str]] = None) -> int:
     arguments.no_save |= not interactive    # what goes through a pipe is no chat to go on with
     return run_plain(with_last_model(initial_state(arguments)), arguments.prompt, interactive, first)
 
+def open_streams() -> None:
+    """Streams that are closed (as by 2>&-) lead nowhere, or what is opened first would be taken for them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+def run_main() -> int:
+    """main(), with the last edge: what is thrown there is one sentence."""
+    open_streams()
+    try:
+        try:
+            status = main()
+        except SystemExit as end:         # argparse's, or a signal's
+            status = end.code
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python writes what is left at its end
+        if isinstance(error, BrokenPipeError):
+            return 0                      # the reader has gone, e.g. `head`: end quietly
+        text = "%s can't be read or written: %s." % (error.filename or "The output", error.strerror or error)
+        with suppress(OSError):
+            print(clean(text), file=sys.stderr, flush=True)
+        return 1
+
 def start() -> None:
     """main() as a program: ends with its exit status."""
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # the reader has gone, e.g. `head`: end quietly
+    sys.exit(run_main())
 
 if __name__ == "__main__":
     start()

@@ -494,7 +494,7 @@ class CommandTest(unittest.TestCase):
         self.assertEqual(told, "From now on `llmchat` starts it, from any folder.\n")
         self.assertIn('export PATH="$HOME/.local/bin:$PATH"', self.call(*self.make).stdout)
         self.assertEqual(self.call(self.command, "--version").stdout, "llmchat %s\n" % llmchat.VERSION)
-        compiled = [name for _, _, names in os.walk(self.data) for name in names if name.endswith(".pyc")]
+        compiled = [name for _, _, names in os.walk(self.data) for name in names if name.endswith(".code")]
         self.assertEqual(len(compiled), 1)
         text = llmchat.read_text(self.script)
         with open(self.script, "w", encoding="utf-8") as file:
@@ -1740,6 +1740,101 @@ class CurrentFolderTest(unittest.TestCase):
         done = subprocess.run([ENGINE, SCRIPT, TALK, "-p", "hi"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               stdin=subprocess.DEVNULL, timeout=LIMIT_S)
         self.assertEqual((done.returncode, done.stdout.decode().strip()), (0, REPLIES["greet"]), done.stderr)
+
+
+class BootTest(unittest.TestCase):
+    """The compiled form of the program, which the engine's start keeps."""
+
+    def setUp(self):
+        env, self.folder = new_home()
+        self.env = {k: v for k, v in dict(ENV, **env).items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+    def start(self):
+        """What a fresh engine says first; the path of what is kept."""
+        with mock.patch.dict(os.environ, self.env):
+            argv = llmchat.engine_argv(ENGINE)
+        done = subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=LIMIT_S)
+        self.assertEqual([json.loads(line)["event"] for line in done.stdout.splitlines()], ["hello"], done.stderr)
+        folder = os.path.join(self.folder, "pycache")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        return [os.path.join(folder, name) for name in names]
+
+    def test_any_fault_is_mended(self):
+        kept, = self.start()
+        good = read_bytes(kept)
+        self.assertEqual((self.start(), read_bytes(kept)), ([kept], good))
+        middle = len(good) // 2
+        faults = [b"", good[:1], good[:20], good[:500], good[:middle], good[:-1], bytes(len(good)), b"\xff" * 99, b"-" + good, good + b"x",
+                  good[:middle] + bytes([good[middle] ^ 4]) + good[middle + 1:], b"9" * 9999 + good]
+        for bad in faults:
+            with open(kept, "wb") as file:
+                file.write(bad)
+            self.assertEqual(self.start(), [kept])
+            self.assertEqual(read_bytes(kept) == good, True, bad[:40])
+
+    @unittest.skipUnless(POSIX, "needs POSIX modes")
+    def test_folder_of_somebody_else(self):
+        kept, = self.start()
+        good = read_bytes(kept)
+        os.chmod(os.path.dirname(kept), 0o777)
+        with open(kept, "wb") as file:
+            file.write(b"planted")
+        self.assertEqual((self.start(), read_bytes(kept)), ([kept], b"planted"), "neither read nor written")
+        shutil.rmtree(os.path.dirname(kept))
+        umask = os.umask(0)
+        try:
+            kept, = self.start()
+        finally:
+            os.umask(umask)
+        modes = [os.stat(path).st_mode & 0o777 for path in (self.folder, os.path.dirname(kept), kept)]
+        self.assertEqual(modes, [0o700, 0o700, 0o600])
+
+    def test_no_folder_at_all(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        open(self.folder, "w").close()
+        self.assertEqual(self.start(), [])
+
+
+class SurroundingsTest(unittest.TestCase):
+    """Started as people start it, in odd places."""
+
+    def test_files_named_like_modules(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        shutil.copy(SCRIPT, folder)
+        for name in ("json", "queue", "signal", "select", "types", "argparse", "threading", "enum", "re", "functools", "random", "llama_cpp"):
+            with open(os.path.join(folder, name + ".py"), "w") as file:
+                file.write("raise SystemExit('mine')")
+        env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
+        for flags in ([], ["-I"]):
+            argv = [ENGINE] + flags + [os.path.join(folder, "llmchat.py")]
+            done = subprocess.run(argv + [TALK, "-p", "hi"], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, timeout=LIMIT_S)
+            self.assertEqual((done.returncode, done.stdout.decode().strip()), (0, REPLIES["greet"]), done.stderr)
+
+    def test_python_without_docstrings(self):
+        status, out, err = run_plain(TALK, "--plain", input="/stats\n/help\n", env=dict(ENV, PYTHONOPTIMIZE="2"))
+        self.assertEqual((status, "no command" in err), (0, False), err)
+        self.assertIn("what this session has read and written", err)
+        with mock.patch.object(llmchat.cmd_stats, "__doc__", None):
+            self.assertTrue(llmchat.command_help("stats").startswith("/stats: what"))
+            with mock.patch.object(llmchat, "source_help", dict):
+                self.assertEqual(llmchat.command_help("stats"), "/stats")
+
+    def shell(self, command, **env):
+        """(exit status, stderr) of a command line in which %s stands for Python and the program."""
+        program = "'%s' '%s'" % (ENGINE, SCRIPT)
+        done = subprocess.run(["sh", "-c", command % program], env=dict(ENV, **env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd=FOLDER, timeout=LIMIT_S)
+        return done.returncode, done.stderr.decode()
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_output_that_cannot_be_written(self):
+        talk = " '%s' " % TALK
+        for command in ("%s" + talk + "-p hi > /dev/full", "%s --list > /dev/full", "%s --info > /dev/full"):
+            status, err = self.shell(command)
+            self.assertEqual((status, err), (1, "The output can't be read or written: No space left on device.\n"), command)
+        for command in ("%s" + talk + "-p hi 2> /dev/full", "%s" + talk + "-p hi 2>&-", "%s" + talk + "-p hi <&- 2>&-", "%s" + talk + "-p hi >&-"):
+            self.assertEqual(self.shell(command), (0, ""), command)
 
 
 class Headless:
