@@ -37,6 +37,10 @@ To change a colour, a key or a default: section 1. To understand the rest, start
 # /// script
 # requires-python = ">=3.8"
 # dependencies = ["llama-cpp-python>=0.3.36", "windows-curses; sys_platform == 'win32'"]
+# [tool.uv]
+# override-dependencies = ["numpy; python_version < '3'", "diskcache; python_version < '3'"]    # which the engine doesn't use
+# [tool.uv.config-settings-package.llama-cpp-python]
+# "cmake.define.LLAVA_BUILD" = "OFF"
 # ///
 
 # Only what the first frame needs is imported here; everything else inside the function that uses it:
@@ -409,7 +413,10 @@ class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
 
 class EngineCrash(ModelError):
-    """The engine process crashed: the sentence says how, and what to do."""
+    """The engine process crashed: the sentence says how, and what to do. code: as in EngineDied."""
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
 
 class Settings(NamedTuple):
     model_path: str = ""
@@ -569,6 +576,7 @@ Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
+InstallSaid = NamedTuple("InstallSaid", [("message", Dict[str, Any])])    # one JSON line of --install, see install_engine()
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # one JSON line of --download
 DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
@@ -1614,6 +1622,10 @@ def describe_fetch(fetch: Fetch) -> str:
         parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
     return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
 
+def describe_step(message: Dict[str, Any]) -> str:
+    """A step of --install: "compiling 35/83, 1:10 left"."""
+    return "%s %d/%d, %s left" % (message.get("doing", "compiling"), message["done"], message["total"], format_clock(message["left_s"]))
+
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
     values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts", "text")}
@@ -1653,7 +1665,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     if lacking and h.instruction_sets:
         return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
                           "python3 llmchat.py --install" % ", ".join(lacking))]
-    unused = [name for name in h.instruction_sets if name not in h.build and name != "SSE4.2"] if h.build and not h.gpus else []
+    unused = [name for name in h.instruction_sets if name not in h.build and name not in ("SSE4.2", "AMX")] if h.build and not h.gpus else []
     cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
     return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
         ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
@@ -3607,79 +3619,6 @@ class EngineProcess:
 # are another row of STORES), and (below) the private environment that --install makes for the engine, and the chats.
 # It must not know State or the terminal.
 
-def _script_tokens(text: str, taken: set) -> List[str]:
-    """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
-    tokens = [""]
-    for word in re.findall(r"\s*\S+|\s+", text):
-        tokens[-1] += word
-        if tokens[-1] not in taken:
-            taken.add(tokens[-1])
-            tokens.append("")
-    return tokens[:-2] + ["".join(tokens[-2:])]
-
-def _gguf_pair(key: str, value: Any) -> bytes:
-    """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
-    import struct
-    text = lambda s: struct.pack("<Q", len(s.encode())) + s.encode()
-    is_list = isinstance(value, list)
-    values = value if is_list else [value]
-    # llama.cpp wants its lists of token types signed
-    kind, form = {str: (8, ""), bool: (7, "<?"), int: (5, "<i") if is_list else (4, "<I"), float: (6, "<f")}[type(values[0])]
-    start = text(key) + (struct.pack("<IIQ", 9, kind, len(values)) if is_list else struct.pack("<I", kind))
-    return start + b"".join(struct.pack(form, v) if form else text(v) for v in values)
-
-def write_gguf(path: str, metadata: Dict[str, Any], tensors: List[Tuple[str, Tuple[int, ...], bytes]]) -> None:
-    """A GGUF v3 file with F32 tensors (name, dimensions in ggml's order, raw little-endian floats); renamed into place."""
-    import struct
-    head, offset = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)), 0
-    head += b"".join(_gguf_pair(k, v) for k, v in metadata.items())
-    for name, shape, raw in tensors:
-        head += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
-        head += struct.pack("<%dQ" % len(shape), *shape) + struct.pack("<IQ", 0, offset)
-        offset += len(raw) + -len(raw) % 32
-    temporary = "%s.%d" % (path, os.getpid())
-    with open(temporary, "wb") as f:
-        for part in [head] + [raw for _, _, raw in tensors]:
-            f.write(part + bytes(-len(part) % 32))
-    os.replace(temporary, path)
-
-def write_scripted_model(path: str, replies: Dict[str, Any], template: str, **metadata: Any) -> None:
-    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
-
-    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
-    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
-    replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may)."""
-    import random, struct
-    width, dice, taken = 128, random.Random(7), set()
-    chains = [["<|%s|>" % name] + (_script_tokens(reply, taken) if isinstance(reply, str) else reply) + ["</s>"]
-              for name, reply in replies.items()]
-    texts = list(dict.fromkeys(["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)] + sum(chains, [])))
-    kinds = [2, 3, 3] + [6] * 256 + [3 if text.startswith("<|") else 1 for text in texts[259:]]    # as llama_token_type
-    embeddings = {text: dice.choices((-1.0, 1.0), k=width) for text in texts}
-    output = dict.fromkeys(texts, [0.0] * width)
-    for chain in chains:
-        for now, after in zip(chain, chain[1:]):    # a sum, as all chains end in </s>
-            output[after] = [a + b / 4 for a, b in zip(output[after], embeddings[now])]
-    floats = lambda rows: b"".join(struct.pack("<%df" % width, *row) for row in rows)
-    tensors = [("token_embd.weight", (width, len(texts)), floats(embeddings.values())),
-               ("output.weight", (width, len(texts)), floats(output.values()))]
-    tensors += [("%s_norm.weight" % name, (width,), floats([[1.0] * width])) for name in ("output", "blk.0.attn", "blk.0.ffn")]
-    tensors += [("blk.0.%s.weight" % name, (width, width), bytes(4 * width * width))
-                for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")]
-    write_gguf(path, dict({
-        "general.architecture": "llama", "general.name": "scripted", "general.file_type": 0, "llama.context_length": 8192,
-        "llama.embedding_length": width, "llama.block_count": 1, "llama.feed_forward_length": width,
-        "llama.attention.head_count": 4, "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": [text.replace(" ", "\u2581") for text in texts],
-        "tokenizer.ggml.scores": [-float(i) for i in range(len(texts))], "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.add_space_prefix": False, "tokenizer.chat_template": template}, **metadata), tensors)
-
-def write_demo_model() -> str:
-    """Write a model that can be tried (about 1 MB) into the data directory; returns its path. Raises OSError."""
-    path = os.path.join(make_data_dir(), "trial.gguf")
-    write_scripted_model(path, {"it": "It works."}, "<|it|>")
-    return path
-
 # -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
 
 FULL_HEADERS_S = 0.7                  # so long headers are read in full, which shows files that are cut short; the rest next time
@@ -3891,8 +3830,11 @@ def engine_python() -> str:
         python = env_python(os.path.join(data_dir(), folder))
         if os.path.exists(python) and find_packages(python, "llama_cpp") and not distrust(folder):
             return python
-    spec = PathFinder.find_spec("llama_cpp")
-    return sys.executable if spec and spec.has_location else ""    # a mere folder of that name has no location
+    for name in ("llama_cpp", "jinja2"):    # all that the engine imports
+        spec = PathFinder.find_spec(name)
+        if not spec or not spec.has_location:    # a mere folder of that name has no location
+            return ""
+    return sys.executable
 
 def env_python(folder: str) -> str:
     return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
@@ -3909,9 +3851,108 @@ def engine_version(python: str) -> str:
     """Of llama-cpp-python in a virtual environment, "" = not there."""
     return "".join(re.findall(r"-([^-]+)\.dist-info$", " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))))
 
+# -- the trial of an engine: a tiny quantised model whose answer is known --
+# Its layers are noise in the kinds of blocks that real models are made of; its embeddings count: after a byte comes
+# the next one. So "…dcba" is answered by "bcdefghi", unless a kernel crashes or computes nonsense.
+
+TRIAL_WIDTH = 256                     # weights in a row: the largest blocks hold so many
+TRIAL_TOKENS = 288                    # <unk>, <s>, </s>, the bytes, and fillers up to a multiple of 32, as AMX wants
+TRIAL_LAYERS = (                      # (ggml type, its blocks' scales): a layer adds little to what it gets
+    (2, (0.007,)),                    # Q4_0
+    (8, (0.0004,)),                   # Q8_0
+    (12, (0.00012, 0.0009)),          # Q4_K
+    (14, (0.00002,)))                 # Q6_K
+# Over 32 tokens, for the kernels that take many rows; none of them twice, or several tokens of the reply would
+# be guessed and checked at once, and the kernels for a single row wouldn't run.
+TRIAL_PROMPT = "9876543210ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba"
+TRIAL_REPLY = "bcdefghi"
+TRIAL_LIMIT_S = 120
+TRIAL_CRASHED = 3                     # exit status of --check-engine
+REAL_TRIAL = "SmolLM2-135M-Instruct.Q4_1.gguf"    # in our folder of models, it is tried as well
+
+def pack_value(value: Any) -> bytes:
+    """A value of GGUF's metadata with its type before it: a string, an int (u32), a float (f32), or a list (its ints i32)."""
+    import struct
+    if isinstance(value, str):
+        return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    items = [pack_value(item) for item in value]
+    kind = {8: 8, 6: 6, 4: 5}[items[0][0]]
+    return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(item[4:] for item in items)
+
+def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
+    """A square matrix of this ggml type whose blocks are random but for their scales."""
+    import struct
+    n_weights, n_bytes = TENSOR_TYPES[kind]
+    scale = struct.pack("<%de" % len(scales), *scales)
+    blocks = []
+    for _ in range(TRIAL_WIDTH * TRIAL_WIDTH // n_weights):
+        n_random = n_bytes - len(scale)
+        noise = dice.getrandbits(8 * n_random).to_bytes(n_random, "little")
+        blocks.append(noise + scale if kind == 14 else scale + noise)    # Q6_K has its scale at the end
+    return b"".join(blocks)
+
+def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
+    """(name, ggml type, dimensions, data) of the trial's model."""
+    import random, struct
+    dice = random.Random(7)
+    one, norm = struct.pack("<e", 1.0), struct.pack("<f", 1.0) * TRIAL_WIDTH
+    rows = []                             # as Q8_0: random ones, positive and negative
+    for _ in range(TRIAL_TOKENS):
+        signs = bytes(dice.choices((1, 255), k=TRIAL_WIDTH))
+        rows.append(b"".join(one + signs[i:i + 32] for i in range(0, TRIAL_WIDTH, 32)))
+    words = (TRIAL_WIDTH, TRIAL_TOKENS)
+    tensors = [("token_embd", 8, words, b"".join(rows)),
+               ("output", 8, words, b"".join(rows[-1:] + rows[:-1])),    # it is likest to the token before it
+               ("output_norm", 0, (TRIAL_WIDTH,), norm)]
+    for layer, (kind, scales) in enumerate(TRIAL_LAYERS):
+        for name in ("attn_norm", "ffn_norm"):
+            tensors.append(("blk.%d.%s" % (layer, name), 0, (TRIAL_WIDTH,), norm))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            noise = trial_noise(dice, kind, scales)
+            tensors.append(("blk.%d.%s" % (layer, name), kind, (TRIAL_WIDTH, TRIAL_WIDTH), noise))
+    return tensors
+
+def write_trial_model(path: str) -> None:
+    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
+    import struct
+    tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
+    kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte; then normal
+    for filler in range(TRIAL_TOKENS - len(tokens)):
+        tokens.append("filler%d" % filler)
+        kinds.append(1)
+    metadata = {
+        "general.architecture": "llama", "general.name": "trial", "llama.context_length": 512,
+        "llama.embedding_length": TRIAL_WIDTH, "llama.feed_forward_length": TRIAL_WIDTH,
+        "llama.block_count": len(TRIAL_LAYERS), "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * TRIAL_TOKENS,
+        "tokenizer.chat_template": "{{ messages[-1].content }}"}
+    tensors = trial_tensors()
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
+    offset = 0
+    for name, kind, shape, data in tensors:
+        full_name = (name + ".weight").encode()
+        head += struct.pack("<Q", len(full_name)) + full_name
+        head += struct.pack("<I%dQIQ" % len(shape), len(shape), *shape, kind, offset)
+        offset += len(data) + -len(data) % 32
+    with open(path, "wb") as file:
+        for part in [head] + [data for _, _, _, data in tensors]:
+            file.write(part + bytes(-len(part) % 32))
+
 # -- --install: a private environment for the engine --
-# install_engine() speaks through say(line) and wants the main thread, where signals arrive; so the window runs it
-# as a child and stops it with an interrupt. Another GPU toolkit is another row of GPU_BUILDS.
+# install_engine() speaks through tell(event, **fields), whose events --install --json prints:
+#     {"event": "said", "text": …}                      a sentence
+#     {"event": "step", "done": 35, "total": 83, "left_s": 70, "text": "ops.cpp", "doing": "compiling"}
+#     {"event": "done"} or {"event": "failed", "text": …}    the last one
+# It wants the main thread, where signals arrive; so the window runs it as a child and stops it with an interrupt.
+# Another GPU toolkit is another row of GPU_BUILDS.
 
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in a file with a checksum
 # (Python's own has none, so a damaged one could do anything). One that isn't right in every way is made anew.
@@ -3964,12 +4005,21 @@ def code_folder() -> str:
         return ""
     return "" if distrust("pycache") else folder
 
-ENGINE_PACKAGE, ENGINE_OLDEST = "llama-cpp-python", ">=0.3.36"    # the index's packages may lag far behind
+ENGINE_PACKAGE = "llama-cpp-python"
+ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag far behind
+ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")    # without numpy and diskcache, which the C API doesn't use
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
+TIMED_CORE_S = 0.0092                 # what time_core() takes where COMPILE_CORE_S was measured
 WHEEL_INDEX_S = 3                     # how long it may take to answer
-CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)    # it has them for these versions of CUDA
-INSTALL_BYTES = 1_500_000_000         # sources, object files and the finished environment together
-COMPILE_JOB_BYTES = 1_000_000_000     # what one C++ compiler at work may need
+WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")    # it has them for these CPUs …
+CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)    # … and these versions of CUDA
+INSTALL_BYTES = 400_000_000           # sources, object files and the finished environment together; measured: 352 MB …
+GPU_INSTALL_BYTES = 1_500_000_000     # … and guessed
+COMPILE_JOB_BYTES = 450_000_000       # what one compiler at work may need; measured: 435 MB …
+GPU_JOB_BYTES = 1_000_000_000         # … and guessed
+LEAST_COMPILE_BYTES = 400_000_000     # with less, even one compiler spends its time in swapping
+COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 210}    # seconds of one core: "" measured, the others guessed
+REST_S = 40                           # … of all the rest
 GPU_BUILDS = (                        # (name, CMake flag, compiler, where, device, where), see is_here(): the first with both
     ("metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU", "/System/*/*/Metal.framework"),
     ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "nvcc", "an NVIDIA GPU", "/dev/nvidia[0-9]* | nvidia-smi"),
@@ -3984,33 +4034,70 @@ TOOLKITS = {                          # how to get them, in general and where a 
     "cuda pacman": "sudo pacman -S cuda", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
     "vulkan dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
     "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}
-COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 420}    # compiling, in seconds of one core: "" measured, the others guessed
 COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
 COMPILER_HINTS = {
     "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
-    "apk": "sudo apk add build-base linux-headers", "termux": "pkg install clang cmake ninja python-numpy",
-    "macos": "xcode-select --install", "windows": "install Visual Studio Build Tools with C++",
-    "": "install your system's C++ compiler"}
+    "zypper": "sudo zypper install gcc-c++", "apk": "sudo apk add build-base linux-headers",
+    "termux": "pkg install clang cmake ninja", "macos": "xcode-select --install",
+    "windows": "install Visual Studio Build Tools with C++", "": "install your system's C++ compiler"}
+SWAP_HINT = ("sudo fallocate -l 1G /swapfile && sudo chmod 600 /swapfile && "
+             "sudo mkswap /swapfile && sudo swapon /swapfile")
+NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout|ProxyError|SSLError"
+              r"|unreachable|Connection (refused|reset)")
 FAILURE_HINTS = (                     # (in pip's output, what to do)
-    (r"No space left", "The disk is full: free 1.5 GB."),
-    (r"name resolution|getaddrinfo|NewConnectionError|unreachable|Connection (refused|reset)|timed out|SSLError",
-     "The package index can't be reached: check the network or proxy."),
+    (r"No space left", "The disk is full: free 0.4 GB."),
+    (NO_NETWORK + "|timed out", "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
-    (r"_COMPILER|nmake|No matching distribution", "A C++ compiler is missing or doesn't work."),
+    (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
+    (r"No matching distribution", "There is no package for this machine, and none can be made without a C++ compiler."),
     (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
     (r"", "Mend what it names."))
+
+# llama.cpp's own options for what the engine is built with. Not its `common` library and tools (39 % of the compiler's
+# work), which the C API doesn't need; and its graphs and files -O1 (28 % of the work): the time of a reply is in ggml.
+SLIM_FLAGS = ("-DLLAVA_BUILD=OFF",)   # no libmtmd (15 %): images
+SLIM_CMAKE = """set(LLAMA_BUILD_COMMON OFF)
+function(llmchat_slim)
+  if(TARGET llama AND NOT MSVC)
+    target_compile_options(llama PRIVATE -O1)
+  endif()
+endfunction()
+if(NOT CMAKE_VERSION VERSION_LESS 3.19)
+  cmake_language(DEFER CALL llmchat_slim)
+endif()
+"""
+# GCC before 11.5, 12.4 and 13.3 takes _tile_loadconfig() for reading 8 bytes instead of 64 (its bug 114098) and drops
+# the stores of the others, so that the first quantised product of matrices crashes (llama.cpp's issue 20824).
+AMX_MISREAD = r"ldtilecfg[^;]*const void \*\*"
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+NO_REPACK = ("-DGGML_CPU_REPACK=OFF", "-DGGML_LLAMAFILE=OFF")
+PLAIN_SETS = (("SSE4.2", "SSE42"), ("AVX", "AVX"), ("AVX2", "AVX2"), ("FMA", "FMA"), ("F16C", "F16C"), ("BMI2", "BMI2"))
+
+# What compiling a file costs, in seconds of one core (measured; others STEP_COST each): the clock's weights.
+STEP_COST = 2
+STEP_COSTS = {
+    "ops.cpp": 26, "sgemm.cpp": 14, "repack.cpp": 13, "ggml.c": 11, "ggml-quants.c": 11, "llama-model.cpp": 10,
+    "ggml-backend-meta.cpp": 10, "ggml-backend.cpp": 8, "llama-kv-cache.cpp": 8, "llama-model-loader.cpp": 8,
+    "tiled.cpp": 7, "unary-ops.cpp": 7, "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
+    **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
 
 class InstallProbe(NamedTuple):
     """What --install has to know of this machine."""
     platform: str = ""                # a key of COMPILER_HINTS
+    machine: str = ""                 # its CPU, such as "x86_64"
+    is_root: bool = False
     has_venv: bool = True             # venv and ensurepip; Debian packs them apart from Python
     has_compiler: bool = False
+    has_sources: bool = False         # pip's settings name other places, which may have ready-made packages
+    amx_breaks: bool = False          # the CPU has AMX, and the compiler spoils llama.cpp's code for it
     user_cmake_args: str = ""
+    user_jobs: str = ""               # CMAKE_BUILD_PARALLEL_LEVEL
     gpu_tools: Tuple[str, ...] = ()   # names of GPU_BUILDS
     gpus: Tuple[str, ...] = ()        # names of GPU_BUILDS
     free_disk_bytes: int = 0
-    memory_bytes: int = 0             # 0 = not known
-    n_cpus: int = 1
+    free_memory_bytes: int = 0        # RAM and swap; 0 = not known
+    n_cpus: int = 1                   # those that this process may use
+    core_speed: float = 1.0           # see time_core()
     wanted_gpu: str = ""              # a name of GPU_BUILDS or "none"; "" = what is found
     instruction_sets: Tuple[str, ...] = ()
     cuda_version: int = 0             # that the driver can do, such as 124
@@ -4018,31 +4105,115 @@ class InstallProbe(NamedTuple):
 class InstallPlan(NamedTuple):
     problems: Tuple[str, ...]         # they stop it
     notes: Tuple[str, ...]            # for the user
-    variables: Dict[str, str]         # in the build's environment
     gpu: str                          # a name of GPU_BUILDS, "" = none
     wheel: str                        # folder of the wheel index to take a ready-made package from, "" = none will do
-    obstacle: str                     # why it can't be compiled for this GPU, "" = it can
+    obstacle: str                     # why it can't be compiled, "" = it can
+    flags: Tuple[str, ...] = ()       # for CMake
+    c_flags: str = ""                 # for the compilers
+    jobs: int = 1                     # compilers at work at a time
 
 def plan_install(probe: InstallProbe) -> InstallPlan:
     """What --install does on such a machine. Pure."""
-    problems, notes = [], []
-    if not probe.has_venv:
-        hint = "sudo apt install python3-venv" if probe.platform == "apt" else "install your system's package of it"
-        problems.append("Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % hint)
-    if probe.free_disk_bytes < INSTALL_BYTES:
-        problems.append("It needs 1.5 GB of disk, but %.1f GB are free." % (probe.free_disk_bytes / 1e9))
     gpu, flag, gpu_notes, obstacle = plan_gpu_build(probe)
+    jobs, jobs_note, memory_obstacle = plan_jobs(probe, gpu)
+    obstacle = obstacle or memory_obstacle
     wheel, why = plan_wheel(probe, gpu, obstacle)
+    compiler_note, compiler_problem = plan_compiler(probe, wheel)
+    problems = [plan_venv(probe), compiler_problem, plan_disk(probe, gpu)]
     if obstacle and not wheel:
         problems.append(obstacle)
-    if not probe.has_compiler:
-        # No problem yet: pip's settings may lead to a ready-made package. pip is told to look for nothing else.
-        notes.append("There is no C++ compiler, so only a ready-made package will do (it needs AVX2, FMA, F16C and BMI2). "
-                     "To compile one for this processor: %s." % COMPILER_HINTS[probe.platform])
-    variables = {"CMAKE_ARGS": flag} if flag else {}
-    if 0 < probe.memory_bytes < probe.n_cpus * COMPILE_JOB_BYTES:
-        variables["CMAKE_BUILD_PARALLEL_LEVEL"] = str(max(1, probe.memory_bytes // COMPILE_JOB_BYTES))
-    return InstallPlan(tuple(problems), tuple(filter(None, (*notes, *gpu_notes, why))), variables, gpu, wheel, obstacle)
+    if compiler_problem:                  # which says it better
+        why = ""
+    return InstallPlan(
+        problems=tuple(filter(None, problems)),
+        notes=tuple(filter(None, [compiler_note, *gpu_notes, why, jobs_note])),
+        gpu=gpu, wheel=wheel, obstacle=obstacle, jobs=jobs,
+        flags=SLIM_FLAGS + ((flag,) if flag else ()),
+        c_flags=NO_AMX if probe.amx_breaks else "")
+
+def plan_venv(probe: InstallProbe) -> str:
+    """What is missing of Python itself, "" = nothing."""
+    if probe.has_venv:
+        return ""
+    how = "install your system's package of it"
+    if probe.platform == "apt":
+        how = for_root(probe, "sudo apt install python3-venv")
+    return "Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % how
+
+def for_root(probe: InstallProbe, command: str) -> str:
+    return command.replace("sudo ", "") if probe.is_root else command
+
+def plan_disk(probe: InstallProbe, gpu: str) -> str:
+    """How much too small the disk is, "" = it isn't."""
+    needed = GPU_INSTALL_BYTES if gpu not in ("", "metal") else INSTALL_BYTES
+    if probe.free_disk_bytes >= needed:
+        return ""
+    return "It needs %.1f GB of disk, but %.1f GB are free." % (needed / 1e9, probe.free_disk_bytes / 1e9)
+
+def plan_jobs(probe: InstallProbe, gpu: str) -> Tuple[int, str, str]:
+    """(compilers at work at a time, a note, why memory won't do for one). The user's own number is taken."""
+    if probe.user_jobs.isdigit():
+        return max(1, int(probe.user_jobs)), "", ""
+    grows = probe.platform in ("macos", "windows")    # where the system makes swap as it is needed
+    free = probe.free_memory_bytes
+    if not free or grows:
+        return probe.n_cpus, "", ""
+    n_fit = free // (GPU_JOB_BYTES if gpu else COMPILE_JOB_BYTES)
+    jobs = max(1, min(probe.n_cpus, n_fit))
+    if free < LEAST_COMPILE_BYTES:
+        hint = "close other programs"
+        if probe.platform != "termux":
+            hint += ", or add swap: " + for_root(probe, SWAP_HINT)
+        return 1, "", "Compiling needs %s of memory, and %s are free: %s. Then install again." % (
+            format_bytes(COMPILE_JOB_BYTES), format_bytes(free), hint)
+    if jobs == probe.n_cpus:
+        return jobs, "", ""
+    return jobs, "%s of memory are free, so it is compiled with %s at a time." % (
+        format_bytes(free), format_count(jobs, "job")), ""
+
+def plan_compiler(probe: InstallProbe, wheel: str) -> Tuple[str, str]:
+    """(a note, or a problem) where there is no C++ compiler: the command that gets one."""
+    if probe.has_compiler:
+        return "", ""
+    command = for_root(probe, COMPILER_HINTS[probe.platform])
+    if wheel or probe.has_sources:
+        return "There is no C++ compiler. To get one: %s. Without it only a ready-made package will do, " \
+               "so one is looked for." % command, ""
+    return "", "A C++ compiler is needed to make the engine. Get one: %s; then install again." % command
+
+def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, InstallPlan]]:
+    """What is left out when an engine has failed its trial, two times at most: (in words, the plan). Pure."""
+    first: Optional[Tuple[str, InstallPlan]] = None
+    plain = plan
+    if plan.gpu and plan.gpu != probe.wanted_gpu:
+        flags = tuple(flag for flag in plan.flags if flag not in [row[1] for row in GPU_BUILDS])
+        if plan.gpu == "metal":
+            flags += ("-DGGML_METAL=off",)
+        plain = plan._replace(gpu="", flags=flags)
+        first = "the GPU", plain
+    if "AMX" in probe.instruction_sets and not plan.c_flags:
+        plain = plain._replace(c_flags=NO_AMX)
+        first = first or ("AMX", plain)
+    first = first or ("the rearranging of weights", plain._replace(flags=plain.flags + NO_REPACK))
+    sets = () if "NEON" in probe.instruction_sets else plain_sets(probe)
+    flags = plain.flags + NO_REPACK + ("-DGGML_NATIVE=OFF",) + sets
+    return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
+
+def plain_sets(probe: InstallProbe) -> Tuple[str, ...]:
+    """CMake's flags for the instruction sets of an x86 CPU up to AVX2."""
+    return tuple("-DGGML_%s=%s" % (flag, "ON" if name in probe.instruction_sets else "OFF") for name, flag in PLAIN_SETS)
+
+def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
+    """What the build's environment gets beside `environ`, whose own wishes are kept and win. Pure. include: holds SLIM_CMAKE."""
+    import shlex
+    # scikit-build-core takes CMAKE_ARGS apart as a shell does; so no backslash of Windows may stand in it.
+    flags = plan.flags + ("-DCMAKE_PROJECT_llama.cpp_INCLUDE=" + include.replace(os.sep, "/"),)
+    variables = {"CMAKE_ARGS": " ".join([shlex.quote(flag) for flag in flags] + [environ.get("CMAKE_ARGS", "")]).strip(),
+                 "CMAKE_BUILD_PARALLEL_LEVEL": str(plan.jobs)}    # ninja's own number is two more than there are CPUs
+    for name in ("CFLAGS", "CXXFLAGS"):
+        if plan.c_flags:
+            variables[name] = (environ.get(name, "") + " " + plan.c_flags).strip()
+    return variables
 
 def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
     """(name of GPU_BUILDS or "", CMake's flag or "", notes, why it can't be compiled or ""). The user's own CMAKE_ARGS always win."""
@@ -4065,11 +4236,14 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
 
 def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     """(a folder of the wheel index, or "" to compile; why). What is compiled uses all of the CPU, a ready-made package comes in seconds."""
-    lacking = [name for name in WHEEL_SETS if name not in probe.instruction_sets and "NEON" not in probe.instruction_sets]
-    more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON")]
+    is_x86 = probe.machine.lower() in ("x86_64", "amd64")
+    lacking = [name for name in WHEEL_SETS if name not in probe.instruction_sets] if is_x86 else []
+    more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON", "AMX")]
     can_compile = probe.has_compiler and not obstacle
     if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
         return "", ""                     # there are none for these
+    if probe.machine.lower() not in WHEEL_MACHINES:
+        return "", "There are no ready-made packages for this CPU (%s): the engine is compiled for it." % probe.machine
     if lacking:
         return "", "Your CPU lacks %s, which ready-made packages need: the engine is compiled for it." % ", ".join(lacking)
     if gpu not in ("", "metal"):
@@ -4081,12 +4255,10 @@ def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     return gpu or "cpu", "A ready-made package will do%s, so one is looked for before compiling." % (" all that your CPU can" if not more else "")
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
-    import shutil
+    import platform, shutil
     from importlib.util import find_spec
     system = "termux" if "com.termux" in os.environ.get("PREFIX", "") else \
-        {"win32": "windows", "darwin": "macos"}.get(sys.platform) or next(filter(is_here, ("apt", "dnf", "pacman", "apk")), "")
-    tools = tuple(name for name, _, _, where, _, _ in GPU_BUILDS if is_here(where))
-    gpus = tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where))
+        {"win32": "windows", "darwin": "macos"}.get(sys.platform) or next(filter(is_here, ("apt", "dnf", "pacman", "zypper", "apk")), "")
     told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi")) if wanted_gpu == "cuda" else None
     hardware = probe_hardware()
     if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
@@ -4094,9 +4266,57 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
     else:                                 # pip can't fetch CMake for Android
         has_compiler = is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)
     return InstallProbe(
-        system, bool(find_spec("venv") and find_spec("ensurepip")), has_compiler, os.environ.get("CMAKE_ARGS", ""),
-        tools, gpus, shutil.disk_usage(data_dir()).free, hardware.ram_total_bytes, os.cpu_count() or 1, wanted_gpu,
-        hardware.instruction_sets, int("".join(told.groups())) if told else 0)
+        platform=system, machine=platform.machine(),
+        is_root=hasattr(os, "geteuid") and os.geteuid() == 0,
+        has_venv=bool(find_spec("venv") and find_spec("ensurepip")),
+        has_compiler=has_compiler,
+        has_sources=not has_compiler and probe_sources(),
+        amx_breaks="AMX" in hardware.instruction_sets and probe_amx_misread(),
+        user_cmake_args=os.environ.get("CMAKE_ARGS", ""),
+        user_jobs=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", ""),
+        gpu_tools=tuple(name for name, _, _, where, _, _ in GPU_BUILDS if is_here(where)),
+        gpus=tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where)),
+        free_disk_bytes=shutil.disk_usage(data_dir()).free,
+        free_memory_bytes=compile_memory(hardware),
+        n_cpus=compile_cpus(hardware),
+        core_speed=time_core(),
+        wanted_gpu=wanted_gpu,
+        instruction_sets=hardware.instruction_sets,
+        cuda_version=int("".join(told.groups())) if told else 0)
+
+def compile_memory(h: Hardware) -> int:
+    """Bytes of RAM and swap for compilers; 0 = not known. A container's swap is seldom its own."""
+    return h.ram_free_bytes + (0 if h.container_bytes else h.swap_free_bytes)
+
+def compile_cpus(h: Hardware) -> int:
+    """How many CPUs this process may use."""
+    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else h.logical_cores
+    return max(1, min(n_cpus, h.container_cores or n_cpus))
+
+def probe_sources() -> bool:
+    """Whether pip's settings or variables name places that may have a ready-made package."""
+    return bool(re.search(r"find-links|index-url", read_command(sys.executable, "-m", "pip", "config", "list", limit_s=10)))
+
+def probe_amx_misread() -> bool:
+    """Whether the C++ compiler's own header loads AMX's tile configuration as AMX_MISREAD; see there."""
+    from subprocess import DEVNULL, PIPE, SubprocessError, run
+    compiler = os.environ.get("CXX") or ("c++" if is_here("c++") else "g++")
+    try:
+        done = run(compiler.split() + ["-x", "c++", "-E", "-"], input=b"#include <immintrin.h>\n", stdout=PIPE, stderr=DEVNULL, timeout=20)
+    except (OSError, SubprocessError):
+        return True                       # it can't be asked, so AMX had better be left out
+    return done.returncode != 0 or bool(re.search(AMX_MISREAD, done.stdout.decode("utf-8", "replace")))
+
+def time_core() -> float:
+    """How fast a core is, in 50 ms; 1 = as the one on which the costs of compiling were measured."""
+    import time, zlib
+    text = b"".join(b"%d: %d\n" % (n, n * n) for n in range(6000))
+    best_s = 1.0
+    for _ in range(3):
+        began_s = time.perf_counter()
+        zlib.compress(text, 9)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return TIMED_CORE_S / best_s
 
 def probe_wheels(page: str) -> bool:
     """Whether this page of the wheel index answers in time and names packages; in a thread, as a name server may take longer."""
@@ -4111,17 +4331,66 @@ def probe_wheels(page: str) -> bool:
     thread.join(WHEEL_INDEX_S)
     return b".whl" in b"".join(answers)
 
-def plan_seconds(plan: InstallPlan, n_cpus: int, kept: Dict[str, Dict[str, Any]]) -> float:
-    """How long it will take: as long as the last one of its kind on this machine, else by the number of compilers at work. Pure."""
+def plan_seconds(plan: InstallPlan, core_speed: float, kept: Dict[str, Dict[str, Any]]) -> float:
+    """How long it will take: as long as the last one of its kind on this machine, else by the speed of its cores. Pure."""
     last = kept.get(install_kind(plan), {}).get("seconds")
-    n_jobs = int(plan.variables.get("CMAKE_BUILD_PARALLEL_LEVEL", n_cpus))
-    return last if type(last) is int else 60 if plan.wheel else 40 + COMPILE_CORE_S.get(plan.gpu, COMPILE_CORE_S[""]) / n_jobs
+    if type(last) is int:
+        return last
+    if plan.wheel:
+        return REST_S / core_speed
+    return (REST_S + COMPILE_CORE_S.get(plan.gpu, COMPILE_CORE_S[""]) / plan.jobs) / core_speed
+
+def cost_left(n_steps: int, seen: Iterable[str]) -> float:
+    """What so many steps still cost, when these files are done. Pure."""
+    heavy = [cost for name, cost in STEP_COSTS.items() if name not in seen]
+    if n_steps < len(heavy):              # another version's files
+        return sum(heavy) * n_steps / len(heavy)
+    return sum(heavy) + STEP_COST * (n_steps - len(heavy))
+
+class CompileClock:
+    """Tells the compiler's steps with the time that is left. Each step corrects it: it learns a slow CPU and a busy machine."""
+    def __init__(self, tell: Any, expected_s: float) -> None:
+        self.tell, self.expected_s = tell, expected_s
+        self.seen: Dict[str, bool] = {}
+        self.last_s = self.left_s = self.cost = self.seconds = 0.0
+        self.done, self.total, self.text = 0, 0, ""
+        self.told: Any = None
+
+    def hear(self, line: str, now_s: float) -> None:
+        """A line of ninja's or make's output, or "" when there is none."""
+        step = re.match(r"\s*\[ *(\d+)(?:/(\d+)|%)\]", line)
+        if step:
+            name = os.path.basename(line.split()[-1])
+            self.count(int(step.group(1)), int(step.group(2) or 100), name if len(name) > 1 else "linking", now_s)
+        left_s = self.left_s - (now_s - self.last_s)
+        shown = (self.done, max(left_s, self.left_s / 2))
+        if self.total and (self.done, int(shown[1])) != self.told:
+            self.told = (self.done, int(shown[1]))
+            self.tell("step", done=self.done, total=self.total, left_s=int(shown[1]), text=self.text, doing="compiling")
+
+    def count(self, done: int, total: int, name: str, now_s: float) -> None:
+        self.seen[name] = True
+        left, cost = cost_left(total - done, self.seen), STEP_COSTS.get(name, STEP_COST)
+        whole = left + sum(STEP_COSTS.get(name, STEP_COST) for name in self.seen)
+        if not self.total:                # what was foretold counts as a twentieth of the work
+            self.cost, self.seconds = whole / 20, self.expected_s / 20
+        else:                             # the last third counts most
+            keep = max(0.0, 1 - cost / (whole / 3))
+            self.cost = self.cost * keep + cost
+            self.seconds = self.seconds * keep + now_s - self.last_s
+        self.left_s = left * self.seconds / self.cost
+        self.done, self.total, self.text, self.last_s = done, total, name, now_s
 
 def install_kind(plan: InstallPlan) -> str:
     return "%s for %s" % ("ready-made" if plan.wheel else "compiled", plan.gpu or "cpu")
 
 def format_clock(seconds: float) -> str:
     return "%d:%02d" % divmod(int(seconds), 60)
+
+def format_minutes(seconds: float) -> str:
+    if seconds > 5400:
+        return "%.1f hours" % (seconds / 3600)
+    return format_count(max(1, round(seconds / 60)), "minute")
 
 def is_here(where: str) -> bool:
     """Whether the machine has these programs on its PATH, or files where there is a "/": "a | b & c" = one of a and b, and c."""
@@ -4143,29 +4412,23 @@ def handle_signals(handler: Any) -> None:
         if number and signal.getsignal(number) != signal.SIG_IGN:    # nohup
             signal.signal(number, handler)
 
-def run_logged(argv: List[str], env: Dict[str, str], say: Any, expected: str = "") -> None:
-    """Run a command and say what matters of its output as it comes, with the time it takes. Raises RuntimeError; interrupted, ends it first."""
-    import subprocess, time
+def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, List[str]]:
+    """Run a command: (its exit status, its last lines). hear(line) as they come, and "" now and then. Interrupted, ends it first."""
+    import subprocess
     # In our group the terminal's Ctrl-C would reach some of pip's children before us, and a kill none of them.
     group: Dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **group)
-    tail, began_s = ["starting"], time.monotonic()
+    tail: List[str] = []
     try:
-        for line in map(short_pip_line, read_lines(child)):
-            clock = format_clock(time.monotonic() - began_s) + (expected and " of about " + expected)
-            tail = tail[-200:] + [line] if line else tail
-            if not line:
-                draw_status("%s  %s" % (clock, tail[-1].strip()))
-            elif line[0] != " " or line.startswith("  [") or re.search("error[: ]|fatal", line):
-                draw_status("")
-                say("%s  (%s)" % (line, clock) if line.startswith("  [") else line)
+        for line in read_lines(child):
+            if line:
+                tail = tail[-200:] + [line]
+            hear(line)
     finally:
-        draw_status("")
         if child.poll() is None:
             end_group(child)
-    if child.returncode:
-        raise RuntimeError(explain_failure(tail + [env.get("CMAKE_ARGS", ""), "exit status %d" % child.returncode]))
+    return child.returncode, tail
 
 def read_lines(child: Any) -> Iterable[str]:
     """Its output as it comes, and "" when 0.2 s bring none. Ends with the child, as a compiler daemon may hold the pipe."""
@@ -4185,18 +4448,22 @@ def read_lines(child: Any) -> Iterable[str]:
                 return
             yield ""
 
-def short_pip_line(line: str) -> str:
-    """A compiler's long command as "  [35/193] ggml.c"; what else `pip -v` says of its own doings becomes ""."""
-    step = re.match(r"\s*(\[ *\d+(?:/\d+|%)\])", line)     # ninja's or make's
-    if step:
-        name = os.path.basename(line.split()[-1])
-        return "  %s %s" % (step.group(1), name if len(name) > 1 else "linking")
-    return "" if re.match("Link requires|Skipping link|Found link|changing mode|Created temp", line) else line
-
-def explain_failure(tail: List[str]) -> str:
+def explain_failure(tail: List[str], index_host: str = "") -> str:
+    """What went wrong and what to do, from a command's last lines. index_host: the package index that can't be reached."""
+    if index_host:
+        return "The package index (%s) can't be reached: check the network or proxy, then install again." % index_host
+    tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
     matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
-    return "What matters of the above:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
+    return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
+
+def parse_lost_index(tail: List[str]) -> str:
+    """The host that pip has tried in vain to connect to; "" = it had no such trouble, or not more than slowness."""
+    for line in tail:
+        if "Retrying" in line and re.search(NO_NETWORK, line):
+            host = re.search(r"host='([^']+)'", line)
+            return host.group(1) if host else "as pip is set up"
+    return ""
 
 def end_group(child: Any) -> None:
     import signal, subprocess, time
@@ -4210,42 +4477,119 @@ def end_group(child: Any) -> None:
                 time.sleep(0.5)           # last writes may still come
     child.wait()
 
-def make_env(work: str, probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
-    """work/env: a virtual environment with the engine in it, which has loaded a model and replied. Raises OSError, RuntimeError."""
-    folder, scratch = os.path.join(work, "env"), os.path.join(work, "tmp")
-    python, astray = env_python(folder), re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
-    env = dict(plan.variables, **{name: value for name, value in os.environ.items() if not astray.match(name)})
-    env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    os.makedirs(scratch)
-    if sys.platform != "win32":           # where longer paths break the build; elsewhere /tmp may lie in scarce memory
-        env["TMPDIR"] = scratch
-    termux = ["--system-site-packages"] if probe.platform == "termux" else []    # its own numpy: PyPI has none for Android
-    run_logged([base_python(), "-m", "venv"] + termux + [folder], env, say)
-    try:                                  # the pip that Python 3.8 brings takes hours over the build's requirements
-        run_logged([python, "-m", "pip", "install", "--upgrade", "pip"], env, say)
-    except RuntimeError:
-        say("pip could not be updated; going on with this one.")
-    fill_env(python, env, probe, plan, expected, say)
+class Installer:
+    """Makes work/env: a virtual environment with an engine that has passed its trial. Raises OSError, RuntimeError."""
+    def __init__(self, work: str, probe: InstallProbe, tell: Any) -> None:
+        self.probe, self.tell = probe, tell
+        self.folder = os.path.join(work, "env")
+        self.python = env_python(self.folder)
+        self.scratch = os.path.join(work, "tmp")
+        self.got = os.path.join(work, "got")
+        self.index_lost = ""              # the package index's host, where that can't be reached
+        astray = re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
+        self.env = {name: value for name, value in os.environ.items() if not astray.match(name)}
+        self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        if sys.platform != "win32":       # where longer paths break the build; elsewhere /tmp may lie in scarce memory
+            self.env["TMPDIR"] = self.scratch
 
-def fill_env(python: str, env: Dict[str, str], probe: InstallProbe, plan: InstallPlan, expected: str, say: Any) -> None:
-    """Get the engine and try it out. Raises OSError, RuntimeError."""
-    # --prefer-binary is for numpy, which compiles for an hour on systems that its newest wheels have left behind.
-    # It doesn't keep the engine from being compiled: PyPI has only its source.
-    install = [python, "-m", "pip", "install", "-v", "--no-input", "--progress-bar", "off", "--prefer-binary"]
-    install += ["--no-cache-dir"] if "CMAKE_ARGS" in env else []    # the cache doesn't tell a build with GPU from one without
-    only_ready = ["--only-binary", ENGINE_PACKAGE]
-    check = [python, os.path.abspath(__file__), "--check-engine"]
-    if plan.wheel:
+    def make(self, plan: InstallPlan, expected_s: float) -> None:
+        os.makedirs(self.scratch)
+        self.make_venv()
+        if plan.wheel and self.take_ready_made(plan):
+            return
+        self.compile(plan, expected_s, [])
+        fault = self.find_fault()
+        for words, smaller in plan_rebuilds(plan, self.probe):
+            if not fault:
+                return
+            self.say("%s So it is built again, without %s." % (fault, words))
+            self.compile(smaller, expected_s, ["--no-cache-dir"])    # that may hold what has just failed
+            fault = self.find_fault()
+        if fault:
+            raise RuntimeError(fault + " Nothing that can be left out has helped.")
+
+    def say(self, text: str) -> None:
+        self.tell("said", text=text)
+
+    def run(self, argv: List[str], hear: Any = lambda line: None, **variables: str) -> None:
+        """Raises RuntimeError, with the reason, when the command fails."""
+        status, tail = run_heard(argv, dict(self.env, **variables), hear)
+        if status:
+            reason = tail + [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
+            raise RuntimeError(explain_failure(reason, self.index_lost or parse_lost_index(tail)))
+
+    def make_venv(self) -> None:
+        self.say("Making a Python environment of its own in %s." % data_dir())
+        self.run([base_python(), "-m", "venv", self.folder])
+        # The pip that Python 3.8 brings takes hours over the build's requirements. This also shows within seconds
+        # whether the index is there, which pip itself would go on trying for minutes.
+        upgrade = [self.python, "-m", "pip", "install", "--upgrade", "--retries", "1", "--timeout", "3", "pip"]
+        status, tail = run_heard(upgrade, self.env, lambda line: None)
+        self.index_lost = parse_lost_index(tail)
+        if status and not self.index_lost:
+            self.say("pip could not be updated; going on with this one.")
+
+    def pip(self, command: str, *arguments: str) -> List[str]:
+        argv = [self.python, "-m", "pip", command, "-v", "--no-input", "--progress-bar", "off", "--no-deps"]
+        if self.index_lost:               # there may be other places, such as --find-links
+            argv += ["--retries", "0", "--timeout", "3"]
+        return argv + list(arguments)
+
+    def fetch(self, *arguments: str) -> None:
+        """Into self.got: the engine, as package or source, and what it needs. pip's cache holds it for the next time."""
+        import shutil
+        shutil.rmtree(self.got, ignore_errors=True)
+        # --prefer-binary, as a needed package's newest version may be without one for this system
+        self.run(self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments))
+
+    def install_got(self, hear: Any = lambda line: None, **variables: str) -> None:
+        """Without pip's cache, as that doesn't tell a build with GPU from one without."""
+        paths = [os.path.join(self.got, name) for name in sorted(os.listdir(self.got))]
+        self.run(self.pip("install", "--no-cache-dir", "--force-reinstall", *paths), hear, **variables)
+
+    def take_ready_made(self, plan: InstallPlan) -> bool:
+        """Whether a ready-made package has come and passed its trial."""
+        self.say("Fetching a ready-made %s." % ENGINE_PACKAGE)
         try:
-            run_logged(install + only_ready + ["--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST], env, say, expected)
-            return run_logged(check, env, say)
+            self.fetch("--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
+            self.install_got()
+            fault = self.find_fault()
         except RuntimeError as error:
-            if plan.obstacle:
-                raise RuntimeError("%s\n%s" % (error, plan.obstacle))
-            say("The ready-made package won't do here, so the engine is compiled.")
-            install += ["--force-reinstall"]
-    run_logged(install + [ENGINE_PACKAGE] + ([] if probe.has_compiler else only_ready), env, say, expected)
-    run_logged(check, env, say)
+            fault = str(error)
+        if not fault:
+            return True
+        if plan.obstacle:
+            raise RuntimeError("%s\n%s" % (fault, plan.obstacle))
+        self.say("%s The ready-made package won't do here, so the engine is compiled." % fault)
+        return False
+
+    def compile(self, plan: InstallPlan, expected_s: float, options: List[str]) -> None:
+        """From source, where pip finds no package for this machine in the places that it is told."""
+        import time
+        self.say("Fetching %s." % ENGINE_PACKAGE)
+        only_ready = [] if self.probe.has_compiler else ["--only-binary", ENGINE_PACKAGE]
+        self.fetch(ENGINE_PACKAGE, *only_ready, *options)
+        include = os.path.join(self.scratch, "slim.cmake")
+        with open(include, "w", encoding="utf-8") as file:
+            file.write(SLIM_CMAKE)
+        if not any(name.endswith(".whl") and name.startswith("llama_cpp") for name in os.listdir(self.got)):
+            self.say("Compiling it.")
+        clock = CompileClock(self.tell, expected_s)
+        hear = lambda line: clock.hear(line, time.monotonic())
+        self.install_got(hear, **build_variables(plan, include, self.env))
+
+    def find_fault(self) -> str:
+        """What is wrong with the engine that might be better if it were built otherwise; "" = nothing. Raises RuntimeError."""
+        self.say("Trying it out.")
+        argv = [self.python, os.path.abspath(__file__), "--check-engine"]
+        status, tail = run_heard(argv, self.env, lambda line: None)
+        text = " ".join(tail[-1:])
+        if status == 0:
+            self.say(text)
+            return ""
+        if status == TRIAL_CRASHED:
+            return text
+        raise RuntimeError("%s (exit status %d)" % (text, status))
 
 def take_lock(file: Any) -> None:
     """Lock an open file until it is closed. Raises OSError, where another process has it or there are no locks."""
@@ -4257,7 +4601,7 @@ def take_lock(file: Any) -> None:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
+def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
     import glob, shutil, time
     began_s = time.monotonic()
@@ -4267,14 +4611,14 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
     probe = probe_install(gpu)
     plan = plan_install(probe)
     for line in plan.notes:
-        say(line)
+        tell("said", text=line)
     if plan.wheel and not plan.problems and ("PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel)):
-        say("The index of ready-made packages doesn't answer.")
+        tell("said", text="The index of ready-made packages doesn't answer.")
         plan = plan._replace(wheel="", problems=(plan.obstacle,) if plan.obstacle else ())
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
-    expected = format_clock(plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
-    say("This takes about %s minutes." % expected)
+    expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
+    tell("said", text="This takes about %s." % format_minutes(expected_s))
     with open(place + ".lock", "w") as lock:
         try:
             take_lock(lock)               # the system lifts it when a process dies
@@ -4282,7 +4626,7 @@ def replace_env(place: str, work: str, gpu: str, say: Any) -> None:
             raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
         for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
             shutil.rmtree(left, ignore_errors=True)
-        make_env(work, probe, plan, expected, say)
+        Installer(work, probe, tell).make(plan, max(1, expected_s - REST_S))
         swap_env(place, work)
     with suppress(OSError):               # only the next install would have known it
         save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
@@ -4301,8 +4645,8 @@ def swap_env(place: str, work: str) -> None:
     if os.path.lexists(old):
         os.rename(old, os.path.join(work, "old"))
 
-def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
-    """Make the private environment, as the last thing a process does, for it changes what signals do. say(line) tells.
+def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
+    """Make the private environment, as the last thing a process does, for it changes what signals do.
 
     0 = done, 1 = failed, 130 = interrupted; after these two nothing has changed."""
     import shutil, signal
@@ -4314,17 +4658,22 @@ def install_engine(say: Any, gpu: str = "", upgrade: bool = False) -> int:
         if upgrade and before and not gpu and not distrust("engine"):
             told = read_command(env_python(place), "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
             if re.findall(r"^[\w-]+ \((\S+)\)", told) == [before]:
-                say("llama-cpp-python %s is the newest; nothing was changed." % before)
+                tell("said", text="llama-cpp-python %s is the newest; nothing was changed." % before)
+                tell("done")
                 return 0
-        replace_env(place, work, gpu or (str(read_kept("install.json").get("last", {}).get("gpu", "")) if upgrade else ""), say)
-        say("The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), before and " (it was %s)" % before))
-        say(write_command())
+        if upgrade and not gpu:
+            gpu = str(read_kept("install.json").get("last", {}).get("gpu", ""))
+        replace_env(place, work, gpu, tell)
+        was = " (it was %s)" % before if before else ""
+        tell("said", text="The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), was))
+        tell("said", text=write_command())
+        tell("done")
         return 0
     except KeyboardInterrupt:
-        say("Installing was stopped; nothing has changed.")
+        tell("failed", text="Installing was stopped; nothing has changed.")
         return 130
     except (OSError, RuntimeError) as error:
-        say("Installing failed. %s" % error)
+        tell("failed", text="Installing failed. %s" % error)
         return 1
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -6407,15 +6756,23 @@ def on_files_read(state: State, event: FilesRead) -> Change:
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
     level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
-    step = re.match(r" *\[ *(\d+)/(\d+)\]", text) if state.engine is Condition.INSTALLING else None
-    if step:                              # the compiler's steps, see short_pip_line
-        state = state._replace(progress=int(step.group(1)) / max(1, int(step.group(2))), doing="compiling")
     return add_log(state, LogLine(level, text)), ()
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
     state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it with "
                    "python3 llmchat.py --install, or in the window with /install: it takes a few minutes, once.", "error")
     return state._replace(dialog=Dialog("install")), ()
+
+def on_install_said(state: State, event: InstallSaid) -> Change:
+    message = event.message
+    if message["event"] == "step":
+        return state._replace(progress=message["done"] / max(1, message["total"]), doing=describe_step(message)), ()
+    if not message.get("text"):
+        return state, ()
+    level = "error" if message["event"] == "failed" else "dim"
+    for line in message["text"].split("\n"):
+        state = add_log(state, LogLine(level, line))
+    return state, ()
 
 def on_installed(state: State, event: Installed) -> Change:
     state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
@@ -6701,7 +7058,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
-            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, Installed: on_installed,
+            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, InstallSaid: on_install_said, Installed: on_installed,
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
@@ -7640,7 +7997,8 @@ class Runner:
             import threading
             threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
         elif isinstance(effect, InstallEngine):
-            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install"], self.mailbox.post, EngineLogged, Installed)
+            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox.post,
+                                   lambda line: parse_engine_line(line, InstallSaid), Installed)
         elif isinstance(effect, StopInstall) and self.installer:
             self.installer.interrupt()
         elif isinstance(effect, Download):
@@ -7751,8 +8109,10 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
             raise ModelError("The engine did not answer in %d s." % limit_s)
         paths = [command["path"] for command in commands if "path" in command]
         event = probe_engine_end(child.wait(), paths[-1] if paths else "")
-        kind = EngineCrash if event.code in CRASHES and not event.fault else ModelError
-        raise kind(explain_death(event, False, ""))
+        text = explain_death(event, False, "")
+        if event.code in CRASHES and not event.fault:
+            raise EngineCrash(text, event.code)
+        raise ModelError(text)
     finally:
         timer.cancel()
         child.kill()
@@ -7875,7 +8235,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
     add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
         "its path (no NAME: show what is suggested); then end")
-    add("--json", action="store_true", help="with --info, --list, --bench and --download: what they have to say as JSON, for scripts")
+    add("--json", action="store_true", help="with --info, --list, --bench, --download and --install: what they have to say as JSON, for scripts")
     add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
     add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
     add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
@@ -8100,9 +8460,18 @@ def show_info(state: State, as_json: bool) -> int:
 # The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: list it in run_doctor().
 
 def check_python() -> List[Tuple[str, str, str]]:
-    small = sys.maxsize < 1 << 32
-    return [("warn" if small else "good", "Python", "%d.%d.%d in %s" % (*sys.version_info[:3], sys.executable)
-             + ": a 32-bit one, which can use 2 to 4 GB of memory. Install a 64-bit Python" * small)]
+    text = "%d.%d.%d in %s" % (*sys.version_info[:3], sys.executable)
+    if sys.maxsize >= 1 << 32:
+        return [("good", "Python", text)]
+    text += ": a 32-bit one, which can use 2 to 4 GB of memory"
+    if not is_64_bit():
+        return [("good", "Python", text)]
+    return [("warn", "Python", text + ". Install a 64-bit Python")]
+
+def is_64_bit() -> bool:
+    """Whether the CPU is, whatever the Python."""
+    import platform
+    return bool(re.search("64|s390x", platform.machine())) or bool(re.search(r"\blm\b", read_text("/proc/cpuinfo")))
 
 def check_window() -> List[Tuple[str, str, str]]:
     try:
@@ -8151,29 +8520,87 @@ def check_folder() -> List[Tuple[str, str, str]]:
     free = probe_disk()["disk_free_bytes"]
     level = "error" if free < 50 << 20 else "warn" if free < INSTALL_BYTES else "good"
     return [("warn", "folder", "others may look into %s: chmod 700 it" % data_dir())] * is_open + [
-        (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 1.5 GB" * (level != "good")))]
+        (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 0.4 GB" * (level != "good")))]
 
 def check_settings() -> List[Tuple[str, str, str]]:
     paths = [os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")]
     bad = [path for path in paths if os.path.exists(path) and not is_json(read_text(path))]
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
-def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
-    """A fresh engine process must load a small model and reply."""
-    import time
-    python, began_s, reply = python or engine_python(), time.monotonic(), ""
-    chat = {"cmd": "chat", "messages": [{"role": "user", "content": "models"}], "sampling": Sampling(temperature=0, max_tokens=8)}
+def try_model(python: str, path: str, question: str) -> str:
+    """What a fresh engine process, as it comes, replies with this model: 8 tokens, the likeliest. Raises ModelError."""
+    reply = ""
+    chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
+            "sampling": Sampling(temperature=0, max_tokens=8)}
+    load = {"cmd": "load", "path": path, "wishes": Wishes(n_ctx=512, caution=0)}
+    for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
+        if message["event"] == "text":
+            reply += message["text"]
+        if message["event"] == "done":
+            break
+    return reply
+
+def name_death(code: int) -> str:
+    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
+    import signal
+    for number in signal.Signals:
+        if number == -code:
+            return number.name
+    return "exit status %#x" % code
+
+def try_engine(python: str) -> str:
+    """Put an engine to the trial; the sentence that says that it has passed. Raises ModelError, OSError.
+
+    EngineCrash, also for a wrong reply: it needs to be built otherwise."""
+    import tempfile, time
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trial.gguf")
+        write_trial_model(path)
+        try:
+            reply = try_model(python, path, TRIAL_PROMPT)
+        except EngineCrash as error:
+            if error.code in NO_SUCH_INSTRUCTION:    # which is well explained
+                raise
+            raise EngineCrash("The engine crashes when it computes with a quantised model (%s)." % name_death(error.code), error.code)
+    if reply != TRIAL_REPLY:
+        raise EngineCrash("llama.cpp computes nonsense on this machine: it replied %r, not %r." % (reply, TRIAL_REPLY), 0)
+    text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
+    real = os.path.join(data_dir(), "models", REAL_TRIAL)
+    if os.path.exists(real):
+        text += "; " + try_real_model(python, real)
+    return text
+
+def try_real_model(python: str, path: str) -> str:
+    """How the small real model fares, in words. Only a crash is the engine's fault: EngineCrash."""
     try:
-        load = {"cmd": "load", "path": write_demo_model(), "wishes": Wishes(n_ctx=512)}
-        for message in ask_engine(python, load, chat, limit_s=120):
-            reply += message["text"] if message["event"] == "text" else ""
-            if message["event"] == "done" and reply:
-                break
+        return "SmolLM2 said \"%s\"" % try_model(python, path, "Name the capital of France.").strip()
+    except EngineCrash:
+        raise
     except ModelError as error:
-        return [("error", "engine", str(error))]
+        return "SmolLM2 could not be tried: %s" % error
+
+def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
+    python = python or engine_python()
+    try:
+        return [("good", "engine", "%s (%s)" % (try_engine(python), python))]
+    except ModelError as error:
+        advice = "" if "--install" in str(error) else " Make it anew: python3 llmchat.py --install"
+        return [("error", "engine", str(error) + advice)]
     except OSError as error:
-        return [("error", "engine", "It could not be tried, as its model can't be written (%s)" % error)]
-    return [("good", "engine", "loaded a model and replied \"%s\" in %.1f s (%s)" % (reply.strip(), time.monotonic() - began_s, python))]
+        return [("error", "engine", "It could not be tried, as the trial's model can't be written (%s)" % error)]
+
+def run_trial() -> int:
+    """--check-engine, for --install: this Python's engine. 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""
+    try:
+        print(clean("Good: %s." % try_engine(sys.executable)))
+        return 0
+    except EngineCrash as error:
+        print(clean(str(error)))
+        return TRIAL_CRASHED
+    except (ModelError, OSError) as error:
+        print(clean(str(error)))
+        return 1
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
@@ -8263,7 +8690,25 @@ def run_bench(state: State, as_json: bool) -> int:
         print(json.dumps(dict(results, version=VERSION, model=done["model"], machine=done["machine"], tuned=tuned)))
     return 0
 
-# -- --download --
+# -- --install, --download --
+
+def run_install(arguments: Any) -> int:
+    """--install: the exit status of install_engine()."""
+    import json
+    tenths = [0]                          # of the steps, as far as they have been printed
+    def print_json(event: str, **fields: Any) -> None:
+        print(json.dumps(dict(fields, event=event)), flush=True)
+    def show(event: str, text: str = "", **step: Any) -> None:
+        """For people: sentences on stdout, steps in a status line; without a terminal a tenth of them."""
+        if event != "step":
+            draw_status("")
+            print(clean(text), end="\n" if text else "", flush=True)
+        elif sys.stderr and sys.stderr.isatty():
+            draw_status("%s  %s" % (describe_step(step), text))
+        elif step["done"] * 10 // step["total"] > tenths[0]:
+            tenths[0] = step["done"] * 10 // step["total"]
+            print(describe_step(step), flush=True)
+    return install_engine(print_json if arguments.json else show, arguments.gpu, arguments.upgrade)
 
 def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
     """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
@@ -8347,13 +8792,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_window(with_last_model(state))
     arguments = parse_arguments(argv)
     if arguments.check_engine:
-        (level, _, text), = check_engine(sys.executable)
-        print("error: " * (level == "error") + text)
-        return int(level == "error")
+        return run_trial()
     if arguments.download is not None:
         return run_download(arguments.download, arguments.json, arguments.keep_trying)
     if arguments.install:
-        return install_engine(lambda line: print(clean(line), flush=True), arguments.gpu, arguments.upgrade)
+        return run_install(arguments)
     if arguments.uninstall:
         return uninstall(lambda line: print(clean(line)), ask_yes)
     if arguments.doctor:

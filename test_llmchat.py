@@ -30,7 +30,7 @@ from unittest import mock
 
 import llmchat
 from llmchat import (Chat, Condition, Copy, Dialog, Download, Draft, EngineDied, EngineLogged, EngineMissing, EngineSaid, File, FilesRead,
-                     FindModels, Fitting, Installed, InstallEngine, LogLine, ModelDescribed, ModelEntry, ModelError, ModelInfo, ModelsFound, Pasted, Pressed, Quit, Redraw, Resized, Sampling,
+                     FindModels, Fitting, Installed, InstallEngine, InstallSaid, LogLine, ModelDescribed, ModelEntry, ModelError, ModelInfo, ModelsFound, Pasted, Pressed, Quit, Redraw, Resized, Sampling,
                      Scroll, SendEngine, Settings, StartEngine, State, StopInstall, Store, Submitted, Turn, Typed, Wishes, plan_load,
                      read_gguf_header, update, view)
 
@@ -106,9 +106,7 @@ def install():
     Where there is an engine already, its packages are packed up again, so that this needs no network."""
     env = dict(ENV)
     if ENGINE:
-        wheels = tempfile.mkdtemp(dir=FOLDER)
-        subprocess.run([ENGINE, "-c", PACK_WHEELS, wheels], check=True)
-        env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull)
+        env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=pack_wheels(), PIP_CONFIG_FILE=os.devnull)
     os.makedirs(os.path.join(llmchat_dir(), "engine.new-1"))    # as a killed install leaves it
     done = subprocess.run([ENGINE or sys.executable, SCRIPT, "--install"], env=env, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, encoding="utf-8")
@@ -133,8 +131,7 @@ def llmchat_dir():
 PACK_WHEELS = """if True:
     import os, re, sys, zipfile
     from importlib.metadata import distribution
-    todo = ["llama-cpp-python"]
-    for name in todo:
+    for name in sys.argv[2:]:
         d = distribution(name)
         tag = re.search("(?m)^Tag: (.*)$", d.read_text("WHEEL")).group(1)
         name = "%s-%s-%s.whl" % (d.metadata["Name"].replace("-", "_"), d.version, tag)
@@ -142,8 +139,15 @@ PACK_WHEELS = """if True:
             for file in d.files:
                 if file.parts[0] != ".." and file.suffix != ".pyc":
                     wheel.write(str(file.locate()), str(file))
-        todo += [re.match(r"[\\w.-]+", r).group() for r in d.requires or () if ";" not in r]
 """
+
+
+def pack_wheels():
+    """A folder with what the installer needs, packed up from the engine's environment."""
+    folder = tempfile.mkdtemp(dir=FOLDER)
+    argv = [ENGINE, "-c", PACK_WHEELS, folder, llmchat.ENGINE_PACKAGE, *llmchat.ENGINE_NEEDS]
+    subprocess.run(argv, check=True)
+    return folder
 
 
 def repack(path, version, broken=False):
@@ -450,8 +454,9 @@ def wait_until(true):
 # -- the installer --
 
 AVX2_CPU, AVX512_CPU = ("SSE4.2", *llmchat.WHEEL_SETS), ("SSE4.2", *llmchat.WHEEL_SETS, "AVX-512", "AVX-512 VNNI")
-PLAIN_MACHINE = llmchat.InstallProbe(platform="apt", has_compiler=True, n_cpus=4, free_disk_bytes=9 * 10 ** 9, memory_bytes=8 * 10 ** 9,
-                                     instruction_sets=AVX512_CPU)
+PLAIN_MACHINE = llmchat.InstallProbe(
+    platform="apt", machine="x86_64", has_compiler=True, n_cpus=4, free_disk_bytes=9 * 10 ** 9,
+    free_memory_bytes=8 * 10 ** 9, instruction_sets=AVX512_CPU)
 
 
 class OldPythonTest(unittest.TestCase):
@@ -534,28 +539,59 @@ class PlanInstallTest(unittest.TestCase):
     def plan(self, **facts):
         return llmchat.plan_install(PLAIN_MACHINE._replace(**facts))
 
-    def test_problems_and_notes(self):
-        self.assertEqual(self.plan()._replace(notes=()), llmchat.InstallPlan((), (), {}, "", "", ""))
+    def flags(self, plan):
+        """What this plan asks of CMake beside the slim build."""
+        return plan.flags[len(llmchat.SLIM_FLAGS):]
+
+    def test_problems(self):
+        plan = self.plan()
+        self.assertEqual((plan.problems, plan.gpu, plan.wheel, plan.obstacle, self.flags(plan), plan.c_flags, plan.jobs),
+                         ((), "", "", "", (), "", 4))
         self.assertIn("sudo apt install python3-venv", self.plan(has_venv=False).problems[0])
-        self.assertIn("1.4 GB are free", self.plan(free_disk_bytes=1_400_000_000).problems[0])
+        self.assertNotIn("sudo", self.plan(has_venv=False, is_root=True).problems[0])
+        self.assertIn("0.4 GB of disk, but 0.3 GB are free", self.plan(free_disk_bytes=300_000_000).problems[0])
+        self.assertEqual(self.plan(free_disk_bytes=410_000_000).problems, ())
+        self.assertIn("1.5 GB of disk", self.plan(free_disk_bytes=10 ** 9, wanted_gpu="cuda", gpu_tools=("cuda",)).problems[0])
         self.assertIn("Metal", self.plan(platform="macos", gpu_tools=("metal",), gpus=("metal",)).notes[0])
-        for memory, jobs in ((2 * 10 ** 9, "2"), (5 * 10 ** 8, "1"), (0, None)):
-            self.assertEqual(self.plan(memory_bytes=memory).variables.get("CMAKE_BUILD_PARALLEL_LEVEL"), jobs)
-        plan = self.plan(gpu_tools=("cuda",), gpus=("cuda",), user_cmake_args="-DGGML_BLAS=ON", instruction_sets=AVX2_CPU)
-        self.assertEqual((plan.variables, plan.wheel, "-DGGML_BLAS=ON" in plan.notes[0]), ({}, "", True))
+
+    def test_memory_for_compilers(self):
+        for facts, jobs, words in (
+                (dict(), 4, ""), (dict(free_memory_bytes=0), 4, ""),
+                (dict(free_memory_bytes=1_000_000_000), 2, "2 jobs at a time"),
+                (dict(free_memory_bytes=500_000_000), 1, "1 job at a time"),
+                (dict(free_memory_bytes=500_000_000, n_cpus=1), 1, ""),
+                (dict(free_memory_bytes=3_000_000_000, wanted_gpu="cuda", gpu_tools=("cuda",)), 3, "3 jobs"),
+                (dict(free_memory_bytes=100_000_000, platform="macos"), 4, ""),
+                (dict(free_memory_bytes=100_000_000, user_jobs="3"), 3, "")):
+            plan = self.plan(**facts)
+            self.assertEqual((plan.jobs, plan.problems), (jobs, ()), facts)
+            self.assertTrue(words in " ".join(plan.notes) and bool(words) == ("at a time" in " ".join(plan.notes)), plan)
+        for facts, words in ((dict(), "sudo mkswap /swapfile"), (dict(is_root=True), "&& mkswap /swapfile"),
+                             (dict(platform="termux"), "are free: close other programs. Then")):
+            plan = self.plan(free_memory_bytes=390_000_000, instruction_sets=("SSE4.2",), **facts)
+            self.assertIn(words, plan.problems[0])
+        plan = self.plan(free_memory_bytes=390_000_000)
+        self.assertEqual((plan.wheel, plan.problems), ("cpu", ()))    # nothing has to be compiled
+        self.assertIn("mkswap", plan.obstacle)    # … unless that won't do
 
     def test_ready_made_or_compiled(self):
+        old = ("SSE4.2", "AVX")
+        arm = dict(machine="aarch64")
         for facts, wheel, words in (
                 (dict(), "", "uses your CPU's AVX-512, AVX-512 VNNI"), (dict(instruction_sets=AVX2_CPU), "cpu", "all that your CPU can"),
-                (dict(has_compiler=False), "cpu", "looked for"), (dict(instruction_sets=("SSE4.2", "AVX")), "", "lacks AVX2, FMA, F16C, BMI2"),
-                (dict(instruction_sets=("SSE4.2", "AVX"), has_compiler=False), "", "lacks AVX2"), (dict(instruction_sets=()), "", "lacks"),
-                (dict(instruction_sets=("NEON",)), "cpu", "all that"), (dict(instruction_sets=("NEON", "dot product")), "", "dot product"),
-                (dict(instruction_sets=("NEON",), platform="termux"), "", ""),
-                (dict(instruction_sets=("NEON", "dot product"), platform="macos", gpu_tools=("metal",), gpus=("metal",)), "metal", "looked for"),
+                (dict(has_compiler=False), "cpu", "looked for"), (dict(instruction_sets=old), "", "lacks AVX2, FMA, F16C, BMI2"),
+                (dict(instruction_sets=()), "", "lacks"), (dict(instruction_sets=(*AVX2_CPU, "AMX")), "cpu", "all that"),
+                (dict(arm, instruction_sets=("NEON",)), "cpu", "all that"),
+                (dict(arm, instruction_sets=("NEON", "dot product")), "", "dot product"),
+                (dict(arm, instruction_sets=("NEON",), platform="termux"), "", ""),
+                (dict(machine="armv7l", instruction_sets=()), "", "for this CPU (armv7l): the engine is compiled"),
+                (dict(machine="i686", instruction_sets=AVX2_CPU), "", "for this CPU (i686)"),
+                (dict(arm, instruction_sets=("NEON", "dot product"), platform="macos", gpu_tools=("metal",), gpus=("metal",)), "metal", "looked for"),
                 (dict(instruction_sets=AVX2_CPU, gpu_tools=("cuda",), gpus=("cuda",)), "", "will use it")):
             plan = self.plan(**facts)
             self.assertEqual((plan.wheel, plan.problems), (wheel, ()), facts)
             self.assertIn(words, " ".join(plan.notes))
+            self.assertNotRegex(" ".join(plan.notes), "AMX|lacks AVX.*armv7l")
 
     def test_wanted_gpu(self):
         for facts, gpu, flag, wheel, obstacle in (
@@ -569,24 +605,68 @@ class PlanInstallTest(unittest.TestCase):
                 (dict(wanted_gpu="none", gpu_tools=("cuda",), gpus=("cuda",)), "", None, "", ""),
                 (dict(wanted_gpu="none", platform="macos", gpu_tools=("metal",), gpus=("metal",)), "", "-DGGML_METAL=off", "", "")):
             plan = self.plan(**facts)
-            self.assertEqual((plan.gpu, plan.variables.get("CMAKE_ARGS"), plan.wheel, plan.problems), (gpu, flag, wheel, ()), facts)
+            self.assertEqual((plan.gpu, self.flags(plan), plan.wheel, plan.problems), (gpu, (flag,) if flag else (), wheel, ()), facts)
             self.assertTrue(obstacle in plan.obstacle and bool(obstacle) == bool(plan.obstacle), plan)
         self.assertIn("only Macs have it", self.plan(wanted_gpu="metal").problems[0])
         self.assertIn("sudo apt install nvidia-cuda", self.plan(wanted_gpu="cuda", instruction_sets=()).problems[0])
 
+    def test_the_build_s_variables(self):
+        import shlex
+        plan = self.plan(wanted_gpu="cuda", gpu_tools=("cuda",), amx_breaks=True)
+        variables = llmchat.build_variables(plan, "/a folder/slim.cmake", {})
+        self.assertEqual(shlex.split(variables["CMAKE_ARGS"]), [
+            "-DLLAVA_BUILD=OFF", "-DGGML_CUDA=on", "-DCMAKE_PROJECT_llama.cpp_INCLUDE=/a folder/slim.cmake"])
+        self.assertEqual((variables["CFLAGS"], variables["CXXFLAGS"]), (llmchat.NO_AMX,) * 2)
+        self.assertEqual(variables["CMAKE_BUILD_PARALLEL_LEVEL"], "4")
+        own = dict(CMAKE_ARGS="-DGGML_BLAS=ON '-DX=a b'", CFLAGS="-g", CXXFLAGS="-g1")
+        plan = self.plan(user_cmake_args=own["CMAKE_ARGS"], amx_breaks=True, instruction_sets=AVX2_CPU, gpu_tools=("cuda",), gpus=("cuda",))
+        variables = llmchat.build_variables(plan, "slim.cmake", own)
+        self.assertEqual(shlex.split(variables["CMAKE_ARGS"])[-2:], ["-DGGML_BLAS=ON", "-DX=a b"])    # the last ones win
+        self.assertEqual((variables["CFLAGS"], variables["CXXFLAGS"]), ("-g " + llmchat.NO_AMX, "-g1 " + llmchat.NO_AMX))
+        self.assertEqual((plan.wheel, "-DGGML_BLAS=ON" in plan.notes[0]), ("", True))
+        self.assertNotIn("CFLAGS", llmchat.build_variables(self.plan(), "slim.cmake", own))
+
+    def test_what_is_left_out_after_a_failed_trial(self):
+        amx = (*AVX512_CPU, "AMX")
+        for facts, words, gpu, c_flags, in_first, in_second in (
+                (dict(), "weights", "", "", "-DGGML_CPU_REPACK=OFF", "-DGGML_AVX2=ON"),
+                (dict(instruction_sets=("SSE4.2", "AVX")), "weights", "", "", "-DGGML_CPU_REPACK=OFF", "-DGGML_AVX2=OFF"),
+                (dict(instruction_sets=amx), "AMX", "", llmchat.NO_AMX, "", "-DGGML_NATIVE=OFF"),
+                (dict(instruction_sets=amx, amx_breaks=True), "weights", "", llmchat.NO_AMX, "-DGGML_LLAMAFILE=OFF", "-DGGML_NATIVE=OFF"),
+                (dict(gpu_tools=("cuda",), gpus=("cuda",)), "the GPU", "", "", "", "-DGGML_CPU_REPACK=OFF"),
+                (dict(gpu_tools=("cuda",), gpus=("cuda",), wanted_gpu="cuda"), "weights", "cuda", "", "-DGGML_CUDA=on", "-DGGML_CUDA=on"),
+                (dict(machine="aarch64", instruction_sets=("NEON", "SVE")), "weights", "", "", "REPACK=OFF", "-DGGML_NATIVE=OFF")):
+            probe = PLAIN_MACHINE._replace(**facts)
+            first, second = llmchat.plan_rebuilds(llmchat.plan_install(probe), probe)
+            self.assertEqual((words in first[0], first[1].gpu, first[1].c_flags), (True, gpu, c_flags), facts)
+            self.assertIn(in_first, " ".join(first[1].flags))
+            self.assertIn(in_second, " ".join(second[1].flags))
+            self.assertEqual("-DGGML_CUDA=on" in second[1].flags, gpu == "cuda")
+            self.assertNotIn("AVX512", " ".join(second[1].flags))
+
     def test_expected_time(self):
         plan = self.plan()
-        self.assertEqual(llmchat.plan_seconds(plan, 4, {"compiled for cpu": {"seconds": 77}}), 77)
-        for kept in ({}, {"compiled for cpu": {"seconds": "soon"}}, {"ready-made for cpu": {"seconds": 7}}):
-            self.assertEqual(llmchat.plan_seconds(plan, 4, kept), 40 + 420 / 4)
-        self.assertEqual(llmchat.plan_seconds(plan._replace(variables={"CMAKE_BUILD_PARALLEL_LEVEL": "1"}), 4, {}), 460)
-        self.assertLess(llmchat.plan_seconds(plan._replace(wheel="cpu"), 1, {}), llmchat.plan_seconds(plan, 4, {}))
+        self.assertEqual(llmchat.plan_seconds(plan, 1, {"compiled for cpu": {"seconds": 77}}), 77)
+        fast = llmchat.plan_seconds(plan, 1, {})
+        for kept in ({"compiled for cpu": {"seconds": "soon"}}, {"ready-made for cpu": {"seconds": 7}}):
+            self.assertEqual(llmchat.plan_seconds(plan, 1, kept), fast)
+        self.assertEqual(llmchat.plan_seconds(plan, 0.25, {}), 4 * fast)
+        self.assertGreater(llmchat.plan_seconds(plan._replace(jobs=1), 1, {}), 2 * fast)
+        self.assertLess(llmchat.plan_seconds(plan._replace(wheel="cpu"), 1, {}), fast)
+        self.assertGreater(llmchat.time_core(), 0)
 
-    def test_no_compiler_is_a_note(self):
+    def test_no_compiler(self):
+        """The first thing said is the command that gets one; where nothing else will do, nothing else is said or tried."""
         for platform, hint in llmchat.COMPILER_HINTS.items():
-            plan = self.plan(platform=platform, has_compiler=False)
+            plan = self.plan(platform=platform, has_compiler=False, has_sources=True)
             self.assertEqual(plan.problems, ())
-            self.assertRegex(plan.notes[0], "AVX2, FMA, F16C and BMI2.*" + re.escape(hint))
+            self.assertRegex(plan.notes[0], re.escape(hint) + ".*ready-made")
+            plan = self.plan(platform=platform, has_compiler=False, machine="armv6l", instruction_sets=())
+            self.assertEqual((len(plan.problems), plan.notes), (1, ()))
+            self.assertIn(hint, plan.problems[0])
+        plan = self.plan(has_compiler=False, instruction_sets=("SSE4.2", "AVX"))
+        self.assertIn("sudo apt install build-essential", plan.problems[0])
+        self.assertEqual(plan.notes, ())
 
     def test_gpu_builds(self):
         for tools, gpus, flag, words in (
@@ -594,7 +674,7 @@ class PlanInstallTest(unittest.TestCase):
                 (("cuda", "vulkan"), ("vulkan",), "-DGGML_VULKAN=on", "not an NVIDIA GPU, so it isn't used"),
                 (("cuda",), (), None, "not an NVIDIA GPU"), ((), ("cuda",), None, "not CUDA's compiler"), ((), ("vulkan",), None, "compiled")):
             plan = self.plan(gpu_tools=tools, gpus=gpus)
-            self.assertEqual((plan.problems, plan.variables.get("CMAKE_ARGS")), ((), flag), (tools, gpus))
+            self.assertEqual((plan.problems, self.flags(plan)), ((), (flag,) if flag else ()), (tools, gpus))
             self.assertIn(words, " ".join(plan.notes))
 
     def test_what_is_here(self):
@@ -604,14 +684,91 @@ class PlanInstallTest(unittest.TestCase):
                                  ("no-such-program & $PLACE/llm*.py", False), (os.path.basename(sys.executable), True)):
                 self.assertEqual(llmchat.is_here(where), found, where)
 
-    def test_output_is_shown_in_short_and_failures_explained(self):
-        lines, said = ["  [35/193] /usr/bin/g++ -c /a/b/llama.cpp", "   188 |   __m512 __Y = __Y;", "Found link x",
-                       "  a.cpp:1: error: no such thing", "OSError: [Errno 28] No space left on device"], []
-        with self.assertRaises(RuntimeError) as caught:
-            llmchat.run_logged([sys.executable, "-c", "print(%r); exit(1)" % "\n".join(lines)], dict(os.environ), said.append)
-        self.assertEqual([said[0].split("  (")[0]] + said[1:], ["  [35/193] llama.cpp", lines[3], lines[4]])
-        self.assertIn("free 1.5 GB", str(caught.exception))
-        self.assertNotIn("__m512", str(caught.exception))
+    def test_failures_are_explained(self):
+        tail = ["  [35/83] /usr/bin/g++ -Werror -c /a/b/llama.cpp", "   188 |   __m512 __Y = __Y;", "Found link x",
+                "  a.cpp:1: error: no such thing", "OSError: [Errno 28] No space left on device"]
+        text = llmchat.explain_failure(tail)
+        self.assertRegex(text, "(?s)no such thing.*free 0.4 GB")
+        self.assertNotRegex(text, "__m512|Werror")
+
+    def test_an_index_that_cannot_be_reached_is_one_sentence(self):
+        tail = ["Collecting pip", "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError"
+                "(\"HTTPSConnection(host='pypi.example', port=443): Failed to establish a new connection\")': /simple/pip/"]
+        host = llmchat.parse_lost_index(tail)
+        self.assertEqual(host, "pypi.example")
+        self.assertEqual(llmchat.explain_failure(tail, host), "The package index (pypi.example) can't be reached: "
+                         "check the network or proxy, then install again.")
+        slow = ["WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError(\"HTTPSConnectionPool(host='x')"
+                ": Read timed out. (read timeout=3)\")': /simple/pip/"]
+        self.assertEqual((llmchat.parse_lost_index(slow), llmchat.parse_lost_index(["all is well"])), ("", ""))
+
+    def test_compiler_s_header_for_amx(self):
+        """GCC 12.2's and 12.4's: the first reads 8 bytes of the tile configuration, as the compiler sees it."""
+        bad = '{ __asm__ volatile ("ldtilecfg\\t%X0" :: "m" (*((const void **)__config))); }'
+        good = "{ __builtin_ia32_ldtilecfg (__config); }"
+        self.assertRegex(bad, llmchat.AMX_MISREAD)
+        self.assertNotRegex(good, llmchat.AMX_MISREAD)
+        with tempfile.TemporaryDirectory() as folder:
+            for header, breaks in ((bad, True), (good, False), (None, True)):
+                compiler = os.path.join(folder, "compiler.py")
+                with open(compiler, "w") as file:
+                    file.write("print(%r)" % header if header else "exit(1)")
+                with mock.patch.dict(os.environ, CXX="%s %s" % (sys.executable, compiler)):
+                    self.assertEqual(llmchat.probe_amx_misread(), breaks)
+            with mock.patch.dict(os.environ, CXX=os.path.join(folder, "none")):
+                self.assertTrue(llmchat.probe_amx_misread())
+
+
+class CompileClockTest(unittest.TestCase):
+    def told(self, lines, expected_s=100):
+        """The steps that are told after lines of (seconds, text)."""
+        steps = []
+        clock = llmchat.CompileClock(lambda event, **step: steps.append(dict(step, event=event)), expected_s)
+        for now_s, line in lines:
+            clock.hear(line, now_s)
+        return steps
+
+    def build(self, *pace):
+        """The lines of a build of 83 steps: (a step's number from which on, seconds per unit of cost)."""
+        names = list(llmchat.STEP_COSTS)
+        names += ["file%d.cpp" % n for n in range(83 - len(names))]
+        now_s = 0.0
+        for n, name in enumerate(names, 1):
+            rate = [rate for start, rate in pace if n >= start][-1]
+            now_s += rate * llmchat.STEP_COSTS.get(name, llmchat.STEP_COST)
+            yield now_s, "  [%d/83] g++ -c /a/%s" % (n, name)
+
+    def test_steps_say_how_far_and_how_long(self):
+        steps = self.told([(0, "Building wheel"), (1, "  [1/4] g++ -c /a/x.cpp"), (2, "  warning: y"), (3, "[ 2/4] g++ -c /a/y.cpp")])
+        self.assertEqual([(step["event"], step["done"], step["total"], step["text"]) for step in steps if step["text"] == "y.cpp"][0],
+                         ("step", 2, 4, "y.cpp"))
+        self.assertEqual(self.told([(1, "[ 50%] Building C object x.c.o")])[0]["total"], 100)    # make's
+        self.assertEqual(self.told([(1, "collect2: fine"), (2, "")]), [])
+
+    def test_time_left_is_learnt(self):
+        """Foretold ten times too little and too much: half way it is right within a third."""
+        lines = list(self.build((0, 0.5)))
+        for expected_s in (15, 150, 1500):
+            steps = self.told(lines, expected_s)
+            middle = next(step for step in steps if step["done"] == 30)
+            true_s = lines[-1][0] - lines[29][0]
+            self.assertLess(abs(middle["left_s"] - true_s), true_s / 3, expected_s)
+            self.assertLess(steps[-1]["left_s"], 2)
+
+    def test_a_machine_that_becomes_busy(self):
+        lines = list(self.build((0, 0.5), (31, 2)))
+        before, after = (next(step for step in self.told(lines) if step["done"] == n)["left_s"] for n in (30, 55))
+        true_s = lines[-1][0] - lines[54][0]
+        self.assertGreater(after, true_s / 2)
+        self.assertLess(before, (lines[-1][0] - lines[29][0]) / 2)    # as nobody could know
+
+    def test_between_steps_it_counts_down(self):
+        lines = list(self.build((0, 1)))[:40]
+        last_s = lines[-1][0]
+        steps = self.told(lines + [(last_s + 10, ""), (last_s + 10.1, ""), (last_s + 1000, "")])
+        at_step, later, much_later = steps[-3:]
+        self.assertEqual(at_step["left_s"] - later["left_s"], 10)
+        self.assertGreater(much_later["left_s"], 0)
 
 
 class InstallTest(unittest.TestCase):
@@ -634,10 +791,9 @@ class InstallTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "copies an environment with its links")
     def test_upgrade(self):
-        (home, folder), wheels = new_home(), tempfile.mkdtemp(dir=FOLDER)
+        (home, folder), wheels = new_home(), pack_wheels()
         place = os.path.join(folder, "engine")
         shutil.copytree(os.path.dirname(os.path.dirname(install())), place, symlinks=True)
-        subprocess.run([ENGINE, "-c", PACK_WHEELS, wheels], check=True)
         env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull, **home)
         before, argv = os.stat(place).st_ino, [llmchat.env_python(place), SCRIPT, "--install", "--upgrade"]    # by the one that it replaces
         upgrade = lambda: subprocess.run(argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
@@ -647,7 +803,7 @@ class InstallTest(unittest.TestCase):
         wheel = next(name for name in os.listdir(wheels) if name.startswith("llama_cpp_python"))
         repack(os.path.join(wheels, wheel), "0.9999.0")
         done = upgrade()
-        self.assertRegex(done.stdout, r"replied(?s:.*)The engine is installed: llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)")
+        self.assertRegex(done.stdout, r"replied rightly(?s:.*)The engine is installed: llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)")
         self.assertEqual([name for name in sorted(os.listdir(folder)) if name.startswith("engine")], ["engine", "engine.lock"])
         self.assertIn("is the newest", upgrade().stdout)    # the Python in the new place works
 
@@ -663,12 +819,12 @@ class InstallTest(unittest.TestCase):
                 if left[0] < 0:
                     os._exit(9)
                 rename(*paths)
-            def make_env(work, *_):
-                os.makedirs(work, exist_ok=True)
-                shutil.copytree(sys.argv[2], os.path.join(work, "env"), symlinks=True)
+            def make(installer, *_):
+                os.makedirs(os.path.dirname(installer.folder), exist_ok=True)
+                shutil.copytree(sys.argv[2], installer.folder, symlinks=True)
                 os.rename = die
-            llmchat.make_env = make_env
-            sys.exit(llmchat.install_engine(print))
+            llmchat.Installer.make = make
+            sys.exit(llmchat.install_engine(lambda *_, **__: None))
         """
         home, place = new_home()
         env = dict(ENV, PIP_NO_INDEX="1", **home)
@@ -687,7 +843,7 @@ class InstallTest(unittest.TestCase):
         before = os.stat(install()).st_ino
         argv = [ENGINE, SCRIPT, "--install"]
         with subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8") as first:
-            read_until(first, "pip")
+            read_until(first, "environment")
             second = subprocess.run(argv, env=ENV, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
             first.send_signal(signal.SIGTERM)
             read_until(first, "nothing has changed")
@@ -738,13 +894,12 @@ class WheelTest(unittest.TestCase):
         with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(llmchat, "WHEEL_INDEX", index.url + "/%s/"), \
                 mock.patch.object(llmchat, "handle_signals"), \
                 mock.patch.object(llmchat, "probe_install", lambda gpu: PLAIN_MACHINE._replace(instruction_sets=AVX2_CPU, **facts)):
-            llmchat.replace_env(place, place + ".new-1", "", said.append)
+            llmchat.replace_env(place, place + ".new-1", "", lambda event, text="", **_: said.append(text))
         return "\n".join(said), llmchat.env_python(place)
 
     def packed(self):
         """(the engine's wheel, the folder of what it depends on)."""
-        folder = tempfile.mkdtemp(dir=FOLDER)
-        subprocess.run([ENGINE, "-c", PACK_WHEELS, folder], check=True)
+        folder = pack_wheels()
         name = next(name for name in os.listdir(folder) if name.startswith("llama_cpp_python"))
         return os.path.join(folder, name), folder
 
@@ -764,8 +919,157 @@ class WheelTest(unittest.TestCase):
         data = read_bytes(new)
         os.remove(new)
         said, python = self.install_from((os.path.basename(new), data), links)
-        self.assertRegex(said, r"(?s)error: .*won't do here, so the engine is compiled.*replied")
+        self.assertRegex(said, r"(?s)won't do here, so the engine is compiled.*replied")
         self.assertTrue(llmchat.engine_version(python).startswith("0.3."), said)
+
+
+# A source package whose build takes no time: llama-cpp-python as the engine's Python has it, but that its first decode
+# crashes unless the flag is among CMAKE_ARGS.
+BRITTLE_BACKEND = """
+import base64, os, zipfile
+def build_wheel(folder, *_):
+    name = "llama_cpp_python-0.9999.0-py3-none-any.whl"
+    package = open("package.py").read().replace("@FLAGS@", repr(os.environ.get("CMAKE_ARGS", "")))
+    info = "llama_cpp_python-0.9999.0.dist-info/"
+    with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
+        wheel.writestr("llama_cpp/__init__.py", "__version__ = '0.9999.0'")
+        wheel.writestr("llama_cpp/llama_cpp.py", package)
+        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.9999.0\\n")
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "RECORD", "")
+    return name
+"""
+BRITTLE_PACKAGE = """
+import os, sys
+__file__ = %r
+sys.modules["llama_cpp"].__path__.append(os.path.dirname(__file__))
+exec(compile(open(__file__).read(), __file__, "exec"))
+if %r not in @FLAGS@:
+    def llama_decode(*_):
+        os.kill(os.getpid(), 11)
+"""
+BRITTLE_PROJECT = """[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+[project]
+name = "llama_cpp_python"
+version = "0.9999.0"
+"""
+
+
+@unittest.skipUnless(POSIX, "an engine that dies of a signal")
+class TrialTest(unittest.TestCase):
+    """Of an engine: a quantised model whose reply is known."""
+    def test_model(self):
+        path = os.path.join(FOLDER, "trial.gguf")
+        llmchat.write_trial_model(path)
+        header = read_gguf_header(path, full=True)
+        kinds = {kind for _, kind in header.tensors}
+        self.assertEqual(kinds, {0, 2, 8, 12, 14})    # F32 (norms), Q4_0, Q8_0, Q4_K, Q6_K
+        self.assertEqual(header.n_tensors, 3 + 9 * len(llmchat.TRIAL_LAYERS))
+        self.assertIn("replied rightly", llmchat.try_engine(ENGINE))
+
+    def test_all_kinds_of_kernels_run(self):
+        """Many tokens in a batch (the engine begins with 16, and goes on as fast as the machine is), then single ones."""
+        script = """if True:
+            import llmchat, os, sys
+            api = llmchat.import_llama()
+            sizes, decode = [], api.llama_decode
+            def count(context, batch):
+                sizes.append(batch.n_tokens)
+                return decode(context, batch)
+            api.llama_decode = count
+            said = []
+            engine = llmchat.LlamaEngine(api, lambda event, **fields: said.append(event), llmchat.StopFlag())
+            llmchat.write_trial_model(sys.argv[1])
+            engine.load(sys.argv[1], llmchat.Wishes(n_ctx=512))
+            engine.chat([{"role": "user", "content": llmchat.TRIAL_PROMPT}], llmchat.Sampling(temperature=0, max_tokens=8))
+            print(sizes)
+        """
+        done = subprocess.run([ENGINE, "-c", script, os.path.join(FOLDER, "trial.gguf")], env=ENV, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        sizes = json.loads(done.stdout.splitlines()[-1])
+        self.assertGreaterEqual(sizes[0], 16, done.stderr)
+        self.assertEqual(sizes[-7:], [1] * 7)
+        self.assertGreater(sum(sizes), 32 + 7)
+
+    def brittle(self, flag):
+        """A folder with the source package that crashes without this flag, and with what else the installer needs."""
+        import io, tarfile
+        code = "import llmchat; print(llmchat.import_llama().__file__)"
+        real = subprocess.check_output([ENGINE, "-c", code], env=ENV, encoding="utf-8").strip()
+        folder = pack_wheels()
+        os.remove(next(os.path.join(folder, name) for name in os.listdir(folder) if name.startswith("llama_cpp")))
+        files = {"PKG-INFO": "Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: 0.9999.0\n", "pyproject.toml": BRITTLE_PROJECT,
+                 "backend.py": BRITTLE_BACKEND, "package.py": BRITTLE_PACKAGE % (real, flag)}
+        with tarfile.open(os.path.join(folder, "llama_cpp_python-0.9999.0.tar.gz"), "w:gz") as archive:
+            for name, text in files.items():
+                info = tarfile.TarInfo("llama_cpp_python-0.9999.0/" + name)
+                info.size = len(text.encode())
+                archive.addfile(info, io.BytesIO(text.encode()))
+        return folder
+
+    def install(self, flag, **facts):
+        """(exit status of the installer with that package, what it said, the engine's folder)."""
+        place = os.path.join(tempfile.mkdtemp(dir=FOLDER), "llmchat")
+        env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=self.brittle(flag), PIP_CONFIG_FILE=os.devnull,
+                   XDG_DATA_HOME=os.path.dirname(place), HOME=os.path.dirname(place))
+        said = []
+        with mock.patch.dict(os.environ, env, clear=True), mock.patch.object(llmchat, "handle_signals"), \
+                mock.patch.object(llmchat, "probe_install", lambda gpu: PLAIN_MACHINE._replace(**facts)):
+            status = llmchat.install_engine(lambda event, text="", **_: said.append((event, text)))
+            folder = os.path.join(llmchat.data_dir(), "engine")
+        return status, said, folder
+
+    def test_an_engine_that_crashes_is_built_again(self):
+        status, said, folder = self.install("-DGGML_CPU_REPACK=OFF")
+        words = "\n".join(text for _, text in said)
+        self.assertEqual(status, 0, words)
+        self.assertRegex(words, r"(?s)crashes when it computes with a quantised model \(SIGSEGV\)\. So it is built again, without "
+                                "the rearranging of weights.*replied rightly")
+        self.assertEqual(words.count("built again"), 1)
+        self.assertEqual([event for event, _ in said if event != "said"], ["done"])
+        self.assertTrue(os.path.exists(llmchat.env_python(folder)))
+
+    def test_amx_is_what_is_left_out_first(self):
+        status, said, _ = self.install("-DGGML_NATIVE=OFF", instruction_sets=(*AVX512_CPU, "AMX"))
+        words = "\n".join(text for _, text in said)
+        self.assertEqual(status, 0, words)
+        self.assertRegex(words, "(?s)built again, without AMX.*built again, without all but the oldest.*replied rightly")
+
+    def test_one_that_never_works_takes_nobody_s_place(self):
+        status, said, folder = self.install("no such flag")
+        self.assertEqual(status, 1)
+        self.assertEqual(sum("built again" in text for _, text in said), 2)
+        self.assertEqual(said[-1][0], "failed")
+        self.assertIn("Nothing that can be left out has helped", said[-1][1])
+        self.assertEqual([name for name in os.listdir(os.path.dirname(folder)) if name.startswith("engine")], ["engine.lock"])
+
+    def stand_in(self, *lines):
+        """An engine process that says this and then does the last."""
+        path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "python")
+        with open(path, "w") as file:
+            file.write("\n".join(("#!/bin/sh",) + lines))
+        os.chmod(path, 0o755)
+        return path
+
+    def test_crashes_and_nonsense(self):
+        loaded = "echo '{\"event\": \"loaded\"}'"
+        with mock.patch.dict(os.environ, ENV):
+            for lines, kind, words in ((("kill -SEGV $$",), llmchat.EngineCrash, "SIGSEGV"),
+                                       ((loaded, "kill -ILL $$"), llmchat.EngineCrash, "newer CPU"),
+                                       ((loaded, "exit 7"), ModelError, "exit status 7")):
+                with self.assertRaises(kind) as caught:
+                    llmchat.try_engine(self.stand_in(*lines))
+                self.assertIs(type(caught.exception), kind)
+                self.assertIn(words, str(caught.exception))
+            wrong = self.stand_in("echo '{\"event\": \"text\", \"text\": \"zzz\"}'", "echo '{\"event\": \"done\"}'")
+            with self.assertRaisesRegex(llmchat.EngineCrash, "nonsense"):
+                llmchat.try_engine(wrong)
+            level, _, text = llmchat.check_engine(self.stand_in("kill -SEGV $$"))[0]
+            self.assertEqual(level, "error")
+            self.assertRegex(text, "--install$")
 
 
 # -- the engine process --
@@ -2277,7 +2581,7 @@ class DoctorTest(unittest.TestCase):
 
     def test_bad_folders(self):
         status, found = self.doctor(XDG_DATA_HOME=TALK, LOCALAPPDATA=TALK, HOME=TALK)    # a file, so it can't be written to, not by root either
-        self.assertEqual((status, found["folder"][0], found["engine"][0]), (1, "problem", "problem"))
+        self.assertEqual((status, found["folder"][0], found["engine"][0]), (1, "problem", "ok"))
         surroundings, place = new_home()
         os.makedirs(place, mode=0o755)
         with open(os.path.join(place, "settings.json"), "w") as file:
@@ -5148,6 +5452,13 @@ class UpdateTest(unittest.TestCase):
         state, effects = play(state, "[enter]")
         self.assertEqual((state.engine, effects, play(state, "[esc]")[1]), (Condition.INSTALLING, (InstallEngine(),), (StopInstall(),)))
         self.assertEqual(play(state, Installed(1))[0].engine, Condition.OFF)
+        step = {"event": "step", "done": 35, "total": 70, "left_s": 70, "text": "ops.cpp"}
+        busy = play(state, InstallSaid(step))[0]
+        self.assertEqual((busy.progress, busy.doing), (0.5, "compiling 35/70, 1:10 left"))
+        self.assertIn("compiling 35/70, 1:10 left", "".join(rows_of(busy)))
+        told = play(busy, InstallSaid({"event": "said", "text": "One.\nTwo."}), InstallSaid({"event": "failed", "text": "No."}))[0]
+        self.assertEqual([(line.level, line.text) for line in told.log[-3:]], [("dim", "One."), ("dim", "Two."), ("error", "No.")])
+        self.assertEqual(play(told, InstallSaid({"event": "done"}))[0], told)
         state, effects = play(state, "hello", "[enter]", Installed(0))
         self.assertEqual((effects[0], asked(play(state, LOADED)[1])), (StartEngine(), ["hello"]))
 
