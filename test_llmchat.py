@@ -423,9 +423,9 @@ class Engine:
         self.send("chat", id=self.request, messages=messages, sampling=list(sampling),
                   chat=chat, begun=begun, think=think)
 
-    def chat(self, messages, **sampling):
+    def chat(self, messages, **options):
         """(the whole reply, the "done" event)."""
-        self.ask(messages, **sampling)
+        self.ask(messages, **options)
         done = self.wait_for("done", "failed", id=self.request)
         return "".join(self.texts()), done
 
@@ -1231,6 +1231,96 @@ class ReuseTest(unittest.TestCase):
         # … and the penalty counts the prompt's tokens, too: with all of ASCII in it, some first token changes
         first = lambda n, penalty: engine.chat("".join(map(chr, range(33, 127))) + "x" * n, max_tokens=1, repeat_penalty=penalty, repeat_last_n=200)[0]
         self.assertNotEqual([first(n, 1.0) for n in range(10)], [first(n, 5.0) for n in range(10)])
+
+
+@lru_cache(maxsize=None)
+def smollm2():
+    """The path of SmolLM2-135M-Instruct, which the script's own --download fetches where the variable names none."""
+    path = os.environ.get("LLMCHAT_SMOLLM2", "")
+    if not os.path.isfile(path):
+        done = subprocess.run([sys.executable, SCRIPT, "--download", "smollm2:135m"], env=ENV, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, encoding="utf-8")
+        path = done.stdout.strip()
+        if done.returncode:
+            raise AssertionError("the real model could not be fetched: " + done.stderr)
+    return path
+
+
+class RealModelTest(unittest.TestCase):
+    """What people feel, with a real model: SmolLM2-135M-Instruct Q4_1, whose template is ChatML."""
+    CAPITAL = "Name the capital of France."
+
+    def setUp(self):
+        self.engine = Engine(self, smollm2(), n_ctx=2048)
+
+    def fresh(self, history, **options):
+        """What an engine says that has read nothing before."""
+        return Engine(self, smollm2(), n_ctx=2048).chat(history, max_tokens=40, **options)[0]
+
+    def test_names_the_capital(self):
+        text, done = self.engine.chat(self.CAPITAL)
+        self.assertIn("Paris", text)
+        self.assertEqual(done["reason"], "end")
+        self.assertNotIn("<|", text)
+
+    def test_second_turn_reads_only_what_is_new(self):
+        history = [user(self.CAPITAL)]
+        text, first = self.engine.chat(history)
+        history += [assistant(text), user("And of Italy?")]
+        _, second = self.engine.chat(history, max_tokens=40)
+        self.assertGreaterEqual(second["n_reused"], first["n_used"] - 1)
+        self.assertLess(second["n_read"], 25)
+
+    def test_retry_and_edit_give_what_a_fresh_engine_gives(self):
+        history = [user(self.CAPITAL)]
+        first = self.engine.chat(history, max_tokens=40)[0]
+        self.assertEqual(self.engine.chat(history, max_tokens=40)[0], first)
+        self.assertEqual(self.fresh(history), first)
+        history = [user("Name the capital of Italy.")]
+        edited_text, done = self.engine.chat(history, max_tokens=40)
+        self.assertGreater(done["n_reused"], 10)
+        self.assertEqual(self.fresh(history), edited_text)
+
+    def test_stop_and_go_on_as_if_nothing_had_happened(self):
+        question = [user("Count from one to fifty in words.")]
+        whole = self.fresh(question)
+        self.engine.ask(question, max_tokens=40)
+        self.engine.wait_for("text")
+        self.engine.send("stop")
+        self.engine.wait_for("done")
+        begun = "".join(self.engine.texts())
+        self.assertTrue(begun and whole.startswith(begun), (begun, whole))
+        rest = self.engine.chat(question, begun=begun, max_tokens=30)[0]
+        self.assertEqual(whole[:len(begun + rest)], (begun + rest)[:len(whole)])
+
+    def test_restart_with_the_state_on_disk(self):
+        states = tempfile.mkdtemp(dir=FOLDER)
+        history = [user(self.CAPITAL)]
+        before = Engine(self, smollm2(), states=states, n_ctx=2048)
+        text, done = before.chat(history, chat="kept", max_tokens=40)
+        before.send("quit")
+        before.process.wait(LIMIT_S)
+        history += [assistant(text), user("And of Italy?")]
+        after = Engine(self, smollm2(), states=states, n_ctx=2048)
+        second, told = after.chat(history, chat="kept", max_tokens=40)
+        self.assertGreaterEqual(told["n_reused"], done["n_used"] - 2)
+        never_left = Engine(self, smollm2(), n_ctx=2048)
+        never_left.chat(history[:1], max_tokens=40)
+        self.assertEqual(never_left.chat(history, max_tokens=40)[0], second)
+
+    def test_marks_in_a_message_are_plain_text(self):
+        """<|im_end|> is a control token of this model; in people's words it is nine tokens of text."""
+        plain = self.engine.chat("Say hi.", max_tokens=1)[1]
+        marked = self.engine.chat("Say hi.<|im_end|>", max_tokens=1)[1]
+        total = lambda done: done["n_read"] + done["n_reused"]
+        self.assertGreater(total(marked), total(plain) + 3)
+
+    def test_one_shot(self):
+        done = subprocess.run([ENGINE, SCRIPT, smollm2(), "--temp", "0", "-p", self.CAPITAL], env=ENV, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("Paris", done.stdout)
+        self.assertNotIn("<|im_end|>", done.stdout)
 
 
 class TemplateTest(unittest.TestCase):
@@ -3047,352 +3137,6 @@ class PlanTest(unittest.TestCase):
         self.assertFalse(llmchat.probe_bytes_per_s(here)[1])
 
     def test_machines(self):
-        cpu = "/sys/devices/system/cpu/cpu%d/"
-        each = lambda name, values: {cpu % n + name: str(value) for n, value in enumerate(values)}
-        pairs = lambda n: each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(n)])
-        limits = {"/proc/self/cgroup": "0::/", "/sys/fs/cgroup/cpu.max": "200000 100000", "/sys/fs/cgroup/memory.max": "536870912",
-                  "/sys/fs/cgroup/memory.current": "1048576", "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 1000000 kB\nSwapTotal: 8 kB\n"}
-        old = {"/sys/devices/system/node/online": "0-1\n"}
-        wanted = "physical_cores fast_cores usable_cores numa_nodes container_cores container_bytes swap_total_bytes".split()
-        for name, n_threads, files, found in (
-                ("Pi", 4, each("cpufreq/cpuinfo_max_freq", [1500000] * 4), (4, 0, 4, 1, 0, 0, 0)),
-                ("phone", 8, each("cpu_capacity", [250] * 4 + [800] * 3 + [1024]), (8, 4, 4, 1, 0, 0, 0)),
-                ("old phone, told by its clocks", 8, each("cpufreq/cpuinfo_max_freq", [1400000] * 4 + [2000000] * 4), (8, 4, 4, 1, 0, 0, 0)),
-                ("P and E cores", 24, dict(each("topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(16)]),
-                                           **{"/sys/devices/cpu_core/cpus": "0-15", "/sys/devices/cpu_atom/cpus": "16-23\n"}), (16, 8, 8, 1, 0, 0, 0)),
-                ("only E cores", 4, {"/sys/devices/cpu_atom/cpus": "0-3"}, (4, 0, 4, 1, 0, 0, 0)),
-                ("one favoured core", 4, each("cpufreq/cpuinfo_max_freq", [5000000, 4600000, 4600000, 4600000]), (4, 0, 4, 1, 0, 0, 0)),
-                ("two sockets", 128, dict(pairs(128), **old), (64, 0, 64, 2, 0, 0, 0)),
-                ("container", 64, dict(pairs(64), **limits), (32, 0, 2, 1, 2, 512 << 20, 8192)),
-                ("garbage", 2, dict({key: "\0\xff-, 7x" for key in list(limits) + list(old) + ["/proc/cpuinfo"]}, **each("cpu_capacity", "xy")),
-                 (2, 0, 2, 1, 0, 0, 0))):
-            h = self.probe(n_threads, files)
-            self.assertEqual(tuple(getattr(h, field) for field in wanted), found, name)
-            self.assertTrue(all(llmchat.describe_hardware(h) + llmchat.describe_details(h)), name)
-        line = llmchat.describe_hardware(self.probe(64, dict(pairs(64), **limits)))[0]
-        self.assertIn("32 cores (64 threads), the container grants 2, 2 used", line)
-
-    def test_gpus_of_the_system(self):
-        card = "/sys/class/drm/card%d/device/"
-        amd = {card % 1 + "vendor": "0x1002\n", card % 1 + "mem_info_vram_total": "17179869184\n", card % 1 + "mem_info_vram_used": "0"}
-        intel, nvidia = {card % 0 + "vendor": "0x8086\n"}, {card % 2 + "vendor": "0x10de"}
-        for files, devices, found in (
-                (intel, (), [("Intel GPU", "vulkan", 0)]), (dict(intel, **amd), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
-                (amd, ("/dev/kfd",), [("AMD GPU", "rocm", 16 * GB)]), (nvidia, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
-                (nvidia, (), [("NVIDIA GPU", "vulkan", 0)]), ({}, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]), ({card % 0 + "vendor": "?"}, (), [])):
-            self.assertEqual([gpu[:3] for gpu in self.probe(2, files, devices).seen_gpus], found)
-
-    @unittest.skipUnless(POSIX, "a shell script plays nvidia-smi")
-    def test_nvidia_smi(self):
-        folder = tempfile.mkdtemp(dir=FOLDER)
-        for script, found in (("echo 'Tesla X, 81559, 80000'; echo 'odd'", [("Tesla X", "cuda", 81559 << 20, 80000 << 20, False)]),
-                              ("exec sleep 1000", []), ("printf '\\377\\0,,'; exit 9", []), ("kill -9 $$", [])):
-            with open(os.path.join(folder, "nvidia-smi"), "w") as file:
-                file.write("#!/bin/sh\n%s\n" % script)
-            os.chmod(file.name, 0o755)
-            with mock.patch.dict(os.environ, PATH=folder + os.pathsep + os.environ["PATH"]):
-                self.assertEqual(list(map(tuple, llmchat.probe_nvidia().get("seen_gpus", ()))), found, script)
-
-    def test_advice(self):
-        h = machine(8, 4)._replace(instruction_sets=("SSE4.2", "AVX", "AVX2", "AVX-512"), build=("AVX", "AVX2"))
-        nvidia, amd, intel = llmchat.Gpu("RTX", "cuda", 0, 0), llmchat.Gpu("AMD GPU", "rocm", 8 * GB, 0), llmchat.Gpu("Intel GPU", "vulkan", 0, 0)
-        for facts, words in (
-                (dict(build=()), []), (dict(build=h.instruction_sets[1:]), []), (dict(), ["CPU's AVX-512 isn't used.*--install$"]),
-                (dict(instruction_sets=("AVX",)), [r"newer CPU and will crash: yours lacks AVX2\. .*--install$"]), (dict(instruction_sets=()), []),
-                (dict(gpus=(nvidia,), seen_gpus=(nvidia,)), []), (dict(build=(), seen_gpus=(intel,)), []),
-                (dict(build=(), seen_gpus=(intel, nvidia)), ["RTX isn't used.*--install --gpu cuda$"]),
-                (dict(seen_gpus=(amd,)), ["AMD GPU isn't used.*--gpu rocm$", "AVX-512"])):
-            texts = [text for _, text in llmchat.plan_upgrade(h._replace(**facts))]
-            self.assertEqual(len(texts), len(words), (facts, texts))
-            for text, wanted in zip(texts, words):
-                self.assertRegex(text, wanted)
-
-    def test_linux_memory(self):
-        meminfo = "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:   60 kB\nActive(anon): 7 kB\n"
-        limit = lambda limit, used, stat="", **more: dict(
-            cgroup="0::/app\n", meminfo=meminfo, app_memory_max=limit, app_memory_current=used, app_memory_stat=stat, **more)
-        for files, kilobytes in (
-                (dict(meminfo=meminfo), (100, 60)), (dict(meminfo="odd"), (0, 0)), ({}, (0, 0)),
-                (dict(meminfo="MemTotal: 9 kB\nMemFree: 1 kB\nBuffers: 2 kB\nCached: 3 kB"), (9, 6)),
-                (limit("max", "5"), (100, 60)), (limit("9223372036854771712\n", "5"), (100, 60)),
-                (limit("51200\n", "20480\n"), (50, 30)), (limit("51200", "46080", "inactive_file 10240\nactive_file 5120\n"), (50, 20)),
-                (limit("51200", "46080", "inactive_file 0\ntotal_inactive_file 10240\n"), (50, 15)), (limit("51200", "61440"), (50, 0)),
-                (limit("51200", "20480", memory_max="40960", memory_current="30720"), (40, 10)),    # the group above is tighter
-                (dict(meminfo=meminfo, cgroup="5:memory:/", memory_memory_limit_in_bytes="51200", memory_memory_usage_in_bytes="1024"), (50, 49))):
-            found = self.on_linux(llmchat.probe_linux_ram, **files)
-            self.assertEqual((found["ram_total_bytes"], found["ram_free_bytes"]), tuple(n * 1024 for n in kilobytes), files)
-
-    def test_linux_cgroups(self):
-        root, v1 = "/sys/fs/cgroup/", "4:cpu,cpuacct:/box\n5:memory:/\nodd"
-        for text, folders in (("0::/../app/x\n", [root + "app/x/", root + "app/", root]), (v1, [root + "cpu/box/", root + "cpu/"]), ("", [])):
-            self.assertEqual(self.on_linux(llmchat.probe_cgroup_folders, "cpu", cgroup=text), folders)
-        for quota, n_cpus in (("max 100000", []), ("-1 100000", []), ("", []), ("50000 100000\n", [1]), ("250000 100000", [2]), ("1 0", [])):
-            self.assertEqual(self.on_linux(llmchat.probe_cgroup_quotas, cgroup="0::/", cpu_max=quota), n_cpus)
-        self.assertEqual(self.on_linux(llmchat.probe_cgroup_quotas, cgroup=v1, cpu_box_cpu_cfs_quota_us="300000\n",
-                                       cpu_box_cpu_cfs_period_us="100000\n", cpu_cpu_cfs_quota_us="-1\n", cpu_cpu_cfs_period_us="100000\n"), [3])
-
-    def test_macos(self):
-        vm_stat = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   40000.\nPages active: 9.\nPages inactive:  25536.\nPages wired down: 99.\n"
-        m1 = ("machdep.cpu.brand_string: Apple M1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\nhw.physicalcpu: 8\n"
-              "hw.logicalcpu: 8\nhw.perflevel0.physicalcpu: 4\nhw.memsize: 8589934592\n")
-        old = ("machdep.cpu.brand_string: Intel(R) Core(TM) i5\nmachdep.cpu.features: FPU SSE4.2 AVX1.0 F16C FMA\n"
-               "machdep.cpu.leaf7_features: BMI2 AVX2\nhw.physicalcpu: 2\nhw.logicalcpu: 4\nhw.memsize: 8589934592\n")
-        for chip, sysctl, vm, want in (
-                ("arm64", m1, vm_stat, ("Apple M1", ("NEON", "dot product"), 8, 8, 4, GB)),
-                ("x86_64", old, "", ("Intel(R) Core(TM) i5", ("SSE4.2", "AVX", "F16C", "FMA", "BMI2", "AVX2"), 2, 4, 2, 4 * GB)),
-                ("x86_64", "", "", ("x86_64", (), 1, 1, 1, 0))):
-            commands = {"/usr/sbin/sysctl": sysctl, "/usr/bin/vm_stat": vm}
-            with mock.patch.object(llmchat, "read_command", lambda *argv: commands[argv[0]]), mock.patch("platform.machine", lambda: chip):
-                h = llmchat.probe_macos()
-            self.assertEqual((h["cpu_name"], h["instruction_sets"], h["physical_cores"], h["logical_cores"], h["usable_cores"], h["ram_free_bytes"]), want)
-
-
-class HeaderTest(unittest.TestCase):
-    def fault(self, data, full=False, name="m.gguf"):
-        with self.assertRaises(ModelError) as caught:
-            read_gguf_header(write(data, name), full)
-        return str(caught.exception)
-
-    def test_quick_and_full(self):
-        path = write(gguf())
-        quick, full = read_gguf_header(path), read_gguf_header(path, full=True)
-        self.assertEqual((quick.n_tensors, quick.weight_bytes, llmchat.model_vocab(quick)), (2, full.file_bytes, 3000))
-        self.assertEqual((full.weight_bytes, llmchat.model_vocab(full), llmchat.model_quant(full)), (96 + 160, 3000, "Q4_K_M"))
-        turned = read_gguf_header(write(gguf(dict(VOCAB, **SHAPE))))
-        self.assertEqual((llmchat.model_layers(turned), llmchat.model_vocab(turned)), (4, 3000))
-        big = dict(SHAPE, **{"tokenizer.ggml.tokens": ["word%d" % n for n in range(60000)], "last": "here"})    # several reads
-        self.assertEqual(read_gguf_header(write(gguf(big)), full=True).metadata["last"], "here")
-        odd = {"general.architecture": [1, 2], "general.name": [3] * 9000, "llama.block_count": [4] * 9000, "tokenizer.ggml.tokens": "x"}
-        found = read_gguf_header(write(gguf(odd)))
-        self.assertEqual((llmchat.model_summary(found).split(":")[0], found.metadata["general.name"]), ("m.gguf", range(9000)))
-
-    def test_not_a_model(self):
-        for data, words in ((b"PK\x03\x04 zip", "PyTorch"), (b"\x80\x02}q", "pickle"), (b"<!DOCTYPE html>", "web page"),
-                            (b"version https://git-lfs.github.com/spec/v1", "LFS"), (b'\x40\0\0\0\0\0\0\0{"a":1}', "safetensors"),
-                            (bytes(99), "zeros"), (gguf(version=1), "version 1"), (b"GGUF\0\0\0\3", "big-endian"),
-                            (b"GGUF", "cut short"), (b"GGUF\3\0\0\0", "cut short"), (gguf()[:200], "cut short"),
-                            (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40) + bytes(99), "damaged"),
-                            (b"GGUF" + struct.pack("<IQQQII", 3, 0, 1, 0, 77, 0), "unknown type 77")):
-            self.assertIn(words, self.fault(data), data[:9])
-        self.assertIn("5 dimensions", self.fault(b"GGUF" + struct.pack("<IQQQI9Q", 3, 1, 0, 0, 5, *[1] * 9), full=True))
-        for path, words in (("bad\0name", "no file"), (os.devnull, "not an ordinary file")):
-            with self.assertRaisesRegex(ModelError, words):
-                read_gguf_header(path)
-
-    def test_truncated_tensors(self):
-        data = gguf(tensors=((256, 64, 12),) * 2, cut=5000)
-        read_gguf_header(write(data))
-        self.assertRegex(self.fault(data, full=True), "cut short: it has .* promises .*; download it again")
-        newer = read_gguf_header(write(gguf(tensors=((32, 1, 99), (32, 1, 8)))), full=True)    # an unknown type is llama.cpp's business
-        self.assertEqual(newer.weight_bytes, 96)
-
-    def test_split(self):
-        one = write(gguf(dict(SHAPE, **{"split.tensors.count": 3}), tensors=()), "a-00001-of-00002.gguf")
-        self.assertIn("a-00002-of-00003.gguf", self.fault(gguf(), name="a-00001-of-00003.gguf"))
-        two = one.replace("00001-of", "00002-of")
-        with open(two, "wb") as file:
-            file.write(gguf({}))
-        for path in (one, two):
-            both = read_gguf_header(path, full=True)
-            self.assertEqual((both.path, both.n_tensors), (one, 3))
-            self.assertEqual(both.file_bytes, os.path.getsize(one) + os.path.getsize(two))
-        llmchat.check_text_generator(both)
-
-    def test_fuzz(self):
-        """Whatever stands in a file, there is a header or a sentence, and no more memory is taken than for the file and a few keys."""
-        tensors = tuple((256, 8, kind) for kind in (0, 1, 8, 12))
-        base = gguf(dict(SHAPE, **{"x": [1, 2], "tokenizer.ggml.tokens": ["a"] * 30, "llama.attention.sliding_window_pattern": [1, 0, 1, 1],
-                                   "llama.attention.sliding_window": 64, "llama.expert_count": 4, "llama.ssm.inner_size": 9}), tensors)
-        rng, path, outcomes, most = random.Random(7), write(b""), set(), 0
-        self.addCleanup(tracemalloc.stop)
-        for n in range(10000):
-            data = bytearray(base)
-            for _ in range(rng.randint(1, 6)):
-                at = rng.randrange(len(data))
-                data[at: at + rng.choice((1, 8))] = rng.choice((b"\xff", b"\0", bytes([rng.randrange(256)]), b"\xff" * 8, b"", b"\x09",
-                                                                struct.pack("<Q", len(data) - at), struct.pack("<Q", 1 << 40)))
-            with open(path, "wb") as file:
-                file.write(data[: rng.choice((len(data), rng.randrange(len(data))))])
-            traced = n % 10 < 2           # it makes everything slow
-            tracemalloc.start() if traced else None
-            try:
-                found = read_gguf_header(path, full=n % 2 == 0)
-                most = max(most, tracemalloc.get_traced_memory()[1])
-                tracemalloc.stop()
-                if n % 5 < 2:
-                    plan_load(found, machine(4, 3)._replace(bytes_per_s=1e10))
-                llmchat.model_summary(found)
-                llmchat.check_text_generator(found)
-                outcomes.add("fine")
-            except ModelError as error:
-                most = max(most, tracemalloc.get_traced_memory()[1])
-                tracemalloc.stop()
-                outcomes.add("a sentence" if str(error).endswith(".") else str(error))
-        self.assertEqual(outcomes, {"fine", "a sentence"})
-        self.assertLess(most, len(base) + 60000)    # Python's objects for the keys
-
-
-class MeaningTest(unittest.TestCase):
-    def test_cannot_chat(self):
-        for keys, words in (({"general.architecture": "nomic-bert"}, "embedding"), ({"llama.pooling_type": 3}, "embedding"),
-                            ({"general.architecture": "t5"}, "T5"), ({"general.type": "mmproj"}, "eyes"),
-                            ({"general.type": "adapter"}, "LoRA"), ({"llama.attention.causal": False}, "embedding"),
-                            ({"general.architecture": ""}, "what kind"), ({"general.architecture": (1, 2)}, "what kind")):
-            with self.assertRaisesRegex(ModelError, words):
-                llmchat.check_text_generator(header(**keys))
-        with self.assertRaisesRegex(ModelError, "vocabulary"):
-            llmchat.check_text_generator(header()._replace(n_tensors=0))
-        llmchat.check_text_generator(header(**{"llama.pooling_type": 0}))
-
-    def test_names_and_sizes(self):
-        for path, want in (("a-Q4_K_M.gguf", "Q4_K_M"), ("q3-0.6b-q8_0.gguf", "Q8_0"), ("x.IQ2_XXS.gguf", "IQ2_XXS"), ("qwen3.gguf", "")):
-            self.assertEqual(llmchat.model_quant(header()._replace(path=path)), want)
-        self.assertEqual([llmchat.model_size(header(**more)) for more in ({}, {"general.size_label": "1.2B"})], ["~1.1B", "1.2B"])
-        for more, want in (({}, 16 * 8 * 128 * 2), ({"llama.attention.head_count_kv": (8, 0) * 8}, 8 * 8 * 128 * 2),
-                           ({"llama.full_attention_interval": 4}, 4 * 8 * 128 * 2), ({"llama.attention.shared_kv_layers": 6}, 10 * 8 * 128 * 2),
-                           ({"llama.attention.key_length": 128, "llama.attention.value_length": 128}, 16 * 8 * 256 * 2)):
-            self.assertEqual(llmchat.kv_bytes(header(**more), 1024, 128, "f16"), 1024 * want, more)
-        self.assertEqual(llmchat.kv_bytes(header(), 1000, 128, "q8_0"), 1024 * 16 * 8 * 128 * 34 / 32)    # in steps of 256 tokens
-
-    def test_load_failures_are_explained(self):
-        path, h = write(gguf()), machine(4, 3)
-        for log, words in (("ggml_aligned_malloc: failed to allocate CPU buffer of size 99", "memory.*3.0 GB of RAM"),
-                           ("allocating 9 MiB on device 0: cudaMalloc failed: out of memory", "GPU's memory is full"),
-                           ("x: wrong number of tensors; expected 9, got 8", "don't agree"),
-                           ("error loading model: vocabulary on fire\nfailed to load model", "says: vocabulary on fire"),
-                           ("foo: some error here", "some error here"), ("", "nothing")):
-            self.assertRegex(llmchat.explain_load_failure(path, log, h), words)
-
-
-class PlanTest(unittest.TestCase):
-    def test_memory_is_what_llama_cpp_takes(self):
-        """KV cache, states and compute buffer to the byte that its log rounds to, for each way in which models remember."""
-        for arch, wishes in (("llama", {}), ("llama", {"n_ctx": 3000, "n_ubatch": 64}), ("lfm2", {"n_ctx": 2048}), ("gemma3", {"n_ctx": 4096})):
-            path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
-            write_random_model(path, arch)
-            log = [e["text"] for e in Engine(self, path, **wishes).events if e["event"] == "log"]
-            took = lambda what: sum(float(size) for line in log for size in re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, line))
-            plan = plan_load(read_gguf_header(path, full=True), llmchat.probe_hardware(), Wishes(**wishes))
-            self.assertAlmostEqual(plan.memory.kv / 2 ** 20, took("KV|RS"), delta=0.02, msg=(arch, wishes, log))
-            self.assertAlmostEqual(plan.memory.compute / 2 ** 20, took("compute"), delta=0.4, msg=(arch, wishes))
-            self.assertAlmostEqual(plan.memory.weights / 2 ** 20, took("model"), delta=0.1)
-
-    def test_kv_cache_of_other_models(self):
-        windowed = {"general.architecture": "gemma3", "gemma3.block_count": 12, "gemma3.embedding_length": 256, "gemma3.attention.head_count": 4,
-                    "gemma3.attention.head_count_kv": 1, "gemma3.attention.sliding_window": 512}
-        one = 2 * 64 * 2                  # bytes for a token in a layer
-        for keys, want in ((windowed, one * (2 * 4096 + 10 * 768)),                       # 512 + 128 in steps of 256
-                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": (0,) * 12}), one * 12 * 4096),
-                           (dict(windowed, **{"gemma3.attention.sliding_window_pattern": 3}), one * (4 * 4096 + 8 * 768)),
-                           (dict(windowed, **{"gemma3.attention.key_length_swa": 32}), one * 2 * 4096 + (32 + 64) * 2 * 10 * 768),
-                           (dict(windowed, **{"gemma3.attention.shared_kv_layers": 2}), one * (1 * 4096 + 9 * 768)),
-                           (dict(windowed, **{"gemma3.nextn_predict_layers": 6}), one * (1 * 4096 + 5 * 768)),
-                           ({key.replace("gemma3", "llama"): "llama" if value == "gemma3" else value for key, value in windowed.items()}, one * 12 * 4096)):
-            self.assertEqual(llmchat.kv_bytes(llmchat.Header("m", 1, 1, keys, 1), 4096, 128, "f16"), want, keys)
-        mla = {"llama.attention.key_length": 576, "llama.attention.value_length": 512, "llama.attention.key_length_mla": 192}
-        self.assertEqual(llmchat.kv_bytes(header(n_kv=1, **mla), 1024, 128, "f16"), 16 * 576 * 2 * 1024)
-        mamba = {"llama.ssm.inner_size": 100, "llama.ssm.state_size": 10, "llama.ssm.conv_kernel": 4, "llama.ssm.group_count": 1}
-        self.assertEqual(llmchat.kv_bytes(header(n_heads=0, n_kv=0, **mamba), 1024, 128, "f16"), 16 * 4 * (1000 + 3 * 120))
-
-    def test_copies_and_what_a_token_reads(self):
-        tensors = {("token_embd", 8): 100, ("output", 14): 80, ("", 12): 400, ("experts", 12): 8000, ("rows", 8): 7}
-        moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(tensors=tensors)
-        read = lambda header: {kind: sum(n * share for k, n, share in llmchat.weights_used(header) if k == kind) for kind, _, _ in llmchat.weights_used(header)}
-        self.assertEqual(read(moe), {8: 0, 14: 80, 12: 900})
-        tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
-        self.assertEqual(read(tied), {8: 100, 12: 400})
-        for flags, copied in ((("AVX2",), 8400), (("NEON", "dot product"), 8480), (("AVX",), 0)):
-            self.assertEqual(llmchat.plan_memory(moe, machine(8, 8)._replace(instruction_sets=flags), 1024, 128, "f16").copied, copied)
-        plan = plan_load(header(2.0), machine(8, 6))
-        self.assertEqual(plan.memory.copied, int(2.0 * GB))
-        self.assertNotIn("while there is room", plan.lines[0])    # a guess; the tensors of a header read in full say it
-        whole = header(2.0)._replace(tensors={("", 12): 2 * GB})
-        self.assertIn("(4.3 GB while there is room)", plan_load(whole, machine(8, 6)).lines[0])
-        self.assertEqual(plan_load(header(2.0), machine(8, 6), Wishes(use_mmap=0)).memory.copied, 0)
-        self.assertEqual([plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict for on in (0, 1)], ["fits", "tight"])
-
-    def test_rates(self):
-        """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
-        fast = machine(64, 60)._replace(bytes_per_s=20e9, instruction_sets=("AVX2", "AVX-512 VNNI"))
-        rate = lambda header, hardware=fast, **wishes: plan_load(header, hardware, Wishes(**wishes)).rate
-        self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
-        self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
-        self.assertLess(rate(header(4.0), fast._replace(instruction_sets=("SSE4.2",))), 0.7 * rate(header(4.0)))
-        experts = {"llama.expert_count": 128, "llama.expert_used_count": 8, "llama.expert_feed_forward_length": 768}
-        self.assertGreater(rate(header(17.0, n_layers=48, n_ff=6144, **experts)), 6 * rate(header(17.0)))
-        self.assertEqual((rate(header(4.0), machine(64, 60)), rate(header(4.0), tuned_rate=3.5)), (0, 3.5))
-        gpu = machine(64, 60, 24)._replace(bytes_per_s=20e9)
-        self.assertEqual((rate(header(4.0), gpu), rate(header(4.0), gpu, n_gpu_layers=0) > 0), (0, True))
-        self.assertIn(", about 4.", plan_load(header(4.0), fast).lines[1])
-
-    def test_models_on_machines(self):
-        """Verdict, context and GPU layers of five models on six machines, as tables."""
-        models = [header(0.25, 24, 960, 15, 5, 2560, 8192), header(1.2, 28, 2048, 16, 8, 6144, 40960), header(4.6, 32, 4096, 32, 8, 14336, 131072),
-                  header(17.3, 48, 2048, 32, 4, 6144, 40960, **{"llama.expert_count": 128, "llama.expert_used_count": 8,
-                         "llama.expert_feed_forward_length": 768, "llama.attention.key_length": 128, "llama.attention.value_length": 128}),
-                  header(39.6, 80, 8192, 64, 8, 28672, 131072)]
-        old = machine(4, 2.9)._replace(instruction_sets=("SSE4.2", "AVX"))
-        numa = machine(256, 250)._replace(usable_cores=64, physical_cores=64, logical_cores=128)
-        for name, where, want in (
-                ("1 GB Pi", machine(0.9, 0.65), ["fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
-                ("laptop without AVX2", old, ["fits 8192 0", "fits 8192 0", "too big 1024 0", "too big 1024 0", "too big 1024 0"]),
-                ("8 GB GPU", machine(16, 12, 7.5), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "tight 8192 19", "too big 1024 14"]),
-                ("Apple, unified", machine(16, 11, 10.6, "Metal"), ["fits 8192 25", "fits 8192 29", "fits 8192 33", "too big 1024 28", "too big 1024 20"]),
-                ("64 cores", numa, ["fits 8192 0"] * 5),
-                ("container", machine(6, 5.5), ["fits 8192 0", "fits 8192 0", "tight 4096 0", "too big 1024 0", "too big 1024 0"])):
-            plans = [plan_load(model, where) for model in models]
-            self.assertEqual(["%s %d %d" % (p.verdict, p.n_ctx, p.n_gpu_layers) for p in plans], want, name)
-            self.assertEqual({plan.n_threads for plan in plans}, {where.usable_cores})
-
-    def test_ladder(self):
-        """Each step below a plan is smaller, is said, and the last one says that it is the last."""
-        model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
-        plans, rung = [], 0
-        while not plans or plans[-1].next:
-            plans.append(plan_load(model, where, Wishes(rung=rung)))
-            rung += 1
-        self.assertEqual([(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
-                         [(plans[0].n_gpu_layers // 2, 8192, 512, "f16"), (0, 8192, 512, "f16"), (0, 4096, 512, "f16"), (0, 2048, 512, "f16"),
-                          (0, 1024, 512, "f16"), (0, 1024, 32, "f16"), (0, 1024, 32, "q8_0"), (0, 1024, 32, "q4_0")])
-        self.assertEqual([p.next for p in plans][1:], ["0 layers on the GPU", "a context of 4,096 tokens", "a context of 2,048 tokens", "a context of 1,024 tokens",
-                         "batches of 32 tokens", "the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""])
-        self.assertIn("context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, KV cache in q4_0 to fit", plans[-1].lines[1])
-        self.assertEqual(plan_load(model, where, Wishes(rung=99))[:4], plans[-1][:4])
-        asked = plan_load(model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16"))    # what is wished for stays
-        self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
-        self.assertIn("what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16", plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0])
-        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.1 GB would fit")
-        odd = header(4.0, **{"llama.attention.key_length": 80})    # quantised types come in blocks of 32
-        self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
-
-    def test_what_engines_found_is_known_later(self):
-        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)):
-            here = llmchat.probe_hardware()._replace(gpus=machine(1, 1, 8).gpus)
-            measured = [(4e9, False)] * 3 + [(3e9, True), (20e9, False), (9e9, True), (5e9, True)]
-            with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=measured)):    # never an eighth time
-                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)    # an engine doesn't measure
-                self.assertEqual(llmchat.known_hardware().bytes_per_s, 4e9)    # the machine is busy: that isn't kept
-                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)
-                for want in (9e9, 9e9, 9e9):
-                    known = llmchat.known_hardware()
-                    self.assertEqual((known.gpus, known.bytes_per_s), (here.gpus, want))
-                    self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, want)
-            for text in ("{", "[]", '{"%s": 3}', '{"%s": {"gpus": 3, "bytes_per_s": []}}', '{"%s": {"gpus": [[1]], "bytes_per_s": [1]}}'):
-                with open(os.path.join(llmchat.data_dir(), "machine.json"), "w") as file:
-                    file.write(text.replace("%s", llmchat.machine_key(here)))
-                self.assertEqual(llmchat.known_hardware().gpus, (), text)
-        rate, _ = llmchat.probe_bytes_per_s(here._replace(ram_free_bytes=64 << 20))
-        self.assertTrue(1e8 < rate < 1e13, rate)
-
-    def test_a_busy_machine_is_seen(self):
-        """Twice as many threads as cores copy, so each has a core for half of the time."""
-        here = llmchat.probe_hardware()._replace(ram_free_bytes=64 << 20)
-        n = 4 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4 * os.cpu_count()
-        _, is_idle = llmchat.probe_bytes_per_s(here._replace(physical_cores=n, fast_cores=0, usable_cores=n) if "usable_cores" in here._fields
-                                               else here._replace(physical_cores=n, container_cores=0, fast_cores=0))
-        self.assertEqual(is_idle, os.name == "nt")
-
-    def test_machines(self):
         small = dict(weight_gb=0.4, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
         big = dict(weight_gb=4.6, n_layers=32, n_embd=4096, n_heads=32, n_kv=8, n_ff=14336)
         for shape, where, n_ctx, verdict, words in (
@@ -4069,6 +3813,14 @@ def ready(*turns, **fields):
     """A state with a model loaded and these turns behind it."""
     model = ModelInfo("Tiny", "llama 1B", 4096)
     return State(**dict(dict(settings=Settings("m.gguf"), engine=Condition.READY, model=model, chat=Chat(turns)), **fields))
+
+
+def said_by_download(event, **fields):
+    return llmchat.DownloadSaid(dict(fields, event=event))
+
+
+def screen_text(state):
+    return "\n".join("".join(text for text, _ in line) for line in view(state).lines)
 
 
 def add_errors(state, *lines):
@@ -5371,7 +5123,7 @@ class UpdateTest(unittest.TestCase):
             self.assertEqual((closed.dialog, closed.draft.text, effects), (None, "", ()), key)
         _, effects = play(State(), ModelsFound((a_model("a.gguf"), a_model("b.gguf")), ""), "[down]", "[down]", "[enter]")
         self.assertEqual(sent(effects, "load")[0]["path"], "b.gguf")
-        self.assertIn("--demo", notices(play(State(), ModelsFound((), ""))[0])[0])
+        self.assertIn("--setup", notices(play(State(needs=llmchat.Needs(False, True)), ModelsFound((), ""))[0])[0])
 
     def test_help_is_searched_and_fits_the_window(self):
         state = play(ready(columns=120, rows=40), "[f1]", "SCRO", "ll")[0]
@@ -5446,12 +5198,17 @@ class UpdateTest(unittest.TestCase):
         state, _ = play(ready(engine=Condition.LOADING, rung=4, next_rung="less"), said("failed", during="load", text="No room."))
         self.assertEqual((state.engine, state.rung, state.next_rung), (Condition.OFF, 0, ""))
 
-    def test_install_question(self):
-        state, _ = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
-        self.assertEqual((state.engine, state.dialog.kind, play(state, "[esc]")[1]), (Condition.MISSING, "install", ()))
+    def test_setup_of_the_engine(self):
+        """The model is here, the engine isn't: one key gets it, and the message is answered then."""
+        state, effects = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
+        self.assertEqual((state.engine, effects), (Condition.MISSING, (llmchat.ProbeNeeds(True),)))
+        state, effects = play(state, llmchat.NeedsProbed(llmchat.Needs(True, False, 130.0)))
+        self.assertEqual((state.dialog.kind, effects, play(state, "[esc]")[0].dialog), ("setup", (), None))
+        self.assertIn("about 2 min", screen_text(state))
         state, effects = play(state, "[enter]")
-        self.assertEqual((state.engine, effects, play(state, "[esc]")[1]), (Condition.INSTALLING, (InstallEngine(),), (StopInstall(),)))
-        self.assertEqual(play(state, Installed(1))[0].engine, Condition.OFF)
+        self.assertEqual((state.engine, effects), (Condition.INSTALLING, (InstallEngine(),)))
+        self.assertEqual(play(state, "[esc]")[1], (StopInstall(),))
+        self.assertEqual(play(state, Installed(1))[0].engine, Condition.MISSING)
         step = {"event": "step", "done": 35, "total": 70, "left_s": 70, "text": "ops.cpp"}
         busy = play(state, InstallSaid(step))[0]
         self.assertEqual((busy.progress, busy.doing), (0.5, "compiling 35/70, 1:10 left"))
@@ -5461,6 +5218,72 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(play(told, InstallSaid({"event": "done"}))[0], told)
         state, effects = play(state, "hello", "[enter]", Installed(0))
         self.assertEqual((effects[0], asked(play(state, LOADED)[1])), (StartEngine(), ["hello"]))
+
+    def test_setup_of_engine_and_model(self):
+        """Nothing is here: one screen, one key, both side by side; what was written meanwhile is answered."""
+        small = llmchat.SMALL_MODEL.name
+        offered = (a_model("hf:org/repo:m.gguf", "better", source="to fetch"),)
+        state, effects = play(State(wanted="", columns=110), ModelsFound(offered, ""))
+        self.assertEqual((state.dialog.kind, effects), ("setup", (llmchat.ProbeNeeds(False),)))
+        self.assertIn("Looking at this machine", screen_text(state))
+        needs = llmchat.Needs(True, True, 130.0, ("A C++ compiler is missing. To get one: get it",))
+        state, effects = play(state, llmchat.NeedsProbed(needs))
+        self.assertEqual((state.engine, state.dialog.kind, effects), (Condition.MISSING, "setup", ()))
+        for wanted in ("Two things are needed", "about 2 min", small, "To get one: get it", "[Enter] get both", "[m]", "[q] quit"):
+            self.assertIn(wanted, screen_text(state))
+        self.assertEqual(play(state, "q")[1], (Quit(),))
+        listed, _ = play(state, "m")
+        self.assertEqual((listed.dialog.kind, listed.dialog.entries), ("models", offered))
+        chosen, effects = play(listed, "[enter]")
+        self.assertEqual((chosen.engine, effects), (Condition.INSTALLING, (InstallEngine(), Download("hf:org/repo:m.gguf"))))
+
+        state, effects = play(state, "[enter]")
+        self.assertEqual((state.engine, effects), (Condition.INSTALLING, (InstallEngine(), Download(small))))
+        state, effects = play(state, "hello", "[enter]")
+        self.assertEqual((state.chat.waiting, effects), (True, ()))
+        fetching = said_by_download("fetching", done=30, total=100, rate=1.0)
+        state, _ = play(state, said_by_download("begun", total=100, parts=["x"]), fetching)
+        self.assertRegex(screen_text(state), r"(?s)engine +░+.*model +█+░+ +30 %")
+        self.assertEqual(play(state, "[esc]")[1], (StopInstall(), llmchat.StopDownload()))
+        done = said_by_download("done", path="/models/small.gguf")
+        for events in ((Installed(0), done), (done, Installed(0))):    # whichever is there first
+            there, effects = play(state, *events)
+            self.assertEqual([type(effect) for effect in effects], [StartEngine, SendEngine])
+            self.assertEqual(effects[1].message["path"], "/models/small.gguf")
+            self.assertEqual(asked(play(there, LOADED)[1]), ["hello"])
+
+    def test_setup_goes_on_after_an_interruption(self):
+        state = llmchat.with_storage(State(wanted=""))
+        state, _ = play(state, ModelsFound((), ""), llmchat.NeedsProbed(llmchat.Needs(True, True, 9.0)))
+        _, effects = play(state, "[enter]")
+        kept = effects[0].arguments
+        self.assertEqual(kept[:2], ("settings.json", ""))
+        later = State(settings=Settings(kept={"": kept[2]}), wanted="")
+        _, effects = play(later, ModelsFound((), ""), llmchat.NeedsProbed(llmchat.Needs(False, True)))
+        self.assertEqual(effects[-1], Download(llmchat.SMALL_MODEL.name))
+        lacking = llmchat.Needs(True, True, 9.0, ("No network.",))
+        state, effects = play(later, ModelsFound((), ""), llmchat.NeedsProbed(lacking))
+        self.assertEqual((state.dialog.kind, effects), ("setup", (llmchat.ProbeNeeds(False),)))
+
+    def test_better_model_is_named_once(self):
+        """Under the first answer of the small model; F5 fetches it, and it is loaded when the reply has ended."""
+        state = llmchat.with_storage(ready(settings=Settings("/models/" + llmchat.SMALL_MODEL.file)))
+        done = said("done", id=1, reason="end", n_written=2, n_read=3, n_reused=0, n_used=5, rate=9.0, first_s=0.1, read_s=0.1, write_s=0.2)
+        state, effects = play(state, "hi", "[enter]", said("text", id=1, text="Ho", rate=9.0, n_used=4), done)
+        self.assertIn(Store("find_better", ()), effects)
+        entry = a_model("hf:org/repo:m.gguf", "better:4b", source="to fetch", rate=11.0, n_bytes=2 << 30)
+        state, effects = play(state, llmchat.BetterFound(entry))
+        self.assertRegex(state.chat.turns[-1].text, r"better:4b \(about 11 tokens/s here, 2.0 GB to fetch\)\. F5 fetches it")
+        self.assertEqual(effects[0].arguments[2]["better"], "better:4b")
+        state, effects = play(state, "[f5]")
+        self.assertEqual(effects, (Download("hf:org/repo:m.gguf"),))
+        state, effects = play(state, "more", "[enter]", said("text", id=2, text="Ho", rate=9.0, n_used=4),
+                              said_by_download("done", path="/models/better.gguf"))
+        self.assertEqual([effect for effect in effects if isinstance(effect, (StartEngine, Download))], [])
+        state, effects = play(state, done._replace(message=dict(done.message, id=2)))
+        self.assertNotIn(Store("find_better", ()), effects)
+        loads = [effect.message["path"] for effect in effects if isinstance(effect, SendEngine)]
+        self.assertEqual(loads, ["/models/better.gguf"])
 
     def test_keys_are_documented(self):
         helps = [(k, llmchat.command_help(n)) for k, n in llmchat.KEYS.items()] + [(k, llmchat.EDITS[n][0]) for k, n in llmchat.EDIT_KEYS.items()]
@@ -5981,7 +5804,7 @@ class ViewTest(unittest.TestCase):
     def random_state(self, dice, columns, rows):
         words, draft, choose = lambda n: random_text(dice, n), random_text(dice, dice.choice((3, 90))), dice.choice
         turns = tuple(Turn(choose(("user", "assistant", "notice")), words(60), words(9)) for _ in range(dice.randrange(6)))
-        dialogs = (None, None, Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))), Dialog("install"), Dialog("models", index=dice.randrange(9), query=choose(("", "e")), entries=tuple(
+        dialogs = (None, None, Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))), Dialog("setup"), Dialog("models", index=dice.randrange(9), query=choose(("", "e")), entries=tuple(
                        a_model(words(9), words(40), quant=words(3), rate=9 * dice.random(), n_bytes=n << 28, note=choose(("", words(30))),
                                verdict=choose(("fits", "tight", ""))) for n in range(40))))
         return State(
@@ -6058,7 +5881,7 @@ class ViewTest(unittest.TestCase):
     def test_ascii_frame(self):
         state = ready(Turn("user", "hi"), Turn("assistant", "there " * 299, "note"), columns=100, rows=20, progress=0.5,
                       settings=Settings("m.gguf", unicode=False), engine=Condition.LOADING, chat_scroll=Scroll(0, 0))
-        for dialog in (None, Dialog("help"), Dialog("install"), Dialog("models", entries=(a_model("a"), a_model("b")))):
+        for dialog in (None, Dialog("help"), Dialog("setup"), Dialog("models", entries=(a_model("a"), a_model("b")))):
             self.assertTrue("".join(rows_of(state._replace(dialog=dialog))).isascii(), dialog)
         self.assertIn("v more below", "\n".join(rows_of(state)))
 
