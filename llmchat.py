@@ -4705,10 +4705,8 @@ def probe_needs(has_model: bool) -> Needs:
     if needs.engine:
         probe = probe_install("")
         plan = plan_install(probe)
-        needs = needs._replace(engine_s=plan_seconds(plan, probe.n_cpus, read_kept("install.json")))
+        needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed, read_kept("install.json")))
         lacking += plan.problems
-        if not probe.has_compiler:
-            lacking.append("A C++ compiler is missing. To get one: %s" % COMPILER_HINTS[probe.platform])
     free_bytes = shutil.disk_usage(data_dir()).free
     if needs.model and free_bytes < SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes:
         lacking.append("The disk has only %s free in %s: make room." % (format_bytes(free_bytes), data_dir()))
