@@ -6856,7 +6856,8 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
     return add_log(state, LogLine(level, text)), ()
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
-    return state._replace(engine=Condition.MISSING), (ProbeNeeds(bool(state.settings.model_path)),)
+    state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or Dialog("setup"))
+    return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
 def on_needs_probed(state: State, event: NeedsProbed) -> Change:
     """The first screen names what is lacking; what a setup before has begun goes on."""
@@ -8557,6 +8558,8 @@ class Plain:
         plan = [line for line in plan if line.level in ("warn", "error")][:1] if self.quiet else plan    # that it doesn't fit
         for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
             self.note(line.text)
+        if now.dialog and now.dialog.kind == "setup" and now.needs and now.needs != before.needs:
+            self.show_needs(now.needs)
         rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
         if rows and self.quiet and now.dialog.kind == "models":
             self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
@@ -8577,6 +8580,15 @@ class Plain:
             self.progress_shown = True
             progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
             draw_status(describe_fetch(now.fetch) if fetches else progress)
+
+    def show_needs(self, needs: Needs) -> None:
+        """What is lacking, and the command that gets it."""
+        self.status = 1
+        rows = ["%s (%s)" % (what, cost) for what, _, cost in setup_rows(needs)]
+        text = "To chat, %s still needed: python3 llmchat.py --setup gets %s."
+        self.note(text % (" and ".join(rows) + (" are" if len(rows) > 1 else " is"), "both" if len(rows) > 1 else "it"))
+        for text in needs.lacking:
+            self.note(text)
 
     def set_up(self) -> bool:
         """Get what is lacking, side by side, and load the model; whether all of it is there then."""
@@ -8600,7 +8612,8 @@ class Plain:
     def settle(self) -> None:
         """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
         fetches = lambda: self.state.fetch and self.state.fetch.stop != "paused"
-        while (is_busy(self.state) or self.state.attaching or self.state.engine is Condition.INSTALLING or self.state.wanted is not None or fetches()
+        probes = lambda: self.state.dialog and self.state.dialog.kind == "setup" and not self.state.needs
+        while (is_busy(self.state) or self.state.attaching or self.state.engine is Condition.INSTALLING or probes() or self.state.wanted is not None or fetches()
                or self.runner.mailbox.events or self.state.engine in (Condition.STARTING, Condition.LOADING)):
             try:
                 self.runner.mailbox.wait(None)

@@ -2265,6 +2265,12 @@ class Headless:
                     return self
         return self
 
+    def step(self):
+        """Handle what has come, for a moment."""
+        self.runner.mailbox.wait(0.1)
+        for event in self.runner.mailbox.take():
+            self.handle(event)
+
     def ask(self, text, *conditions):
         self.handle(llmchat.Submitted(text))
         return self.wait(*conditions)
@@ -2368,7 +2374,21 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
 
     def test_no_engine(self):
         window = Headless(self, MIND, engine="").wait(Condition.MISSING)
-        self.assertIn("/install", window.said("notice")[0])
+        wait_until(lambda: window.step() or window.state.needs)
+        self.assertEqual((window.state.dialog.kind, window.state.needs[:2]), ("setup", (True, False)))
+
+    def test_no_engine_in_plain_mode_and_one_shot(self):
+        """What is lacking and the command that gets it are told there, too."""
+        home, _ = new_home()
+        script = os.path.join(home["HOME"], "llmchat.py")
+        with open(script, "w", encoding="utf-8") as file:
+            file.write(llmchat.read_text(SCRIPT).replace("def engine_python() -> str:", 'def engine_python() -> str:\n    return ""', 1))
+        for arguments in ((MIND, "--plain"), (MIND, "-p", "hi"), ("-p", "hi")):
+            done = subprocess.run([sys.executable, script, *arguments], env=dict(ENV, PIP_NO_INDEX="1", **home), stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=home["HOME"])
+            self.assertEqual((done.returncode, done.stdout.strip()), (1, ""), done.stderr)
+            self.assertRegex(done.stderr, "To chat, the engine .* needed: python3 llmchat.py --setup gets (it|both)")
+            self.assertEqual("a model" in done.stderr, MIND not in arguments)
 
 
 # Goes behind a copy of the program: the real engine, but it dies at the first decode unless it is used with enough caution.
@@ -5335,7 +5355,8 @@ class ModelListTest(unittest.TestCase):
         model = ready().model._replace(path="/m/huge.gguf")
         state = play(State(columns=80, rows=24, model=model), ModelsFound(self.ENTRIES, ""))[0]
         self.assertEqual((state.dialog.index, "in use, also giant" in "\n".join(rows_of(state)[-6:])), (2, True))
-        only = play(State(columns=120, rows=24), ModelsFound(self.ENTRIES[3:4], ""))[0]
+        needs = llmchat.Needs(False, True)    # the first screen has been seen
+        only = play(State(columns=120, rows=24, needs=needs), ModelsFound(self.ENTRIES[3:4], ""))[0]
         self.assertIn("Models to fetch: Enter gets one", rows_of(only)[1])
 
     def test_columns_follow_the_width(self):
@@ -5373,7 +5394,7 @@ class ModelListTest(unittest.TestCase):
     def test_moving_and_choosing(self):
         for keys, name in (("down", "dolphin"), ("down,down,up", "dolphin"), ("end", "bad"), ("pgdn", "bad"), ("end,up", "fetch"), ("end,home", "alpha"), ("up", "alpha")):
             self.assertIn("*" + name, "\n".join(self.rows(*("[%s]" % key for key in keys.split(",")))))
-        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf"),))
+        self.assertEqual(self.open("[end]", "[up]", "[enter]")[1], (Download("hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)))
         busy = play(ready(), "hello", "[enter]")[0]
         state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
         self.assertEqual((effects, state.hint, state.chat), ((), "Stop the reply first (Esc)", busy.chat))
@@ -5425,8 +5446,8 @@ class ModelListTest(unittest.TestCase):
         for wanted in ("hf:org/other", "hf:org/other:Q4_0", "https://huggingface.co/org/other"):
             self.assertEqual(play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted),))
         asks, effects = play(State(), ModelsFound(self.ENTRIES, "org/other:Q4_0"))    # it may be a misspelt path, which nobody else is to know
-        self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0"),)))
-        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf"),))
+        self.assertEqual((effects, play(asks, "[enter]")[1]), ((), (Download("hf:org/other:Q4_0"), llmchat.ProbeNeeds(True))))
+        self.assertEqual(play(State(), ModelsFound(self.ENTRIES, "fetch"))[1], (Download("hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)))
         self.assertIn("Not on this machine: Enter fetches it", "\n".join(rows_of(play(asks, Resized(40, 12))[0])))
         self.assertEqual((play(asks, "[esc]")[0].dialog, asks.dialog.query), (None, "org/other:Q4_0"))
         twins = (a_model("/a/t.gguf", "t", n_bytes=1), a_model("/b/t.gguf", "t", n_bytes=2))
