@@ -640,9 +640,20 @@ Change = Tuple[State, Tuple[Any, ...]]    # what update() and the commands retur
 @lru_cache(maxsize=None)
 def char_cells(char: str) -> int:
     """Columns one character takes, as wcwidth(3) and so curses counts them: 0, 1 or 2."""
-    if unicodedata.category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff":
+    category = unicodedata.category(char)
+    if category == "Cn":                  # not assigned when this Python was made: pictures are wide
+        return 2 if "\U0001f300" <= char <= "\U0001faff" or char >= "\U00020000" else 1
+    if category in ("Mn", "Me", "Cf"):
+        return 1 if char in DRAWN_FORMATS else 0
+    if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7fb":    # parts of Hangul syllables
         return 0
+    if "\u3248" <= char <= "\u324f" or "\u4dc0" <= char <= "\u4dff":    # numbers in squares, hexagrams
+        return 2
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+# Format characters (Cf) that are drawn: the soft hyphen, and signs of Arabic, Syriac and Kaithi that stand over numbers
+DRAWN_FORMATS = ("\xad\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2"
+                 "\U000110bd\U000110cd")
 
 def cells(text: str) -> int:
     """Columns a text takes on the screen."""
@@ -668,8 +679,18 @@ def _pattern(name: str) -> Any:
     path = r"""("[^"]+"|'[^']+'|(?:\\ |\S)*[^\s.,;:!?)])"""    # quoted, or its spaces escaped; without a full stop
     return re.compile({
         "path": path, "@path": r"""(?<![^\s"'(])@""" + path,
-        # C0 and C1 controls, DEL, surrogates, bidirectional overrides and isolates, line separators
-        "unsafe": "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff]",
+        "odd": "[%s\u1160-\u11ff%s]" % (ODD, LOOKS),
+        # which of the odd ones belong where they stand: joiners in the scripts that write with them, one selector of
+        # a variant after what has variants, joiners and skin colours of pictures, the flags of England, Scotland, Wales
+        "shown": r"""(?P<joiner>(?<=[{0}])[\u200c\u200d](?=[{0}]))
+            |(?P<look>(?<=[^\x00-\x20{2}{3}])[\ufe0e\ufe0f]|(?<=[^\x00-\x7f{2}{3}])[\ufe00-\ufe0d]
+                |(?<=[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fffd])[\U000e0100-\U000e01ef]
+                |(?<=[{1}\ufe0f])\u200d(?=[{1}])|(?<=[{1}])[\U0001f3fb-\U0001f3ff]
+                |(?<=\U0001f3f4)\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074
+                    |\U000e0077\U000e006c\U000e0073)\U000e007f)
+            |(?P<soft>\xad)|(?P<odd>[{2}\ufe00-\ufe0f])""".format(
+            "\u0600-\u109f\u1780-\u18af\ua840-\uabff\U00010a00-\U00011fff",
+            "\xa9\xae\u203c-\u3299\U0001f000-\U0001faff", ODD, LOOKS),
         # white space, one wide character (a line may break on either side of it), or a word
         "words": "[ \\t]+|[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
                  "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
@@ -706,37 +727,81 @@ def _pattern(name: str) -> Any:
             |(?:\x1b\[|[\x9b\udc9b])(?!\d\d?[$])(?:[0-?]{0,256}[\ -/]{0,9}
                 |\[|M[^\x00-\x1f]{0,2}|t[^\x00-\x1f]?|T[^\x00-\x1f]{0,5}))\Z""",
         "string_end": "\x1b\\\\|[\x07\x9c\udc9c]|[\x00-\x06\x0e-\x1f]",
-        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name in ("inline", "key", "unfinished") else 0)
+        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name in ("inline", "key", "unfinished", "shown") else 0)
 
-def _visible(match: Any) -> str:
-    code = ord(match.group())
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7f else "\ufffd"
+# For classes of characters: controls (C0, C1, DEL), surrogates, marks that reorder, line separators; the soft hyphen,
+# and all that is invisible (Unicode's Default_Ignorable_Code_Point), in which words can hide from people
+ODD = ("\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\ud800-\udfff\u2028\u2029\\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+       "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+       "\U0001d173-\U0001d17a\U000e0000-\U000e0fff")
+LOOKS = "\ufe00-\ufe0f\U0001f3fb-\U0001f3ff"    # selectors of variants and of skin colours
+
+def _show_odd(match: Any, soft: str, keep_looks: bool) -> str:
+    """What is shown for a match of the pattern "shown"."""
+    char, kind = match.group(), match.lastgroup
+    if kind == "joiner" or kind == "look" and keep_looks:
+        return char
+    if kind in ("look", "soft"):
+        return soft if kind == "soft" else ""
+    if char < " ":
+        return chr(0x2400 + ord(char))
+    return "\u2421" if char == "\x7f" else "\ufffd"
 
 def clean(text: str) -> str:
-    """Text that can't move the cursor, change colours or reorder what is shown; newlines stay, tabs become spaces."""
+    """Text that can't move the cursor, change colours, reorder what is shown or hide; newlines stay, tabs become spaces.
+
+    Soft hyphens are dropped, and what chooses a variant: terminals don't agree on the width of such pictures."""
     text = text.replace("\r\n", "\n").expandtabs(4)
-    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text)
+    return _show(text, "", False)
+
+def _show(text: str, soft: str, keep_looks: bool) -> str:
+    if text.isascii() and text.isprintable() or not _pattern("odd").search(text):
+        return text
+    if not keep_looks:
+        text = unicodedata.normalize("NFC", text)    # curses draws only the first part of a Hangul syllable
+    return _pattern("shown").sub(lambda match: _show_odd(match, soft, keep_looks), text)
+
+def clean_row(text: str) -> str:
+    """The same for a name, title or other single line; soft hyphens are drawn."""
+    return _show(text.replace("\t", " ").replace("\n", " "), "-", False)
+
+def clean_name(text: str, width: int) -> str:
+    """The beginning of it, as much as fits into so many columns; quick, however long the text is."""
+    return take_cells(clean_row(text[:8 * max(0, width)]), max(0, width))
 
 def strip_ansi(text: str) -> str:
     """A log line without its colour codes."""
     return _pattern("ansi").sub("", text) if "\x1b" in text else text
 
+def end_of_cells(text: str, start: int, end: int, width: int) -> int:
+    """Where text[start:end] stops fitting into `width` columns; one character fits always."""
+    if text.isascii():
+        return min(end, start + max(1, width))
+    used = char_cells(text[start])
+    for at in range(start + 1, end):
+        used += char_cells(text[at])
+        if used > width:
+            return at
+    return end
+
 def break_rows(text: str, width: int) -> List[Tuple[int, int]]:
     """Where a text breaks into rows of at most `width` columns: (start, end) of each, without the spaces at its end."""
-    rows, start, at, used = [], 0, 0, 0
-    for word in _pattern("words").findall(text):
+    rows: List[Tuple[int, int]] = []
+    start = at = used = 0
+    for found in _pattern("words").finditer(text):
+        word, end = found.group(), found.end()
         n = cells(word)
         if used + n > width and word[0] != " ":    # spaces may hang over the edge: the break swallows them
             if text[start:at].strip(" "):
                 rows.append((start, at))
             start, used = at, 0
             while n > width:
-                head = take_cells(word, width) or word[0]
-                rows.append((at, at + len(head)))
-                start = at = at + len(head)
-                word = word[len(head):]
-                n = cells(word)
-        at, used = at + len(word), used + n
+                at = end_of_cells(text, start, end, width)
+                rows.append((start, at))
+                n -= cells(text[start:at])
+                start = at
+        at = end
+        used += n
     if at > start or not rows:
         rows.append((start, at))
     return [(start, start + len(text[start:end].rstrip(" "))) for start, end in rows]
@@ -907,7 +972,7 @@ EDITS = {  # name: (help line, draft -> draft)
 def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
     """The draft broken at words into rows of `width` columns: (index of the first character, text); spaces hang over the edge."""
     rows, start = [], 0
-    for paragraph in map(clean_row, text.split("\n")):
+    for paragraph in map(clean_draft, text.split("\n")):
         starts = [at for at, _ in break_rows(paragraph, width)] + [len(paragraph)]
         starts = [0] * (starts[0] > 0) + starts    # spaces that the first break swallowed
         rows += [(start + at, paragraph[at:end]) for at, end in zip(starts, starts[1:])]
@@ -922,9 +987,9 @@ def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
     row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
     return row, min(width, cells(rows[row][1][:draft.cursor - rows[row][0]]))
 
-def clean_row(text: str) -> str:
-    """One row of the draft with control characters shown in one cell each."""
-    return text if text.isprintable() else _pattern("unsafe").sub(_visible, text.replace("\t", " ").replace("\n", " "))
+def clean_draft(text: str) -> str:
+    """One row of the draft, in which each character is one still."""
+    return _show(text.replace("\t", " ").replace("\n", " "), "-", True)
 
 # -- Markdown as styled lines: one line of it at a time, so that a reply can be laid out while it grows --
 
@@ -964,7 +1029,17 @@ def cut_spans(spans: Line, start: int, end: int) -> Line:
 
 @lru_cache(maxsize=256)
 def wrap_spans(spans: Line, width: int) -> Tuple[Line, ...]:
-    return tuple(cut_spans(spans, start, end) for start, end in break_rows("".join(text for text, _ in spans), width))
+    rows, first, offset = [], 0, 0        # offset: where spans[first] begins
+    for start, end in break_rows("".join(text for text, _ in spans), width):
+        while first < len(spans) and offset + len(spans[first][0]) <= start:
+            offset += len(spans[first][0])
+            first += 1
+        last, after = first, offset
+        while last < len(spans) and after < end:
+            after += len(spans[last][0])
+            last += 1
+        rows.append(cut_spans(spans[first:last], start - offset, end - offset))
+    return tuple(rows)
 
 @lru_cache(maxsize=256)
 def inline_spans(text: str, base: str) -> Line:
@@ -1264,8 +1339,12 @@ def turn_lines(turn: Turn, look: Look) -> Tuple[Line, ...]:
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     """A line of the log; what is wrapped hangs by two columns."""
-    first, *more = wrap(clean(entry.text), width - 2)
-    rows = [" " + first] + ["   " + row for row in wrap(" ".join(more), width - 4) if more]
+    rows: List[str] = []
+    for paragraph in clean(entry.text).split("\n"):
+        end = break_rows(paragraph, max(1, width - 2 if not rows else width - 4))[0][1]
+        more = paragraph[end:].lstrip(" ")
+        rows.append((" " if not rows else "   ") + paragraph[:end])
+        rows += ["   " + row for row in wrap(more, width - 4) if more]
     return tuple(((row, entry.level),) for row in rows)
 
 # -- where things are --
@@ -6702,8 +6781,8 @@ def on_typed(state: State, event: Any) -> Change:
         return show_models(state, state.dialog.entries), ()
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
-    draft, insert = state.draft, edit_paste if isinstance(event, Pasted) else edit_insert
-    draft = insert(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
+    draft = state.draft
+    draft = edit_paste(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
     state = state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False)
     words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
     named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
@@ -7244,7 +7323,7 @@ def view(state: State) -> Frame:
 
 def query_end(dialog: Dialog, width: int) -> str:
     """As much of what was typed as there is room for."""
-    text = clean_row(dialog.query)[-width:]
+    text = clean_row(dialog.query[-8 * width:])[-width:]
     while cells(text) > width - 2:
         text = text[1:]
     return text
@@ -7310,7 +7389,7 @@ def view_menu(state: State, layout: Layout) -> List[Line]:
     if len(rows) > most:
         rows[most - 1:] = [("", "and %d more: type on, or F1 shows all" % (len(rows) - most + 1))]
     column = max((len(word) for word, _ in rows), default=0) + 2
-    return [fit(((" " + word.ljust(column), "bar"), (clean_row(meaning), "status")), layout.chat_width, "status") for word, meaning in rows]
+    return [fit(((" " + word.ljust(column), "bar"), (clean_name(meaning, layout.chat_width), "status")), layout.chat_width, "status") for word, meaning in rows]
 
 def view_top(state: State, layout: Layout, side: bool) -> Line:
     """The upper border with the titles of the panes; the one that scrolls is marked."""
@@ -7320,7 +7399,7 @@ def view_top(state: State, layout: Layout, side: bool) -> Line:
     chat = "system" if state.pane == "full" and not state.dialog else (" %s " % box["dot"]).join(filter(None, parts))
     panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
     for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
-        title = " %s " % take_cells(clean_row(title), max(0, width - 4))
+        title = " %s " % clean_name(title, width - 4)
         line += ((corner + box["h"], "frame"), (title, "title" if focused else "dim"), (box["h"] * (width - 1 - cells(title)), "frame"))
     return line + ((box["tr"], "frame"),)
 
@@ -7330,7 +7409,7 @@ def view_rule(state: State, width: int, more: bool) -> Line:
     text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
     cost = "%s of %s tokens: " % (format(n, ","), format(n_ctx, ",")) if n else ""
     names = "".join("[%s] " % file.name for file in state.files)
-    chips = take_cells(" " + cost + names, max(0, width - cells(text))) if names else ""
+    chips = clean_name(" " + cost + names, width - cells(text)) if names else ""
     room = width - cells(chips + text)
     return ((box["h"] * (room // 2), "frame"), (chips, "user" if n < n_ctx else "warn"), (text, "warn"),
             (box["h"] * (room - room // 2), "frame"))
@@ -7404,7 +7483,7 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
         text = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
     chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
-    note = wrap(clean_row(chosen.note), width - 2)[:3] if chosen and chosen.note and height > 9 else []
+    note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3] if chosen and chosen.note and height > 9 else []
     room -= len(note)
     while cells(text) >= width and ", " in text:
         text = text.rpartition(", ")[0]
@@ -7418,7 +7497,7 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     for i, item in enumerate(items[top:top + room], top):
         style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
                  VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
-        lines.append(fit(((" " + clean_row(item), style),), width, style if style == "select" else "text"))
+        lines.append(fit(((" " + clean_name(item, width), style),), width, style if style == "select" else "text"))
     lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
     return lines + [((" " + row, "dim"),) for row in note]
 
@@ -7496,7 +7575,7 @@ def view_status(state: State) -> Line:
         search, "" if search in state.draft.text else " (not found)")
     if hint:
         style = "alert" if state.quit_asked else "status"
-        return fit(((" " + clean_row(hint), style),), width, style)
+        return fit(((" " + clean_name(hint, width), style),), width, style)
     left: Line = ((" " + engine.value, "alert" if engine in (Condition.DEAD, Condition.MISSING) else "status"),)
     if engine is Condition.LOADING or engine is Condition.READING and state.doing:
         n = max(4, min(20, width // 5))

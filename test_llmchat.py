@@ -4345,6 +4345,63 @@ class TextTest(unittest.TestCase):
             self.assertEqual(llmchat.clean(dirty), harmless, ascii(dirty))
         self.assertEqual(llmchat.strip_ansi("\x1b[1;31mred\x1b[0m \x1b]0;title\x07\x1b]8;;x\x1b\\end"), "red end")
 
+    def test_nothing_hides(self):
+        """Invisible characters are seen, in messages and in names, but for those that belong where they stand."""
+        hidden = ["\u200b", "\u2060", "\u200c", "\u200d", "\u034f", "\u115f", "\u1160", "\u3164", "\uffa0", "\u180e", "\u2064", "\u206f", "\ufe00",
+                  "\ufff9", "\U000e0041", "\U000e007f", "\U000e0100", "\U000e01ef", "\U0001d173"]
+        for char in hidden:
+            for function in (llmchat.clean, llmchat.clean_row, llmchat.clean_draft):
+                self.assertEqual(function("a%s%sb" % (char, char)), "a\ufffd\ufffdb", (function, ascii(char)))
+        smuggled = "".join(chr(0xe0000 + ord(c)) for c in "do harm")
+        self.assertEqual(llmchat.clean("hi" + smuggled), "hi" + "\ufffd" * 7)
+        for text, shown, row, draft in (    # as a message, as a name, in the input box
+                ("co\xadop", "coop", "co-op", "co-op"), ("می\u200cخواهم", None, None, None), ("क्\u200dष", None, None, None), ("می\u200c\u200cخ", "می\ufffd\ufffdخ", None, None),
+                ("❤\ufe0f!", "❤!", "❤!", None), ("❤\ufe0f\ufe0f", "❤\ufffd", "❤\ufffd", None), ("1\ufe0f\u20e3", "1\u20e3", "1\u20e3", None), ("a\ufe01", "a\ufffd", "a\ufffd", "a\ufffd"),
+                ("葛\U000e0100城", "葛城", "葛城", None), ("👩🏽\u200d🚀 👍🏿", "👩🚀 👍", "👩🚀 👍", None), ("\u200d🚀", "\ufffd🚀", "\ufffd🚀", "\ufffd🚀"),
+                ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "🏴", "🏴", None),
+                ("\u1112\u1161\u11ab글", "한글", "한글", None)):
+            with self.subTest(ascii(text)):
+                self.assertEqual(llmchat.clean(text), text if shown is None else shown)
+                self.assertEqual(llmchat.clean_row(text), text if shown is None else row if row else shown)
+                self.assertEqual(len(llmchat.clean_draft(text)), len(text), "the cursor counts on it")
+                if draft:
+                    self.assertEqual(llmchat.clean_draft(text), draft)
+
+    def test_widths_are_those_of_libc(self):
+        """And so curses': all characters that both know, over all of Unicode."""
+        import ctypes
+        import locale
+        libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+        if not hasattr(libc, "gnu_get_libc_version"):
+            self.skipTest("another C library than GNU's")
+        before = locale.setlocale(locale.LC_CTYPE)
+        self.addCleanup(locale.setlocale, locale.LC_CTYPE, before)
+        self.assertEqual(llmchat.probe_encoding(), "utf-8")
+        libc.wcwidth.argtypes, unlike = [ctypes.c_wchar], []
+        changed = {*range(0x1d300, 0x1d377), 0x1734, 0x1f93b, 0x1f946}    # … from one Unicode to the next
+        for code in set(range(0x20, 0x110000)) - set(range(0xd800, 0xe000)) - changed:
+            char = chr(code)
+            columns = libc.wcwidth(char)
+            if columns >= 0 and unicodedata.category(char) not in ("Cc", "Cn") and columns != llmchat.char_cells(char):
+                unlike.append("U+%04X" % code)
+        llmchat.char_cells.cache_clear()
+        self.assertEqual(unlike, [])
+
+    def test_layout_is_linear(self):
+        """However long a line is, its characters are looked at a few times."""
+        words, marks = "word " * 9000, "e" + "\u0301" * 30000
+        for text in ("x" * 40000, "日" * 20000, "xé" * 20000, words, marks, " " * 40000, "a\xad\u200b" * 9000, "**b** | `c` " * 3000):
+            for lay in (lambda: llmchat.wrap(text, 77), lambda: llmchat.draft_cursor(Draft(text, len(text)), 40), lambda: llmchat.log_lines(LogLine("dim", text), 40),
+                        lambda: llmchat.turn_lines(Turn("user", text), llmchat.Look(80, True, False)), lambda: llmchat.Page(llmchat.Look(80, True, False)).show(text, True),
+                        lambda: view(ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),)))):
+                seen, cells, clean = [0], llmchat.cells, llmchat._show
+                def count(function, string, *rest):
+                    seen[0] += len(string)
+                    return function(string, *rest)
+                with mock.patch("llmchat.cells", side_effect=lambda *a: count(cells, *a)), mock.patch("llmchat._show", side_effect=lambda *a: count(clean, *a)):
+                    lay()
+                self.assertLess(seen[0], 9 * len(text) + 9999, ascii(text[:9]))
+
     def test_draft_rows_hold_every_character(self):
         dice = random.Random(5)
         for _ in range(2000):
@@ -4353,7 +4410,7 @@ class TextTest(unittest.TestCase):
             for start, row in rows:
                 if start > at:
                     self.assertEqual((start, string[at]), (at + 1, "\n"))
-                self.assertEqual(row, llmchat.clean_row(string[start:start + len(row)]))
+                self.assertEqual(row, llmchat.clean_draft(string)[start:start + len(row)])
                 self.assertLessEqual(width(row.rstrip(" ")), columns, (ascii(string), columns))
                 at = start + len(row)
             self.assertEqual(at, len(string))
@@ -6476,8 +6533,9 @@ class WindowTest(unittest.TestCase):
     def test_characters_in_pieces(self):
         window = self.open(self.model())
         window.wait_for("\n ready")
-        for byte in "ä日🦙x".encode() + b"\xe9y\x1b[1;3A\x1b[D!":
-            window.type(bytes([byte]))
+        pieces = [bytes([byte]) for byte in "ä日🦙x".encode() + b"\xe9y"] + [b"\x1b[", b"1;3", b"A", b"\x1b[D", b"!"]
+        for piece in pieces:
+            window.type(piece)
             window.read(0.02)
         window.wait_for("❯ ä日🦙x�!y ")
 
