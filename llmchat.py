@@ -1716,8 +1716,10 @@ def describe_fetch(fetch: Fetch) -> str:
     return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
 
 def describe_step(message: Dict[str, Any]) -> str:
-    """A step of --install: "compiling 35/83, 1:10 left"."""
-    return "%s %d/%d, %s left" % (message.get("doing", "compiling"), message["done"], message["total"], format_clock(message["left_s"]))
+    """A step of --install: "compiling 35/83, 1:10 left" or "fetching 12/76 MB, 3:00 left"."""
+    doing = message.get("doing", "compiling")
+    unit = " MB" if doing == "fetching" else ""
+    return "%s %d/%d%s, %s left" % (doing, message["done"], message["total"], unit, format_clock(message["left_s"]))
 
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
@@ -3961,7 +3963,6 @@ TRIAL_PROMPT = "9876543210ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba"
 TRIAL_REPLY = "bcdefghi"
 TRIAL_LIMIT_S = 120
 TRIAL_CRASHED = 3                     # exit status of --check-engine
-REAL_TRIAL = "SmolLM2-135M-Instruct.Q4_1.gguf"    # in our folder of models, it is tried as well
 
 def pack_value(value: Any) -> bytes:
     """A value of GGUF's metadata with its type before it: a string, an int (u32), a float (f32), or a list (its ints i32)."""
@@ -4112,6 +4113,7 @@ COMPILE_JOB_BYTES = 450_000_000       # what one compiler at work may need; meas
 GPU_JOB_BYTES = 1_000_000_000         # … and guessed
 LEAST_COMPILE_BYTES = 400_000_000     # with less, even one compiler spends its time in swapping
 COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 210}    # seconds of one core: "" measured, the others guessed
+LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
 REST_S = 40                           # … of all the rest
 GPU_BUILDS = (                        # (name, CMake flag, compiler, where, device, where), see is_here(): the first with both
     ("metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU", "/System/*/*/Metal.framework"),
@@ -4142,7 +4144,7 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
     (NO_NETWORK + "|timed out", "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
-    (r"No matching distribution", "There is no package for this machine, and none can be made without a C++ compiler."),
+    (r"No matching distribution", "The index that pip uses hasn't got it: see python3 -m pip config list."),
     (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
     (r"", "Mend what it names."))
 
@@ -4543,7 +4545,7 @@ def read_lines(child: Any) -> Iterable[str]:
 
 def explain_failure(tail: List[str], index_host: str = "") -> str:
     """What went wrong and what to do, from a command's last lines. index_host: the package index that can't be reached."""
-    if index_host:
+    if index_host and re.search("No matching distribution", "\n".join(tail)):
         return "The package index (%s) can't be reached: check the network or proxy, then install again." % index_host
     tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
     matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
@@ -4551,12 +4553,11 @@ def explain_failure(tail: List[str], index_host: str = "") -> str:
     return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
 def parse_lost_index(tail: List[str]) -> str:
-    """The host that pip has tried in vain to connect to; "" = it had no such trouble, or not more than slowness."""
-    for line in tail:
-        if "Retrying" in line and re.search(NO_NETWORK, line):
-            host = re.search(r"host='([^']+)'", line)
-            return host.group(1) if host else "as pip is set up"
-    return ""
+    """The host of the index that pip has tried in vain to connect to; "" = it had no such trouble, or not more than slowness."""
+    if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
+        return ""
+    index = re.search(r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)", "\n".join(tail))    # it says so where it isn't PyPI
+    return index.group(1) if index else "pypi.org"
 
 def end_group(child: Any) -> None:
     import signal, subprocess, time
@@ -4628,12 +4629,34 @@ class Installer:
             argv += ["--retries", "0", "--timeout", "3"]
         return argv + list(arguments)
 
-    def fetch(self, *arguments: str) -> None:
-        """Into self.got: the engine, as package or source, and what it needs. pip's cache holds it for the next time."""
-        import shutil
+    def fetch(self, then_s: float, *arguments: str) -> None:
+        """Into self.got: the engine, as package or source, and what it needs. pip's cache holds it for the next time.
+
+        then_s: what comes after it will take so long."""
+        import shutil, time
         shutil.rmtree(self.got, ignore_errors=True)
+        began: Dict[int, float] = {}
+        def hear(line: str) -> None:
+            told = re.match(r"Progress (\d+) of (\d+)$", line)
+            if told and int(told.group(2)) >= LARGE_DOWNLOAD_BYTES:
+                done, total = int(told.group(1)), int(told.group(2))
+                spent_s = time.monotonic() - began.setdefault(total, time.monotonic())
+                left_s = (total - done) * spent_s / max(1, done) + then_s
+                self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                          text="MB of " + ENGINE_PACKAGE, doing="fetching")
         # --prefer-binary, as a needed package's newest version may be without one for this system
-        self.run(self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments))
+        argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
+        if not self.probe.has_compiler:
+            argv += ["--only-binary", ENGINE_PACKAGE]
+        if self.tells_progress():
+            argv += ["--progress-bar", "raw"]
+        self.run(argv, hear)
+
+    def tells_progress(self) -> bool:
+        """Whether this pip can print it for programs; since 24.1."""
+        version = " ".join(find_packages(self.python, "pip-*.dist-info"))
+        numbers = re.search(r"pip-(\d+)\.(\d+)", version)
+        return bool(numbers) and (int(numbers.group(1)), int(numbers.group(2))) >= (24, 1)
 
     def install_got(self, hear: Any = lambda line: None, **variables: str) -> None:
         """Without pip's cache, as that doesn't tell a build with GPU from one without."""
@@ -4644,7 +4667,7 @@ class Installer:
         """Whether a ready-made package has come and passed its trial."""
         self.say("Fetching a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.fetch("--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
+            self.fetch(0, "--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
             self.install_got()
             fault = self.find_fault()
         except RuntimeError as error:
@@ -4660,8 +4683,7 @@ class Installer:
         """From source, where pip finds no package for this machine in the places that it is told."""
         import time
         self.say("Fetching %s." % ENGINE_PACKAGE)
-        only_ready = [] if self.probe.has_compiler else ["--only-binary", ENGINE_PACKAGE]
-        self.fetch(ENGINE_PACKAGE, *only_ready, *options)
+        self.fetch(expected_s, ENGINE_PACKAGE, *options)
         include = os.path.join(self.scratch, "slim.cmake")
         with open(include, "w", encoding="utf-8") as file:
             file.write(SLIM_CMAKE)
@@ -8934,9 +8956,8 @@ def try_engine(python: str) -> str:
     if reply != TRIAL_REPLY:
         raise EngineCrash("llama.cpp computes nonsense on this machine: it replied %r, not %r." % (reply, TRIAL_REPLY), 0)
     text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
-    real = os.path.join(data_dir(), "models", REAL_TRIAL)
-    if os.path.exists(real):
-        text += "; " + try_real_model(python, real)
+    if small_model_path():
+        text += "; " + try_real_model(python, small_model_path())
     return text
 
 def try_real_model(python: str, path: str) -> str:

@@ -692,14 +692,16 @@ class PlanInstallTest(unittest.TestCase):
         self.assertNotRegex(text, "__m512|Werror")
 
     def test_an_index_that_cannot_be_reached_is_one_sentence(self):
-        tail = ["Collecting pip", "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError"
+        tail = ["Collecting pip", "Looking in indexes: https://me:word@pypi.example/simple, https://other.example/", "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError"
                 "(\"HTTPSConnection(host='pypi.example', port=443): Failed to establish a new connection\")': /simple/pip/"]
         host = llmchat.parse_lost_index(tail)
-        self.assertEqual(host, "pypi.example")
+        self.assertEqual((host, llmchat.parse_lost_index(tail[2:])), ("pypi.example", "pypi.org"))
+        tail.append("ERROR: No matching distribution found for llama-cpp-python")
         self.assertEqual(llmchat.explain_failure(tail, host), "The package index (pypi.example) can't be reached: "
                          "check the network or proxy, then install again.")
         slow = ["WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError(\"HTTPSConnectionPool(host='x')"
                 ": Read timed out. (read timeout=3)\")': /simple/pip/"]
+        self.assertIn("Memory ran out", llmchat.explain_failure(["c++: fatal error: Killed signal"], host))    # it was not needed
         self.assertEqual((llmchat.parse_lost_index(slow), llmchat.parse_lost_index(["all is well"])), ("", ""))
 
     def test_compiler_s_header_for_amx(self):
