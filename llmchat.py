@@ -4135,6 +4135,7 @@ COMPILER_HINTS = {
     "zypper": "sudo zypper install gcc-c++", "apk": "sudo apk add build-base linux-headers",
     "termux": "pkg install clang cmake ninja", "macos": "xcode-select --install",
     "windows": "install Visual Studio Build Tools with C++", "": "install your system's C++ compiler"}
+NEEDS_COMPILER = "A C++ compiler is needed to make the engine. Get one: %s; then install again."
 SWAP_HINT = ("sudo fallocate -l 1G /swapfile && sudo chmod 600 /swapfile && "
              "sudo mkswap /swapfile && sudo swapon /swapfile")
 NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout|ProxyError|SSLError"
@@ -4217,7 +4218,7 @@ def plan_install(probe: InstallProbe) -> InstallPlan:
     problems = [plan_venv(probe), compiler_problem, plan_disk(probe, gpu)]
     if obstacle and not wheel:
         problems.append(obstacle)
-    if compiler_problem:                  # which says it better
+    if not probe.has_compiler:            # which is said already
         why = ""
     return InstallPlan(
         problems=tuple(filter(None, problems)),
@@ -4270,11 +4271,13 @@ def plan_compiler(probe: InstallProbe, wheel: str) -> Tuple[str, str]:
     """(a note, or a problem) where there is no C++ compiler: the command that gets one."""
     if probe.has_compiler:
         return "", ""
-    command = for_root(probe, COMPILER_HINTS[probe.platform])
     if wheel or probe.has_sources:
         return "There is no C++ compiler. To get one: %s. Without it only a ready-made package will do, " \
-               "so one is looked for." % command, ""
-    return "", "A C++ compiler is needed to make the engine. Get one: %s; then install again." % command
+               "so one is looked for." % compiler_command(probe), ""
+    return "", NEEDS_COMPILER % compiler_command(probe)
+
+def compiler_command(probe: InstallProbe) -> str:
+    return for_root(probe, COMPILER_HINTS[probe.platform])
 
 def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, InstallPlan]]:
     """What is left out when an engine has failed its trial, two times at most: (in words, the plan). Pure."""
@@ -4390,7 +4393,8 @@ def compile_cpus(h: Hardware) -> int:
 
 def probe_sources() -> bool:
     """Whether pip's settings or variables name places that may have a ready-made package."""
-    return bool(re.search(r"find-links|index-url", read_command(sys.executable, "-m", "pip", "config", "list", limit_s=10)))
+    told = read_command(sys.executable, "-m", "pip", "config", "list", limit_s=10)
+    return bool(re.search(r"(find-links|index-url)='[^']", told))
 
 def probe_amx_misread() -> bool:
     """Whether the C++ compiler's own header loads AMX's tile configuration as AMX_MISREAD; see there."""
@@ -4683,7 +4687,12 @@ class Installer:
         """From source, where pip finds no package for this machine in the places that it is told."""
         import time
         self.say("Fetching %s." % ENGINE_PACKAGE)
-        self.fetch(expected_s, ENGINE_PACKAGE, *options)
+        try:
+            self.fetch(expected_s, ENGINE_PACKAGE, *options)
+        except RuntimeError:
+            if self.probe.has_compiler or self.index_lost:
+                raise
+            raise RuntimeError("No ready-made package was found. " + NEEDS_COMPILER % compiler_command(self.probe))
         include = os.path.join(self.scratch, "slim.cmake")
         with open(include, "w", encoding="utf-8") as file:
             file.write(SLIM_CMAKE)
@@ -4729,11 +4738,13 @@ def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
         tell("said", text=line)
     if plan.wheel and not plan.problems and ("PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel)):
         tell("said", text="The index of ready-made packages doesn't answer.")
-        plan = plan._replace(wheel="", problems=(plan.obstacle,) if plan.obstacle else ())
+        problems = (plan.obstacle, plan_compiler(probe, "")[1])
+        plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
     expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
-    tell("said", text="This takes about %s." % format_minutes(expected_s))
+    if probe.has_compiler or plan.wheel:
+        tell("said", text="This takes about %s." % format_minutes(expected_s))
     with open(place + ".lock", "w") as lock:
         try:
             take_lock(lock)               # the system lifts it when a process dies

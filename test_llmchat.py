@@ -791,6 +791,31 @@ class InstallTest(unittest.TestCase):
     def assert_tidy(self):
         self.assertEqual([name for name in sorted(os.listdir(llmchat_dir())) if name.startswith("engine")], ["engine", "engine.lock"])
 
+    def refused(self, **surroundings):
+        """What --install says, line by line, where it has to fail; it leaves nothing."""
+        home, folder = new_home()
+        env = {name: value for name, value in ENV.items() if not name.startswith("PIP_")}
+        env.update(home, PIP_CONFIG_FILE=os.devnull, **surroundings)
+        done = subprocess.run([sys.executable, SCRIPT, "--install", "--json"], env=env, stdout=subprocess.PIPE,
+                              encoding="utf-8", timeout=LIMIT_S)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertEqual([name for name in os.listdir(folder) if name.startswith("engine.") and name != "engine.lock"], [])
+        said = [json.loads(line) for line in done.stdout.splitlines()]
+        self.assertEqual([line["event"] for line in said], ["said"] * (len(said) - 1) + ["failed"])
+        return [line["text"] for line in said]
+
+    @unittest.skipUnless(POSIX, "where CXX names the compiler")
+    def test_index_that_cannot_be_reached(self):
+        # CMAKE_ARGS: then it looks for no ready-made package
+        last = self.refused(PIP_INDEX_URL="http://127.0.0.1:9/simple", CXX=sys.executable, CMAKE_ARGS="-DX=1")[-1]
+        self.assertEqual(last, "Installing failed. The package index (127.0.0.1) can't be reached: "
+                               "check the network or proxy, then install again.")
+
+    @unittest.skipUnless(POSIX, "a PATH without a compiler")
+    def test_without_a_compiler_the_command_that_gets_one_comes_first(self):
+        first = self.refused(PATH=os.path.dirname(sys.executable), CXX="", PIP_NO_INDEX="1")[0]
+        self.assertIn(llmchat.COMPILER_HINTS[""], first)
+
     @unittest.skipUnless(POSIX, "copies an environment with its links")
     def test_upgrade(self):
         (home, folder), wheels = new_home(), pack_wheels()
@@ -971,6 +996,28 @@ class TrialTest(unittest.TestCase):
         self.assertEqual(kinds, {0, 2, 8, 12, 14})    # F32 (norms), Q4_0, Q8_0, Q4_K, Q6_K
         self.assertEqual(header.n_tensors, 3 + 9 * len(llmchat.TRIAL_LAYERS))
         self.assertIn("replied rightly", llmchat.try_engine(ENGINE))
+
+    def test_the_engine_does_without_numpy(self):
+        """… and diskcache, which --install leaves out; Jinja it takes."""
+        script = """if True:
+            import llmchat, sys
+            sys.modules.update(numpy=None, diskcache=None)
+            print(llmchat.import_llama().__name__)
+            llmchat.ChatTemplate("x", "", "")
+        """
+        done = subprocess.run([ENGINE, "-c", script], env=ENV, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        self.assertEqual((done.returncode, done.stdout.split()), (0, ["llama_cpp.llama_cpp"]))
+
+    def test_a_python_without_jinja_is_no_engine(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        script = "import llmchat; print(repr(llmchat.engine_python()))"
+        for name, found in (("llama_cpp", False), ("jinja2", True)):
+            os.mkdir(os.path.join(folder, name))
+            with open(os.path.join(folder, name, "__init__.py"), "w"):
+                pass
+            env = dict(ENV, PYTHONPATH=os.pathsep.join((os.path.dirname(SCRIPT), folder)), **new_home()[0])
+            python = subprocess.check_output([sys.executable, "-S", "-c", script], env=env, encoding="utf-8").strip()
+            self.assertEqual(python != "''", found, name)
 
     def test_all_kinds_of_kernels_run(self):
         """Many tokens in a batch (the engine begins with 16, and goes on as fast as the machine is), then single ones."""
