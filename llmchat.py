@@ -203,6 +203,7 @@ COLORS = {
     "heading": (83, -1, 2, -1, "bu"),      # from here on: in replies
     "bold":    (231, -1, -1, -1, "b"),
     "italic":  (158, -1, 6, -1, "i"),
+    "strike":  (243, -1, -1, -1, "d"),     # terminals can seldom strike out
     "code":    (179, -1, 3, -1, "b"),      # … inside a sentence; blocks of code have the five colours below
     "link":    (80, -1, 6, -1, "u"),
     "quote":   (109, -1, 6, -1, ""),
@@ -710,10 +711,13 @@ def _pattern(name: str) -> Any:
             |(?P<italic>(?<![0-9A-Za-z_*/\\])\*(?=[^\s*/.,;:)])[^*]+(?<=\S)\*(?![0-9A-Za-z_*/])
                 |(?<![\w\\])_(?=[^\s_])(?:[^_]|\B_\B)+(?<=\S)_(?!\w))
             |(?P<link>(?<![\w\]])!?\[(?P<label>[^][]+)\]\((?P<address>[^\s()]*[/.\#@:][^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\ +"[^"]*")?\))
+            |(?P<strike>(?<![\\~])~~(?=[^\s~]).+?(?<=[^\s~])~~(?!~))
+            |(?P<angle><(?:https?://[^\s<>]+|(?:mailto:)?[\w.+-]+@[\w-]+(?:\.[\w-]+)+)>)
             |(?P<url>https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*])
             |(?P<asis>\b[A-Za-z]:\\\S*|\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w$\\])\$(?=[^\s$])[^$]+(?<=\S)\$(?!\w))
-            |(?P<escape>(?<!\\)\\[*_`])""",
-        "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+)(?=[^\s*`/.,;:)])",
+            |(?P<escape>(?<!\\)\\[*_`~])""",
+        "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+|~~)(?=[^\s*`~/.,;:)])",
+        "task": r"\[([ xX])\] +(?=\S)",
         "pipe": r"(?<!\\)\|",
         # what a terminal sends, see Keyboard; C1 controls may come as one character or, for keys, as one byte
         "key": r"""(?s)(?P<text>[^\x00-\x1f\x7f-\x9f\udc8f\udc9b]+)
@@ -1054,6 +1058,10 @@ def inline_spans(text: str, base: str) -> Line:
         elif kind in ("bold", "italic"):
             n = len(found.group("stars") or "__") if kind == "bold" else 1
             spans += inline_spans(marked[n:-n], kind if base in ("text", "quote") else base)
+        elif kind == "strike":
+            spans += inline_spans(marked[2:-2], "strike")
+        elif kind == "angle":
+            spans.append((marked[1:-1], "link"))
         elif kind == "link":
             label, address = found.group("label", "address")
             spans += inline_spans(label, "link") + (((" (%s)" % address, "dim"),) if label != address else ())
@@ -1065,7 +1073,7 @@ def close_marks(text: str) -> str:
     """A line that is being written, as if what it opened were closed: it is bold before the end of the bold is there."""
     if _pattern("fence").match(text):
         return text
-    text, at = text.rstrip("*`"), 0
+    text, at = text.rstrip("*`~"), 0
     while True:
         opener = _pattern("opener").search(text, at)
         found = opener and _pattern("inline").match(text, opener.start())
@@ -1087,7 +1095,13 @@ def start_line(text: str, look: Look, base: str = "text", plain: bool = False) -
         return bar + first, bar + rest, base, body
     if item:
         bullet = item if item[0].isdigit() or not look.unicode else "◦" if len(indent) > 1 else "•"
-        return "%s%s " % (indent, bullet), " " * (len(indent + bullet) + 1), base, body
+        task = _pattern("task").match(body)
+        if task:
+            boxes = ("☐", "☑") if look.unicode else ("[ ]", "[x]")
+            box = boxes[task.group(1) != " "]
+            bullet = "%s %s" % (item, box) if item[0].isdigit() else box
+            body = body[task.end():]
+        return "%s%s " % (indent, bullet), " " * (cells(indent + bullet) + 1), base, body
     return indent, indent, base, body
 
 def lay_text(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[Place, List[Line]]:
@@ -1166,7 +1180,7 @@ def lay_line(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[P
         return lay_text(place, text, look, whole)
     row = whole and "|" in text
     if row and place.table:
-        return place, row_lines(text, place.table, look)
+        return place, table_rule(place.table, look) * place.table.ruled + row_lines(text, place.table, look)
     if row and place.held and (place.held[1:] or is_separator(text, place.held[0])):
         held = place.held + (text,)
         if len(held) < TABLE_LINES:
@@ -1222,10 +1236,13 @@ def row_lines(text: str, table: Table, look: Look, style: str = "text") -> List[
     bar: Span = (" │ " if look.unicode else " | ", "mark")
     row = split_row(text, len(table.widths))
     columns = [wrap_spans(inline_spans(cell, style), width) for cell, width in zip(row, table.widths)]
-    lines = [tuple(span for shown, width, align in zip(shown_row, table.widths, table.aligns)
-                   for span in (bar,) + align_spans(shown, width, align))[1:] for shown_row in zip_longest(*columns, fillvalue=())]
+    return [tuple(span for shown, width, align in zip(shown_row, table.widths, table.aligns)
+                  for span in (bar,) + align_spans(shown, width, align))[1:] for shown_row in zip_longest(*columns, fillvalue=())]
+
+def table_rule(table: Table, look: Look) -> List[Line]:
+    """The line between two rows."""
     dash, cross = ("─", "─┼─") if look.unicode else ("-", "-+-")
-    return lines + [((cross.join(dash * width for width in table.widths), "mark"),)] * table.ruled
+    return [((cross.join(dash * width for width in table.widths), "mark"),)]
 
 def align_spans(line: Line, width: int, align: str) -> Line:
     gap = width - line_cells(line)
@@ -1237,8 +1254,11 @@ def held_lines(held: Tuple[str, ...], look: Look) -> List[Line]:
     table = plan_table(held, look.width) if held[1:] else None
     if not table:
         return [line for text in held for line in lay_text(Place(), text, look)[1]]
-    header = row_lines(held[0], table._replace(ruled=True), look, "bold")
-    return header + [line for text in held[2:] for line in row_lines(text, table, look)]
+    lines = row_lines(held[0], table, look, "bold") + table_rule(table, look)
+    for i, text in enumerate(held[2:]):
+        lines += table_rule(table, look) if table.ruled and i else []
+        lines += row_lines(text, table, look)
+    return lines
 
 # -- turns and log lines as styled lines --
 

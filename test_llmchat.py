@@ -4608,7 +4608,7 @@ def f(x):  # no *marks*
 UNMARKED = """a*b*c, 2 * 3 * 4, 2**3**4, 5 *3, snake_case_names, __init__, _x and _y, f(*a, **b), (**a,**b), *.py and *.md, src/**/*.c, /*c*/, char *a, *b;
 <tag> <b>, C:\\paths\\_x, C:\\*.*, a lone ` backtick, `` and ``` inside, #hashtag, 1.5, -5, a[i](x), [not a link] (x), \\(a_1 * b_1 * c\\)
 $a_i * b_i * c$, $$x_1 _y_$$, \\[ \\sum_{i} *x* \\], costs $5 and $6, a | b, | bar, ** no **, * no*x, _ no _, "quoted" 'text' & more; 日本*語*x"""
-PIECES = ["# ", "**", "*", "_", "`", "```", "```py\n", "~~~\n", "\n", "\n\n", "- ", "  ", "1. ", "> ", "|", "|", " | ", "|--|:-:|\n", "---", "[a](b/c)", "$", "\\",
+PIECES = ["~~", "- [ ] ", "<http://a>", "# ", "**", "*", "_", "`", "```", "```py\n", "~~~\n", "\n", "\n\n", "- ", "  ", "1. ", "> ", "|", "|", " | ", "|--|:-:|\n", "---", "[a](b/c)", "$", "\\",
           '"""', "'", '"', "/*", "#", "word ", "long_word", "日本", "🦙", "e\u0301", "\x1b[2J", "\t", "\r\n", "\u202e"]
 
 
@@ -4638,6 +4638,11 @@ class MarkdownTest(unittest.TestCase):
                 ("## A `b`", [("A ", "heading"), ("b", "code")]), ("> q **b**", [("│ ", "mark"), ("q ", "quote"), ("b", "bold")]),
                 ("[x](http://y/)", [("x", "link"), (" (http://y/)", "dim")]), ("[http://y/](http://y/)", [("http://y/", "link")]),
                 ("- i\n  \\*x\\*", [("• ", "mark"), ("i", "text"), ("*", "text"), ("x", "text"), ("*", "text")]),
+                ("a ~~b *c*~~ d", [("a ", "text"), ("b ", "strike"), ("c", "strike"), (" d", "text")]), ("a ~~~x~~~ ~~ a ~~ \\~~b~~", [("a ~~~x~~~ ~~ a ~~ ", "text"), ("~", "text"), ("~b~~", "text")]),
+                ("see <https://a.b/c_d>, <me@a.org>, <mailto:x@y.z>, a<b>c", [("see ", "text"), ("https://a.b/c_d", "link"), (", ", "text"), ("me@a.org", "link"), (", ", "text"),
+                                                                           ("mailto:x@y.z", "link"), (", a<b>c", "text")]),
+                ("- [ ] a\n- [x] b\n  * [X] c", [("☐ ", "mark"), ("a", "text"), ("☑ ", "mark"), ("b", "text"), ("  ☑ ", "mark"), ("c", "text")]),
+                ("1. [ ] a\n- [ ]\n- [y] b", [("1. ☐ ", "mark"), ("a", "text"), ("• ", "mark"), ("[ ]", "text"), ("• ", "mark"), ("[y] b", "text")]),
                 ("```py\nif 1: 'a' # b\n\"\"\"c\nd\"\"\" + e", [("if", "keyword"), ("1", "number"), (": ", "text"), ("'a'", "string"), ("# b", "comment"),
                                                                 ('"""c', "string"), ('d"""', "string"), (" + ", "text"), ("e", "text")]),
                 ("```c\n/* if\nif */ if\n#include \"x\" // y", [("/* if", "comment"), ("if */", "comment"), ("if", "keyword"), ("#include ", None), ('"x"', "string"), ("// y", "comment")]),
@@ -4649,21 +4654,26 @@ class MarkdownTest(unittest.TestCase):
                 self.assertEqual([span for span in got if "include" not in span[0] and span[0] != "#"], [span for span in expected if span[1]])
 
     def test_ascii(self):
+        self.assertEqual(self.shown("- [ ] a\n- [x] b\n2) [ ] c", 20, unicode=False), ["[ ] a", "[x] b", "2) [ ] c"])
         plain = self.shown("- a\n> b\n---\n|a|b|\n|-|-|\n|c|d|\n```c\nx", 20, unicode=False)
         self.assertEqual(plain, ["- a", "> b", "-" * 20, "a | b", "--+--", "c | d", "-- c ---------- 1 --", "x", "-" * 20])
 
     def test_narrow_table(self):
         table = "| Mode | What it does |\n|--|--|\n| read | reads all of it |\n| w | writes |"
         self.assertEqual(self.shown(table, 16), ["Mode │ What it", "     │ does", "─────┼──────────", "read │ reads all", "     │ of it", "─────┼──────────",
-                                                 "w    │ writes", "─────┼──────────"])
+                                                 "w    │ writes"])
         long = self.shown("|a|b|\n|-|-|\n" + "|c|d|\n" * llmchat.TABLE_LINES + "|日|e f|", 16)
+        self.assertEqual(self.shown(table + "\n\nx", 16)[-3:], ["w    │ writes", "", "x"], "a rule stands between rows only")
+        grown = "|a|b|\n|-|-|\n" + "|c|%s|\n" % ("dd " * 9) * (llmchat.TABLE_LINES + 3)
+        rules = [row.startswith("──") for row in self.shown(grown, 16)]
+        self.assertEqual((sum(rules), rules[-1]), (llmchat.TABLE_LINES + 3, False))
         self.assertEqual(long[-3:], ["c  │ d", "日 │ e", "   │ f"], "the columns of a long table are settled, and wide enough for any character")
         self.assertEqual(self.shown(table, 9), [row for line in table.split("\n") for row in llmchat.wrap(line, 9)], "too narrow for columns")
 
     def test_unfinished(self):
         for words, expected in (
                 ("a **bold te", "a bold te▌"), ("a **", "a▌"), ("some `co", "some co▌"), ("an *it", "an it▌"), ("**a `b` c", "a b c▌"), ("```py", "── py ────────────────────────── 1 ──▌"),
-                ("```\nx\n``", "▌"), ("```\nx", "x▌"), ("2 * 3", "2 * 3▌"), ("- ", "- ▌"), ("|a|b|\n", "──┼──▌"), ("|a|b|\n|-", "──┼──▌"), ("|a|b|\n|-|-|\n|**c", "c │▌")):
+                ("```\nx\n``", "▌"), ("```\nx", "x▌"), ("2 * 3", "2 * 3▌"), ("a ~~wro", "a wro▌"), ("a ~~", "a▌"), ("- [", "• [▌"), ("- [x] d", "☑ d▌"), ("<http://a", "<http://a▌"), ("- ", "- ▌"), ("|a|b|\n", "──┼──▌"), ("|a|b|\n|-", "──┼──▌"), ("|a|b|\n|-|-|\n|**c", "c │▌")):
             with self.subTest(words):
                 last = "".join(part for part, _ in self.page().show(words)[-1])[2:]
                 self.assertEqual(re.sub(r"─+", "─", re.sub(" +▌", "▌", last)), re.sub(r"─+", "─", expected if expected != "- ▌" else "-▌"))
