@@ -67,7 +67,7 @@ import re
 import unicodedata
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, BinaryIO, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 VERSION = "0.1.0"
 
@@ -181,7 +181,10 @@ THINKING = (
     ("<|channel>thought", "<channel|>"),      # Gemma
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),    # gpt-oss
     ("<|channel|>final<|message|>", ""),      # … when it answers at once
-    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"))
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"),
+    ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"), ("", "[BEGIN FINAL RESPONSE]"))    # Apertus; Apriel
 
 # Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
 # -1 = the terminal's own. Attributes: b bold, d dim, i italic, r reverse, u underline. Mono terminals use only those.
@@ -1316,16 +1319,73 @@ def reply_page(look: Look) -> Page:
     """The page of the reply in progress, or of its thinking."""
     return Page(look._replace(width=max(1, look.width - 3)))
 
+# A message of gpt-oss (OpenAI's Harmony format): its channel is final, analysis or commentary
+HARMONY_BEGINS = ("<|channel|>", "<|start|>assistant")
+HARMONY_HEAD = re.compile(r"(?:<\|start\|>assistant)?(?:<\|channel\|>(\w*)[^<]*)?"
+                          r"(?:<\|constrain\|>[^<]*)?<\|message\|>")
+HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)")
+
+def thinking_parts(text: str) -> List[Tuple[str, str]]:
+    """A reply in parts (kind, text) that make it up; kinds are "mark", "thinking" and "answer"."""
+    body = text.lstrip()
+    lead = text[:len(text) - len(body)]
+    if body.startswith(HARMONY_BEGINS):
+        return [("mark", lead)] + harmony_parts(body)
+    for begin, end in THINKING:
+        if not (begin and body.startswith(begin)):
+            continue
+        at = body.find(end, len(begin))
+        parts = [("mark", lead + begin), ("thinking", body[len(begin):at if at >= 0 else None])]
+        return parts + ([("mark", end), ("answer", body[at + len(end):])] if at >= 0 else [])
+    begins = [begin for begin, _ in THINKING] + list(HARMONY_BEGINS)
+    if body and any(begin.startswith(body) for begin in begins):
+        return [("mark", text)]           # only half of one is there
+    at, end = find_lone_end(text)
+    if not end:
+        return [("answer", text)]
+    return [("thinking", text[:at]), ("mark", end), ("answer", text[at + len(end):])]
+
+def harmony_parts(body: str) -> List[Tuple[str, str]]:
+    parts: List[Tuple[str, str]] = []
+    at = 0
+    while at < len(body):
+        head = HARMONY_HEAD.match(body, at)
+        if not head:
+            return parts + [("mark", body[at:])]    # half of one
+        if head.group(1) in (None, "final"):
+            return parts + [("mark", head.group()), ("answer", body[head.end():])]
+        end = HARMONY_END.search(body, head.end())
+        words = body[head.end():end.start() if end else None]
+        parts += [("mark", head.group()), ("thinking", words), ("mark", end.group() if end else "")]
+        at = end.end() if end else len(body)
+    return parts
+
+def find_lone_end(text: str) -> Tuple[int, str]:
+    """Where thinking ends that has no beginning, as the prompt of another version held it: (index, mark), or (0, "")."""
+    found = []
+    for begin, end in THINKING:
+        at = text.find(end) if end else -1
+        while at >= 0 and is_mention(text[:at], text[at + len(end):]):
+            at = text.find(end, at + 1)
+        if at >= 0 and not (begin and begin in text[:at]):
+            found.append((at, end))
+    return min(found, default=(0, ""))
+
+def is_mention(before: str, after: str) -> bool:
+    """Whether what stands between is spoken of: quoted, in code, or a word of a sentence."""
+    line = before[before.rfind("\n") + 1:]
+    if before.count("```") % 2 or line.count("`") % 2 or before[-1:] in ("'", '"', "“", "‘", "«", "("):
+        return True
+    return before.endswith(" ") and line.strip()[-1:].isalnum() and after[:1] != "\n"
+
 def split_thinking(text: str) -> Tuple[str, Optional[str]]:
     """A reply's thinking, and its answer: None as long as it thinks."""
-    body = text.lstrip()
-    for begin, end in THINKING:
-        if body.startswith(begin):
-            at = body.find(end, len(begin))
-            return body[len(begin):at if at >= 0 else None].strip(), body[at + len(end):].lstrip() if at >= 0 else None
-        if body and begin.startswith(body):
-            return "", None               # only half of the mark is there
-    return "", text
+    parts = thinking_parts(text)
+    if parts == [("answer", text)]:
+        return "", text
+    thinking = "\n".join(words.strip() for kind, words in parts if kind == "thinking").strip()
+    answers = [words for kind, words in parts if kind == "answer"]
+    return thinking, answers[0].lstrip() if answers else None
 
 def reply_lines(text: str, thought: str, look: Look, ended: bool) -> List[Line]:
     """A reply in lines: what it thought, as look.thoughts says, and its answer."""
@@ -2429,9 +2489,17 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
+DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # … and stand for signs that control tokens begin or end with
+MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
+TEMPLATE_S = 20                       # what rendering a chat with the model's template may take …
+TEMPLATE_MB = 256                     # … of time, and of memory for all that it makes
 SWITCHES = (  # the variables by which templates are told to let the model think, or not
     ("enable_thinking", True, False), ("thinking", True, False), ("reasoning_effort", "high", "low"),
-    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0))
+    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0), ("reasoning", True, False),
+    ("enable_reasoning", True, False), ("use_thinking", True, False), ("think", True, False))
+THINK_WORDS = (  # … and the values of those that compare with a text
+    ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
+    ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto"))
 
 def import_llama() -> Any:
     """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
@@ -2544,20 +2612,281 @@ class StopFlag:
         libc = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
+class ControlTexts:
+    """The texts of a vocabulary's control tokens; finds them in a text."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = frozenset(filter(None, texts))
+        self.sizes = sorted({len(text) for text in self.texts}, reverse=True)
+        firsts = sorted({text[0] for text in self.texts})
+        self.firsts = re.compile("[%s]" % re.escape("".join(firsts)) if firsts else "(?!)")
+
+    def find(self, text: str) -> Iterator[Tuple[int, int]]:
+        """(start, end) of each, the longest where several begin."""
+        after = 0
+        for match in self.firsts.finditer(text):
+            start = match.start()
+            size = next((n for n in self.sizes if text[start:start + n] in self.texts), 0)
+            if start >= after and size:
+                after = start + size
+                yield start, after
+
+class TemplateRunaway(Exception):
+    """A chat template that takes too much time or memory."""
+
+class TemplateBounds:
+    """What one use of a template may take. Templates are programs that strangers wrote.
+
+    A sandbox asks here at each round of a loop, at each call, and for whatever it is about to make:
+    an operation that can't be interrupted never begins when its result would be too large."""
+
+    FLAT = ("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items",
+            "last", "length", "list", "map", "max", "min", "reject", "rejectattr", "reverse",
+            "select", "selectattr", "slice", "sort", "unique")    # filters that don't spell what lists hold
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        import time
+        self.now_s = time.monotonic
+        self.end_s = self.now_s() + TEMPLATE_S
+        self.left_bytes = TEMPLATE_MB << 20
+
+    def step(self) -> None:
+        if self.now_s() > self.end_s:
+            raise TemplateRunaway("it takes more than %g s" % TEMPLATE_S)
+
+    def steps(self, values: Any) -> Iterator[Any]:
+        for value in values:
+            self.step()
+            self.take(16)                 # what a round writes is kept
+            yield value
+
+    def take(self, n_bytes: int) -> None:
+        self.left_bytes -= n_bytes
+        if self.left_bytes < 0:
+            raise TemplateRunaway("it takes more than %d MB" % TEMPLATE_MB)
+
+    def made(self, value: Any) -> Any:
+        """A new value, which is paid for."""
+        if isinstance(value, str):
+            self.take(sys.getsizeof(value))
+        elif isinstance(value, (list, tuple)):
+            self.take(8 * len(value))
+        elif isinstance(value, dict):
+            self.held(value)
+        return value
+
+    def held(self, value: Any) -> Any:
+        """A new list or the like. Lists of lists, each held twice, double with each line of a template."""
+        todo = [value]
+        while todo:
+            inner = todo.pop()
+            self.take(64)
+            if isinstance(inner, dict):
+                todo += inner.values()
+            elif isinstance(inner, (list, tuple)):
+                todo += inner
+        return value
+
+    def spell(self, value: Any) -> None:
+        """Pay for the text of all that a value holds."""
+        todo = [value]
+        while todo:
+            value = todo.pop()
+            self.take(sys.getsizeof(value) if isinstance(value, str) else 64)
+            if isinstance(value, dict):
+                todo += value.keys()
+                todo += value.values()
+            elif isinstance(value, (list, tuple)):
+                todo += value
+            elif type(value).__name__ == "Namespace":
+                raise TemplateRunaway("it writes its own variables")
+
+    def join(self, parts: Any) -> str:
+        kept = []
+        for part in parts:
+            if part.__class__ is not str:
+                part = str(self.shown(part))
+            self.take(sys.getsizeof(part))
+            kept.append(part)
+        return "".join(kept)
+
+    def shown(self, value: Any) -> Any:
+        """A value that is about to become text."""
+        if value.__class__ is not str:
+            self.spell(value)
+        return value
+
+    def numbers(self, values: Iterable[Any]) -> None:
+        """Pay for numbers, which may be widths or counts."""
+        for value in values:
+            if isinstance(value, int) and value > 1000:
+                self.take(value)
+
+    def operate(self, operator: str, left: Any, right: Any) -> None:
+        """Pay for the result of an operation, before it is done."""
+        for number in (left, right):
+            if isinstance(number, int) and number.bit_length() > 64:
+                raise TemplateRunaway("it reckons with huge numbers")
+        if operator == "**" and isinstance(right, int):
+            if abs(right) > 64:
+                raise TemplateRunaway("it reckons with huge numbers")
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                    self.take(sys.getsizeof(value) * max(0, times))
+        elif operator == "%" and isinstance(left, str):
+            self.format(left, right)
+        elif isinstance(left, (str, list, tuple)):
+            self.take(sys.getsizeof(left) + sys.getsizeof(right))
+
+    def format(self, form: str, *values: Any) -> None:
+        if len(form) > 10_000 or re.search(r"\*|\d{5}", form):
+            raise TemplateRunaway("its formats are too long")
+        for _ in range(1 + form.count("%") + form.count("{")):
+            self.take(100_000)            # as wide as four digits let it be, ten times over
+            self.spell(values)
+
+    def call(self, name: str, values: Sequence[Any]) -> None:
+        """Pay for what a text's method, or a filter, of this name may make of these values."""
+        texts = [value for value in values if isinstance(value, str)]
+        if name == "replace" and len(texts) > 2:
+            self.take(texts[0].count(texts[1]) * sys.getsizeof(texts[2]))
+        elif name in ("format", "format_map") and texts:
+            self.format(texts[0], *values[1:])
+        elif name == "sum" and any(isinstance(value, (list, tuple)) for value in values[2:]):
+            raise TemplateRunaway("it adds up lists")
+        elif name in ("int", "float", "expandtabs") and texts and len(texts[0]) > 1000:
+            raise TemplateRunaway("it takes a long text for a number")
+        if name not in self.FLAT:
+            for value in values:
+                if isinstance(value, (list, tuple, dict)):
+                    self.spell(value)
+
+def make_sandbox(bounds: TemplateBounds) -> Any:
+    """Jinja's environment as Hugging Face's apply_chat_template makes it, within these bounds."""
+    from functools import wraps
+    from jinja2 import nodes, visitor
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Bound(visitor.NodeTransformer):
+        def visit_For(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.iter = nodes.Filter(node.iter, "_steps", [], [], None, None, lineno=node.lineno)
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            parts = nodes.List(node.nodes, lineno=node.lineno)
+            return nodes.Filter(parts, "_join", [], [], None, None, lineno=node.lineno)
+
+        def visit_List(self, node: Any) -> Any:
+            self.generic_visit(node)
+            if getattr(node, "ctx", "load") != "load":    # for key, value in …
+                return node
+            return nodes.Filter(node, "_held", [], [], None, None, lineno=node.lineno)
+
+        visit_Tuple = visit_Dict = visit_List
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def _parse(self, *source: Any) -> Any:
+            return Bound().visit(super()._parse(*source)).set_environment(self)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+" and left.__class__ is str and right.__class__ is str:
+                return bounds.made(left + right)    # by far the most
+            bounds.operate(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, called: Any, *args: Any, **named: Any) -> Any:
+            name = getattr(called, "__name__", "")
+            owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+            if name == "join" and isinstance(owner, str) and len(args) == 1:
+                args = (list(bounds.steps(args[0])),)
+                bounds.take(len(args[0]) * sys.getsizeof(owner))
+            bounds.step()
+            bounds.numbers((*args, *named.values()))
+            if isinstance(owner, str):
+                bounds.call(name, (owner, *args, *named.values()))
+            return bounds.made(super().call(context, called, *args, **named))
+
+        def concat(self, parts: Any) -> str:
+            return bounds.join(parts)
+
+    def bounded(name: str, function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **named: Any) -> Any:
+            if name == "join":            # (eval_ctx, values, between, …)
+                args = (args[0], list(bounds.steps(args[1])), *args[2:])
+                between = str((*args[2:], *named.values(), "")[0])
+                bounds.take(len(args[1]) * sys.getsizeof(between))
+            bounds.step()
+            bounds.numbers((*args, *named.values()))
+            bounds.call(name, (*args, *named.values()))
+            return bounds.made(function(*args, **named))
+        return run
+
+    def nested(function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **named: Any) -> Any:
+            return bounds.held(list(function(*args, **named)))
+        return run
+
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
+                   finalize=bounds.shown)
+    made.filters["tojson"] = template_json
+    for name in ("lipsum", "cycler"):
+        del made.globals[name]
+    made.filters = {name: bounded(name, function) for name, function in made.filters.items()}
+    for name in ("batch", "groupby", "slice"):
+        made.filters[name] = nested(made.filters[name])
+    made.filters.update(_steps=bounds.steps, _join=bounds.join, _held=bounds.held)
+    return made
+
 class ChatTemplate:
-    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox."""
-    def __init__(self, source: str, bos: str, eos: str) -> None:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = self._tojson
+    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox.
+
+    controls: the texts of the vocabulary's control tokens, which nobody's words may become.
+    Raises whatever a template may raise, TemplateRunaway included."""
+
+    def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
+        self.bounds = TemplateBounds()
+        environment = make_sandbox(self.bounds)
         environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
         # Hugging Face's {% generation %} marks what to train on; it means nothing here, and Jinja doesn't know it
-        source = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        self.template = environment.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", source))
+        compiled = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+        compiled = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", compiled)
+        self.template, self.source = environment.from_string(compiled), source
         self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
         self.think: Optional[bool] = None     # as switch_thinking() was last told
-        self.switches, self.opened = {}, ""    # "<think>\n" where the prompt ends in it, so that the reply begins inside
+        self.switches: Dict[str, Any] = {}
+        self.opened = ""                  # "<think>\n" where the prompt ends in it, so that the reply begins inside
+        self.is_typed = False             # contents are lists of parts, as for models that see
+        self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
+        self.notes: List[str] = []        # what had to be changed for this template, each once
+        self.marks = told_marks(source)
+        edges = {char for text in controls for char in (text[:1], text[-1:]) if not char.isalnum()}
+        self.disguises = list(zip(sorted(edges | set("<>[]")), DISGUISES))
+
+    def try_out(self) -> None:
+        """Find out how this template wants to be called. Raises what it raises when it can't be used at all."""
+        self.bounds.begin()
+        hello = [{"role": "user", "content": "Hello"}]
+        with suppress(Exception):
+            if "Hello" in self.render(hello):
+                return
+        self.is_typed = True
+        with suppress(Exception):
+            if "Hello" in self.render(hello):
+                return
+        self.is_typed = False
+        self.render_any(hello)
+
+    # -- thinking --
 
     def let_think(self, think: Optional[bool]) -> None:
         """switch_thinking(), where that changes anything: it comes with each word that is typed."""
@@ -2566,15 +2895,48 @@ class ChatTemplate:
 
     def switch_thinking(self, think: Optional[bool]) -> str:
         """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
-        self.think, hello = think, [{"role": "user", "content": "Hello"}]
-        self.switches = {} if think is None else {name: on if think else off for name, on, off in SWITCHES}
+        self.think = think
+        wanted = {} if think is None else self.told_switches(think)
+        self.switches = wanted
         try:
-            prompt = self.render(hello)
-        except Exception:                 # it knows other words for it, and refuses these
+            prompt = self.hello()
+        except Exception:                 # it knows other words for it, and refuses some of these
             self.switches = {}
-            prompt = self.render(hello)
-        self.opened = next((prompt[prompt.rindex(begin):] for begin, _ in THINKING if prompt.rstrip().endswith(begin)), "")
+            for name, value in wanted.items():
+                self._try_switch(name, value)
+            prompt = self.hello()
+        begins = [begin for begin, _ in (*THINKING, *self.marks) if prompt.rstrip().endswith(begin)]
+        self.opened = prompt[prompt.rindex(begins[0]):] if begins else ""
         return prompt
+
+    def hello(self) -> str:
+        self.bounds.begin()
+        return self.render_any([{"role": "user", "content": "Hello"}])[0]
+
+    def _try_switch(self, name: str, value: Any) -> None:
+        before = self.switches
+        self.switches = dict(before, **{name: value})
+        try:
+            self.hello()
+        except Exception:
+            self.switches = before
+
+    def told_switches(self, think: bool) -> Dict[str, Any]:
+        """The variables that the template looks at, with values that it knows."""
+        found = {}
+        for name, *values in SWITCHES:
+            if not re.search(r"(?<![\w.])%s\b" % name, self.source):
+                continue
+            found[name] = values[0] if think else values[1]
+            compared = re.findall(r"(?<![\w.])%s\s*(?:==|!=|in)\s*([\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+)"
+                                  % name, self.source)
+            known = re.findall(r"['\"]([^'\"]*)['\"]", " ".join(compared))
+            words = THINK_WORDS[0 if think else 1]
+            if known and found[name] not in known:
+                found[name] = next((word for word in words if word in known), found[name])
+        return found
+
+    # -- what templates may call --
 
     @staticmethod
     def _raise(message: str) -> None:
@@ -2586,53 +2948,177 @@ class ChatTemplate:
         import datetime
         return datetime.datetime.now().strftime(form)
 
-    @staticmethod
-    def _tojson(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
-        import json
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)    # Jinja's own would escape HTML
+    # -- rendering --
 
     def render(self, messages: List[Dict[str, str]]) -> str:
         """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
-        return self.template.render(messages=messages, **self.constants, **self.switches)
+        today = self._now("%d %b %Y")     # Llama 3.1 believes that it is 2024 unless it is told
+        values = dict(self.constants, date_string=today, datetime=today, **self.switches)
+        if self.is_typed:
+            messages = [{key: value if key == "role" else [{"type": "text", "text": value}] for key, value in m.items()}
+                        for m in messages]
+        try:
+            return self.template.render(values, messages=messages)
+        except TemplateRunaway:
+            raise
+        except Exception:                 # it may run over `tools` without asking if there are any
+            if values["tools"] is not None:
+                raise
+            values.update(tools=[], functions="", documents=[])
+            text = self.template.render(values, messages=messages)
+            self.constants.update(tools=[], functions="", documents=[])
+            return text
 
     def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
-        """The prompt, and the messages as the template took them: when it refuses or drops a system message,
-        that is put in front of the first user message (as llama.cpp and Hugging Face's cookbook do)."""
-        from jinja2 import TemplateError
+        """The prompt, and the messages as the template took them, after the least change that it asks for."""
         if not messages:
             raise ModelError("There is nothing to answer.")
-        if messages[0]["role"] != "system":
+        tried: List[Any] = []
+        problem: Optional[Exception] = None
+        for note, change in CHAT_CHANGES:
+            changed = change(messages)
+            if changed in tried:
+                continue
+            tried.append(changed)
+            try:
+                text = self.render(changed)
+            except TemplateRunaway:
+                raise
+            except Exception as error:
+                problem = problem or error
+                continue
+            if not drops_system(changed, text):
+                if note and note not in self.notes:
+                    self.notes.append(note)
+                return text, changed
+        if problem is None:               # it drops whatever is said beforehand
             return self.render(messages), messages
-        try:
-            text = self.render(messages)
-            if messages[0]["content"].strip() in text:
-                return text, messages
-        except TemplateError:
-            pass                          # "System role not supported" and the like: try without
-        system, first, rest = messages[0], messages[1] if len(messages) > 1 else None, messages[2:]
-        if first is None or first["role"] != "user":
-            first, rest = {"role": "user", "content": ""}, messages[1:]
-        merged = dict(first, content=(system["content"] + "\n\n" + first["content"]).strip())
-        return self.render([merged] + rest), [merged] + rest
+        raise problem
+
+    # -- whose words are whose --
+
+    def hide(self, text: str) -> str:
+        """A text that can't become a control token, nor part of one, whatever the template does with it."""
+        for char, disguise in self.disguises:
+            text = text.replace(char, disguise)
+        return text
+
+    def show(self, text: str) -> str:
+        for char, disguise in self.disguises:
+            text = text.replace(disguise, char)
+        return text
+
+    @staticmethod
+    def wrap(text: str) -> str:
+        return OPEN + text + CLOSE
+
+    @staticmethod
+    def wrap_inside(text: str) -> str:
+        """… for templates that cut off the space around."""
+        core = text.strip()
+        return text.replace(core, OPEN + core + CLOSE, 1) if core else text
 
     def pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
         """The prompt in pieces (text, is a message's own text), so that what people write is never taken for markup.
 
         The template runs twice, the second time with marks around each message's text. Where a template looks
         into the text and the marks change what it does, the messages are searched in its output instead."""
-        text, messages = self.render_any(messages)
-        marked = self.render([{key: value if key == "role" else OPEN + value + CLOSE for key, value in m.items()} for m in messages])
-        parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
-        if "".join(parts) == text:
-            return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+        self.bounds.begin()
+        text, messages = self.render_any([map_texts(self.hide, message) for message in messages])
+        for wrap in self.wraps:
+            try:
+                marked = self.render([map_texts(wrap, message) for message in messages])
+            except TemplateRunaway:
+                raise
+            except Exception:             # it looks for something at the beginning of a text
+                continue
+            parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
+            if "".join(parts) == text:
+                self.wraps.sort(key=lambda other: other != wrap)
+                return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
+        return self.search(text, messages)
+
+    def search(self, text: str, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """The pieces of a prompt, found by the messages' texts; signs in disguise are somebody's in any case."""
         found: List[Tuple[str, bool]] = []
         at = 0
         for body in (m.get(key, "").strip() for m in messages for key in ("reasoning_content", "content")):
             start = text.find(body, at) if body else -1
             if start >= 0:
-                found += [(text[at:start], False), (body, True)]
+                found += self.split_disguised(text[at:start])
+                found.append((self.show(body), True))
                 at = start + len(body)
-        return [piece for piece in found + [(text[at:], False)] if piece[0]]
+        return found + self.split_disguised(text[at:])
+
+    def split_disguised(self, text: str) -> List[Tuple[str, bool]]:
+        parts = re.split("([%s])" % DISGUISES, text)
+        return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
+
+def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
+    """Jinja's own tojson would escape HTML."""
+    import json
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+def map_texts(function: Any, message: Dict[str, str]) -> Dict[str, str]:
+    """A message with all its texts changed; its role is no text."""
+    return {key: value if key == "role" else function(value) for key, value in message.items()}
+
+def drops_system(messages: List[Dict[str, str]], text: str) -> bool:
+    """Nothing of the system prompt is in the text. Half of it may lack: SmolLM3 takes "/no_think" out."""
+    if messages[0]["role"] != "system":
+        return False
+    core = messages[0]["content"].strip()
+    half = len(core) // 2 if len(core) > 8 else len(core)
+    return core[:half] not in text and core[-half:] not in text
+
+def system_in_front(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    """The system prompt before the first message, as llama.cpp and Hugging Face's cookbook do."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        return [dict(system, role="user")] + rest
+    first = dict(rest[0], content=(system["content"] + "\n\n" + rest[0]["content"]).strip())
+    return [first] + rest[1:]
+
+def system_always(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    if messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": "You are a helpful assistant."}] + messages
+
+def question_first(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    n_system = 1 if messages[0]["role"] == "system" else 0
+    if messages[n_system:][:1] and messages[n_system]["role"] == "user":
+        return messages
+    return messages[:n_system] + [{"role": "user", "content": "…"}] + messages[n_system:]
+
+def in_one_message(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    *before, last = messages
+    said = ["%s: %s" % (m["role"].capitalize(), m["content"]) for m in before]
+    return [{"role": "user", "content": "\n\n".join(said + [last["content"]])}]
+
+CHAT_CHANGES = (  # from the least to the greatest: what is said of it, once, and what makes it
+    ("", list),
+    ("The model's template has no place for a system prompt: it stands before your first message.", system_in_front),
+    ("The model's template wants a question first: \"…\" stands before the chat.", question_first),
+    ("The model's template wants a system prompt: it gets \"You are a helpful assistant.\"", system_always),
+    ("The model's template has no place for a system prompt and wants a question first: they stand before the chat.",
+     lambda messages: system_in_front(question_first(messages))),
+    ("The model's template wants a system prompt and a question first: they stand before the chat.",
+     lambda messages: system_always(question_first(messages))),
+    ("The model's template takes one message only: the chat so far is written into it.", in_one_message))
+
+def told_marks(source: str) -> List[Tuple[str, str]]:
+    """What begins and ends thinking, as a template tells that drops all up to the end: content.split('</think>')[-1]."""
+    found = re.findall(r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""", source)
+    pairs = []
+    for _, end in found:
+        begins = [end.replace("/", "", 1), end.replace("end", "begin", 1), end.replace("end", "start", 1),
+                  end.replace("END", "START", 1)]
+        begin = next((text for text in begins if text != end and text in source), begins[0])
+        if begin != end and re.search(r"\w", begin) and (begin, end) not in pairs:
+            pairs.append((begin, end))
+    return pairs
 
 def common_prefix(a: List[int], b: List[int]) -> int:
     """How many tokens two lists have in common at their beginnings."""
@@ -2645,7 +3131,7 @@ def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
     """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
     tidy: List[Dict[str, str]] = []
     for message in messages:
-        content, thinking = message["content"].replace(OPEN, "").replace(CLOSE, ""), ""
+        content, thinking = re.sub("[\ufdd0-\ufdef]", "", message["content"]), ""
         if message["role"] == "assistant":
             thinking, content = split_thinking(content)
         if not (content or "").strip():
@@ -2895,25 +3381,73 @@ class LlamaEngine:
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
 
     def _make_template(self) -> None:
-        api = self.api
-        token_text = lambda t: self.piece(t, True).decode("utf-8", "replace") if t >= 0 else ""
-        special = (token_text(api.llama_vocab_bos(self.vocab)), token_text(api.llama_vocab_eos(self.vocab)))
-        source = api.llama_model_chat_template(self.model, None)
+        source = self.api.llama_model_chat_template(self.model, None)
+        source = source.decode("utf-8", "replace") if source else ""
+        first = self.tokenize("a", False)
+        self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
+        self.controls = ControlTexts(self._find_controls(source or CHATML))
         try:
-            self.template = ChatTemplate(source.decode("utf-8", "replace") if source else CHATML, *special)
-            self.template.switch_thinking(None)
+            self._use_template(source or CHATML)
             if not source:
                 self.emit("log", level="warn", text="This model has no chat template; using ChatML. "
                           "If it answers oddly it is a base model: choose an instruct or chat one.")
         except Exception as error:        # templates are programs: any error may come
-            self.template = ChatTemplate(CHATML, *special)
-            self.emit("log", level="warn", text="The model's chat template doesn't work (%s); using ChatML." % error)
-        first = self.tokenize("a", False)
-        self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
+            self._use_chatml(error)
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
+        self.told: List[str] = []         # what has been said of the template
         self.system_mark, self.shifting = (0, ""), False    # shifting: moved entries are only rotated at the next decode
         marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
         self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
+
+    def _use_template(self, source: str) -> None:
+        """Raises whatever a template may raise."""
+        vocab = self.vocab
+        ends = (self.api.llama_vocab_bos(vocab), self.api.llama_vocab_eos(vocab))
+        special = [self.piece(t, True).decode("utf-8", "replace") if t >= 0 else "" for t in ends]
+        template = ChatTemplate(source, *special, self.controls.texts)
+        template.try_out()
+        template.switch_thinking(None)
+        self.template, self.fragments, self.splits = template, {}, True
+        said = [{"role": role, "content": "a b "} for role in ("user", "assistant", "user")]
+        with suppress(Exception):
+            text, _ = template.render_any(said)
+            # not where a mark swallows the space around it
+            self.splits = self._joined_tokens(text, True) == self._continue_tokens(text, True, True)
+
+    def _use_chatml(self, error: Exception) -> None:
+        """The model's own template can't be used (any more)."""
+        think = self.template.think if self.template else None
+        self._use_template(CHATML)
+        self.template.let_think(think)
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        self.emit("log", level="warn", text="The model's chat template doesn't work (%s); using ChatML." % reason)
+
+    def _find_controls(self, source: str) -> List[str]:
+        """The texts of all control tokens, and of others that the template uses as marks.
+
+        To ask for each token's kind would take 300 ms for a vocabulary of 262,144. Written out without control tokens
+        a range of tokens is shorter if it has any: halving such ranges finds 17 of 49,152 in 10 ms."""
+        api, size = self.api, 4
+        n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        tokens = (api.llama_token * n_vocab)(*range(n_vocab))
+        def n_bytes(start: int, end: int, special: bool) -> int:
+            part = (api.llama_token * (end - start)).from_buffer(tokens, start * size)
+            return -api.llama_detokenize(self.vocab, part, end - start, b"", 0, False, special)
+        found: List[int] = []
+        ranges = [(0, n_vocab)]
+        while ranges:
+            start, end = ranges.pop()
+            plain = n_bytes(start, end, False)
+            if plain == n_bytes(start, end, True):
+                continue
+            if plain == 0:
+                found += range(start, end)
+                continue
+            middle = (start + end) // 2
+            ranges += [(start, middle), (middle, end)]
+        texts = [api.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace") for token in found]
+        marks = set(re.findall(MARK_FORM, source))
+        return texts + [mark for mark in marks if len(self.tokenize(mark, False)) == 1]
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -2959,24 +3493,75 @@ class LlamaEngine:
 
     def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
         """The whole chat as tokens."""
-        return self.piece_tokens(self.template.pieces(tidy_messages(messages)))
+        return self.piece_tokens(self._pieces(messages))
+
+    def _pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """The whole chat in pieces, by ChatML where the model's template fails at it."""
+        tidy = tidy_messages(messages)
+        try:
+            pieces = self.template.pieces(tidy)
+        except ModelError:
+            raise
+        except Exception as error:
+            self._use_chatml(error)
+            pieces = self.template.pieces(tidy)
+        for note in self.template.notes:
+            if note not in self.told:
+                self.told.append(note)
+                self.emit("log", level="warn", text=note)
+        return pieces
 
     def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
         """Pieces of a prompt as tokens: the template's markup, people's text (never markup), and replies as they were written."""
         tokens: List[int] = []
-        joined = ""                       # markup and harmless text, tokenized in one go as the model was trained
+        joined = ""                       # markup and texts, tokenized in one go as the model was trained
         for text, own in pieces:
             reply = self.replies.get(text) if own else None
-            if reply is None and not (own and self.tokenize(text, True) != self.tokenize(text, False)):
-                joined += text
+            if reply is None:
+                joined += self.template.hide(text) if own else text
                 continue
-            tokens += self._continue_tokens(joined, True, not tokens) if joined else []
-            tokens += self._continue_tokens(text, False, not tokens) if reply is None else reply
+            tokens += self._joined_tokens(joined, not tokens)
+            tokens += reply
             joined = ""
-        tokens += self._continue_tokens(joined, True, not tokens) if joined else []
+        tokens += self._joined_tokens(joined, not tokens)
         bos = self.api.llama_vocab_bos(self.vocab)
         if self.api.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
             tokens.insert(0, bos)
+        return tokens
+
+    def _joined_tokens(self, joined: str, first: bool) -> List[int]:
+        """Tokens of a text in which people's own signs are in disguise: a control token that has one is none.
+
+        Fragments from one control token to the next don't depend on each other, so those of old turns are remembered."""
+        text = self.template.show(joined)
+        fragments: List[Tuple[str, bool]] = []
+        begin = 0
+        for start, end in self.controls.find(text):
+            forged = joined[start:end] != text[start:end]
+            if forged or self.splits:
+                fragments.append((text[begin:start], True))
+                begin = start
+            if forged:
+                fragments.append((text[start:end], False))
+                begin = end
+        fragments.append((text[begin:], True))
+        tokens: List[int] = []
+        for fragment, special in fragments:
+            if fragment:
+                tokens += self._fragment_tokens(fragment, special, first and not tokens)
+        return tokens
+
+    def _fragment_tokens(self, text: str, special: bool, first: bool) -> List[int]:
+        key = (text, special, first)
+        tokens = self.fragments.get(key)
+        if tokens is not None:
+            return tokens
+        tokens = self._continue_tokens(text, special, first)
+        if not special and len(tokens) == 1 and len(text) > 1:    # a mark that is no control token: spell it
+            tokens = self._continue_tokens(text[:1], False, first) + self._continue_tokens(text[1:], False, False)
+        if sum(len(text) for text, _, _ in self.fragments) > 1 << 22:
+            self.fragments.clear()
+        self.fragments[key] = tokens
         return tokens
 
     # -- reading and writing --
@@ -3116,11 +3701,7 @@ class LlamaEngine:
 
     def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
         """What is certain of the next prompt: the chat, the template's header, and the draft so far."""
-        from jinja2 import TemplateError
-        try:
-            pieces = self.template.pieces(tidy_messages(messages + [{"role": "user", "content": draft or "x"}]))
-        except TemplateError:
-            return []                     # the template will say so when the message is sent
+        pieces = self._pieces(messages + [{"role": "user", "content": draft or "x"}])
         while pieces and not pieces[-1][1]:
             pieces.pop()                  # what follows the user's text
         if not draft and pieces:
@@ -3226,9 +3807,7 @@ class LlamaEngine:
         import time
         began = time.monotonic()
         opened = self.template.opened
-        written = begun[len(opened):] if begun.startswith(opened) else begun
-        marked = split_thinking(begun)[1] != begun
-        begun_tokens = self.replies.get(begun) or (self._continue_tokens(written, marked, False) if begun else [])
+        begun_tokens = self.replies.get(begun) or self._begun_tokens(begun)
         kept, prompt = self._fit_messages(messages, len(begun_tokens))
         prompt = prompt + begun_tokens
         if kept is not messages:
@@ -3254,6 +3833,12 @@ class LlamaEngine:
                 reply.flush(time.monotonic())
             if reply.tokens:
                 self.replies[reply.text] = begun_tokens + reply.tokens
+
+    def _begun_tokens(self, begun: str) -> List[int]:
+        """Tokens of a reply's beginning, after what the template has opened; only the marks of thinking are markup."""
+        joined = "".join(text if kind == "mark" else self.template.hide(text) for kind, text in thinking_parts(begun))
+        opened = self.template.opened
+        return self._joined_tokens(joined[len(opened):] if begun.startswith(opened) else joined, False)
 
     def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
         """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
