@@ -2039,9 +2039,25 @@ def sync_folder(folder: str) -> None:
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 GGUF_STRING, GGUF_ARRAY = 8, 9
-MAX_HEADER_BYTES = 1 << 27  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
+MAX_HEADER_BYTES = 1 << 26  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
 MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
+MAX_TENSORS = 1 << 15  # real models have a few thousand …
+MAX_STRINGS = 1 << 21  # … and lists of a few hundred thousand tokens and merges
 MAX_LAYERS = 4096  # longer lists aren't one number for each layer
+MAX_NAME_BYTES = 64  # of a tensor and of an architecture, as llama.cpp has it
+MAX_KEY_BYTES = 1 << 10
+MAX_TEXT_BYTES = 1 << 8  # of what is kept of a model's name and the like …
+MAX_TEMPLATE_BYTES = 1 << 20  # … and of its chat template
+MAX_PARTS = 1000  # of a split model
+USED_KEYS = frozenset(
+    "general.architecture general.type general.name general.size_label general.file_type general.license general.alignment "
+    "split.no split.count split.tensors.count tokenizer.ggml.tokens tokenizer.chat_template".split())
+USED_TAILS = frozenset(  # of keys that begin with the architecture
+    "block_count context_length embedding_length feed_forward_length vocab_size pooling_type attention.causal expert_count "
+    "expert_used_count expert_feed_forward_length full_attention_interval nextn_predict_layers shortconv.l_cache "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.key_length_swa "
+    "attention.value_length_swa attention.key_length_mla attention.shared_kv_layers attention.sliding_window "
+    "attention.sliding_window_pattern ssm.inner_size ssm.state_size ssm.conv_kernel ssm.group_count kda.head_dim".split())
 TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
@@ -2059,6 +2075,7 @@ FIRST_BYTES = (  # of a file, as a regex; the first that matches tells what is w
     (rb"version https:", "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
     (rb"PK\x03\x04|\x80|.{8}\{[\" ]",
      "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: find a GGUF version of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is compressed: unpack it first"),
     (rb"tjgg|lmgg", "is not a GGUF model but an old GGML file, from before August 2023: find a GGUF version of it"),
     (rb"", "is not a GGUF model: it doesn't begin with the letters GGUF"))
 
@@ -2068,30 +2085,60 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
     A split model may be named by any of its parts. Raises ModelError.
     """
     paths = plan_split_paths(path)
-    for part in paths:
-        fault = ("There is no file %s" + " (one part of a model in several files)" * (len(paths) > 1) +
-                 ": check its name and folder." if not os.path.exists(part) else
-                 "%s is a folder: name the .gguf file inside it." if os.path.isdir(part) else
-                 "%s is not an ordinary file: name a .gguf file." if not os.path.isfile(part) else "")
-        if fault:
-            raise ModelError(fault % part)
+    sizes = [probe_model_file(part, len(paths)) for part in paths]
     headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
-    file_bytes = sum(map(os.path.getsize, paths))
+    for n, header in enumerate(headers):
+        check_part(header, n, len(paths))
     tensors: Dict[Tuple[str, int], int] = {}
     for header in headers:
         tensors.update((kind, tensors.get(kind, 0) + n_bytes) for kind, n_bytes in header.tensors.items())
     return headers[0]._replace(
-        file_bytes=file_bytes, weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes, tensors=tensors,
+        file_bytes=sum(sizes), weight_bytes=sum(header.weight_bytes for header in headers) if full else sum(sizes), tensors=tensors,
         n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
+
+def probe_model_file(path: str, n_parts: int) -> int:
+    """The file's size. Raises ModelError where there is no ordinary file."""
+    import stat
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):         # the latter of a name that holds a zero
+        what = " (one part of a model in several files)" if n_parts > 1 else ""
+        raise ModelError("There is no file %s%s: check its name and folder." % (path, what))
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelError("%s is a folder: name the .gguf file inside it." % path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError("%s is not an ordinary file: name a .gguf file." % path)
+    return status.st_size
+
+def check_part(header: Header, n: int, n_parts: int) -> None:
+    """Whether the file is the part of a split model that its name says: number n, from 0 on. Raises ModelError."""
+    name, told, n_told = os.path.basename(header.path), number(header, "split.no"), number(header, "split.count")
+    if n_told < 2 or (told, n_told) == (n, n_parts):
+        return
+    if n_parts == 1:
+        read_one_header(header.path, True)    # which may know better
+    raise ModelError("%s is part %d of a model in %d files, but its name says otherwise: name all of them as NAME-%05d-of-%05d.gguf, in one folder."
+                     % (name, told + 1, n_told, told + 1, n_told))
 
 def file_label(path: str) -> str:
     """A file's name as a model's: without ".gguf" and what tells the parts of a split one."""
     return re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
 
+def parse_split(path: str) -> Tuple[str, int, int, str]:
+    """(what the names of all parts begin with, this one's number, how many there are, what they end in); 0 parts = it isn't split."""
+    match = re.search(r"(?i)-(\d{5})-of-(\d{5})(\.gguf)$", path)
+    if not match or not 0 < int(match.group(1)) <= int(match.group(2)) <= MAX_PARTS:
+        return path, 1, 0, ""
+    return path[:match.start()], int(match.group(1)), int(match.group(2)), match.group(3)
+
+def split_part(path: str, n: int) -> str:
+    """The path of part n, from 1 on, of the model that this file is a part of, or the whole."""
+    start, _, n_files, ending = parse_split(path)
+    return "%s-%05d-of-%05d%s" % (start, n, n_files, ending) if n_files else path
+
 def plan_split_paths(path: str) -> List[str]:
-    match = re.search(r"-\d{5}-of-(\d{5})\.gguf$", path)
-    n_files = int(match.group(1)) if match else 0
-    return ["%s-%05d-of-%05d.gguf" % (path[: match.start()], n + 1, n_files) for n in range(n_files)] or [path]
+    """The files of a model, of which this is one."""
+    return [split_part(path, n + 1) for n in range(max(1, parse_split(path)[2]))]
 
 def read_one_header(path: str, full: bool) -> Header:
     try:
@@ -2103,7 +2150,23 @@ def read_one_header(path: str, full: bool) -> Header:
         fault = str(error)
     except OSError as error:
         fault = "can't be read: %s" % (error.strerror or error)
-    raise ModelError("%s %s." % (os.path.basename(path), fault))
+    name = os.path.basename(path)
+    raise ModelError("%s %s." % (name, explain_name(name) or fault))
+
+def explain_name(name: str) -> str:
+    """Why a file that isn't whole isn't, where its name tells; else ""."""
+    import shlex
+    if re.search(r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$", name):
+        return "is a download that hasn't finished: let it go on where it was begun"
+    match = re.search(r"(?i)(\.gguf)([-._](?:part|split)?[-._]?)(?:(\d+)(-?of-?)(\d+)|\d{1,3}|a[a-z]|[a-j])$", name)
+    if not match:
+        return ""
+    whole, start = name[:match.end(1)], name[:match.end(2)]
+    pieces = [shlex.quote(start) + "*"]
+    if match.group(3) and int(match.group(5)) < 10:
+        pieces = [shlex.quote("%s%0*d%s%s" % (start, len(match.group(3)), n + 1, match.group(4), match.group(5))) for n in range(int(match.group(5)))]
+    command = "copy /b %s" % " + ".join(pieces) if os.name == "nt" else "cat %s >" % " ".join(pieces)
+    return "is a piece of a file: put the pieces together (%s %s), then load that" % (command, shlex.quote(whole))
 
 def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     start = file.read(16)
@@ -2112,15 +2175,22 @@ def read_header(file: BinaryIO, path: str, full: bool) -> Header:
         raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
     file.seek(8)
     n_tensors, n_keys = read_numbers(file, "QQ")
-    if n_keys > 1 << 16 or n_tensors > 1 << 18:
+    if n_keys > 1 << 16 or n_tensors > MAX_TENSORS:
         raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
-    header = Header(path, os.path.getsize(path), n_tensors, read_metadata(file, n_keys, full), 0)
+    header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, read_metadata(file, n_keys, full), 0)
+    if len(string(header, "general.architecture")) > MAX_NAME_BYTES:
+        raise ModelError("is damaged (no architecture has such a long name): download it again")
     return read_tensors(file, header) if full else header
 
 def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
     if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
         raise EOFError
     return file.read(n_bytes)
+
+def skip_bytes(file: BinaryIO, n_bytes: int) -> None:
+    if n_bytes > bytes_left(file):
+        raise EOFError
+    file.seek(n_bytes, os.SEEK_CUR)
 
 def bytes_left(file: BinaryIO) -> int:
     """Of the file, and of what any header has."""
@@ -2130,40 +2200,57 @@ def read_numbers(file: BinaryIO, code: str) -> tuple:
     import struct
     return struct.unpack("<" + code, read_bytes(file, struct.calcsize("<" + code)))
 
-def read_string(file: BinaryIO) -> str:
-    return read_bytes(file, *read_numbers(file, "Q")).decode("utf-8", "replace")
+def read_string(file: BinaryIO, n_most: int) -> str:
+    """A name; no real one has more than so many bytes."""
+    n_bytes, = read_numbers(file, "Q")
+    if n_bytes > n_most:
+        raise EOFError
+    return read_bytes(file, n_bytes).decode("utf-8", "replace")
+
+def read_text_value(file: BinaryIO, n_most: int) -> str:
+    """A text, of which so many bytes are kept."""
+    n_bytes, = read_numbers(file, "Q")
+    text = read_bytes(file, min(n_bytes, n_most)).decode("utf-8", "replace")
+    skip_bytes(file, max(0, n_bytes - n_most))
+    return text
 
 def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
-    """The keys and values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
+    """The keys that are used, and their values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
     metadata, shape_seen = {}, False
     for _ in range(n_keys):
-        key, (kind,) = read_string(file), read_numbers(file, "I")
-        if kind != GGUF_ARRAY:
-            metadata[key] = read_values(file, kind, 1)[0]
-            shape_seen = shape_seen or key.endswith(".block_count")
+        key, (kind,), count = read_string(file, MAX_KEY_BYTES), read_numbers(file, "I"), 1
+        is_list = kind == GGUF_ARRAY
+        if is_list:
+            kind, count = read_numbers(file, "IQ")
+        elif key.endswith(".block_count"):
+            shape_seen = True
+        if is_list and not full and shape_seen and key.startswith("tokenizer."):
+            return dict(metadata, **{key: range(min(count, MAX_STRINGS))})
+        if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
+            raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
+        if key not in USED_KEYS and key.partition(".")[2] not in USED_TAILS:
+            skip_values(file, kind, count)
             continue
-        kind, count = read_numbers(file, "IQ")
-        if not full and shape_seen and key.startswith("tokenizer."):
-            return dict(metadata, **{key: range(min(count, MAX_VALUE_BYTES))})
-        metadata[key] = read_values(file, kind, count)
+        values = read_values(file, key, kind, count)
+        metadata[key] = values if is_list else values[0]
     return metadata
 
-def read_values(file: BinaryIO, kind: int, count: int) -> Any:
+def read_values(file: BinaryIO, key: str, kind: int, count: int) -> Any:
     """A tuple of so many values; of lists of strings, and of more numbers than layers, a range, for its length only."""
-    if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
-        raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
-    if count > MAX_VALUE_BYTES:
-        raise EOFError
-    if kind != GGUF_STRING and count > MAX_LAYERS:
-        import struct
-        read_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+    if kind == GGUF_STRING and count == 1:
+        return (read_text_value(file, MAX_TEMPLATE_BYTES if key == "tokenizer.chat_template" else MAX_TEXT_BYTES),)
+    if kind == GGUF_STRING or count > MAX_LAYERS:
+        skip_values(file, kind, count)
         return range(count)
+    return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
+
+def skip_values(file: BinaryIO, kind: int, count: int) -> None:
+    import struct
     if kind != GGUF_STRING:
-        return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
-    if count == 1:
-        return (read_string(file),)
+        return skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+    if count > MAX_STRINGS:
+        raise EOFError
     skip_strings(file, count)
-    return range(count)
 
 def skip_strings(file: BinaryIO, count: int) -> None:
     """Up to 500,000 of them, so the inner loop does nothing but add their lengths."""
@@ -2189,7 +2276,7 @@ def read_tensors(file: BinaryIO, header: Header) -> Header:
     import math
     last_end, tensors = 0, {}
     for _ in range(header.n_tensors):
-        name, (n_dims,) = read_string(file), read_numbers(file, "I")
+        name, (n_dims,) = read_string(file, MAX_NAME_BYTES), read_numbers(file, "I")
         if n_dims > 4:
             raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
         *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
@@ -2202,6 +2289,10 @@ def read_tensors(file: BinaryIO, header: Header) -> Header:
     if header.n_tensors and data_offset + last_end > header.file_bytes:
         raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
             header.file_bytes, data_offset + last_end))
+    file.seek(data_offset + last_end + -last_end % 32)
+    if number(header, "split.count") > 1 and file.read(4) == b"GGUF":
+        raise ModelError("holds the parts of a model one after the other, which can't be loaded: take the parts as they were, or join them "
+                         "with llama.cpp's llama-gguf-split --merge")
     return header._replace(weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
 
 # -- what a header means -----------------------------------------------------------------------------------------------
@@ -2214,9 +2305,9 @@ CANNOT_CHAT = {  # general.architecture (llama-arch.cpp) or general.type -> what
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
     "llama-embed t5encoder": "an embedding model: it turns text into numbers", "vocab": "a vocabulary without a model",
     "clip mmproj": "the eyes or ears of another model", "adapter": "a LoRA adapter, a change to another model,",
-    "imatrix": "a quantisation aid", "eagle3 dflash": "a helper that drafts for a bigger model",
-    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts whisper": "a speech model",
-    "dream llada llada-moe": "a diffusion language model",
+    "imatrix": "a quantisation aid", "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
+    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
+    "dream llada llada-moe rnd1": "a diffusion language model",
     "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
 
 def string(header: Header, key: str) -> str:
@@ -3483,7 +3574,12 @@ class LlamaEngine:
         self._percent = -1
         params.progress_callback = self._callbacks[1]
         self.errors = []
-        self.model = api.llama_model_load_from_file(os.fsencode(path), params)
+        parts = [os.fsencode(part) for part in plan_split_paths(path)]
+        if len(parts) > 1:                # from_file() knows them by their names, but not with .GGUF
+            import ctypes
+            self.model = api.llama_model_load_from_splits((ctypes.c_char_p * len(parts))(*parts), len(parts), params)
+        else:
+            self.model = api.llama_model_load_from_file(parts[0], params)
         if not self.model:
             raise ModelError("Loading was stopped." if self.stop.is_set() else
                              explain_load_failure(path, "\n".join(self.errors), hardware))
@@ -4483,7 +4579,8 @@ def walk_files(folder: str) -> Iterable[str]:
 
 def read_small(path: str) -> str:
     """A file of another program; "" where there is none, or something else in its place."""
-    return read_text(path) if os.path.isfile(path) and os.path.getsize(path) < 1 << 20 else ""
+    stamp = probe_stamp(path)
+    return read_text(path) if os.path.isfile(path) and stamp and stamp[0] < 1 << 20 else ""
 
 def scan_folder(folder: str) -> Iterable[ModelEntry]:
     """The .gguf files in a folder and below."""
@@ -4569,7 +4666,7 @@ def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
         for place in map(os.path.expanduser, map(os.path.expandvars, places)):
             home, tail = os.path.split(os.path.normpath(place))
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
-                path = plan_split_paths(os.path.abspath(entry.path))[0]
+                path = split_part(os.path.abspath(entry.path), 1)
                 entries.append(entry._replace(path=path, source=source))
     return entries
 
@@ -4607,35 +4704,55 @@ def probe_stamp(path: str) -> List[int]:
 
 def probe_header(path: str, kept: Dict[str, Any], in_full: bool) -> Dict[str, Any]:
     """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
-    stamp: List[Any] = [VERSION] + [probe_stamp(part)[:2] for part in plan_split_paths(path)]
+    paths, stamp = plan_split_paths(path), [VERSION]
+    for n, part in enumerate(paths, 1):
+        stamp.append(probe_stamp(part)[:2])
+        if not stamp[-1]:
+            return {"fault": "part %d of %d is missing" % (n, len(paths)) if len(paths) > 1 else "", "stamp": []}
     old = kept.get(path, {})
-    if old.get("stamp") == stamp and (old.get("full", True) or not in_full):
+    if old.get("stamp") == stamp and is_sound(old) and (old.get("full", True) or not in_full):
         return old
     try:
         header = read_gguf_header(path, in_full)
         if not other_kind(header):
             check_text_generator(header)
-        lean = {key: value for key, value in header.metadata.items() if type(value) is not range}
-        lean[string(header, "general.architecture") + ".vocab_size"] = model_vocab(header)
-        tensors = [[*key, n_bytes] for key, n_bytes in header.tensors.items()]
-        return {"stamp": stamp, "full": in_full, "header": header._replace(metadata=lean, tensors=tensors)}
+        return {"stamp": stamp, "full": in_full, "base": in_full and not string(header, "tokenizer.chat_template"), "header": lean_header(header)}
     except ModelError as error:
         return {"stamp": stamp, "fault": str(error).replace(os.path.basename(path) + " ", "", 1)}
 
+def lean_header(header: Header) -> Header:
+    """What a plan needs of it, as JSON can hold it."""
+    arch, n_layers = string(header, "general.architecture"), model_layers(header)
+    lean = {key: value for key, value in header.metadata.items() if type(value) is not range and key != "tokenizer.chat_template"}
+    lean = {key: value[:n_layers] if type(value) is tuple else value for key, value in lean.items()}
+    lean[arch + ".vocab_size"] = model_vocab(header)
+    tensors: Any = [[*key, n_bytes] for key, n_bytes in header.tensors.items()]
+    return header._replace(metadata=lean, tensors=tensors)
+
+def is_sound(known: Dict[str, Any]) -> bool:
+    """Whether a file that anybody may have changed holds what probe_header() put there."""
+    if "fault" in known:
+        return isinstance(known["fault"], str)
+    try:
+        header = Header(*known["header"])
+        return isinstance(header.metadata, dict) and all(len(tensor) == 3 for tensor in header.tensors)
+    except (KeyError, TypeError):
+        return False
+
 def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardware: Hardware) -> Optional[ModelEntry]:
-    """The entries of one file as one, with what its header says; None = nobody can chat with it."""
+    """The entries of one file as one, with what its header says; None = nobody can chat with it, or it has gone meanwhile."""
     entry, others = entries[0], sorted({other.name for other in entries} - {entries[0].name})
-    entry = entry._replace(note="also " + ", ".join(others) if others else "")
-    missing = ["part %d of %d is missing" % (n, len(known["stamp"]) - 1) for n, part in enumerate(known["stamp"]) if not part]
-    if missing or "fault" in known:
-        return entry._replace(note=(missing + [known.get("fault")])[0])
+    if "fault" in known:
+        return entry._replace(note=known["fault"]) if known["fault"] else None
     header = Header(*known["header"])
     header = header._replace(tensors={(part, kind): n_bytes for part, kind, n_bytes in header.tensors})
     if other_kind(header):
         return None
     plan = plan_load(header, hardware)
+    notes = ["base: it has no chat template"] if known.get("base") else []
+    notes += ["also " + ", ".join(others)] if others else []
     return entry._replace(size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
-                          n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate)
+                          n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate, note=", ".join(notes))
 
 def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     """The file of this name, or the models of this folder, without a look elsewhere; else all there are, and those to fetch."""
@@ -6565,7 +6682,14 @@ def has_turns(text: str) -> bool:
 # snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file is in blobs/HASH.incomplete until all is there.
 
 HUB_CONNECT_S = 3                     # for the first connection
-HUB_TIMEOUT_S = 20                    # for each answer, and each piece of a file
+HUB_TIMEOUT_S = 20                    # for each piece of an answer or a file …
+HUB_ANSWER_S = 30                     # … and for an answer, or the beginning of a file, as a whole
+HUB_LISTING_S = 120                   # for all pages of a listing …
+MAX_PAGES = 100                       # … of which there are so many at most …
+MAX_PAGE_BYTES = 1 << 22              # … and none is longer: a thousand files take 400 kB
+MAX_FILES = 20_000
+MAX_WAIT_S = 300                      # what the hub may ask to wait
+ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")    # Unicode categories: control and format characters, the halves of pairs …
 # path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
 HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
 
@@ -6626,21 +6750,32 @@ def is_fetched(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", glob.escape(row.file))))
 
 def parse_tree(items: Any) -> List[HubFile]:
-    """The files of a repository's listing, but none whose name or hash could lead out of the cache's folder."""
-    files = []
-    for item in items:
-        lfs = item.get("lfs") or {}
-        file = HubFile(str(item.get("path")), int(lfs.get("size", item.get("size", 0))), str(lfs.get("oid") or item.get("oid")))
-        if all(step.strip(".") for step in file.path.split("/")) and not re.search(r"[\\:\0-\x1f\x7f-\x9f]", file.path) \
-                and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.oid) and item.get("type", "file") == "file":
-            files.append(file)
-    return files
+    """The files of a repository's listing. Left out is what no file can be, such as one whose name or hash leads out of the
+    cache's folder, or turns the text around it. Raises ValueError where it is no listing."""
+    if not isinstance(items, list):
+        raise ValueError
+    return [file for file in map(parse_tree_item, items) if file]
+
+def parse_tree_item(item: Any) -> Optional[HubFile]:
+    if not isinstance(item, dict) or item.get("type", "file") != "file":
+        return None
+    lfs = item.get("lfs")
+    lfs = lfs if isinstance(lfs, dict) else {}
+    path, n_bytes, oid = item.get("path"), lfs.get("size", item.get("size", 0)), lfs.get("oid") or item.get("oid")
+    if not (isinstance(path, str) and isinstance(oid, str) and type(n_bytes) is int and 0 <= n_bytes < 1 << 50 and len(path) < 1000):
+        return None
+    is_odd = re.search(r"[\\:]", path) or any(unicodedata.category(char) in ODD_IN_NAMES for char in path)
+    if is_odd or not all(step.strip(".") for step in path.split("/")) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid):
+        return None
+    return HubFile(path, n_bytes, oid)
 
 def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
     """{path of its first file: all its files} of the models among these; a split one that lacks a part is none."""
     by_path = {file.path: file for file in files if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path)}
-    splits = {path: plan_split_paths(path) for path in sorted(by_path)}
-    return {path: [by_path[part] for part in parts] for path, parts in splits.items() if path == parts[0] and all(part in by_path for part in parts)}
+    groups: Dict[str, List[HubFile]] = {}
+    for path in sorted(by_path):
+        groups.setdefault(split_part(path, 1), []).append(by_path[path])
+    return {path: group for path, group in groups.items() if len(group) == max(1, parse_split(path)[2])}
 
 def match_files(paths: Iterable[str], wanted: str) -> List[str]:
     """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
@@ -6652,35 +6787,48 @@ def new_digest(file: HubFile) -> Any:
     import hashlib
     return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
 
-def probe_connection(host: str, port: int, limit_s: float) -> Optional[OSError]:
-    """Why there is no connection within the limit; None = there is. What hangs is left to its thread."""
-    import queue, socket, threading
+def call_within(limit_s: float, do: Any) -> Any:
+    """do(), or TooSlow. What hangs is left to its thread: name servers do, and servers that send a byte now and then."""
+    import queue, threading
     results: Any = queue.Queue()
-    failed: List[OSError] = []
+    def run() -> None:
+        try:
+            results.put((do(), None))
+        except Exception as error:
+            results.put((None, error))
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=limit_s)
+    except queue.Empty:
+        raise TooSlow("no answer within %g seconds" % limit_s)
+    if error:
+        raise error
+    return result
+
+def connect_anyhow(host: str, port: int, limit_s: float) -> None:
+    """Connect to any of the host's addresses, of which some may lead nowhere. Raises OSError."""
+    import queue, socket, threading
+    places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    results: Any = queue.Queue()
     def connect(address: Any) -> None:
         try:
             socket.create_connection(address[:2], limit_s).close()
             results.put(None)
         except OSError as error:
-            failed.append(error)
-    def resolve() -> None:
-        try:
-            places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-        except OSError as error:
-            return results.put(error)
-        except UnicodeError as error:     # a name that no machine can have
-            return results.put(OSError(str(error)))
-        threads = [threading.Thread(target=connect, args=(place,), daemon=True) for place in places]
-        for thread in threads:            # all at once, as one of a host's addresses may lead nowhere
-            thread.start()
-        for thread in threads:
-            thread.join()
-        results.put(failed[0] if failed else OSError("no address"))
-    threading.Thread(target=resolve, daemon=True).start()
-    try:
-        return results.get(timeout=limit_s)
-    except queue.Empty:
-        return OSError("no answer within %g seconds" % limit_s)
+            results.put(error)
+    for place in places:
+        threading.Thread(target=connect, args=(place,), daemon=True).start()
+    error = OSError("it has no address")
+    for _ in places:
+        error = results.get()
+        if not error:
+            return
+    raise error
+
+LEADS_ASTRAY = "%s leads to where nothing can be fetched."
+
+class TooSlow(OSError):
+    """It has taken longer than it may."""
 
 class HubUnreachable(ModelError):
     """There is no connection to it."""
@@ -6703,21 +6851,26 @@ class Hub:
         self.digest: Any = None
 
     def open(self, url: str, **headers: str) -> Any:
-        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException."""
+        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException, ModelError."""
         import urllib.request
         from urllib.parse import urlsplit
         etags: List[str] = []
+        hub = self
         class Redirects(urllib.request.HTTPRedirectHandler):
             def redirect_request(self, request: Any, answer: Any, code: int, message: str, answered: Any, to: str) -> Any:
                 etags.append(answered.get("X-Linked-Etag", ""))
+                here, there = urlsplit(request.full_url), urlsplit(to)
+                if there.scheme not in ("https", here.scheme) or not there.hostname:    # no files of this machine, and nothing in the clear
+                    raise ModelError(LEADS_ASTRAY % hub.host)
                 following = super().redirect_request(request, answer, code, message, answered, to)
-                if following and urlsplit(to)[:2] == urlsplit(request.full_url)[:2]:    # a new name; other hosts never see the token
+                if following and there[:2] == here[:2]:    # a new name; other hosts never see the token
                     following.unredirected_hdrs.update(request.unredirected_hdrs)
                 return following
         request = urllib.request.Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
         if url.startswith(self.address + "/") and re.match("[!-~]+$", self.token):
             request.add_unredirected_header("Authorization", "Bearer " + self.token)
-        answer = urllib.request.build_opener(Redirects).open(request, timeout=HUB_TIMEOUT_S)
+        opener = urllib.request.build_opener(Redirects)
+        answer = call_within(HUB_ANSWER_S, lambda: opener.open(request, timeout=HUB_TIMEOUT_S))
         answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
         return answer
 
@@ -6733,8 +6886,9 @@ class Hub:
             port = here.port or (443 if here.scheme == "https" else 80)
         except ValueError:
             raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
-        error = probe_connection(here.hostname or "", port, HUB_CONNECT_S)
-        if error:
+        try:
+            call_within(HUB_CONNECT_S, lambda: connect_anyhow(here.hostname or "", port, HUB_CONNECT_S))
+        except (OSError, UnicodeError) as error:    # the latter of a name that no machine can have
             text, self.reached = self.explain(error)[0], False
             if not self.tell("unreachable", text=text):
                 raise HubUnreachable(text)
@@ -6747,6 +6901,10 @@ class Hub:
                 result = do(*arguments)
                 self.reached = True
                 return result
+            except (http.client.InvalidURL, ValueError):    # the address where it leads to isn't one
+                raise ModelError(self.odd_answer())
+            except TooSlow:
+                raise ModelError("%s takes too long to answer." % self.host)
             except (OSError, http.client.HTTPException) as error:
                 text, wait_s = self.explain(error)
                 self.n_failed += 1
@@ -6755,6 +6913,9 @@ class Hub:
             if self.reached:
                 self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
             time.sleep(wait_s)
+
+    def odd_answer(self) -> str:
+        return "%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host
 
     def explain(self, error: Any) -> Tuple[str, float]:
         """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
@@ -6766,11 +6927,15 @@ class Hub:
             return "No connection to %s (%s): check the network, or the proxy." % (self.host, getattr(reason, "strerror", "") or reason), wait_s
         error.close()
         code, told = error.code, error.headers.get("Retry-After", "")
+        reason = clean_row(str(reason))[:80]
+        if code < 400:
+            return LEADS_ASTRAY % self.host, 0
         if not error.filename.startswith(self.address + "/"):    # where it led us to; its links are good for some minutes only
             return "The server that %s led to answers: %s %s." % (self.host, code, reason), wait_s
         if code == 429:
-            wait_s = int(told) if told.isdigit() else wait_s
-            return "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second")), max(wait_s, 1) * (wait_s <= 300)
+            wait_s = int(told[:9]) if re.fullmatch("[0-9]+", told) else wait_s    # else it is a date
+            text = "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second"))
+            return text, 0 if wait_s > MAX_WAIT_S else max(wait_s, 1)
         if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
             return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
                     % (self.repo, self.address, self.repo, self.address), 0)
@@ -6783,30 +6948,57 @@ class Hub:
         return "%s answers: %s %s." % (self.host, code, reason), wait_s if code >= 500 or code in (408, 416) else 0
 
     def read_json(self, url: str) -> Tuple[Any, str]:
-        """(the answer, the address of its next page or "")."""
+        """(the answer, the address of its next page or ""). Raises ValueError where it is no answer of the hub's."""
         import json
         with self.open(url) as answer:
-            text = answer.read(1 << 26)
-            if answer.length:             # so much was announced and hasn't come
-                raise ConnectionError("it broke off")
-            return json.loads(text), "".join(re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))[:1])
+            text = self.read_page(answer)
+            links = re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
+        try:
+            return json.loads(text), "".join(links[:1])
+        except RecursionError:
+            raise ValueError("nested too deep")
+
+    def read_page(self, answer: Any) -> bytes:
+        """All of it, within HUB_ANSWER_S and MAX_PAGE_BYTES. Raises TooSlow, ConnectionError, ValueError."""
+        import time
+        text, end_s = b"", time.monotonic() + HUB_ANSWER_S
+        for piece in iter(lambda: answer.read1(1 << 16), b""):
+            text += piece
+            if len(text) > MAX_PAGE_BYTES:
+                raise ValueError("more than a listing has")
+            if time.monotonic() > end_s:
+                raise TooSlow
+        if answer.length:                 # so much was announced and hasn't come
+            raise ConnectionError("it broke off")
+        return text
 
     def list_files(self) -> Tuple[str, List[HubFile]]:
         """(the commit that "main" is now, its files)."""
         from urllib.parse import quote
-        url, files = "%s/api/models/%s/" % (self.address, quote(self.repo)), []
+        url = "%s/api/models/%s/" % (self.address, quote(self.repo))
         self.greet()
         try:
             commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
             if not re.fullmatch("[0-9a-f]{40}", commit):
                 raise ValueError
-            url += "tree/%s?recursive=true" % commit
-            while url:
-                items, url = self.attempt(self.read_json, url)
-                files += parse_tree(items)
-            return commit, files
+            return commit, self.list_tree(url + "tree/%s?recursive=true" % commit)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError("%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host)
+            raise ModelError(self.odd_answer())
+
+    def list_tree(self, url: str) -> List[HubFile]:
+        """All pages of a listing. Raises ValueError where it is none, ModelError where it has no end."""
+        import time
+        files: List[HubFile] = []
+        end_s = time.monotonic() + HUB_LISTING_S
+        for _ in range(MAX_PAGES):
+            items, following = self.attempt(self.read_json, url)
+            files += parse_tree(items)
+            if not following:
+                return files
+            if len(files) > MAX_FILES or time.monotonic() > end_s:
+                break
+            url = self.address + following[following.index("/api/models/"):]    # whatever host it names
+        raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
     def fetch(self, file: HubFile, url: str, path: str) -> None:
         """Complete the part at this path, and check it; a wrong one is removed."""
@@ -6915,12 +7107,14 @@ def fetch_model(name: str, tell: Any) -> str:
     paths = match_files(models, wanted)
     quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
     if not paths:
-        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants.values())) if models else
+        named = list(quants.values())
+        named = named[:30] + ["and %d more" % len(named[30:])] if len(named) > 30 else named
+        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(named)) if models else
                          "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
     if len(paths) > 1:
         sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, known_hardware()
         tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
-                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)])
+                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)[:200]])
         return ""
     drop_stale_parts(repo, files)
     return fetch_files(hub, commit, models[paths[0]])

@@ -5,6 +5,7 @@ its whole context. Where this Python has no engine, the script's own installer m
 """
 import array
 import codecs
+import contextlib
 import gc
 import io
 import json
@@ -3530,8 +3531,9 @@ class HeaderTest(unittest.TestCase):
         self.assertEqual((full.weight_bytes, llmchat.model_vocab(full), llmchat.model_quant(full)), (96 + 160, 3000, "Q4_K_M"))
         turned = read_gguf_header(write(gguf(dict(VOCAB, **SHAPE))))
         self.assertEqual((llmchat.model_layers(turned), llmchat.model_vocab(turned)), (4, 3000))
-        big = dict(SHAPE, **{"tokenizer.ggml.tokens": ["word%d" % n for n in range(60000)], "last": "here"})    # several reads
-        self.assertEqual(read_gguf_header(write(gguf(big)), full=True).metadata["last"], "here")
+        big = dict(SHAPE, **{"tokenizer.ggml.tokens": ["word%d" % n for n in range(60000)], "odd": "skipped", "general.license": "here"})    # several reads
+        found = read_gguf_header(write(gguf(big)), full=True)
+        self.assertEqual((found.metadata["general.license"], "odd" in found.metadata), ("here", False))
         odd = {"general.architecture": [1, 2], "general.name": [3] * 9000, "llama.block_count": [4] * 9000, "tokenizer.ggml.tokens": "x"}
         found = read_gguf_header(write(gguf(odd)))
         self.assertEqual((llmchat.model_summary(found).split(":")[0], found.metadata["general.name"]), ("m.gguf", range(9000)))
@@ -3567,6 +3569,67 @@ class HeaderTest(unittest.TestCase):
             self.assertEqual((both.path, both.n_tensors), (one, 3))
             self.assertEqual(both.file_bytes, os.path.getsize(one) + os.path.getsize(two))
         llmchat.check_text_generator(both)
+
+    def test_renamed_glued_and_cut_parts(self):
+        """What is wrong is said, and what to do, instead of llama.cpp's words."""
+        part = lambda n, count, **more: gguf(dict({} if n else SHAPE, **{"split.no": n, "split.count": count}), **more)
+        self.assertIn("is part 1 of a model in 3 files, but its name says otherwise: name all of them as NAME-00001-of-00003.gguf",
+                      self.fault(part(0, 3), name="mine.gguf"))
+        self.assertIn("is part 2 of a model in 3 files", self.fault(part(1, 3), name="b-00001-of-00001.gguf"))
+        read_gguf_header(write(part(0, 1), "mine.gguf"))
+        for full in (False, True):
+            self.assertIn("holds the parts of a model one after the other", self.fault(part(0, 2) + part(1, 2), full, "glued.gguf"))
+        first = write(part(1, 2), "a-00001-of-00002.GGUF")
+        with open(first.replace("00001-of", "00002-of"), "wb") as file:
+            file.write(part(0, 2))
+        with self.assertRaisesRegex(ModelError, "a-00001-of-00002.GGUF is part 2 of a model in 2 files, but its name says otherwise"):
+            read_gguf_header(first)
+        data = gguf()
+        for name, words in (("m.gguf.part1of2", "(cat m.gguf.part1of2 m.gguf.part2of2 > m.gguf)"), ("m.gguf-split-b", "(cat m.gguf-split-* > m.gguf)"),
+                            ("a b.GGUF.003", "(cat 'a b.GGUF.'* > 'a b.GGUF')"), ("m.gguf.part-02-of-03", "m.gguf.part-01-of-03 m.gguf.part-02-of-03"),
+                            ("m.gguf.ab", "(cat m.gguf.* > m.gguf)"), ("m.gguf.part", "a download that hasn't finished"), ("m.gguf.crdownload", "hasn't finished")):
+            words = words if POSIX or "cat" not in words else "copy /b"
+            for piece in (data[:200], data[200:]):
+                self.assertIn(words, self.fault(piece, name=name))
+                self.assertNotIn("download it again", self.fault(piece, name=name))
+            read_gguf_header(write(data, name))    # it is whole, whatever it is called
+        for name in ("m.gguf", "m.gguf.gz", "m.gguf.old", "part1of2"):
+            self.assertNotIn("piece", self.fault(data[:200], name=name))
+        self.assertIn("is compressed: unpack it", self.fault(b"\x1f\x8b\x08" + data, name="m.gguf.gz"))
+
+    def test_names_of_parts(self):
+        split = llmchat.plan_split_paths
+        self.assertEqual(split("/a/m-00002-of-00003.GGUF"), ["/a/m-%05d-of-00003.GGUF" % n for n in (1, 2, 3)])
+        self.assertEqual(len(split("m-00001-of-01000.gguf")), 1000)
+        for path in ("m-00001-of-99999.gguf", "m-00003-of-00002.gguf", "m-00000-of-00002.gguf", "m.gguf", "m-1-of-2.gguf"):
+            self.assertEqual((split(path), llmchat.split_part(path, 1)), ([path], path))
+        self.assertEqual(llmchat.file_label("/a/m-00002-of-00003.GGUF"), "m")
+
+    def test_lengths(self):
+        """What is longer than any real one's is refused, or cut where it is only shown; what isn't used isn't kept."""
+        long = "x" * 200000
+        self.assertIn("no architecture has such a long name", self.fault(gguf(dict(SHAPE, **{"general.architecture": long}))))
+        self.assertIn("damaged inside its header", self.fault(gguf(dict(SHAPE, **{long: 1}))))
+        head, infos = gguf(), struct.pack("<Q", 65) + b"t" * 65
+        self.assertIn("damaged inside its header", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + infos + bytes(99), full=True))
+        self.assertIn("claims 99999 tensors", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 99999, 0) + bytes(99)))
+        texts = {"general.name": long, "general.license": long, "general.size_label": long, "general.description": long, "odd": ["a"] * 5000,
+                 "other": [7] * 5000, "tokenizer.chat_template": long}
+        found = read_gguf_header(write(gguf(dict(SHAPE, **dict(texts, **{"llama.attention.head_count_kv": [2] * 3000})))), full=True)
+        kept = found.metadata
+        self.assertEqual((len(kept["general.name"]), len(kept["general.license"]), len(kept["tokenizer.chat_template"])), (256, 256, 200000))
+        self.assertFalse({"general.description", "odd", "other"} & set(kept))
+        lean = llmchat.lean_header(found).metadata
+        self.assertEqual((len(lean["llama.attention.head_count_kv"]), "tokenizer.chat_template" in lean), (4, False))
+        plans = [plan_load(header, machine(8, 6)) for header in (found, found._replace(metadata=lean))]
+        self.assertEqual(*plans)
+
+    def test_all_keys_that_are_asked_for_are_kept(self):
+        with open(SCRIPT, encoding="utf-8") as file:
+            text = file.read()
+        asked = set(re.findall(r'(?:string|numbers?)\(header(?:s\[0\])?, "([\w.]+)"', text))
+        self.assertGreater(len(asked), 20)
+        self.assertEqual({key for key in asked if key not in llmchat.USED_KEYS and key[1:] not in llmchat.USED_TAILS}, set())
 
     def test_fuzz(self):
         """Whatever stands in a file, there is a header or a sentence, and no more memory is taken than for the file and a few keys."""
@@ -3613,6 +3676,8 @@ class MeaningTest(unittest.TestCase):
         with self.assertRaisesRegex(ModelError, "vocabulary"):
             llmchat.check_text_generator(header()._replace(n_tensors=0))
         llmchat.check_text_generator(header(**{"llama.pooling_type": 0}))
+        with self.assertRaisesRegex(ModelError, "drafts for a bigger model"):
+            llmchat.check_text_generator(header(**{"general.architecture": "gemma4-assistant"}))
 
     def test_names_and_sizes(self):
         for path, want in (("a-Q4_K_M.gguf", "Q4_K_M"), ("q3-0.6b-q8_0.gguf", "Q8_0"), ("x.IQ2_XXS.gguf", "IQ2_XXS"), ("qwen3.gguf", "")):
@@ -4105,12 +4170,96 @@ class FetchTest(unittest.TestCase):
 
     def test_hostile_listing(self):
         oid = "a" * 64
-        bad = ("../x.gguf", "/x.gguf", "a/../x.gguf", "a\\x.gguf", "c:x.gguf", "a//x.gguf", "./x.gguf", "x\0.gguf", "x\x1b[2J.gguf")
-        items = [{"path": path, "size": 1, "oid": oid} for path in bad + ("a/x..y.gguf",)] + [{"path": "x.gguf", "size": 1, "oid": "../../" + oid[6:]}]
-        self.assertEqual([file.path for file in llmchat.parse_tree(items)], ["a/x..y.gguf"])
+        bad = ("../x.gguf", "/x.gguf", "a/../x.gguf", "a\\x.gguf", "c:x.gguf", "a//x.gguf", "./x.gguf", "x\0.gguf", "x\x1b[2J.gguf",
+               "x\u202efugg.gguf", "x\u2066.gguf", "x\u200b.gguf", "x\u2028.gguf", "x\ud800.gguf", "\U000e0041.gguf", "x" * 1000 + ".gguf")
+        good = [{"path": "a/x..y.gguf", "size": 1, "oid": oid}, {"path": "日本.gguf", "size": 1, "oid": oid}]
+        items = [{"path": path, "size": 1, "oid": oid} for path in bad]
+        items += [dict(good[0], size=size) for size in (float("inf"), float("nan"), -1, "1", True, None, [], 1 << 60)]
+        items += [dict(good[0], oid=oid) for oid in ("../../" + oid[6:], None, 3)] + [dict(good[0], lfs=3, path=None), 3, None, "x", []]
+        self.assertEqual([file.path for file in llmchat.parse_tree(items + good)], ["a/x..y.gguf", "日本.gguf"])
         hub = self.hub()
         hub.commit = "../../.."
         self.fails("doesn't answer as Hugging Face does")
+
+    def answers(self, body, code=200, **headers):
+        """A hub that answers all that is asked of its API so; what was asked."""
+        hub = self.hub()
+        asked = []
+        def answer(request):
+            asked.append(request.path)
+            sha = json.dumps({"sha": hub.commit}).encode()
+            first = request.path.endswith("revision/main")
+            hub.send(request, 200 if first else code, sha if first else body, **{} if first else headers)
+        patch = mock.patch.object(hub, "answer", answer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return asked
+
+    def test_hostile_answers(self):
+        for body, headers, words in (
+                (b"[" * 200000, {}, "doesn't answer as Hugging Face does"), (b'{"error": 1}', {}, "doesn't answer as Hugging Face does"),
+                (b'[{"path": "m.gguf", "size": 1e999, "oid": "%s"}]' % (b"a" * 64), {}, "holds no GGUF model"),
+                (b"[]", {"Link": '<http://[x/api/models/>; rel="next"'}, "has no end"), (b"[]", {"Link": '<file:///etc>; rel="next"'}, "doesn't answer as"),
+                (b" " * ((1 << 22) + 1), {}, "doesn't answer as Hugging Face does"),
+                (json.dumps([{"path": "%d.gguf" % n, "size": 1, "oid": "a" * 64} for n in range(900)]).encode(),
+                 {"Link": '<http://other/api/models/org/repo/tree/x>; rel="next"'}, "The list of what org/repo holds on 127.0.0.1:.* has no end")):
+            asked = self.answers(body, **headers)
+            with mock.patch.object(llmchat, "MAX_FILES", 9000), mock.patch.object(llmchat, "MAX_PAGES", 20):
+                self.fails(words)
+            self.assertLessEqual(len(asked), 21 if body == b"[]" else 12)
+
+    def test_endless_pages_without_files(self):
+        self.answers(b"[]", Link='</api/models/org/repo/tree/y?n=2>; rel="next"')
+        with mock.patch.object(llmchat, "HUB_LISTING_S", -1):
+            self.fails("has no end")
+
+    def test_answers_that_trickle(self):
+        """A byte now and then, in the body or before it."""
+        hub, gate = self.hub(), threading.Event()
+        self.addCleanup(gate.set)
+        def answer(request, head):
+            request.close_connection = True
+            with contextlib.suppress(OSError):    # it has hung up
+                request.wfile.write(b"HTTP/1.1 200 OK\r\n" + head)
+                while not gate.wait(0.005):
+                    request.wfile.write(b" ")
+        for head, limit_s in ((b"Content-Length: 9999999\r\n\r\n", 0.05), (b"X-Odd: ", 0.2)):
+            with mock.patch.object(hub, "answer", lambda request: answer(request, head)), mock.patch.object(llmchat, "HUB_ANSWER_S", limit_s):
+                self.fails("takes too long to answer")
+
+    def test_where_it_may_lead(self):
+        hub = self.hub()
+        for place in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x", hub.address + "/api/models/org/repo/revision/main"):
+            hub.faults = [("api", (302, {"Location": place}))] * 20
+            self.fails("leads to where nothing can be fetched")
+            self.assertEqual(self.events("waiting"), [], place)
+        for place in ("http://[x/", "http://a b/\x7f", "http://\xad/"):
+            hub.faults = [("resolve", (302, {"Location": place}))] * 20
+            self.fails("doesn't answer as Hugging Face does|leads to where|No connection")
+        with mock.patch("urllib.request.build_opener") as build:
+            llmchat.Hub("org/repo", print).open("https://a/b")
+            redirect = build.call_args[0][0]().redirect_request
+        with self.assertRaisesRegex(ModelError, "nothing can be fetched"):
+            redirect(mock.Mock(full_url="https://a/b"), None, 302, "", {}, "http://a/b")    # in the clear
+
+    def test_what_it_asks_to_wait(self):
+        hub = self.hub()
+        for told, words in (("²", ""), ("1" + "0" * 20, "asks to wait 100000000 seconds"), ("9" * 5000, "asks to wait"), ("Wed, 21 Oct 2015 07:28:00 GMT", "")):
+            hub.faults = [("api", (429, {"Retry_After": told.encode("latin-1").decode("latin-1")}))]
+            if words:
+                self.fails(words)
+            else:
+                self.fetch()
+                self.assertEqual(len(self.events("waiting")), 1, told)
+
+    def test_names_of_too_many_files(self):
+        self.assertEqual(llmchat.group_models([llmchat.HubFile("m%d-00001-of-99999.gguf" % n, 1, "") for n in range(500)]).keys(),
+                         {"m%d-00001-of-99999.gguf" % n for n in range(500)})
+        parts = [llmchat.HubFile("m-%05d-of-01000.GGUF" % n, 1, "") for n in range(1, 1001)]
+        self.assertEqual({path: len(group) for path, group in llmchat.group_models(parts).items()}, {"m-00001-of-01000.GGUF": 1000})
+        self.assertEqual(llmchat.group_models(parts[1:]), {})
+        self.hub(*["m-%d-Q4_0.gguf" % n for n in range(40)])
+        self.fails("It has: (Q4_0, ){30}and 10 more", "org/repo:Q8_0")
 
     def test_disk(self):
         hub = self.hub()
@@ -4200,16 +4349,17 @@ class FetchTest(unittest.TestCase):
         def tell(event, **fields):            # as the window, which has it go on: for longer than DOWNLOAD_TRIES
             tries.append(event)
             return True
-        with mock.patch.object(llmchat, "probe_connection", lambda *_: OSError("refused")), mock.patch.object(
+        with mock.patch.object(llmchat, "connect_anyhow", mock.Mock(side_effect=OSError("refused"))), mock.patch.object(
                 llmchat.Hub, "read_json", mock.Mock(side_effect=[OSError("no")] * 20 + [ModelError("reached")])), self.assertRaisesRegex(ModelError, "reached"):
             llmchat.fetch_model("org/repo", tell)
         self.assertEqual(tries, ["unreachable"])
 
     def test_name_server_that_hangs(self):
+        self.hub()
         gate = threading.Event()
         self.addCleanup(gate.set)
-        with mock.patch("socket.getaddrinfo", lambda *_, **__: gate.wait(LIMIT_S) and ()):
-            self.assertIn("no answer within 0.01 seconds", str(llmchat.probe_connection("host", 80, 0.01)))
+        with mock.patch("socket.getaddrinfo", lambda *_, **__: gate.wait(LIMIT_S) and ()), mock.patch.object(llmchat, "HUB_CONNECT_S", 0.01):
+            self.fails("No connection to 127.0.0.1:.* .no answer within 0.01 seconds.")
 
     def test_an_address_that_leads_nowhere(self):
         hub = self.hub()
@@ -4219,8 +4369,9 @@ class FetchTest(unittest.TestCase):
         self.addCleanup(gate.set)
         with mock.patch("socket.getaddrinfo", lambda *_, **__: places), mock.patch(
                 "socket.create_connection", lambda place, limit_s: connect((host, port) if place[0] != "hangs" or gate.wait(LIMIT_S) else None, limit_s)):
-            self.assertIsNone(llmchat.probe_connection("host", port, LIMIT_S))
+            llmchat.connect_anyhow("host", port, LIMIT_S)
             gate.set()
+        self.assertRaises(OSError, llmchat.connect_anyhow, host, 9, LIMIT_S)
 
     def test_offer_where_it_is_unreachable(self):
         state = ready(Turn("user", "q"), fetch=llmchat.Fetch("org/repo", True), columns=100, model=None, engine=Condition.OFF)
@@ -4639,7 +4790,7 @@ class SmallModelTest(unittest.TestCase):
 
 class FindModelsTest(unittest.TestCase):
     """The stores of other programs, as they leave them, in a temporary home."""
-    CHAT = gguf(dict(SHAPE, **VOCAB))
+    CHAT = gguf(dict(SHAPE, **dict(VOCAB, **{"tokenizer.chat_template": llmchat.CHATML})))
 
     def setUp(self):
         self.home = os.path.join(tempfile.mkdtemp(dir=FOLDER), "h")
@@ -4785,6 +4936,60 @@ class FindModelsTest(unittest.TestCase):
                 data[dice.randrange(24, 600)] = dice.randrange(256)
             self.put("mine", "fuzz%d.gguf" % n, data=bytes(data) + self.CHAT[600:])
         self.assertIn(("", "good"), self.names())
+
+    def test_split_models_in_the_list(self):
+        """One row each, however they are written; and a hostile name costs no more than another."""
+        for ending in ("gguf", "GGUF"):
+            for n in (1, 2, 3):
+                keys = dict(dict(SHAPE, **VOCAB) if n == 1 else {}, **{"split.no": n - 1, "split.count": 3})
+                self.put("mine", "%s-%05d-of-00003.%s" % (ending, n, ending), data=gguf(keys))
+        self.put("mine", "part-00002-of-00003.gguf")
+        for n in range(20):
+            self.put("mine", "m%d-00001-of-99999.gguf" % n, data=self.CHAT + bytes(n))
+        stats, probe = [], llmchat.probe_stamp
+        with mock.patch.object(llmchat, "probe_stamp", lambda path: stats.append(path) or probe(path)):
+            entries = {entry.name: entry for entry in llmchat.find_models()}
+        self.assertEqual(len(entries), 23)
+        self.assertEqual({entries[name].verdict for name in ("gguf", "GGUF")}, {"fits"})
+        self.assertEqual(entries["part"].note, "part 1 of 3 is missing")
+        self.assertLess(len(stats), 400)
+
+    def test_what_goes_away_meanwhile(self):
+        """At any step of making the list, a file or its folder may vanish."""
+        self.put("mine", "one.gguf")
+        for name, real in (("os.stat", os.stat), ("builtins.open", open), ("os.fstat", os.fstat), ("llmchat.read_header", llmchat.read_header)):
+            for n_before in range(6):         # at the first such call, the second …
+                path, calls = self.put("mine", "gone.gguf", data=self.CHAT + b"x"), []
+                def vanish(asked, *more, **options):
+                    if "gone.gguf" in str(getattr(asked, "name", asked)):
+                        calls.append(asked)
+                    if len(calls) > n_before:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(path)
+                    return real(asked, *more, **options)
+                with mock.patch(name, vanish):
+                    found = [entry.name for entry in llmchat.find_models() if entry.verdict]
+                self.assertIn("one", found, name)
+
+    def test_base_models(self):
+        self.put("mine", "base.gguf", data=gguf(dict(SHAPE, **VOCAB)))
+        self.put("mine", "chat.gguf")
+        for _ in range(2):                    # … and as it is remembered
+            notes = {entry.name: entry.note for entry in llmchat.find_models()}
+            self.assertEqual(notes, {"base": "base: it has no chat template", "chat": ""})
+        os.remove(os.path.join(llmchat.data_dir(), "models.json"))
+        with mock.patch.object(llmchat, "FULL_HEADERS_S", 0):    # not known yet: it stands after the vocabulary
+            self.assertEqual({entry.note for entry in llmchat.find_models()}, {""})
+
+    def test_kept_headers_that_somebody_changed(self):
+        self.put("mine", "one.gguf")
+        llmchat.find_models()
+        kept = llmchat.read_kept("models.json")
+        (path, known), = kept.items()
+        for damage in ({"header": 3}, {"header": known["header"][:2]}, {"header": known["header"][:3] + [3] + known["header"][4:]}, {"fault": 3},
+                       {"header": known["header"][:5] + [[[1]]]}):
+            llmchat.write_kept("models.json", {path: dict(known, **damage)})
+            self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits"], damage)
 
     def test_far_folders(self):
         """Downloads, the program's folder and what is plugged in are searched too; a dead disk doesn't hold up the others."""
