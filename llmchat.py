@@ -644,6 +644,7 @@ Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    #
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
+EndEngine = NamedTuple("EndEngine", [])                           # at once, whatever it does
 StartEngine = NamedTuple("StartEngine", [])                       # in the place of the one that runs, if any
 Quit = NamedTuple("Quit", [])
 
@@ -1591,6 +1592,12 @@ CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it 
     ("sve", "SVE"))
 WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
 
+def wanted_sets(machine: str) -> Tuple[str, ...]:
+    """What ready-made packages want of a CPU. machine: as uname has it, such as "x86_64", "i686", "armv7l"."""
+    if re.match(r"(?i)x86|amd64|i\d86", machine):
+        return WHEEL_SETS
+    return ("NEON",) if re.match(r"(?i)arm|aarch", machine) else ()
+
 def read_text(path: str) -> str:
     """A small file; "" where it isn't there or may not be read (Android hides many)."""
     try:
@@ -2395,6 +2402,8 @@ VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB 
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
 MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
 N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
+LEAST_N_CTX = 512  # … and what is left to those who ask for it
+KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
 SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
 COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
 TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
@@ -2508,7 +2517,9 @@ def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]
     steps.append((steps[-1][0], few, kv_type))
     quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
     steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
-    return [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
+    rungs = [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
+    most = (1 - KV_GAIN) * min(rung.memory.needed() for rung in rungs if rung.kv_type == kv_type)
+    return [rung for rung in rungs if rung.kv_type == kv_type or rung.memory.needed() <= most]
 
 def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
     """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
@@ -2545,8 +2556,11 @@ def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wis
     if free.verdict == "fits":
         return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
     room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
-    smaller = "a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room) if room > 0 else "close other programs"
-    return "; close other programs if it gets slow" if plan.verdict == "tight" else ": would swap, so take %s" % smaller
+    if plan.verdict == "tight":
+        return "; close other programs if it gets slow"
+    if room <= 0:
+        return ": would swap, so close other programs"
+    return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
 
 def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, advice: str) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
@@ -2684,8 +2698,8 @@ OUT_OF_MEMORY = GPU_IS_FULL + "|" + RAM_IS_FULL
 LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
     (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
      "llama-cpp-python is too old for the %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (GPU_IS_FULL, "the GPU's memory is full (%s): put fewer layers on it, lower the context or close other programs."),
-    (RAM_IS_FULL, "there isn't enough memory (%s): lower the context, close other programs or choose a smaller model."),
+    (GPU_IS_FULL, "the GPU's memory is full (%s): put fewer layers on it%(context)s or close other programs."),
+    (RAM_IS_FULL, "there isn't enough memory (%s): close other programs%(context)s or choose a smaller model."),
     (r"not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header)",
      "the file is incomplete or damaged (%s): download it again."),
     (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"
@@ -2696,8 +2710,14 @@ LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the patter
     (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)", "llama.cpp says: %s."),  # the last such line
     (r"", "llama.cpp says nothing about the reason."))
 
-def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
-    """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says."""
+def less_context(n_ctx: int) -> str:
+    """The advice to take a smaller context than this, where there is one."""
+    less = next((n for n in (*N_CTX_STEPS, LEAST_N_CTX) if n < n_ctx), 0)
+    return ", take a smaller context (-c %d)" % less if less else ""
+
+def explain_load_failure(path: str, log_text: str, hardware: Hardware, n_ctx: int = 0) -> str:
+    """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says.
+    n_ctx: the context it was to have; 0 = that wasn't the reason."""
     try:
         read_gguf_header(path, full=True)
     except ModelError as error:
@@ -2706,7 +2726,7 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware) -> str:
     match = re.search(pattern, log_text)
     caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
     free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
-    return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught), free)
+    return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught).replace("%(context)s", less_context(n_ctx)), free)
 
 
 # == 5. ENGINES ====================================================================================
@@ -2815,6 +2835,17 @@ def careful(wishes: Wishes, key: str) -> Wishes:
         return wishes
     kv_type = wishes.kv_type if wishes.kv_type in FLOAT_KV_TYPES else "f16"    # the others need flash attention
     return wishes._replace(use_mmap=0, kv_type=kv_type)
+
+FOLLOW_S = 0.2                        # between two looks at how much of a model's file has been read
+
+def probe_read_bytes() -> int:
+    """What this process has had read from disks; 0 where that isn't counted so.
+
+    Linux counts blocks of 512 bytes in getrusage(2), as read_bytes in /proc/self/io; elsewhere they are operations."""
+    if not os.path.exists("/proc/self/io"):
+        return 0
+    import resource
+    return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
@@ -3507,11 +3538,34 @@ class LlamaEngine:
             self.emit("log", level=style, text=line)
 
     def _on_progress(self, progress: float, _: Any) -> bool:
+        """llama.cpp calls it between two tensors."""
+        self._tell_progress(progress)
+        return not self.stop.is_set()
+
+    def _tell_progress(self, progress: float) -> None:
         percent = int(progress * 100)
-        if percent != self._percent:
+        if percent > self._percent:
             self._percent = percent
             self.emit("loading", progress=progress)
-        return not self.stop.is_set()
+
+    @contextmanager
+    def _following(self, n_bytes: int) -> Iterator[None]:
+        """Tell how much of the file the system has read: on Linux llama.cpp maps all of it in one call
+        (MAP_POPULATE), during which it says nothing."""
+        import threading
+        ended, before = threading.Event(), probe_read_bytes()
+        def follow() -> None:
+            while not ended.wait(FOLLOW_S):
+                share = (probe_read_bytes() - before) / max(1, n_bytes)
+                self._tell_progress(min(share, 0.99))    # the last step is llama.cpp's
+        follower = threading.Thread(target=follow, daemon=True)
+        self._percent = -1
+        follower.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            follower.join()
 
     # -- loading --
 
@@ -3571,21 +3625,24 @@ class LlamaEngine:
             params.load_mode = wishes.use_mmap + 2 * wishes.use_mlock
         if wishes.caution:
             params.use_extra_bufts = False
-        self._percent = -1
         params.progress_callback = self._callbacks[1]
         self.errors = []
-        parts = [os.fsencode(part) for part in plan_split_paths(path)]
-        if len(parts) > 1:                # from_file() knows them by their names, but not with .GGUF
-            import ctypes
-            self.model = api.llama_model_load_from_splits((ctypes.c_char_p * len(parts))(*parts), len(parts), params)
-        else:
-            self.model = api.llama_model_load_from_file(parts[0], params)
+        with self._following(plan.memory.weights):
+            self.model = self._load_parts(plan_split_paths(path), params)
         if not self.model:
             raise ModelError("Loading was stopped." if self.stop.is_set() else
                              explain_load_failure(path, "\n".join(self.errors), hardware))
         if not api.llama_model_has_decoder(self.model) or api.llama_model_has_encoder(self.model):
             raise ModelError("%s has an encoder and can't chat by itself. Choose a chat or instruct model." % os.path.basename(path))
         self.vocab = api.llama_model_get_vocab(self.model)
+
+    def _load_parts(self, paths: Sequence[str], params: Any) -> Any:
+        """llama.cpp's model, from one file or the parts of a split one."""
+        raw = [os.fsencode(path) for path in paths]
+        if len(raw) == 1:
+            return self.api.llama_model_load_from_file(raw[0], params)
+        import ctypes                     # from_file() knows parts by their names, but not with .GGUF
+        return self.api.llama_model_load_from_splits((ctypes.c_char_p * len(raw))(*raw), len(raw), params)
 
     def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
         api, params = self.api, self.api.llama_context_default_params()
@@ -3606,7 +3663,7 @@ class LlamaEngine:
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             self.errors = self.errors or ["failed to allocate"]
-            raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware))
+            raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware, plan.n_ctx))
         self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
                                    api.llama_set_n_threads(self.context, n, plan.n_threads))
         self.drafter = Drafter()
@@ -4397,6 +4454,16 @@ def crash_quickly() -> None:
         # 1 byte is too small for a file, and keeps programs such as apport away too (core(5))
         resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
+OOM_SCORE = 800                       # of 1,000: above a browser with half of the memory, and the 300 that it gives its tabs
+
+def outlive_nobody() -> None:
+    """When memory runs out, Linux is to end the engine and no other program: it has nothing to lose (proc(5))."""
+    path = "/proc/self/oom_score_adj"
+    now = read_text(path)
+    if now and int(now) < OOM_SCORE:
+        with suppress(OSError), open(path, "w", encoding="ascii") as file:
+            file.write(str(OOM_SCORE))
+
 class EngineProcess:
     def __init__(self) -> None:
         import queue, threading
@@ -4409,6 +4476,7 @@ class EngineProcess:
         self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
+        self.loading = False              # nothing is lost if the process ends now
         self.messages: List[Dict[str, str]] = []    # of the last "ahead"
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -4421,7 +4489,7 @@ class EngineProcess:
                 os._exit(0)               # the window is gone
 
     def read_commands(self) -> None:
-        """The reader thread: a "stop" must be seen in the middle of a reply."""
+        """The reader thread: a "stop" must be seen in the middle of a reply, and the end while a slow disk is read."""
         import json
         for line in sys.stdin:
             try:
@@ -4438,13 +4506,22 @@ class EngineProcess:
                         self.stop.set()
                 if command.get("cmd") != "stop":
                     self.commands.put((self.seen, command))
+            if command.get("cmd") == "quit":
+                self.end_loading()
+        self.end_loading()
         self.stop.set()
         self.commands.put((self.seen, {"cmd": "quit"}))
+
+    def end_loading(self) -> None:
+        """End the process if it loads: llama.cpp may wait for a slow disk for minutes, and nothing is lost."""
+        if self.loading:
+            os._exit(0)
 
     def run(self) -> None:
         import signal, threading
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
         crash_quickly()
+        outlive_nobody()
         threading.Thread(target=self.read_commands, daemon=True).start()
         try:
             api = import_llama()
@@ -4513,7 +4590,11 @@ class EngineProcess:
     def on_load(self, command: Dict[str, Any]) -> None:
         self.states.save()
         self.states = StateCache(self.engine, command.get("states", ""))
-        self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
+        self.loading = True
+        try:
+            self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
+        finally:
+            self.loading = False
 
     def on_bench(self, command: Dict[str, Any]) -> None:
         Bench(self.engine.api, self.emit, self.stop).run(command["path"], Wishes(*command["wishes"]))
@@ -5195,8 +5276,7 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
 
 def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     """(a folder of the wheel index, or "" to compile; why). What is compiled uses all of the CPU, a ready-made package comes in seconds."""
-    is_x86 = probe.machine.lower() in ("x86_64", "amd64")
-    lacking = [name for name in WHEEL_SETS if name not in probe.instruction_sets] if is_x86 else []
+    lacking = [name for name in wanted_sets(probe.machine) if name not in probe.instruction_sets]
     more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON", "AMX")]
     can_compile = probe.has_compiler and not obstacle
     if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
@@ -8083,7 +8163,18 @@ def cmd_stop(state: State, argument: str) -> Change:
         return put_in_draft(state._replace(chat=state.chat._replace(editing=None)), Turn("user", "")), ()
     if state.files:
         return cmd_file(state, "none")
+    if state.engine in (Condition.STARTING, Condition.LOADING):
+        return stop_loading(state)
     return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
+
+def stop_loading(state: State) -> Change:
+    """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
+    if state.model:                       # which worked until then
+        state = state._replace(settings=state.before)
+    machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
+    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung="")
+    name = os.path.basename(state.settings.model_path)
+    return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
 
 def take_back(state: State) -> State:
     """A message without a word of an answer goes back into the input box (if that is empty), to be changed
@@ -8751,7 +8842,8 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
         if state.next_caution:
             return step_aside(state, event)
         hopeless = state.caution == len(CAUTIONS) - 1
-    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless)
+    n_ctx = state.model.n_ctx if state.model else state.settings.wishes.n_ctx
+    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless, n_ctx)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
@@ -8790,8 +8882,8 @@ CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
 MAKE_ANEW = "/install, or python3 llmchat.py --install."
 BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
 DEATHS = (  # what to tell people
-    (KILLS, "The engine was killed, probably because memory ran out: close other programs, take a smaller model, "
-            "or a smaller context (-c 2048)."),
+    (KILLS, "The engine was killed, probably because memory ran out: close other programs%(context)s, "
+            "or take a smaller model."),
     (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
                           "`python3 llmchat.py --install` compiles one for this CPU."),
     (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
@@ -8800,8 +8892,9 @@ DEATHS = (  # what to tell people
 HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
             " If that doesn't help, take another model.")
 
-def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False) -> str:
-    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too."""
+def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
+    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too.
+    n_ctx: the context it had; 0 = a smaller one doesn't help."""
     if event.fault:
         return "The engine ended because of the model's file: %s" % event.fault
     text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
@@ -8809,6 +8902,7 @@ def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: b
     if hopeless and event.code not in NO_SUCH_INSTRUCTION:
         text = HOPELESS
     return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
+                   "context": less_context(n_ctx),
                    "loading": " while loading the model" if loading else "",
                    "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
 
@@ -9129,7 +9223,7 @@ def view_status(state: State) -> Line:
         on = int(state.progress * n + 0.5)
         left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
     ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    doing = state.doing if engine is not Condition.INSTALLING else "Esc stops it"
+    doing = "Esc stops it" if engine in (Condition.INSTALLING, Condition.LOADING) else state.doing
     for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
@@ -9827,6 +9921,8 @@ class Runner:
             self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
         elif isinstance(effect, StartEngine):
             self.start_engine()
+        elif isinstance(effect, EndEngine):
+            self.end_engine()
         elif isinstance(effect, FindModels):
             import threading
             threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
@@ -9893,6 +9989,14 @@ class Runner:
         except OSError as error:          # it was made for another system or machine, say
             self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
+    def end_engine(self) -> None:
+        """It has nothing to write: it was still loading."""
+        if self.engine:
+            self.engine.process.kill()
+            self.engine.close()
+            self.engine = None
+            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)
+
     def end_download(self) -> None:
         """What has come is on the disk."""
         if self.downloader:
@@ -9924,8 +10028,11 @@ def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
 def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
     """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
     this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
-    has = probe_hardware().instruction_sets if code in NO_SUCH_INSTRUCTION else ("NEON",)
-    lacking = () if "NEON" in has else tuple(name for name in WHEEL_SETS if name not in has)
+    lacking: Tuple[str, ...] = ()
+    if code in NO_SUCH_INSTRUCTION:
+        import platform
+        has = probe_hardware().instruction_sets
+        lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
     fault = ""
     if code in CRASHES and model_path:
         try:

@@ -2920,6 +2920,14 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         window = Headless(self, MIND, write(b"no program", "python")).wait(Condition.MISSING)
         self.assertRegex(window.said("notice")[0], r"can't be started \(.*--install")
 
+    @unittest.skipUnless(os.path.exists("/proc/self/oom_score_adj"), "Linux")
+    def test_memory_runs_out_for_the_engine_first(self):
+        window = Headless(self, MIND).wait(Condition.READY)
+        read = lambda pid: int(llmchat.read_text("/proc/%s/oom_score_adj" % pid))
+        here = read("self")
+        self.assertGreaterEqual(read(window.runner.engine.process.pid), max(here, 800))
+        self.assertEqual(here, read(os.getppid()))    # the window's own stays as it was
+
     def test_no_engine(self):
         window = Headless(self, MIND, engine="").wait(Condition.MISSING)
         wait_until(lambda: window.step() or window.state.needs)
@@ -2937,6 +2945,105 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             self.assertEqual((done.returncode, done.stdout.strip()), (1, ""), done.stderr)
             self.assertRegex(done.stderr, "To chat, the engine .* needed: python3 llmchat.py --setup gets (it|both)")
             self.assertEqual("a model" in done.stderr, MIND not in arguments)
+
+
+# Goes behind a copy of the program: the real engine, but its disk is slow. What has come of the file stands in COUNT, in
+# thousandths; BEGUN is there when llama.cpp is called, which itself begins when GATE is there.
+SLOW_DISK = """
+def probe_read_bytes():
+    with open({COUNT!r}) as file:
+        return os.path.getsize({MODEL!r}) * int(file.read() or 0) // 1000
+_import_llama = import_llama
+def import_llama():
+    import time
+    api = _import_llama()
+    load = api.llama_model_load_from_file
+    def load_slowly(*arguments):
+        open({BEGUN!r}, "w").close()
+        while not os.path.exists({GATE!r}):
+            time.sleep(0.01)
+        return load(*arguments)
+    api.llama_model_load_from_file = load_slowly
+    return api
+"""
+
+
+@unittest.skipUnless(POSIX, "the engine is wrapped in a shell script")
+class SlowDiskTest(unittest.TestCase):
+    """A model's file that takes minutes to come: its progress is seen, and nobody has to wait for it."""
+
+    def setUp(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        self.gate, self.count, begun = (os.path.join(folder, name) for name in ("gate", "count", "begun"))
+        self.comes(0)
+        code = SLOW_DISK.format(COUNT=self.count, GATE=self.gate, MODEL=TALK, BEGUN=begun)
+        script = write(read_bytes(SCRIPT).replace(b'\nif __name__ == "__main__":', code.encode() + b'\nif __name__ == "__main__":'), "llmchat.py")
+        python = write(b'#!/bin/sh\nexec "%s" "$1" "$2" "%s" "$4"\n' % (ENGINE.encode(), script.encode()), "python")
+        os.chmod(python, 0o755)
+        self.window = Headless(self, TALK, python)
+        wait_until(lambda: self.window.step() or os.path.exists(begun))
+
+    def comes(self, thousandths):
+        with open(self.count + ".new", "w") as file:
+            file.write(str(thousandths))
+        os.replace(self.count + ".new", self.count)
+
+    def wait_for(self, progress):
+        wait_until(lambda: self.window.step() or self.window.state.progress >= progress)
+
+    def open_gate(self):
+        open(self.gate, "w").close()
+
+    def test_progress(self):
+        for thousandths in (123, 456, 5000):    # more than the file: other things are read as well
+            self.comes(thousandths)
+            share = min(0.99, thousandths / 1000)
+            self.wait_for(share - 0.011)
+            self.assertAlmostEqual(self.window.state.progress, share, delta=0.011)
+        self.assertEqual(self.window.state.engine, Condition.LOADING)
+        self.open_gate()
+        self.window.wait(Condition.READY)
+
+    def test_esc_ends_it(self):
+        self.come_half()
+        engine = self.window.runner.engine
+        self.window.handle(llmchat.Submitted("hello"))
+        self.window.handle(llmchat.Pressed("esc"))    # the message comes back first
+        self.assertEqual((self.window.state.engine, self.window.state.draft.text), (Condition.LOADING, "hello"))
+        self.window.handle(llmchat.Pressed("esc"))
+        self.assertEqual((self.window.state.engine, engine.process.returncode), (Condition.OFF, -signal.SIGKILL))
+        self.assertRegex(self.window.said("notice")[-1], "Loading was stopped. The next message, or /load, loads %s" % os.path.basename(TALK))
+        self.open_gate()
+        self.window.ask("hello", Condition.READING)
+        self.window.wait(Condition.READY)
+        self.assertEqual((len(self.window.said("assistant")), len(self.window.said("notice"))), (1, 1))
+
+    def come_half(self):
+        self.comes(500)
+        self.wait_for(0.49)
+
+    def test_quitting_ends_it(self):
+        """By itself: it doesn't have to be killed after a while."""
+        self.come_half()
+        self.window.runner.engine.close()
+        self.assertEqual(self.window.runner.engine.process.returncode, 0)
+
+    def test_a_window_that_is_gone_ends_it(self):
+        self.come_half()
+        process = self.window.runner.engine.process
+        process.stdin.close()
+        self.assertEqual(process.wait(LIMIT_S), 0)
+
+    def test_a_model_that_worked_is_named(self):
+        before = ready()
+        state, _ = play(llmchat.load_path(before, "slow.gguf")[0], "[esc]")
+        self.assertEqual(state.settings.model_path, before.settings.model_path)
+        self.assertEqual(play(state, "hi", "[enter]")[0].engine, Condition.STARTING)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/io"), "Linux")
+    def test_what_is_counted(self):
+        counted = dict(line.split(": ") for line in llmchat.read_text("/proc/self/io").splitlines())
+        self.assertAlmostEqual(llmchat.probe_read_bytes(), int(counted["read_bytes"]), delta=1 << 20)
 
 
 # Goes behind a copy of the program: the real engine, but it dies at the first decode unless it is used with enough caution.
@@ -3788,15 +3895,19 @@ class PlanTest(unittest.TestCase):
             rung += 1
         self.assertEqual([(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
                          [(plans[0].n_gpu_layers // 2, 8192, 512, "f16"), (0, 8192, 512, "f16"), (0, 4096, 512, "f16"), (0, 2048, 512, "f16"),
-                          (0, 1024, 512, "f16"), (0, 1024, 32, "f16"), (0, 1024, 32, "q8_0"), (0, 1024, 32, "q4_0")])
+                          (0, 1024, 512, "f16"), (0, 1024, 32, "f16")])
         self.assertEqual([p.next for p in plans][1:], ["0 layers on the GPU", "a context of 4,096 tokens", "a context of 2,048 tokens", "a context of 1,024 tokens",
-                         "batches of 32 tokens", "the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""])
-        self.assertIn("context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, KV cache in q4_0 to fit", plans[-1].lines[1])
+                         "batches of 32 tokens", ""])
+        self.assertIn("context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, all", plans[-1].lines[1])
         self.assertEqual(plan_load(model, where, Wishes(rung=99))[:4], plans[-1][:4])
+        long = [plan_load(model, machine(16, 12), Wishes(n_ctx=16384, rung=rung)) for rung in range(4)]
+        self.assertEqual([(p.n_ubatch, p.kv_type) for p in long], [(128, "f16"), (32, "f16"), (32, "q8_0"), (32, "q4_0")])
+        self.assertEqual([p.next for p in long][1:], ["the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""])
+        self.assertIn("batch lowered to 32 tokens, KV cache in q4_0 to fit", long[-1].lines[1])
         asked = plan_load(model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16"))    # what is wished for stays
         self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
         self.assertIn("what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16", plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0])
-        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.1 GB would fit")
+        self.assertRegex(plan_load(header(40.0), machine(8, 6)).lines[0], r"too big: would swap, so take .* a file of at most 5\.0 GB would fit")
         odd = header(4.0, **{"llama.attention.key_length": 80})    # quantised types come in blocks of 32
         self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
 
@@ -3840,6 +3951,35 @@ class PlanTest(unittest.TestCase):
             plan = plan_load(header(**shape), where)
             self.assertEqual((plan.n_ctx, plan.verdict), (n_ctx, verdict), plan.lines)
             self.assertIn(words, " ".join(plan.lines))
+
+    def test_a_small_kv_cache_stays_as_it_is(self):
+        """What a quantised one would save of 1 GB isn't worth its slowness, though it would fit."""
+        small = header(1.0, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
+        for free_gb in (0.9, 1.0, 1.1, 1.15, 1.2, 1.3, 1.4):
+            plan = plan_load(small, machine(4, free_gb))
+            self.assertEqual((plan.kv_type, plan.n_ctx >= 1024), ("f16", True), plan.lines)
+
+    def test_advice_is_what_can_be_done(self):
+        self.assertTrue(plan_load(header(0.3), machine(0.2, 0.05)).lines[0].endswith(": would swap, so close other programs"))
+        self.assertIn("would swap, so take a smaller model", plan_load(header(0.8), machine(0.9, 0.6)).lines[0])
+        for n_ctx, advice in ((8192, "(-c 4096)"), (1024, "(-c 512)"), (700, "(-c 512)"), (512, ""), (0, "")):
+            text = llmchat.explain_death(llmchat.EngineDied(-9), False, "", n_ctx=n_ctx)
+            self.assertEqual((advice or "-c") in text, bool(advice), text)
+            full = llmchat.explain_load_failure(MIND, "failed to allocate 9 MB", machine(4, 3), n_ctx)
+            self.assertEqual((advice or "-c") in full, bool(advice), full)
+        self.assertIn("close other programs, take a smaller context (-c 512) or choose a smaller model. 3.0 GB of RAM are free.",
+                      llmchat.explain_load_failure(MIND, "failed to allocate 9 MB", machine(4, 3), 1024))
+        killed = play(ready(), EngineDied(-9))[0]
+        self.assertIn(llmchat.less_context(ready().model.n_ctx), notices(killed)[-1])
+
+    def test_what_a_cpu_lacks(self):
+        for name, wanted in (("x86_64", llmchat.WHEEL_SETS), ("AMD64", llmchat.WHEEL_SETS), ("i686", llmchat.WHEEL_SETS),
+                             ("armv6l", ("NEON",)), ("aarch64", ("NEON",)), ("ARM64", ("NEON",)), ("riscv64", ())):
+            self.assertEqual(llmchat.wanted_sets(name), wanted, name)
+        old = machine(1, 1)._replace(instruction_sets=("SSE4.2", "AVX"))
+        for name, has, lacking in (("x86_64", old, ("AVX2", "FMA", "F16C", "BMI2")), ("armv6l", old, ("NEON",)), ("riscv64", old, ())):
+            with mock.patch.object(llmchat, "probe_hardware", lambda: has), mock.patch("platform.machine", lambda: name):
+                self.assertEqual(llmchat.probe_engine_end(-4).lacking, lacking)
 
     def test_gpu_layers_and_wishes(self):
         big = header(weight_gb=8.0, n_layers=32, n_embd=4096, n_ff=14336)
