@@ -6287,6 +6287,7 @@ def plain_path(word: str) -> str:
     """A path as it was typed, without quotes and backslashes."""
     return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
 
+SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwhile."
 COPIED_CHAT = "This is a copy of the chat, as it could not be opened to go on with it: %s."
 
 class ChatStore:
@@ -6313,9 +6314,12 @@ class ChatStore:
     SLOW_S = 2.0                          # what takes longer is told
 
     def __init__(self, post: Any) -> None:
-        import queue
+        import queue, threading
         self.post, self.jobs = post, queue.Queue()
         self.thread: Any = None
+        self.running: Dict[Any, Tuple[str, float]] = {}    # jobs at work: what, and since when
+        self.begun = threading.Event()
+        self.watcher: Any = None
         self.aside: List[Any] = []        # the threads that are at work
         self.file: Optional[ChatFile] = None
         self.history = os.path.join(data_dir(), "history")
@@ -6324,6 +6328,9 @@ class ChatStore:
 
     def do(self, job: Any, *arguments: Any) -> None:
         import threading
+        if not self.watcher:
+            self.watcher = threading.Thread(target=self._watch, daemon=True)
+            self.watcher.start()
         if getattr(job, "__name__", "") in self.ASIDE:
             return self.do_aside(job, arguments)
         self.jobs.put((job, arguments))
@@ -6363,15 +6370,30 @@ class ChatStore:
 
     @contextmanager
     def _told_when_slow(self, what: str) -> Any:
-        import threading
-        text = what + " yet: the disk or program takes long to answer. You can go on meanwhile."
-        timer = threading.Timer(self.SLOW_S, lambda: self.post(Told(text, "warn")))
-        timer.daemon = True
-        timer.start()
+        """Starts no thread, as that would hold up the writing of a message for milliseconds."""
+        import time
+        key = object()
+        self.running[key] = (what, time.monotonic())
+        self.begun.set()
         try:
             yield
         finally:
-            timer.cancel()
+            del self.running[key]
+
+    def _watch(self) -> None:
+        """Tell of jobs that take long; while none is at work, wait."""
+        import time
+        while True:
+            self.begun.wait()
+            self.begun.clear()
+            told: Set[Any] = set()
+            while self.running:
+                time.sleep(self.SLOW_S / 4)
+                late = time.monotonic() - self.SLOW_S
+                for key, (what, began_s) in list(self.running.items()):
+                    if began_s <= late and key not in told:
+                        told.add(key)
+                        self.post(Told(what + SLOW_JOB, "warn"))
 
     def _work(self) -> None:
         for job, arguments in iter(self._next_job, None):
@@ -8515,16 +8537,15 @@ def on_files_read(state: State, event: FilesRead) -> Change:
     files = {file.name: file for file in state.files + event.files}
     state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
     missing = "There is no file %s" % ", ".join(event.missing) if event.missing else ""
-    if event.files or missing:
-        attached = "Attached: " + ", ".join(files) if event.files else ""
-        state = state._replace(hint="; ".join(filter(None, (attached, missing))))
+    if event.files:
+        state = state._replace(hint="Attached: " + ", ".join(files))
     if event.problems:
         return notice(state, "\n".join(event.problems)), ()
     if not event.text or event.text != state.draft.text:
-        return state, ()
+        return state._replace(hint="; ".join(filter(None, (state.hint, missing)))) if missing else state, ()
     state, effects = cmd_send(state, "read")
     if missing:
-        state = notice(state, missing + ": it is sent as the words that it is.")
+        state = notice(state, missing + ", so only the name is sent.")
     return state, effects
 
 def on_engine_logged(state: State, event: EngineLogged) -> Change:

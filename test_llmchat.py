@@ -6889,7 +6889,7 @@ class FilesTest(unittest.TestCase):
         state, effects = play(ready(), "see @nonexistent.txt", Typed(" "), FilesRead((), (), " ", ("nonexistent.txt",)))
         self.assertEqual((state.hint, state.draft.text, sent(effects)), ("There is no file nonexistent.txt", "see @nonexistent.txt ", []))
         err = run_plain(TALK, "-p", "hi @nonexistent.txt")[2]
-        self.assertIn("There is no file nonexistent.txt: it is sent", err)
+        self.assertEqual(err, "There is no file nonexistent.txt, so only the name is sent.\n")
 
     def test_attached_and_sent(self):
         state, effects = play(ready(), "/file 'b c.txt' a\\ b.txt", "[enter]")
