@@ -4019,12 +4019,13 @@ class LlamaEngine:
         import json, struct
         if self.shifting:
             return False
-        temporary, tokens = "%s.%d.tmp" % (path, os.getpid()), (self.api.llama_token * len(self.tokens))(*self.tokens)
+        temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
+        tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
         about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in self.checkpoints]}
         raw = json.dumps(about).encode()
         try:
             make_private(os.path.dirname(path))
-            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))    # llama.cpp keeps the mode
+            open(temporary, "xb", opener=open_private).close()    # llama.cpp keeps the mode
             if not self.api.llama_state_seq_save_file(self.context, os.fsencode(temporary), 0, tokens, len(tokens)):
                 raise OSError
             with open(temporary, "ab+") as file:
@@ -6270,6 +6271,14 @@ def said_words(raw: bytes) -> Set[str]:
 def last_messages(history: bytes) -> bytes:
     return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
 
+def remove_all(path: str) -> None:
+    """A file, and what was left half written of it. Raises OSError."""
+    import glob
+    name = glob.escape(path)
+    for found in [path] + glob.glob(name + ".*.new") + glob.glob(name + ".*.tmp"):
+        with suppress(FileNotFoundError):
+            os.remove(found)
+
 def without_words(history: bytes, said: Set[str]) -> bytes:
     """The history of sent messages without these."""
     kept = b""
@@ -6301,7 +6310,7 @@ class ChatStore:
         "describe": "The model isn't read",
         "copy": "Nothing is copied",
         "suggest": "No models are found",
-        "find_better": "No better model is found",
+        "find_better": "",                # nobody waits for it
         "drop_parts": "The download isn't removed"}
     IN_ORDER = {
         "open": "The chat isn't opened",
@@ -6361,12 +6370,12 @@ class ChatStore:
     def _try(self, job: Any, arguments: Tuple[Any, ...]) -> None:
         """A job; what goes wrong is told, and when it takes long."""
         name = getattr(job, "__name__", "")
-        what = self.ASIDE.get(name) or self.IN_ORDER.get(name, "That failed")
+        what = {**self.IN_ORDER, **self.ASIDE}.get(name, "That failed")
         with self._told_when_slow(what):
             try:
                 job(*arguments)
             except Exception as error:    # the thread must go on, whatever is in a file
-                self.post(Told("%s: %s." % (what, explain_error(error)), "error"))
+                self.post(Told("%s: %s." % (what or "That failed", explain_error(error)), "error"))
 
     @contextmanager
     def _told_when_slow(self, what: str) -> Any:
@@ -6391,7 +6400,7 @@ class ChatStore:
                 time.sleep(self.SLOW_S / 4)
                 late = time.monotonic() - self.SLOW_S
                 for key, (what, began_s) in list(self.running.items()):
-                    if began_s <= late and key not in told:
+                    if what and began_s <= late and key not in told:
                         told.add(key)
                         self.post(Told(what + SLOW_JOB, "warn"))
 
@@ -6526,8 +6535,7 @@ class ChatStore:
         said = said_words(bytes(file.held) + file.waiting) if file else set()
         if file:
             self._remove(file)
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(data_dir(), "states", name + ".state"))
+        remove_all(os.path.join(data_dir(), "states", name + ".state"))
         if os.path.exists(self.history):
             change_file(self.history, lambda raw: without_words(raw, said))
         self.post(ChatDeleted(tuple(said)))
@@ -6551,13 +6559,10 @@ class ChatStore:
         return file
 
     def _remove(self, file: ChatFile) -> None:
-        import glob
         file.part, file.waiting = None, b""
         file.close()
         self.late = [late for late in self.late if late.path != file.path]
-        for path in [file.path] + glob.glob(glob.escape(file.path) + "*.new"):
-            with suppress(FileNotFoundError):
-                os.remove(path)
+        remove_all(file.path)
 
     def forget(self) -> None:
         """Empty the history of sent messages."""
@@ -9930,8 +9935,9 @@ class Runner:
         self.downloader: Optional[Child] = None
         self.store = ChatStore(self.mailbox.post)
         self.quit = False
-        if distrust():
-            self.mailbox.post(Told(distrust(), "warn"))
+        problem = distrust("engine", "pycache")
+        if problem:
+            self.mailbox.post(Told(problem, "warn"))
 
     def perform(self, effect: Any) -> None:
         if isinstance(effect, SendEngine) and self.engine:

@@ -6133,7 +6133,11 @@ class StoredChatTest(unittest.TestCase):
         self.do(Typed("/set top_k 3"), "[enter]", "/new")
         self.do(Typed("another"), "[enter]", text(4, "yes"), done(4))
         self.assertEqual(read_bytes(self.store.history).count(b"secret"), 3)
-        self.do("/chats secret", "[del]", "[enter]")
+        self.do("/chats secret")
+        name, states = self.state.dialog.names[0], llmchat.make_data_dir("states")
+        for left in (llmchat.chat_path(name) + ".0123.new", os.path.join(states, name + ".state"), os.path.join(states, name + ".state.0.tmp")):
+            llmchat.write_whole(left, b"a secret")
+        self.do("[del]", "[enter]")
         self.assertEqual(self.state.hint, "The chat is deleted, and its messages are out of the history")
         self.assertEqual(read_bytes(self.store.history), b"another\0")
         self.assertNotIn(" secret", "".join(self.state.draft.history).replace("/chats secret", ""))
