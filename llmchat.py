@@ -797,6 +797,59 @@ def clean_name(text: str, width: int) -> str:
     """The beginning of it, as much as fits into so many columns; quick, however long the text is."""
     return take_cells(clean_row(text[:8 * max(0, width)]), max(0, width))
 
+# What stands for characters that a font or an encoding lacks: candidates of one cell each, the best first; the last
+# one is ASCII. Letters with marks need no entry.
+NEAREST = dict(pair.split(None, 1) for pair in """❯ ›>,▌ █_,▁ _,▂ .,▃ -,▄ =,▅ +,▆ *,▇ #,█ #,▓ █#,▒ ░:,░ .,▐ |,▀ ^,▼ v,▲ ^,• ·*,◦ °o,● •*,○ °o,‣ >,▪ ■*,■ #,□ o
+    ☐ □o,☑ √x,☒ x,✓ √v,✔ √v,✗ x,✘ x,· .,… .,‘ ',’ ',‚ ',′ ',‛ ',“ ",” ",„ ",″ ",« ",» ",‹ <,› >,– -,— -,‐ -,‑ -,‒ -,− -,― -,→ »>,← «<,↑ ^,↓ v,⇒ >,⇐ <
+    × x,÷ /,≤ <,≥ >,≠ #,≈ ~,± ~,√ V,∞ 8,€ E,£ L,¥ Y,¢ c,© c,® r,™ t,° o,¿ ?,¡ !,§ S,¶ P,¦ |,ß s,æ a,Æ A,œ o,Œ O,ø o,Ø O,ł l,Ł L,đ d,Đ D
+    ð d,Ð D,þ p,Þ P,ı i,ħ h,Ħ H,ŋ n,Ŋ N,ſ s,ƒ f,µ u,─ -,━ ─-,═ ─-,│ |,┃ │|,║ │|,┌ +,┐ +,└ +,┘ +,├ +,┤ +,┬ +,┴ +,┼ +,╭ ┌+,╮ ┐+,╰ └+,╯ ┘+"""
+    .replace("\n", ",").split(","))
+SPELLED = dict(pair.split() for pair in """… ...,— --,→ ->,← <-,⇒ =>,⇐ <=,≤ <=,≥ >=,≠ !=,± +-,€ EUR,£ GBP,© (c),® (R),™ (TM),ß ss,æ ae,Æ AE,œ oe,Œ OE
+    þ th,Þ Th,ŋ ng,Ŋ Ng,∞ inf,• *,░ .,█ #""".replace("\n", ",").split(","))
+
+def bare_letters(char: str) -> str:
+    """A letter without its marks, a ligature or a wide letter as plain ones: é -> e, ﬁ -> fi."""
+    return "".join(part for part in unicodedata.normalize("NFKD", char) if not unicodedata.combining(part))
+
+def nearest(char: str, can_draw: Any) -> str:
+    """What is drawn in the place of a character that can't be, in as many cells."""
+    n = char_cells(char)
+    for other in NEAREST.get(char, "") + bare_letters(char)[:1]:
+        if other != char and can_draw(other):
+            return other[:n].ljust(n) if char_cells(other) == 1 else other
+    return "?" * n
+
+def spell(char: str, encoding: str) -> str:
+    """The same for a text of which the columns don't matter."""
+    def known(text: str) -> bool:
+        return text.encode(encoding, "ignore").decode(encoding, "ignore") == text
+    for text in (SPELLED.get(char, ""), NEAREST.get(char, "")[-1:], bare_letters(char)):
+        if text and text != char and known(text):
+            return text
+    return "" if char_cells(char) == 0 else "?"
+
+def spell_error(error: Any) -> Tuple[str, int]:
+    """A handler of encoding errors, see codecs.register_error."""
+    text = error.object[error.start:error.end]
+    return "".join(spell(char, error.encoding) for char in text), error.end
+
+class Glyphs(Dict[int, str]):
+    """For str.translate(): what is drawn for each character, in as many cells.
+
+    can_draw: whether font and encoding have it. measure: the columns that curses gives it."""
+    def __init__(self, can_draw: Any, measure: Any) -> None:
+        self.can_draw, self.measure = can_draw, measure
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        shown = char
+        if not self.can_draw(char):
+            shown = nearest(char, self.can_draw)
+        elif self.measure(char) != char_cells(char) or unicodedata.category(char) == "Cn":
+            shown = ("\ufffd" if self.can_draw("\ufffd") else "?") * char_cells(char)
+        self[code] = shown
+        return shown
+
 def strip_ansi(text: str) -> str:
     """A log line without its colour codes."""
     return _pattern("ansi").sub("", text) if "\x1b" in text else text
@@ -9610,6 +9663,41 @@ def probe_encoding() -> str:
         return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
     return "ascii"
 
+CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓▼▲"    # that nearly all fonts of Linux's console have, beside Latin-1
+GIO_UNIMAP = 0x4b66                 # linux/kd.h, see ioctl_console(2)
+
+def probe_font() -> Optional[Any]:
+    """The characters of the font that Linux's console has loaded; None on other terminals, or where it can't be asked."""
+    if not os.environ.get("TERM", "").startswith("linux") or os.name == "nt":
+        return None
+    import array, fcntl, struct
+    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: the code of a character, its place in the font
+    request = struct.pack("@HP", 65535, pairs.buffer_info()[0])
+    try:
+        n_pairs, _ = struct.unpack("@HP", fcntl.ioctl(1, GIO_UNIMAP, request))
+    except OSError:
+        return None                       # it is another machine's: a console's user has come here by ssh
+    return parse_unimap(pairs, n_pairs)
+
+def parse_unimap(pairs: Sequence[int], n_pairs: int) -> Any:
+    return frozenset(chr(pairs[2 * i]) for i in range(n_pairs) if pairs[2 * i] < 0xd800)
+
+def plan_glyphs(encoding: str, term: str, font: Optional[Any]) -> Any:
+    """A function that says whether a character can be drawn. font: those of probe_font()."""
+    if encoding != "utf-8":
+        return lambda char: char < "\x7f" or spellable(char, encoding)
+    if font:
+        return lambda char: char < "\x7f" or char in font
+    if term.startswith("linux"):          # letters are left to the font; symbols are what fonts lack
+        return lambda char: char not in NEAREST or char in CONSOLE_SYMBOLS or "\xa0" <= char <= "\xff"
+    return lambda char: True
+
+def spellable(char: str, encoding: str) -> bool:
+    try:
+        return bool(char.encode(encoding))
+    except UnicodeError:
+        return False
+
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
@@ -9623,6 +9711,9 @@ class Screen:
         self.theme, self.painted = "", []          # what the screen shows
         self.check_terminal()
         self.window = curses.initscr()
+        self.pad = curses.newpad(1, 8)             # to measure with
+        can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
+        self.glyphs = Glyphs(can_draw, self._measure)
         self.keyboard = Keyboard(named_charset(os.environ) or encoding, self._sequences())
         curses.raw()
         curses.noecho()
@@ -9783,13 +9874,24 @@ class Screen:
     def _paint(self, y: int, line: Line) -> None:
         x = 0
         for text, style in line:
-            if not self.unicode and not text.isascii():    # a question mark per cell, so that columns stay
-                text = "".join(char if char < "\x7f" else "?" * char_cells(char) for char in text)
+            n = cells(text)
+            if not text.isascii():
+                text = text.translate(self.glyphs)
             try:
                 self.window.addstr(y, x, text, self.styles[style])
             except self.curses.error:
                 pass                               # curses' way to say that the last cell of the window is written
-            x += cells(text)
+            x += n
+
+    def _measure(self, char: str) -> int:
+        """The columns that curses counts for a character: this libc's Unicode may be older or newer than Python's."""
+        if os.name == "nt":
+            return char_cells(char)
+        try:
+            self.pad.addstr(0, 0, "x" + char)
+        except self.curses.error:
+            return -1
+        return self.pad.getyx()[1] - 1
 
     def edit(self, text: str) -> Any:
         """Leave the terminal to the user's editor; what becomes of the text."""
@@ -10891,8 +10993,12 @@ def run_window(state: State, first: str = "") -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    import codecs
+    codecs.register_error("spell", spell_error)
     if sys.stdout:                        # a reply, a name or pip's output may hold what the encoding lacks; files and pipes get UTF-8
-        sys.stdout.reconfigure(errors="replace", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+        sys.stdout.reconfigure(errors="spell", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
+    if sys.stderr:
+        sys.stderr.reconfigure(errors="spell")
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame

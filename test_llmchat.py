@@ -7342,6 +7342,34 @@ class DecodeKeysTest(unittest.TestCase):
 
 
 class LocaleTest(unittest.TestCase):
+    def test_what_can_not_be_drawn(self):
+        """In as many cells; a font of Debian's console, one that holds little, unknown ones, encodings."""
+        debian = frozenset(map(chr, [*range(32, 127), *range(160, 256)])) | frozenset("─│┌┐└┘├┤┬┴┼█░▒‘’“”–—…•›▼☐☑■€\ufffd")
+        for encoding, term, font, text, shown in (
+                ("utf-8", "xterm-256color", None, "❯ ▌▁▇ é’…日🦙", "❯ ▌▁▇ é’…日🦙"), ("utf-8", "linux", debian, "❯ ▌▁▂▃▄▅▆▇█ ░é’… ◦☐☑ 日 ж", "› █_.-=+*#█ ░é’… °☐☑ ?? ?"),
+                ("utf-8", "linux", None, "❯ ▌▁▄█ ░é’…• ☐☑ → 日 ж", "> █_=█ ░é'.• ox → 日 ж"), ("utf-8", "linux", frozenset("ab"), "❯é▌─ß", ">e_-s"),
+                ("iso8859-1", "xterm", None, "é’… €ā日Ａ\u0301", "é'. Ea??A "), ("ascii", "xterm", None, "Grüße, “x” – ½ ﬁ ø", 'Gruse, "x" - 1 f o'),
+                ("koi8-r", "xterm", None, "жук é", "жук e"), ("euc_jp", "xterm", None, "日é", "日é")):
+            glyphs = llmchat.Glyphs(llmchat.plan_glyphs(encoding, term, font), llmchat.char_cells)
+            self.assertEqual(text.translate(glyphs), shown, (encoding, term))
+            self.assertEqual(llmchat.cells(text.translate(glyphs)), llmchat.cells(text))
+        glyphs = llmchat.Glyphs(lambda char: True, lambda char: 1 if char in "a🫨" else 2)
+        self.assertEqual("a🫨é\u0378".translate(glyphs), "a\ufffd\ufffd\ufffd\ufffd", "curses counts otherwise; nobody knows it")
+        for other in llmchat.NEAREST.values():
+            self.assertTrue(other[-1].isascii() and set(map(llmchat.char_cells, other)) == {1}, other)
+
+    def test_spelling(self):
+        for encoding, text, spelled in (("ascii", "Grüße’ … € é 日 → x\u0301", b"Grusse' ... EUR e ? -> x"), ("latin-1", "Grüße’ … € é", b"Gr\xfc\xdfe' ... EUR \xe9"), ("utf-8", "\ud800é", b"?\xc3\xa9")):
+            codecs.register_error("spell", llmchat.spell_error)
+            self.assertEqual(text.encode(encoding, "spell"), spelled)
+
+    def test_unimap(self):
+        """As ioctl GIO_UNIMAP fills it in: pairs of a character and its place in the font."""
+        pairs = array.array("H", [0x41, 65, 0xe9, 130, 0x2588, 219, 0xd801, 3, 0, 0, 0x263a, 1])
+        self.assertEqual(llmchat.parse_unimap(pairs, 4), {"A", "é", "█"})
+        with mock.patch.dict(os.environ, TERM="linux"):
+            self.assertIsNone(llmchat.probe_font(), "this isn't Linux's console")
+
     def test_named_charset(self):
         for env, variable, charset in (
                 ({}, "LANG", ""), ({"LANG": "C.UTF-8"}, "LANG", "utf-8"), ({"LANG": "de_DE.UTF-8", "LC_ALL": "C"}, "LC_ALL", ""), ({"LC_CTYPE": "UTF-8"}, "LC_CTYPE", "utf-8"),
@@ -8008,9 +8036,36 @@ class WindowTest(unittest.TestCase):
 
     def test_ascii_locale(self):
         window = self.open(self.model("日本語 état 🦙 done."), LC_ALL="C")
-        window.ask("hello", r"^\+- llmchat.*done.*first after")
+        window.ask("Grüße’", r"^\+- llmchat.*> Gruse' .*\?{6} etat \?\? done.*first after")
         self.assertRegex(window.raw, rb"\A[\x00-\x7f]*\Z")
         self.assertEqual({line[-1] for line in window.screen.lines()[:-1]}, {"+", "|"}, window.text())
+
+    @unittest.skipUnless(shutil.which("localedef") and os.path.isdir("/usr/share/i18n/charmaps"), "makes a locale for itself")
+    def test_latin_1_locale(self):
+        """What the encoding has is drawn, what it lacks is spelled; typing is understood in Latin-1 and in UTF-8."""
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        path = os.path.join(folder, "de_DE.ISO-8859-1")
+        subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", path], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        variables = dict(LOCPATH=folder, LC_ALL="de_DE.ISO-8859-1")
+        window = self.open(self.model("’tis “café” – 5 € ā 日."), **variables)
+        window.wait_for("\n ready")
+        window.type("Grüße ".encode("latin-1"))
+        window.wait_for("> Gr��e ")       # this screen model takes bytes for UTF-8
+        window.type("über\r")
+        window.wait_for("'tis \"caf�\" - 5 E a \\?\\?\\..*first after")
+        self.assertIn("Grüße ".encode("latin-1"), window.raw)
+        self.assertRegex(window.raw, "über".encode("latin-1"))
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        window = self.open(self.model("’tis “café” … €."), "--plain", **variables)
+        window.wait_for(r"\n>\s*$")
+        window.type("hi\r")
+        window.wait_for("'tis \"caf�\" \\.\\.\\. EUR\\.")
+
+    def test_console_of_linux(self):
+        window = self.open(self.model("▂▃█ ’tis état жук"), TERM="linux")
+        window.ask("hi", r"^┌─ llmchat.*> hi.*\.-█ 'tis état жук.*first after")
+        self.assertNotRegex(window.raw.decode(), "[❯▌▂▃’]")
 
     def test_copy_files_and_what_stays_at_the_end(self):
         path = write(b"words", "notes.txt")
