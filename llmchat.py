@@ -4985,36 +4985,41 @@ def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
         blocks.append(noise + scale if kind == 14 else scale + noise)    # Q6_K has its scale at the end
     return b"".join(blocks)
 
+def trial_rows(dice: Any) -> List[bytes]:
+    """A row of random ones, positive and negative, for each token; as Q8_0."""
+    import struct
+    scale = struct.pack("<e", 1.0)
+    rows = []
+    for _ in range(TRIAL_TOKENS):
+        signs = bytes(dice.choices((1, 255), k=TRIAL_WIDTH))
+        rows.append(b"".join(scale + signs[i:i + 32] for i in range(0, TRIAL_WIDTH, 32)))
+    return rows
+
 def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
     """(name, ggml type, dimensions, data) of the trial's model."""
     import random, struct
     dice = random.Random(7)
-    one, norm = struct.pack("<e", 1.0), struct.pack("<f", 1.0) * TRIAL_WIDTH
-    rows = []                             # as Q8_0: random ones, positive and negative
-    for _ in range(TRIAL_TOKENS):
-        signs = bytes(dice.choices((1, 255), k=TRIAL_WIDTH))
-        rows.append(b"".join(one + signs[i:i + 32] for i in range(0, TRIAL_WIDTH, 32)))
-    words = (TRIAL_WIDTH, TRIAL_TOKENS)
-    tensors = [("token_embd", 8, words, b"".join(rows)),
-               ("output", 8, words, b"".join(rows[-1:] + rows[:-1])),    # it is likest to the token before it
+    rows = trial_rows(dice)
+    norm = struct.pack("<f", 1.0) * TRIAL_WIDTH
+    vocabulary, square = (TRIAL_WIDTH, TRIAL_TOKENS), (TRIAL_WIDTH, TRIAL_WIDTH)
+    tensors = [("token_embd", 8, vocabulary, b"".join(rows)),
+               ("output", 8, vocabulary, b"".join(rows[-1:] + rows[:-1])),    # a token's is the embedding of the one before
                ("output_norm", 0, (TRIAL_WIDTH,), norm)]
     for layer, (kind, scales) in enumerate(TRIAL_LAYERS):
+        prefix = "blk.%d." % layer
         for name in ("attn_norm", "ffn_norm"):
-            tensors.append(("blk.%d.%s" % (layer, name), 0, (TRIAL_WIDTH,), norm))
+            tensors.append((prefix + name, 0, (TRIAL_WIDTH,), norm))
         for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            noise = trial_noise(dice, kind, scales)
-            tensors.append(("blk.%d.%s" % (layer, name), kind, (TRIAL_WIDTH, TRIAL_WIDTH), noise))
+            tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
     return tensors
 
-def write_trial_model(path: str) -> None:
-    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
-    import struct
+def trial_metadata() -> Dict[str, Any]:
     tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
     kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte; then normal
     for filler in range(TRIAL_TOKENS - len(tokens)):
         tokens.append("filler%d" % filler)
         kinds.append(1)
-    metadata = {
+    return {
         "general.architecture": "llama", "general.name": "trial", "llama.context_length": 512,
         "llama.embedding_length": TRIAL_WIDTH, "llama.feed_forward_length": TRIAL_WIDTH,
         "llama.block_count": len(TRIAL_LAYERS), "llama.attention.head_count": 4,
@@ -5022,7 +5027,11 @@ def write_trial_model(path: str) -> None:
         "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.scores": [0.0] * TRIAL_TOKENS,
         "tokenizer.chat_template": "{{ messages[-1].content }}"}
-    tensors = trial_tensors()
+
+def write_trial_model(path: str) -> None:
+    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
+    import struct
+    metadata, tensors = trial_metadata(), trial_tensors()
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
         head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
@@ -5350,14 +5359,8 @@ def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
 def probe_install(wanted_gpu: str) -> InstallProbe:
     import platform, shutil
     from importlib.util import find_spec
-    system = "termux" if "com.termux" in os.environ.get("PREFIX", "") else \
-        {"win32": "windows", "darwin": "macos"}.get(sys.platform) or next(filter(is_here, ("apt", "dnf", "pacman", "zypper", "apk")), "")
-    told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi")) if wanted_gpu == "cuda" else None
-    hardware = probe_hardware()
-    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
-        has_compiler = bool(read_command("xcode-select", "-p"))
-    else:                                 # pip can't fetch CMake for Android
-        has_compiler = is_here("clang++ & cmake & ninja" if system == "termux" else COMPILERS)
+    system, hardware = probe_system(), probe_hardware()
+    has_compiler = probe_compiler(system)
     return InstallProbe(
         platform=system, machine=platform.machine(),
         is_root=hasattr(os, "geteuid") and os.geteuid() == 0,
@@ -5375,7 +5378,28 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         core_speed=time_core(),
         wanted_gpu=wanted_gpu,
         instruction_sets=hardware.instruction_sets,
-        cuda_version=int("".join(told.groups())) if told else 0)
+        cuda_version=probe_cuda() if wanted_gpu == "cuda" else 0)
+
+def probe_system() -> str:
+    """A key of COMPILER_HINTS."""
+    if "com.termux" in os.environ.get("PREFIX", ""):
+        return "termux"
+    if sys.platform in ("win32", "darwin"):
+        return {"win32": "windows", "darwin": "macos"}[sys.platform]
+    return next(filter(is_here, ("apt", "dnf", "pacman", "zypper", "apk")), "")
+
+def probe_compiler(system: str) -> bool:
+    """Whether there is one for C++."""
+    if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
+        return bool(read_command("xcode-select", "-p"))
+    if system == "termux":                # pip can't fetch CMake for Android
+        return is_here("clang++ & cmake & ninja")
+    return is_here(COMPILERS)
+
+def probe_cuda() -> int:
+    """The version of CUDA that the driver can do, such as 124; 0 = not known."""
+    told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi"))
+    return int("".join(told.groups())) if told else 0
 
 def compile_memory(h: Hardware) -> int:
     """Bytes of RAM and swap for compilers; 0 = not known. A container's swap is seldom its own."""
@@ -5440,6 +5464,24 @@ def cost_left(n_steps: int, seen: Iterable[str]) -> float:
     if n_steps < len(heavy):              # another version's files
         return sum(heavy) * n_steps / len(heavy)
     return sum(heavy) + STEP_COST * (n_steps - len(heavy))
+
+class FetchClock:
+    """Tells how much of a large download has come, with the time that is left, of which then_s comes after it."""
+    def __init__(self, tell: Any, then_s: float) -> None:
+        self.tell, self.then_s = tell, then_s
+        self.total, self.began_s = 0, 0.0
+
+    def hear(self, line: str, now_s: float) -> None:
+        """A line of pip's output with --progress-bar raw; in bytes."""
+        told = re.match(r"Progress (\d+) of (\d+)$", line)
+        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
+            return
+        done, total = int(told.group(1)), int(told.group(2))
+        if total != self.total:
+            self.total, self.began_s = total, now_s
+        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
+        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                  text="MB of " + ENGINE_PACKAGE, doing="fetching")
 
 class CompileClock:
     """Tells the compiler's steps with the time that is left. Each step corrects it: it learns a slow CPU and a busy machine."""
@@ -5634,22 +5676,14 @@ class Installer:
         then_s: what comes after it will take so long."""
         import shutil, time
         shutil.rmtree(self.got, ignore_errors=True)
-        began: Dict[int, float] = {}
-        def hear(line: str) -> None:
-            told = re.match(r"Progress (\d+) of (\d+)$", line)
-            if told and int(told.group(2)) >= LARGE_DOWNLOAD_BYTES:
-                done, total = int(told.group(1)), int(told.group(2))
-                spent_s = time.monotonic() - began.setdefault(total, time.monotonic())
-                left_s = (total - done) * spent_s / max(1, done) + then_s
-                self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                          text="MB of " + ENGINE_PACKAGE, doing="fetching")
         # --prefer-binary, as a needed package's newest version may be without one for this system
         argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
         if not self.probe.has_compiler:
             argv += ["--only-binary", ENGINE_PACKAGE]
         if self.tells_progress():
             argv += ["--progress-bar", "raw"]
-        self.run(argv, hear)
+        clock = FetchClock(self.tell, then_s)
+        self.run(argv, lambda line: clock.hear(line, time.monotonic()))
 
     def tells_progress(self) -> bool:
         """Whether this pip can print it for programs; since 24.1."""
@@ -5712,12 +5746,30 @@ class Installer:
 
 def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
     """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
-    import glob, shutil, time
+    import time
     began_s = time.monotonic()
     make_data_dir()
     if distrust():
         raise RuntimeError(distrust())
     probe = probe_install(gpu)
+    plan = settle_plan(probe, tell)
+    expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
+    if probe.has_compiler or plan.wheel:
+        tell("said", text="This takes about %s." % format_minutes(expected_s))
+    with open(place + ".lock", "a", opener=open_private) as lock:
+        try:
+            take_lock(lock)               # the system lifts it when a process dies
+        except OSError:
+            raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
+        remove_left(place)
+        Installer(work, probe, tell).make(plan, max(1, expected_s - REST_S))
+        swap_env(place, work)
+    with suppress(OSError):               # only the next install would have known it
+        save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
+        save_kept("install.json", "last", {"gpu": gpu})
+
+def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
+    """The plan, after a look whether there are ready-made packages. Raises RuntimeError: it can't be done."""
     plan = plan_install(probe)
     for line in plan.notes:
         tell("said", text=line)
@@ -5727,21 +5779,13 @@ def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
         plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
-    expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
-    if probe.has_compiler or plan.wheel:
-        tell("said", text="This takes about %s." % format_minutes(expected_s))
-    with open(place + ".lock", "a", opener=open_private) as lock:
-        try:
-            take_lock(lock)               # the system lifts it when a process dies
-        except OSError:
-            raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
-        for left in glob.glob(glob.escape(place) + ".new-*"):    # by killed installs
-            shutil.rmtree(left, ignore_errors=True)
-        Installer(work, probe, tell).make(plan, max(1, expected_s - REST_S))
-        swap_env(place, work)
-    with suppress(OSError):               # only the next install would have known it
-        save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
-        save_kept("install.json", "last", {"gpu": gpu})
+    return plan
+
+def remove_left(place: str) -> None:
+    """What killed installs have left."""
+    import glob, shutil
+    for left in glob.glob(glob.escape(place) + ".new-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 def swap_env(place: str, work: str) -> None:
     """The new environment takes the old one's place; at any instant engine_python() finds one of them. What is old goes with `work`."""
@@ -5756,6 +5800,14 @@ def swap_env(place: str, work: str) -> None:
     if os.path.lexists(old):
         os.rename(old, os.path.join(work, "old"))
 
+def is_newest(version: str) -> bool:
+    """Whether the private environment has this version of the engine and pip knows no newer one."""
+    if not version or distrust("engine"):
+        return False
+    python = env_python(os.path.join(data_dir(), "engine"))
+    told = read_command(python, "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
+    return re.findall(r"^[\w-]+ \((\S+)\)", told) == [version]
+
 def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
     """Make the private environment, as the last thing a process does, for it changes what signals do.
 
@@ -5766,12 +5818,10 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
     work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
     before = engine_version(env_python(place))
     try:
-        if upgrade and before and not gpu and not distrust("engine"):
-            told = read_command(env_python(place), "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
-            if re.findall(r"^[\w-]+ \((\S+)\)", told) == [before]:
-                tell("said", text="llama-cpp-python %s is the newest; nothing was changed." % before)
-                tell("done")
-                return 0
+        if upgrade and not gpu and is_newest(before):
+            tell("said", text="llama-cpp-python %s is the newest; nothing was changed." % before)
+            tell("done")
+            return 0
         if upgrade and not gpu:
             gpu = str(read_kept("install.json").get("last", {}).get("gpu", ""))
         replace_env(place, work, gpu, tell)

@@ -750,6 +750,15 @@ class CompileClockTest(unittest.TestCase):
         self.assertEqual(self.told([(1, "[ 50%] Building C object x.c.o")])[0]["total"], 100)    # make's
         self.assertEqual(self.told([(1, "collect2: fine"), (2, "")]), [])
 
+    def test_a_large_download_tells_how_much_has_come(self):
+        steps = []
+        clock = llmchat.FetchClock(lambda event, **step: steps.append(step), 100)
+        for now_s, line in ((0, "Collecting x"), (1, "Progress 0 of 20000000"), (3, "Progress 5000000 of 20000000"),
+                            (4, "Progress 5000 of 9000"), (5, "")):
+            clock.hear(line, now_s)
+        self.assertEqual([(step["done"], step["total"], step["left_s"]) for step in steps], [(0, 20, 100), (5, 20, 106)])
+        self.assertEqual(llmchat.describe_step(steps[-1]), "fetching 5/20 MB, 1:46 left")
+
     def test_time_left_is_learnt(self):
         """Foretold ten times too little and too much: half way it is right within a third."""
         lines = list(self.build((0, 0.5)))
