@@ -2102,7 +2102,8 @@ GGUF_STRING, GGUF_ARRAY = 8, 9
 MAX_HEADER_BYTES = 1 << 26  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
 MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
 MAX_TENSORS = 1 << 15  # real models have a few thousand …
-MAX_STRINGS = 1 << 21  # … and lists of a few hundred thousand tokens and merges
+MAX_STRINGS = 1 << 21  # … and a few hundred thousand tokens and merges …
+MAX_KEYS = 1 << 12  # … and a hundred keys
 MAX_LAYERS = 4096  # longer lists aren't one number for each layer
 MAX_NAME_BYTES = 64  # of a tensor and of an architecture, as llama.cpp has it
 MAX_KEY_BYTES = 1 << 10
@@ -2235,7 +2236,7 @@ def read_header(file: BinaryIO, path: str, full: bool) -> Header:
         raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
     file.seek(8)
     n_tensors, n_keys = read_numbers(file, "QQ")
-    if n_keys > 1 << 16 or n_tensors > MAX_TENSORS:
+    if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
         raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
     header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, read_metadata(file, n_keys, full), 0)
     if len(string(header, "general.architecture")) > MAX_NAME_BYTES:
@@ -2276,7 +2277,7 @@ def read_text_value(file: BinaryIO, n_most: int) -> str:
 
 def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
     """The keys that are used, and their values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
-    metadata, shape_seen = {}, False
+    metadata, shape_seen, n_strings = {}, False, 0
     for _ in range(n_keys):
         key, (kind,), count = read_string(file, MAX_KEY_BYTES), read_numbers(file, "I"), 1
         is_list = kind == GGUF_ARRAY
@@ -2288,6 +2289,9 @@ def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
             return dict(metadata, **{key: range(min(count, MAX_STRINGS))})
         if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
             raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
+        n_strings += count if kind == GGUF_STRING else 0
+        if n_strings > MAX_STRINGS:
+            raise EOFError
         if key not in USED_KEYS and key.partition(".")[2] not in USED_TAILS:
             skip_values(file, kind, count)
             continue
@@ -2308,8 +2312,6 @@ def skip_values(file: BinaryIO, kind: int, count: int) -> None:
     import struct
     if kind != GGUF_STRING:
         return skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
-    if count > MAX_STRINGS:
-        raise EOFError
     skip_strings(file, count)
 
 def skip_strings(file: BinaryIO, count: int) -> None:
@@ -4858,7 +4860,7 @@ def probe_header(path: str, kept: Dict[str, Any], in_full: bool) -> Dict[str, An
 def lean_header(header: Header) -> Header:
     """What a plan needs of it, as JSON can hold it."""
     arch, n_layers = string(header, "general.architecture"), model_layers(header)
-    lean = {key: value for key, value in header.metadata.items() if type(value) is not range and key != "tokenizer.chat_template"}
+    lean = {key: value for key, value in header.metadata.items() if key.startswith((arch + ".", "general.")) and type(value) is not range}
     lean = {key: value[:n_layers] if type(value) is tuple else value for key, value in lean.items()}
     lean[arch + ".vocab_size"] = model_vocab(header)
     tensors: Any = [[*key, n_bytes] for key, n_bytes in header.tensors.items()]

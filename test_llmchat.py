@@ -3728,6 +3728,9 @@ class HeaderTest(unittest.TestCase):
         self.assertIn("damaged inside its header", self.fault(gguf(dict(SHAPE, **{long: 1}))))
         head, infos = gguf(), struct.pack("<Q", 65) + b"t" * 65
         self.assertIn("damaged inside its header", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + infos + bytes(99), full=True))
+        lists = b"".join(gguf_text("x%d" % n) + struct.pack("<IIQ", 9, 8, 1 << 20) + bytes(8 << 20) for n in range(3))
+        self.assertIn("damaged inside its header", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + lists, full=True))
+        self.assertIn("damaged", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 0, 5000) + bytes(99)))
         self.assertIn("claims 99999 tensors", self.fault(b"GGUF" + struct.pack("<IQQ", 3, 99999, 0) + bytes(99)))
         texts = {"general.name": long, "general.license": long, "general.size_label": long, "general.description": long, "odd": ["a"] * 5000,
                  "other": [7] * 5000, "tokenizer.chat_template": long}
@@ -3736,7 +3739,7 @@ class HeaderTest(unittest.TestCase):
         self.assertEqual((len(kept["general.name"]), len(kept["general.license"]), len(kept["tokenizer.chat_template"])), (256, 256, 200000))
         self.assertFalse({"general.description", "odd", "other"} & set(kept))
         lean = llmchat.lean_header(found).metadata
-        self.assertEqual((len(lean["llama.attention.head_count_kv"]), "tokenizer.chat_template" in lean), (4, False))
+        self.assertEqual((len(lean["llama.attention.head_count_kv"]), {key.partition(".")[0] for key in lean}), (4, {"general", "llama"}))
         plans = [plan_load(header, machine(8, 6)) for header in (found, found._replace(metadata=lean))]
         self.assertEqual(*plans)
 
@@ -5137,7 +5140,7 @@ class FindModelsTest(unittest.TestCase):
         (path, known), = kept.items()
         for damage in ({"header": 3}, {"header": known["header"][:2]}, {"header": known["header"][:3] + [3] + known["header"][4:]}, {"fault": 3},
                        {"header": known["header"][:5] + [[[1]]]}):
-            llmchat.write_kept("models.json", {path: dict(known, **damage)})
+            llmchat.save_kept("models.json", path, damage)
             self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits"], damage)
 
     def test_far_folders(self):
