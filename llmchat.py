@@ -184,6 +184,7 @@ THINKING = (
     ("<|START_THINKING|>", "<|END_THINKING|>"), ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"),
     ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
+    ("<|think|>", "<|end|><|begin|>assistant<|content|>"), ("<|content|>", ""),    # Solar
     ("<|inner_prefix|>", "<|inner_suffix|>"), ("", "[BEGIN FINAL RESPONSE]"))    # Apertus; Apriel
 
 # Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
@@ -437,6 +438,7 @@ class Settings(NamedTuple):
     thoughts: str = THOUGHTS
     theme: str = THEME
     given: Dict[str, Any] = {}        # what the command line says: names and values
+    once: bool = False                # one answer without anybody watching, as with -p
     named: bool = False               # … and it named the model, which a chat that is opened doesn't change then
     kept: Dict[str, Dict[str, Any]] = {}    # … and what was chosen for each model: file name -> the same; "" = for all
 
@@ -449,6 +451,7 @@ class ModelInfo(NamedTuple):
     can_switch: bool = True           # its template has a switch for thinking
     think: Optional[bool] = None      # whether it is to think where nobody said: False = this machine is too slow
     proven: bool = False              # it has read and decoded, so it runs here
+    may_think: bool = False           # it may end thoughts that it hasn't begun
 
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
@@ -3645,7 +3648,8 @@ class LlamaEngine:
         on, off, as_it_is = map(self.template.switch_thinking, (True, False, None))
         is_slow = 0 < plan.rate < THINKING_TOKENS_PER_S
         self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path, description=model_summary(header),
-                  ram_bytes=probe_ram_bytes(), can_switch=on != off,
+                  ram_bytes=probe_ram_bytes(), can_switch=on != off, may_think=self._may_think(),
+                  is_base=not self.api.llama_model_chat_template(self.model, None),
                   think=False if is_slow and as_it_is != off else None)
 
     def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
@@ -3741,8 +3745,6 @@ class LlamaEngine:
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
         self.told: List[str] = []         # what has been said of the template
         self.system_mark, self.shifting = (0, ""), False    # shifting: moved entries are only rotated at the next decode
-        marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
-        self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
 
     def _use_template(self, source: str) -> None:
         """Raises whatever a template may raise."""
@@ -3753,11 +3755,42 @@ class LlamaEngine:
         template.try_out()
         template.switch_thinking(None)
         self.template, self.fragments, self.splits = template, {}, True
+        marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
+        self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
         said = [{"role": role, "content": "a b "} for role in ("user", "assistant", "user")]
         with suppress(Exception):
             text, _ = template.render_any(said)
             # not where a mark swallows the space around it
             self.splits = self._joined_tokens(text, True) == self._continue_tokens(text, True, True)
+        self.end_tokens, self.end_texts = self._find_turn_marks()
+        names = [(mark, name) for pair in template.marks if pair not in THINKING for mark, name in zip(pair, THINKING[0])]
+        self.mark_names = tuple(names)    # this template's own marks of thinking, and ours for them
+
+    def _find_turn_marks(self) -> Tuple[Set[int], Tuple[str, ...]]:
+        """What stands between a reply and the next message ends a reply: control tokens, and texts where there are none.
+
+        Not every model knows when to end: a base model that gets ChatML spells its marks, others begin the user's turn."""
+        said = [("user", "Q1x"), ("assistant", "A2x"), ("user", "Q3x")]
+        text = ""
+        with suppress(Exception):
+            text, _ = self.template.render_any([{"role": role, "content": words} for role, words in said])
+        between = text.partition("A2x")[2].partition("Q3x")[0]
+        tokens = set(self.tokenize(between, True))
+        controls = {token for token in tokens if not self.piece(token)} - self.marks
+        marks = [mark for mark in re.findall(MARK_FORM, between) if self.template.source == CHATML
+                 or len(self.tokenize(mark, True)) > 1]
+        header = (between.strip().splitlines() or [""])[-1].strip()
+        if not (controls or marks) and re.search(r"^\W*\w{2,}.*:$", header):
+            marks = ["\n" + header]       # such as "User:" in a line of its own
+        known = {mark for pair in THINKING for mark in pair}
+        return controls, tuple(mark for mark in marks if mark not in known)
+
+    def _may_think(self) -> bool:
+        """Whether this model may end thoughts that it hasn't begun, as far as template and vocabulary tell."""
+        ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
+        if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
+            return False
+        return any(end in self.template.source or len(self.tokenize(end, True)) == 1 for end in ends)
 
     def _use_chatml(self, error: Exception) -> None:
         """The model's own template can't be used (any more)."""
@@ -4145,14 +4178,14 @@ class LlamaEngine:
             api.llama_sampler_chain_add(chain, sampler)
         return chain
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "") -> None:
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "", once: bool = False) -> None:
         """Answer a chat: emits "reading" …, "text" …, "done". Raises ModelError before anything is lost.
 
         messages: [{"role": …, "content": …}], as OpenAI's.
-        begun: how the reply begins; the model goes on from there."""
+        begun: how the reply begins; the model goes on from there.
+        once: nobody watches, so the reply ends when it has as many tokens as the context."""
         import time
         began = time.monotonic()
-        opened = self.template.opened
         begun_tokens = self.replies.get(begun) or self._begun_tokens(begun)
         kept, prompt = self._fit_messages(messages, len(begun_tokens))
         prompt = prompt + begun_tokens
@@ -4169,24 +4202,33 @@ class LlamaEngine:
         if not is_read:
             reply.n_read = max(0, len(self.tokens) - n_reused)
             return reply.end("stopped")
-        reply.text, reply.unsent = begun, "" if begun else opened
+        reply.text = begun
+        if not begun:
+            reply.release(self.template.opened)
         sampler = self.make_sampler(sampling)
         try:
             for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
                 self.api.llama_sampler_accept(sampler, token)
-            reply.end(self._write(reply, sampler, sampling.max_tokens, kept))
+            reason = self._write(reply, sampler, sampling.max_tokens or (self.n_ctx if once else 0), kept)
+            reply.end("full" if reason == "length" and not sampling.max_tokens else reason)
         finally:
             self.api.llama_sampler_free(sampler)
             if reply.unsent:              # it failed in mid-reply
                 reply.flush(time.monotonic())
-            if reply.tokens:
+            if reply.tokens and not reply.is_over and not self.mark_names:    # else the text isn't that of the tokens
                 self.replies[reply.text] = begun_tokens + reply.tokens
 
     def _begun_tokens(self, begun: str) -> List[int]:
         """Tokens of a reply's beginning, after what the template has opened; only the marks of thinking are markup."""
-        joined = "".join(text if kind == "mark" else self.template.hide(text) for kind, text in thinking_parts(begun))
+        joined = ""
+        for kind, text in thinking_parts(begun):
+            if kind != "mark":
+                text = self.template.hide(text)
+            for mark, name in self.mark_names if kind == "mark" else ():
+                text = text.replace(name, mark)
+            joined += text
         opened = self.template.opened
-        return self._joined_tokens(joined[len(opened):] if begun.startswith(opened) else joined, False)
+        return self._joined_tokens(joined[len(opened):] if joined.startswith(opened) else joined, False)
 
     def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
         """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
@@ -4223,16 +4265,20 @@ class LlamaEngine:
         return messages
 
     def _write(self, reply: "Reply", sampler: Any, max_tokens: int, messages: List[Dict[str, str]]) -> str:
-        """Generate until something ends it; returns what: "end", "length" or "stopped"."""
+        """Generate until something ends it; returns what: "end", "length", "repeats" or "stopped"."""
         tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
         self.drafter.forget()
         while tokens and not self.stop.is_set():
             for token in tokens:
-                if self.api.llama_vocab_is_eog(self.vocab, token):
+                if self.api.llama_vocab_is_eog(self.vocab, token) or token in self.end_tokens:
                     return "end"
                 reply.add(token, self.piece(token, token in self.marks))
+                if reply.is_over:
+                    return "end"
                 if len(reply.tokens) == max_tokens:
                     return "length"
+                if len(reply.tokens) % 16 == 0 and reply.repeats():
+                    return "repeats"
             if len(self.tokens) >= self.n_ctx:
                 messages = self._make_room(messages, reply)
                 self.drafter.forget()
@@ -4258,6 +4304,13 @@ class LlamaEngine:
         self._truncate(n_before + len(sampled))
         return sampled
 
+def half_mark(text: str, marks: Sequence[str]) -> int:
+    """How many characters at a text's end may be the beginning of a mark."""
+    for n in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
+        if any(mark.startswith(text[-n:]) for mark in marks):
+            return n
+    return 0
+
 class Reply:
     """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
     EMIT_S = 1 / 30                       # text is sent at most this often; slow models' tokens go out at once
@@ -4266,7 +4319,9 @@ class Reply:
         self.engine, self.began_s, self.n_read, self.n_reused, self.begun = engine, began_s, n_read, n_reused, begun
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.tokens: List[int] = []
-        self.text = self.unsent = ""
+        self.text = self.unsent = self.withheld = ""    # sent; to be sent; what may be half of a mark
+        self.is_over = False              # a text that ends replies has come
+        self.has_answered = False
         self.read_s = self.first_s = self.sent_s = 0.0
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
@@ -4277,12 +4332,45 @@ class Reply:
         self.tokens.append(token)
         text = self.decoder.decode(piece)
         starts = len(self.tokens) == 1 and not self.begun
-        self.unsent += text[1:] if starts and text[:1] == " " else text    # SentencePiece's space before a text
-        if split_thinking(self.text + self.unsent)[1] is None:
-            self.thought = (len(self.tokens), now - self.first_s)
+        self.release(text[1:] if starts and text[:1] == " " else text)    # SentencePiece's space before a text
+        self.watch_thinking(now)
         if self.unsent and now - self.sent_s >= self.EMIT_S:
             self.sent_s = now
             self.flush(now)
+
+    def release(self, text: str, is_last: bool = False) -> None:
+        """Let text go to the user, save what may be half of a mark. A turn's mark ends the reply, and is nobody's words."""
+        text = self.withheld + text
+        engine = self.engine
+        ends = [at for at in map(text.find, engine.end_texts) if at >= 0]
+        if ends:
+            text = text[:min(ends)]
+            self.is_over = is_last = True
+        for mark, name in engine.mark_names:
+            text = text.replace(mark, name)
+        marks = (*engine.end_texts, *(mark for mark, _ in engine.mark_names))
+        n_half = 0 if is_last or not marks else half_mark(text, marks)
+        self.unsent += text[:len(text) - n_half]
+        self.withheld = text[len(text) - n_half:]
+
+    def watch_thinking(self, now_s: float) -> None:
+        """How long it thinks. A mark that only ends thinking makes it of all that was said before."""
+        tail = self.text[-48:] + self.unsent
+        if self.has_answered and (self.thought or not any(end in tail for _, end in THINKING if end)):
+            return
+        thinking, answer = split_thinking(self.text + self.unsent)
+        self.has_answered = answer is not None
+        if thinking or answer is None:
+            self.thought = (len(self.tokens), now_s - self.first_s)
+
+    def repeats(self) -> bool:
+        """The last 200 tokens are one short piece again and again, or the last five lines are one line."""
+        recent = self.tokens[-200:]
+        if len(recent) == 200 and any(recent[n:] == recent[:-n] for n in range(1, 67)):
+            return True
+        rows = (self.text + self.unsent)[-4000:].split("\n")[:-1]
+        bare = [re.sub(r"^\W*(\d+\W+)?", "", row).rstrip() for row in rows if row.strip()][-5:]    # without numbers
+        return len(bare) == 5 and len(set(bare)) == 1 and len(re.findall(r"\w", bare[0])) >= 10
 
     def rate(self, now_s: float) -> float:
         """Tokens per second since the first one."""
@@ -4295,7 +4383,7 @@ class Reply:
     def end(self, reason: str) -> None:
         import time
         now = time.monotonic()
-        self.unsent += self.decoder.decode(b"", True)
+        self.release("" if self.is_over else self.decoder.decode(b"", True), True)
         if self.unsent and self.tokens:
             self.flush(now)
         self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
@@ -4683,7 +4771,8 @@ class EngineProcess:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         self.engine.template.let_think(command.get("think"))
         self.states.enter(command.get("chat", ""), command["messages"])
-        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("begun", ""))
+        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("begun", ""),
+                         bool(command.get("once")))
 
 
 # == 7. STORAGE ====================================================================================
@@ -7646,7 +7735,7 @@ def ask_model(state: State, begun: str = "", thought: str = "", continued: int =
     state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "chat": chat.name, "begun": begun, "think": shall_think(state)}
+               "chat": chat.name, "begun": begun, "think": shall_think(state), "once": state.settings.once}
     return state, store_part(state, begun) + (SendEngine(request),)
 
 def store_part(state: State, text: str) -> Tuple[Any, ...]:
@@ -8828,14 +8917,19 @@ def on_loading(state: State, message: Dict[str, Any]) -> Change:
     """Also at the engine's "hello": what comes next is loading."""
     return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
 
+BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a conversation, "
+              "choose an instruct or chat model (/models).")
+
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
-                      message.get("can_switch", True), message.get("think"))
+                      message.get("can_switch", True), message.get("think"), may_think=message.get("may_think", False))
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
     if model.think is False and state.settings.think is None:
         state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
     state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
+    if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
+        state = notice(state, BASE_MODEL)
     state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
     if not state.chat.waiting:
         return state, effects
@@ -8889,6 +8983,8 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
     note = reply_note(state.chat, message)
+    if message["reason"] in CUT_SHORT:
+        state = add_log(state, LogLine("warn", CUT_SHORT[message["reason"]]))
     said = state.chat.reply or ""
     more = bool(state.chat.continued)
     counts = (getattr(state.stats, name) + message[name] for name in Stats._fields[1:])
@@ -8919,7 +9015,14 @@ def reply_note(chat: Chat, message: Dict[str, Any]) -> str:
         note += ", reused %s" % format(message["n_reused"], ",")
     return note + ENDS.get(message["reason"], "")
 
-ENDS = {"stopped": ", stopped", "length": ", cut at the token limit (/set max_tokens)"}
+ENDS = {
+    "stopped": ", stopped",
+    "length": ", cut at the token limit (/set max_tokens)",
+    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
+    "full": ", cut at the length of the context"}
+CUT_SHORT = {                             # … by the program, for those who don't see the note
+    "repeats": "The reply was ended, as it repeats itself.",
+    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another limit, -c another context."}
 
 def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
     """What to tell of a reply that has no answer, "" = it has one, or nobody wants one.
@@ -10427,6 +10530,8 @@ def with_storage(state: State) -> State:
 
 # -- without a window --
 
+SURE_CHARS = 800                      # an answer so long is printed into a pipe before its end, if the model isn't known to think
+
 class Plain:
     """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
     WAIT_S = 10                           # for the files of a command, before the next line is read
@@ -10436,6 +10541,7 @@ class Plain:
         self.quiet, self.runner = quiet, Runner()
         self.status, self.progress_shown = 0, False
         self.mid_line = False             # stdout ends in the middle of a line
+        self.printed = ""                 # of the answer in progress
 
     def note(self, text: str) -> None:
         self.clear_progress()
@@ -10476,9 +10582,11 @@ class Plain:
 
     def show(self, before: State, now: State) -> None:
         """What is new in the state: all that the window tells, without its statistics."""
-        said, before_said = (split_thinking(state.chat.reply or "")[1] or "" for state in (now, before))
-        if said[len(before_said):]:
-            self.write(said[len(before_said):])
+        if now.chat.reply is not None:
+            self.show_answer(now.chat.reply, now)
+        elif before.chat.reply is not None:
+            self.show_answer(before.chat.reply, now, ended=True)
+            self.printed = ""
         if now.chat.turns is not before.chat.turns:
             self.show_notices(before.chat, now.chat)
         if now.chat.forgotten > before.chat.forgotten and now.chat.name == before.chat.name:
@@ -10552,6 +10660,26 @@ class Plain:
         elif cut and "limit" in cut.group():
             self.note("The reply was %s." % cut.group())
 
+    def show_answer(self, reply: str, now: State, ended: bool = False) -> None:
+        """Print what is new of the answer."""
+        if not ended and self.may_be_thinking(reply, now):
+            return
+        answer = split_thinking(reply)[1] or ""
+        said = answer[len(self.printed):]
+        if not answer.startswith(self.printed):    # an end of thinking came so late
+            self.note("\nAll that stands above was the model's thinking. Its answer:")
+            said = answer
+        self.printed = answer
+        if said:
+            self.write(said)
+
+    def may_be_thinking(self, reply: str, now: State) -> bool:
+        """Whether what looks like an answer may turn out to be thinking without its beginning, and somebody's script reads it."""
+        if not self.quiet or sys.stdout.isatty() or [kind for kind, _ in thinking_parts(reply)] != ["answer"]:
+            return False
+        expected = bool(now.model and now.model.may_think and shall_think(now) is not False)
+        return expected or len(reply) < SURE_CHARS
+
     def show_needs(self, needs: Needs) -> None:
         """What is lacking, and the command that gets it."""
         self.status = 1
@@ -10621,6 +10749,7 @@ class Plain:
         if not text:
             self.note("There is nothing to answer: give a message with -p, or through a pipe.")
             return 1
+        self.state = self.state._replace(settings=self.state.settings._replace(once=True))
         self.handle(Submitted("/" + text if text.startswith("/") else text, literal=bool(piped)))
         self.settle()
         turns = [turn for turn in self.state.chat.turns if turn.role == "assistant"]
