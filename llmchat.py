@@ -6347,7 +6347,6 @@ class ChatFile:
 
     def add_all(self, records: Iterable[Dict[str, Any]]) -> bool:
         """Take these in, and say whether it is time to flush(): parts of a reply wait for PART_S."""
-        import time
         for record in records:
             if "part" in record:
                 text = self.part["part"] if self.part else ""
