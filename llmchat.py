@@ -4360,7 +4360,7 @@ class Reply:
             return
         thinking, answer = split_thinking(self.text + self.unsent)
         self.has_answered = answer is not None
-        if thinking or answer is None:
+        if answer is None or thinking and not self.thought:
             self.thought = (len(self.tokens), now_s - self.first_s)
 
     def repeats(self) -> bool:

@@ -1656,6 +1656,67 @@ OLD_TURNS = {                             # how templates write an old turn's re
     "left out": (CHANNEL % "final" + "{{ m.content }}", CHANNEL % "final" + "so")}
 
 
+class ReplyEndTest(unittest.TestCase):
+    """What ends a reply beside the model's own end token."""
+    MARKED = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+              "<|im_start|>assistant\n<|go|>")
+
+    def scripted(self, reply, template="{% for m in messages %}{{ m.content }}\n{% endfor %}<|go|>"):
+        path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
+        write_scripted_model(path, {"go": reply}, template)
+        return path
+
+    def one_shot(self, model, *arguments):
+        done = subprocess.run([ENGINE, SCRIPT, model, "-p", "hi", "--temp", "0", *arguments], env=ENV, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_turn_marks_in_letters(self):
+        """A vocabulary that lacks the template's marks spells them, a piece at a time."""
+        for reply in ("Paris.<|im_end|>\n<|im_start|>user\nAnd more", ["Pa", "ris.", "<", "|im_", "end|", ">", " And more"]):
+            text, done = Engine(self, self.scripted(reply, self.MARKED)).chat("hi")
+            self.assertEqual((text, done["reason"]), ("Paris.", "end"))
+        text, _ = Engine(self, self.scripted("a <|im_e, b <|", self.MARKED)).chat("hi")
+        self.assertEqual(text, "a <|im_e, b <|", "half a mark is none")
+
+    def test_names_in_the_place_of_marks(self):
+        template = "{% for m in messages %}{{ m.role.title() }}: {{ m.content }}\n{% endfor %}Assistant: <|go|>"
+        text, _ = Engine(self, self.scripted("Paris.\nUser: And Italy?", template)).chat("hi")
+        self.assertEqual(text, "Paris.")
+
+    def test_one_context_at_most_where_nobody_watches(self):
+        engine = Engine(self, self.scripted(" ".join("word%d" % n for n in range(900))), n_ctx=512)
+        engine.request += 1
+        engine.send("chat", id=engine.request, messages=[user("go")], sampling=list(Sampling(temperature=0)), begun="", once=True)
+        done = engine.wait_for("done", "failed")
+        self.assertEqual((done["reason"], done["n_written"]), ("full", 512))
+
+    def test_repetition(self):
+        reply = llmchat.Reply(mock.Mock(), 0.0, 1, 0, [])
+        for tokens, wanted in (([1, 2, 3] * 70, True), ([7] * 200, True), (list(range(300)), False), ([1, 2] * 99, False)):
+            reply.tokens = tokens
+            self.assertEqual(reply.repeats(), wanted, tokens[:9])
+        reply.tokens = list(range(300))
+        reply.text = "".join("%d. The same sentence again.\n" % n for n in range(9))
+        self.assertTrue(reply.repeats())
+        reply.text = "".join("%d. Sentence number %d here.\n" % (n, n) for n in range(9))
+        self.assertFalse(reply.repeats())
+
+    def test_thinking_isnt_the_answer(self):
+        for reply, wanted in (("Ten plus two, so twelve.</think>\n\nThe sum is 12.", "The sum is 12."),
+                              ("<thinking>Hidden plan.</thinking>Shown.", "Shown."), ("<thought>Hidden plan.</thought>Shown.", "Shown."),
+                              ("<reasoning>Hidden plan.</reasoning>Shown.", "Shown."), ("No thought at all.", "No thought at all.")):
+            status, out, err = self.one_shot(self.scripted(reply))
+            self.assertEqual((status, out.strip()), (0, wanted), err)
+
+    def test_base_model_is_called_one_once(self):
+        window = Headless(self, BARE).wait(Condition.READY)
+        window.handle(Submitted("/load"))
+        window.wait(Condition.LOADING, Condition.STARTING).wait(Condition.READY)
+        self.assertEqual(window.said("notice"), [llmchat.BASE_MODEL])
+        self.assertEqual(Headless(self, MIND).wait(Condition.READY).said("notice"), [])
+
+
 class ThinkingTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
