@@ -8503,7 +8503,8 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
         records.append({"at": at[0], "from": at[1]})
     chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
-    return state._replace(chat=chat), effects + (Store("write", (chat.name, tuple(records))),)
+    write = Store("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
+    return state._replace(chat=chat), (write, *effects)
 
 def has_news(state: State) -> bool:
     """Whether the file lacks anything. Killed during another answer, it stands at the one before."""
