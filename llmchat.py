@@ -6149,6 +6149,7 @@ class ChatReader:
         self.parts: Dict[int, Turn] = {}  # replies that aren't finished
         self.follows: Dict[int, int] = {}    # by number: the reply that a part goes on with
         self.shown: Dict[int, int] = {}
+        self.n_kids: Dict[int, int] = {}
         self.at = self.last = self.seen = self.n_damaged = 0
         self.system = self.model_path = ""
 
@@ -6208,6 +6209,7 @@ class ChatReader:
 
     def add(self, turn: Turn) -> None:
         self.nodes[turn.id] = turn
+        self.n_kids[turn.parent] = self.n_kids.get(turn.parent, 0) + 1
         self.last = max(self.last, turn.id)
         self.stand(turn.id)
 
@@ -6228,16 +6230,23 @@ class ChatReader:
         others = {"user": "assistant", "assistant": "user"}
         for gone in range(first, number + 1) if is_near else [number]:
             own = role if (number - gone) % 2 == 0 else others[role]
-            above = [n for n, turn in self.nodes.items() if n < gone and turn.role != own]
-            self.add(Turn(own, LOST_TURN, "damaged", id=gone, parent=max(above, default=0)))
+            self.add(Turn(own, LOST_TURN, "damaged", id=gone, parent=self.turn_before(gone, others[own])))
+
+    def turn_before(self, number: int, role: str) -> int:
+        """The nearest one of this role, 0 = none."""
+        for before in range(min(number - 1, self.last), 0, -1):
+            if before in self.nodes and self.nodes[before].role == role:
+                return before
+        return 0
 
     def drop(self, number: int) -> None:
         """A turn that was taken back, or that a longer one has taken the place of."""
-        if any(turn.parent == number for turn in self.nodes.values()):
+        if self.n_kids.get(number) or number not in self.nodes:
             return
-        turn = self.nodes.pop(number, None)
-        if turn and self.at == number:
-            self.at = turn.parent
+        parent = self.nodes.pop(number).parent
+        self.n_kids[parent] -= 1
+        if self.at == number:
+            self.at = parent
 
     def chat(self, name: str) -> Chat:
         stored = self.last                # what is there in parts alone will be written whole
@@ -6277,8 +6286,14 @@ def parse_json(text: str) -> List[Dict[str, Any]]:
         return []
     return [record] if isinstance(record, dict) else []
 
+# Behind the text of a record: what follows it, or the beginning of that at the end of a torn line
+TEXT_END = r'", "(?:time|model|file|note|thought|turn|parent|gone)": |"(?:\}|, ?|, "\w{0,7}"?:?)?$'
+
 def salvage_record(text: str) -> List[Dict[str, Any]]:
     """What can be read of a damaged record, if that is worth something."""
+    begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
+    if not begin and '"at": ' not in text:
+        return []
     record: Dict[str, Any] = {}
     for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
         record.setdefault(key, int(digits))
@@ -6286,23 +6301,23 @@ def salvage_record(text: str) -> List[Dict[str, Any]]:
         record.setdefault(key, unescape(value))
     if record.get("role") not in ("user", "assistant"):
         record.pop("role", None)          # it is guessed
-    # what follows a text, or the beginning of that
-    key = r'"(?:time|model|file|note|thought|turn|parent|gone)": .*|"\w{0,7}"?:?'
-    end = r'(?:"(?:\}|, ?|, (?:%s))?)?$' % key
-    said = re.search(r'(?s)"(content|part|system|title)": "(.+?)' + end, text)
-    if not said:
+    if not begin:
         return [record] if "at" in record else []
-    record[said.group(1)] = unescape(said.group(2))
-    if said.group(1) in ("content", "part"):
+    kind, words = begin.group(1), text[begin.end():]
+    end = re.search(TEXT_END, words)
+    record[kind] = unescape(words[:end.start()] if end else words)
+    if kind in ("content", "part"):
         record.update(note="damaged", turn=record.get("turn", 0))
     return [record]
 
+ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
 def unescape(text: str) -> str:
     """The text of a JSON string, damaged or not."""
-    import json
     def plain(match: Any) -> str:
-        return str(json.loads('"%s"' % match.group()))
-    return re.sub(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})', plain, text)
+        char, code = match.groups()
+        return chr(int(code, 16)) if code else ESCAPES.get(char, char)
+    return re.sub(r'\\(?:(["\\/bfnrt])|u([0-9a-fA-F]{4}))', plain, text)
 
 class ChatFile:
     """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
