@@ -10580,18 +10580,24 @@ class Plain:
         self.state, effects = change
         self.show(before, self.state)
         for effect in effects:
-            self.runner.perform(effect)
+            self.guard(self.runner.perform, effect)
+
+    def guard(self, act: Any, *arguments: Any) -> Any:
+        """What act() gives; None after a fault, which is told and ends nothing, as in react()."""
+        try:
+            return act(*arguments)
+        except Exception as error:
+            text = "That failed: %s." % explain_error(error)
+            self.apply((notice(self.state, text, "error"), ()))
+            return None
 
     def handle(self, event: Any) -> None:
         """One event: update, show what is new, perform."""
         before = self.state
-        self.state, effects = update(before, event)
-        self.show(before, self.state)
+        self.apply(self.guard(update, before, event) or (self.state, ()))
         hint = self.state.hint
         if hint and (hint != before.hint or isinstance(event, Submitted)):
             self.note(hint)
-        for effect in effects:
-            self.runner.perform(effect)
         if isinstance(event, Submitted):  # the next line may be meant for the chat that this one opens
             self.runner.store.wait(self.WAIT_S)
 

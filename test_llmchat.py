@@ -3372,6 +3372,20 @@ class PlainTest(unittest.TestCase):
         self.assertIn("memory given back", told[-2])
         self.assertEqual(told[-1], "The model no longer sees the beginning of this chat: its context is full.")
 
+    def test_a_fault_is_told_and_ends_nothing(self):
+        plain = llmchat.Plain(ready(), quiet=False)
+        self.addCleanup(plain.runner.close)
+        told = []
+        plain.note = told.append
+        with mock.patch.object(plain.runner, "perform", side_effect=PermissionError(13, "Permission denied", "/x")):
+            plain.handle(Submitted("/history none"))
+        with mock.patch.dict(llmchat.HANDLERS, {llmchat.Told: lambda state, event: 1 / 0}):
+            plain.handle(llmchat.Told("x", "warn"))
+        plain.handle(llmchat.Told("it goes on", "warn"))
+        self.assertEqual(list(dict.fromkeys(told)), ["That failed: /x: Permission denied.", "The history of messages is empty now",
+                                                    "That failed: division by zero.", "it goes on"])
+        self.assertEqual(plain.status, 1)
+
     def test_nothing_is_printed_twice_or_belongs_to_the_window(self):
         status, out, err = run_plain("--plain", TALK, "--no-save", input="/help\n/load talk\n")
         lines = [line for line in err.splitlines() if line.strip()]
