@@ -300,6 +300,7 @@ class Condition(enum.Enum):
     READING = "reading"
     WRITING = "writing"
     STOPPING = "stopping"
+    HUNG = "no answer"                # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
 class Sampling(NamedTuple):
@@ -598,6 +599,7 @@ Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
+StopLate = NamedTuple("StopLate", [("request", int)])             # it was to stop, and time has passed
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 InstallSaid = NamedTuple("InstallSaid", [("message", Dict[str, Any])])    # one JSON line of --install, see install_engine()
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
@@ -649,6 +651,7 @@ Redraw = NamedTuple("Redraw", [])                                 # every cell: 
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
 EndEngine = NamedTuple("EndEngine", [])                           # at once, whatever it does
 StartEngine = NamedTuple("StartEngine", [])                       # in the place of the one that runs, if any
+AwaitStop = NamedTuple("AwaitStop", [("request", int)])           # StopLate comes after STOP_LATE_S
 Quit = NamedTuple("Quit", [])
 
 Span = Tuple[str, str]                # text and style
@@ -2459,6 +2462,9 @@ PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
 MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
+LEAST_CTX = 256  # tokens; llama.cpp rounds up to it (llama-context.cpp)
+MOST_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
+MOST_UBATCH = 4096
 N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
 LEAST_N_CTX = 512  # … and what is left to those who ask for it
 KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
@@ -2550,6 +2556,7 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
 
 def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
     """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
+    wishes = sane_wishes(wishes)
     rungs = plan_rungs(header, hardware, wishes)
     n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
     at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
@@ -2563,14 +2570,38 @@ def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> 
     plan = plan._replace(rate=rate)
     return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
 
+def clamp(n: int, low: int, high: int) -> int:
+    return max(low, min(n, high))
+
+def sane_wishes(wishes: Wishes) -> Wishes:
+    """Within what llama.cpp takes without an abort: the numbers may also come from CONFIG, as it was edited, or a file."""
+    return wishes._replace(
+        n_ctx=max(LEAST_CTX, wishes.n_ctx) if wishes.n_ctx > 0 else 0,
+        n_threads=clamp(wishes.n_threads, 0, MOST_THREADS),
+        n_ubatch=clamp(wishes.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if wishes.n_ubatch > 0 else 0,
+        n_gpu_layers=max(-1, wishes.n_gpu_layers),
+        use_mmap=int(bool(wishes.use_mmap)), use_mlock=int(bool(wishes.use_mlock)))
+
+def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) -> None:
+    """Raises ModelError where the context that is wished for could never be."""
+    total = hardware.ram_total_bytes + hardware.swap_total_bytes
+    total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    needed = kv_bytes(header, n_ctx, SMALL_UBATCH, kv_type)
+    if hardware.ram_total_bytes and needed > total:
+        raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
+            n_ctx, format_bytes(needed), format_bytes(total)))
+
 def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]:
     """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
     gpus = hardware.gpus if wishes.n_gpu_layers else ()
     n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
-    n_most = wishes.n_ctx or min(number(header, ".context_length") or N_CTX_STEPS[0], N_CTX_STEPS[0])
+    n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
+    n_most = wishes.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
     kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
     if kv_type not in KV_TYPES:
         raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
+    if wishes.n_ctx:
+        check_context(header, hardware, n_most, kv_type)
     steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
     steps.append((steps[-1][0], few, kv_type))
     quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
@@ -4282,7 +4313,7 @@ class LlamaEngine:
             if len(self.tokens) >= self.n_ctx:
                 messages = self._make_room(messages, reply)
                 self.drafter.forget()
-            n_most = min(self.n_ctx - len(self.tokens), max_tokens - len(reply.tokens) if max_tokens else self.n_ctx) - 1
+            n_most = min(self.n_batch, self.n_ctx - len(self.tokens), max_tokens - len(reply.tokens) if max_tokens else self.n_ctx) - 1
             tokens = self._next_tokens(sampler, token, 0 if self.cuts_badly else n_most)
         return "stopped"
 
@@ -4519,10 +4550,57 @@ def probe_ram_bytes() -> int:
 
 # == 6. ENGINE PROCESS =============================================================================
 # The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": "hello" | "machine" | "hardware" | "plan" | "loading" |
-# "loaded" | "unloaded" | "proven" | "reading" | "text" | "done" | "ahead" | "forgot" | "lowered" | "measured" | "benched" | "failed" | "log", …}. Whatever
-# else the libraries print goes to stderr. It must not
-# know State or the terminal. A new command: an on_NAME method of EngineProcess; it runs in the main thread.
+# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": …}, see ENGINE_SAYS.
+# Whatever else the libraries print goes to stderr. It must not know State or the terminal. A new command: an on_NAME
+# method of EngineProcess; it runs in the main thread. A new event: a row here, and one in ENGINE_EVENTS of section 9.
+
+# event: its fields and their types, see is_kind(). A line that isn't like this is shown in the system pane instead.
+ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
+    "hello": {}, "unloaded": {}, "proven": {},
+    "log": {"level": LogLine, "text": str},
+    "failed": {"during": str, "text": str},
+    "machine": {"hardware": Hardware},
+    "hardware": {"lines": list},
+    "plan": {"lines": list, "verdict": str, "rung": int, "next": str},
+    "lowered": {"text": str},
+    "loading": {"progress": float},
+    "loaded": {"name": str, "description": str, "n_ctx": int, "path": str},
+    "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float},
+    "text": {"id": int, "text": str, "rate": float, "n_used": int},
+    "done": {"id": int, "reason": str, "n_read": int, "n_reused": int, "n_written": int, "n_used": int,
+             "rate": float, "read_s": float, "first_s": float, "write_s": float},
+    "ahead": {"done": int, "total": int},
+    "forgot": {"n": int}, "counted": {"n": int},
+    "measured": {"group": str, "values": dict},
+    "benched": {"n_threads": int, "n_ubatch": int, "key": str, "model": str, "machine": list}}
+OPTIONAL_FIELDS: Dict[str, Any] = {
+    "id": int, "ram_bytes": int, "caution": int, "n_ctx": int, "thought": Stats, "rate": float, "can_switch": bool, "kept": bool}
+LOG_LEVELS = ("dim", "text", "good", "warn", "error")
+
+def is_kind(value: Any, kind: Any) -> bool:
+    """Whether a field of a message is what it should be. list: of texts; the NamedTuples stand for what is made of it."""
+    if kind is float or kind is int:
+        return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(line, str) for line in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(is_kind(number, float) for number in value.values())
+    if kind is LogLine:
+        return value in LOG_LEVELS
+    if kind is Stats:                     # tokens and seconds, or nothing
+        return value == [] or isinstance(value, list) and len(value) == 2 and all(is_kind(n, float) for n in value)
+    if kind is Hardware:
+        return isinstance(value, list) and len(value) == len(Hardware._fields)
+    return isinstance(value, kind)
+
+def is_message(message: Any, known: Dict[str, Dict[str, Any]]) -> bool:
+    """Whether this is an event of the table, with the fields that it needs."""
+    if not isinstance(message, dict) or not isinstance(message.get("event"), str):
+        return False
+    fields = known.get(message["event"])
+    if fields is None or not all(is_kind(message.get(name), kind) for name, kind in fields.items()):
+        return False
+    return all(is_kind(message[name], kind) for name, kind in OPTIONAL_FIELDS.items() if name in message)
 
 class StateCache:
     """What the engine has read of each chat, as files, so that a resumed chat need not be read again. The least recently
@@ -4608,6 +4686,12 @@ def outlive_nobody() -> None:
         with suppress(OSError), open(path, "w", encoding="ascii") as file:
             file.write(str(OOM_SCORE))
 
+def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
+    """The newer of two commands; an "ahead" may rely on the chat that came with the one before."""
+    return {**older, **newer} if newer.get("cmd") == "ahead" else newer
+
+LAST_WORDS_S = 60                     # how long an engine whose window is gone may take to write its state
+
 class EngineProcess:
     def __init__(self) -> None:
         import queue, threading
@@ -4634,11 +4718,13 @@ class EngineProcess:
 
     def read_commands(self) -> None:
         """The reader thread: a "stop" must be seen in the middle of a reply, and the end while a slow disk is read."""
-        import json
+        import json, time
         for line in sys.stdin:
             try:
                 command = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
+                continue
+            if not isinstance(command, dict):
                 continue
             with self.lock:
                 if command.get("cmd") in ("stop", "quit"):
@@ -4655,6 +4741,9 @@ class EngineProcess:
         self.end_loading()
         self.stop.set()
         self.commands.put((self.seen, {"cmd": "quit"}))
+        # The window is gone. Whatever the main thread is stuck in, no engine is to outlive it for ever.
+        time.sleep(LAST_WORDS_S)
+        os._exit(1)
 
     def end_loading(self) -> None:
         """End the process if it loads: llama.cpp may wait for a slow disk for minutes, and nothing is lost."""
@@ -4676,11 +4765,21 @@ class EngineProcess:
         self.states = StateCache(self.engine, "")
         self.emit("hello")
         while True:
-            number, command = self.next_command()
+            number, command = self.newest(*self.next_command())
             if command.get("cmd") == "quit":
                 self.states.save()
                 os._exit(0)               # freeing gigabytes properly would only take time
             self.perform(number, command)
+
+    def newest(self, number: int, command: Dict[str, Any]) -> Tuple[int, Dict[str, Any]]:
+        """This command, or what makes it stale: reading ahead when there is a newer draft, or the message itself."""
+        while command.get("cmd") == "ahead" and not self.commands.empty():
+            later, newer = self.commands.queue[0]
+            if newer.get("cmd") not in ("ahead", "chat"):
+                break
+            self.commands.get()
+            number, command = later, merge_ahead(command, newer)
+        return number, command
 
     def next_command(self) -> Tuple[int, Dict[str, Any]]:
         """Wait for a command; meanwhile read ahead, in pieces that any command interrupts."""
@@ -7693,7 +7792,7 @@ def add_log(state: State, *lines: LogLine) -> State:
     return state._replace(log=log, log_scroll=place)
 
 def is_busy(state: State) -> bool:
-    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING)
+    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
 
 def is_private(state: State) -> bool:
     return bool(state.settings.session) and not state.chat.name
@@ -8320,7 +8419,10 @@ def cmd_send(state: State, argument: str) -> Change:
     if not text.strip():
         return state, ()
     is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
-    refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state) if is_command else is_busy(state) or state.chat.waiting
+    if is_command:
+        refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state)
+    else:
+        refused = state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG
     if refused:                           # and nothing of it is lost
         return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
     paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
@@ -8329,6 +8431,9 @@ def cmd_send(state: State, argument: str) -> Change:
     # the words of a private chat must not come up in another one
     sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
     kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
+    if state.engine is Condition.HUNG and not is_command:
+        state, more = replace_engine(state)
+        kept += more
     state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
                            pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
     state, effects = run_slash(state, text) if is_command else send_text(state, sent_words(text))
@@ -8391,7 +8496,9 @@ def cmd_stop(state: State, argument: str) -> Change:
             effects += (StopDownload(),)
         return state._replace(hint="Stopping the installation"), effects
     if state.engine in (Condition.READING, Condition.WRITING):
-        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}),)
+        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
+    if state.engine is Condition.HUNG:
+        return replace_engine(state)
     if state.chat.waiting:
         return take_back(state), ()
     if state.chat.editing is not None:
@@ -8410,6 +8517,12 @@ def stop_loading(state: State) -> Change:
     state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung="")
     name = os.path.basename(state.settings.model_path)
     return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
+
+def replace_engine(state: State) -> Change:
+    """It doesn't heed a stop: end it and start another with the same model."""
+    state = end_reply(state, "the engine had to be ended here")
+    state = add_log(state, LogLine("warn", "The engine didn't answer, so another one is started."))
+    return start_model(state._replace(engine=Condition.DEAD))
 
 def take_back(state: State) -> State:
     """A message without a word of an answer goes back into the input box (if that is empty), to be changed
@@ -8972,6 +9085,11 @@ def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
 def on_proven(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(model=state.model and state.model._replace(proven=True)), ()
 
+def on_stop_late(state: State, event: StopLate) -> Change:
+    if state.engine is not Condition.STOPPING or state.chat.request != event.request:
+        return state, ()                  # it has stopped in time
+    return state._replace(engine=Condition.HUNG, doing="Esc, or the next message, ends it and starts another"), ()
+
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
     done, total, rate = message["done"], message["total"], message["rate"]
     doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
@@ -9162,6 +9280,7 @@ HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: o
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
             Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
+            StopLate: on_stop_late,
             InstallSaid: on_install_said, Installed: on_installed,
             NeedsProbed: on_needs_probed, BetterFound: on_better_found,
             DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
@@ -9456,6 +9575,8 @@ def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int
              for i, (_, text) in enumerate(rows[top:top + height], top)]
     return lines, (row - top, min(column + 2, width - 1))
 
+ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
+
 def view_status(state: State) -> Line:
     """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
     engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
@@ -9466,7 +9587,7 @@ def view_status(state: State) -> Line:
     if hint:
         style = "alert" if state.quit_asked else "status"
         return fit(((" " + clean_name(hint, width), style),), width, style)
-    left: Line = ((" " + engine.value, "alert" if engine in (Condition.DEAD, Condition.MISSING) else "status"),)
+    left: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
     if engine is Condition.LOADING or engine is Condition.READING and state.doing:
         n = max(4, min(20, width // 5))
         on = int(state.progress * n + 0.5)
@@ -10091,6 +10212,8 @@ class Screen:
 
 class Mailbox:
     """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
+    ROOM, AT_ONCE = 200, 100              # events: when the children must wait; what is taken between two looks for keys
+
     def __init__(self) -> None:
         import collections
         self.events: Any = collections.deque()
@@ -10107,6 +10230,9 @@ class Mailbox:
             except BlockingIOError:
                 pass                      # full: the loop will wake anyway
 
+    def is_full(self) -> bool:
+        return len(self.events) >= self.ROOM
+
     def wait(self, timeout_s: Optional[float], keyboard: bool = False) -> bool:
         """Wait for a post, a key or the time; True when there may be a key. Windows can't wait on both, so it polls."""
         if os.name == "nt":
@@ -10115,17 +10241,24 @@ class Mailbox:
                 time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
             return keyboard
         import select
-        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], timeout_s)
+        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], 0 if self.events else timeout_s)
         if self.wake_read in ready:
             os.read(self.wake_read, 4096)
         return 0 in ready
 
     def drop(self, *kinds: Any) -> None:
-        for event in self.take():
-            self.events.extend([] if isinstance(event, kinds) else [event])
+        for _ in range(len(self.events)):
+            event = self.events.popleft()
+            if not isinstance(event, kinds):
+                self.events.append(event)
 
     def take(self) -> List[Any]:
-        return [self.events.popleft() for _ in range(len(self.events))]
+        n = min(len(self.events), self.AT_ONCE)
+        return [self.events.popleft() for _ in range(n)]
+
+    def close(self) -> None:
+        os.close(self.wake_read)
+        os.close(self.wake_write)
 
 def engine_env() -> Dict[str, str]:
     env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
@@ -10133,61 +10266,130 @@ def engine_env() -> Dict[str, str]:
         env.setdefault("GOMP_SPINCOUNT", "20000")    # with 2,000 an idle one loses 5 %
     return env
 
+LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
+LOG_CHARS = 2000                      # of a line in the system pane
+STOP_LATE_S = 3                       # a stop takes a fraction of that, unless the engine hangs
+END_S = 5                             # for an engine to write its state at the end
+
+def pipe_lines(pipe: Any) -> Iterable[str]:
+    """The lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
+    kept = bytearray()
+    for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            kept += end
+            yield kept[:LINE_BYTES].decode("utf-8", "replace")
+            kept.clear()
+        kept += rest
+        del kept[LINE_BYTES:]
+    if kept:
+        yield kept.decode("utf-8", "replace")
+
 class Child:
     """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
-    stderr, end_event(exit status) at its end."""
-    def __init__(self, argv: List[str], post: Any, line_event: Any, end_event: Any) -> None:
+    stderr, end_event(exit status) at its end.
+
+    It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for long. A flood of
+    output waits in the pipe until there is room in the mailbox."""
+    MAX_PENDING = 64                      # messages that it hasn't taken: then it hangs
+
+    def __init__(self, argv: List[str], mailbox: Mailbox, line_event: Any, end_event: Any, after: Any = None) -> None:
+        """after: another Child, whose end the first message waits for. Raises OSError."""
         import subprocess, threading
-        self.silent = False               # its end is no news: somebody asked for it
-        self.post, self.line_event, self.end_event = post, line_event, end_event
+        self.mailbox, self.end_event, self.after = mailbox, end_event, after
+        self.silent = self.ended = False  # silent: its lines and its end are no news any more
+        self.lock = threading.Condition()
+        self.pending: List[Dict[str, Any]] = []
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=engine_env(), **flags)
-        self.reader = threading.Thread(target=self._read, args=(self.process.stderr, EngineLogged), daemon=True)
-        self.reader.start()
-        self.ender = threading.Thread(target=self._read_all, daemon=True)
-        self.ender.start()
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(), **flags)
+        self.readers = [self.start(self._read, self.process.stdout, line_event),
+                        self.start(self._read, self.process.stderr, EngineLogged)]
+        self.start(self._write)
+        self.ender = self.start(self._end)
+
+    def start(self, *call: Any) -> Any:
+        import threading
+        thread = threading.Thread(target=call[0], args=call[1:], daemon=True)
+        thread.start()
+        return thread
+
+    def post(self, event: Any) -> None:
+        import time
+        while self.mailbox.is_full() and not self.silent:
+            time.sleep(0.005)
+        with self.lock:
+            if not self.silent:
+                self.mailbox.post(event)
 
     def _read(self, pipe: Any, line_event: Any) -> None:
-        with pipe:
-            for raw in pipe:
-                text = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+        with suppress(OSError), pipe:
+            for line in pipe_lines(pipe):
+                text = line.rstrip("\r").rpartition("\r")[2]
                 if text and not self.silent:
-                    self.post(line_event(text))
+                    self.post(line_event(text[:LOG_CHARS] if line_event is EngineLogged else text))
 
-    def _read_all(self) -> None:
-        self._read(self.process.stdout, self.line_event)
-        self.reader.join()
+    def _end(self) -> None:
         code = self.process.wait()
-        try:
-            self.process.stdin.close()
-        except OSError:
-            pass                          # it died with something unread
-        if not self.silent:
-            self.post(self.end_event(code))
+        for reader in self.readers:       # a child of it may live on and hold the pipes open
+            reader.join(0 if self.silent else 1)
+        self.post(self.end_event(code))
+        with self.lock:
+            self.silent = self.ended = True
+            self.lock.notify()
 
     def send(self, message: Dict[str, Any]) -> None:
+        """Never blocks; a process that takes nothing any more is ended."""
+        with self.lock:
+            last = self.pending[-1] if self.pending else {}
+            if message.get("cmd") == last.get("cmd") == "ahead":
+                self.pending[-1] = merge_ahead(last, message)
+            else:
+                self.pending.append(message)
+            too_many = len(self.pending) > self.MAX_PENDING
+            self.lock.notify()
+        if too_many:
+            self.process.kill()
+
+    def _write(self) -> None:
         import json
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except (OSError, ValueError):
-            pass                          # it has died, or its pipe is closed after that: end_event says so
+        if self.after:
+            self.after.ender.join(END_S)  # it holds the memory
+        with suppress(OSError), self.process.stdin as pipe:    # it has died: end_event says so
+            while True:
+                with self.lock:
+                    self.lock.wait_for(lambda: self.pending or self.ended)
+                    if self.ended:
+                        return
+                    message = self.pending.pop(0)
+                data = memoryview(json.dumps(message).encode() + b"\n")
+                while data:
+                    data = data[pipe.write(data):]
 
     def interrupt(self) -> None:
         import signal
         self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
 
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def silence(self) -> None:
+        with self.lock:
+            self.silent = True
+
+    def kill(self) -> None:
+        """End it at once; doesn't wait for that."""
+        self.silence()
+        self.process.kill()
+
     def close(self) -> None:
-        """Ask it to end, then insist. Its lines and its end are no news any more."""
-        import subprocess
-        self.silent = True
+        """Ask it to end, then insist; returns in any case."""
+        self.silence()
         self.send({"cmd": "quit"})
-        try:
-            self.process.wait(5.0)        # it may have its state to write
-        except subprocess.TimeoutExpired:
+        self.ender.join(END_S)
+        if self.is_alive():
             self.process.kill()
-            self.process.wait()
-        self.ender.join()
+            self.ender.join(1)
 
 ENGINE_BOOT = """import sys
 path, cache = sys.argv[1:]
@@ -10229,23 +10431,31 @@ class Runner:
             import threading
             threading.Thread(target=self.probe_needs, args=(effect.has_model,), daemon=True).start()
         elif isinstance(effect, InstallEngine):
-            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox.post,
-                                   lambda line: parse_engine_line(line, InstallSaid), Installed)
+            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox,
+                                   parse_install_line, Installed)
         elif isinstance(effect, StopInstall) and self.installer:
             self.installer.interrupt()
         elif isinstance(effect, Download):
             argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
             argv += ["--keep-trying"] if self.screen else []    # without a window it would keep others waiting
             self.end_download()
-            self.downloader = Child(argv, self.mailbox.post, lambda line: parse_engine_line(line, DownloadSaid), DownloadEnded)
+            self.downloader = Child(argv, self.mailbox, parse_download_line, DownloadEnded)
         elif isinstance(effect, StopDownload) and self.downloader:
             self.downloader.interrupt()
         elif isinstance(effect, OpenEditor):
             self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
         elif isinstance(effect, Redraw):
             self.mailbox.post(Resized(0, 0))
+        elif isinstance(effect, AwaitStop):
+            self.post_later(STOP_LATE_S, StopLate(effect.request))
         elif isinstance(effect, Quit):
             self.quit = True
+
+    def post_later(self, wait_s: float, event: Any) -> None:
+        import threading
+        timer = threading.Timer(wait_s, self.mailbox.post, (event,))
+        timer.daemon = True
+        timer.start()
 
     def send_engine(self, message: Dict[str, Any]) -> None:
         if message["cmd"] == "load":
@@ -10276,37 +10486,38 @@ class Runner:
             self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
 
     def start_engine(self) -> None:
-        if self.engine:
-            self.engine.close()
-            self.engine = None
+        old, self.engine = self.engine, None
+        if old:
+            old.kill()
             self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)    # what the old one still had to say
         python = engine_python()
         if not python:
             return self.mailbox.post(EngineMissing())
         try:
-            self.engine = Child(engine_argv(python), self.mailbox.post, parse_engine_line, lambda code: probe_engine_end(code, self.model_path))
+            self.engine = Child(engine_argv(python), self.mailbox, parse_engine_line, self.engine_end, old)
         except OSError as error:          # it was made for another system or machine, say
             self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
     def end_engine(self) -> None:
         """It has nothing to write: it was still loading."""
         if self.engine:
-            self.engine.process.kill()
-            self.engine.close()
+            self.engine.kill()
             self.engine = None
             self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)
+
+    def engine_end(self, code: int) -> EngineDied:
+        return probe_engine_end(code, self.model_path)
 
     def end_download(self) -> None:
         """What has come is on the disk."""
         if self.downloader:
-            self.downloader.process.kill()
-            self.downloader.close()
+            self.downloader.kill()
             self.downloader = None
             self.mailbox.drop(DownloadSaid, DownloadEnded)
 
     def close(self) -> bool:
         """End all that runs. Whether something that was said could not be saved, which is told."""
-        if self.installer and self.installer.process.poll() is None:
+        if self.installer and self.installer.is_alive():
             self.installer.interrupt()
         self.end_download()
         problem = self.store.close()
@@ -10316,13 +10527,39 @@ class Runner:
             print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
         return bool(problem)
 
-def parse_engine_line(line: str, kind: Any = EngineSaid) -> Any:
+DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the same of --download, see section 7
+    "begun": {"parts": list, "total": int},
+    "checking": {"done": int}, "fetching": {"done": int},
+    "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
+    "done": {"path": str}, "choices": {}}
+INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # … and of --install, see install_engine()
+    "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
+    "said": {"text": str}, "failed": {"text": str}, "done": {}}
+
+def parse_engine_line(line: str) -> Any:
+    message = parse_message(line, ENGINE_SAYS)
+    return EngineSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+
+def parse_install_line(line: str) -> Any:
+    message = parse_message(line, INSTALL_SAYS)
+    return InstallSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+
+def parse_download_line(line: str) -> Any:
+    message = parse_message(line, DOWNLOAD_SAYS)
+    return DownloadSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+
+def parse_message(line: str, known: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The message in a line, None where it is none; the line may be anything."""
     import json
     try:
-        message = json.loads(line)
-    except ValueError:
-        message = None
-    return kind(message) if isinstance(message, dict) else EngineLogged(line)
+        message = json.loads(line, parse_int=parse_digits)
+    except (ValueError, RecursionError):
+        return None
+    return message if is_message(message, known) else None
+
+def parse_digits(digits: str) -> int:
+    """int(), which takes seconds for a million of them before Python 3.11."""
+    return int(digits[:20])
 
 def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
     """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
@@ -10344,37 +10581,45 @@ NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 ll
 
 def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
     """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
-    import json, subprocess, threading
     if not python:
         raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
+    paths = [command["path"] for command in commands if "path" in command]
+    mailbox = Mailbox()
     try:
-        child = subprocess.Popen(engine_argv(python), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=engine_env())
+        child = Child(engine_argv(python), mailbox, parse_engine_line, lambda code: probe_engine_end(code, *paths[-1:]))
     except OSError as error:
+        mailbox.close()
         raise ModelError(NO_START % (python, error.strerror))
-    late: List[int] = []
-    timer = threading.Timer(limit_s, lambda: (late.append(1), child.kill()))
-    timer.daemon = True
-    timer.start()
     try:
-        with suppress(OSError):           # it has died already; its exit status says how
-            child.stdin.write(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
-            child.stdin.flush()
-        for message in map(json.loads, child.stdout):
+        for command in commands:
+            child.send(command)
+        yield from engine_answers(mailbox, limit_s)
+    finally:
+        child.kill()
+        mailbox.close()
+        child.ender.join(END_S)
+
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
+    """Its messages, until it fails, dies or takes too long: that raises ModelError."""
+    import time
+    end_s, last_error = time.monotonic() + limit_s, ""
+    while time.monotonic() < end_s:
+        mailbox.wait(end_s - time.monotonic())
+        for event in mailbox.take():
+            if isinstance(event, EngineDied):
+                text = explain_death(event, False, last_error)
+                if event.code in CRASHES and not event.fault:
+                    raise EngineCrash(text, event.code)
+                raise ModelError(text)
+            if isinstance(event, EngineLogged):
+                continue
+            message = event.message
             if message["event"] == "failed":
                 raise ModelError(message["text"])
+            if message["event"] == "log" and message["level"] == "error":
+                last_error = message["text"]
             yield message
-        if late:
-            raise ModelError("The engine did not answer in %d s." % limit_s)
-        paths = [command["path"] for command in commands if "path" in command]
-        event = probe_engine_end(child.wait(), paths[-1] if paths else "")
-        text = explain_death(event, False, "")
-        if event.code in CRASHES and not event.fault:
-            raise EngineCrash(text, event.code)
-        raise ModelError(text)
-    finally:
-        timer.cancel()
-        child.kill()
-        child.communicate()
+    raise ModelError("The engine did not answer in %d s." % limit_s)
 
 def ask_bench(python: str, path: str, wishes: Wishes) -> Iterable[Dict[str, Any]]:
     """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
@@ -10410,9 +10655,9 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         state, more = run_slash(state, first) if first else (state, ())
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
-        for effect in effects + more + (Store("recollect", ()),) * bool(state.settings.session):
-            runner.perform(effect)
-        last = loop(state, screen, runner)
+        if state.settings.session:
+            more += (Store("recollect", ()),)
+        last = loop(perform(state, effects + more, runner), screen, runner)
     finally:
         try:
             screen.close()
@@ -10436,7 +10681,7 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
         keys = screen.read_events(keys_ready)
         if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
             return None
-        for event in runner.mailbox.take() + keys:
+        for event in keys + runner.mailbox.take():    # keys first: an engine may have much to say
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
             state = react(state, event, runner)
@@ -10450,13 +10695,25 @@ def react(state: State, event: Any, runner: Runner) -> State:
     """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
     try:
         state, effects = update(state, event)
-        for effect in effects:
-            runner.perform(effect)
     except Exception as error:
-        import traceback
-        lines = [LogLine("error", line) for line in traceback.format_exc().splitlines()]
-        state = notice(add_log(state, *lines), "That failed: %s (the system pane, F2, has the details)" % error, "error")
+        return tell_fault(state, error)
+    return perform(state, effects, runner)
+
+def perform(state: State, effects: Tuple[Any, ...], runner: Runner) -> State:
+    """Each effect by itself: one that fails doesn't take the others with it."""
+    for effect in effects:
+        try:
+            runner.perform(effect)
+        except Exception as error:
+            state = tell_fault(state, error)
     return state
+
+def tell_fault(state: State, error: Exception) -> State:
+    """A notice of what failed; the system pane has all of it."""
+    import traceback
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    log = [LogLine("error", line) for line in "".join(lines).splitlines()]
+    return notice(add_log(state, *log), "That failed: %s (the system pane, F2, has the details)" % error, "error")
 
 
 # == 13. CLI =======================================================================================

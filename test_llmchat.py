@@ -3282,6 +3282,264 @@ class HealTest(unittest.TestCase):
             self.assertEqual(llmchat.careful(Wishes(caution=llmchat.REMEMBERED, kv_type="q8_0"), "k"), Wishes(caution=2, use_mmap=0, kv_type="f16"))
 
 
+class FakeEngine:
+    """Variables that lead to a home whose engine runs this Python code, and its Python."""
+
+    def __init__(self, code):
+        env, folder = new_home()
+        self.env, self.python = dict(ENV, **env), os.path.join(folder, "engine", "bin", "python")
+        os.makedirs(os.path.dirname(self.python))
+        os.makedirs(os.path.join(folder, "engine", "lib", "python3", "site-packages", "llama_cpp"))
+        program = write(("import os, sys, time\n" + code).encode(), "fake.py")
+        with open(self.python, "w") as file:
+            file.write('#!/bin/sh\nexec "%s" "%s"\n' % (sys.executable, program))
+        os.chmod(self.python, 0o755)
+
+
+MALFORMED = [b"}{\xff", b"[1]", b"7", b'"text"', b"null", b'{"event": 7}', b'{"event": ["text"]}', b'{"event": "news"}', b"[" * 100000, b'{"a":' * 100000,
+             b'{"event": "loading", "progress": "half"}', b'{"event": "loading", "progress": NaN}', b'{"event": "loading", "progress": 1e999}',
+             b'{"event": "loading", "progress": ' + b"9" * 200000 + b"}", b'{"event": "loaded"}', b'{"event": "plan", "lines": [1], "verdict": "fits", "rung": 0, "next": ""}',
+             b'{"event": "log", "level": "purple", "text": "x"}', b'{"event": "text", "id": 1, "text": 5, "rate": 1, "n_used": 1}',
+             b'{"event": "hello", "ram_bytes": "much"}', b'{"event": "failed"}', b'{"event": "hardware", "lines": "x"}']
+
+
+@unittest.skipUnless(POSIX, "needs a shell")
+class PipesTest(unittest.TestCase):
+    """Whatever an engine does with its pipes, the window lives, and so does its memory."""
+
+    def child(self, code, line_event=llmchat.parse_engine_line, after=None):
+        """(the child, its mailbox)."""
+        mailbox = llmchat.Mailbox()
+        child = llmchat.Child([sys.executable, "-c", "import os, subprocess, sys, time\n" + code], mailbox, line_event, EngineDied, after)
+        self.addCleanup(mailbox.close)
+        self.addCleanup(lambda: child.ender.join(LIMIT_S))
+        self.addCleanup(child.kill)
+        return child, mailbox
+
+    def events(self, mailbox):
+        """What comes, up to the end of the child."""
+        end_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < end_s:
+            mailbox.wait(1)
+            for event in mailbox.take():
+                yield event
+                if isinstance(event, EngineDied):
+                    return
+        raise AssertionError("it did not end")
+
+    def test_malformed_messages_are_log_lines(self):
+        for line in MALFORMED:
+            self.assertIsInstance(llmchat.parse_engine_line(line.decode("utf-8", "replace")), EngineLogged, line[:60])
+        for line in ('{"event": "begun", "parts": [1], "total": 1}', '{"event": "done"}', '{"event": "fetching", "done": "x"}'):
+            self.assertIsInstance(llmchat.parse_download_line(line), EngineLogged)
+        window = ready(engine=Condition.LOADING)
+        for line in MALFORMED:
+            window, _ = update(window, llmchat.parse_engine_line(line.decode("utf-8", "replace")))
+            self.assertEqual(len(view(window).lines), window.rows)
+
+    def test_malformed_messages_in_a_pipe(self):
+        engine = FakeEngine("sys.stdout.buffer.write(%r + b'\\n')\nsys.stdout.flush()\nos._exit(7)" % b"\n".join(MALFORMED))
+        status, out, err = run_plain(TALK, "-p", "hi", env=engine.env)
+        self.assertEqual((status, out, err.count("\n"), "Traceback" in err), (1, "", 1, False), err)
+        self.assertIn("exit status 7", err)
+        with mock.patch.dict(os.environ, engine.env), self.assertRaisesRegex(ModelError, "exit status 7"):
+            list(llmchat.ask_engine(engine.python, {"cmd": "info"}))
+
+    def test_long_lines_are_cut(self):
+        _, mailbox = self.child("for out in (sys.stdout, sys.stderr):\n    for n in range(40): out.write('x' * 1000000)\n    out.write('\\nnext\\n')")
+        texts = [event.text for event in self.events(mailbox) if isinstance(event, EngineLogged)]
+        self.assertEqual(sorted(map(len, texts)), [4, 4] + [llmchat.LOG_CHARS] * 2)
+
+    def test_a_flood_waits(self):
+        """… for room: the mailbox stays small, and nothing of it is lost."""
+        _, mailbox = self.child("for n in range(20000): print(n)")
+        wait_until(mailbox.is_full)
+        most, n = 0, 0
+        for event in self.events(mailbox):
+            n += isinstance(event, EngineLogged)
+            most = max(most, len(mailbox.events))
+        self.assertEqual(n, 20000)
+        self.assertLess(most, mailbox.ROOM + 10)
+
+    def test_keys_come_before_a_flood(self):
+        screen = mock.Mock(n_empty=0, due_s=lambda: None)
+        screen.read_events.side_effect = [[], [Pressed("ctrl-q")]] + [[]] * 99
+        runner = llmchat.Runner()
+        self.addCleanup(runner.close)
+        for n in range(1000):
+            runner.mailbox.post(EngineLogged(str(n)))
+        last = llmchat.loop(ready(), screen, runner)
+        self.assertLess(len(last.log), 1000)
+
+    def test_a_child_of_it_holds_the_pipes(self):
+        child, mailbox = self.child("print('last words', flush=True)\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(%d)'])\n"
+                                    "os._exit(7)" % LIMIT_S)
+        self.assertEqual(list(self.events(mailbox)), [EngineLogged("last words"), EngineDied(7)])
+
+    def test_nothing_blocks_where_nothing_is_read(self):
+        child, mailbox = self.child("time.sleep(%d)" % LIMIT_S)
+        for n in range(child.MAX_PENDING):
+            child.send({"cmd": "chat", "text": "x" * 100000})
+        self.assertTrue(child.is_alive())
+        for n in range(3):
+            child.send({"cmd": "load"})
+        self.assertEqual(list(self.events(mailbox)), [EngineDied(-9)])
+
+    def test_only_the_newest_draft_waits_to_be_sent(self):
+        gate = threading.Event()
+        child, _ = self.child("time.sleep(%d)" % LIMIT_S, after=mock.Mock(ender=mock.Mock(join=gate.wait)))
+        for message in ({"cmd": "ahead", "messages": [1], "draft": "a"}, {"cmd": "ahead", "draft": "b"}, {"cmd": "chat"}, {"cmd": "ahead", "draft": "c"}):
+            child.send(message)
+        self.assertEqual(child.pending, [{"cmd": "ahead", "messages": [1], "draft": "b"}, {"cmd": "chat"}, {"cmd": "ahead", "draft": "c"}])
+        gate.set()
+
+    def test_a_replaced_one_says_nothing_more(self):
+        child, mailbox = self.child("for n in range(10 ** 9): print(n)")
+        wait_until(mailbox.is_full)
+        child.kill()
+        mailbox.drop(EngineLogged)
+        child.ender.join(LIMIT_S)
+        self.assertEqual((list(mailbox.events), child.is_alive()), ([], False))
+
+
+@unittest.skipUnless(POSIX, "needs POSIX signals")
+class HungTest(unittest.TestCase):
+    """An engine that doesn't answer any more can be replaced in every state, and the window goes on."""
+
+    def hang(self, window):
+        window.runner.engine.process.send_signal(signal.SIGSTOP)
+
+    def stop_late(self, window):
+        """Esc, and the time after which a stop is late."""
+        with mock.patch.object(llmchat, "STOP_LATE_S", 0.01):
+            window.handle(Pressed("esc"))
+            return window.wait(Condition.HUNG)
+
+    def test_a_second_esc(self):
+        window = Headless(self, MIND, max_tokens=8).wait(Condition.READY)
+        self.hang(window)
+        window.ask("hi", Condition.READING)
+        self.stop_late(window)
+        self.assertIn("no answer · Esc, or the next message, ends it and starts another", rows_of(window.state)[-1])
+        window.handle(Pressed("esc"))
+        window.wait(Condition.STARTING).wait(Condition.READY)
+        self.assertEqual((window.state.draft.text, window.said("user")), ("hi", []))
+        window.handle(Pressed("enter"))
+        window.wait(Condition.WRITING).wait(Condition.READY)
+        self.assertEqual(len(window.said("assistant")), 1)
+
+    def test_while_writing(self):
+        window = Headless(self, MIND).wait(Condition.READY)
+        window.ask("hi", Condition.WRITING)
+        self.hang(window)
+        self.stop_late(window).ask("and now?", Condition.STARTING).wait(Condition.WRITING)
+        self.assertEqual((window.said("user"), len(window.said("assistant"))), (["hi", "and now?"], 1))
+        self.assertIn("the engine had to be ended here", [turn.note for turn in window.state.chat.turns][1])
+
+    def test_a_late_answer_is_welcome(self):
+        window = Headless(self, MIND).wait(Condition.READY)
+        window.ask("hi", Condition.WRITING)
+        self.hang(window)
+        self.stop_late(window).runner.engine.process.send_signal(signal.SIGCONT)
+        window.wait(Condition.READY)
+        self.assertIn("stopped", window.state.chat.turns[-1].note)
+
+    def test_while_loading(self):
+        window = Headless(self, MIND, max_tokens=8).wait(Condition.LOADING)
+        self.hang(window)
+        window.ask("/load", Condition.STARTING).wait(Condition.READY)
+
+    def test_quit_with_a_long_message_unread(self):
+        window = Window(MIND)
+        self.addCleanup(window.close)
+        window.wait_for(r"\n ready[^\n]*$")
+        pid = window.engine_pid()
+        os.kill(pid, signal.SIGSTOP)
+        self.addCleanup(lambda: os.path.exists("/proc/%d" % pid) and os.kill(pid, signal.SIGKILL))
+        for _ in range(80):               # more than any pipe holds
+            window.type("\x1b[200~%s\x1b[201~" % ("word " * 400))
+        window.type("\r")
+        window.wait_for("reading")
+        window.type("still here")
+        window.wait_for("still here")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+
+    def test_time(self):
+        stopping = ready(engine=Condition.STOPPING, chat=Chat(request=3, reply=""))
+        self.assertEqual(play(stopping, llmchat.StopLate(2))[0], stopping, "of an earlier reply")
+        self.assertEqual(play(ready(), llmchat.StopLate(0))[0], ready())
+        self.assertEqual(play(stopping, "[esc]")[1], (), "not before it is late")
+        writing = ready(engine=Condition.WRITING, chat=Chat(request=3, reply="a"))
+        self.assertIn(llmchat.AwaitStop(3), play(writing, "[esc]")[1])
+
+
+class FirstEffectsTest(unittest.TestCase):
+    """What is done first can fail as all else can: that is told, and the program goes on."""
+
+    def test_in_the_window(self):
+        window = Window(TALK, code="import llmchat, sys\nsys.argv[1:] = [%r]\n"
+                        "def fail(*_): raise OSError(28, 'No space left')\nllmchat.ChatStore.do = fail\nllmchat.main()" % TALK)
+        self.addCleanup(window.close)
+        window.wait_for("That failed: .*No space left.*\n ready")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+
+    def test_without_a_window(self):
+        code = ("import llmchat, sys\nperform = llmchat.Runner.perform\ndef fail(self, effect):\n    perform(self, effect)\n"
+                "    raise OSError(28, 'No space left')\nllmchat.Runner.perform = fail\nsys.exit(llmchat.run_main())")
+        done = subprocess.run([ENGINE, "-c", code, TALK, "-p", "hi"], env=ENV, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S)
+        self.assertEqual((done.stdout.strip(), "Traceback" in done.stderr), (REPLIES["greet"], False), done.stderr)
+        self.assertIn("That failed: ", done.stderr)
+
+    def test_a_data_directory_that_is_a_file(self):
+        env = dict(ENV, XDG_DATA_HOME=write(b"", "file"))
+        self.assertEqual(run_plain(TALK, "-p", "hi", env=env), (0, REPLIES["greet"] + "\n", ""))
+
+
+class NumbersTest(unittest.TestCase):
+    def test_small_contexts(self):
+        """A reply that says again what stands before is guessed, several tokens at once."""
+        for n_ctx in (1, 3, 17):
+            engine = Engine(self, MIND, n_ctx=n_ctx)
+            self.assertEqual(engine.events[-1]["n_ctx"], llmchat.LEAST_CTX)
+            said, _ = engine.chat("hi", max_tokens=40)
+            self.assertEqual(engine.chat([user("hi"), assistant(said), user("hi")], max_tokens=300)[1]["n_written"], 300)
+            engine.close()
+
+    def test_what_llama_cpp_would_not_take(self):
+        plan = plan_load(header(), machine(4, 8), Wishes(n_ctx=-7, n_threads=10 ** 6, n_ubatch=3, n_gpu_layers=-9))
+        self.assertEqual((plan.n_ctx, plan.n_threads, plan.n_ubatch), (plan_load(header(), machine(4, 8)).n_ctx, 512, llmchat.MAX_OUTPUTS))
+        self.assertEqual(plan_load(header(), machine(4, 8), Wishes(n_threads=-3)).n_threads, machine(4, 8).usable_cores)
+        with self.assertRaisesRegex(ModelError, r"^A context of 100,000,000 tokens takes .* more than the .* of this machine"):
+            plan_load(header(), machine(4, 8), Wishes(n_ctx=10 ** 8))
+        for value in ("nan", "inf", "-1", "1e999", "x", ""):
+            self.assertTrue(llmchat.check_setting("temperature", value)[1], value)
+            self.assertTrue(llmchat.check_setting("n_ctx", value)[1], value)
+
+    def test_numbers_in_a_damaged_file(self):
+        with mock.patch.dict(os.environ, new_home()[0]):
+            for found in ({"n_threads": 1e400, "n_ubatch": 1, "tokens_per_s": 1}, {"n_threads": [], "n_ubatch": 1, "tokens_per_s": 1}, {}):
+                llmchat.save_kept("tuning.json", "k", found)
+                self.assertEqual(llmchat.tune(Wishes(), "k"), Wishes())
+
+
+class StaleTest(unittest.TestCase):
+    def test_only_the_newest_draft_is_read_ahead(self):
+        process = mock.Mock(commands=queue.Queue())
+        newest = lambda: llmchat.EngineProcess.newest(process, *process.commands.get())
+        put = lambda n, **command: process.commands.put((n, command))
+        put(1, cmd="ahead", messages=["m"], draft="a")
+        put(2, cmd="ahead", draft="b")
+        put(3, cmd="load")
+        put(4, cmd="ahead", draft="c")
+        put(5, cmd="chat")
+        put(6, cmd="ahead", draft="d")
+        self.assertEqual(newest(), (2, {"cmd": "ahead", "messages": ["m"], "draft": "b"}), "it relies on the chat that came before")
+        self.assertEqual([newest() for _ in range(3)], [(3, {"cmd": "load"}), (5, {"cmd": "chat"}), (6, {"cmd": "ahead", "draft": "d"})])
+
+
 class UnloadTest(unittest.TestCase):
     """The model's memory goes back to the system; the chat stays, and the model comes back with the first word."""
 
