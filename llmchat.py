@@ -477,6 +477,7 @@ class Chat(NamedTuple):
     last: int = 0                     # the highest number
     stored: int = 0                   # … of those that are in the file
     stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
+    stops_slowly: bool = False        # the reply in progress was stopped a while ago
     system: str = ""                  # the system prompt, as the file says
     thought: str = ""                 # how much of the reply in progress is thinking
     model_path: str = ""              # of the model that gave the last reply, as the file says; "" = not known
@@ -599,7 +600,7 @@ Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
-StopLate = NamedTuple("StopLate", [("request", int)])             # it was to stop, and time has passed
+StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])    # it was to stop, and time has passed
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
 InstallSaid = NamedTuple("InstallSaid", [("message", Dict[str, Any])])    # one JSON line of --install, see install_engine()
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
@@ -651,7 +652,7 @@ Redraw = NamedTuple("Redraw", [])                                 # every cell: 
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
 EndEngine = NamedTuple("EndEngine", [])                           # at once, whatever it does
 StartEngine = NamedTuple("StartEngine", [])                       # in the place of the one that runs, if any
-AwaitStop = NamedTuple("AwaitStop", [("request", int)])           # StopLate comes after STOP_LATE_S
+AwaitStop = NamedTuple("AwaitStop", [("request", int)])           # StopLate comes after STOP_SLOW_S and STOP_LATE_S
 Quit = NamedTuple("Quit", [])
 
 Span = Tuple[str, str]                # text and style
@@ -8520,6 +8521,7 @@ def stop_loading(state: State) -> Change:
 
 def replace_engine(state: State) -> Change:
     """It doesn't heed a stop: end it and start another with the same model."""
+    state = state._replace(chat=state.chat._replace(stops_slowly=False))
     state = end_reply(state, "the engine had to be ended here")
     state = add_log(state, LogLine("warn", "The engine didn't answer, so another one is started."))
     return start_model(state._replace(engine=Condition.DEAD))
@@ -8527,7 +8529,9 @@ def replace_engine(state: State) -> Change:
 def take_back(state: State) -> State:
     """A message without a word of an answer goes back into the input box (if that is empty), to be changed
     or sent again; it was no turn then."""
-    chat = state.chat._replace(waiting=False, reply=None, continued=0)
+    chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
+    if state.chat.stops_slowly:           # the input box is in use by now
+        return state._replace(chat=chat, hint="It was stopped before a word of the answer came; /retry asks again")
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
     if state.chat.continued or chat.kids.get(stands_at(chat)):    # the reply before is there still
@@ -9088,6 +9092,8 @@ def on_proven(state: State, message: Dict[str, Any]) -> Change:
 def on_stop_late(state: State, event: StopLate) -> Change:
     if state.engine is not Condition.STOPPING or state.chat.request != event.request:
         return state, ()                  # it has stopped in time
+    if not event.hung:
+        return state._replace(chat=state.chat._replace(stops_slowly=True)), ()
     return state._replace(engine=Condition.HUNG, doing="Esc, or the next message, ends it and starts another"), ()
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
@@ -9181,7 +9187,7 @@ def end_reply(state: State, note: str) -> State:
     if stands_at(chat) != chat.continued:
         chat = drop_turn(chat, chat.continued)
     hint = "The answer is the same as before" if chat.last == last else state.hint
-    return state._replace(chat=chat._replace(reply=None, continued=0), hint=hint)
+    return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False), hint=hint)
 
 def on_failed(state: State, message: Dict[str, Any]) -> Change:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
@@ -10268,7 +10274,8 @@ def engine_env() -> Dict[str, str]:
 
 LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
 LOG_CHARS = 2000                      # of a line in the system pane
-STOP_LATE_S = 3                       # a stop takes a fraction of that, unless the engine hangs
+STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message …
+STOP_LATE_S = 3                       # … and then the engine hangs
 END_S = 5                             # for an engine to write its state at the end
 
 def pipe_lines(pipe: Any) -> Iterable[str]:
@@ -10447,7 +10454,8 @@ class Runner:
         elif isinstance(effect, Redraw):
             self.mailbox.post(Resized(0, 0))
         elif isinstance(effect, AwaitStop):
-            self.post_later(STOP_LATE_S, StopLate(effect.request))
+            self.post_later(STOP_SLOW_S, StopLate(effect.request, False))
+            self.post_later(STOP_LATE_S, StopLate(effect.request, True))
         elif isinstance(effect, Quit):
             self.quit = True
 

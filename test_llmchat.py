@@ -2877,10 +2877,8 @@ class Headless:
             if time.monotonic() > end_s:
                 raise AssertionError("still %s: %r" % (self.state.engine, self.state.log[-9:]))
             self.runner.mailbox.wait(0.1)
-            for event in self.runner.mailbox.take():
-                self.handle(event)
-                if self.state.engine in conditions:
-                    return self
+            while self.runner.mailbox.events and self.state.engine not in conditions:    # the rest is for the next wait
+                self.handle(self.runner.mailbox.events.popleft())
         return self
 
     def step(self):
@@ -3467,11 +3465,22 @@ class HungTest(unittest.TestCase):
 
     def test_time(self):
         stopping = ready(engine=Condition.STOPPING, chat=Chat(request=3, reply=""))
-        self.assertEqual(play(stopping, llmchat.StopLate(2))[0], stopping, "of an earlier reply")
-        self.assertEqual(play(ready(), llmchat.StopLate(0))[0], ready())
+        self.assertEqual(play(stopping, llmchat.StopLate(2, True))[0], stopping, "of an earlier reply")
+        self.assertEqual(play(ready(), llmchat.StopLate(0, True))[0], ready())
         self.assertEqual(play(stopping, "[esc]")[1], (), "not before it is late")
         writing = ready(engine=Condition.WRITING, chat=Chat(request=3, reply="a"))
         self.assertIn(llmchat.AwaitStop(3), play(writing, "[esc]")[1])
+
+    def test_a_slow_stop_leaves_the_input_box_alone(self):
+        """By then one may be writing the next message, and what was asked must not come before it."""
+        reading, _ = play(ready(), "first", "[enter]", "[esc]")
+        done = said("done", id=1, reason="stopped", n_written=0, n_read=3, n_reused=0, n_used=5, rate=0.0, first_s=0.0, read_s=0.1, write_s=0.0)
+        self.assertEqual(play(reading, done)[0].draft.text, "first")
+        state, _ = play(reading, llmchat.StopLate(1, False), done)
+        self.assertEqual((state.draft.text, state.chat.turns[-1].text), ("", "first"))
+        self.assertIn("/retry asks again", state.hint)
+        state, effects = play(state, "second", "[enter]")
+        self.assertEqual(asked(effects)[-1], "second")
 
 
 class FirstEffectsTest(unittest.TestCase):
