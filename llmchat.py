@@ -355,7 +355,9 @@ class Hardware(NamedTuple):
     gpus: Tuple[Gpu, ...] = ()
     llama_version: str = ""
     bytes_per_s: float = 0.0  # how fast the used cores together read the RAM; 0 = not measured
-    build: Tuple[str, ...] = ()  # the instruction sets that this llama.cpp was compiled for
+    build: Tuple[str, ...] = ()  # the instruction sets that this llama.cpp was compiled for, and "REPACK" if it has that
+    core_speed: float = 1.0  # see time_core()
+    paces: Tuple[Tuple[int, float], ...] = ()  # (ggml type, how many times as fast as expected models of it have written)
     fast_cores: int = 0  # 0 = all are alike
     numa_nodes: int = 1
     container_cores: int = 0  # what a container grants, 0 = no limit
@@ -1645,11 +1647,12 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
 # Hardware fields and list them in probe_hardware; for another reason why a file can't be used, add to the tables.
 
 CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it -> ours; those that llama.cpp has faster code for
-    ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
+    ("ssse3 win36", "SSSE3"), ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
     ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41 avx512", "AVX-512"),
     ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
     ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"), ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
-    ("sve", "SVE"))
+    ("sve", "SVE"), ("repack aarch64_repack", "REPACK"))
+OLD_SETS = ("SSSE3", "SSE4.2")  # that all CPUs with more have, too
 WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
 
 def wanted_sets(machine: str) -> Tuple[str, ...]:
@@ -1851,7 +1854,7 @@ def probe_windows_cpu() -> dict:
     import ctypes, winreg
     kernel32, build = ctypes.windll.kernel32, sys.getwindowsversion().build
     # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
-    flags = ["win%d" % number for number in (19, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
+    flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
     size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
     done = kernel32.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size))    # 0 = RelationProcessorCore
     n_cores, n_fast = parse_windows_cores(buffer.raw[: size.value] if done else b"") or (os.cpu_count() or 1,) * 2
@@ -1957,7 +1960,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     if lacking and h.instruction_sets:
         return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
                           "python3 llmchat.py --install" % ", ".join(lacking))]
-    unused = [name for name in h.instruction_sets if name not in h.build and name not in ("SSE4.2", "AMX")] if h.build and not h.gpus else []
+    unused = [name for name in h.instruction_sets if name not in h.build and name not in (*OLD_SETS, "AMX")] if h.build and not h.gpus else []
     cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
     return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
         ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
@@ -2477,9 +2480,31 @@ FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context
     **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
 REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
     "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
-CORE_RATES = {0: 20e9, 1: 14e9, 30: 14e9, 8: 11e9, 2: 8.5e9}  # ggml type -> bytes/s that a core with VNNI works through …
-OTHER_CORE_RATE = 7e9  # … of other types
-LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token
+
+class CpuKind(NamedTuple):
+    """What llama.cpp makes of a CPU whose best instruction set is this one."""
+    best: str
+    q4_0: float          # bytes/s of weights in Q4_0 that a core works through while writing …
+    q8_0: float
+    f16: float           # … also of BF16
+    others: float        # … of K-quants
+    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
+
+# Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python 0.3.36 compiled for each kind.
+# At the end: tokens/s of a 1.2B with one thread in Q4_0 and in Q4_K_M, writing; reading 64 tokens.
+CPU_KINDS = (
+    CpuKind("AVX-512 VNNI", 7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # 11.2, 11.4; 54, 62
+    CpuKind("AVX-VNNI",     7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("dot product",  7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("AVX2",         6.4e9, 8.0e9, 10e9, 6.8e9, "Q4_K_M"),    # 10.7, 10.5; 34, 46 (Haswell)
+    CpuKind("AVX",          4.5e9, 4.6e9, 1.8e9, 5.9e9, "Q4_K_M"),   # 8.2, 9.0; 15, 24 (Sandy Bridge)
+    CpuKind("SSE4.2",       4.5e9, 3.4e9, 2.3e9, 2.7e9, "Q4_0"),     # 8.2, 4.3; 11, 5.3 (Nehalem)
+    CpuKind("SSSE3",        3.5e9, 3.8e9, 2.5e9, 0.8e9, "Q4_0"),     # 5.4, 1.3; 9.1, 1.4 (Core 2)
+    CpuKind("NEON",         2.2e9, 2.2e9, 3.0e9, 2.2e9, "Q4_K_M"),   # not measured
+    CpuKind("",             1.0e9, 1.8e9, 0.7e9, 0.7e9, "Q4_0"),     # 1.8, 1.1; 2.0, 1.4 (Athlon 64)
+)
+F32_RATE = 12e9  # bytes/s that a core works through, of any kind: nothing is to be unpacked
+LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token, at time_core() = 1
 
 def attention_layers(header: Header) -> List[Tuple[int, bool]]:
     """(KV heads, sees only a window) of each layer that has a KV cache.
@@ -2535,14 +2560,64 @@ def weights_used(header: Header) -> List[Tuple[int, int, float]]:
     return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
 
 def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
-    """Tokens/s to expect of the CPU while writing, 0 = not known: reading the weights takes the time, or working them through."""
+    """Tokens/s to expect of the CPU while writing, 0 = not known: what is reckoned, corrected by what this machine has done."""
+    return known_pace(header, hardware) * reckon_rate(header, hardware, n_threads, kv_type)
+
+def known_pace(header: Header, hardware: Hardware) -> float:
+    """How many times as fast as reckoned this machine has written with models of this type, or else with others."""
+    paces = dict(hardware.paces)
+    if not paces:
+        return 1.0
+    product = 1.0
+    for pace in paces.values():
+        product *= pace
+    return paces.get(main_type(header), product ** (1 / len(paces)))
+
+def main_type(header: Header) -> int:
+    """The ggml type of most of what is multiplied for a token."""
+    used: Dict[int, float] = {}
+    for kind, n_bytes, share in weights_used(header):
+        used[kind] = used.get(kind, 0) + share * n_bytes
+    return max(used, key=lambda kind: used[kind])
+
+def reckon_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Tokens/s, 0 = not known: reading the weights takes the time, or working them through."""
     if not hardware.bytes_per_s:
         return 0.0
-    has = set(hardware.instruction_sets)
-    skill = 1 if has & {"AVX-VNNI", "AVX-512 VNNI", "dot product"} else 0.7 if "AVX2" in has else 0.3
     most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
-    seconds = sum(share * n_bytes / min(most, n_threads * skill * CORE_RATES.get(kind, OTHER_CORE_RATE)) for kind, n_bytes, share in weights_used(header))
-    return 1 / (seconds + kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most + LAYER_S * (5 + model_layers(header)) / skill)
+    seconds = LAYER_S * (5 + model_layers(header)) / hardware.core_speed
+    seconds += kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most
+    for kind, n_bytes, share in weights_used(header):
+        seconds += share * n_bytes / min(most, n_threads * core_rate(hardware, kind))
+    return 1 / seconds
+
+def used_sets(hardware: Hardware) -> Set[str]:
+    """The instruction sets that llama.cpp uses: those that it was built for, as far as that is known."""
+    has = set(hardware.instruction_sets)
+    if not hardware.build:                # so it is as --install makes it for this CPU, without AMX (see NO_AMX)
+        return has - {"AMX"} | {"REPACK"}
+    return has & {*OLD_SETS, *hardware.build} | {"REPACK"} & set(hardware.build)
+
+def cpu_kind(hardware: Hardware) -> CpuKind:
+    sets = used_sets(hardware)
+    return next(kind for kind in CPU_KINDS if kind.best in sets or not kind.best)
+
+def core_rate(hardware: Hardware, ggml_type: int) -> float:
+    """Bytes/s of weights of this type that one core works through."""
+    kind = cpu_kind(hardware)
+    rates = {0: F32_RATE, 1: kind.f16, 30: kind.f16, 8: kind.q8_0, 2: kind.q4_0}
+    return hardware.core_speed * rates.get(ggml_type, kind.others)
+
+def best_quant(hardware: Hardware) -> str:
+    """The quantisation to fetch for this machine."""
+    return "Q4_K_M" if hardware.gpus else cpu_kind(hardware).quant
+
+def repacked_kinds(hardware: Hardware) -> Set[int]:
+    """The ggml types that llama.cpp copies."""
+    sets = used_sets(hardware)
+    if "REPACK" not in sets:
+        sets &= {"AMX"}                   # which has a layout of its own
+    return {kind for name in sets for kind in REPACKED.get(name, ())}
 
 def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
     """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
@@ -2550,7 +2625,7 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
     n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
     # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
     compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
-    kinds = {kind for name in hardware.instruction_sets for kind in REPACKED.get(name, ())}
+    kinds = repacked_kinds(hardware)
     copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
     return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
@@ -2689,7 +2764,7 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
     models.json, the headers of the models that were seen: see probe_header;
     engines.json, which engines crash without caution: {engine_key(): {"caution"}};
-    machine.json, what the engine found, for those who don't run it: {machine_key(): {"gpus", "bytes_per_s": of the first three}}."""
+    machine.json, what the engine found, for those who don't run it: {machine_key(): Found's fields}."""
     text = read_text(os.path.join(data_dir(), name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
@@ -2720,34 +2795,71 @@ def tune(wishes: Wishes, key: str) -> Wishes:
                                tuned_rate=float(found["tokens_per_s"]))
     return wishes
 
-def read_machine(hardware: Hardware) -> Tuple[Tuple[Gpu, ...], List[float]]:
-    """What engines have found of this machine: its GPUs, and how fast it read its RAM."""
+class Found(NamedTuple):
+    """What engines have found of this machine."""
+    gpus: Tuple[Gpu, ...] = ()
+    bytes_per_s: Tuple[float, ...] = ()    # of the first three measurements
+    core_speeds: Tuple[float, ...] = ()    # … of time_core()
+    build: Tuple[str, ...] = ()            # this and the next as in Hardware
+    paces: Tuple[Tuple[int, float], ...] = ()
+
+def read_machine(hardware: Hardware) -> Found:
+    """What is kept of this machine; what is damaged of it is left out."""
+    kept = read_kept("machine.json").get(machine_key(hardware), {})
+    return Found(*(read_found(kept, name) for name in Found._fields))
+
+def read_found(kept: Dict[str, Any], name: str) -> Tuple[Any, ...]:
+    values = kept.get(name, ())
     try:
-        kept = read_kept("machine.json")[machine_key(hardware)]
-        return tuple(Gpu(*gpu) for gpu in kept["gpus"] if 0 <= gpu[3] <= gpu[2]), [max(0.0, float(rate)) for rate in kept["bytes_per_s"]]
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
-        return (), []                     # nothing yet, or the file is damaged
+        if name == "gpus":
+            return tuple(Gpu(*gpu) for gpu in values if 0 <= gpu[3] <= gpu[2])
+        if name == "build":
+            return tuple(word for word in values if isinstance(word, str))
+        if name in ("bytes_per_s", "core_speeds"):
+            return tuple(float(rate) for rate in values if 0 < rate < 1e15)
+        return tuple((int(kind), float(pace)) for kind, pace in values if 1 / MOST_PACE <= pace <= MOST_PACE)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return ()
 
 def known_hardware() -> Hardware:
     """This machine, with what only an engine can find out as the last one found it."""
     hardware = probe_hardware()
-    return measure_machine(hardware._replace(gpus=read_machine(hardware)[0]), 3)
+    found = read_machine(hardware)
+    return measure_machine(hardware._replace(gpus=found.gpus, build=found.build), 3)
 
 def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
-    """With the RAM's speed: the best of so many measurements, which are made once and remembered.
+    """With the RAM's and a core's speed: the best of so many measurements, which are made once and remembered.
 
     What a busy machine shows counts for this time only, and only where nothing better is known."""
-    gpus, rates = read_machine(hardware)
-    measured = []
-    while len(rates) + len(measured) < n_wanted:
-        measured.append(probe_bytes_per_s(hardware))
-    kept = rates + [rate for rate, is_idle in measured if is_idle]
-    sizes = [gpu._replace(free_bytes=0) for gpu in hardware.gpus]
-    if kept != rates or sizes != [gpu._replace(free_bytes=0) for gpu in gpus]:
+    before = read_machine(hardware)
+    n_more = max(0, n_wanted - len(before.bytes_per_s))
+    measured = [(*probe_bytes_per_s(hardware), time_core()) for _ in range(n_more)]
+    idle = [row for row in measured if row[1]]
+    rates = before.bytes_per_s + tuple(rate for rate, _, _ in idle)
+    speeds = before.core_speeds + tuple(speed for _, _, speed in idle)
+    paces = before.paces if hardware.build == before.build else ()    # another build has another speed
+    now = Found(hardware.gpus, rates, speeds, hardware.build, paces)
+    if without_free(now) != without_free(before):
         with suppress(OSError):           # then the next one does it again
-            save_kept("machine.json", machine_key(hardware), {"gpus": hardware.gpus, "bytes_per_s": kept})
-    best = max(kept or [rate for rate, _ in measured], default=0.0)
-    return hardware._replace(bytes_per_s=best)
+            save_kept("machine.json", machine_key(hardware), now._asdict())
+    best_rate = max(rates or [rate for rate, _, _ in measured], default=0.0)
+    best_speed = max(speeds or [speed for _, _, speed in measured], default=1.0)
+    return hardware._replace(bytes_per_s=best_rate, core_speed=best_speed, paces=paces)
+
+def without_free(found: Found) -> Found:
+    """Without what differs from one minute to the next."""
+    return found._replace(gpus=tuple(gpu._replace(free_bytes=0) for gpu in found.gpus))
+
+MOST_PACE = 20                        # times as fast or slow as reckoned; what is beyond was something else
+PACE_STEP = 0.05                      # smaller changes aren't written to the disk
+
+def save_pace(hardware: Hardware, kind: int, pace: float) -> None:
+    """A model of this ggml type wrote so many times as fast as reckoned. The last replies count most. Raises OSError."""
+    paces = dict(read_machine(hardware).paces)
+    now = (paces[kind] + pace) / 2 if kind in paces else pace
+    if 1 / MOST_PACE <= now <= MOST_PACE and abs(now / paces.get(kind, FAR) - 1) > PACE_STEP:
+        paces[kind] = round(now, 3)
+        save_kept("machine.json", machine_key(hardware), {"paces": sorted(paces.items())})
 
 def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
     """(how fast the used cores together read the RAM, whether they were free for it); 0 = not known.
@@ -2898,7 +3010,7 @@ def probe_engine_hardware(api: Any, *more: Any) -> Hardware:
     """This machine, and what this llama.cpp makes of it."""
     hardware = probe_hardware(*more)._replace(gpus=probe_gpus(api), llama_version=llama_version(api),
                                               build=parse_build(api.llama_print_system_info().decode("utf-8", "replace")))
-    return measure_machine(hardware, 0)
+    return measure_machine(hardware, 1)
 
 def engine_key(api: Any, hardware: Hardware) -> str:
     """This build of llama.cpp on this CPU: another build may do what this one can't."""
@@ -3551,6 +3663,29 @@ class ThreadCount:
             self.before, self.calm = (self.n, self.pace_s), 0
         return wanted
 
+class WritingRate:
+    """How fast all threads write, as long as no other program takes the CPU from them."""
+
+    LEAST_TOKENS, LEAST_SHARE = 24, 0.9   # a thread that never waits has a share of 1: spinning at barriers counts
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads, self.tokens, self.wall_s, self.cpu_s = n_threads, 0, 0.0, 0.0
+
+    def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
+        """One token took so long, and so much CPU time of so many threads."""
+        if n_threads != self.n_threads:   # others are there, so some have been sent away
+            return
+        self.tokens += 1
+        self.wall_s += wall_s
+        self.cpu_s += cpu_s
+
+    def take(self) -> float:
+        """Tokens/s since this was asked last; 0 = the machine was busy, or there were too few."""
+        enough = self.tokens >= self.LEAST_TOKENS and self.cpu_s >= self.LEAST_SHARE * self.wall_s * self.n_threads
+        rate = self.tokens / self.wall_s if enough and self.wall_s else 0.0
+        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        return rate
+
 class Drafter:
     """Guesses the next tokens from what stood in the context before (prompt lookup), as long as that saves time.
 
@@ -3673,6 +3808,7 @@ class LlamaEngine:
         warm.start()
         self.close()
         plan = self._load_rung(header, hardware, wishes)
+        self.header, self.hardware, self.plan = header, hardware, plan
         self.identity = [os.path.realpath(header.path), header.file_bytes, os.stat(header.path).st_mtime, plan.n_ctx, plan.kv_type,
                          hardware.llama_version]
         warm.join()
@@ -3757,6 +3893,7 @@ class LlamaEngine:
             raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware, plan.n_ctx))
         self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
                                    api.llama_set_n_threads(self.context, n, plan.n_threads))
+        self.writing = WritingRate(plan.n_threads)
         self.drafter = Drafter()
         self.memory = api.llama_get_memory(self.context)
         self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
@@ -4072,11 +4209,24 @@ class LlamaEngine:
     def _decode_next(self, token: int) -> bool:
         """The same for a token just written, by as many threads as the machine's load allows."""
         import time
-        wall_s, cpu_s = time.monotonic(), time.process_time()
-        done = self._decode([token])
-        if done:
-            self.threads.add(time.monotonic() - wall_s, time.process_time() - cpu_s)
-        return done
+        began_s, began_cpu_s, n_threads = time.monotonic(), time.process_time(), self.threads.n
+        if not self._decode([token]):
+            return False
+        wall_s, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
+        self.writing.add(wall_s, cpu_s, n_threads)
+        self.threads.add(wall_s, cpu_s)
+        return True
+
+    def _learn(self) -> None:
+        """Remember how much faster or slower than reckoned this machine writes, if that could be seen."""
+        rate = self.writing.take()
+        if not rate or self.plan.n_gpu_layers:
+            return
+        with suppress(ModelError, OSError):    # the file has gone, or the disk is full: then another time
+            self.header = self.header if self.header.tensors else read_gguf_header(self.header.path, full=True)
+            reckoned = reckon_rate(self.header, self.hardware, self.plan.n_threads, self.plan.kv_type)
+            if reckoned:
+                save_pace(self.hardware, main_type(self.header), rate / reckoned)
 
     def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
         """Read the rest of the prompt in pieces of about half a second, with progress; False when stopped, or until() says so.
@@ -4249,6 +4399,7 @@ class LlamaEngine:
                 reply.flush(time.monotonic())
             if reply.tokens and not reply.is_over and not self.mark_names:    # else the text isn't that of the tokens
                 self.replies[reply.text] = begun_tokens + reply.tokens
+        self._learn()
 
     def _begun_tokens(self, begun: str) -> List[int]:
         """Tokens of a reply's beginning, after what the template has opened; only the marks of thinking are markup."""
@@ -5531,7 +5682,7 @@ def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
 def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
     """(a folder of the wheel index, or "" to compile; why). What is compiled uses all of the CPU, a ready-made package comes in seconds."""
     lacking = [name for name in wanted_sets(probe.machine) if name not in probe.instruction_sets]
-    more = [name for name in probe.instruction_sets if name not in (*WHEEL_SETS, "SSE4.2", "NEON", "AMX")]
+    more = [name for name in probe.instruction_sets if name not in (*OLD_SETS, *WHEEL_SETS, "NEON", "AMX")]
     can_compile = probe.has_compiler and not obstacle
     if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
         return "", ""                     # there are none for these
@@ -7130,10 +7281,20 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
         fitting[0] = fitting[0]._replace(note="best fit, " + fitting[0].note)
     return tuple(fitting + others)
 
+def suited(row: Suggestion, hardware: Hardware) -> Suggestion:
+    """The row with the quantisation for this machine. All these repositories have a file of each; see find_suited()."""
+    quant = best_quant(hardware)
+    if quant == "Q4_K_M" or "Q4_K_M" not in row.file:
+        return row
+    return row._replace(file=row.file.replace("Q4_K_M", quant), n_bytes=int(Q4_0_SHARE * row.n_bytes))
+
+Q4_0_SHARE = 0.94                     # of Q4_K_M's size
+
 def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
     """Tokens/s to expect, 0 = not known."""
     if hardware.gpus:
         return 0.0
+    row = suited(row, hardware)
     header = Header(row.file, row.n_bytes, 0, {}, int(row.used * row.n_bytes))
     return plan_rate(header, hardware, hardware.usable_cores, "f16")
 
@@ -7149,6 +7310,7 @@ def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
     return best
 
 def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelEntry:
+    row = suited(row, hardware)
     is_package = row.repo.startswith("pypi:")
     path = row.repo if is_package else "hf:%s:%s" % (row.repo, row.file)
     quant = model_quant(Header(row.file, 0, 0, {}, 0))
@@ -7162,7 +7324,8 @@ def is_fetched(row: Suggestion) -> bool:
     import glob
     if row is SMALL_MODEL:
         return bool(small_model_path())
-    return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", glob.escape(row.file))))
+    name = glob.escape(row.file).replace("Q4_K_M", "Q4_*")
+    return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 def parse_tree(items: Any) -> List[HubFile]:
     """The files of a repository's listing. Left out is what no file can be, such as one whose name or hash leads out of the
@@ -7508,6 +7671,21 @@ def drop_part(path: str) -> None:
     with lock_blob(path), suppress(FileNotFoundError):
         os.remove(path)
 
+def find_suited(models: Dict[str, List[HubFile]], repo: str, wanted: str, hardware: Hardware) -> List[str]:
+    """The paths that are meant, those of the quantisation for this machine where none is named."""
+    row = next((row for row in SUGGESTED_MODELS if row.repo == repo), None)
+    if row and wanted in (row.file, suited(row, hardware).file):
+        return match_files(models, suited(row, hardware).file) or match_files(models, row.file)
+    paths = match_files(models, wanted)
+    for quant in (best_quant(hardware), "Q4_K_M", "Q4_0"):
+        found = match_files(paths, quant)
+        if not wanted and len(found) == 1 and guess_verdict(sum_bytes(models[found[0]]), hardware) != "too big":
+            return found
+    return paths
+
+def sum_bytes(files: Iterable[HubFile]) -> int:
+    return sum(file.n_bytes for file in files)
+
 def fetch_model(name: str, tell: Any) -> str:
     """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
     if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
@@ -7519,7 +7697,8 @@ def fetch_model(name: str, tell: Any) -> str:
     hub = Hub(repo, tell)
     commit, files = hub.list_files()
     models = group_models(files)
-    paths = match_files(models, wanted)
+    hardware = known_hardware()
+    paths = find_suited(models, repo, wanted, hardware)
     quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
     if not paths:
         named = list(quants.values())
@@ -7527,7 +7706,7 @@ def fetch_model(name: str, tell: Any) -> str:
         raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(named)) if models else
                          "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
     if len(paths) > 1:
-        sizes, hardware = {path: sum(file.n_bytes for file in models[path]) for path in paths}, known_hardware()
+        sizes = {path: sum_bytes(models[path]) for path in paths}
         tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
                                             guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)[:200]])
         return ""
@@ -8984,7 +9163,7 @@ def on_unreachable(state: State, text: str) -> State:
     if state.model:
         return notice(state, text + " It goes on trying; /download cancel gives up.")
     state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
-    is_free = not state.draft.text and (not state.dialog or state.dialog.kind == "models")
+    is_free = not state.draft.text and (not state.dialog or state.dialog.kind in ("models", "setup"))
     return state._replace(dialog=Dialog("unreachable")) if is_free else state
 
 def on_unreachable_key(state: State, key: str) -> Change:

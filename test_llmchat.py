@@ -3079,7 +3079,7 @@ class SlowDiskTest(unittest.TestCase):
         self.window.handle(llmchat.Pressed("esc"))    # the message comes back first
         self.assertEqual((self.window.state.engine, self.window.state.draft.text), (Condition.LOADING, "hello"))
         self.window.handle(llmchat.Pressed("esc"))
-        self.assertEqual((self.window.state.engine, engine.process.returncode), (Condition.OFF, -signal.SIGKILL))
+        self.assertEqual((self.window.state.engine, engine.process.wait(LIMIT_S)), (Condition.OFF, -signal.SIGKILL))
         self.assertRegex(self.window.said("notice")[-1], "Loading was stopped. The next message, or /load, loads %s" % os.path.basename(TALK))
         self.open_gate()
         self.window.ask("hello", Condition.READING)
@@ -4213,6 +4213,7 @@ class PlanTest(unittest.TestCase):
         rate = lambda header, hardware=fast, **wishes: plan_load(header, hardware, Wishes(**wishes)).rate
         self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
         self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
+        self.assertLess(rate(header(4.0), fast._replace(core_speed=0.25)), 0.5 * rate(header(4.0)))
         self.assertLess(rate(header(4.0), fast._replace(instruction_sets=("SSE4.2",))), 0.7 * rate(header(4.0)))
         experts = {"llama.expert_count": 128, "llama.expert_used_count": 8, "llama.expert_feed_forward_length": 768}
         self.assertGreater(rate(header(17.0, n_layers=48, n_ff=6144, **experts)), 6 * rate(header(17.0)))
@@ -4220,6 +4221,73 @@ class PlanTest(unittest.TestCase):
         gpu = machine(64, 60, 24)._replace(bytes_per_s=20e9)
         self.assertEqual((rate(header(4.0), gpu), rate(header(4.0), gpu, n_gpu_layers=0) > 0), (0, True))
         self.assertIn(", about 4.", plan_load(header(4.0), fast).lines[1])
+
+    def test_kinds_of_cpus(self):
+        """The best of what the CPU has and llama.cpp was built for counts; the figures themselves are in CPU_KINDS."""
+        every = tuple(ours for _, ours in llmchat.CPU_FLAGS)
+        for sets, build, best, quant in (
+                (every, (), "AVX-512 VNNI", "Q4_K_M"), (("SSSE3", "SSE4.2", "AVX", "AVX2"), (), "AVX2", "Q4_K_M"),
+                (("SSSE3", "SSE4.2", "AVX", "AVX2"), ("SSSE3", "AVX", "REPACK"), "AVX", "Q4_K_M"),
+                (("SSSE3", "SSE4.2", "AVX"), ("SSSE3", "REPACK"), "SSE4.2", "Q4_0"), (("SSSE3",), (), "SSSE3", "Q4_0"), ((), (), "", "Q4_0"),
+                (("NEON",), (), "NEON", "Q4_K_M"), (("NEON", "dot product"), ("NEON", "REPACK"), "NEON", "Q4_K_M")):
+            where = machine(8, 6)._replace(instruction_sets=sets, build=build)
+            self.assertEqual((llmchat.cpu_kind(where).best, llmchat.best_quant(where)), (best, quant), sets)
+        for older, newer in (("", "SSSE3"), ("SSSE3", "SSE4.2"), ("SSE4.2", "AVX"), ("AVX", "AVX2"), ("AVX2", "AVX-512 VNNI")):
+            rates = [llmchat.core_rate(machine(8, 6)._replace(instruction_sets=(best,)), 12) for best in (older, newer)]
+            self.assertLess(*rates)
+        for kind in llmchat.CPU_KINDS:    # Q4_0 is for those where it is clearly faster
+            self.assertEqual(kind.quant == "Q4_0", kind.q4_0 > 1.25 * kind.others, kind)
+
+    def test_what_a_build_copies(self):
+        amx = ("SSSE3", "SSE4.2", *llmchat.WHEEL_SETS, "AVX-512", "AMX")
+        for sets, build, copied in ((amx, (), {2, 10, 12, 20, 39}), (amx, ("AVX", "AVX2", "REPACK"), {2, 12, 20, 39}),
+                                    (amx, ("AVX", "AVX2"), set()), (amx, ("AVX2", "AMX"), set(llmchat.REPACKED["AMX"])),
+                                    (("SSE4.2", "AVX"), ("AVX", "REPACK"), set()), (("AVX2",), (), {2, 12, 20, 39})):
+            self.assertEqual(llmchat.repacked_kinds(machine(8, 6)._replace(instruction_sets=sets, build=build)), copied, (sets, build))
+        self.assertIn("REPACK", llmchat.parse_build("CPU : SSSE3 = 1 | AVX = 1 | REPACK = 1 | "))
+
+    def test_what_this_machine_did_corrects_the_forecast(self):
+        where = machine(64, 60)._replace(bytes_per_s=20e9)
+        rate = lambda header, **paces: llmchat.plan_rate(header, where._replace(**paces), 4, "f16")
+        k_quant, q4_0 = header(4.0), header(4.0)._replace(tensors={("", 2): 4 * GB, ("output", 14): GB})
+        for model, paces, factor in ((k_quant, (), 1), (k_quant, ((12, 0.5),), 0.5), (q4_0, ((12, 0.5),), 0.5),    # better than nothing
+                                     (q4_0, ((2, 3.0), (12, 0.5)), 3), (k_quant, ((2, 4.0), (8, 1.0)), 2)):
+            self.assertAlmostEqual(rate(model, paces=paces), factor * rate(model), delta=1e-6)
+        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)):
+            for pace, kept in ((0.5, 0.5), (1.0, 0.75), (0.76, 0.75), (99.0, 0.75), (0.0001, 0.375)):    # no change worth writing; nonsense
+                llmchat.save_pace(where, 12, pace)
+                self.assertEqual(dict(llmchat.read_machine(where).paces), {12: kept}, pace)
+            with mock.patch.object(llmchat, "probe_bytes_per_s", lambda _: (5e9, True)):
+                self.assertEqual(llmchat.measure_machine(where, 3).paces, ((12, 0.375),))
+                built = where._replace(build=("AVX2",))
+                self.assertEqual(llmchat.measure_machine(built, 0).paces, ())    # what another build did doesn't count
+
+    def test_only_an_idle_machine_is_believed(self):
+        for tokens, wall_s, cpu_s, n_threads, rate in ((30, 0.1, 0.2, 2, 10), (30, 0.1, 0.19, 2, 10), (30, 0.1, 0.12, 2, 0),
+                                                       (20, 0.1, 0.2, 2, 0), (30, 0.1, 0.1, 1, 0)):
+            writing = llmchat.WritingRate(2)
+            for _ in range(tokens):
+                writing.add(wall_s, cpu_s, n_threads)
+            self.assertAlmostEqual(writing.take(), rate, msg=(tokens, cpu_s, n_threads))
+            self.assertEqual(writing.take(), 0)    # each token counts once
+
+    def test_replies_are_measured(self):
+        """The first load reckons with what it measures itself; a reply is remembered, by the file's own type."""
+        env, _ = new_home()
+        code = """
+import json, os, llmchat
+llmchat.WritingRate.LEAST_SHARE = 0       # other tests may take the CPU
+llmchat.WritingRate.LEAST_TOKENS = 4
+e = engine()
+e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
+e.learned = llmchat.read_machine(e.hardware)
+print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, e.learned.build, len(e.learned.bytes_per_s)]))
+"""
+        with mock.patch.dict(ENV, env):
+            measured, forecast, paces, build, n = run_engines(MIND, code)
+        self.assertEqual((measured, forecast, [kind for kind, _ in paces], n <= 1), (True, True, [0], True))
+        self.assertTrue(0.05 <= paces[0][1] <= 20)
+        self.assertIn("REPACK", build)
 
     def test_models_on_machines(self):
         """Verdict, context and GPU layers of five models on six machines, as tables."""
@@ -4270,7 +4338,7 @@ class PlanTest(unittest.TestCase):
             here = llmchat.probe_hardware()._replace(gpus=machine(1, 1, 8).gpus)
             measured = [(4e9, False)] * 3 + [(3e9, True), (20e9, False), (9e9, True), (5e9, True)]
             with mock.patch.object(llmchat, "probe_bytes_per_s", mock.Mock(side_effect=measured)):    # never an eighth time
-                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)    # an engine doesn't measure
+                self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)
                 self.assertEqual(llmchat.known_hardware().bytes_per_s, 4e9)    # the machine is busy: that isn't kept
                 self.assertEqual(llmchat.measure_machine(here, 0).bytes_per_s, 0)
                 for want in (9e9, 9e9, 9e9):
@@ -4567,7 +4635,7 @@ class FetchTest(unittest.TestCase):
             self.assertEqual(llmchat.parse_repo(name), ("org/two", meant), name)
 
     def test_verdicts_of_choices_know_the_gpu(self):
-        self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        self.hub("m-Q6_K.gguf", "m-Q8_0.gguf")
         small = machine(1, 0.01)
         with mock.patch.object(llmchat, "probe_hardware", lambda *_: small), mock.patch.object(llmchat, "known_hardware", lambda: small._replace(
                 gpus=(llmchat.Gpu("GPU", "cuda", 24 * GB, 24 * GB),))):
@@ -4639,16 +4707,37 @@ class FetchTest(unittest.TestCase):
         self.assertEqual(self.events("waiting"), [])
 
     def test_choices(self):
-        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf", "big/m-F16-00001-of-00002.gguf")
+        hub = self.hub("m-Q6_K.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf", "big/m-F16-00001-of-00002.gguf")
         self.assertEqual(self.fetch(), "")
         entries = [llmchat.ModelEntry(*entry) for entry in self.events("choices")[0]["entries"]]
         self.assertEqual([(entry.path, entry.n_bytes) for entry in entries],
-                         [("hf:org/repo:m-%s.gguf" % quant, len(self.DATA)) for quant in ("Q4_K_M", "Q8_0")])    # of F16 a part lacks
+                         [("hf:org/repo:m-%s.gguf" % quant, len(self.DATA)) for quant in ("Q6_K", "Q8_0")])    # of F16 a part lacks
         self.assertEqual({entry.verdict for entry in entries}, {"fits"})
-        self.fails("org/repo has no Q5_K. It has: Q4_K_M, Q8_0", "org/repo:Q5_K")
+        self.fails("org/repo has no Q5_K. It has: Q6_K, Q8_0", "org/repo:Q5_K")
         self.assertEqual(hub.asked("other"), [])
         self.assertEqual(os.path.basename(self.fetch(entries[1].path)), "m-Q8_0.gguf")
         self.fails("holds no GGUF", self.hub("model.safetensors") and "org/repo")
+
+    def test_the_quantisation_for_this_cpu(self):
+        """Where none is named, and for what is suggested, as far as there is a file of it."""
+        old, new = (machine(8, 6)._replace(instruction_sets=sets) for sets in (("SSSE3", "SSE4.2"), ("SSE4.2", "AVX", "AVX2")))
+        files, row = ["m-Q4_0.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf"], llmchat.SUGGESTED_MODELS[1]
+        models = {name: [llmchat.HubFile(name, 1000, "")] for name in files}
+        find = lambda wanted, where, models=models, repo="org/repo": llmchat.find_suited(models, repo, wanted, where)
+        self.assertEqual((find("", old), find("", new)), (files[:1], files[1:2]))
+        self.assertEqual((find("Q8_0", old), find("q4_k_m", old), find("Q5_0", old)), (files[3:], files[1:2], []))
+        self.assertEqual(find("", old, {name: models[name] for name in files[1:]}), files[1:2])    # there is none of Q4_0
+        self.assertEqual(find("", new, {name: models[name] for name in files[2:]}), files[2:])     # to be chosen
+        self.assertEqual(find("", new, {name: [llmchat.HubFile(name, 50 * GB, "")] for name in files}), files)
+        self.assertEqual(find("", new._replace(gpus=machine(1, 1, 8).gpus), models), files[1:2])
+        both = {row.file: [], row.file.replace("Q4_K_M", "Q4_0"): []}
+        path, = {entry.path for entry in llmchat.suggested_entries(old) if entry.name == row.name}
+        self.assertEqual(path, "hf:%s:%s" % (row.repo, row.file.replace("Q4_K_M", "Q4_0")))
+        for name in (path, row.name):
+            repo, wanted = llmchat.parse_download(name)
+            self.assertEqual(find(wanted, old, both, repo), [row.file.replace("Q4_K_M", "Q4_0")])
+            self.assertEqual(find(wanted, old, {row.file: []}, repo), [row.file])
+        self.assertEqual(find(row.file, new, both, row.repo), [row.file])
 
     def test_split_model_appears_whole(self):
         names = ["q/m-Q4_K_M-%05d-of-00003.gguf" % n for n in (1, 2, 3)]
@@ -4823,6 +4912,8 @@ class FetchTest(unittest.TestCase):
         with open(os.path.join(folder, row.file), "w"):
             pass
         self.assertNotIn(row.name, [entry.name for entry in entries(15.6)])    # it is here
+        os.rename(os.path.join(folder, row.file), os.path.join(folder, row.file.replace("Q4_K_M", "Q4_0")))
+        self.assertNotIn(row.name, [entry.name for entry in entries(15.6)])
         for row in llmchat.SUGGESTED_MODELS[1:]:
             self.assertEqual((llmchat.parse_download(row.name), llmchat.parse_download("hf:%s:%s" % (row.repo, row.file))), ((row.repo, row.file),) * 2)
 
@@ -4904,15 +4995,15 @@ class FetchTest(unittest.TestCase):
         self.assertIn("no repository org/none", window.said("notice")[-1])
 
     def test_command_line(self):
-        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        hub = self.hub("m-Q6_K.gguf", "m-Q8_0.gguf")
         env = dict(ENV, **hub.env)
         status, out, err = run_plain("--download", "org/repo", env=env)
         self.assertEqual((status, len(out.splitlines()), err), (1, 2, ""))
         self.assertEqual(run_plain("--download", "org/repo:Q8_0", env=env), (0, hub.cached("snapshots", hub.commit, "m-Q8_0.gguf") + "\n", ""))
-        events = [json.loads(line)["event"] for line in run_plain("--download", "org/repo:Q4_K_M", "--json", env=env)[1].splitlines()]
+        events = [json.loads(line)["event"] for line in run_plain("--download", "org/repo:Q6_K", "--json", env=env)[1].splitlines()]
         self.assertEqual((events[0], events[-1]), ("begun", "done"))
         status, out, err = run_plain("--download", "org/repo:Q9", env=env)
-        self.assertEqual((status, out, err), (1, "", "org/repo has no Q9. It has: Q4_K_M, Q8_0.\n"))
+        self.assertEqual((status, out, err), (1, "", "org/repo has no Q9. It has: Q6_K, Q8_0.\n"))
         place = os.path.join(tempfile.mkdtemp(dir=FOLDER), "Łódź")    # a pipe gets UTF-8, whatever Windows' code page
         status, out, err = run_plain("--download", "org/repo:Q8_0", env=dict(env, HF_HOME=place, PYTHONIOENCODING="cp1252:strict"))
         self.assertEqual((status, out.startswith(place), err), (0, True, ""))
@@ -5020,7 +5111,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((effects, state.fetch.load), ((llmchat.Download(window.state.dialog.entries[1].path),), True))
 
     def test_in_plain_mode(self):
-        hub = self.hub("m-Q4_K_M.gguf", "m-Q8_0.gguf")
+        hub = self.hub("m-Q6_K.gguf", "m-Q8_0.gguf")
         status, out, err = run_plain(MIND, "--plain", "--no-save", input="/download org/repo\n", env=dict(ENV, **hub.env))
         self.assertRegex(err, r"\nQ8_0 .* hf:org/repo:m-Q8_0.gguf\nChoose one with /load NAME")    # names that /load takes
         hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
