@@ -8204,7 +8204,7 @@ class WindowTest(unittest.TestCase):
         window.type("!\r")
         window.wait_for("❯ one.*two!.*Answered")
         window.type("\x1b[200~three" + "x" * 9)
-        window.read(0.1)
+        window.wait_for("❯ three")            # which a second of silence has ended
         window.type(CTRL_Q)
         self.assert_ends_well(window)
 
