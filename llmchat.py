@@ -2395,8 +2395,12 @@ def numbers(header: Header, key: str) -> List[int]:
 def number(header: Header, key: str, default: int = 0) -> int:
     return max(numbers(header, key), default=default)
 
+def suggested_name(path: str) -> str:
+    """Of a file that is one of SUGGESTED_MODELS, "" = it isn't. Everywhere it is called so, whatever its header says."""
+    return next((row.name for row in SUGGESTED_MODELS if row.file == os.path.basename(path)), "")
+
 def model_name(header: Header) -> str:
-    return string(header, "general.name") or os.path.basename(header.path)
+    return suggested_name(header.path) or string(header, "general.name") or os.path.basename(header.path)
 
 def model_layers(header: Header) -> int:
     return min(number(header, ".block_count"), MAX_LAYERS)
@@ -5071,7 +5075,7 @@ def name_model(path: str, folder: str = "") -> ModelEntry:
     place = os.path.dirname(path)         # Jan calls each file model.gguf, in a folder with the model's name
     if name == "model" and place != folder:
         name = os.path.basename(place)
-    return ModelEntry(path, name, "")
+    return ModelEntry(path, suggested_name(path) or name, "")
 
 def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""

