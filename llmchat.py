@@ -2942,6 +2942,8 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware, n_ctx: in
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DIALOGUE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}{{ 'Question' if m.role == 'user' "
+            "else 'Answer' }}: {{ m.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}")
 OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
 DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # … and stand for signs that control tokens begin or end with
 MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
@@ -3908,11 +3910,14 @@ class LlamaEngine:
         first = self.tokenize("a", False)
         self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
         self.controls = ControlTexts(self._find_controls(source or CHATML))
+        # a base model whose vocabulary lacks ChatML's marks says nothing after them, but answers here
+        substitute = CHATML if "<|im_end|>" in self.controls.texts else DIALOGUE
         try:
-            self._use_template(source or CHATML)
+            self._use_template(source or substitute)
             if not source:
-                self.emit("log", level="warn", text="This model has no chat template; using ChatML. "
-                          "If it answers oddly it is a base model: choose an instruct or chat one.")
+                name = "ChatML" if substitute == CHATML else "questions and answers"
+                self.emit("log", level="warn", text="This model has no chat template; using %s. "
+                          "If it answers oddly it is a base model: choose an instruct or chat one." % name)
         except Exception as error:        # templates are programs: any error may come
             self._use_chatml(error)
         self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
@@ -3950,11 +3955,12 @@ class LlamaEngine:
         between = text.partition("A2x")[2].partition("Q3x")[0]
         tokens = set(self.tokenize(between, True))
         controls = {token for token in tokens if not self.piece(token)} - self.marks
-        marks = [mark for mark in re.findall(MARK_FORM, between) if self.template.source == CHATML
-                 or len(self.tokenize(mark, True)) > 1]
+        substitute = self.template.source in (CHATML, DIALOGUE)
+        marks = ["<|im_end|>", "<|im_start|>"] if substitute else [
+            mark for mark in re.findall(MARK_FORM, between) if len(self.tokenize(mark, True)) > 1]
         header = (between.strip().splitlines() or [""])[-1].strip()
-        if not (controls or marks) and re.search(r"^\W*\w{2,}.*:$", header):
-            marks = ["\n" + header]       # such as "User:" in a line of its own
+        if not controls and not re.search(MARK_FORM, header) and re.search(r"^\W*\w{2,}.*:$", header):
+            marks.append("\n" + header)   # such as "User:" in a line of its own
         known = {mark for pair in THINKING for mark in pair}
         return controls, tuple(mark for mark in marks if mark not in known)
 

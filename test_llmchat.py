@@ -1709,6 +1709,15 @@ class ReplyEndTest(unittest.TestCase):
             status, out, err = self.one_shot(self.scripted(reply))
             self.assertEqual((status, out.strip()), (0, wanted), err)
 
+    def test_base_model_without_marks_gets_questions_and_answers(self):
+        """Where a vocabulary lacks ChatML's marks, a base model says nothing after them; a dialogue it goes on with."""
+        model, system = self.scripted("Never said.", ""), user("Be brief.", "system")
+        chat = [system, user("One?"), assistant("Yes."), user("Two?")]
+        prompt, ends = ask_engine(model, "said(%r)" % chat, "e.end_texts")
+        self.assertEqual(prompt.replace("\u2581", " "), "<s>Be brief.\n\nQuestion: One?\n\nAnswer: Yes.\n\nQuestion: Two?\n\nAnswer:")
+        self.assertEqual(ends, ["<|im_end|>", "<|im_start|>", "\nQuestion:"])
+        self.assertNotIn("\nQuestion:", ask_engine(BARE, "e.end_texts")[0])    # this one has the marks
+
     def test_base_model_is_called_one_once(self):
         window = Headless(self, BARE).wait(Condition.READY)
         window.handle(Submitted("/load"))
