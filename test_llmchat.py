@@ -7207,7 +7207,8 @@ class ModelListTest(unittest.TestCase):
             write_scripted_model(os.path.join(folder, name + ".gguf"), {"it": "I am %s." % name}, "<|it|>")
         with open(os.path.join(folder, "torn.gguf"), "wb") as file:
             file.write(b"GGUF")
-        window = Window("--no-save", HOME=os.path.join(folder, "none"), LLMCHAT_MODELS=folder, columns=80)
+        home, _ = new_home()              # no model was used there before
+        window = Window("--no-save", columns=80, **dict(home, LLMCHAT_MODELS=folder))
         self.addCleanup(window.close)
         window.wait_for(r"Models: type to filter")
         window.type("torn")
