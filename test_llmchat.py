@@ -997,6 +997,9 @@ version = "0.9999.0"
 """
 
 
+DONE = dict(event="done", id=1, reason="end", n_read=3, n_reused=0, n_written=2, n_used=5, rate=9.0, first_s=0.1, read_s=0.1, write_s=0.2)
+
+
 @unittest.skipUnless(POSIX, "an engine that dies of a signal")
 class TrialTest(unittest.TestCase):
     """Of an engine: a quantised model whose reply is known."""
@@ -1125,7 +1128,8 @@ class TrialTest(unittest.TestCase):
                     llmchat.try_engine(self.stand_in(*lines))
                 self.assertIs(type(caught.exception), kind)
                 self.assertIn(words, str(caught.exception))
-            wrong = self.stand_in("echo '{\"event\": \"text\", \"text\": \"zzz\"}'", "echo '{\"event\": \"done\"}'")
+            text = {"event": "text", "id": 0, "text": "zzz", "rate": 1.0, "n_used": 1}
+            wrong = self.stand_in(*("echo '%s'" % json.dumps(message) for message in (text, dict(DONE, id=0))))
             with self.assertRaisesRegex(llmchat.EngineCrash, "nonsense"):
                 llmchat.try_engine(wrong)
             level, _, text = llmchat.check_engine(self.stand_in("kill -SEGV $$"))[0]
