@@ -11181,6 +11181,9 @@ class Plain:
         if self.state.engine is not Condition.READY:
             return False
         self.note(write_command())
+        if "model" not in read_kept("settings.json").get("", {}):
+            with suppress(OSError):       # then the next start shows the list
+                save_kept("settings.json", "", {"model": os.path.abspath(self.state.settings.model_path)})
         return True
 
     def settle(self) -> None:

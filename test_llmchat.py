@@ -1418,6 +1418,8 @@ class SetupTest(unittest.TestCase):
         self.assertIn("Needed: a model (smollm2:135m", done.stderr)
         self.assertTrue(os.access(os.path.join(self.env["HOME"], ".local", "bin", "llmchat"), os.X_OK) or os.name == "nt")
         self.assertEqual(os.listdir(os.path.join(self.data, "models")).count(llmchat.SMALL_MODEL.file), 1)
+        later = self.call("-p", "Name the capital of France.", "--temp", "0")    # with that model, which nobody has to name
+        self.assertEqual((later.returncode, later.stdout), (0, done.stdout), later.stderr)
         again = self.call("--setup", PIP_FIND_LINKS=os.devnull)    # all is there: nothing is asked of the index
         self.assertEqual(again.returncode, 0, again.stderr)
         self.assertIn("All is there. To chat:", again.stderr)
