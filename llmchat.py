@@ -5950,7 +5950,7 @@ def parse_lost_index(tail: List[str]) -> str:
     if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
         return ""
     index = re.search(r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)", "\n".join(tail))    # it says so where it isn't PyPI
-    return index.group(1) if index else "pypi.org"
+    return index.group(1) if index else "PyPI"
 
 def end_group(child: Any) -> None:
     import signal, subprocess, time

@@ -698,7 +698,7 @@ class PlanInstallTest(unittest.TestCase):
         tail = ["Collecting pip", "Looking in indexes: https://me:word@pypi.example/simple, https://other.example/", "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError"
                 "(\"HTTPSConnection(host='pypi.example', port=443): Failed to establish a new connection\")': /simple/pip/"]
         host = llmchat.parse_lost_index(tail)
-        self.assertEqual((host, llmchat.parse_lost_index(tail[2:])), ("pypi.example", "pypi.org"))
+        self.assertEqual((host, llmchat.parse_lost_index(tail[2:])), ("pypi.example", "PyPI"))
         tail.append("ERROR: No matching distribution found for llama-cpp-python")
         self.assertEqual(llmchat.explain_failure(tail, host), "The package index (pypi.example) can't be reached: "
                          "check the network or proxy, then install again.")
