@@ -747,6 +747,9 @@ def _pattern(name: str) -> Any:
             |(?P<url>https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*])
             |(?P<asis>\b[A-Za-z]:\\\S*|\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w$\\])\$(?=[^\s$])[^$]+(?<=\S)\$(?!\w))
             |(?P<escape>(?<!\\)\\[*_`~])""",
+        # what stands before and after the words of a message of gpt-oss, see HARMONY_BEGINS
+        "harmony head": r"(?:<\|start\|>assistant)?(?:<\|channel\|>(\w*)[^<]*)?(?:<\|constrain\|>[^<]*)?<\|message\|>",
+        "harmony end": r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)",
         # the end of such a reply's note
         "cut": r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$",
         "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+|~~)(?=[^\s*`~/.,;:)])",
@@ -1404,9 +1407,6 @@ def reply_page(look: Look) -> Page:
 
 # A message of gpt-oss (OpenAI's Harmony format): its channel is final, analysis or commentary
 HARMONY_BEGINS = ("<|channel|>", "<|start|>assistant")
-HARMONY_HEAD = re.compile(r"(?:<\|start\|>assistant)?(?:<\|channel\|>(\w*)[^<]*)?"
-                          r"(?:<\|constrain\|>[^<]*)?<\|message\|>")
-HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)")
 
 def thinking_parts(text: str) -> List[Tuple[str, str]]:
     """A reply in parts (kind, text) that make it up; kinds are "mark", "thinking" and "answer"."""
@@ -1432,12 +1432,12 @@ def harmony_parts(body: str) -> List[Tuple[str, str]]:
     parts: List[Tuple[str, str]] = []
     at = 0
     while at < len(body):
-        head = HARMONY_HEAD.match(body, at)
+        head = _pattern("harmony head").match(body, at)
         if not head:
             return parts + [("mark", body[at:])]    # half of one
         if head.group(1) in (None, "final"):
             return parts + [("mark", head.group()), ("answer", body[head.end():])]
-        end = HARMONY_END.search(body, head.end())
+        end = _pattern("harmony end").search(body, head.end())
         words = body[head.end():end.start() if end else None]
         parts += [("mark", head.group()), ("thinking", words), ("mark", end.group() if end else "")]
         at = end.end() if end else len(body)
@@ -3933,6 +3933,7 @@ class LlamaEngine:
         template.try_out()
         template.switch_thinking(None)
         self.template, self.fragments, self.splits = template, {}, True
+        self.n_fragment_chars = 0
         marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
         self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
         said = [{"role": role, "content": "a b "} for role in ("user", "assistant", "user")]
@@ -4116,9 +4117,11 @@ class LlamaEngine:
         tokens = self._continue_tokens(text, special, first)
         if not special and len(tokens) == 1 and len(text) > 1:    # a mark that is no control token: spell it
             tokens = self._continue_tokens(text[:1], False, first) + self._continue_tokens(text[1:], False, False)
-        if sum(len(text) for text, _, _ in self.fragments) > 1 << 22:
+        if self.n_fragment_chars > 1 << 22:
             self.fragments.clear()
+            self.n_fragment_chars = 0
         self.fragments[key] = tokens
+        self.n_fragment_chars += len(text)
         return tokens
 
     # -- reading and writing --
@@ -6297,7 +6300,7 @@ def uninstall(say: Any, ask: Any) -> int:
     if COMMAND_MARK in read_text(command):
         os.remove(command)
     say("Removed: the engine, what was compiled and measured, and the command llmchat.")
-    personal = [name for name in PERSONAL if os.path.lexists(os.path.join(data_dir(), name))]
+    personal = [os.path.basename(path) for path in data_paths(PERSONAL)]
     if personal and ask("Delete your chats, settings and the models in %s too?" % data_dir()):
         failed += remove_files(PERSONAL)
     elif personal:
@@ -6311,19 +6314,23 @@ def uninstall(say: Any, ask: Any) -> int:
 
 def remove_files(patterns: Iterable[str]) -> List[str]:
     """Remove what fits in the data directory; returns what could not be, a sentence each."""
-    import glob
     import shutil
     problems = []
-    for pattern in patterns:
-        for path in glob.glob(os.path.join(glob.escape(data_dir()), pattern)):
-            try:
-                if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path)
-                else:
-                    os.remove(path)
-            except OSError as error:
-                problems.append("%s can't be removed: %s." % (path, error.strerror))
+    for path in data_paths(patterns):
+        try:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+        except OSError as error:
+            problems.append("%s can't be removed: %s." % (path, error.strerror))
     return problems
+
+def data_paths(patterns: Iterable[str]) -> List[str]:
+    """What fits in the data directory."""
+    import glob
+    folder = glob.escape(data_dir())
+    return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
 # -- chats: a file of JSON lines each, only ever appended to --
@@ -8397,10 +8404,8 @@ def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry
     path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
     here = [entry for entry in entries if not entry.to_fetch]
     names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
-    suggested = [row.file for row in SUGGESTED_MODELS if row.name == low]
     for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
                         (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
-                        (here, lambda entry: os.path.basename(entry.path) in suggested),
                         (entries, lambda entry: entry.name.lower() in names),
                         (here, lambda entry: repo and is_of_repo(entry, *repo)),
                         (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
@@ -8517,11 +8522,23 @@ def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
     settings = with_values(state.settings, values)
     model = "" if "theme" in values else os.path.basename(settings.model_path)
+    return keep_values(state._replace(settings=settings, hint=hint), model, values)
+
+def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
+    """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
     if not state.chat.name:
-        return state._replace(settings=settings, hint=hint), ()
-    kept = dict(settings.kept, **{model: dict(settings.kept.get(model, {}), **values)})
-    state = state._replace(settings=settings._replace(kept=kept), hint=hint)
+        return state, ()
+    kept = state.settings.kept
+    kept = dict(kept, **{model: dict(kept.get(model, {}), **values)})
+    state = state._replace(settings=state.settings._replace(kept=kept))
     return state, (Store("keep", ("settings.json", model, values)),)
+
+def keep_for_all(state: State, **values: Any) -> Change:
+    """Remember what belongs to no single model, such as the last one's path, if it is news."""
+    before = state.settings.kept.get("", {})
+    if dict(before, **values) == before:
+        return state, ()
+    return keep_values(state, "", values)
 
 def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """The settings with these values. They may come from a file: what no setting would take is left out."""
@@ -8699,12 +8716,15 @@ def cmd_stop(state: State, argument: str) -> Change:
         return stop_loading(state)
     return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
 
+def machine_lines(state: State) -> Tuple[LogLine, ...]:
+    """The summary without the plan of a model, when that is void."""
+    return tuple(line for line in state.summary if line.level == "text")
+
 def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
     if state.model:                       # which worked until then
         state = state._replace(settings=state.before)
-    machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
-    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung="")
+    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="")
     name = os.path.basename(state.settings.model_path)
     return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
 
@@ -9258,15 +9278,6 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
     return state, effects + more
 
-def keep_for_all(state: State, **values: Any) -> Change:
-    """Remember values that belong to no single model, such as the last one's path. A chat that isn't stored leaves none."""
-    before = state.settings.kept.get("", {})
-    now = dict(before, **values)
-    if now == before or not state.chat.name:
-        return state, ()
-    settings = state.settings._replace(kept=dict(state.settings.kept, **{"": now}))
-    return state._replace(settings=settings), (Store("keep", ("settings.json", "", values)),)
-
 def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # … just before a message came
@@ -9387,9 +9398,8 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
         return notice(end_reply(state, "not finished"), text, "error"), ()
     if during == "load" and message.get("kept") and state.model:
         return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
-    machine = tuple(line for line in state.summary if line.level == "text")    # the plan of this model is void
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine, rung=0, next_rung="", caution=REMEMBERED))
+                                     model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="", caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -10683,10 +10693,8 @@ class Runner:
             self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
 
     def start_engine(self) -> None:
-        old, self.engine = self.engine, None
-        if old:
-            old.kill()
-            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)    # what the old one still had to say
+        old = self.engine
+        self.end_engine()
         python = engine_python()
         if not python:
             return self.mailbox.post(EngineMissing())
@@ -10696,7 +10704,7 @@ class Runner:
             self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
 
     def end_engine(self) -> None:
-        """It has nothing to write: it was still loading."""
+        """At once, and what it still had to say is no news any more."""
         if self.engine:
             self.engine.kill()
             self.engine = None
@@ -10734,16 +10742,18 @@ INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # … and of --install, see inst
     "said": {"text": str}, "failed": {"text": str}, "done": {}}
 
 def parse_engine_line(line: str) -> Any:
-    message = parse_message(line, ENGINE_SAYS)
-    return EngineSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+    return parse_line(line, ENGINE_SAYS, EngineSaid)
 
 def parse_install_line(line: str) -> Any:
-    message = parse_message(line, INSTALL_SAYS)
-    return InstallSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+    return parse_line(line, INSTALL_SAYS, InstallSaid)
 
 def parse_download_line(line: str) -> Any:
-    message = parse_message(line, DOWNLOAD_SAYS)
-    return DownloadSaid(message) if message else EngineLogged(line[:LOG_CHARS])
+    return parse_line(line, DOWNLOAD_SAYS, DownloadSaid)
+
+def parse_line(line: str, known: Dict[str, Dict[str, Any]], kind: Any) -> Any:
+    """The event of this kind that a child's line stands for; a line for the system pane where it is no message."""
+    message = parse_message(line, known)
+    return kind(message) if message else EngineLogged(line[:LOG_CHARS])
 
 def parse_message(line: str, known: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
     """The message in a line, None where it is none; the line may be anything."""
@@ -11186,21 +11196,30 @@ class Plain:
                 save_kept("settings.json", "", {"model": os.path.abspath(self.state.settings.model_path)})
         return True
 
+    def is_fetching(self) -> bool:
+        return bool(self.state.fetch and self.state.fetch.stop != "paused")
+
+    def is_at_work(self) -> bool:
+        """Whether something is under way that the user waits for."""
+        state = self.state
+        if is_busy(state) or state.attaching or state.wanted is not None or self.is_fetching():
+            return True
+        if state.dialog and state.dialog.kind == "setup" and not state.needs:
+            return True                   # this machine is being looked at
+        return state.engine in (Condition.INSTALLING, Condition.STARTING, Condition.LOADING)
+
     def settle(self) -> None:
         """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
-        fetches = lambda: self.state.fetch and self.state.fetch.stop != "paused"
-        probes = lambda: self.state.dialog and self.state.dialog.kind == "setup" and not self.state.needs
-        while (is_busy(self.state) or self.state.attaching or self.state.engine is Condition.INSTALLING or probes() or self.state.wanted is not None or fetches()
-               or self.runner.mailbox.events or self.state.engine in (Condition.STARTING, Condition.LOADING)):
+        while self.is_at_work() or self.runner.mailbox.events:
             try:
                 self.runner.mailbox.wait(None)
                 for event in self.runner.mailbox.take():
                     self.handle(event)
             except KeyboardInterrupt:
                 self.status = 130
-                if self.state.engine not in (Condition.READING, Condition.WRITING) and not fetches():
+                if self.state.engine not in (Condition.READING, Condition.WRITING) and not self.is_fetching():
                     raise
-                self.handle(Submitted("/download pause") if fetches() else Pressed("esc"))
+                self.handle(Submitted("/download pause") if self.is_fetching() else Pressed("esc"))
 
     def chat(self) -> int:
         """Read lines until the end of input."""
@@ -11254,7 +11273,7 @@ def run_setup(arguments: Any, terminal: bool) -> int:
     finally:
         plain.runner.close()
     if terminal:
-        return run_window(with_last_model(with_storage(State(plain.state.settings))))
+        return run_window(with_last_model(initial_state(arguments)))
     plain.note("All is there. To chat: %s %s" % (os.path.basename(sys.executable), os.path.abspath(__file__)))
     return 0
 
