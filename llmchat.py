@@ -349,8 +349,8 @@ class Sampling(NamedTuple):
     seed: int = SEED
     max_tokens: int = MAX_TOKENS
 
-class Wishes(NamedTuple):
-    """What the user asked for at loading; 0 (or -1 GPU layers) = choose for this machine."""
+class LoadOptions(NamedTuple):
+    """What the user wants at loading; 0 (or -1 GPU layers) = choose for this machine."""
     n_ctx: int = CONTEXT_TOKENS
     n_threads: int = THREADS
     n_gpu_layers: int = GPU_LAYERS
@@ -359,7 +359,7 @@ class Wishes(NamedTuple):
     tuned_rate: float = 0.0  # tokens/s that --bench measured with these; 0 = not measured
     use_mmap: int = USE_MMAP
     use_mlock: int = USE_MLOCK
-    rung: int = 0            # so many steps below the plan, because memory ran out with those before
+    fallback: int = 0        # how many fallback steps were taken, since memory ran out; 0 = as planned
     caution: int = 0         # an index into CAUTIONS, because llama.cpp crashed with those before; or REMEMBERED
 
 REMEMBERED = -1              # as much caution as this engine has needed before, see careful()
@@ -465,7 +465,7 @@ class Settings(NamedTuple):
     model_path: str = ""
     system_prompt: str = SYSTEM_PROMPT
     sampling: Sampling = Sampling()
-    wishes: Wishes = Wishes()
+    options: LoadOptions = LoadOptions()
     unicode: bool = True              # the terminal can show more than ASCII
     window: bool = True               # False: plain mode, without an input box and keys
     session: str = ""                 # names of chats begin with it; "" = nothing is stored
@@ -623,9 +623,9 @@ class State(NamedTuple):
     needs: Optional[Needs] = None     # None = not known; all is there, as far as anybody has noticed
     next_path: str = ""               # of a model that is loaded when the reply has ended
     better: str = ""                  # a model that suits this machine better, as Download takes it; "" = none was found
-    rung: int = 0                     # so many steps below its plan the model is loaded, see Plan.next
-    next_rung: str = ""               # the next one, in words
-    caution: int = REMEMBERED         # with which the model is loaded, see Wishes
+    fallback: int = 0                 # how many fallback steps were taken, since memory ran out
+    next_fallback: str = ""           # the next one in words, see Plan.next
+    caution: int = REMEMBERED         # with which the model is loaded, see LoadOptions
     next_caution: int = 0             # what is left to try when llama.cpp crashes; 0 = nothing, or no plan has come
     before: Settings = Settings()     # those of the model before, to which a load that fails leads back
 
@@ -1841,9 +1841,9 @@ def start_model(state: State) -> Change:
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="The model is loaded when the engine is installed"), ()
-    wishes = settings.wishes._replace(rung=state.rung, caution=state.caution)
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "wishes": list(wishes), "states": settings.states})
-    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_rung="", next_caution=0)
+    options = settings.options._replace(fallback=state.fallback, caution=state.caution)
+    load = SendEngine({"cmd": "load", "path": settings.model_path, "options": list(options), "states": settings.states})
+    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_fallback="", next_caution=0)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
     return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
@@ -2221,8 +2221,8 @@ def cmd_better(state: State, argument: str) -> Change:
 def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
-        settings = recall_settings(settings._replace(sampling=Sampling(), wishes=Wishes()))
-    state = state._replace(settings=settings, before=state.settings, rung=0, caution=REMEMBERED)
+        settings = recall_settings(settings._replace(sampling=Sampling(), options=LoadOptions()))
+    state = state._replace(settings=settings, before=state.settings, fallback=0, caution=REMEMBERED)
     return start_model(state)
 
 def cmd_unload(state: State, argument: str) -> Change:
@@ -2382,7 +2382,7 @@ def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     def changed(part: Any) -> Any:
         return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
     texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
-    return settings._replace(sampling=changed(settings.sampling), wishes=changed(settings.wishes), **texts)
+    return settings._replace(sampling=changed(settings.sampling), options=changed(settings.options), **texts)
 
 def recall_settings(settings: Settings) -> Settings:
     """The settings with what was chosen for their model; what the command line says wins."""
@@ -2390,7 +2390,7 @@ def recall_settings(settings: Settings) -> Settings:
     return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
 
 def setting_value(settings: Settings, name: str) -> Any:
-    return getattr(settings.sampling if name in Sampling._fields else settings.wishes, name)
+    return getattr(settings.sampling if name in Sampling._fields else settings.options, name)
 
 def cmd_set(state: State, argument: str) -> Change:
     """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
@@ -2403,7 +2403,7 @@ def cmd_set(state: State, argument: str) -> Change:
     number, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem), ()
-    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in Wishes._fields)))
+    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in LoadOptions._fields)))
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """(the value as a number, "") or (None, what is wrong with it)."""
@@ -2560,7 +2560,7 @@ def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
     if state.model:                       # which worked until then
         state = state._replace(settings=state.before)
-    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="")
+    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), fallback=0, next_fallback="")
     name = os.path.basename(state.settings.model_path)
     return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
 
@@ -2978,7 +2978,7 @@ def on_installed(state: State, event: Installed) -> Change:
         state = state._replace(engine=Condition.MISSING, model=None)
         return notice(state, text + " /install tries again.", "error"), ()
     needs = state.needs and state.needs._replace(engine=False)
-    state = state._replace(engine=Condition.OFF, needs=needs, rung=0, caution=REMEMBERED)
+    state = state._replace(engine=Condition.OFF, needs=needs, fallback=0, caution=REMEMBERED)
     return start_model(notice(state, "The engine is installed.", "good"))
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
@@ -3089,7 +3089,7 @@ def on_plan(state: State, message: Dict[str, Any]) -> Change:
     """It comes after "hardware"; its lines go above those."""
     lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
     caution = max(message.get("caution", 0), state.caution) + 1
-    return state._replace(rung=message["rung"], next_rung=message["next"], summary=lines + state.summary,
+    return state._replace(fallback=message["fallback"], next_fallback=message["next"], summary=lines + state.summary,
                           next_caution=caution if caution < len(CAUTIONS) else 0), ()
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
@@ -3237,7 +3237,7 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if during == "load" and message.get("kept") and state.model:
         return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine_lines(state), rung=0, next_rung="", caution=REMEMBERED))
+                                     model=None, progress=0.0, doing="", summary=machine_lines(state), fallback=0, next_fallback="", caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -3245,14 +3245,14 @@ def on_engine_died(state: State, event: EngineDied) -> Change:
         return state, ()
     said = [line.text for line in state.log[-12:] if line.level == "error"]
     ran_out = event.code in KILLS or event.code in CRASHES and re.search(OUT_OF_MEMORY, "\n".join(said))
-    if ran_out and state.next_rung and is_unproven(state):
+    if ran_out and state.next_fallback and is_unproven(state):
         return step_down(state)
     hopeless = False
     if event.code in CRASHES and not ran_out and not event.fault and is_unproven(state, idle=True):
         if state.next_caution:
             return step_aside(state, event)
         hopeless = state.caution == len(CAUTIONS) - 1
-    n_ctx = state.model.n_ctx if state.model else state.settings.wishes.n_ctx
+    n_ctx = state.model.n_ctx if state.model else state.settings.options.n_ctx
     text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless, n_ctx)
     state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
@@ -3267,8 +3267,8 @@ def is_unproven(state: State, idle: bool = False) -> bool:
 
 def step_down(state: State) -> Change:
     """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan."""
-    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_rung)
-    return start_again(state._replace(rung=state.rung + 1))
+    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_fallback)
+    return start_again(state._replace(fallback=state.fallback + 1))
 
 def step_aside(state: State, event: EngineDied) -> Change:
     """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
@@ -4663,12 +4663,12 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]
             yield message
     raise ModelError("The engine did not answer in %d s." % limit_s)
 
-def ask_bench(python: str, path: str, wishes: Wishes) -> Iterable[Dict[str, Any]]:
+def ask_bench(python: str, path: str, options: LoadOptions) -> Iterable[Dict[str, Any]]:
     """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
         measured = False
         try:
-            for message in ask_engine(python, {"cmd": "bench", "path": path, "wishes": wishes._replace(caution=caution)}):
+            for message in ask_engine(python, {"cmd": "bench", "path": path, "options": options._replace(caution=caution)}):
                 measured = measured or message["event"] == "measured"
                 yield message
         except EngineCrash as error:
@@ -4877,14 +4877,14 @@ def read_caution(key: str) -> int:
     kept = read_kept("engines.json").get(key, {}).get("caution")
     return kept if kept in range(len(CAUTIONS)) else 0
 
-def careful(wishes: Wishes, key: str) -> Wishes:
-    """The wishes, as far as the caution that this engine needs lets them come true."""
-    if wishes.caution == REMEMBERED:
-        wishes = wishes._replace(caution=read_caution(key))
-    if wishes.caution < len(CAUTIONS) - 1:
-        return wishes
-    kv_type = wishes.kv_type if wishes.kv_type in FLOAT_KV_TYPES else "f16"    # the others need flash attention
-    return wishes._replace(use_mmap=0, kv_type=kv_type)
+def careful(options: LoadOptions, key: str) -> LoadOptions:
+    """The options, as far as the caution that this engine needs lets them come true."""
+    if options.caution == REMEMBERED:
+        options = options._replace(caution=read_caution(key))
+    if options.caution < len(CAUTIONS) - 1:
+        return options
+    kv_type = options.kv_type if options.kv_type in FLOAT_KV_TYPES else "f16"    # the others need flash attention
+    return options._replace(use_mmap=0, kv_type=kv_type)
 
 FOLLOW_S = 0.2                        # between two looks at how much of a model's file has been read
 
@@ -5064,7 +5064,7 @@ class LlamaEngine:
         self.ahead: List[int] = []                # tokens to read while nothing else is to do
         self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
         self.errors: List[str] = []               # llama.cpp's last error lines
-        self.caution, self.key = 0, ""            # see Wishes, and engine_key()
+        self.caution, self.key = 0, ""            # see LoadOptions, and engine_key()
         self.unproven: set = set()                # what hasn't worked yet: to decode several tokens (True), and one (False)
         self._callbacks = [api.llama_log_callback(self._on_log), api.llama_progress_callback(self._on_progress),
                            stop.callback(api)]    # C holds bare pointers to them
@@ -5118,7 +5118,7 @@ class LlamaEngine:
 
     # -- loading --
 
-    def load(self, path: str, wishes: Wishes) -> None:
+    def load(self, path: str, options: LoadOptions) -> None:
         """Load a model: emits "hardware", "plan", "loading" …, "loaded". Raises ModelError with a sentence for the user."""
         import threading
         # jinja2 takes as long to import as a small model to load: both at once
@@ -5127,11 +5127,11 @@ class LlamaEngine:
         check_text_generator(header)
         hardware = probe_engine_hardware(self.api)
         self.key = engine_key(self.api, hardware)
-        wishes = careful(tune(wishes, tuning_key(wishes, header, hardware)), self.key)
-        self.caution, self.unproven = wishes.caution, {True, False}
+        options = careful(tune(options, tuning_key(options, header, hardware)), self.key)
+        self.caution, self.unproven = options.caution, {True, False}
         warm.start()
         self.close()
-        plan = self._load_rung(header, hardware, wishes)
+        plan = self._load_plan(header, hardware, options)
         self.header, self.hardware, self.plan = header, hardware, plan
         self.identity = [os.path.realpath(header.path), header.file_bytes, os.stat(header.path).st_mtime, plan.n_ctx, plan.kv_type,
                          hardware.llama_version]
@@ -5144,19 +5144,19 @@ class LlamaEngine:
                   is_base=not self.api.llama_model_chat_template(self.model, None),
                   think=False if is_slow and as_it_is != off else None)
 
-    def _load_rung(self, header: Header, hardware: Hardware, wishes: Wishes) -> Plan:
+    def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
         """Load as planned; when memory runs out, with the next smaller plan, until nothing is left to try."""
-        plan = plan_load(header, hardware, wishes)
+        plan = plan_load(header, hardware, options)
         self.emit("hardware", lines=describe_hardware(hardware))
         lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
-        self.emit("plan", lines=lines, verdict=plan.verdict, rung=wishes.rung, next=plan.next, caution=wishes.caution)
+        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback, next=plan.next, caution=options.caution)
         try:
             if not self.model:
-                self._load_model(header.path, plan, hardware, wishes)
+                self._load_model(header.path, plan, hardware, options)
             self._make_context(header.path, plan, hardware)
             return plan
         except ModelError:
-            lower = wishes._replace(rung=wishes.rung + 1)
+            lower = options._replace(fallback=options.fallback + 1)
             model_stays = plan_load(header, hardware, lower).n_gpu_layers == plan.n_gpu_layers
             # smaller contexts don't help where the weights themselves have no room
             if not plan.next or not re.search(OUT_OF_MEMORY, "\n".join(self.errors)) or not self.model and model_stays:
@@ -5165,16 +5165,16 @@ class LlamaEngine:
         self.emit("lowered", text="Memory ran out while loading. Trying again with %s." % plan.next)
         if not model_stays:
             self.close()
-        return self._load_rung(header, hardware, lower)
+        return self._load_plan(header, hardware, lower)
 
-    def _load_model(self, path: str, plan: Plan, hardware: Hardware, wishes: Wishes) -> None:
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
         api, params = self.api, self.api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
         if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x; since then llama_load_mode: 0 none, 1 mmap, 2 mlock, 3 both
-            params.use_mmap, params.use_mlock = bool(wishes.use_mmap), bool(wishes.use_mlock)
-        elif (wishes.use_mmap, wishes.use_mlock) != (1, 0):    # or else llama.cpp chooses, by what the devices can
-            params.load_mode = wishes.use_mmap + 2 * wishes.use_mlock
-        if wishes.caution:
+            params.use_mmap, params.use_mlock = bool(options.use_mmap), bool(options.use_mlock)
+        elif (options.use_mmap, options.use_mlock) != (1, 0):    # or else llama.cpp chooses, by what the devices can
+            params.load_mode = options.use_mmap + 2 * options.use_mlock
+        if options.caution:
             params.use_extra_bufts = False
         params.progress_callback = self._callbacks[1]
         self.errors = []
@@ -6477,7 +6477,7 @@ ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
     "failed": {"during": str, "text": str},
     "machine": {"hardware": Hardware},
     "hardware": {"lines": list},
-    "plan": {"lines": list, "verdict": str, "rung": int, "next": str},
+    "plan": {"lines": list, "verdict": str, "fallback": int, "next": str},
     "lowered": {"text": str},
     "loading": {"progress": float},
     "loaded": {"name": str, "description": str, "n_ctx": int, "path": str},
@@ -6751,12 +6751,12 @@ class EngineProcess:
         self.states = StateCache(self.engine, command.get("states", ""))
         self.loading = True
         try:
-            self.engine.load(os.path.expanduser(command["path"]), Wishes(*command["wishes"]))
+            self.engine.load(os.path.expanduser(command["path"]), LoadOptions(*command["options"]))
         finally:
             self.loading = False
 
     def on_bench(self, command: Dict[str, Any]) -> None:
-        Bench(self.engine.api, self.emit, self.stop).run(command["path"], Wishes(*command["wishes"]))
+        Bench(self.engine.api, self.emit, self.stop).run(command["path"], LoadOptions(*command["options"]))
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
         self.messages = command.get("messages", self.messages)    # without any: the same as before
@@ -7575,33 +7575,33 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
     return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
-def plan_load(header: Header, hardware: Hardware, wishes: Wishes = Wishes()) -> Plan:
-    """The settings for this model on this machine: the wishes, and where there are none the best that fits."""
-    wishes = sane_wishes(wishes)
-    rungs = plan_rungs(header, hardware, wishes)
+def plan_load(header: Header, hardware: Hardware, options: LoadOptions = LoadOptions()) -> Plan:
+    """The settings for this model on this machine: the options, and where there are none the best that fits."""
+    options = sane_options(options)
+    rungs = plan_rungs(header, hardware, options)
     n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
     at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
     best, below = rungs[at], rungs[at + 1:]
-    if best.n_gpu_layers and wishes.n_gpu_layers < 0:
+    if best.n_gpu_layers and options.n_gpu_layers < 0:
         below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
     ladder = [best] + below
-    at = min(wishes.rung, len(ladder) - 1)
+    at = min(options.fallback, len(ladder) - 1)
     plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
-    rate = wishes.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
+    rate = options.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
     plan = plan._replace(rate=rate)
-    return plan._replace(lines=plan_lines(plan, rungs, header, wishes, plan_advice(plan, rungs[-1], header, hardware, wishes)))
+    return plan._replace(lines=plan_lines(plan, rungs, header, options, plan_advice(plan, rungs[-1], header, hardware, options)))
 
 def clamp(n: int, low: int, high: int) -> int:
     return max(low, min(n, high))
 
-def sane_wishes(wishes: Wishes) -> Wishes:
+def sane_options(options: LoadOptions) -> LoadOptions:
     """Within what llama.cpp takes without an abort: the numbers may also come from CONFIG, as it was edited, or a file."""
-    return wishes._replace(
-        n_ctx=max(LEAST_CTX, wishes.n_ctx) if wishes.n_ctx > 0 else 0,
-        n_threads=clamp(wishes.n_threads, 0, MOST_THREADS),
-        n_ubatch=clamp(wishes.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if wishes.n_ubatch > 0 else 0,
-        n_gpu_layers=max(-1, wishes.n_gpu_layers),
-        use_mmap=int(bool(wishes.use_mmap)), use_mlock=int(bool(wishes.use_mlock)))
+    return options._replace(
+        n_ctx=max(LEAST_CTX, options.n_ctx) if options.n_ctx > 0 else 0,
+        n_threads=clamp(options.n_threads, 0, MOST_THREADS),
+        n_ubatch=clamp(options.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if options.n_ubatch > 0 else 0,
+        n_gpu_layers=max(-1, options.n_gpu_layers),
+        use_mmap=int(bool(options.use_mmap)), use_mlock=int(bool(options.use_mlock)))
 
 def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) -> None:
     """Raises ModelError where the context that is wished for could never be."""
@@ -7612,39 +7612,39 @@ def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) 
         raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
             n_ctx, format_bytes(needed), format_bytes(total)))
 
-def plan_rungs(header: Header, hardware: Hardware, wishes: Wishes) -> List[Plan]:
+def plan_rungs(header: Header, hardware: Hardware, options: LoadOptions) -> List[Plan]:
     """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
-    gpus = hardware.gpus if wishes.n_gpu_layers else ()
-    n_ubatch = wishes.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
+    gpus = hardware.gpus if options.n_gpu_layers else ()
+    n_ubatch = options.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
     n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
-    n_most = wishes.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
-    kv_type, few = wishes.kv_type or "f16", min(n_ubatch, n_ubatch if wishes.n_ubatch and not wishes.tuned_rate else SMALL_UBATCH)
+    n_most = options.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
+    kv_type, few = options.kv_type or "f16", min(n_ubatch, n_ubatch if options.n_ubatch and not options.tuned_rate else SMALL_UBATCH)
     if kv_type not in KV_TYPES:
         raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
-    if wishes.n_ctx:
+    if options.n_ctx:
         check_context(header, hardware, n_most, kv_type)
-    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not wishes.n_ctx]]
+    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not options.n_ctx]]
     steps.append((steps[-1][0], few, kv_type))
-    quantises = not wishes.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
+    quantises = not options.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
     steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
-    rungs = [plan_settings(header, hardware, wishes, *step) for step in dict.fromkeys(steps)]
+    rungs = [plan_settings(header, hardware, options, *step) for step in dict.fromkeys(steps)]
     most = (1 - KV_GAIN) * min(rung.memory.needed() for rung in rungs if rung.kv_type == kv_type)
     return [rung for rung in rungs if rung.kv_type == kv_type or rung.memory.needed() <= most]
 
-def plan_settings(header: Header, hardware: Hardware, wishes: Wishes, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
+def plan_settings(header: Header, hardware: Hardware, options: LoadOptions, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
     """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
-    gpus = hardware.gpus if wishes.n_gpu_layers else ()
+    gpus = hardware.gpus if options.n_gpu_layers else ()
     free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
     memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, wishes.n_gpu_layers)
-    if gpu_bytes and wishes.n_gpu_layers < 0:
+    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, options.n_gpu_layers)
+    if gpu_bytes and options.n_gpu_layers < 0:
         room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
         n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
     on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
-    copies = wishes.use_mmap and not wishes.caution
+    copies = options.use_mmap and not options.caution
     memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
-    share = (sum(memory) if wishes.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
-    return Plan(n_ctx, min(n_ubatch, n_ctx), wishes.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
+    share = (sum(memory) if options.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
+    return Plan(n_ctx, min(n_ubatch, n_ctx), options.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
                 judge(share), kv_type=kv_type)
 
 def judge(share: float) -> str:
@@ -7658,11 +7658,11 @@ def plan_step(now: Plan, then: Plan) -> str:
             "batches of %d tokens" % then.n_ubatch if then.n_ubatch < now.n_ubatch else
             "the KV cache in %s, which is slower" % then.kv_type)
 
-def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wishes: Wishes) -> str:
+def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> str:
     """What to do when it doesn't fit."""
     if plan.verdict == "fits":
         return ""
-    free = plan_load(header, hardware, Wishes()) if wishes[:5] != Wishes()[:5] else plan
+    free = plan_load(header, hardware, LoadOptions()) if options[:5] != LoadOptions()[:5] else plan
     if free.verdict == "fits":
         return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
     room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
@@ -7672,7 +7672,7 @@ def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, wis
         return ": would swap, so close other programs"
     return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
 
-def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, advice: str) -> Tuple[str, ...]:
+def plan_lines(plan: Plan, rungs: List[Plan], header: Header, options: LoadOptions, advice: str) -> Tuple[str, ...]:
     """The plan for people: one line about memory, one about settings."""
     most, n_layers = rungs[0], model_layers(header)
     memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
@@ -7682,12 +7682,12 @@ def plan_lines(plan: Plan, rungs: List[Plan], header: Header, wishes: Wishes, ad
     where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
              "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
     threads = format_count(plan.n_threads, "thread")
-    rate = ", %s%.*f tokens/s" % ("" if wishes.tuned_rate else "about ", wishes.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
-    settings = ["tuned: " * bool(wishes.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
+    rate = ", %s%.*f tokens/s" % ("" if options.tuned_rate else "about ", options.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
+    settings = ["tuned: " * bool(options.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
     settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
     settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
-    if wishes.caution > 0:
-        settings.append(CAUTIONS[wishes.caution])
+    if options.caution > 0:
+        settings.append(CAUTIONS[options.caution])
     return memory + advice, ", ".join(settings + [where])
 
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
@@ -7697,21 +7697,21 @@ def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
     needed = 1.1 * n_bytes + 5 * PROCESS_BYTES    # about a tenth for the context
     return judge(needed / room) if room else ""
 
-def tuning_key(wishes: Wishes, header: Header, hardware: Hardware) -> str:
+def tuning_key(options: LoadOptions, header: Header, hardware: Hardware) -> str:
     """What --bench's result depends on."""
     return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
-        machine_key(hardware), len(hardware.gpus), wishes.n_gpu_layers, model_name(header), header.file_bytes)
+        machine_key(hardware), len(hardware.gpus), options.n_gpu_layers, model_name(header), header.file_bytes)
 
 def machine_key(hardware: Hardware) -> str:
     return "%s, %d of %d cores" % (hardware.cpu_name, hardware.usable_cores, hardware.logical_cores)
 
-def tune(wishes: Wishes, key: str) -> Wishes:
-    """The wishes with what --bench found for this key, unless a number of threads is wished for."""
+def tune(options: LoadOptions, key: str) -> LoadOptions:
+    """The options with what --bench found for this key, unless a number of threads is wished for."""
     with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
-        found = read_kept("tuning.json")[key] if not wishes.n_threads else {}
-        return wishes._replace(n_threads=int(found["n_threads"]), n_ubatch=wishes.n_ubatch or int(found["n_ubatch"]),
+        found = read_kept("tuning.json")[key] if not options.n_threads else {}
+        return options._replace(n_threads=int(found["n_threads"]), n_ubatch=options.n_ubatch or int(found["n_ubatch"]),
                                tuned_rate=float(found["tokens_per_s"]))
-    return wishes
+    return options
 
 
 # == 21. MEASURED ==================================================================================
@@ -8977,7 +8977,7 @@ def plain_sets(probe: InstallProbe) -> Tuple[str, ...]:
     return tuple("-DGGML_%s=%s" % (flag, "ON" if name in probe.instruction_sets else "OFF") for name, flag in PLAIN_SETS)
 
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
-    """What the build's environment gets beside `environ`, whose own wishes are kept and win. Pure. include: holds SLIM_CMAKE."""
+    """What the build's environment gets beside `environ`, whose own options are kept and win. Pure. include: holds SLIM_CMAKE."""
     import shlex
     # scikit-build-core takes CMAKE_ARGS apart as a shell does; so no backslash of Windows may stand in it.
     flags = plan.flags + ("-DCMAKE_PROJECT_llama.cpp_INCLUDE=" + include.replace(os.sep, "/"),)
@@ -11232,7 +11232,7 @@ def show_info(state: State, as_json: bool) -> int:
         if state.wanted or state.settings.model_path:
             settings = named_settings(state)
             header = read_gguf_header(settings.model_path, full=True)
-            plan = plan_load(header, hardware, tune(settings.wishes, tuning_key(settings.wishes, header, hardware)))
+            plan = plan_load(header, hardware, tune(settings.options, tuning_key(settings.options, header, hardware)))
             lines += (model_summary(header),) + plan.lines
             facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
                 "path": header.path, "name": model_name(header), "architecture": string(header, "general.architecture"),
@@ -11320,7 +11320,7 @@ def try_model(python: str, path: str, question: str) -> str:
     reply = ""
     chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
             "sampling": Sampling(temperature=0, max_tokens=8)}
-    load = {"cmd": "load", "path": path, "wishes": Wishes(n_ctx=512, caution=0)}
+    load = {"cmd": "load", "path": path, "options": LoadOptions(n_ctx=512, caution=0)}
     for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
         if message["event"] == "text":
             reply += message["text"]
@@ -11431,11 +11431,11 @@ class Bench:
         self.api, self.emit, self.stop = api, emit, stop
         self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
 
-    def run(self, path: str, wishes: Wishes) -> None:
+    def run(self, path: str, options: LoadOptions) -> None:
         """Raises ModelError, also when stopped."""
         header, self.hardware = read_gguf_header(path, full=True), probe_engine_hardware(self.api)
-        plan, *others = [plan_load(header, self.hardware, wishes._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
-        waits = {"load": self.median_s(lambda: self.engine.load(path, wishes))}
+        plan, *others = [plan_load(header, self.hardware, options._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
+        waits = {"load": self.median_s(lambda: self.engine.load(path, options))}
         self.tokens = self.engine.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
         rate = 16 / self.median_s(lambda: self.read(16))
@@ -11452,7 +11452,7 @@ class Bench:
         # not the sizes that would take memory from the context, or half a minute each
         fit = [p for p in others if (p.n_ctx, p.verdict) == (plan.n_ctx, plan.verdict) and p.n_ubatch < 18 * rate]
         self.emit("measured", group="tokens_per_s_read_by_batch_size", values={p.n_ubatch: self.read_rate(p) for p in fit})
-        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(wishes, header, self.hardware),
+        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(options, header, self.hardware),
                   model=model_summary(header), machine=describe_hardware(self.hardware))
 
     def median_s(self, action: Any, most: int = 1) -> float:
@@ -11571,7 +11571,7 @@ def run_bench(state: State, as_json: bool) -> int:
         with suppress(ImportError, OSError):
             results["seconds_to_start"] = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
             show_bench("seconds_to_start", results["seconds_to_start"], out)
-        for done in ask_bench(engine_python(), settings.model_path, settings.wishes):
+        for done in ask_bench(engine_python(), settings.model_path, settings.options):
             if done["event"] == "benched":
                 break
             if done["event"] == "measured":
@@ -11581,7 +11581,7 @@ def run_bench(state: State, as_json: bool) -> int:
         n_threads = clearly_best(rates, done["n_threads"])
         n_ubatch = clearly_best(results.get("tokens_per_s_read_by_batch_size", {}), done["n_ubatch"])
         tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rates[str(n_threads)]}
-        if not settings.wishes.n_threads:
+        if not settings.options.n_threads:
             save_kept("tuning.json", done["key"], tuned)
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)

@@ -71,7 +71,7 @@ from llmchat import (
     Submitted,
     Turn,
     Typed,
-    Wishes,
+    LoadOptions,
     plan_load,
     read_gguf_header,
     update,
@@ -505,7 +505,7 @@ def ask_engine(model, *expressions, before=""):
     code = (
         "import json, sys, llmchat\n"
         "e = llmchat.LlamaEngine(llmchat.import_llama(), lambda *_, **__: None, llmchat.StopFlag())\n"
-        "e.load(sys.argv[1], llmchat.Wishes(n_threads=1))\nfrom llmchat import *\n"
+        "e.load(sys.argv[1], llmchat.LoadOptions(n_threads=1))\nfrom llmchat import *\n"
         "said = lambda messages: b''.join(e.piece(t, True) for t in e.prompt_tokens(messages)).decode()\n"
         + before
         + "\n"
@@ -543,7 +543,7 @@ def find_jinja():
 class Engine:
     """The real engine process, spoken to in JSON lines."""
 
-    def __init__(self, test, model="", limit_bytes=0, script=SCRIPT, states="", **wishes):
+    def __init__(self, test, model="", limit_bytes=0, script=SCRIPT, states="", **options):
         before = None
         if limit_bytes:
             import resource
@@ -566,7 +566,7 @@ class Engine:
         test.addCleanup(self.close)
         self.wait_for("hello")
         if model:
-            self.load(model, **wishes)
+            self.load(model, **options)
 
     def _read(self):
         with self.process.stdout as pipe:
@@ -602,11 +602,11 @@ class Engine:
             if event["event"] == "failed":
                 raise AssertionError(event["text"])
 
-    def load(self, model, **wishes):
+    def load(self, model, **options):
         self.send(
             "load",
             path=model,
-            wishes=list(Wishes(n_threads=1)._replace(**wishes)),
+            options=list(LoadOptions(n_threads=1)._replace(**options)),
             states=self.states,
         )
         return self.wait_for("loaded", "failed")
@@ -1645,7 +1645,7 @@ class TrialTest(unittest.TestCase):
             said = []
             engine = llmchat.LlamaEngine(api, lambda event, **fields: said.append(event), llmchat.StopFlag())
             llmchat.write_trial_model(sys.argv[1])
-            engine.load(sys.argv[1], llmchat.Wishes(n_ctx=512))
+            engine.load(sys.argv[1], llmchat.LoadOptions(n_ctx=512))
             engine.chat([{"role": "user", "content": llmchat.TRIAL_PROMPT}], llmchat.Sampling(temperature=0, max_tokens=8))
             print(sizes)
         """
@@ -2817,7 +2817,7 @@ assistant = lambda text: {"role": "assistant", "content": text}
 def engine(n_ctx=1024, like=None):
     events = []
     e = llmchat.LlamaEngine(api, lambda event, **fields: events.append((event, fields)), llmchat.StopFlag())
-    e.load(sys.argv[1], llmchat.Wishes(n_ctx=n_ctx, n_threads=1))
+    e.load(sys.argv[1], llmchat.LoadOptions(n_ctx=n_ctx, n_threads=1))
     e.events, e.replies = events, dict(like.replies) if like else {}
     return e
 def ask(e, messages, sampling=greedy):
@@ -3569,9 +3569,9 @@ class BenchTest(unittest.TestCase):
         self.path = os.path.join(llmchat.data_dir(), "tuning.json")
         self.addCleanup(lambda: os.path.exists(self.path) and os.remove(self.path))
 
-    def plan(self, **wishes):
+    def plan(self, **options):
         """The settings line of the plan with which the engine loads MIND."""
-        engine = Engine(self, MIND, **wishes)
+        engine = Engine(self, MIND, **options)
         return [event for event in engine.events if event["event"] == "plan"][0]["lines"][-1]
 
     def test_measures_and_tunes(self):
@@ -3624,15 +3624,15 @@ class BenchTest(unittest.TestCase):
         ):
             with open(self.path, "w", encoding="latin-1") as file:
                 file.write(text)
-            self.assertEqual(llmchat.tune(Wishes(), "key"), Wishes(), text)
+            self.assertEqual(llmchat.tune(LoadOptions(), "key"), LoadOptions(), text)
         llmchat.save_kept(
             "tuning.json", "key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5}
         )
         self.assertEqual(
-            llmchat.tune(Wishes(n_ctx=512), "key"),
-            Wishes(n_ctx=512, n_threads=3, n_ubatch=256, tuned_rate=9.5),
+            llmchat.tune(LoadOptions(n_ctx=512), "key"),
+            LoadOptions(n_ctx=512, n_threads=3, n_ubatch=256, tuned_rate=9.5),
         )
-        self.assertEqual(llmchat.tune(Wishes(n_threads=1), "key"), Wishes(n_threads=1))
+        self.assertEqual(llmchat.tune(LoadOptions(n_threads=1), "key"), LoadOptions(n_threads=1))
 
     def test_only_what_is_clearly_better(self):
         self.assertEqual(
@@ -3686,7 +3686,9 @@ class BadModelTest(unittest.TestCase):
         engine = mock.Mock(model=None, errors=["failed to allocate"])
         engine._make_context.side_effect = ModelError("No room.")
         with self.assertRaises(ModelError):
-            llmchat.LlamaEngine._load_rung(engine, header(), machine(4, 3), Wishes(rung=99))
+            llmchat.LlamaEngine._load_plan(
+                engine, header(), machine(4, 3), LoadOptions(fallback=99)
+            )
         engine.close.assert_called_once_with()
 
     def test_plain_mode_says_one_sentence_and_fails(self):
@@ -3883,7 +3885,7 @@ class KeptFilesTest(unittest.TestCase):
                     '{"%s": {"gpus": [], "bytes_per_s": [%s]}}'
                     % (llmchat.machine_key(hardware), number)
                 )
-            llmchat.tune(Wishes(), "key")
+            llmchat.tune(LoadOptions(), "key")
             llmchat.read_machine(hardware)
 
     def test_what_a_killed_window_has_left_is_removed(self):
@@ -4336,7 +4338,7 @@ class EngineDeathTest(unittest.TestCase):
         """Each fresh engine tries the next smaller plan, with the message waiting, until one lives or none is left."""
         script = """#!/bin/sh
 read load; echo "$load" >> %s; n=$(wc -l < %s)
-echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tight", "rung": '$((n-1))', "next": "'$(test $n -lt 3 && echo step $n)'"}'
+echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tight", "fallback": '$((n-1))', "next": "'$(test $n -lt 3 && echo step $n)'"}'
 %s"""
         for last, conditions, n_notices in (
             ("kill -9 $$", (Condition.DEAD,), 3),
@@ -4347,7 +4349,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             window.handle(llmchat.Submitted("hello"))
             window.wait(*conditions)
             rungs = [
-                json.loads(line)["wishes"][Wishes._fields.index("rung")]
+                json.loads(line)["options"][LoadOptions._fields.index("fallback")]
                 for line in read_bytes(log).splitlines()
             ]
             self.assertEqual((rungs, len(window.said("notice"))), ([0, 1, 2], n_notices))
@@ -4364,9 +4366,9 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         window.runner.engine.close()
 
     def test_only_memory_steps_down(self):
-        loading = ready(engine=Condition.LOADING, next_rung="less", rung=1)
+        loading = ready(engine=Condition.LOADING, next_fallback="less", fallback=1)
         abort = add_errors(loading, "ggml_aligned_malloc: failed to allocate 9 MB")
-        reading = play(ready(next_rung="less"), "hi", "[enter]", text(1, ""))[0]._replace(
+        reading = play(ready(next_fallback="less"), "hi", "[enter]", text(1, ""))[0]._replace(
             engine=Condition.READING
         )
         for state, code, steps in (
@@ -4375,15 +4377,15 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             (loading, 7, False),
             (abort, -6, True),
             (abort, -11, True),
-            (loading._replace(next_rung=""), -9, False),
-            (ready(next_rung="less"), -9, False),
+            (loading._replace(next_fallback=""), -9, False),
+            (ready(next_fallback="less"), -9, False),
             (reading, -9, True),
             (reading._replace(model=reading.model._replace(proven=True)), -9, False),
         ):
             after, effects = play(state, llmchat.EngineDied(code))
             self.assertEqual(
-                [Wishes(*m["wishes"]).rung for m in sent(effects, "load")],
-                [state.rung + 1] * steps,
+                [LoadOptions(*m["options"]).fallback for m in sent(effects, "load")],
+                [state.fallback + 1] * steps,
                 (state.engine, code),
             )
             self.assertEqual(after.engine is Condition.STARTING, steps)
@@ -4393,7 +4395,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             (True, None, ["hi"]),
         )
         self.assertEqual(asked(play(after, LOADED)[1]), ["hi"])
-        self.assertEqual(llmchat.load_path(after, "b.gguf")[0].rung, 0)
+        self.assertEqual(llmchat.load_path(after, "b.gguf")[0].fallback, 0)
         self.assertEqual(notices(play(ready(), said("lowered", text="less"))[0]), ["less"])
 
     def fake(self, script):
@@ -4748,7 +4750,7 @@ class HealTest(unittest.TestCase):
             with self.assertRaises(llmchat.EngineCrash):
                 for message in llmchat.ask_engine(
                     self.python,
-                    {"cmd": "load", "path": TALK, "wishes": Wishes(n_ctx=512)},
+                    {"cmd": "load", "path": TALK, "options": LoadOptions(n_ctx=512)},
                     {"cmd": "chat", "messages": [user("hi")], "sampling": Sampling()},
                 ):
                     pass
@@ -4788,7 +4790,7 @@ class HealTest(unittest.TestCase):
         ):
             after, effects = play(state, EngineDied(code))
             self.assertEqual(
-                [Wishes(*m["wishes"]).caution for m in sent(effects, "load")],
+                [LoadOptions(*m["options"]).caution for m in sent(effects, "load")],
                 [caution] * (caution is not None),
                 (state.engine, code),
             )
@@ -4804,12 +4806,14 @@ class HealTest(unittest.TestCase):
         with mock.patch.dict(os.environ, new_home()[0]):
             for kept in ({"caution": 7}, {"caution": "x"}, {"caution": [1]}, {}):
                 llmchat.save_kept("engines.json", "k", kept)
-                self.assertEqual(llmchat.careful(Wishes(caution=llmchat.REMEMBERED), "k"), Wishes())
+                self.assertEqual(
+                    llmchat.careful(LoadOptions(caution=llmchat.REMEMBERED), "k"), LoadOptions()
+                )
             llmchat.save_kept("engines.json", "k", {"caution": 2})
-            self.assertEqual(llmchat.careful(Wishes(), "k"), Wishes())
+            self.assertEqual(llmchat.careful(LoadOptions(), "k"), LoadOptions())
             self.assertEqual(
-                llmchat.careful(Wishes(caution=llmchat.REMEMBERED, kv_type="q8_0"), "k"),
-                Wishes(caution=2, use_mmap=0, kv_type="f16"),
+                llmchat.careful(LoadOptions(caution=llmchat.REMEMBERED, kv_type="q8_0"), "k"),
+                LoadOptions(caution=2, use_mmap=0, kv_type="f16"),
             )
 
 
@@ -4843,7 +4847,7 @@ MALFORMED = [
     b'{"event": "loading", "progress": 1e999}',
     b'{"event": "loading", "progress": ' + b"9" * 200000 + b"}",
     b'{"event": "loaded"}',
-    b'{"event": "plan", "lines": [1], "verdict": "fits", "rung": 0, "next": ""}',
+    b'{"event": "plan", "lines": [1], "verdict": "fits", "fallback": 0, "next": ""}',
     b'{"event": "log", "level": "purple", "text": "x"}',
     b'{"event": "text", "id": 1, "text": 5, "rate": 1, "n_used": 1}',
     b'{"event": "hello", "ram_bytes": "much"}',
@@ -5148,21 +5152,23 @@ class NumbersTest(unittest.TestCase):
 
     def test_what_llama_cpp_would_not_take(self):
         plan = plan_load(
-            header(), machine(4, 8), Wishes(n_ctx=-7, n_threads=10**6, n_ubatch=3, n_gpu_layers=-9)
+            header(),
+            machine(4, 8),
+            LoadOptions(n_ctx=-7, n_threads=10**6, n_ubatch=3, n_gpu_layers=-9),
         )
         self.assertEqual(
             (plan.n_ctx, plan.n_threads, plan.n_ubatch),
             (plan_load(header(), machine(4, 8)).n_ctx, 512, llmchat.MAX_OUTPUTS),
         )
         self.assertEqual(
-            plan_load(header(), machine(4, 8), Wishes(n_threads=-3)).n_threads,
+            plan_load(header(), machine(4, 8), LoadOptions(n_threads=-3)).n_threads,
             machine(4, 8).usable_cores,
         )
         with self.assertRaisesRegex(
             ModelError,
             r"^A context of 100,000,000 tokens takes .* more than the .* of this machine",
         ):
-            plan_load(header(), machine(4, 8), Wishes(n_ctx=10**8))
+            plan_load(header(), machine(4, 8), LoadOptions(n_ctx=10**8))
         for value in ("nan", "inf", "-1", "1e999", "x", ""):
             self.assertTrue(llmchat.check_setting("temperature", value)[1], value)
             self.assertTrue(llmchat.check_setting("n_ctx", value)[1], value)
@@ -5175,7 +5181,7 @@ class NumbersTest(unittest.TestCase):
                 {},
             ):
                 llmchat.save_kept("tuning.json", "k", found)
-                self.assertEqual(llmchat.tune(Wishes(), "k"), Wishes())
+                self.assertEqual(llmchat.tune(LoadOptions(), "k"), LoadOptions())
 
 
 class StaleTest(unittest.TestCase):
@@ -6350,7 +6356,7 @@ class MeaningTest(unittest.TestCase):
 class PlanTest(unittest.TestCase):
     def test_memory_is_what_llama_cpp_takes(self):
         """KV cache, states and compute buffer to the byte that its log rounds to, for each way in which models remember."""
-        for arch, wishes in (
+        for arch, options in (
             ("llama", {}),
             ("llama", {"n_ctx": 3000, "n_ubatch": 64}),
             ("lfm2", {"n_ctx": 2048}),
@@ -6358,20 +6364,20 @@ class PlanTest(unittest.TestCase):
         ):
             path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
             write_random_model(path, arch)
-            log = [e["text"] for e in Engine(self, path, **wishes).events if e["event"] == "log"]
+            log = [e["text"] for e in Engine(self, path, **options).events if e["event"] == "log"]
             took = lambda what: sum(
                 float(size)
                 for line in log
                 for size in re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, line)
             )
             plan = plan_load(
-                read_gguf_header(path, full=True), llmchat.probe_hardware(), Wishes(**wishes)
+                read_gguf_header(path, full=True), llmchat.probe_hardware(), LoadOptions(**options)
             )
             self.assertAlmostEqual(
-                plan.memory.kv / 2**20, took("KV|RS"), delta=0.02, msg=(arch, wishes, log)
+                plan.memory.kv / 2**20, took("KV|RS"), delta=0.02, msg=(arch, options, log)
             )
             self.assertAlmostEqual(
-                plan.memory.compute / 2**20, took("compute"), delta=0.4, msg=(arch, wishes)
+                plan.memory.compute / 2**20, took("compute"), delta=0.4, msg=(arch, options)
             )
             self.assertAlmostEqual(plan.memory.weights / 2**20, took("model"), delta=0.1)
 
@@ -6466,10 +6472,14 @@ class PlanTest(unittest.TestCase):
         )  # a guess; the tensors of a header read in full say it
         whole = header(2.0)._replace(tensors={("", 12): 2 * GB})
         self.assertIn("(4.3 GB while there is room)", plan_load(whole, machine(8, 6)).lines[0])
-        self.assertEqual(plan_load(header(2.0), machine(8, 6), Wishes(use_mmap=0)).memory.copied, 0)
+        self.assertEqual(
+            plan_load(header(2.0), machine(8, 6), LoadOptions(use_mmap=0)).memory.copied, 0
+        )
         self.assertEqual(
             [
-                plan_load(header(2.0), machine(5, 4.5), Wishes(n_ctx=8192, use_mlock=on)).verdict
+                plan_load(
+                    header(2.0), machine(5, 4.5), LoadOptions(n_ctx=8192, use_mlock=on)
+                ).verdict
                 for on in (0, 1)
             ],
             ["fits", "tight"],
@@ -6478,8 +6488,8 @@ class PlanTest(unittest.TestCase):
     def test_rates(self):
         """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
         fast = machine(64, 60)._replace(bytes_per_s=20e9, instruction_sets=("AVX2", "AVX-512 VNNI"))
-        rate = lambda header, hardware=fast, **wishes: (
-            plan_load(header, hardware, Wishes(**wishes)).rate
+        rate = lambda header, hardware=fast, **options: (
+            plan_load(header, hardware, LoadOptions(**options)).rate
         )
         self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
         self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
@@ -6710,7 +6720,7 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
         plans, rung = [], 0
         while not plans or plans[-1].next:
-            plans.append(plan_load(model, where, Wishes(rung=rung)))
+            plans.append(plan_load(model, where, LoadOptions(fallback=rung)))
             rung += 1
         self.assertEqual(
             [(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
@@ -6738,9 +6748,10 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             "context lowered from 8,192 to 1,024 tokens to fit, batch lowered to 32 tokens, all",
             plans[-1].lines[1],
         )
-        self.assertEqual(plan_load(model, where, Wishes(rung=99))[:4], plans[-1][:4])
+        self.assertEqual(plan_load(model, where, LoadOptions(fallback=99))[:4], plans[-1][:4])
         long = [
-            plan_load(model, machine(16, 12), Wishes(n_ctx=16384, rung=rung)) for rung in range(4)
+            plan_load(model, machine(16, 12), LoadOptions(n_ctx=16384, fallback=rung))
+            for rung in range(4)
         ]
         self.assertEqual(
             [(p.n_ubatch, p.kv_type) for p in long],
@@ -6752,12 +6763,12 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         )
         self.assertIn("batch lowered to 32 tokens, KV cache in q4_0 to fit", long[-1].lines[1])
         asked = plan_load(
-            model, machine(5, 4.5), Wishes(n_ctx=16384, kv_type="f16")
+            model, machine(5, 4.5), LoadOptions(n_ctx=16384, kv_type="f16")
         )  # what is wished for stays
         self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
         self.assertIn(
             "what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16",
-            plan_load(header(3.5), machine(5, 4.5), Wishes(n_ctx=65536)).lines[0],
+            plan_load(header(3.5), machine(5, 4.5), LoadOptions(n_ctx=65536)).lines[0],
         )
         self.assertRegex(
             plan_load(header(40.0), machine(8, 6)).lines[0],
@@ -6766,7 +6777,7 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         odd = header(
             4.0, **{"llama.attention.key_length": 80}
         )  # quantised types come in blocks of 32
-        self.assertEqual(plan_load(odd, machine(8, 6), Wishes(rung=99)).kv_type, "f16")
+        self.assertEqual(plan_load(odd, machine(8, 6), LoadOptions(fallback=99)).kv_type, "f16")
 
     def test_what_engines_found_is_known_later(self):
         with tempfile.TemporaryDirectory() as home, mock.patch.dict(
@@ -6894,12 +6905,14 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         part = plan_load(big, machine(16, 12, gpu_gb=6))
         self.assertTrue(10 < part.n_gpu_layers < 30 and part.n_ubatch == 512, part)
         self.assertIn("of 32 layers on the GPU", part.lines[1])
-        none = plan_load(big, machine(16, 12, gpu_gb=6), Wishes(n_gpu_layers=0))
+        none = plan_load(big, machine(16, 12, gpu_gb=6), LoadOptions(n_gpu_layers=0))
         self.assertEqual((none.n_gpu_layers, none.n_ubatch, none.free_bytes), (0, 128, 12 * GB))
         self.assertEqual(
             plan_load(big, machine(16, 12, gpu_gb=12, backend="Metal")).free_bytes, 12 * GB
         )
-        plan = plan_load(header(weight_gb=2), machine(3.8, 2.8), Wishes(65536, 3, 0, 64, "q8_0"))
+        plan = plan_load(
+            header(weight_gb=2), machine(3.8, 2.8), LoadOptions(65536, 3, 0, 64, "q8_0")
+        )
         self.assertEqual((plan[:4], plan.verdict), ((65536, 64, 3, 0), "too big"))
 
 
@@ -8155,7 +8168,7 @@ def notices(state):
     return [turn.text for turn in state.chat.turns if turn.role == "notice"]
 
 
-PLAN = said("plan", lines=[], verdict="fits", rung=0, next="", caution=0)
+PLAN = said("plan", lines=[], verdict="fits", fallback=0, next="", caution=0)
 LOADED = said("loaded", path="m.gguf", name="Tiny", description="llama 1B", n_ctx=4096)
 HELP = llmchat.dialog_items(play(State(), "[f1]")[0])
 SCRIPTS = [
@@ -11198,10 +11211,12 @@ class UpdateTest(unittest.TestCase):
 
     def test_load_that_fails_begins_at_the_top_again(self):
         state, _ = play(
-            ready(engine=Condition.LOADING, rung=4, next_rung="less"),
+            ready(engine=Condition.LOADING, fallback=4, next_fallback="less"),
             said("failed", during="load", text="No room."),
         )
-        self.assertEqual((state.engine, state.rung, state.next_rung), (Condition.OFF, 0, ""))
+        self.assertEqual(
+            (state.engine, state.fallback, state.next_fallback), (Condition.OFF, 0, "")
+        )
 
     def test_a_reading_that_was_stopped_counts_what_was_read(self):
         engine = Engine(self, MIND, n_ctx=8192)
@@ -12136,19 +12151,19 @@ class SettingsTest(unittest.TestCase):
         return ready(**dict(dict(chat=Chat(name="c")), **fields))
 
     def test_how_the_model_is_kept_in_memory(self):
-        wishes = llmchat.initial_state(
+        options = llmchat.initial_state(
             llmchat.parse_arguments(
                 ["m.gguf", "--mlock", "--no-mmap", "--kv-type", "q8_0", "--no-save"]
             )
-        ).settings.wishes
-        self.assertEqual((wishes.use_mlock, wishes.use_mmap, wishes.kv_type), (1, 0, "q8_0"))
+        ).settings.options
+        self.assertEqual((options.use_mlock, options.use_mmap, options.kv_type), (1, 0, "q8_0"))
         state = play(ready(), "/set kv_type q4_0", "[enter]", "/set use_mmap 0", "[enter]")[0]
         self.assertEqual(
-            (state.settings.wishes.kv_type, state.settings.wishes.use_mmap), ("q4_0", 0)
+            (state.settings.options.kv_type, state.settings.options.use_mmap), ("q4_0", 0)
         )
         again = play(state, "/set kv_type", "[enter]")[0]
         self.assertEqual(
-            (again.settings.wishes.kv_type, again.hint),
+            (again.settings.options.kv_type, again.hint),
             ("", "kv_type = what fits; /load applies it"),
         )
         self.assertIn(
@@ -12156,7 +12171,7 @@ class SettingsTest(unittest.TestCase):
             notices(play(state, "/set kv_type q9", "[enter]")[0])[-1],
         )
         with self.assertRaisesRegex(ModelError, "KV type 'q9' is none of llama.cpp's"):
-            plan_load(header(), machine(4, 3), Wishes(kv_type="q9"))  # from CONFIG
+            plan_load(header(), machine(4, 3), LoadOptions(kv_type="q9"))  # from CONFIG
 
     def test_chosen_by_name_or_from_a_list(self):
         state, effects = play(self.stored(), "/persona coder", "[enter]")
@@ -12210,10 +12225,10 @@ class SettingsTest(unittest.TestCase):
     def test_other_settings(self):
         state, effects = play(self.stored(), "/set n_ctx 2048", "[enter]")
         self.assertEqual(
-            (state.settings.wishes.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1)
+            (state.settings.options.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1)
         )
         self.assertEqual(
-            Wishes(*sent(play(state, "/load", "[enter]")[1], "load")[0]["wishes"]).n_ctx, 2048
+            LoadOptions(*sent(play(state, "/load", "[enter]")[1], "load")[0]["options"]).n_ctx, 2048
         )
         shown = notices(play(state, "/set", "[enter]")[0])[0]
         for name in llmchat.SETTINGS_HELP:
@@ -12287,7 +12302,7 @@ class SettingsTest(unittest.TestCase):
                 )
             ).settings
         self.assertEqual(settings.sampling, Sampling(seed=7))
-        self.assertEqual((settings.wishes, settings.theme), (Wishes(n_ctx=1024), "amber"))
+        self.assertEqual((settings.options, settings.theme), (LoadOptions(n_ctx=1024), "amber"))
 
     def test_config_is_sound(self):
         for name, values in llmchat.PRESETS.items():
