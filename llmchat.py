@@ -1039,8 +1039,8 @@ def format_count(n: int, noun: str) -> str:
 PIECE = 2000                      # characters: longer lines are laid out in pieces
 TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
 
-class Look(NamedTuple):
-    """What replies look like; see Settings."""
+class RenderOptions(NamedTuple):
+    """What replies options like; see Settings."""
     width: int                    # columns of the pane
     unicode: bool
     raw: bool
@@ -1050,8 +1050,8 @@ class Look(NamedTuple):
 # A table's columns: their widths; "<", "^" or ">" each; whether cells are wrapped, so that rows need lines between them
 Table = NamedTuple("Table", [("widths", Tuple[int, ...]), ("aligns", str), ("ruled", bool)])
 
-class Place(NamedTuple):
-    """Where in a reply we are: all that the look of a line depends on, beside the line."""
+class MarkdownState(NamedTuple):
+    """Carry the parser's state from one line of a reply to the next."""
     fence: str = ""               # the marks that will end the code block, "" = not in one
     language: str = ""
     begun: str = ""               # "/*" or the like: a comment or string that goes on over lines
@@ -1120,47 +1120,47 @@ def close_marks(text: str) -> str:
             return text.rstrip(" ") + opener.group() if opener else text
         at = found.end()
 
-def start_line(text: str, look: Look, base: str = "text", plain: bool = False) -> Tuple[str, str, str, str]:
+def start_line(text: str, options: RenderOptions, base: str = "text", plain: bool = False) -> Tuple[str, str, str, str]:
     """What stands before a line's first row and before the others, the style of its words, its words."""
     indent, heading, quote, item, body = _pattern("block").match(text).groups()
-    indent = indent[:look.width // 2]
-    if plain or look.width < 10 and not heading:
+    indent = indent[:options.width // 2]
+    if plain or options.width < 10 and not heading:
         return indent, indent, base, text.lstrip(" ")
     if heading:
         return indent, indent, "heading", re.sub(r" +#+ *$", "", body)
     if quote:
-        bar = indent + ("│ " if look.unicode else "> ")
-        first, rest, base, body = start_line(body, look._replace(width=look.width - len(bar)), "quote")
+        bar = indent + ("│ " if options.unicode else "> ")
+        first, rest, base, body = start_line(body, options._replace(width=options.width - len(bar)), "quote")
         return bar + first, bar + rest, base, body
     if item:
-        bullet = item if item[0].isdigit() or not look.unicode else "◦" if len(indent) > 1 else "•"
+        bullet = item if item[0].isdigit() or not options.unicode else "◦" if len(indent) > 1 else "•"
         task = _pattern("task").match(body)
         if task:
-            boxes = ("☐", "☑") if look.unicode else ("[ ]", "[x]")
+            boxes = ("☐", "☑") if options.unicode else ("[ ]", "[x]")
             box = boxes[task.group(1) != " "]
             bullet = "%s %s" % (item, box) if item[0].isdigit() else box
             body = body[task.end():]
         return "%s%s " % (indent, bullet), " " * (cells(indent + bullet) + 1), base, body
     return indent, indent, base, body
 
-def lay_text(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[Place, List[Line]]:
+def render_text(markdown: MarkdownState, text: str, options: RenderOptions, whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
     """A line of words or of code in rows. The last row of a piece of a line waits for the next piece."""
-    if place.carry:
-        first, rest, base, kept = place.carry
+    if markdown.carry:
+        first, rest, base, kept = markdown.carry
     else:
-        kept, (first, rest, base, text) = (), start_line(text, look, look.style, look.raw or bool(place.fence))
-    if place.fence:
-        spans, begun = color_code(text, place.language, place.begun)
+        kept, (first, rest, base, text) = (), start_line(text, options, options.style, options.raw or bool(markdown.fence))
+    if markdown.fence:
+        spans, begun = color_code(text, markdown.language, markdown.begun)
     else:
-        spans, begun = ((text, base),) if look.raw else inline_spans(text, base), ""
+        spans, begun = ((text, base),) if options.raw else inline_spans(text, base), ""
     spans = kept + spans
-    width, carry = max(1, look.width - cells(rest)), None
+    width, carry = max(1, options.width - cells(rest)), None
     rows = list(wrap_spans(spans, width))
     if not whole:
         start = break_rows("".join(part for part, _ in spans), width)[-1][0]
         carry = (rest if rows[1:] else first, rest, base, cut_spans(spans, start, PIECE * 2))
         rows.pop()
-    return place._replace(begun=begun, carry=carry), [
+    return markdown._replace(begun=begun, carry=carry), [
         (((rest if i else first), "mark"),) + row for i, row in enumerate(rows)]
 
 KEYWORDS = frozenset("""abstract and as assert async await bool boolean break case catch char class const continue declare def default defer
@@ -1202,48 +1202,48 @@ def color_code(text: str, language: str, begun: str) -> Tuple[Line, str]:
     goes_on = (mark for mark, end in CODE_ENDS if token.startswith(mark) and not token[len(mark):].endswith(end))
     return cut_spans(tuple(spans), len(begun), len(text)), next(goes_on, "")
 
-def code_rule(look: Look, language: str = "", number: str = "") -> Line:
+def code_rule(options: RenderOptions, language: str = "", number: str = "") -> Line:
     """The line over or under a block of code."""
-    dash = "─" if look.unicode else "-"
-    left = dash * 2 + " %s " % take_cells(language, look.width - 12) if language else ""
+    dash = "─" if options.unicode else "-"
+    left = dash * 2 + " %s " % take_cells(language, options.width - 12) if language else ""
     right = " %s " % number + dash * 2 if number else ""
-    gap = look.width - cells(left + right)
-    return ((left + dash * gap + right if gap >= 0 else dash * look.width, "mark"),)
+    gap = options.width - cells(left + right)
+    return ((left + dash * gap + right if gap >= 0 else dash * options.width, "mark"),)
 
-def lay_line(place: Place, text: str, look: Look, whole: bool = True) -> Tuple[Place, List[Line]]:
-    """One line of a reply (whole=False: the beginning of a long one) as lines of the pane, and the place after it."""
+def render_line(markdown: MarkdownState, text: str, options: RenderOptions, whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
+    """One line of a reply (whole=False: the beginning of a long one) as lines of the pane, and the state after it."""
     marks = text.strip(" ")
-    if place.fence and not place.carry and marks.startswith(place.fence) and not marks.strip(place.fence[0]):
-        return place._replace(fence="", begun=""), [code_rule(look)]
-    if place.carry or place.fence or look.raw:
-        return lay_text(place, text, look, whole)
+    if markdown.fence and not markdown.carry and marks.startswith(markdown.fence) and not marks.strip(markdown.fence[0]):
+        return markdown._replace(fence="", begun=""), [code_rule(options)]
+    if markdown.carry or markdown.fence or options.raw:
+        return render_text(markdown, text, options, whole)
     row = whole and "|" in text
-    if row and place.table:
-        return place, table_rule(place.table, look) * place.table.ruled + row_lines(text, place.table, look)
-    if row and place.held and (place.held[1:] or is_separator(text, place.held[0])):
-        held = place.held + (text,)
+    if row and markdown.table:
+        return markdown, table_rule(markdown.table, options) * markdown.table.ruled + row_lines(text, markdown.table, options)
+    if row and markdown.held and (markdown.held[1:] or is_separator(text, markdown.held[0])):
+        held = markdown.held + (text,)
         if len(held) < TABLE_LINES:
-            return place._replace(held=held), []
-        return place._replace(held=(), table=plan_table(held, look.width)), held_lines(held, look)
-    done, place = held_lines(place.held, look), place._replace(held=(text,) if row else (), table=None)
+            return markdown._replace(held=held), []
+        return markdown._replace(held=(), table=plan_table(held, options.width)), held_lines(held, options)
+    done, markdown = held_lines(markdown.held, options), markdown._replace(held=(text,) if row else (), table=None)
     fence = whole and _pattern("fence").match(text)
     if fence:
-        place = place._replace(fence=fence.group(1), language=fence.group(2).lower(), n_code=place.n_code + 1)
-        return place, done + [code_rule(look, fence.group(2), str(place.n_code))]
+        markdown = markdown._replace(fence=fence.group(1), language=fence.group(2).lower(), n_code=markdown.n_code + 1)
+        return markdown, done + [code_rule(options, fence.group(2), str(markdown.n_code))]
     if _pattern("rule").match(text):
-        return place, done + [code_rule(look)]
-    place, lines = (place, []) if row else lay_text(place, text, look, whole)
-    return place, done + lines
+        return markdown, done + [code_rule(options)]
+    markdown, lines = (markdown, []) if row else render_text(markdown, text, options, whole)
+    return markdown, done + lines
 
 def code_blocks(text: str) -> List[str]:
     """The blocks of code in a reply, in the order of their numbers on the screen."""
-    place, blocks = Place(), []
+    markdown, blocks = MarkdownState(), []
     for row in text.split("\n"):
-        before, place, indent = place, lay_line(place, clean(row), Look(80, False, False))[0], len(row) - len(row.lstrip(" "))
-        if place.n_code > before.n_code:
+        before, markdown, indent = markdown, render_line(markdown, clean(row), RenderOptions(80, False, False))[0], len(row) - len(row.lstrip(" "))
+        if markdown.n_code > before.n_code:
             blocks.append([])
             outer = indent                # in a list a block is indented as a whole
-        elif place.fence:
+        elif markdown.fence:
             blocks[-1].append(row[min(indent, outer):].rstrip("\r"))
     return ["\n".join(rows) for rows in blocks]
 
@@ -1269,18 +1269,18 @@ def plan_table(held: Tuple[str, ...], width: int) -> Optional[Table]:
     aligns = "".join("^" if mark[0] == mark[-1] == ":" and mark[1:] else ">" if mark[-1] == ":" else "<" for mark in marks)
     return Table(tuple(min(widest, want) for want in wanted), aligns, max(wanted) > widest) if widest else None
 
-def row_lines(text: str, table: Table, look: Look, style: str = "text") -> List[Line]:
+def row_lines(text: str, table: Table, options: RenderOptions, style: str = "text") -> List[Line]:
     """One row of a table."""
     from itertools import zip_longest
-    bar: Span = (" │ " if look.unicode else " | ", "mark")
+    bar: Span = (" │ " if options.unicode else " | ", "mark")
     row = split_row(text, len(table.widths))
     columns = [wrap_spans(inline_spans(cell, style), width) for cell, width in zip(row, table.widths)]
     return [tuple(span for shown, width, align in zip(shown_row, table.widths, table.aligns)
                   for span in (bar,) + align_spans(shown, width, align))[1:] for shown_row in zip_longest(*columns, fillvalue=())]
 
-def table_rule(table: Table, look: Look) -> List[Line]:
+def table_rule(table: Table, options: RenderOptions) -> List[Line]:
     """The line between two rows."""
-    dash, cross = ("─", "─┼─") if look.unicode else ("-", "-+-")
+    dash, cross = ("─", "─┼─") if options.unicode else ("-", "-+-")
     return [((cross.join(dash * width for width in table.widths), "mark"),)]
 
 def align_spans(line: Line, width: int, align: str) -> Line:
@@ -1288,27 +1288,27 @@ def align_spans(line: Line, width: int, align: str) -> Line:
     left = {"<": 0, "^": gap // 2, ">": gap}[align]
     return ((" " * left, "text"),) + line + ((" " * (gap - left), "text"),)
 
-def held_lines(held: Tuple[str, ...], look: Look) -> List[Line]:
+def held_lines(held: Tuple[str, ...], options: RenderOptions) -> List[Line]:
     """A table; or, where there is no separator or no room, its lines as they were written."""
-    table = plan_table(held, look.width) if held[1:] else None
+    table = plan_table(held, options.width) if held[1:] else None
     if not table:
-        return [line for text in held for line in lay_text(Place(), text, look)[1]]
-    lines = row_lines(held[0], table, look, "bold") + table_rule(table, look)
+        return [line for text in held for line in render_text(MarkdownState(), text, options)[1]]
+    lines = row_lines(held[0], table, options, "bold") + table_rule(table, options)
     for i, text in enumerate(held[2:]):
-        lines += table_rule(table, look) if table.ruled and i else []
-        lines += row_lines(text, table, look)
+        lines += table_rule(table, options) if table.ruled and i else []
+        lines += row_lines(text, table, options)
     return lines
 
-class Page:
+class StreamedReply:
     """A reply in lines while it grows: what is finished is laid out once, however often the reply is shown."""
-    def __init__(self, look: Look) -> None:
-        self.look, self.text, self.at, self.shown = look, "", 0, None    # at: where the unfinished line begins
-        self.place, self.lines, self.n_done = Place(), [], 0
+    def __init__(self, options: RenderOptions) -> None:
+        self.options, self.text, self.at, self.shown = options, "", 0, None    # at: where the unfinished line begins
+        self.markdown, self.lines, self.n_done = MarkdownState(), [], 0
 
     def show(self, text: str, ended: bool = False) -> List[Line]:
         """The lines of a reply, with a cursor unless it has ended. The list is changed by the next call."""
         if not text.startswith(self.text):
-            self.__init__(self.look)
+            self.__init__(self.options)
         if (text, ended) != self.shown:
             del self.lines[self.n_done:]
             self.text, self.shown = text, (text, ended)
@@ -1325,33 +1325,33 @@ class Page:
             if not end:
                 break
             piece = clean(self.text[self.at:end])
-            self.place, lines = lay_line(self.place, piece.rstrip("\n"), self.look, piece.endswith("\n"))
+            self.markdown, lines = render_line(self.markdown, piece.rstrip("\n"), self.options, piece.endswith("\n"))
             self.lines += [(("  ", "text"),) + line for line in lines]
             self.at = end
         self.n_done = len(self.lines)
 
     def _open_lines(self, ended: bool) -> List[Line]:
         """What may still change, as it looks so far."""
-        place, text, lines = self.place, clean(self.text[self.at:]), []
-        if ended and text or place.carry:
-            place, lines = lay_line(place, text, self.look)
-        elif not ended and not (len(place.held) == 1 and not text.strip("|:- ")):    # a separator may be on its way
-            closed = text if place.fence or self.look.raw else close_marks(text)
-            hidden = place.fence and place.fence.startswith(text.strip(" "))         # … or the end of the code
-            place, lines = lay_line(place, "" if hidden else closed, self.look)
-        held = place.held
+        markdown, text, lines = self.markdown, clean(self.text[self.at:]), []
+        if ended and text or markdown.carry:
+            markdown, lines = render_line(markdown, text, self.options)
+        elif not ended and not (len(markdown.held) == 1 and not text.strip("|:- ")):    # a separator may be on its way
+            closed = text if markdown.fence or self.options.raw else close_marks(text)
+            hidden = markdown.fence and markdown.fence.startswith(text.strip(" "))         # … or the end of the code
+            markdown, lines = render_line(markdown, "" if hidden else closed, self.options)
+        held = markdown.held
         if not ended and len(held) == 1 and held[0].lstrip(" ").startswith("|"):
             held += ("-|" * len(split_row(held[0])),)
-        lines = lines + held_lines(held, self.look)
+        lines = lines + held_lines(held, self.options)
         if not ended:
             lines = lines or [()]
-            return lines[:-1] + [lines[-1] + (("▌" if self.look.unicode else "_", "text"),)]
-        return lines + [code_rule(self.look)] if place.fence and not self.look.raw else lines
+            return lines[:-1] + [lines[-1] + (("▌" if self.options.unicode else "_", "text"),)]
+        return lines + [code_rule(self.options)] if markdown.fence and not self.options.raw else lines
 
 @lru_cache(maxsize=4)
-def reply_page(look: Look) -> Page:
+def streamed_reply(options: RenderOptions) -> StreamedReply:
     """The page of the reply in progress, or of its thinking."""
-    return Page(look._replace(width=max(1, look.width - 3)))
+    return StreamedReply(options._replace(width=max(1, options.width - 3)))
 
 # A message of gpt-oss (OpenAI's Harmony format): its channel is final, analysis or commentary
 HARMONY_BEGINS = ("<|channel|>", "<|start|>assistant")
@@ -1418,33 +1418,33 @@ def split_thinking(text: str) -> Tuple[str, Optional[str]]:
     answers = [words for kind, words in parts if kind == "answer"]
     return thinking, answers[0].lstrip() if answers else None
 
-def reply_lines(text: str, thought: str, look: Look, ended: bool) -> List[Line]:
-    """A reply in lines: what it thought, as look.thoughts says, and its answer."""
+def reply_lines(text: str, thought: str, options: RenderOptions, ended: bool) -> List[Line]:
+    """A reply in lines: what it thought, as options.thoughts says, and its answer."""
     thinking, answer = split_thinking(text)
     lines: List[Line] = []
-    def show(text: str, look: Look, complete: bool) -> List[Line]:
-        page = reply_page(look)           # has most of it laid out, if this reply was in progress just now
-        return (page if not ended or text.startswith(page.text) else Page(page.look)).show(text, complete)
-    if (thinking or answer is None) and look.thoughts != "hidden":
-        title = "thinking%s %s" % ("…" if look.unicode else "...", thought)
-        lines = [(("  ", "dim"), (take_cells(title, max(1, look.width - 3)), "dim"))]
-        if look.thoughts == "open":
-            lines += show(thinking, look._replace(raw=True, style="dim"), ended or answer is not None) + [()]
-    return lines if lines and answer is None else lines + show(answer or "", look, ended)
+    def show(text: str, options: RenderOptions, complete: bool) -> List[Line]:
+        page = streamed_reply(options)    # has most of it laid out, if this reply was in progress just now
+        return (page if not ended or text.startswith(page.text) else StreamedReply(page.options)).show(text, complete)
+    if (thinking or answer is None) and options.thoughts != "hidden":
+        title = "thinking%s %s" % ("…" if options.unicode else "...", thought)
+        lines = [(("  ", "dim"), (take_cells(title, max(1, options.width - 3)), "dim"))]
+        if options.thoughts == "open":
+            lines += show(thinking, options._replace(raw=True, style="dim"), ended or answer is not None) + [()]
+    return lines if lines and answer is None else lines + show(answer or "", options, ended)
 
 @lru_cache(maxsize=2048)
-def turn_lines(turn: Turn, look: Look) -> Tuple[Line, ...]:
+def turn_lines(turn: Turn, options: RenderOptions) -> Tuple[Line, ...]:
     """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
-    mark, style = ("❯ " if look.unicode else "> ", "user") if turn.role == "user" else ("  ", turn.style)
+    mark, style = ("❯ " if options.unicode else "> ", "user") if turn.role == "user" else ("  ", turn.style)
     if turn.role == "assistant":
-        body = reply_lines(turn.text, turn.thought, look, ended=True)
+        body = reply_lines(turn.text, turn.thought, options, ended=True)
     else:
-        files, text = split_files(turn.text) if turn.role == "user" and not look.raw else ((), turn.text)
+        files, text = split_files(turn.text) if turn.role == "user" and not options.raw else ((), turn.text)
         text = "".join("[%s] " % file.name for file in files) + text
-        rows = wrap(clean(text), look.width - 3) if text else []
+        rows = wrap(clean(text), options.width - 3) if text else []
         body = [(("  " if i else mark, "prompt"), (row, style)) for i, row in enumerate(rows)]
     if turn.note:
-        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), look.width - 3)]
+        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), options.width - 3)]
     return tuple(body) + ((),)
 
 @lru_cache(maxsize=4096)
@@ -1673,11 +1673,11 @@ def open_end(chat: Chat) -> str:
 
 def chat_items(state: State, width: int) -> Items:
     turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
-    look = Look(width, state.settings.unicode, state.settings.raw, state.settings.thoughts)
-    dot = "·" if look.unicode else "-"
+    options = RenderOptions(width, state.settings.unicode, state.settings.raw, state.settings.thoughts)
+    dot = "·" if options.unicode else "-"
     def lines(i: int) -> Sequence[Line]:
-        shown = turn_lines(turns[i]._replace(note=turn_note(state.chat, i, dot)), look) if i < len(turns) else \
-            reply_lines(reply or "", state.chat.thought, look, ended=False)
+        shown = turn_lines(turns[i]._replace(note=turn_note(state.chat, i, dot)), options) if i < len(turns) else \
+            reply_lines(reply or "", state.chat.thought, options, ended=False)
         if i < forgotten:
             shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
         if i == forgotten - 1:

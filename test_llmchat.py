@@ -9184,8 +9184,12 @@ class TextTest(unittest.TestCase):
                 lambda: llmchat.wrap(text, 77),
                 lambda: llmchat.draft_cursor(Draft(text, len(text)), 40),
                 lambda: llmchat.log_lines(LogLine("dim", text), 40),
-                lambda: llmchat.turn_lines(Turn("user", text), llmchat.Look(80, True, False)),
-                lambda: llmchat.Page(llmchat.Look(80, True, False)).show(text, True),
+                lambda: llmchat.turn_lines(
+                    Turn("user", text), llmchat.RenderOptions(80, True, False)
+                ),
+                lambda: llmchat.StreamedReply(llmchat.RenderOptions(80, True, False)).show(
+                    text, True
+                ),
                 lambda: view(
                     ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
                 ),
@@ -9518,13 +9522,13 @@ PIECES = [
 
 class MarkdownTest(unittest.TestCase):
     def page(self, columns=36, unicode=True, raw=False):
-        return llmchat.Page(llmchat.Look(columns, unicode, raw))
+        return llmchat.StreamedReply(llmchat.RenderOptions(columns, unicode, raw))
 
-    def shown(self, words, columns=36, **look):
+    def shown(self, words, columns=36, **options):
         """The rows of a finished reply, without the margin."""
         return [
             "".join(part for part, _ in line)[2:].rstrip()
-            for line in self.page(columns, **look).show(words, True)
+            for line in self.page(columns, **options).show(words, True)
         ]
 
     def styles(self, words, columns=100):
@@ -9817,7 +9821,7 @@ class MarkdownTest(unittest.TestCase):
             with mock.patch(
                 "llmchat.break_rows", side_effect=llmchat.break_rows
             ) as broken, mock.patch(
-                "llmchat.lay_line", side_effect=llmchat.lay_line
+                "llmchat.render_line", side_effect=llmchat.render_line
             ) as laid, mock.patch("llmchat.row_lines", side_effect=llmchat.row_lines) as rows:
                 view(state._replace(chat=state.chat._replace(reply=words)))
                 view(
