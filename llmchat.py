@@ -494,11 +494,21 @@ class ModelInfo(NamedTuple):
 class Turn(NamedTuple):
     role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
     text: str
-    note: str = ""                    # a dim line under it: statistics, or why it ended
+    note: Any = ""                    # a dim line under it: an Ending, or a text
     style: str = "warn"               # of a notice
     id: int = 0                       # its number in the chat, from 1 on; 0 = a notice, which isn't stored
     parent: int = 0                   # the turn before it, 0 = none
-    thought: str = ""                 # how much of a reply is thinking: "214 tokens, 9 s"
+    thought: Any = ()                 # how much of a reply is thinking: (tokens, seconds), in older files a text
+
+class Ending(NamedTuple):
+    """How a reply has ended, and what it took."""
+    reason: str                       # as in the engine's "done", see ENDS
+    n_written: int                    # tokens, of all of a reply that was continued
+    rate: float                       # tokens/s
+    first_s: float                    # until the first word
+    n_read: int
+    n_reused: int
+    continued: bool = False           # n_written counts only the continuation: nothing is known of what was before it
 
 class Chat(NamedTuple):
     """A tree of turns, of which one path is shown: another answer or an edited question is a new branch."""
@@ -516,7 +526,7 @@ class Chat(NamedTuple):
     stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
     stops_slowly: bool = False        # the reply in progress was stopped a while ago
     system: str = ""                  # the system prompt, as the file says
-    thought: str = ""                 # how much of the reply in progress is thinking
+    thought: Any = ()                 # how much of the reply in progress is thinking, as in Turn
     model_path: str = ""              # of the model that gave the last reply, as the file says; "" = not known
     n_damaged: int = 0                # lines of the file that can't be read, or not whole
     shown: Dict[int, int] = {}        # number -> of those that follow it, the one that was shown last
@@ -563,6 +573,17 @@ class Stats(NamedTuple):
     n_written: int = 0
     read_s: float = 0.0
     write_s: float = 0.0
+
+class Progress(NamedTuple):
+    """How far loading, reading a prompt or installing has come."""
+    done: float = 0
+    total: float = 0                  # 0 = not known
+    rate: float = 0.0                 # tokens/s
+    left_s: float = 0.0
+    doing: str = ""                   # of the installer: "compiling" or "fetching"
+
+    def share(self) -> float:
+        return self.done / self.total if self.total else 0.0
 
 class Fetch(NamedTuple):
     """A model that is being fetched, or could go on to be."""
@@ -637,14 +658,13 @@ class State(NamedTuple):
     chat_scroll: Optional[Scroll] = None    # None = follow the end
     log_scroll: Optional[Scroll] = None
     dialog: Any = None                # in front of the chat: a Choice, a Question or a Sheet; None = nothing
-    progress: float = 0.0             # of loading or reading, 0 to 1
-    doing: str = ""                   # one short line about it
+    progress: Progress = Progress()   # of loading, reading or installing
     speed: float = 0.0                # tokens/s of the running or last reply
     speeds: Tuple[float, ...] = ()    # … of all replies of this session
     ram_bytes: int = 0                # what the engine has
     n_used: int = 0                   # tokens of the context in use
     ahead: Any = None                 # what the engine was last asked to read ahead
-    ahead_left: str = ""              # how far it has come, "" = done
+    ahead_progress: Progress = Progress()    # how far it has come; total 0 = done
     wanted: Optional[str] = None      # the name that is being looked up among the models, "" = all of them; None = none
     hint: str = ""                    # for the status line until the next key
     quit_asked: bool = False
@@ -749,7 +769,7 @@ def sees_from(chat: Chat) -> int:
     """The number of the first turn that the model sees, 0 = all of them."""
     return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
 
-def add_turn(chat: Chat, role: str, text: str, note: str = "", thought: str = "") -> Chat:
+def add_turn(chat: Chat, role: str, text: str, note: Any = "", thought: Any = ()) -> Chat:
     """One more turn. What was said at this place before isn't stored again."""
     parent = stands_at(chat)
     said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
@@ -1448,7 +1468,13 @@ def split_thinking(text: str) -> Tuple[str, Optional[str]]:
     answers = [words for kind, words in parts if kind == "answer"]
     return thinking, answers[0].lstrip() if answers else None
 
-def reply_lines(text: str, thought: str, options: RenderOptions, ended: bool) -> List[Line]:
+def describe_thought(thought: Any) -> str:
+    """Such as "214 tokens, 9 s". A text, as older files have it, stays as it is."""
+    if not thought or isinstance(thought, str):
+        return thought or ""
+    return "%s, %.0f s" % (format_count(thought[0], "token"), thought[1])
+
+def reply_lines(text: str, thought: Any, options: RenderOptions, ended: bool) -> List[Line]:
     """A reply in lines: what it thought, as options.thoughts says, and its answer."""
     thinking, answer = split_thinking(text)
     lines: List[Line] = []
@@ -1456,7 +1482,7 @@ def reply_lines(text: str, thought: str, options: RenderOptions, ended: bool) ->
         page = streamed_reply(options)    # has most of it laid out, if this reply was in progress just now
         return (page if not ended or text.startswith(page.text) else StreamedReply(page.options)).show(text, complete)
     if (thinking or answer is None) and options.thoughts != "hidden":
-        title = "thinking%s %s" % ("…" if options.unicode else "...", thought)
+        title = "thinking%s %s" % ("…" if options.unicode else "...", describe_thought(thought))
         lines = [(("  ", "dim"), (take_cells(title, max(1, options.width - 3)), "dim"))]
         if options.thoughts == "open":
             lines += show(thinking, options._replace(raw=True, style="dim"), ended or answer is not None) + [()]
@@ -1683,7 +1709,7 @@ def versions(chat: Chat, turn: Turn) -> List[int]:
 def turn_note(chat: Chat, i: int, dot: str) -> str:
     """The dim line under turn i. The keys first turn the versions of the last turn that has some."""
     turn, numbers = chat.turns[i], versions(chat, chat.turns[i])
-    parts = [turn.note]
+    parts = [describe_ending(turn.note)]
     if len(numbers) > 1:
         parts.append("version %d of %d" % (numbers.index(turn.id) + 1, len(numbers)))
         if not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:]):
@@ -1699,7 +1725,29 @@ def open_end(chat: Chat) -> str:
         return ""
     if turn.role == "user":
         return "no answer yet: /retry answers it"
-    return "/continue goes on" if _pattern("cut").search(turn.note) else ""
+    return "/continue goes on" if how_cut(turn) else ""
+
+def how_cut(turn: Turn) -> str:
+    """Tell how a reply was cut, such as "stopped"; "" = it is whole."""
+    cut = _pattern("cut").search(describe_ending(turn.note))
+    return cut.group() if cut else ""
+
+ENDS = {
+    "stopped": ", stopped",
+    "length": ", cut at the token limit (/set max_tokens)",
+    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
+    "full": ", cut at the length of the context"}
+
+def describe_ending(ending: Any) -> str:
+    """The statistics of a reply and why it ended. A text, as older files have it, stays as it is."""
+    if not isinstance(ending, Ending):
+        return ending
+    count = "%d more tokens" if ending.continued else "%d tokens"
+    text = (count + ", %.1f/s, first after %.1f s, read %s") % (
+        ending.n_written, ending.rate, ending.first_s, format(ending.n_read, ","))
+    if ending.n_reused:
+        text += ", reused %s" % format(ending.n_reused, ",")
+    return text + ENDS.get(ending.reason, "")
 
 def chat_items(state: State, width: int) -> Items:
     turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
@@ -1786,11 +1834,26 @@ def describe_fetch(fetch: Fetch) -> str:
         parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
     return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
 
-def describe_step(message: Dict[str, Any]) -> str:
-    """A step of --install: "compiling 35/83, 1:10 left" or "fetching 12/76 MB, 3:00 left"."""
-    doing = message.get("doing", "compiling")
-    unit = " MB" if doing == "fetching" else ""
-    return "%s %d/%d%s, %s left" % (doing, message["done"], message["total"], unit, format_clock(message["left_s"]))
+def read_progress(message: Dict[str, Any]) -> Progress:
+    """Take the numbers of a message "reading", "ahead" or "step"."""
+    return Progress(message["done"], message["total"], message.get("rate", 0.0), message.get("left_s", 0.0))
+
+def read_step(message: Dict[str, Any]) -> Progress:
+    """The same of the installer."""
+    return read_progress(message)._replace(doing=message.get("doing", "compiling"))
+
+def describe_progress(progress: Progress) -> str:
+    """Such as "512/2,048 tokens, 100/s, 15 s left"; of the installer "compiling 35/83, 1:10 left"."""
+    if not progress.total:
+        return ""
+    if progress.doing:
+        unit = " MB" if progress.doing == "fetching" else ""
+        left = format_clock(progress.left_s)
+        return "%s %d/%d%s, %s left" % (progress.doing, progress.done, progress.total, unit, left)
+    text = "%s/%s tokens" % (format(progress.done, ","), format(progress.total, ","))
+    if progress.rate:
+        text += ", %.0f/s, %.0f s left" % (progress.rate, progress.left_s)
+    return text
 
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     """After a message of --download."""
@@ -1873,7 +1936,7 @@ def start_model(state: State) -> Change:
         return state._replace(hint="The model is loaded when the engine is installed"), ()
     options = settings.options._replace(fallback=state.fallback, caution=state.caution)
     load = SendEngine({"cmd": "load", "path": settings.model_path, "options": list(options), "states": settings.states})
-    state = state._replace(progress=0.0, doing="", speed=0.0, dialog=None, next_fallback="", next_caution=0)
+    state = state._replace(progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
     return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
@@ -1899,7 +1962,7 @@ def forget_old(state: State) -> State:
             return state._replace(chat=state.chat._replace(forgotten=i))
     return state
 
-def ask_model(state: State, begun: str = "", thought: str = "", continued: int = 0) -> Change:
+def ask_model(state: State, begun: str = "", thought: Any = (), continued: int = 0) -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits.
     begun: how the reply begins, which is the turn `continued`."""
     chat = state.chat
@@ -1910,7 +1973,7 @@ def ask_model(state: State, begun: str = "", thought: str = "", continued: int =
         return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
     chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
                                            continued=continued, request=chat.request + 1)
-    state = state._replace(chat=chat, engine=Condition.READING, progress=0.0, doing="", speed=0.0, ahead=None, ahead_left="",
+    state = state._replace(chat=chat, engine=Condition.READING, progress=Progress(), speed=0.0, ahead=None, ahead_progress=Progress(),
                            chat_scroll=None)
     request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
                "chat": chat.name, "begun": begun, "think": shall_think(state), "once": state.settings.once}
@@ -2458,7 +2521,7 @@ def cmd_install(state: State, argument: str) -> Change:
     """/install: get the engine (llama-cpp-python) that suits this machine"""
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="It is being installed; Esc stops it"), ()
-    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=0.0, doing=""), (InstallEngine(),)
+    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=Progress()), (InstallEngine(),)
 
 def cmd_quit(state: State, argument: str) -> Change:
     """/quit: end the program"""
@@ -2567,7 +2630,7 @@ def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
     if state.model:                       # which worked until then
         state = state._replace(settings=state.before)
-    state = state._replace(engine=Condition.OFF, model=None, progress=0.0, doing="", summary=machine_lines(state), fallback=0, next_fallback="")
+    state = state._replace(engine=Condition.OFF, model=None, progress=Progress(), summary=machine_lines(state), fallback=0, next_fallback="")
     name = os.path.basename(state.settings.model_path)
     return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
 
@@ -3032,7 +3095,7 @@ def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
         return record
     if model:
         record.update(model=model.name, file=model.path)
-    record["note"] = turn.note
+    record["note"] = turn.note._asdict() if isinstance(turn.note, Ending) else turn.note
     if turn.thought:
         record["thought"] = turn.thought
     return record
@@ -3052,7 +3115,7 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
         state = forget_old(state)
         message["messages"] = chat_messages(state)
-    return state._replace(ahead=ahead, ahead_left=""), effects + (SendEngine(message),)
+    return state._replace(ahead=ahead, ahead_progress=Progress()), effects + (SendEngine(message),)
 
 def on_typed(state: State, event: Any) -> Change:
     """Typed or pasted."""
@@ -3204,16 +3267,13 @@ def on_better_found(state: State, event: BetterFound) -> Change:
 def on_install_said(state: State, event: InstallSaid) -> Change:
     message = event.message
     if message["event"] == "step":
-        return state._replace(progress=message["done"] / max(1, message["total"]), doing=describe_step(message)), ()
-    if not message.get("text"):
-        return state, ()
+        return state._replace(progress=read_step(message)), ()
     level = "error" if message["event"] == "failed" else "dim"
-    for line in message["text"].split("\n"):
-        state = add_log(state, LogLine(level, line))
-    return state, ()
+    lines = message["text"].split("\n") if message.get("text") else []
+    return add_log(state, *(LogLine(level, line) for line in lines)), ()
 
 def on_installed(state: State, event: Installed) -> Change:
-    state = state._replace(progress=0.0, doing="", pane="beside" if state.pane == "full" else state.pane, focus="chat")
+    state = state._replace(progress=Progress(), pane="beside" if state.pane == "full" else state.pane, focus="chat")
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
         state = state._replace(engine=Condition.MISSING, model=None)
@@ -3331,7 +3391,8 @@ def on_plan(state: State, message: Dict[str, Any]) -> Change:
 
 def on_loading(state: State, message: Dict[str, Any]) -> Change:
     """Also at the engine's "hello": what comes next is loading."""
-    return state._replace(engine=Condition.LOADING, progress=message.get("progress", 0.0)), ()
+    progress = Progress(message.get("progress", 0.0), 1)
+    return state._replace(engine=Condition.LOADING, progress=progress), ()
 
 BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a conversation, "
               "choose an instruct or chat model (/models).")
@@ -3343,7 +3404,7 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
     if model.think is False and state.settings.think is None:
         state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
-    state = state._replace(engine=Condition.READY, model=model, progress=0.0, doing="", n_used=0, ahead=None)
+    state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0, ahead=None)
     if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
         state = notice(state, BASE_MODEL)
     state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
@@ -3357,7 +3418,7 @@ def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # … just before a message came
     text = "%s of memory given back; the model is loaded again when you type" % format_bytes(state.ram_bytes)
-    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_left="", hint=text,
+    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_progress=Progress(), hint=text,
                            chat=state.chat._replace(reply=None, waiting=asked))
     return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
 
@@ -3369,18 +3430,16 @@ def on_stop_late(state: State, event: StopLate) -> Change:
         return state, ()                  # it has stopped in time
     if not event.hung:
         return state._replace(chat=state.chat._replace(stops_slowly=True)), ()
-    return state._replace(engine=Condition.HUNG, doing="Esc, or the next message, ends it and starts another"), ()
+    return state._replace(engine=Condition.HUNG), ()
 
 def on_reading(state: State, message: Dict[str, Any]) -> Change:
-    done, total, rate = message["done"], message["total"], message["rate"]
-    doing = "%s/%s tokens" % (format(done, ","), format(total, ","))
-    if rate:
-        doing += ", %.0f/s, %.0f s left" % (rate, message["left_s"])
-    return state._replace(progress=done / max(1, total), doing=doing), ()
+    return state._replace(progress=read_progress(message)), ()
 
 def on_ahead(state: State, message: Dict[str, Any]) -> Change:
-    done, total = message["done"], message["total"]
-    return state._replace(ahead_left="%s/%s" % (format(done, ","), format(total, ",")) if done < total else "", n_used=done), ()
+    progress = read_progress(message)
+    if progress.done >= progress.total:
+        progress = Progress()
+    return state._replace(ahead_progress=progress, n_used=message["done"]), ()
 
 def on_forgot(state: State, message: Dict[str, Any]) -> Change:
     """The context was full: the engine has left out the oldest turns."""
@@ -3389,10 +3448,11 @@ def on_forgot(state: State, message: Dict[str, Any]) -> Change:
     return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
-    engine, thought = Condition.WRITING if state.engine is Condition.READING else state.engine, message.get("thought")
-    chat = state.chat._replace(reply=state.chat.reply + message["text"],
-                               thought="%s, %.0f s" % (format_count(thought[0], "token"), thought[1]) if thought else state.chat.thought)
-    state = state._replace(engine=engine, chat=chat, speed=message["rate"], n_used=message["n_used"], doing="")
+    chat = state.chat
+    chat = chat._replace(reply=chat.reply + message["text"], thought=tuple(message.get("thought") or chat.thought))
+    if state.engine is Condition.READING:
+        state = state._replace(engine=Condition.WRITING)
+    state = state._replace(chat=chat, speed=message["rate"], n_used=message["n_used"], progress=Progress())
     return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
@@ -3416,24 +3476,16 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         return state, (Store("find_better", ()),)
     return state, ()
 
-def reply_note(chat: Chat, message: Dict[str, Any]) -> str:
-    """The statistics of a reply, and why it ended. One that was continued counts as a whole."""
-    before = chat.nodes[chat.continued].note if chat.continued in chat.nodes else "0 tokens"
-    counted = re.match(r"(\d+) tokens", before)
-    count = "%d more tokens" % message["n_written"]
-    if counted:
-        count = "%d tokens" % (message["n_written"] + int(counted.group(1)))
-    note = "%s, %.1f/s, first after %.1f s, read %s" % (
-        count, message["rate"], message["first_s"], format(message["n_read"], ","))
-    if message["n_reused"]:
-        note += ", reused %s" % format(message["n_reused"], ",")
-    return note + ENDS.get(message["reason"], "")
+def reply_note(chat: Chat, message: Dict[str, Any]) -> Ending:
+    """The statistics of a reply. One that was continued counts as a whole."""
+    ending = Ending(*(message[name] for name in Ending._fields[:-1]))
+    if chat.continued not in chat.nodes:
+        return ending
+    before = chat.nodes[chat.continued].note
+    if isinstance(before, Ending):
+        return ending._replace(n_written=before.n_written + ending.n_written, continued=before.continued)
+    return ending._replace(continued=True)
 
-ENDS = {
-    "stopped": ", stopped",
-    "length": ", cut at the token limit (/set max_tokens)",
-    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
-    "full": ", cut at the length of the context"}
 CUT_SHORT = {                             # … by the program, for those who don't see the note
     "repeats": "The reply was ended, as it repeats itself.",
     "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another limit, -c another context."}
@@ -3453,7 +3505,7 @@ def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
 def end_reply(state: State, note: str) -> State:
     """What was said so far becomes a turn of the chat; the engine is free again."""
     engine = Condition.READY if is_busy(state) else state.engine
-    state = state._replace(engine=engine, progress=0.0, doing="")
+    state = state._replace(engine=engine, progress=Progress())
     chat, last = state.chat, state.chat.last
     begun = chat.nodes[chat.continued].text if chat.continued in chat.nodes else ""
     if not (chat.reply or "").strip() or chat.reply == begun:
@@ -3472,9 +3524,9 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
     if during == "chat":
         return notice(end_reply(state, "not finished"), text, "error"), ()
     if during == "load" and message.get("kept") and state.model:
-        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=0.0), text, "error"), ()    # it still works
+        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=Progress()), text, "error"), ()    # it still works
     state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=0.0, doing="", summary=machine_lines(state), fallback=0, next_fallback="", caution=REMEMBERED))
+                                     model=None, progress=Progress(), summary=machine_lines(state), fallback=0, next_fallback="", caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
 def on_engine_died(state: State, event: EngineDied) -> Change:
@@ -3668,7 +3720,7 @@ def view_progress(state: State, width: int) -> List[Line]:
         return []
     rows = []
     if state.engine is Condition.INSTALLING:
-        rows.append(("engine", state.progress, state.doing or "getting ready"))
+        rows.append(("engine", state.progress.share(), describe_progress(state.progress) or "getting ready"))
     if state.settings.model_path and not state.fetch:
         rows.append(("model", 1.0, "here"))
     if state.fetch:
@@ -3904,12 +3956,18 @@ def view_status(state: State) -> Line:
         style = "alert" if state.quit_asked else "status"
         return fit(((" " + clean_name(hint, width), style),), width, style)
     left: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
-    if engine is Condition.LOADING or engine is Condition.READING and state.doing:
+    if engine is Condition.LOADING or engine is Condition.READING and state.progress.total:
         n = max(4, min(20, width // 5))
-        on = int(state.progress * n + 0.5)
-        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(state.progress * 100), "status"))
-    ahead = "reading ahead " + state.ahead_left if state.ahead_left and engine is Condition.READY else ""
-    doing = "Esc stops it" if engine in (Condition.INSTALLING, Condition.LOADING) else state.doing
+        share = state.progress.share()
+        on = int(share * n + 0.5)
+        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(share * 100), "status"))
+    ahead, doing = "", describe_progress(state.progress)
+    if state.ahead_progress.total and engine is Condition.READY:
+        ahead = "reading ahead %s/%s" % (format(state.ahead_progress.done, ","), format(state.ahead_progress.total, ","))
+    if engine in (Condition.INSTALLING, Condition.LOADING):
+        doing = "Esc stops it"
+    if engine is Condition.HUNG:
+        doing = "Esc, or the next message, ends it and starts another"
     for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
                  ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
         left += ((dot + part, "status"),) if part else ()
@@ -10298,8 +10356,9 @@ def change_kept(name: str, change: Any) -> None:
 # == 34. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to:
 # {"chat": 1, "time": 1732290000}                         the first line: the format's version
-# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note",
-#                                                         "thought", "model" (its name) and "file" (its path)
+# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note"
+#                                                         (an Ending, or a text), "thought" ([tokens, seconds]),
+#                                                         "model" (its name) and "file" (its path)
 # {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
 # {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions;
 #                                                         the first turn that the model still sees, 0 = all
@@ -10318,6 +10377,20 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
     for line in raw.splitlines():
         reader.take_line(line)
     return reader.chat(name)
+
+def read_ending(value: Any) -> Any:
+    """Take an Ending from a file; what isn't one, such as an older file's text, becomes a text."""
+    with suppress(KeyError, OverflowError, TypeError, ValueError):
+        return Ending(str(value["reason"]), int(value["n_written"]), float(value["rate"]), float(value["first_s"]),
+                      int(value["n_read"]), int(value["n_reused"]), bool(value["continued"]))
+    return str(value)
+
+def read_thought(value: Any) -> Any:
+    """Take a Turn's `thought` from a file: a list of two numbers, or an older file's text."""
+    with suppress(IndexError, OverflowError, TypeError, ValueError):
+        if isinstance(value, list):
+            return int(value[0]), float(value[1])
+    return str(value)
 
 LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
 MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
@@ -10382,7 +10455,7 @@ class ChatReader:
             self.take_part(record, number, parent)
         elif role in ("user", "assistant"):
             self.parts.pop(number, None)
-            note, thought = (str(record.get(key, "")) for key in ("note", "thought"))
+            note, thought = read_ending(record.get("note", "")), read_thought(record.get("thought", ""))
             text = str(record["content"])
             self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
             self.model_path = str(record.get("file", self.model_path))
@@ -11294,14 +11367,13 @@ class Plain:
     def show_progress(self, before: State, now: State) -> None:
         progress = ""
         if now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
-            progress = "%s %d %%" % (now.engine.value, now.progress * 100)
-        if now.chat.thought not in ("", before.chat.thought):
-            progress = "thinking: " + now.chat.thought
+            progress = "%s %d %%" % (now.engine.value, now.progress.share() * 100)
+        if now.chat.thought and now.chat.thought != before.chat.thought:
+            progress = "thinking: " + describe_thought(now.chat.thought)
         if now.fetch and now.fetch != before.fetch:
             progress = describe_fetch(now.fetch)
-        was = (before.doing, before.progress, before.fetch)
-        if is_getting(now) and (now.doing, now.progress, now.fetch) != was:
-            parts = ["engine: " + now.doing] if now.engine is Condition.INSTALLING else []
+        if is_getting(now) and (now.progress, now.fetch) != (before.progress, before.fetch):
+            parts = ["engine: " + describe_progress(now.progress)] if now.engine is Condition.INSTALLING else []
             parts += ["model: " + describe_fetch(now.fetch)] if now.fetch else []
             progress = "  ".join(parts)
         if progress:
@@ -11313,11 +11385,11 @@ class Plain:
         turn = self.state.chat.nodes.get(stands_at(self.state.chat), Turn("user", ""))
         if turn.role != "assistant" or turn in said:
             return
-        cut = _pattern("cut").search(turn.note)
+        cut = how_cut(turn)
         if cut and not self.quiet:
-            self.note("The reply was %s: /continue goes on." % cut.group())
-        elif cut and "limit" in cut.group():
-            self.note("The reply was %s." % cut.group())
+            self.note("The reply was %s: /continue goes on." % cut)
+        elif "limit" in cut:
+            self.note("The reply was %s." % cut)
 
     def show_answer(self, reply: str, now: State, ended: bool = False) -> None:
         """Print what is new of the answer."""
@@ -11967,10 +12039,10 @@ def run_install(arguments: Any) -> int:
             draw_status("")
             print(clean(text), end="\n" if text else "", flush=True)
         elif sys.stderr and sys.stderr.isatty():
-            draw_status("%s  %s" % (describe_step(step), text))
+            draw_status("%s  %s" % (describe_progress(read_step(step)), text))
         elif step["done"] * 10 // step["total"] > tenths[0]:
             tenths[0] = step["done"] * 10 // step["total"]
-            print(describe_step(step), flush=True)
+            print(describe_progress(read_step(step)), flush=True)
     return install_engine(print_json if arguments.json else show, arguments.gpu, arguments.upgrade)
 
 def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:

@@ -4521,7 +4521,7 @@ class SlowDiskTest(unittest.TestCase):
         os.replace(self.count + ".new", self.count)
 
     def wait_for(self, progress):
-        wait_until(lambda: self.window.step() or self.window.state.progress >= progress)
+        wait_until(lambda: self.window.step() or self.window.state.progress.share() >= progress)
 
     def open_gate(self):
         open(self.gate, "w").close()
@@ -4531,7 +4531,7 @@ class SlowDiskTest(unittest.TestCase):
             self.comes(thousandths)
             share = min(0.99, thousandths / 1000)
             self.wait_for(share - 0.011)
-            self.assertAlmostEqual(self.window.state.progress, share, delta=0.011)
+            self.assertAlmostEqual(self.window.state.progress.share(), share, delta=0.011)
         self.assertEqual(self.window.state.engine, Condition.LOADING)
         self.open_gate()
         self.window.wait(Condition.READY)
@@ -5036,7 +5036,7 @@ class HungTest(unittest.TestCase):
         self.hang(window)
         self.stop_late(window).runner.engine.process.send_signal(signal.SIGCONT)
         window.wait(Condition.READY)
-        self.assertIn("stopped", window.state.chat.turns[-1].note)
+        self.assertEqual(llmchat.how_cut(window.state.chat.turns[-1]), "stopped")
 
     def test_while_loading(self):
         window = Headless(self, MIND, max_tokens=8).wait(Condition.LOADING)
@@ -9909,16 +9909,16 @@ class ThoughtsTest(unittest.TestCase):
         records = [
             record for e in effects if isinstance(e, llmchat.Store) for record in e.arguments[1]
         ]
-        self.assertEqual((records[-1]["content"], records[-1]["thought"]), (text, "7 tokens, 2 s"))
+        self.assertEqual((records[-1]["content"], tuple(records[-1]["thought"])), (text, (7, 2.0)))
         raw = b"\n".join(
             json.dumps(record).encode()
             for record in ({"turn": 1, "parent": 0, "role": "user", "content": "hi"}, records[-1])
         )
-        self.assertEqual(llmchat.parse_chat(raw).turns[-1].thought, "7 tokens, 2 s")
-        self.assertEqual(play(state, "/fork", "[enter]")[0].chat.turns[-1].thought, "7 tokens, 2 s")
+        self.assertEqual(llmchat.parse_chat(raw).turns[-1].thought, (7, 2.0))
+        self.assertEqual(play(state, "/fork", "[enter]")[0].chat.turns[-1].thought, (7, 2.0))
         on, effects = play(state, "/continue", "[enter]")
-        self.assertEqual((sent(effects)[0]["begun"], on.chat.thought), (text, "7 tokens, 2 s"))
-        self.assertEqual(play(state, "again", "[enter]")[0].chat.thought, "")
+        self.assertEqual((sent(effects)[0]["begun"], on.chat.thought), (text, (7, 2.0)))
+        self.assertEqual(play(state, "again", "[enter]")[0].chat.thought, ())
         self.assertEqual(
             llmchat.export_chat(state.chat.turns, "", "x.txt"), "You: hi\n\nModel: so\n\n"
         )
@@ -9942,6 +9942,29 @@ class ThoughtsTest(unittest.TestCase):
             )
             self.assertIn(hint, state.hint)
             self.assertIsNone(state.settings.think)
+
+    def test_numbers_of_replies_in_files(self):
+        """They are read as they were written; an older file's texts are shown as they are, anything else does no harm."""
+        state = play(ready(chat=Chat(name="n")), "q", "[enter]")[0]
+        state = self.say(state, "<think>hm</think>", "So.", thought=[7, 2.0])
+        state, effects = play(state, done(1, "length"))
+        (record,) = [e.arguments[1][0] for e in effects if e[:1] == ("write",)]
+        line = json.dumps(record)
+        turn = llmchat.parse_chat(line.encode()).nodes[record["turn"]]
+        self.assertEqual(turn.note, state.chat.turns[-1].note)
+        self.assertEqual(llmchat.describe_thought(turn.thought), "7 tokens, 2 s")
+        self.assertEqual(llmchat.how_cut(turn), "cut at the token limit (/set max_tokens)")
+        note = "36 tokens, 29.1/s, first after 0.2 s, read 8, stopped"
+        old = dict(record, note=note, thought="5 tokens, 1 s")
+        turn = llmchat.parse_chat(json.dumps(old).encode()).nodes[record["turn"]]
+        self.assertEqual(llmchat.how_cut(turn), "stopped")
+        texts = (llmchat.describe_ending(turn.note), llmchat.describe_thought(turn.thought))
+        self.assertEqual(texts, (note, "5 tokens, 1 s"))
+        for value in ([], [1], ["x", 2], {}, None, 7, {**record["note"], "rate": "x"}):
+            bad = dict(record, note=value, thought=value)
+            turn = llmchat.parse_chat(json.dumps(bad).encode()).nodes[record["turn"]]
+            shown = screen_text(ready(chat=Chat((turn,))))
+            self.assertNotIn("Traceback", shown, value)
 
 
 class StoredChatTest(unittest.TestCase):
@@ -10631,7 +10654,7 @@ class StoredChatTest(unittest.TestCase):
         )
         self.do(done(2, "end", n_written=2))
         self.assertEqual((self.shown(), self.notes()), (["q", "a b c d e"], []))
-        self.assertRegex(self.state.chat.turns[-1].note, "^5 tokens, ")
+        self.assertEqual(self.state.chat.turns[-1].note.n_written, 5)
         self.do("/continue", done(3, "end", n_written=0))
         self.assertEqual(
             (self.shown(), notices(self.state), self.state.draft.text),
@@ -10878,7 +10901,8 @@ class UpdateTest(unittest.TestCase):
             (Condition.READY, None, ("assistant", "Good day")),
         )
         self.assertIn(
-            "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2", state.chat.turns[-1].note
+            "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2",
+            llmchat.describe_ending(state.chat.turns[-1].note),
         )
         state, effects = play(state, Submitted("and you?"))
         self.assertEqual(
@@ -10920,7 +10944,7 @@ class UpdateTest(unittest.TestCase):
                 (state.engine, effects, state.chat.turns[-1].text),
                 (Condition.READY, (), "so far!" if events else "!"),
             )
-            self.assertIn("stopped", state.chat.turns[-1].note)
+            self.assertEqual(llmchat.how_cut(state.chat.turns[-1]), "stopped")
 
     def test_ctrl_c_asks_once(self):
         state, effects = play(ready(), "[ctrl-c]")
@@ -11158,7 +11182,8 @@ class UpdateTest(unittest.TestCase):
         self.assertIn("reading ahead 5/9", rows_of(state)[-1])
         state, effects = update(state, Pressed("enter"))
         self.assertEqual(
-            (len(sent(effects, "chat")), sent(effects, "ahead"), state.ahead_left), (1, [], "")
+            (len(sent(effects, "chat")), sent(effects, "ahead"), state.ahead_progress.total),
+            (1, [], 0),
         )
         for blank in (" ", "\n", " \n "):
             self.assertEqual(sent(update(ready(), Typed(blank))[1], "ahead")[0]["draft"], "")
@@ -11254,7 +11279,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(play(state, Installed(1))[0].engine, Condition.MISSING)
         step = {"event": "step", "done": 35, "total": 70, "left_s": 70, "text": "ops.cpp"}
         busy = play(state, InstallSaid(step))[0]
-        self.assertEqual((busy.progress, busy.doing), (0.5, "compiling 35/70, 1:10 left"))
+        self.assertEqual(busy.progress, llmchat.Progress(35, 70, left_s=70, doing="compiling"))
         self.assertIn("compiling 35/70, 1:10 left", "".join(rows_of(busy)))
         told = play(
             busy,
@@ -12444,8 +12469,7 @@ class ViewTest(unittest.TestCase):
             focus=choose(("chat", "system")),
             chat_scroll=choose((None, Scroll(dice.randrange(8), dice.randrange(9)))),
             log_scroll=choose((None, Scroll(3, 1))),
-            progress=dice.random(),
-            doing=choose(("", "12/34 tokens")),
+            progress=choose((llmchat.Progress(), llmchat.Progress(12, 34))),
             speed=dice.random() * 99,
             hint=choose(("", words(9))),
             quit_asked=choose((True, False)),
@@ -12593,7 +12617,7 @@ class ViewTest(unittest.TestCase):
             Turn("assistant", "there " * 299, "note"),
             columns=100,
             rows=20,
-            progress=0.5,
+            progress=llmchat.Progress(1, 2),
             settings=Settings("m.gguf", unicode=False),
             engine=Condition.LOADING,
             chat_scroll=Scroll(0, 0),
