@@ -523,7 +523,7 @@ class Chat(NamedTuple):
     kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
     last: int = 0                     # the highest number
     stored: int = 0                   # … of those that are in the file
-    stored_at: Tuple[int, int] = (0, 0)    # stands_at() and sees_from(), as the file says
+    stored_at: Tuple[int, int] = (0, 0)    # last_turn_id() and first_seen_id(), as the file says
     stops_slowly: bool = False        # the reply in progress was stopped a while ago
     system: str = ""                  # the system prompt, as the file says
     thought: Any = ()                 # how much of the reply in progress is thinking, as in Turn
@@ -732,7 +732,7 @@ StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
 Download = NamedTuple("Download", [("name", str)])                # in the background; name as parse_download() takes it
 StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
-Store = NamedTuple("Store", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of ChatStore, in its thread
+DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of DiskWorker, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
@@ -761,17 +761,17 @@ def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
         at = path[-1].parent
     return tuple(reversed(path))
 
-def stands_at(chat: Chat) -> int:
+def last_turn_id(chat: Chat) -> int:
     """The number of the last turn, 0 in an empty chat."""
     return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
 
-def sees_from(chat: Chat) -> int:
+def first_seen_id(chat: Chat) -> int:
     """The number of the first turn that the model sees, 0 = all of them."""
     return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
 
 def add_turn(chat: Chat, role: str, text: str, note: Any = "", thought: Any = ()) -> Chat:
     """One more turn. What was said at this place before isn't stored again."""
-    parent = stands_at(chat)
+    parent = last_turn_id(chat)
     said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
     turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
     if not said:
@@ -1714,13 +1714,13 @@ def turn_note(chat: Chat, i: int, dot: str) -> str:
         parts.append("version %d of %d" % (numbers.index(turn.id) + 1, len(numbers)))
         if not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:]):
             parts.append("Alt-Left/Right")
-    if turn.id and turn.id == stands_at(chat):
+    if turn.id and turn.id == last_turn_id(chat):
         parts.append(open_end(chat))
     return (" %s " % dot).join(filter(None, parts))
 
 def open_end(chat: Chat) -> str:
     """What may be done about a last reply that was cut, or a question without an answer."""
-    turn = chat.nodes.get(stands_at(chat))
+    turn = chat.nodes.get(last_turn_id(chat))
     if not turn or chat.waiting or chat.reply is not None:
         return ""
     if turn.role == "user":
@@ -1984,10 +1984,10 @@ def store_part(state: State, text: str) -> Tuple[Any, ...]:
     chat = state.chat
     if not text or not chat.name:
         return ()
-    part = {"part": text, "turn": chat.last + 1, "parent": stands_at(chat)}
+    part = {"part": text, "turn": chat.last + 1, "parent": last_turn_id(chat)}
     if chat.continued:
         part["gone"] = chat.continued
-    return (Store("write", (chat.name, (part,))),)
+    return (DiskJob("write", (chat.name, (part,))),)
 
 def run_command(state: State, name: str, argument: str = "") -> Change:
     """The way in for keys, /commands and dialogs."""
@@ -2064,13 +2064,13 @@ def cmd_chats(state: State, argument: str) -> Change:
 
 def cmd_open(state: State, argument: str) -> Change:
     """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
-    return state, (Store("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
+    return state, (DiskJob("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
 
 def cmd_title(state: State, argument: str) -> Change:
     """/title TEXT: give this chat a name"""
     if not (argument and state.chat.name and state.chat.last):
         return state._replace(hint="Say something first; then /title TEXT names the chat" if state.chat.name else "This chat isn't stored, so it has no title"), ()
-    return state._replace(hint="Named"), (Store("rename", (state.chat.name, argument)),)
+    return state._replace(hint="Named"), (DiskJob("rename", (state.chat.name, argument)),)
 
 def cmd_export(state: State, argument: str) -> Change:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
@@ -2078,19 +2078,19 @@ def cmd_export(state: State, argument: str) -> Change:
     name = os.path.basename(path)
     if not name:
         return state._replace(hint="Name a file, e.g. /export chat.md"), ()
-    if not stands_at(state.chat):
+    if not last_turn_id(state.chat):
         return state._replace(hint="Nothing was said yet, so there is nothing to export"), ()
     if os.path.splitext(name)[1].lower() not in EXPORT_ENDS:
         return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md"
                                    % os.path.splitext(path)[0]), ()
     text = export_chat(state.chat.turns, state.settings.system_prompt, path)
-    return state, (Store("export", (path, text)),)
+    return state, (DiskJob("export", (path, text)),)
 
 EXPORT_ENDS = ("", ".txt", ".md", ".markdown", ".json")    # of files that export_chat() can write
 
 def cmd_import(state: State, argument: str) -> Change:
     """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
-    return state, (Store("bring", (argument,)),)
+    return state, (DiskJob("import_chat", (argument,)),)
 
 def cmd_copy(state: State, argument: str) -> Change:
     """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
@@ -2103,7 +2103,7 @@ def cmd_save(state: State, argument: str) -> Change:
     text, what = pick_text(state, number)
     if not path or not text:
         return state._replace(hint="There isn't any: " + what if path else "Name a file, e.g. /save reply.md, or /save code.py 2"), ()
-    return state, (Store("export", (path, text + "\n")),)
+    return state, (DiskJob("export", (path, text + "\n")),)
 
 def pick_text(state: State, which: str) -> Tuple[str, str]:
     """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
@@ -2121,7 +2121,7 @@ def cmd_file(state: State, argument: str) -> Change:
 
 def read_files(state: State, paths: List[str], text: str = "") -> Change:
     """text: the draft, which is sent when they have been read."""
-    return state._replace(attaching=True), (Store("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
+    return state._replace(attaching=True), (DiskJob("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
 
 def cmd_history(state: State, argument: str) -> Change:
     """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
@@ -2130,7 +2130,7 @@ def cmd_history(state: State, argument: str) -> Change:
         return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them"
                                    % format_count(n, "message")), ()
     draft = state.draft._replace(history=())
-    return state._replace(draft=draft, hint="The history of messages is empty now"), (Store("forget", ()),)
+    return state._replace(draft=draft, hint="The history of messages is empty now"), (DiskJob("clear_history", ()),)
 
 def cmd_find(state: State, argument: str) -> Change:
     """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
@@ -2203,8 +2203,8 @@ def cmd_redo(state: State, argument: str) -> Change:
     """/redo: bring back what /undo took back (Alt-Left and Alt-Right: every other version)"""
     chat = state.chat
     for role in ("user", "assistant"):
-        kids = [kid for kid in chat.kids.get(stands_at(chat), ()) if chat.nodes[kid].role == role]
-        shown = chat.shown.get(stands_at(chat))
+        kids = [kid for kid in chat.kids.get(last_turn_id(chat), ()) if chat.nodes[kid].role == role]
+        shown = chat.shown.get(last_turn_id(chat))
         back = [shown] if shown in kids else kids[-1:]
         turns = chat.turns + tuple(chat.nodes[kid] for kid in back)
         chat = chat._replace(turns=turns, waiting=chat.waiting and not kids)
@@ -2218,10 +2218,10 @@ def cmd_fork(state: State, argument: str) -> Change:
 def turn_version(state: State, by: int) -> Change:
     """Show the chat up to another of its ends: first the versions of the last turn that has some, then
     of those above."""
-    ends, ahead = leaves(state.chat), leaves(state.chat, stands_at(state.chat))
-    if ends == [stands_at(state.chat)] or not ends:
+    ends, ahead = leaves(state.chat), leaves(state.chat, last_turn_id(state.chat))
+    if ends == [last_turn_id(state.chat)] or not ends:
         return state._replace(hint=ONE_VERSION), ()
-    if ahead != [stands_at(state.chat)]:  # it was taken back up to here
+    if ahead != [last_turn_id(state.chat)]:  # it was taken back up to here
         return show_end(state, ahead[0] if by > 0 else ahead[-1]), ()
     return show_end(state, ends[(ends.index(ahead[0]) + by) % len(ends)]), ()
 
@@ -2234,7 +2234,7 @@ def show_end(state: State, at: int) -> State:
     index = next((i for i, turn in enumerate(chat.turns) if turn.id not in kept), len(chat.turns))
     hint = "" if index > last_index(chat, "user") else "Another version of your question above"
     cut = cut_turns(chat, index)
-    chat = cut._replace(turns=cut.turns + turns_to(chat, at, stands_at(cut)))
+    chat = cut._replace(turns=cut.turns + turns_to(chat, at, last_turn_id(cut)))
     return state._replace(chat=chat, chat_scroll=None, hint=hint)
 
 def cmd_version(state: State, argument: str) -> Change:
@@ -2377,12 +2377,12 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
 def cmd_download(state: State, argument: str) -> Change:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
     if argument not in ("pause", "cancel"):
-        return start_fetch(state, argument, False) if argument else (state, (Store("suggest", ()),))
+        return start_fetch(state, argument, False) if argument else (state, (DiskJob("suggest", ()),))
     fetch = state.fetch
     if not fetch or (argument, fetch.stop) == ("pause", "paused"):
         return state._replace(hint="/download %s goes on with it" % fetch.name if fetch else "Nothing is being fetched"), ()
     if fetch.stop == "paused":
-        return state._replace(fetch=None), (Store("drop_parts", (fetch.parts,)),)
+        return state._replace(fetch=None), (DiskJob("drop_parts", (fetch.parts,)),)
     return state._replace(fetch=fetch._replace(stop={"pause": "pausing", "cancel": "cancelling"}[argument])), (StopDownload(),)
 
 def start_fetch(state: State, name: str, load: bool) -> Change:
@@ -2438,7 +2438,7 @@ def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
     kept = state.settings.kept
     kept = dict(kept, **{model: dict(kept.get(model, {}), **values)})
     state = state._replace(settings=state.settings._replace(kept=kept))
-    return state, (Store("keep", ("settings.json", model, values)),)
+    return state, (DiskJob("save_setting", ("settings.json", model, values)),)
 
 def keep_for_all(state: State, **values: Any) -> Change:
     """Remember what belongs to no single model, such as the last one's path, if it is news."""
@@ -2544,7 +2544,7 @@ def cmd_send(state: State, argument: str) -> Change:
         return read_files(state, paths, draft.text)
     # the words of a private chat must not come up in another one
     sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
-    kept = (Store("remember", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
+    kept = (DiskJob("append_history", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
     if state.engine is Condition.HUNG and not is_command:
         state, more = replace_engine(state)
         kept += more
@@ -2575,7 +2575,7 @@ def cmd_complete(state: State, argument: str) -> Change:
     is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
     last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
     if is_path or command == "/file" and " " in text or last.startswith("@"):
-        return state, (Store("find_paths", (text, last[last.startswith("@"):], not is_path)),)
+        return state, (DiskJob("find_paths", (text, last[last.startswith("@"):], not is_path)),)
     return complete(state, Fitting(text, text.rpartition(" ")[2], [word for word, _ in completions(text)]))
 
 def complete(state: State, event: Fitting) -> Change:
@@ -2649,7 +2649,7 @@ def take_back(state: State) -> State:
         return state._replace(chat=chat, hint="It was stopped before a word of the answer came; /retry asks again")
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
-    if state.chat.continued or chat.kids.get(stands_at(chat)):    # the reply before is there still
+    if state.chat.continued or chat.kids.get(last_turn_id(chat)):    # the reply before is there still
         return cmd_redo(state._replace(chat=chat), "")[0]
     asked = last_index(chat, "user")
     turn = chat.turns[asked]
@@ -2877,7 +2877,7 @@ def show_details(state: State, entry: ModelEntry) -> Change:
     choice = state.dialog
     state = state._replace(dialog=Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice))
     if not entry.to_fetch:
-        return state, (Store("describe", (entry.path,)),)
+        return state, (DiskJob("describe", (entry.path,)),)
     lines = ["%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry)]
     lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
     return on_model_described(state, ModelDescribed(entry.path, tuple(lines)))
@@ -2898,7 +2898,7 @@ def on_model_described(state: State, event: ModelDescribed) -> Change:
 CHATS_TITLE = "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames"
 
 def find_chats(query: str) -> Any:
-    return Store("find", (query,))
+    return DiskJob("find", (query,))
 
 def on_chats_found(state: State, event: ChatsFound) -> Change:
     if not is_open(state, "chats") or state.dialog.query != event.query:
@@ -2929,7 +2929,7 @@ def delete_chat(state: State, entry: ChatEntry) -> Change:
             return state._replace(hint="Stop the reply first (Esc)"), (find,)
         state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog)
     discard = SendEngine({"cmd": "discard", "chat": entry.name})
-    return state, (discard, Store("delete", (entry.name,)), find)
+    return state, (discard, DiskJob("delete", (entry.name,)), find)
 
 def ask_rename(state: State, entry: ChatEntry) -> Change:
     text = "New name: Enter takes it, Esc keeps the old one"
@@ -2941,7 +2941,7 @@ def rename_chat(state: State, entry: ChatEntry) -> Change:
     if not title.strip():
         return state, ()
     state, find = find_again(state)
-    return state, (Store("rename", (entry.name, title)), find)
+    return state, (DiskJob("rename", (entry.name, title)), find)
 
 def find_again(state: State) -> Tuple[State, Any]:
     """Go back from a question to the list of chats: (state, the effect that brings its rows anew)."""
@@ -3065,9 +3065,9 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
         return state, effects
     if not chat.nodes:                    # all of it was taken back
         empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
-        erase = (Store("erase", (chat.name,)),) if chat.stored else ()
+        erase = (DiskJob("erase", (chat.name,)),) if chat.stored else ()
         return state._replace(chat=empty), effects + erase
-    at, system = (stands_at(chat), sees_from(chat)), state.settings.system_prompt
+    at, system = (last_turn_id(chat), first_seen_id(chat)), state.settings.system_prompt
     records = [{"system": system}] if system != chat.system else []
     numbers = range(chat.stored + 1, chat.last + 1)
     new = [chat.nodes[number] for number in numbers if number in chat.nodes]
@@ -3076,7 +3076,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
         records.append({"at": at[0], "from": at[1]})
     chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
-    write = Store("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
+    write = DiskJob("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
 def has_news(state: State) -> bool:
@@ -3084,7 +3084,7 @@ def has_news(state: State) -> bool:
     chat = state.chat
     if not chat.last:
         return False
-    moved = (stands_at(chat), sees_from(chat)) != chat.stored_at
+    moved = (last_turn_id(chat), first_seen_id(chat)) != chat.stored_at
     moved = moved or state.settings.system_prompt != chat.system
     return chat.last != chat.stored or bool(chat.gone) or moved and chat.reply is None
 
@@ -3107,7 +3107,7 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     draft = "" if text.startswith("/") or not draft.strip() else draft
     chat = state.chat
-    ahead = (state.settings.system_prompt, chat.name, stands_at(chat), chat.editing, (shall_think(state), state.files, draft))
+    ahead = (state.settings.system_prompt, chat.name, last_turn_id(chat), chat.editing, (shall_think(state), state.files, draft))
     if ahead == state.ahead:
         return state, effects
     message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
@@ -3187,7 +3187,7 @@ def on_chat_opened(state: State, event: ChatOpened) -> Change:
     if not waiting:
         return state, effects
     if before.name and len(before.nodes) == 1:
-        effects += (Store("erase", (before.name,)),)    # it was typed before the chat came
+        effects += (DiskJob("erase", (before.name,)),)    # it was typed before the chat came
     state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
     return state, effects + more
 
@@ -3365,7 +3365,7 @@ def on_download_ended(state: State, event: DownloadEnded) -> Change:
     if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
         return state, ()
     if fetch.stop == "cancelling":
-        return state, (Store("drop_parts", (fetch.parts,)),)
+        return state, (DiskJob("drop_parts", (fetch.parts,)),)
     if fetch.stop or event.code == 130:
         return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint="Paused; /download %s goes on" % fetch.name), ()
     return notice(state, "Fetching ended by itself (exit status %d); the system pane (F2) may say why. /download %s goes on."
@@ -3473,7 +3473,7 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         return load_path(state._replace(next_path=""), state.next_path)
     is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
     if is_small and "better" not in state.settings.kept.get("", {}):
-        return state, (Store("find_better", ()),)
+        return state, (DiskJob("find_better", ()),)
     return state, ()
 
 def reply_note(chat: Chat, message: Dict[str, Any]) -> Ending:
@@ -3511,7 +3511,7 @@ def end_reply(state: State, note: str) -> State:
     if not (chat.reply or "").strip() or chat.reply == begun:
         return take_back(state)
     chat = add_turn(chat, "assistant", chat.reply or "", note, chat.thought)
-    if stands_at(chat) != chat.continued:
+    if last_turn_id(chat) != chat.continued:
         chat = drop_turn(chat, chat.continued)
     hint = "The answer is the same as before" if chat.last == last else state.hint
     return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False), hint=hint)
@@ -4779,7 +4779,7 @@ class Runner:
         self.model_path = ""              # what it was last told to load
         self.installer: Optional[Child] = None
         self.downloader: Optional[Child] = None
-        self.store = ChatStore(self.mailbox.post)
+        self.disk = DiskWorker(self.mailbox.post)
         self.quit = False
         problem = distrust("engine", "pycache")
         if problem:
@@ -4788,10 +4788,10 @@ class Runner:
     def perform(self, effect: Any) -> None:
         if isinstance(effect, SendEngine) and self.engine:
             self.send_engine(effect.message)
-        elif isinstance(effect, Store):
-            self.store.do(getattr(self.store, effect.job), *effect.arguments)
+        elif isinstance(effect, DiskJob):
+            self.disk.do(getattr(self.disk, effect.job), *effect.arguments)
         elif isinstance(effect, Copy):
-            self.store.do(self.store.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
+            self.disk.do(self.disk.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
         elif isinstance(effect, StartEngine):
             self.start_engine()
         elif isinstance(effect, EndEngine):
@@ -4891,7 +4891,7 @@ class Runner:
         if self.installer and self.installer.is_alive():
             self.installer.interrupt()
         self.end_download()
-        problem = self.store.close()
+        problem = self.disk.close()
         if self.engine:
             self.engine.close()
         if problem:
@@ -5029,7 +5029,7 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
         if state.settings.session:
-            more += (Store("recollect", ()),)
+            more += (DiskJob("load_history", ()),)
         last = loop(perform(state, effects + more, runner), screen, runner)
     finally:
         try:
@@ -10515,7 +10515,7 @@ class ChatReader:
         chat = chat._replace(turns=turns_to(chat, self.at))
         seen = (i for i, turn in enumerate(chat.turns) if turn.id == self.seen)
         chat = chat._replace(forgotten=next(seen, 0))
-        return chat._replace(stored_at=(self.at, sees_from(chat)))
+        return chat._replace(stored_at=(self.at, first_seen_id(chat)))
 
 def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
     """(the records in a line of a chat's file, whether it is damaged): one, or more if an end of line is lost."""
@@ -10711,7 +10711,7 @@ class ChatFile:
 
 
 # == 35. DISK WORKER ===============================================================================
-# ChatStore does what is to be done with files for the window: chats, history, settings, attachments, the clipboard.
+# DiskWorker does what is to be done with files for the window: chats, history, settings, attachments, the clipboard.
 # It must not know State or the terminal.
 
 REMOVED_FILE = "The file of this chat was removed by another program, so all of it is written anew."
@@ -10765,12 +10765,12 @@ def plain_path(word: str) -> str:
 SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwhile."
 COPIED_CHAT = "This is a copy of the chat, as it could not be opened to go on with it: %s."
 
-class ChatStore:
+class DiskWorker:
     """Does what is to be done with files; what comes of it goes to post(event). Saving has a thread of its
     own, where one job follows the other. What may hang (another disk, a program) has a thread each: ASIDE."""
     ASIDE = {  # job: what to say when it fails, or takes long
         "export": "The file isn't written",
-        "bring": "The file isn't read",
+        "import_chat": "The file isn't read",
         "read_files": "The files aren't read",
         "find_paths": "No files are found",
         "describe": "The model isn't read",
@@ -10783,8 +10783,8 @@ class ChatStore:
         "rename": "The chat isn't renamed",
         "delete": "The chat isn't deleted",
         "find": "No chats are found",
-        "keep": "The setting isn't kept",
-        "forget": "The history isn't emptied"}
+        "save_setting": "The setting isn't kept",
+        "clear_history": "The history isn't emptied"}
     MAX_ASIDE = 8                         # so many at once
     SLOW_S = 2.0                          # what takes longer is told
 
@@ -10879,7 +10879,7 @@ class ChatStore:
             if arguments or job != self.write:    # else it wasn't in the queue
                 self.jobs.task_done()
         try:
-            self._take(None)
+            self._switch_file(None)
             self.problem = ""
         except OSError as error:
             self.problem = explain_error(error)
@@ -10922,7 +10922,7 @@ class ChatStore:
             if self.file and self.file.add_all(records):
                 self._sync(self.file)
         finally:
-            self._take(self.file)
+            self._switch_file(self.file)
 
     def _sync(self, file: ChatFile) -> None:
         with self._told_when_slow("The chat isn't saved"):
@@ -10931,7 +10931,7 @@ class ChatStore:
             self.post(Told(file.news, "warn"))
             file.news = ""
 
-    def _take(self, file: Optional[ChatFile]) -> None:
+    def _switch_file(self, file: Optional[ChatFile]) -> None:
         """From now on this file; those before are closed, if need be later."""
         self.late, self.file = self.late + [self.file] * bool(self.file and self.file is not file), file
         while self.late:
@@ -10947,7 +10947,7 @@ class ChatStore:
             named = "There is no chat named %s; /chats shows those that there are." % wanted
             return self.post(Told(named if wanted else "There is no chat to go on with.", "warn"))
         if self.file and self.file.path == file.path:
-            self._take(None)              # this window's own: its lock first goes away
+            self._switch_file(None)       # this window's own: its lock first goes away
         note, raw = "", b""
         try:
             raw = file.open() if spare_name else b""
@@ -10957,10 +10957,10 @@ class ChatStore:
             raw, name, file = read_chat(name), spare_name, ChatFile(chat_path(spare_name))
             file.waiting = raw[:raw.rfind(b"\n") + 1] if spare_name else b""
         with suppress(OSError):           # is told at the next write
-            self._take(file)
+            self._switch_file(file)
         self.post(ChatOpened(parse_chat(raw, name), note))
 
-    keep = staticmethod(save_kept)
+    save_setting = staticmethod(save_kept)
 
     def suggest(self) -> None:
         entries = suggested_entries(known_hardware())
@@ -11030,19 +11030,19 @@ class ChatStore:
         self.late = [late for late in self.late if late.path != file.path]
         remove_all(file.path)
 
-    def forget(self) -> None:
+    def clear_history(self) -> None:
         """Empty the history of sent messages."""
         if os.path.exists(self.history):
             change_file(self.history, lambda raw: b"")
 
-    def remember(self, text: str) -> None:
+    def append_history(self, text: str) -> None:
         """Add to the history of sent messages, a file with a NUL after each."""
         raw = (text + "\0").encode("utf-8", "replace")
         with suppress(OSError):           # the chat's file has told of a full disk
             with locked(make_data_dir()), open(self.history, "ab", opener=open_private) as file:
                 file.write(raw)
 
-    def recollect(self) -> None:
+    def load_history(self) -> None:
         """Read the history, and cut it when it has grown to twice its size."""
         texts = read_text(self.history).split("\0")[:-1]
         self.post(HistoryRead(tuple(texts[-HISTORY_MESSAGES:])))
@@ -11100,7 +11100,7 @@ class ChatStore:
             write_whole(place, text.encode("utf-8", "replace"))
         self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
 
-    def bring(self, path: str) -> None:
+    def import_chat(self, path: str) -> None:
         """A chat from a file of OpenAI's messages."""
         try:
             with open(os.path.expanduser(path), encoding="utf-8-sig", opener=open_ordinary) as file:
@@ -11305,7 +11305,7 @@ class Plain:
         if hint and (hint != before.hint or isinstance(event, Submitted)):
             self.note(hint)
         if isinstance(event, Submitted):  # the next line may be meant for the chat that this one opens
-            self.runner.store.wait(self.WAIT_S)
+            self.runner.disk.wait(self.WAIT_S)
 
     def show(self, before: State, now: State) -> None:
         """What is new in the state: all that the window tells, without its statistics."""
@@ -11382,7 +11382,7 @@ class Plain:
 
     def show_end(self, said: Tuple[Turn, ...]) -> None:
         """Why the reply that has come is no whole one. said: the turns before it."""
-        turn = self.state.chat.nodes.get(stands_at(self.state.chat), Turn("user", ""))
+        turn = self.state.chat.nodes.get(last_turn_id(self.state.chat), Turn("user", ""))
         if turn.role != "assistant" or turn in said:
             return
         cut = how_cut(turn)

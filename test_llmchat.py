@@ -66,7 +66,7 @@ from llmchat import (
     StartEngine,
     State,
     StopInstall,
-    Store,
+    DiskJob,
     Submitted,
     Turn,
     Typed,
@@ -3157,8 +3157,8 @@ class ChatFileTest(unittest.TestCase):
         patch.start()
         self.addCleanup(patch.stop)
         self.posted = queue.Queue()
-        self.store = llmchat.ChatStore(self.posted.put)
-        self.addCleanup(self.store.close)
+        self.disk = llmchat.DiskWorker(self.posted.put)
+        self.addCleanup(self.disk.close)
 
     def said(self, store=None):
         return self.posted.get(timeout=LIMIT_S)
@@ -3182,24 +3182,24 @@ class ChatFileTest(unittest.TestCase):
         return [turn.text for turn in llmchat.parse_chat(self.raw() if raw is None else raw).turns]
 
     def test_a_chat_is_written_and_read_again(self):
-        self.store.do(self.store.write, "one", self.records("ask ü\n", "answer \ud800 \u2028 end"))
-        self.store.do(
-            self.store.write,
+        self.disk.do(self.disk.write, "one", self.records("ask ü\n", "answer \ud800 \u2028 end"))
+        self.disk.do(
+            self.disk.write,
             "one",
             (
                 {"at": 1, "from": 1},
                 {"turn": 3, "parent": 1, "role": "assistant", "content": "other"},
             ),
         )
-        self.store.do(self.store.write, "two", self.records("second chat"))
-        self.store.do(self.store.rename, "one", "a name")
-        self.store.do(self.store.find, "")
+        self.disk.do(self.disk.write, "two", self.records("second chat"))
+        self.disk.do(self.disk.rename, "one", "a name")
+        self.disk.do(self.disk.find, "")
         found = self.said()
         self.assertEqual(
             [(e.name, e.title) for e in sorted(found.entries)],
             [("one", "a name"), ("two", "second chat")],
         )
-        self.store.do(self.store.open, "one", "spare")
+        self.disk.do(self.disk.open, "one", "spare")
         chat = self.said().chat
         self.assertEqual([turn.text for turn in chat.turns], ["ask ü\n", "other"])
         self.assertEqual(chat.nodes[2].text, "answer ? \u2028 end")
@@ -3208,11 +3208,11 @@ class ChatFileTest(unittest.TestCase):
         self.assertEqual(
             (chat.forgotten, chat.stored_at), (1, (3, 3))
         )  # the model no longer sees the question
-        self.store.do(self.store.find, "SECOND")
+        self.disk.do(self.disk.find, "SECOND")
         self.assertEqual([entry.name for entry in self.said().entries], ["two"])
-        self.store.do(self.store.delete, "one")
+        self.disk.do(self.disk.delete, "one")
         self.assertEqual(set(self.said().said), {"ask ü\n", "answer ? \u2028 end", "other"})
-        self.store.do(self.store.open, "", "spare")  # the latest
+        self.disk.do(self.disk.open, "", "spare")  # the latest
         self.assertEqual(self.said().chat.name, "two")
         if POSIX:
             self.assertEqual(
@@ -3322,8 +3322,8 @@ class ChatFileTest(unittest.TestCase):
         self.assertLess(hidden, 10, "a number may lead elsewhere, and the others are versions then")
 
     def test_a_line_that_is_gone_is_marked(self):
-        self.store.do(self.store.write, "one", self.records(*"abcdefgh"))
-        self.store.wait(LIMIT_S)
+        self.disk.do(self.disk.write, "one", self.records(*"abcdefgh"))
+        self.disk.wait(LIMIT_S)
         lines = self.raw().splitlines()
         for gone, marks in (
             ((3,), 1),
@@ -3348,8 +3348,8 @@ class ChatFileTest(unittest.TestCase):
             self.assertEqual(chat.n_damaged, len(gone))
 
     def test_damage_is_told_and_the_rest_is_shown(self):
-        self.store.do(self.store.write, "one", self.records(*"abcd"))
-        self.store.wait(LIMIT_S)
+        self.disk.do(self.disk.write, "one", self.records(*"abcd"))
+        self.disk.wait(LIMIT_S)
         with open(llmchat.chat_path("one"), "r+b") as file:
             raw = file.read().replace(b'"b"', b'"\xff"', 1)
             file.seek(0)
@@ -3367,11 +3367,11 @@ class ChatFileTest(unittest.TestCase):
         )
 
     def test_two_windows_on_one_chat(self):
-        self.store.do(self.store.write, "one", self.records("ask", "answer"))
-        self.store.do(self.store.open, "one", "spare")
+        self.disk.do(self.disk.write, "one", self.records("ask", "answer"))
+        self.disk.do(self.disk.open, "one", "spare")
         self.assertEqual(self.said().chat.name, "one")
         code = (
-            "import llmchat, sys\nstore = llmchat.ChatStore(lambda event: print(event.text if isinstance(event, llmchat.Told) else (event.chat.name, len(event.chat.turns))))\n"
+            "import llmchat, sys\nstore = llmchat.DiskWorker(lambda event: print(event.text if isinstance(event, llmchat.Told) else (event.chat.name, len(event.chat.turns))))\n"
             "store.do(store.open, 'one', 'spare')\nstore.do(store.write, 'spare', ({'turn': 3, 'parent': 2, 'role': 'user', 'content': 'mine'},))\n"
             "store.do(store.delete, 'one')\nstore.do(store.rename, 'one', 'mine')\nstore.close()"
         ).replace("len(event.chat.turns)", "len(event.chat.turns), event.note")
@@ -3397,11 +3397,11 @@ class ChatFileTest(unittest.TestCase):
 
     def change_while_open(self, change, before=("a", "b"), after=("c", "d")):
         """(texts that the chat has in the end, names of all chats, what was told) when its file is changed meanwhile."""
-        self.store.do(self.store.write, "one", self.records(*before))
-        self.store.wait(LIMIT_S)
+        self.disk.do(self.disk.write, "one", self.records(*before))
+        self.disk.wait(LIMIT_S)
         change(llmchat.chat_path("one"))
-        self.store.do(self.store.write, "one", self.records(*after, first=len(before) + 1))
-        self.store.wait(LIMIT_S)
+        self.disk.do(self.disk.write, "one", self.records(*after, first=len(before) + 1))
+        self.disk.wait(LIMIT_S)
         texts = self.texts() if os.path.isfile(llmchat.chat_path("one")) else None
         told = []
         while not self.posted.empty():
@@ -3424,8 +3424,8 @@ class ChatFileTest(unittest.TestCase):
             self.assertEqual(
                 self.change_while_open(change), (["a", "b", "c", "d"], ["one"], removed)
             )
-            self.store.do(self.store.delete, "one")
-            self.store.wait(LIMIT_S)
+            self.disk.do(self.disk.delete, "one")
+            self.disk.wait(LIMIT_S)
             self.posted.get()
         self.assertEqual(os.stat(folder).st_mode & 0o777, 0o700)
 
@@ -3458,8 +3458,8 @@ class ChatFileTest(unittest.TestCase):
                         "x",
                         [turn.text for turn in llmchat.parse_chat(self.raw(name)).nodes.values()],
                     )
-                self.store.do(self.store.delete, name)
-            self.store.wait(LIMIT_S)
+                self.disk.do(self.disk.delete, name)
+            self.disk.wait(LIMIT_S)
             while not self.posted.empty():
                 self.posted.get()
 
@@ -3472,8 +3472,8 @@ class ChatFileTest(unittest.TestCase):
         self.assertEqual(
             (texts, read_bytes(other), len(told)), (["a", "b", "c", "d"], b"theirs", 1)
         )
-        self.store.do(self.store.delete, "one")
-        self.store.wait(LIMIT_S)
+        self.disk.do(self.disk.delete, "one")
+        self.disk.wait(LIMIT_S)
         self.posted.get()
         texts, _, told = self.change_while_open(lambda path: (os.remove(path), os.mkdir(path)))
         self.assertEqual((texts, len(told)), (["a", "b", "c", "d"], 1))
@@ -3494,11 +3494,11 @@ class ChatFileTest(unittest.TestCase):
                 os.path.exists(llmchat.chat_path("one")) and self.texts() == ["a", "b", "c", "d"]
             )
         )
-        self.store.wait(LIMIT_S)
+        self.disk.wait(LIMIT_S)
         shutil.rmtree(folder)
         open(folder, "w").close()
-        self.store.do(self.store.write, "one", self.records("e", first=5))
-        self.assertIn("it is no folder", self.store.close())
+        self.disk.do(self.disk.write, "one", self.records("e", first=5))
+        self.assertIn("it is no folder", self.disk.close())
 
     @unittest.skipUnless(POSIX, "needs a limit on the size of files")
     def test_a_full_disk_loses_nothing(self):
@@ -3507,7 +3507,7 @@ class ChatFileTest(unittest.TestCase):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (300, 10 ** 6))
             told = []
-            store = llmchat.ChatStore(lambda event: told.append(event))
+            store = llmchat.DiskWorker(lambda event: told.append(event))
             turn = lambda n: {"turn": n, "parent": n - 1, "role": "user", "content": "x" * 50}
             for n in range(1, 9):
                 store.do(store.write, "one", (turn(n),))
@@ -3857,11 +3857,11 @@ class KeptFilesTest(unittest.TestCase):
             play(ready(chat=Chat(name="c%d" % n)), "/set " + setting, "[enter]")
             for n, setting in enumerate(("temperature 0.1", "top_k 3"))
         ]
-        store = llmchat.ChatStore(None)
+        store = llmchat.DiskWorker(None)
         for _, effects in states:
             for effect in effects:
-                if effect[:1] == ("keep",):
-                    store.keep(*effect.arguments)
+                if effect[:1] == ("save_setting",):
+                    store.save_setting(*effect.arguments)
         (kept,) = llmchat.read_kept("settings.json").values()
         self.assertEqual(kept, {"temperature": 0.1, "top_k": 3})
 
@@ -3902,10 +3902,10 @@ class KeptFilesTest(unittest.TestCase):
         os.makedirs(os.path.dirname(llmchat.chat_path("one")))
         os.symlink(other, llmchat.chat_path("one"))
         told = []
-        store = llmchat.ChatStore(told.append)
+        store = llmchat.DiskWorker(told.append)
         for act in (
             lambda: llmchat.save_kept("settings.json", "m", {"top_k": 4}),
-            lambda: store.remember("mine"),
+            lambda: store.append_history("mine"),
             lambda: store.write(
                 "one", ({"turn": 1, "parent": 0, "role": "user", "content": "mine"},)
             ),
@@ -3931,7 +3931,7 @@ class KeptFilesTest(unittest.TestCase):
             os.mkfifo(self.path(name))
         child = self.start(
             "print(llmchat.read_kept('settings.json'), llmchat.read_text(sys.argv[1]))\n"
-            "llmchat.ChatStore(print).remember('text')\n"
+            "llmchat.DiskWorker(print).append_history('text')\n"
             "try: llmchat.save_kept('tuning.json', 'm', {})\n"
             "except OSError as error: print(error.strerror)",
             self.path("history"),
@@ -3943,8 +3943,8 @@ class KeptFilesTest(unittest.TestCase):
         """It is written whole; before, it was removed first."""
         lines = b"".join(b"message %d\0" % n for n in range(2 * llmchat.HISTORY_MESSAGES + 1))
         code = (
-            "store = llmchat.ChatStore(lambda event: None)\nraw = open(store.history, 'rb').read()\nprint('begun', flush=True)\n"
-            "while True:\n    llmchat.write_whole(store.history, raw)\n    store.recollect()"
+            "store = llmchat.DiskWorker(lambda event: None)\nraw = open(store.history, 'rb').read()\nprint('begun', flush=True)\n"
+            "while True:\n    llmchat.write_whole(store.history, raw)\n    store.load_history()"
         )
         for n in range(8):
             llmchat.write_whole(self.path("history"), lines)
@@ -3976,11 +3976,11 @@ class AsideTest(unittest.TestCase):
 
     def test_saving_goes_on_beside_a_job_that_hangs(self):
         with mock.patch.object(llmchat, "copy_by_program", self.hang()), mock.patch.object(
-            llmchat.ChatStore, "SLOW_S", 0.05
+            llmchat.DiskWorker, "SLOW_S", 0.05
         ):
-            self.store.do(self.store.copy, "text", "it", False)
-            self.store.do(
-                self.store.write,
+            self.disk.do(self.disk.copy, "text", "it", False)
+            self.disk.do(
+                self.disk.write,
                 "one",
                 ({"turn": 1, "parent": 0, "role": "user", "content": "kept"},),
             )
@@ -3994,27 +3994,27 @@ class AsideTest(unittest.TestCase):
                 self.told().text, "^Nothing is copied yet: the disk or program takes long"
             )
         began_s = time.monotonic()
-        self.store.wait(0.1)
+        self.disk.wait(0.1)
         self.assertLess(time.monotonic() - began_s, LIMIT_S / 2)
 
     def test_not_too_many_hang_at_once(self):
         with mock.patch.object(llmchat, "find_files", self.hang()):
-            for _ in range(llmchat.ChatStore.MAX_ASIDE + 1):
-                self.store.do(self.store.read_files, ("x",), 1, "")
+            for _ in range(llmchat.DiskWorker.MAX_ASIDE + 1):
+                self.disk.do(self.disk.read_files, ("x",), 1, "")
             self.assertIn("too much else", self.told().text)
 
     def test_a_disk_that_hangs_while_saving_is_told(self):
         with mock.patch.object(llmchat.ChatFile, "flush", self.hang()), mock.patch.object(
-            llmchat.ChatStore, "SLOW_S", 0.05
+            llmchat.DiskWorker, "SLOW_S", 0.05
         ):
-            self.store.do(
-                self.store.write,
+            self.disk.do(
+                self.disk.write,
                 "one",
                 ({"turn": 1, "parent": 0, "role": "user", "content": "kept"},),
             )
             self.assertRegex(self.told().text, "^The chat isn't saved yet: the disk")
             with mock.patch.object(threading.Thread, "join"):  # as if 5 s had passed
-                self.assertEqual(self.store.close(), "the disk doesn't answer")
+                self.assertEqual(self.disk.close(), "the disk doesn't answer")
 
     @unittest.skipUnless(POSIX, "needs named pipes")
     def test_only_ordinary_files_are_opened(self):
@@ -4026,24 +4026,24 @@ class AsideTest(unittest.TestCase):
             ("/dev/zero", "no ordinary file"),
             (folder, "a folder"),
         ):
-            self.store.do(self.store.bring, path)
+            self.disk.do(self.disk.import_chat, path)
             self.assertIn("%s: it is %s" % (path, reason), self.told().text)
-            self.store.do(self.store.read_files, (path,), 4096, "")
+            self.disk.do(self.disk.read_files, (path,), 4096, "")
             self.assertEqual(self.told().files, ())
         for path in (pipe, "/dev/null", folder):
-            self.store.do(self.store.export, path, "text")
+            self.disk.do(self.disk.export, path, "text")
             self.assertIn("is there already", self.told().text)
         os.makedirs(os.path.dirname(llmchat.chat_path("")), exist_ok=True)
         os.mkfifo(llmchat.chat_path("pipe"))
-        self.store.do(self.store.open, "pipe", "spare")
+        self.disk.do(self.disk.open, "pipe", "spare")
         self.assertIn("no ordinary file", self.told().text)
-        self.store.do(self.store.find, "")
+        self.disk.do(self.disk.find, "")
         self.assertEqual(self.told().entries, ())
 
     def test_a_job_that_fails_answers_all_the_same(self):
         """Plain mode waits for the files, whatever they are."""
         with mock.patch.object(llmchat, "read_attachment", side_effect=MemoryError("no room")):
-            self.store.do(self.store.read_files, (SCRIPT,), 4096, "")
+            self.disk.do(self.disk.read_files, (SCRIPT,), 4096, "")
             self.assertEqual(self.told().problems, ("%s isn't attached: no room." % SCRIPT,))
 
 
@@ -5100,7 +5100,7 @@ class FirstEffectsTest(unittest.TestCase):
         window = Window(
             TALK,
             code="import llmchat, sys\nsys.argv[1:] = [%r]\n"
-            "def fail(*_): raise OSError(28, 'No space left')\nllmchat.ChatStore.do = fail\nllmchat.main()"
+            "def fail(*_): raise OSError(28, 'No space left')\nllmchat.DiskWorker.do = fail\nllmchat.main()"
             % TALK,
         )
         self.addCleanup(window.close)
@@ -7259,7 +7259,7 @@ class FetchTest(unittest.TestCase):
     @unittest.skipUnless(POSIX, "locks of one process exclude each other on POSIX")
     def test_cancel_leaves_the_part_that_another_fetches(self):
         part, told = self.part(self.hub(), b"x"), []
-        store = llmchat.ChatStore(told.append)
+        store = llmchat.DiskWorker(told.append)
         with llmchat.lock_blob(part):
             store.drop_parts([part])
         self.assertEqual((os.path.exists(part), "another window" in told[0].text), (True, True))
@@ -7922,7 +7922,7 @@ class FetchTest(unittest.TestCase):
         )
         paused = state._replace(fetch=fetch._replace(stop="paused"))
         after, effects = llmchat.cmd_download(paused, "cancel")
-        self.assertEqual((after.fetch, effects), (None, (Store("drop_parts", (fetch.parts,)),)))
+        self.assertEqual((after.fetch, effects), (None, (DiskJob("drop_parts", (fetch.parts,)),)))
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
         self.assertEqual(
             llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo"),)
@@ -9393,7 +9393,9 @@ class TextTest(unittest.TestCase):
     def test_sent_messages_are_remembered(self):
         stored = llmchat.begin_chat(ready(), Chat(), "")._replace(chat=Chat(name="c"))
         kept = lambda effects: [
-            e.arguments for e in effects if isinstance(e, llmchat.Store) and e.job == "remember"
+            e.arguments
+            for e in effects
+            if isinstance(e, llmchat.DiskJob) and e.job == "append_history"
         ]
         self.assertEqual(kept(play(stored, Pasted("x\n" * 9), "[enter]")[1]), [("x\n" * 9,)])
         stored = stored._replace(settings=stored.settings._replace(session="s"))
@@ -9907,7 +9909,7 @@ class ThoughtsTest(unittest.TestCase):
         state, effects = play(state, "hi", "[enter]")
         state, effects = play(self.say(state, text, thought=[7, 2.0]), done(1))
         records = [
-            record for e in effects if isinstance(e, llmchat.Store) for record in e.arguments[1]
+            record for e in effects if isinstance(e, llmchat.DiskJob) for record in e.arguments[1]
         ]
         self.assertEqual((records[-1]["content"], tuple(records[-1]["thought"])), (text, (7, 2.0)))
         raw = b"\n".join(
@@ -9968,7 +9970,7 @@ class ThoughtsTest(unittest.TestCase):
 
 
 class StoredChatTest(unittest.TestCase):
-    """update() and a real ChatStore. After each event the file must hold what the window shows, and every version."""
+    """update() and a real DiskWorker. After each event the file must hold what the window shows, and every version."""
 
     setUp = ChatFileTest.setUp
 
@@ -9989,13 +9991,13 @@ class StoredChatTest(unittest.TestCase):
             )
             self.state, effects = update(self.state, event)
             for effect in effects:
-                if isinstance(effect, llmchat.Store):
-                    self.store.do(getattr(self.store, effect.job), *effect.arguments)
-            self.store.wait(LIMIT_S)
+                if isinstance(effect, llmchat.DiskJob):
+                    self.disk.do(getattr(self.disk, effect.job), *effect.arguments)
+            self.disk.wait(LIMIT_S)
             while not self.posted.empty():
                 self.do(self.posted.get())
         chat = self.state.chat
-        if chat.reply is None and chat.name and chat.last and not self.store.file.waiting:
+        if chat.reply is None and chat.name and chat.last and not self.disk.file.waiting:
             stored = self.read()
             self.assertEqual([turn.text for turn in stored.turns], self.shown())
             self.assertEqual(
@@ -10235,7 +10237,7 @@ class StoredChatTest(unittest.TestCase):
         self.state = self.state._replace(settings=Settings("m.gguf"))
         self.ask("/open")
         self.ask("more", "said")
-        self.store.close()
+        self.disk.close()
         self.assertEqual(
             (self.shown(), ChatFileTest.raw(self, name)), (["q", "a", "more", "said"], before)
         )
@@ -10294,7 +10296,7 @@ class StoredChatTest(unittest.TestCase):
         self.do("[ctrl-w]", Typed("high"), "[enter]")
         self.assertEqual((self.shown()[0], self.state.dialog), ('mountains are "high"', None))
         own = self.state.chat.name
-        with mock.patch.object(self.store, "find"):  # the list is long in coming
+        with mock.patch.object(self.disk, "find"):  # the list is long in coming
             self.do("/chats", Typed("high"), "[enter]", "[del]", "[enter]")
             self.assertEqual(
                 (self.shown()[0], self.state.dialog.name),
@@ -10674,7 +10676,7 @@ class StoredChatTest(unittest.TestCase):
         self.do(Typed("taken back secret"), "[enter]", "[esc]", done(3, "stopped"), "[ctrl-u]")
         self.do(Typed("/set top_k 3"), "[enter]", "/new")
         self.do(Typed("another"), "[enter]", text(4, "yes"), done(4))
-        self.assertEqual(read_bytes(self.store.history).count(b"secret"), 3)
+        self.assertEqual(read_bytes(self.disk.history).count(b"secret"), 3)
         self.do("/chats secret")
         name, states = items_of(self.state)[0].name, llmchat.make_data_dir("states")
         for left in (
@@ -10687,14 +10689,14 @@ class StoredChatTest(unittest.TestCase):
         self.assertEqual(
             self.state.hint, "The chat is deleted, and its messages are out of the history"
         )
-        self.assertEqual(read_bytes(self.store.history), b"another\0")
+        self.assertEqual(read_bytes(self.disk.history), b"another\0")
         self.assertNotIn(" secret", "".join(self.state.draft.history).replace("/chats secret", ""))
         for path in self.files():
             self.assertNotIn(b"secret", read_bytes(os.path.join(self.home, path)), path)
         self.do("[esc]", "/history")
         self.assertIn("know 1 message;", self.state.hint)
         self.do("/history none")
-        self.assertEqual((read_bytes(self.store.history), self.state.draft.history), (b"", ()))
+        self.assertEqual((read_bytes(self.disk.history), self.state.draft.history), (b"", ()))
 
     def test_what_is_refused_is_told_where_one_looks(self):
         self.begin()
@@ -11380,7 +11382,7 @@ class UpdateTest(unittest.TestCase):
         state, effects = play(
             state, "hi", "[enter]", said("text", id=1, text="Ho", rate=9.0, n_used=4), done
         )
-        self.assertIn(Store("find_better", ()), effects)
+        self.assertIn(DiskJob("find_better", ()), effects)
         entry = a_model(
             "hf:org/repo:m.gguf", "better:4b", source="to fetch", rate=11.0, n_bytes=2 << 30
         )
@@ -11403,7 +11405,7 @@ class UpdateTest(unittest.TestCase):
             [effect for effect in effects if isinstance(effect, (StartEngine, Download))], []
         )
         state, effects = play(state, done._replace(message=dict(done.message, id=2)))
-        self.assertNotIn(Store("find_better", ()), effects)
+        self.assertNotIn(DiskJob("find_better", ()), effects)
         loads = [effect.message["path"] for effect in effects if isinstance(effect, SendEngine)]
         self.assertEqual(loads, ["/models/better.gguf"])
 
@@ -11602,7 +11604,7 @@ class ModelListTest(unittest.TestCase):
 
     def test_details(self):
         state, effects = self.open("d")
-        self.assertEqual(effects, (Store("describe", ("/m/alpha-Q8_0.gguf",)),))
+        self.assertEqual(effects, (DiskJob("describe", ("/m/alpha-Q8_0.gguf",)),))
         told = ModelDescribed(
             "/m/alpha-Q8_0.gguf",
             ("Alpha", "File: /m/alpha-Q8_0.gguf") + tuple("line %d" % n for n in range(40)),
@@ -11631,7 +11633,7 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual(
             self.open("hu", "d")[0].dialog.query, "hud", "only while there is no filter"
         )
-        self.assertEqual(self.open("hu", "[tab]")[1], (Store("describe", ("/m/huge.gguf",)),))
+        self.assertEqual(self.open("hu", "[tab]")[1], (DiskJob("describe", ("/m/huge.gguf",)),))
         fetch = "\n".join(rows_of(self.open("fetch", "[tab]")[0]))
         self.assertRegex(
             fetch, r"(?s)Model: fetch.*small and quick.*Enter fetches it from org/fetch:F.gguf"
@@ -11640,7 +11642,7 @@ class ModelListTest(unittest.TestCase):
 
     def test_details_of_files(self):
         events = []
-        store = llmchat.ChatStore(events.append)
+        store = llmchat.DiskWorker(events.append)
         for path in (
             TALK,
             write(gguf(dict(SHAPE, **dict(VOCAB, **{"general.license": "mit"})))),
@@ -11850,9 +11852,9 @@ class CopyTest(unittest.TestCase):
 
     def test_save(self):
         for argument, effects in (
-            ("a b.txt", (Store("export", ("a b.txt", "No code.\n")),)),
-            ("x.py 3", (Store("export", ("x.py", "open\n")),)),
-            ("7", (Store("export", ("7", "No code.\n")),)),
+            ("a b.txt", (DiskJob("export", ("a b.txt", "No code.\n")),)),
+            ("x.py 3", (DiskJob("export", ("x.py", "open\n")),)),
+            ("7", (DiskJob("export", ("7", "No code.\n")),)),
             ("x.py 4", ()),
             ("", ()),
         ):
@@ -11871,7 +11873,7 @@ class CopyTest(unittest.TestCase):
         ):
             for name in {"SSH_CONNECTION", "TMUX"} - set(environment):
                 os.environ.pop(name, None)
-            llmchat.ChatStore(told.append).copy(text, "it", sent)
+            llmchat.DiskWorker(told.append).copy(text, "it", sent)
             self.file = os.path.join(llmchat.data_dir(), "copied.txt")
         took = llmchat.read_text(os.path.join(folder, "took"))
         return told[0].text, took
@@ -11922,7 +11924,7 @@ class FilesTest(unittest.TestCase):
     def read(self, *words, text="", n_ctx=4096):
         events = []
         with mock.patch.dict(os.environ, ENV):
-            llmchat.ChatStore(events.append).read_files(words, n_ctx, text)
+            llmchat.DiskWorker(events.append).read_files(words, n_ctx, text)
         return events[0]
 
     def test_joined_and_split(self):
@@ -12015,7 +12017,7 @@ class FilesTest(unittest.TestCase):
         state, effects = play(ready(), "/file 'b c.txt' a\\ b.txt", "[enter]")
         self.assertEqual(
             (effects, state.attaching),
-            ((Store("read_files", (["'b c.txt'", "a\\ b.txt"], 4096, "")),), True),
+            ((DiskJob("read_files", (["'b c.txt'", "a\\ b.txt"], 4096, "")),), True),
         )
         state, _ = play(
             state,
@@ -12076,7 +12078,7 @@ class FilesTest(unittest.TestCase):
         self.assertEqual(
             (effects[-1:], state.draft.text),
             (
-                (Store("read_files", (["x.txt", "y'"], 4096, state.draft.text)),),
+                (DiskJob("read_files", (["x.txt", "y'"], 4096, state.draft.text)),),
                 "me@a.b @x.txt, 'x @y' @",
             ),
         )
@@ -12095,7 +12097,7 @@ class FilesTest(unittest.TestCase):
         state, effects = play(ready(), "see @x.txt", Typed(" "))
         self.assertEqual(
             effects,
-            (Store("read_files", (["x.txt"], 4096, " ")),),
+            (DiskJob("read_files", (["x.txt"], 4096, " ")),),
             "its cost is seen before it is sent",
         )
         state, effects = play(state, FilesRead((File("x.txt", "one"),), (), " "))
@@ -12105,7 +12107,9 @@ class FilesTest(unittest.TestCase):
         )
         self.assertEqual(play(state, "more", Typed(" "))[1], ())
         for line in ("/nothing @x.txt", "a@b", "@ x"):
-            self.assertFalse([e for e in play(ready(), line, "[enter]")[1] if isinstance(e, Store)])
+            self.assertFalse(
+                [e for e in play(ready(), line, "[enter]")[1] if isinstance(e, DiskJob)]
+            )
 
     def test_tab_completes_paths(self):
         for draft, word, escaped in (
@@ -12115,7 +12119,7 @@ class FilesTest(unittest.TestCase):
             ("see @no", "no", True),
         ):
             state, effects = play(ready(), draft, "[tab]")
-            self.assertEqual(effects, (Store("find_paths", (draft, word, escaped)),))
+            self.assertEqual(effects, (DiskJob("find_paths", (draft, word, escaped)),))
         self.assertEqual(play(ready(), "@no", "[ctrl-j]", "[tab]")[1], ())
         state, _ = play(state, Fitting(draft, "no", ["notes/", "novel\\ 1"]))
         self.assertEqual((state.draft.text, state.hint), ("see @no", "notes/  novel\\ 1"))
@@ -12140,7 +12144,7 @@ class FilesTest(unittest.TestCase):
             (folder + "/sub[", False, ["x"]),
         ):
             events = []
-            llmchat.ChatStore(events.append).find_paths("t", word, escaped)
+            llmchat.DiskWorker(events.append).find_paths("t", word, escaped)
             self.assertEqual(events, [Fitting("t", word, [word + tail for tail in tails])])
 
     def test_tab_completes_names_of_models(self):
@@ -12151,8 +12155,8 @@ class FilesTest(unittest.TestCase):
         with mock.patch.object(llmchat, "MODEL_FOLDERS", (folder,)), mock.patch.dict(
             os.environ, ENV
         ):
-            llmchat.ChatStore(events.append).find_paths("/load qwen", "qwen", False)
-            llmchat.ChatStore(events.append).find_paths("/load oth", "oth", False)
+            llmchat.DiskWorker(events.append).find_paths("/load qwen", "qwen", False)
+            llmchat.DiskWorker(events.append).find_paths("/load oth", "oth", False)
         self.assertEqual([len(event.words) for event in events], [2, 1])
         state, _ = play(ready(), "/load qwen", events[0])
         self.assertEqual((state.draft.text, state.hint.count("wen-")), ("/load qwen", 2))
@@ -12215,8 +12219,8 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(
             effects,
             (
-                Store(
-                    "keep",
+                DiskJob(
+                    "save_setting",
                     ("settings.json", "m.gguf", {"system_prompt": llmchat.PERSONAS["coder"]}),
                 ),
             ),
@@ -12255,7 +12259,7 @@ class SettingsTest(unittest.TestCase):
         state, effects = play(state, "[enter]")
         self.assertEqual(
             (view(state).theme, effects),
-            (names[2], (Store("keep", ("settings.json", "", {"theme": names[2]})),)),
+            (names[2], (DiskJob("save_setting", ("settings.json", "", {"theme": names[2]})),)),
         )
 
     def test_other_settings(self):
