@@ -4368,6 +4368,74 @@ def spellable(char: str, encoding: str) -> bool:
     except UnicodeError:
         return False
 
+SLICE_S = 0.1                       # of a slow line's time, to be written at once: a key waits no longer
+STATUS_S = 0.5                      # between two paintings of the bottom line while text streams in: its numbers cost more than the text
+ASK, ANSWER = "\x1b[5n", b"\x1b[0n"  # ECMA-48's device status report
+
+def probe_line_speed() -> float:
+    """Bytes per second of the line to the terminal, as termios says; 0 = faster than we write, or not known.
+
+    38400 says nothing: every pseudo-terminal of Linux has it."""
+    if os.name == "nt":
+        return 0.0
+    import termios
+    bauds = (300, 600, 1200, 2400, 4800, 9600, 19200, 57600, 115200)
+    codes = {getattr(termios, "B%d" % baud): baud for baud in bauds}
+    with suppress(termios.error):
+        return codes.get(termios.tcgetattr(1)[5], 0) / 10    # a byte has a start and a stop bit
+    return 0.0
+
+def estimate_bytes(old: Optional[Line], new: Line) -> int:
+    """About what it takes to make a row of another: ncurses leaves out what is equal at both ends."""
+    before, after = ([(char, style) for text, style in line for char in text] for line in (old or (), new))
+    n_same = len(os.path.commonprefix([before, after]))
+    before, after = before[n_same:][::-1], after[n_same:][::-1]
+    after = after[len(os.path.commonprefix([before, after])):]
+    n_styles = sum(style != next_style for (_, style), (_, next_style) in zip(after, after[1:]))
+    return 30 + 12 * n_styles + len("".join(char for char, _ in after).encode("utf-8", "replace"))
+
+class LinePace:
+    """When the terminal can take more. Over a serial line of 9600 baud a frame lasts seconds, and a key would wait for it."""
+    def __init__(self) -> None:
+        self.bytes_per_s = probe_line_speed()
+        self.free_s = 0.0                 # time (monotonic) when what was written will have left
+        self.asked_s = 0.0                # when the terminal was asked whether it is as slow as termios says
+
+    def is_free(self, now_s: float) -> bool:
+        return now_s >= self.free_s and not self.is_full(now_s)
+
+    def is_full(self, now_s: float) -> bool:
+        """Whether a write would block: the reader at the other end has fallen behind by all that the system keeps."""
+        import select
+        if os.name == "nt" or select.select([], [1], [], 0)[1]:
+            return False
+        self.free_s = now_s + SLICE_S     # to look again
+        return True
+
+    def room_bytes(self) -> float:
+        """How much to write at once. The first frame is written whole, see hear()."""
+        if self.bytes_per_s and self.asked_s:
+            return self.bytes_per_s * SLICE_S
+        return float("inf")
+
+    def count(self, n_bytes: int, now_s: float) -> bool:
+        """Take note of what was written; True when the terminal is to be asked for a report now."""
+        if not self.bytes_per_s:
+            return False
+        import fcntl, struct, termios
+        queued = 0
+        with suppress(OSError):           # it hung up
+            queued = struct.unpack("i", fcntl.ioctl(1, termios.TIOCOUTQ, bytes(4)))[0]    # 0 on any pseudo-terminal
+        left = queued or n_bytes + max(0.0, self.free_s - now_s) * self.bytes_per_s
+        self.free_s = now_s + left / self.bytes_per_s
+        is_first, self.asked_s = not self.asked_s, self.asked_s or now_s
+        return is_first
+
+    def hear(self, data: bytes, now_s: float) -> None:
+        """Pseudo-terminals of macOS say 9600, also by ssh, and are fast: then the report comes before the first frame could."""
+        if ANSWER in data and now_s < (self.asked_s + self.free_s) / 2:
+            self.bytes_per_s = self.free_s = 0.0
+
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
@@ -4378,7 +4446,12 @@ class Screen:
         self.n_early = self._count_early()
         self.n_empty = 0                           # reads in a row that brought nothing
         self.heard_s = 0.0                         # when the last bytes came
-        self.theme, self.painted = "", []          # what the screen shows
+        self.theme = ""
+        self.painted: List[Optional[Line]] = []    # what the screen shows; None = not known
+        self.frame = Frame((), None, "")                   # what it is to show
+        self.rest: List[int] = []                  # rows of it that are still to be painted
+        self.drawn_s = self.status_s = 0.0         # when something was painted; the bottom line
+        self.pace = LinePace()
         self.check_terminal()
         self.window = curses.initscr()
         self.pad = curses.newpad(1, 8)             # to measure with
@@ -4484,7 +4557,9 @@ class Screen:
         if ready and os.name == "nt":
             events = self._read_console()
         elif ready:
-            events = self.keyboard.feed(self._read_bytes())
+            data = self._read_bytes()
+            self.pace.hear(data, now_s)
+            events = self.keyboard.feed(data)
         elif due_s is not None and now_s >= due_s:
             return self.keyboard.give_up()
         else:
@@ -4526,22 +4601,56 @@ class Screen:
             key = CURSES_KEYS.get(name, "")
             events += [Resized(0, 0) if key == "resize" else Pressed(key)] if key else []
 
-    def draw(self, frame: Frame) -> None:
-        """Paint the rows that changed; with another theme, all of them."""
+    def next_s(self, changed: bool) -> Optional[float]:
+        """The time (monotonic) from which on there is something to draw, None = there is nothing. changed: a new frame waits."""
+        if not self.is_painted():
+            return self.pace.free_s
+        if not changed and not self.rest:
+            return None
+        return max(self.pace.free_s, self.drawn_s + (1 / FRAMES_PER_S if changed else STATUS_S))
+
+    def is_painted(self) -> bool:
+        """Whether the frame is on the screen, but for the bottom line's numbers."""
+        return not self.rest or self.rest == [len(self.frame.lines) - 1]
+
+    def draw(self, frame: Frame, urgent: bool = True) -> None:
+        """Paint the rows that changed; with another theme, all of them. Over a slow line these are the cursor's row, where
+        a key is echoed, and some more: draw_rest() goes on. urgent: somebody waits for it."""
         if frame.theme != self.theme:
             self.theme, self.styles, self.painted = frame.theme, self._styles(frame.theme), []
-        for y, line in enumerate(frame.lines):
-            if y >= len(self.painted) or self.painted[y] != line:
-                self._paint(y, line)
-        self.painted = list(frame.lines)
+        if len(self.painted) != len(frame.lines):
+            self.painted = [None] * len(frame.lines)
+        self.frame = frame
+        self.rest = [y for y, line in enumerate(frame.lines) if line != self.painted[y]]
+        cursor_row = frame.cursor[0] if frame.cursor else -1
+        self.rest.sort(key=lambda y: y != cursor_row)
+        self.draw_rest(urgent)
+
+    def draw_rest(self, urgent: bool = False) -> None:
+        """Go on with the frame, as far as the line takes it now."""
+        import time
+        now_s, room = time.monotonic(), self.pace.room_bytes()
+        skips_status = not urgent and now_s < self.status_s + STATUS_S
+        n_bytes = 0
+        while self.rest and n_bytes < room and not (skips_status and self.is_painted()):
+            y = self.rest.pop(0)
+            if y == len(self.painted) - 1:
+                self.status_s = now_s
+            if self.pace.bytes_per_s:
+                n_bytes += estimate_bytes(self.painted[y], self.frame.lines[y])
+            self._paint(y, self.frame.lines[y])
         try:
-            self.window.move(*frame.cursor or (0, 0))
-            self.curses.curs_set(1 if frame.cursor else 0)
+            self.window.move(*self.frame.cursor or (0, 0))
+            self.curses.curs_set(1 if self.frame.cursor else 0)
         except self.curses.error:
             pass                                   # it can't hide its cursor, or has just become smaller
         self.window.refresh()
+        self.drawn_s = now_s
+        if self.pace.count(n_bytes, now_s):
+            self._write(ASK)
 
     def _paint(self, y: int, line: Line) -> None:
+        self.painted[y] = line
         x = 0
         for text, style in line:
             n = cells(text)
@@ -5043,14 +5152,11 @@ def run(screen: Screen, state: State, first: str = "") -> int:
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """The last state; None when the terminal is gone."""
     import time
-    drawn, drawn_s = state, 0.0
+    drawn, urgent = state, False
     while not runner.quit:
-        due_s = drawn_s + 1 / FRAMES_PER_S - time.monotonic() if state is not drawn else None
-        give_up_s = screen.due_s()        # of an unfinished key
-        if give_up_s is not None:
-            give_up_s -= time.monotonic()
-            due_s = give_up_s if due_s is None else min(due_s, give_up_s)
-        keys_ready = runner.mailbox.wait(due_s if due_s is None else max(0.0, due_s), keyboard=True)
+        dues_s = [screen.due_s(), screen.next_s(state is not drawn)]
+        wait_s = min((max(0.0, due_s - time.monotonic()) for due_s in dues_s if due_s is not None), default=None)
+        keys_ready = runner.mailbox.wait(wait_s, keyboard=True)
         keys = screen.read_events(keys_ready)
         if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
             return None
@@ -5058,10 +5164,18 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
             state = react(state, event, runner)
+        # A key is echoed at once, and the first word; streaming text comes at the frame rate, or as the line takes it.
+        changed = state is not drawn
+        urgent = changed and (urgent or bool(keys) or state.engine is not drawn.engine)
         now_s = time.monotonic()
-        if state is not drawn and (keys or state.engine is not drawn.engine or now_s - drawn_s >= 1 / FRAMES_PER_S):
-            screen.draw(view(state))      # a key is echoed at once, and the first word; streaming text at the frame rate
-            drawn, drawn_s = state, now_s
+        next_s = now_s if urgent else screen.next_s(changed)
+        if next_s is None or now_s < next_s or screen.pace.is_full(now_s):
+            continue
+        if changed and (urgent or screen.is_painted()):
+            screen.draw(view(state), urgent)
+            drawn, urgent = state, False
+        else:
+            screen.draw_rest()
     return state
 
 def react(state: State, event: Any, runner: Runner) -> State:

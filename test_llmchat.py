@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -4933,7 +4934,7 @@ class PipesTest(unittest.TestCase):
         self.assertLess(most, mailbox.ROOM + 10)
 
     def test_keys_come_before_a_flood(self):
-        screen = mock.Mock(n_empty=0, due_s=lambda: None)
+        screen = mock.Mock(n_empty=0, due_s=lambda: None, next_s=lambda changed: None)
         screen.read_events.side_effect = [[], [Pressed("ctrl-q")]] + [[]] * 99
         runner = llmchat.Runner()
         self.addCleanup(runner.close)
@@ -13146,7 +13147,7 @@ class TerminalScreen:
         elif final == "b":
             for _ in range(one):
                 self.put(self.last)
-        elif final not in "hlt":
+        elif final not in "hltn":
             raise ValueError("unknown sequence: CSI %s %s" % (parameters, final))
 
 
@@ -13178,13 +13179,19 @@ class Window:
     """llmchat in a pseudo-terminal. It isn't the process's controlling terminal: at the end of such a session the kernel
     resets it, and nothing could be said of how llmchat left it. So resize() sends SIGWINCH itself."""
 
-    def __init__(self, *arguments, columns=100, rows=24, code="", **environment):
+    def __init__(self, *arguments, columns=100, rows=24, code="", baud=0, **environment):
+        """baud: the speed of the line to the terminal, 0 = any; a byte takes ten bits of it."""
         import pty
         import termios
 
         self.process, self.screen, self.raw = None, TerminalScreen(columns, rows), b""
         (self.master, self.slave), self.text = pty.openpty(), self.screen.text
         self.resize(columns, rows)
+        self.bytes_per_s, self.budget, self.read_s = baud / 10, 0.0, time.monotonic()
+        if baud:
+            attributes = termios.tcgetattr(self.slave)
+            attributes[4:6] = [getattr(termios, "B%d" % baud)] * 2
+            termios.tcsetattr(self.slave, termios.TCSANOW, attributes)
         self.attributes = lambda: termios.tcgetattr(self.slave)
         self.attributes_before, folder = (
             self.attributes(),
@@ -13227,10 +13234,23 @@ class Window:
         """Take in what has come, waiting for it at most so long; False when nothing has."""
         if not select.select([self.master], [], [], limit_s)[0]:
             return False
-        data = os.read(self.master, 65536)
+        data = os.read(self.master, self.room())
         self.raw += data
         self.screen.feed(data)
         return True
+
+    def room(self):
+        """How many bytes the line brings now; waits for the first one of them."""
+        if not self.bytes_per_s:
+            return 65536
+        while self.budget < 1:
+            time.sleep(1 / self.bytes_per_s)
+            now_s = time.monotonic()
+            self.budget = min(16.0, self.budget + (now_s - self.read_s) * self.bytes_per_s)
+            self.read_s = now_s
+        room = int(self.budget)
+        self.budget -= room
+        return room
 
     def wait_for(self, wanted):
         """Read until a regular expression is on the screen, or a function returns something true; returns the match."""
@@ -13280,6 +13300,161 @@ class Window:
         self.process.wait()
         for fd in {self.master, self.slave} - {-1}:
             os.close(fd)
+
+
+# Runs a window's screen by a clock of its own, so that nothing depends on how fast this machine is.
+# `seen`: the rows, as they are painted.
+BY_CLOCK = """if 1:
+    import time
+    import llmchat
+
+    clock_s = 100.0
+    time.monotonic = lambda: clock_s
+    screen = llmchat.Screen()
+    paint = screen._paint
+    seen = []
+
+    def note(y, line):
+        seen.append(y)
+        paint(y, line)
+
+    def pass_time(seconds):
+        global clock_s
+        clock_s += seconds
+
+    def frame(word, typed=""):
+        lines = [((("%d %s" % (y, word * 9)).ljust(80)[:80], "text"),) for y in range(24)]
+        lines[20] = (("> " + typed, "user"),)
+        return llmchat.Frame(tuple(lines), (20, 2 + len(typed)), "green")
+
+    screen.draw(frame("one"))
+    screen._paint = note
+    try:
+CODE
+    finally:
+        screen.close()
+    print("passed")
+"""
+
+
+@unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
+class SlowLineTest(unittest.TestCase):
+    """A serial line of 9600 baud takes 960 bytes a second: frames follow it, and keys come first."""
+
+    def run_by_clock(self, code, baud=9600):
+        """What was written to the terminal."""
+        code = BY_CLOCK.replace("CODE", textwrap.indent(textwrap.dedent(code), " " * 8))
+        window = Window(code=code, columns=80, rows=24, baud=baud)
+        self.addCleanup(window.close)
+        window.bytes_per_s = 0  # the clock is the test's
+        self.assertEqual(window.end(), 0, window.text())
+        self.assertIn("passed", window.text())
+        return window.raw
+
+    def test_the_first_frame_comes_whole(self):
+        """… and with it the question whether the terminal is really slow."""
+        code = "assert screen.rest == []; print(screen.pace.free_s - clock_s > 1.5)"
+        self.assertRegex(self.run_by_clock(code), rb"(?s)23 oneone.*\x1b\[5n.*True")
+        raw = self.run_by_clock(code, baud=38400)
+        self.assertNotIn(b"\x1b[5n", raw)
+        self.assertIn(b"False", raw)
+
+    def test_a_key_is_echoed_first(self):
+        raw = self.run_by_clock("""
+            pass_time(9)
+            screen.draw(frame("two"), urgent=False)
+            assert 0 < len(seen) < 5, seen
+            screen.draw(frame("two", "Z"))
+            assert not screen.is_painted()
+            while not screen.is_painted():
+                pass_time(0.1)
+                if clock_s >= screen.next_s(False):
+                    screen.draw_rest()
+        """)
+        echoed = raw.index(b"Z")
+        self.assertLess(echoed - raw.index(b"twotwo"), 400)
+        self.assertGreater(raw.rindex(b"twotwo") - echoed, 800)
+
+    def test_frames_follow_the_line(self):
+        """Ten seconds of streaming at 30 frames a second: no more is written than the line takes."""
+        raw = self.run_by_clock("""
+            pass_time(3)
+            for n in range(300):
+                pass_time(1 / 30)
+                if clock_s < screen.next_s(True):
+                    continue
+                if screen.is_painted():
+                    screen.draw(frame("%03d" % n), urgent=False)
+                else:
+                    screen.draw_rest()
+            assert 50 < len(seen) < 200, len(seen)
+        """)
+        self.assertLess(len(raw), 9600 + 2400)
+        self.assertGreater(len(raw), 4800)
+
+    def test_an_answer_that_comes_soon(self):
+        """Pseudo-terminals of macOS say 9600, whatever they are."""
+        code = """
+            pass_time(%s)
+            screen.pace.hear(b"\\x1b[0n", clock_s)
+            pass_time(9)
+            screen.draw(frame("two"))
+            print(len(seen), "rows")
+        """
+        self.assertIn(b"23 rows", self.run_by_clock(code % 0.1))
+        self.assertRegex(self.run_by_clock(code % 1.5), b"[123] rows")
+
+    def test_a_full_line_is_left_alone(self):
+        code = """
+            import select
+            select.select = lambda *_: ([], [], [])
+            assert screen.pace.is_full(clock_s)
+            assert clock_s < screen.pace.free_s < clock_s + 1
+        """
+        self.run_by_clock(code, baud=38400)
+
+    def test_numbers_wait_for_words(self):
+        """The bottom line is painted less often than the text, and not late for ever."""
+        code = """
+            pass_time(0.1)
+            screen.draw(frame("two"), urgent=False)
+            assert screen.rest == [23] and screen.is_painted(), screen.rest
+            assert screen.next_s(False) > clock_s + 0.2
+            pass_time(1)
+            screen.draw_rest()
+            assert screen.rest == [] and screen.next_s(False) is None
+            pass_time(0.1)
+            screen.draw(frame("three"))
+            assert screen.rest == []
+        """
+        self.run_by_clock(code, baud=38400)
+
+    def test_estimate(self):
+        line = ((" status ", "status"), ("words", "text"))
+        for before, after, least, most in (
+            (line, line, 0, 30),
+            (None, line, 40, 80),
+            (line, ((" status ", "status"), ("Words", "text")), 1, 31),
+            (line, ((" sTATus ", "status"), ("words", "text")), 3, 33),
+            (line, ((" sTatus ", "status"), ("日ords", "text")), 20, 60),
+        ):
+            estimate = llmchat.estimate_bytes(before, after)
+            self.assertTrue(least <= estimate <= most, (estimate, after))
+
+    def test_the_whole_program(self):
+        window = Window(TOUR, "--no-save", columns=80, rows=24, baud=9600)
+        self.addCleanup(window.close)
+        window.ask("a long story", r"Once upon a time a llama.*\n writing")
+        for char in "ZQX":
+            start = len(window.raw)
+            window.type(char)
+            window.wait_for("❯ [^\n]*" + char)
+            self.assertLess(len(window.raw) - start, 8000)  # unpaced, 20,000 wait in the system
+        window.type(ESC)
+        window.wait_for(r"stopped.*\n ready")
+        window.bytes_per_s = 0
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
 
 
 ESC, CTRL_C, CTRL_L, CTRL_Q, UP, PGUP, END, F1, F2 = (
