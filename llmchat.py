@@ -98,9 +98,10 @@ import enum
 import os
 import re
 import unicodedata
+from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 VERSION = "0.1.0"
 
@@ -161,22 +162,30 @@ THINKING_TOKENS_PER_S = 10        # … and below this one that answers at once:
 DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
 DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
 
-CONTEXT_TOKENS = 0                # how much the model can keep in mind, in tokens; 0 = what fits (512 and up)
-THREADS = 0                       # CPU threads; 0 = one per physical core, which is nearly always fastest
-GPU_LAYERS = -1                   # layers of the model to put on the GPU; -1 = as many as fit, 0 = none
-KV_TYPE = ""                      # how the model's memory of the chat is kept: "f16", "q8_0" or "q4_0" (smaller, slower); "" = what fits
-USE_MMAP = 1                      # 1 = the system reads the model's file when it is needed, 0 = read all of it at the start
-USE_MLOCK = 0                     # 1 = the model stays in RAM, whatever other programs want (the system may limit this)
-
-TEMPERATURE = 0.8                 # 0 = always the likeliest word, 0.3 = sober, 0.8 = lively, 1.5 = wild
-TOP_K = 40                        # choose among the K likeliest tokens; 0 = among all
-TOP_P = 0.95                      # … among the likeliest that together have this probability; 1 = off
-MIN_P = 0.05                      # … among those at least this fraction as likely as the likeliest; 0 = off
-TYPICAL_P = 1.0                   # … among the most typical ones; 1 = off
-REPEAT_PENALTY = 1.0              # above 1 discourages repetition, e.g. 1.1; 1 = off
-REPEAT_LAST_N = 64                # how many of the last tokens the penalty looks at
-SEED = -1                         # the same seed gives the same answer; -1 = a new one each time
-MAX_TOKENS = 0                    # longest reply, in tokens; 0 = until the model is done
+# What /set NAME and --NAME change, and what can be kept for each model.
+# NAME: (default, lowest, highest, meaning), or of a word: (default, all words, None, meaning).
+SAMPLING = {                      # how the next token is chosen
+    "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.3 = sober, 0.8 = lively, 1.5 = wild"),
+    "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
+    "top_p":          (0.95, 0, 1, "among the likeliest that together have this probability, 1 = off"),
+    "min_p":          (0.05, 0, 1, "at least this fraction as likely as the likeliest, 0 = off"),
+    "typical_p":      (1.0, 0, 1, "among the most typical ones, 1 = off"),
+    "repeat_penalty": (1.0, 0.1, 5, "above 1 discourages repetition, e.g. 1.1; 1 = off"),
+    "repeat_last_n":  (64, 0, 4096, "how many of the last tokens the penalty looks at"),
+    "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
+    "max_tokens":     (0, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
+}
+LOADING = {                       # how a model is loaded
+    "n_ctx":          (0, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
+    "n_threads":      (0, 0, 1024, "CPU threads, 0 = one per physical core, nearly always the fastest"),
+    "n_gpu_layers":   (-1, -1, 10_000, "layers on the GPU, -1 = as many as fit, 0 = none"),
+    "kv_type":        ("", ("", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_0"), None,
+                       "of the model's memory of the chat: q8_0 and q4_0 are smaller and slower than f16; "
+                       "empty = what fits"),
+    "use_mmap":       (1, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
+    "use_mlock":      (0, 0, 1, "1 = the model stays in RAM whatever other programs want"),
+}
+SETTINGS = {**SAMPLING, **LOADING}
 
 PERSONAS = {                      # /persona NAME: ready-made system prompts
     "plain":   SYSTEM_PROMPT,
@@ -186,7 +195,7 @@ PERSONAS = {                      # /persona NAME: ready-made system prompts
 }
 PRESETS = {                       # /preset NAME: several settings at once; /set shows their names
     "precise":  {"temperature": 0.2, "top_p": 0.9, "min_p": 0.1},
-    "standard": {"temperature": TEMPERATURE, "top_p": TOP_P, "min_p": MIN_P},
+    "standard": {name: SAMPLING[name][0] for name in ("temperature", "top_p", "min_p")},
     "creative": {"temperature": 1.2, "top_p": 1.0, "min_p": 0.05},
 }
 
@@ -222,48 +231,82 @@ THINKING = (
     ("<|think|>", "<|end|><|begin|>assistant<|content|>"), ("<|content|>", ""),    # Solar
     ("<|inner_prefix|>", "<|inner_suffix|>"), ("", "[BEGIN FINAL RESPONSE]"))    # Apertus; Apriel
 
-# Colours: role: (256-colour foreground, background, 8-colour foreground, background, attributes).
-# -1 = the terminal's own. Attributes: b bold, d dim, i italic, r reverse, u underline. Mono terminals use only those.
-COLORS = {
-    "text":    (252, -1, -1, -1, ""),
-    "user":    (120, -1, 2, -1, "b"),      # what you wrote
-    "prompt":  (46, -1, 2, -1, "b"),       # the ❯ before it
-    "dim":     (243, -1, -1, -1, "d"),     # statistics, information in the log
-    "good":    (77, -1, 2, -1, ""),        # ready, fits, plans
-    "warn":    (221, -1, 3, -1, ""),
-    "error":   (203, -1, 1, -1, "b"),
-    "frame":   (28, -1, 2, -1, ""),
-    "title":   (83, -1, 2, -1, "b"),       # … of the pane that the scroll keys move, and of lists
-    "status":  (151, 22, 0, 2, ""),        # the bottom line
-    "alert":   (230, 124, 7, 1, "b"),      # … when something needs you
-    "bar":     (46, 22, 0, 2, "b"),        # progress bars in it
-    "high":    (221, 22, 0, 3, "b"),       # the context at 75 %; at 90 % it is an alert
-    "select":  (16, 77, 0, 2, "b"),        # the chosen line of a list
-    "heading": (83, -1, 2, -1, "bu"),      # from here on: in replies
-    "bold":    (231, -1, -1, -1, "b"),
-    "italic":  (158, -1, 6, -1, "i"),
-    "strike":  (243, -1, -1, -1, "d"),     # terminals can seldom strike out
-    "code":    (179, -1, 3, -1, "b"),      # … inside a sentence; blocks of code have the five colours below
-    "link":    (80, -1, 6, -1, "u"),
-    "quote":   (109, -1, 6, -1, ""),
-    "mark":    (35, -1, 2, -1, ""),        # bullets, bars of quotes, rules, lines of tables
-    "keyword": (114, -1, 2, -1, "b"),
-    "string":  (180, -1, 3, -1, ""),
-    "number":  (116, -1, 6, -1, ""),
-    "comment": (243, -1, -1, -1, "di"),
+# What there is to colour: role: attributes (b bold, d dim, i italic, u underline).
+# Terminals without colours show only these.
+ROLES = {
+    "text":    "",
+    "user":    "b",       # what you wrote
+    "prompt":  "b",       # the ❯ before it
+    "dim":     "d",       # statistics, information in the log
+    "good":    "",        # ready, fits, plans
+    "warn":    "",
+    "error":   "b",
+    "frame":   "",
+    "title":   "b",       # of the pane that the scroll keys move, and of lists
+    "status":  "",        # the bottom line
+    "alert":   "b",       # the same when something needs you
+    "bar":     "b",       # progress bars in it
+    "high":    "b",       # the context at 75 %; at 90 % it is an alert
+    "select":  "b",       # the chosen line of a list
+    "heading": "bu",      # from here on: in replies
+    "bold":    "b",
+    "italic":  "i",
+    "strike":  "d",       # terminals can seldom strike out
+    "code":    "b",       # inside a sentence; blocks of code have keyword, string, number, comment
+    "link":    "u",
+    "quote":   "",
+    "mark":    "",        # bullets, bars of quotes, rules, lines of tables
+    "keyword": "b",
+    "string":  "",
+    "number":  "",
+    "comment": "di",
 }
 
-# /theme NAME: which of the numbers above become which others. None: no colours, only the attributes.
+# /theme NAME: role: "120/2" = colour 120 where the terminal has 256, else 2 of 8; "151/0 on 22/2"
+# with a background. Nothing = the terminal's own. A role that a theme leaves out is as in "green".
 THEME = "green"
 THEMES = {
-    "green": {},
-    "amber": {252: 222, 120: 214, 46: 220, 77: 178, 221: 227, 28: 94, 83: 214, 151: 223, 22: 58, 231: 230, 158: 229, 179: 215, 80: 216,
-              109: 137, 35: 136, 114: 208, 180: 186, 116: 180, 243: 137, 2: 3, 3: 7, 6: 7},
-    "calm":  {120: 117, 46: 75, 77: 109, 28: 238, 83: 110, 151: 250, 22: 236, 230: 255, 124: 95, 158: 146, 179: 180, 80: 110, 35: 67,
-              114: 110, 203: 174, 221: 180, 2: 6},
-    "light": {252: -1, 120: 22, 46: 28, 77: 28, 221: 130, 203: 160, 28: 108, 83: 22, 151: 236, 22: 253, 16: 231, 231: 16, 158: 23, 179: 94,
-              80: 25, 109: 60, 35: 28, 114: 90, 180: 130, 116: 25, 0: 7, 2: 4, 3: 5, 6: 4},
-    "mono":  None,
+    "green": {
+        "text": "252",       "user": "120/2",     "prompt": "46/2",    "dim": "243",
+        "good": "77/2",      "warn": "221/3",     "error": "203/1",    "frame": "28/2",
+        "title": "83/2",     "heading": "83/2",   "bold": "231",       "italic": "158/6",
+        "strike": "243",     "code": "179/3",     "link": "80/6",      "quote": "109/6",
+        "mark": "35/2",      "keyword": "114/2",  "string": "180/3",   "number": "116/6",
+        "comment": "243",
+        "status": "151/0 on 22/2",     "bar": "46/0 on 22/2",         "high": "221/0 on 22/3",
+        "alert": "230/7 on 124/1",     "select": "16/0 on 77/2",
+    },
+    "amber": {
+        "text": "222",       "user": "214/3",     "prompt": "220/3",   "dim": "137",
+        "good": "178/3",     "warn": "227/7",     "error": "203/1",    "frame": "94/3",
+        "title": "214/3",    "heading": "214/3",  "bold": "230",       "italic": "229/7",
+        "strike": "137",     "code": "215/7",     "link": "216/7",     "quote": "137/7",
+        "mark": "136/3",     "keyword": "208/3",  "string": "186/7",   "number": "180/7",
+        "comment": "137",
+        "status": "223/0 on 58/3",     "bar": "220/0 on 58/3",        "high": "227/0 on 58/7",
+        "alert": "230/7 on 124/1",     "select": "16/0 on 178/3",
+    },
+    "calm": {
+        "text": "252",       "user": "117/6",     "prompt": "75/6",    "dim": "243",
+        "good": "109/6",     "warn": "180/3",     "error": "174/1",    "frame": "238/6",
+        "title": "110/6",    "heading": "110/6",  "bold": "231",       "italic": "146/6",
+        "strike": "243",     "code": "180/3",     "link": "110/6",     "quote": "109/6",
+        "mark": "67/6",      "keyword": "110/6",  "string": "180/3",   "number": "116/6",
+        "comment": "243",
+        "status": "250/0 on 236/6",    "bar": "75/0 on 236/6",        "high": "180/0 on 236/3",
+        "alert": "255/7 on 95/1",      "select": "16/0 on 109/6",
+    },
+    "light": {
+        "text": "",          "user": "22/4",      "prompt": "28/4",    "dim": "243",
+        "good": "28/4",      "warn": "130/5",     "error": "160/1",    "frame": "108/4",
+        "title": "22/4",     "heading": "22/4",   "bold": "16",        "italic": "23/4",
+        "strike": "243",     "code": "94/5",      "link": "25/4",      "quote": "60/4",
+        "mark": "28/4",      "keyword": "90/4",   "string": "130/5",   "number": "25/4",
+        "comment": "243",
+        "status": "236/7 on 253/4",    "bar": "28/7 on 253/4",        "high": "130/7 on 253/5",
+        "alert": "230/7 on 124/1",     "select": "231/7 on 28/4",
+    },
+    "mono": None,         # no colours
 }
 
 # Keys: key: command (a cmd_ function of COMMANDS). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
@@ -338,30 +381,21 @@ class Condition(enum.Enum):
     HUNG = "no answer"                # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
-class Sampling(NamedTuple):
-    """How the next token is chosen, in llama.cpp's terms (common/sampling)."""
-    temperature: float = TEMPERATURE
-    top_k: int = TOP_K
-    top_p: float = TOP_P
-    min_p: float = MIN_P
-    typical_p: float = TYPICAL_P
-    repeat_penalty: float = REPEAT_PENALTY
-    repeat_last_n: int = REPEAT_LAST_N
-    seed: int = SEED
-    max_tokens: int = MAX_TOKENS
+def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
+    """Make a NamedTuple type of the names and defaults of a table of settings, and more fields."""
+    defaults = {**{key: row[0] for key, row in rows.items()}, **more}
+    return namedtuple(name, defaults, defaults=defaults.values())    # type: ignore[misc]
 
-class LoadOptions(NamedTuple):
-    """What the user wants at loading; 0 (or -1 GPU layers) = choose for this machine."""
-    n_ctx: int = CONTEXT_TOKENS
-    n_threads: int = THREADS
-    n_gpu_layers: int = GPU_LAYERS
-    n_ubatch: int = 0
-    kv_type: str = KV_TYPE
-    tuned_rate: float = 0.0  # tokens/s that --bench measured with these; 0 = not measured
-    use_mmap: int = USE_MMAP
-    use_mlock: int = USE_MLOCK
-    fallback: int = 0        # how many fallback steps were taken, since memory ran out; 0 = as planned
-    caution: int = 0         # an index into CAUTIONS, because llama.cpp crashed with those before; or REMEMBERED
+if TYPE_CHECKING:                         # mypy can't look into a table
+    Sampling = LoadOptions = Any
+else:
+    Sampling = settings_tuple("Sampling", SAMPLING)
+    LoadOptions = settings_tuple(
+        "LoadOptions", LOADING,
+        n_ubatch=0,                       # tokens read at once; 0 = choose for this machine
+        tuned_rate=0.0,                   # tokens/s that --bench measured with these; 0 = not measured
+        fallback=0,                       # how many fallback steps were taken, since memory ran out
+        caution=0)                        # an index into CAUTIONS, or REMEMBERED: llama.cpp crashed with less
 
 REMEMBERED = -1              # as much caution as this engine has needed before, see careful()
 CAUTIONS = (                 # what loading leaves out
@@ -1073,6 +1107,16 @@ def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
             return files, text
         files += (File(*found.group(1, 3)),)
         text = text[found.end():]
+
+# Numbers of colours, of 256 and of 8; -1 = the terminal's own
+Color = NamedTuple("Color", [("fg", int), ("bg", int), ("fg8", int), ("bg8", int)])
+
+def parse_color(text: str) -> Color:
+    """Read a colour of THEMES, such as "151/0 on 22/2". Raises ValueError."""
+    fg, _, bg = text.partition(" on ")
+    halves = [half.partition("/")[::2] for half in (fg, bg)]
+    (fg256, fg8), (bg256, bg8) = halves
+    return Color(*(int(number or -1) for number in (fg256, bg256, fg8, bg8)))
 
 def format_bytes(n_bytes: int) -> str:
     """Such as "0.8 GB", in the binary units in which systems show their RAM."""
@@ -1869,24 +1913,6 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
 IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
                  "version", "version_back", "version_forward")
 
-SETTINGS_HELP = {  # /set NAME: (type, lowest, highest, meaning); of words: (str, all of them, None, meaning)
-    "temperature":    (float, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
-    "top_k":          (int, 0, 100000, "choose among the K likeliest tokens, 0 = all"),
-    "top_p":          (float, 0, 1, "among the likeliest that add up to this, 1 = off"),
-    "min_p":          (float, 0, 1, "at least this fraction of the likeliest, 0 = off"),
-    "typical_p":      (float, 0, 1, "the most typical ones, 1 = off"),
-    "repeat_penalty": (float, 0.1, 5, "above 1 discourages repetition, 1 = off"),
-    "repeat_last_n":  (int, 0, 4096, "how many tokens back the penalty looks"),
-    "seed":           (int, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
-    "max_tokens":     (int, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
-    "n_ctx":          (int, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
-    "n_threads":      (int, 0, 1024, "CPU threads, 0 = one per physical core"),
-    "n_gpu_layers":   (int, -1, 10000, "layers on the GPU, -1 = as many as fit"),
-    "kv_type":        (str, ("", *KV_TYPES), None, "of the model's memory of the chat: f16, q8_0, q4_0 …; empty = what fits"),
-    "use_mmap":       (int, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
-    "use_mlock":      (int, 0, 1, "1 = the model stays in RAM whatever other programs want"),
-}
-
 WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
 
 CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
@@ -2449,7 +2475,7 @@ def keep_for_all(state: State, **values: Any) -> Change:
 
 def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """The settings with these values. They may come from a file: what no setting would take is left out."""
-    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS_HELP}
+    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS}
     def changed(part: Any) -> Any:
         return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
     texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
@@ -2461,34 +2487,47 @@ def recall_settings(settings: Settings) -> Settings:
     return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
 
 def setting_value(settings: Settings, name: str) -> Any:
-    return getattr(settings.sampling if name in Sampling._fields else settings.options, name)
+    return getattr(settings.sampling if name in SAMPLING else settings.options, name)
 
 def cmd_set(state: State, argument: str) -> Change:
     """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
     name, _, value = argument.replace("=", " ").partition(" ")
     if not name:
-        rows = [("%-14s %s" % (n, setting_value(state.settings, n)), meaning) for n, (_, _, _, meaning) in SETTINGS_HELP.items()]
-        return notice(state, "\n".join(line for row in rows for line in help_lines(*row, plan_layout(state).chat_width)), "dim"), ()
-    if name not in SETTINGS_HELP:
-        return notice(state, "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS_HELP))), ()
-    number, problem = check_setting(name, value.strip())
+        return notice(state, settings_table(state), "dim"), ()
+    if name not in SETTINGS:
+        text = "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS))
+        return notice(state, text), ()
+    value, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem), ()
-    return choose(state, {name: number}, "%s = %s%s" % (name, number if value else "what fits", "; /load applies it" * (name in LoadOptions._fields)))
+    hint = "%s = %s" % (name, "what fits" if value == "" else value)
+    if name in LOADING:
+        hint += "; /load applies it"
+    return choose(state, {name: value}, hint)
+
+def settings_table(state: State) -> str:
+    width = plan_layout(state).chat_width
+    lines: List[str] = []
+    for name, (_, _, _, meaning) in SETTINGS.items():
+        now = "%-14s %s" % (name, setting_value(state.settings, name))
+        lines += help_lines(now, meaning, width)
+    return "\n".join(lines)
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
-    """(the value as a number, "") or (None, what is wrong with it)."""
-    kind, low, high, meaning = SETTINGS_HELP[name]
-    if kind is str:
-        return (value, "") if value in low else (None, "%s takes one of: %s (%s), not %r." % (name, ", ".join(low[1:]), meaning, value))
-    try:
-        number = kind(value)
-    except ValueError:
-        number = None
-    if number is None or not low <= number <= high:
-        return None, "%s takes a %snumber from %s to %s, e.g. %s (%s), not %r." % (
-            name, "whole " if kind is int else "", low, high, setting_value(Settings(), name), meaning, value)
-    return number, ""
+    """Read the value of a setting: (value, "") or (None, what is wrong with it)."""
+    default, low, high, meaning = SETTINGS[name]
+    if isinstance(default, str):
+        if value in low:
+            return value, ""
+        words = ", ".join(low[1:])
+        return None, "%s takes one of: %s (%s), not %r." % (name, words, meaning, value)
+    with suppress(ValueError):
+        number = type(default)(value)
+        if low <= number <= high:
+            return number, ""
+    kind = "whole number" if isinstance(default, int) else "number"
+    return None, "%s takes a %s from %s to %s, e.g. %s (%s), not %r." % (
+        name, kind, low, high, default, meaning, value)
 
 def cmd_raw(state: State, argument: str) -> Change:
     """/raw: show replies as they were written, without formatting (again: with it)"""
@@ -2593,7 +2632,7 @@ def completions(text: str) -> List[Tuple[str, str]]:
     """What the last word of a command may become, and what that means."""
     head, _, word = text.rpartition(" ")
     tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
-              "/set": {name: row[3] for name, row in SETTINGS_HELP.items()},
+              "/set": {name: row[3] for name, row in SETTINGS.items()},
               "/download": dict({row.name: row.character for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
               **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
     return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
@@ -3626,7 +3665,7 @@ ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["
 
 # == 11. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
-# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see COLORS.
+# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see ROLES.
 
 # cursor: row and column, None = hidden; theme: a name in THEMES
 Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]]), ("theme", str)])
@@ -4506,22 +4545,29 @@ class Screen:
         return True
 
     def _styles(self, theme: str) -> Dict[str, int]:
-        curses, styles, n_colors, changed = self.curses, {}, 0, THEMES.get(theme, {})
-        flags = {"b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE, "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
+        """Give each role of a theme its curses attribute."""
+        curses = self.curses
+        flags = {
+            "b": curses.A_BOLD, "d": curses.A_DIM, "r": curses.A_REVERSE,
+            "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
         if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
-            flags["i"] = curses.A_ITALIC           # where there is no italic, it is underlined
-        if changed is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
+            flags["i"] = curses.A_ITALIC  # where there is no italic, it is underlined
+        colors, n_colors = THEMES.get(theme, {}), 0
+        if colors is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
             curses.start_color()
             curses.use_default_colors()
             n_colors = curses.COLORS
-        for number, (name, (fg, bg, fg8, bg8, marks)) in enumerate(COLORS.items(), 1):
+        styles = {}
+        for number, (role, marks) in enumerate(ROLES.items(), 1):
+            color = parse_color(colors and colors.get(role) or THEMES["green"][role])
             if n_colors >= 256:
                 marks = marks.replace("d", "")
-            elif not n_colors and bg != -1:
+            elif not n_colors and color.bg != -1:
                 marks += "r"
+            styles[role] = sum(flags[mark] for mark in marks)
             if n_colors:
-                curses.init_pair(number, *(changed.get(n, n) for n in ((fg, bg) if n_colors >= 256 else (fg8, bg8))))
-            styles[name] = sum({flags[mark] for mark in marks}) | (curses.color_pair(number) if n_colors else 0)
+                curses.init_pair(number, *(color[:2] if n_colors >= 256 else color[2:]))
+                styles[role] |= curses.color_pair(number)
         return styles
 
     def size(self) -> Tuple[int, int]:
@@ -8107,7 +8153,7 @@ def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, opt
     """What to do when it doesn't fit."""
     if plan.verdict == "fits":
         return ""
-    free = plan_load(header, hardware, LoadOptions()) if options[:5] != LoadOptions()[:5] else plan
+    free = plan_load(header, hardware, LoadOptions()) if options[:4] != LoadOptions()[:4] or options.n_ubatch else plan
     if free.verdict == "fits":
         return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
     room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
@@ -11874,7 +11920,7 @@ def run_doctor() -> int:
         for level, what, text in findings:
             word = {"good": "ok", "warn": "warning", "error": "problem"}[level]
             rows = wrap(clean(text), max(20, shutil.get_terminal_size().columns - 19)) if terminal else [clean(text)]
-            print(color % (COLORS[level][2], word.ljust(9)) + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
+            print(color % (parse_color(THEMES["green"][level]).fg8, word.ljust(9)) + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
             worst = max(worst, ("good", "warn", "error").index(level))
     print(("All is well.", "It works, but see the warnings.", "See the problems above; llmchat can't work well before they are solved.")[worst])
     return int(worst == 2)
@@ -12076,7 +12122,7 @@ def parse_arguments(argv: List[str]) -> Any:
              "n_gpu_layers": ["-g", "--gpu-layers"]}
     add("--mlock", dest="use_mlock", action="store_const", const="1", help="keep the model in RAM, whatever other programs want")
     add("--no-mmap", dest="use_mmap", action="store_const", const="0", help="read the model's file at the start, not when it is needed")
-    for name, row in SETTINGS_HELP.items():
+    for name, row in SETTINGS.items():
         if name in ("use_mlock", "use_mmap"):
             continue
         add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
@@ -12107,8 +12153,8 @@ def parse_arguments(argv: List[str]) -> Any:
         parser.error("--bench needs a MODEL")
     if (arguments.gpu or arguments.upgrade) and not arguments.install:
         parser.error("--gpu and --upgrade go with --install")
-    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS_HELP, "system_prompt") and value is not None}
-    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS_HELP)):
+    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS, "system_prompt") and value is not None}
+    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS)):
         parser.error(problem)
     return arguments
 

@@ -5414,8 +5414,8 @@ class PlainTest(unittest.TestCase):
         self.assertEqual(run_plain("--version"), (0, "llmchat %s\n" % llmchat.VERSION, ""))
         out = run_plain("--help")[1]
         for words in (
-            "default: %s" % llmchat.TEMPERATURE,
-            "default: %s" % llmchat.TOP_P,
+            "default: %s" % llmchat.SAMPLING["temperature"][0],
+            "default: %s" % llmchat.SAMPLING["top_p"][0],
             "0 = what fits",
         ):
             self.assertIn(words, out)
@@ -6911,7 +6911,9 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             plan_load(big, machine(16, 12, gpu_gb=12, backend="Metal")).free_bytes, 12 * GB
         )
         plan = plan_load(
-            header(weight_gb=2), machine(3.8, 2.8), LoadOptions(65536, 3, 0, 64, "q8_0")
+            header(weight_gb=2),
+            machine(3.8, 2.8),
+            LoadOptions(n_ctx=65536, n_threads=3, n_gpu_layers=0, n_ubatch=64, kv_type="q8_0"),
         )
         self.assertEqual((plan[:4], plan.verdict), ((65536, 64, 3, 0), "too big"))
 
@@ -12272,10 +12274,10 @@ class SettingsTest(unittest.TestCase):
             LoadOptions(*sent(play(state, "/load", "[enter]")[1], "load")[0]["options"]).n_ctx, 2048
         )
         shown = notices(play(state, "/set", "[enter]")[0])[0]
-        for name in llmchat.SETTINGS_HELP:
+        for name in llmchat.SETTINGS:
             self.assertIn("  " + name, shown)
         self.assertIn(
-            "from 0 to 5, e.g. %s" % llmchat.TEMPERATURE,
+            "from 0 to 5, e.g. %s" % llmchat.SAMPLING["temperature"][0],
             notices(play(state, "/set temperature hot", "[enter]")[0])[0],
         )
 
@@ -12339,7 +12341,14 @@ class SettingsTest(unittest.TestCase):
         with mock.patch.object(llmchat, "read_kept", lambda name: kept):
             settings = llmchat.initial_state(
                 llmchat.parse_arguments(
-                    [write(b""), "--temp", str(llmchat.TEMPERATURE), "-c", "1024", "--no-save"]
+                    [
+                        write(b""),
+                        "--temp",
+                        str(llmchat.SAMPLING["temperature"][0]),
+                        "-c",
+                        "1024",
+                        "--no-save",
+                    ]
                 )
             ).settings
         self.assertEqual(settings.sampling, Sampling(seed=7))
@@ -12352,11 +12361,18 @@ class SettingsTest(unittest.TestCase):
                 [""] * len(values),
                 name,
             )
-        numbers = {n for color in llmchat.COLORS.values() for n in color[:4]}
-        for name, changed in llmchat.THEMES.items():
-            self.assertEqual(
-                set(changed or {}) - numbers, set(), "%s changes what isn't used" % name
-            )
+        self.assertEqual(set(llmchat.LOADING["kv_type"][1][1:]), set(llmchat.KV_TYPES))
+        self.assertEqual(set(llmchat.THEMES["green"]), set(llmchat.ROLES))
+        for colors in llmchat.THEMES.values():
+            self.assertLessEqual(set(colors or ()), set(llmchat.ROLES))
+
+    def test_a_colour_changed_in_one_theme_is_changed_in_no_other(self):
+        """Whatever roles share a number."""
+        self.assertEqual(llmchat.parse_color("151/0 on 22/2"), (151, 22, 0, 2))
+        self.assertEqual(llmchat.parse_color("243"), (243, -1, -1, -1))
+        self.assertEqual(llmchat.parse_color(""), (-1, -1, -1, -1))
+        for name in ("amber", "calm", "light"):
+            self.assertEqual(set(llmchat.THEMES[name]), set(llmchat.ROLES), name)
 
     def test_themes_can_be_read(self):
         """Each colour stands out from its background by the contrast that WCAG 2 wants of large text, 3 (frames: 1.3)."""
@@ -12374,13 +12390,11 @@ class SettingsTest(unittest.TestCase):
                 for w, c in zip((0.2126, 0.7152, 0.0722), levels)
             )
 
-        for theme, changed in llmchat.THEMES.items():
+        for theme, colors in llmchat.THEMES.items():
             paper, ink = (1, 0) if theme == "light" else (0, 1)
-            for role, color in llmchat.COLORS.items() if changed is not None else ():
-                a, b = (
-                    light(changed.get(color[0], color[0]), ink),
-                    light(changed.get(color[1], color[1]), paper),
-                )
+            for role, text in (colors or {}).items():
+                color = llmchat.parse_color(text)
+                a, b = light(color.fg, ink), light(color.bg, paper)
                 self.assertGreater(
                     (max(a, b) + 0.05) / (min(a, b) + 0.05),
                     1.3 if role == "frame" else 3,
@@ -12510,7 +12524,7 @@ class ViewTest(unittest.TestCase):
                     "[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "".join(lines)
                 )
                 and "control characters",
-                {style for line in frame.lines for _, style in line} - set(llmchat.COLORS)
+                {style for line in frame.lines for _, style in line} - set(llmchat.ROLES)
                 and "styles",
                 not (0 <= y < rows - 1 and 0 <= x < columns) and "cursor outside",
             ):
