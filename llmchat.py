@@ -640,13 +640,12 @@ class Row(NamedTuple):
     note: str = ""                    # stands behind the columns, and under the list while the row is chosen
 
 class Choice(NamedTuple):
-    """A list in front of the chat, to choose from. Functions get the state and the chosen row's item, and return a Change."""
+    """A list in front of the chat, to choose from."""
     name: str                         # "models", "chats" or one of CHOICES
     title: str
     rows: Tuple[Row, ...]
-    command: str                      # the /command that does the same as Enter
-    enter: Any                        # function: the list is closed by then
-    keys: Dict[str, Any] = {}         # other keys -> functions; letters only while nothing is searched for
+    command: str                      # the /command that does what Enter does
+    keys: Dict[str, Any]              # key -> function(state, item of the chosen row) -> Change; for Enter, the list is closed
     index: int = 0                    # of the chosen row among those that are shown; -1: none, they are on their way
     query: Optional[str] = None       # what is searched for; None: this list has no search line
     find: Any = None                  # query -> effect that brings the rows; None: those with all words of the query are shown
@@ -657,9 +656,9 @@ class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
     name: str                         # "setup", "unreachable", "delete" or "rename"
     text: str
-    keys: Dict[str, Any]              # keys and letters -> function(state, about) -> Change
+    keys: Dict[str, Any]              # key or letter -> function(state, about) -> Change
     about: Any = None
-    line: Optional[str] = None        # what is being typed; None: nothing can be
+    query: Optional[str] = None       # the line that is being typed; None: nothing can be
     answers: Tuple[str, ...] = ()     # the keys, as they are shown
     back: Any = None
 
@@ -668,7 +667,7 @@ class Sheet(NamedTuple):
     name: str                         # "help", which can be searched, or "details" of the row chosen in the list behind
     title: str
     rows: Tuple[Tuple[str, str], ...]    # what, and its meaning in a second column; "" = the line is one text
-    top: int = 0                      # the first line that is seen
+    index: int = 0                    # of the first line that is seen
     query: str = ""                   # what is searched for; of details: what begins a name if more is typed
     back: Any = None
 
@@ -2084,8 +2083,8 @@ def cmd_private(state: State, argument: str) -> Change:
 
 def cmd_chats(state: State, argument: str) -> Change:
     """/chats TEXT: choose among your chats, or those that hold this text"""
-    chats = Choice("chats", CHATS_TITLE, (), "open", open_entry, {"del": ask_delete, "ctrl-r": ask_rename},
-                   index=-1, query=argument, find=find_chats)
+    keys = {"enter": open_entry, "del": ask_delete, "ctrl-r": ask_rename}
+    chats = Choice("chats", CHATS_TITLE, (), "open", keys, -1, argument, find_chats)
     return state._replace(dialog=chats), (find_chats(argument),)
 
 def cmd_open(state: State, argument: str) -> Change:
@@ -2448,7 +2447,7 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     rows = tuple(Row((kind, word), (word.ljust(10) + meaning,)) for word, (meaning, _) in table.items())
     chosen = [with_values(settings, values) == settings for _, values in table.values()]
     index = chosen.index(True) if True in chosen else 0
-    choice = Choice(kind, "Choose a %s: Up, Down, Enter" % kind, rows, kind, take_named, index=index)
+    choice = Choice(kind, "Choose a %s: Up, Down, Enter" % kind, rows, kind, {"enter": take_named}, index)
     return state._replace(dialog=choice, hint=name and "There is no %s %r" % (kind, name)), ()
 
 def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
@@ -2758,19 +2757,12 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
     return state._replace(**{field: move_scroll(items, getattr(state, field), step, height)})
 
 
-# == 9. UPDATE =====================================================================================
-# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
-# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
-
-# == 9. UPDATE =====================================================================================
-# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
-# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
-
 # == 8b. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read (Sheet), see TYPES.
 # Pure. A new list is one function that makes a Choice; Plain shows it too. How they look: view_choice() and its like.
 
 MOVES = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -FAR, "end": FAR}    # rows or lines
+LINE_EDITS = ("backspace", "kill_word", "kill_to_start")
 
 def is_open(state: State, name: str) -> bool:
     return state.dialog is not None and state.dialog.name == name
@@ -2784,37 +2776,70 @@ def close_dialog(state: State) -> State:
 
 def type_in_dialog(state: State, text: str) -> Optional[Change]:
     """Give what is typed to the dialog; None: it doesn't take that, so that it goes into the input box."""
-    dialog, text = state.dialog, text.replace("\n", " ")
-    if isinstance(dialog, Sheet):
-        return type_in_sheet(state, text), ()
+    dialog = state.dialog
+    if not dialog:
+        return None
+    if not (dialog.query or state.draft.text):
+        if not isinstance(dialog, Sheet) and text in dialog.keys:
+            return press(state, text)
+        if is_open(state, "models") and text.startswith("/"):    # a command
+            return None
+    if dialog.query is not None:
+        return search(state, dialog.query + text.replace("\n", " "))
+    return (state, ()) if dialog.back else None
+
+def search(state: State, query: str) -> Change:
+    """Go on with another text in the dialog's line."""
+    dialog = state.dialog
+    if dialog.name == "details":          # d goes back; anything else is a name, of which d may have been the first letter
+        if query == dialog.query + "d":
+            return close_dialog(state), ()
+        dialog = dialog.back
+    dialog = dialog._replace(query=query)
     if isinstance(dialog, Question):
-        return type_answer(state, text)
-    if dialog is None or dialog.query is None:
-        return None
-    if dialog.query or dialog.find:
-        return search_list(state, dialog.query + text)
-    if text in dialog.keys:
-        return press_in_list(state, text)
-    if text.startswith("/"):              # a command
-        return None
-    return search_list(state, text)
+        return state._replace(dialog=dialog), ()
+    if isinstance(dialog, Choice) and dialog.find:    # none is chosen until the rows have come
+        return state._replace(dialog=dialog._replace(index=-1)), (dialog.find(query),)
+    return state._replace(dialog=dialog._replace(index=0)), ()
 
 def on_dialog_key(state: State, key: str) -> Change:
-    """Give a key to the dialog."""
-    if isinstance(state.dialog, Choice):
-        return press_in_list(state, key)
-    if isinstance(state.dialog, Question):
-        return press_in_question(state, key)
-    return press_in_sheet(state, key)
+    """Give a key to the dialog: it moves, edits the line, or is one of the dialog's own."""
+    dialog, edit = state.dialog, EDIT_KEYS.get(key)
+    if key in MOVES:
+        return move_in_dialog(state, MOVES[key]), ()
+    if edit in LINE_EDITS and dialog.query is not None and dialog.name != "details":
+        return search(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
+    if not isinstance(dialog, Sheet):
+        return press(state, key)
+    if dialog.name == "details" and key == "enter":
+        return press(close_dialog(state), key)
+    return close_dialog(state), ()
 
-def edited(line: str, key: str) -> Optional[str]:
-    """What a line is after an editing key; None: this key doesn't edit it."""
-    edit = EDIT_KEYS.get(key)
-    if edit not in ("backspace", "kill_word", "kill_to_start"):
-        return None
-    return EDITS[edit][1](Draft(line, len(line))).text
+def press(state: State, key: str) -> Change:
+    """Do what a list or a question does at a key of its own."""
+    dialog = state.dialog
+    if key not in dialog.keys:
+        return state, ()
+    if isinstance(dialog, Question):
+        return dialog.keys[key](state, dialog.about)
+    row = chosen_row(dialog)
+    if not row:
+        return state, ()
+    if key == "enter":
+        state = state._replace(dialog=None)
+    return dialog.keys[key](state, row.item)
 
-# Lists
+def move_in_dialog(state: State, by: int) -> State:
+    dialog = state.dialog
+    if isinstance(dialog, Question):
+        return state
+    if isinstance(dialog, Choice):
+        last = len(shown_rows(dialog)) - 1
+    else:
+        layout = plan_layout(state)
+        last = len(sheet_lines(dialog, layout.chat_width)) - sheet_room(layout.chat_height)
+    index = max(0, min(dialog.index + by, last))
+    return state._replace(dialog=dialog._replace(index=index))
 
 def is_shown(choice: Choice, row: Row) -> bool:
     return bool(choice.find or not choice.query or has_words(row, choice.query))
@@ -2829,48 +2854,29 @@ def chosen_row(choice: Choice) -> Optional[Row]:
     rows = shown_rows(choice)
     return rows[choice.index] if 0 <= choice.index < len(rows) else None
 
-def press_in_list(state: State, key: str) -> Change:
-    choice = state.dialog
-    if key in MOVES:
-        last = max(0, len(shown_rows(choice)) - 1)
-        index = min(max(choice.index + MOVES[key], 0), last)
-        return state._replace(dialog=choice._replace(index=index)), ()
-    query = None if choice.query is None else edited(choice.query, key)
-    if query is not None:
-        return search_list(state, query)
-    row = chosen_row(choice)
-    if row and key == "enter":
-        return choice.enter(state._replace(dialog=None), row.item)
-    if row and key in choice.keys:
-        return choice.keys[key](state, row.item)
-    return state, ()
-
-def search_list(state: State, query: str) -> Change:
-    choice = state.dialog._replace(query=query)
-    if choice.find:                       # none is chosen until the rows have come
-        return state._replace(dialog=choice._replace(index=-1)), (choice.find(query),)
-    return state._replace(dialog=choice._replace(index=0)), ()
-
 def table_rows(columns: Sequence[Any], rows: Sequence[Row], width: int) -> List[str]:
     """Lay out the titles and the rows in aligned columns, as many as leave 30 cells for the first; then the notes."""
-    if not columns:
+    if not (columns and rows):
         return [""] + [row.texts[0] for row in rows]
-    used = [i for i in range(len(columns)) if any(row.texts[i] for row in rows)]
-    if not used:
-        return [""]
     lines = [Row(None, tuple(title for title, _, _ in columns)), *rows]
-    wide = [max(cells(line.texts[i]) for line in lines) for i in range(len(columns))]
-    room = width - sum(wide[i] + 2 for i in used[1:])
-    while len(used) > 2 and room < min(wide[used[0]], 30):
-        room += wide[used.pop()] + 2
-    first = min(wide[used[0]], max(8, room))
-    return [table_row(columns, used, [first, *wide[1:]], line) for line in lines]
+    widest = [max(cells(line.texts[i]) for line in lines) for i in range(len(columns))]
+    wide, room = {0: min(widest[0], 30)}, width - min(widest[0], 30)
+    for i in range(1, len(columns)):
+        if not any(row.texts[i] for row in rows):
+            continue
+        if len(wide) > 1 and room < widest[i] + 2:
+            break                         # the second is shown however narrow the list is
+        wide[i] = widest[i]
+        room -= widest[i] + 2
+    wide[0] = min(widest[0], max(8, wide[0] + room))
+    return [table_row(columns, wide, line) for line in lines]
 
-def table_row(columns: Sequence[Any], used: Sequence[int], wide: Sequence[int], row: Row) -> str:
-    """Lay out one row in the used columns."""
-    name = take_cells(row.texts[used[0]], wide[0])
-    parts = [name + " " * (wide[0] - cells(name))]
-    parts += [columns[i][1](row.texts[i], wide[i]) for i in used[1:]]
+def table_row(columns: Sequence[Any], wide: Dict[int, int], row: Row) -> str:
+    """wide: the cells of each column that is shown."""
+    parts = []
+    for i, n_cells in wide.items():
+        text, align = take_cells(row.texts[i], n_cells), columns[i][1]
+        parts.append(align(text, n_cells - cells(text) + len(text)))
     text = "  ".join(parts).rstrip()
     return "%s  %s" % (text, clean_row(row.note)) if row.note else text
 
@@ -2886,7 +2892,9 @@ FETCHABLE_TITLE = "Models to fetch: Enter gets one, d or Tab tells more, Esc clo
 FETCH_TITLE = "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't"
 DETAILS_TITLE = "Enter takes it, d or Esc goes back"
 
-def model_row(entry: ModelEntry) -> Row:
+def model_row(entry: ModelEntry, in_use: bool = False) -> Row:
+    if in_use:
+        entry = entry._replace(note=("in use, " + entry.note).rstrip(", "))
     texts = tuple(text(entry) for _, _, text in MODEL_COLUMNS)
     words = " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note)).lower()
     return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), entry.note)
@@ -2896,17 +2904,14 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", ti
     being typed is sent."""
     if state.draft.text and not state.model and not state.chat.waiting:
         return state._replace(hint="/models chooses a model")
-    path = os.path.abspath(state.model.path) if state.model else ""
     if not title:
         title = FETCHABLE_TITLE if entries and all(entry.to_fetch for entry in entries) else MODELS_TITLE
-    models, index = [], 0
-    for i, entry in enumerate(entries):
-        if entry.path == path:
-            entry = entry._replace(note=("in use, " + entry.note).rstrip(", "))
-            index = 0 if query else i
-        models.append(model_row(entry))
-    choice = Choice("models", title, tuple(models), "load", load_entry, {"d": show_details_d, "tab": show_details},
-                    index, query, columns=MODEL_COLUMNS)
+    in_use = os.path.abspath(state.model.path) if state.model else ""
+    paths = [entry.path for entry in entries]
+    index = paths.index(in_use) if in_use in paths and not query else 0
+    rows = tuple(model_row(entry, entry.path == in_use) for entry in entries)
+    keys = {"enter": load_entry, "d": show_details_d, "tab": show_details}
+    choice = Choice("models", title, rows, "load", keys, index, query, columns=MODEL_COLUMNS)
     if is_open(state, "chats"):
         choice = state.dialog._replace(back=choice)
     return state._replace(dialog=choice)
@@ -2914,12 +2919,15 @@ def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", ti
 def show_details(state: State, entry: ModelEntry) -> Change:
     """Tell more of the chosen model: its file has more to say than the list."""
     choice = state.dialog
-    state = state._replace(dialog=Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice))
-    if not entry.to_fetch:
-        return state, (DiskJob("describe", (entry.path,)),)
-    lines = ["%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry)]
-    lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
-    return on_model_described(state, ModelDescribed(entry.path, tuple(lines)))
+    lines: List[str] = []
+    effects = (DiskJob("describe", (entry.path,)),)
+    if entry.to_fetch:
+        effects = ()
+        lines = ["%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry)]
+        lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
+    rows = tuple((line, "") for line in lines)
+    sheet = Sheet("details", DETAILS_TITLE, rows, query=choice.query, back=choice)
+    return state._replace(dialog=sheet), effects
 
 def show_details_d(state: State, entry: ModelEntry) -> Change:
     """The same at a typed d, which may also be the first letter of a name."""
@@ -2958,72 +2966,45 @@ def open_entry(state: State, entry: ChatEntry) -> Change:
 
 def ask_delete(state: State, entry: ChatEntry) -> Change:
     text = "Delete it for good? Enter deletes it, Esc keeps it"
-    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
-    return state._replace(dialog=question), ()
+    return state._replace(dialog=Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)), ()
 
 def delete_chat(state: State, entry: ChatEntry) -> Change:
-    state, find = find_again(state)
+    chats = state.dialog.back._replace(index=-1)
+    find = find_chats(chats.query)
     if entry.name == state.chat.name:
         if is_busy(state):
-            return state._replace(hint="Stop the reply first (Esc)"), (find,)
-        state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog)
+            return state._replace(dialog=chats, hint="Stop the reply first (Esc)"), (find,)
+        state = begin_chat(state, Chat(), "")
     discard = SendEngine({"cmd": "discard", "chat": entry.name})
-    return state, (discard, DiskJob("delete", (entry.name,)), find)
+    return state._replace(dialog=chats), (discard, DiskJob("delete", (entry.name,)), find)
 
 def ask_rename(state: State, entry: ChatEntry) -> Change:
     text = "New name: Enter takes it, Esc keeps the old one"
-    question = Question("rename", text, {"enter": rename_chat}, entry, line=entry.title, back=state.dialog)
+    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title, back=state.dialog)
     return state._replace(dialog=question), ()
 
 def rename_chat(state: State, entry: ChatEntry) -> Change:
-    title = state.dialog.line
+    title, chats = state.dialog.query, state.dialog.back
     if not title.strip():
         return state, ()
-    state, find = find_again(state)
-    return state, (DiskJob("rename", (entry.name, title)), find)
-
-def find_again(state: State) -> Tuple[State, Any]:
-    """Go back from a question to the list of chats: (state, the effect that brings its rows anew)."""
-    chats = state.dialog.back
-    return state._replace(dialog=chats._replace(index=-1)), find_chats(chats.query)
-
-# Lists of CHOICES
+    rename = DiskJob("rename", (entry.name, title))
+    return state._replace(dialog=chats._replace(index=-1)), (rename, find_chats(chats.query))
 
 def take_named(state: State, item: Tuple[str, str]) -> Change:
     kind, name = item
     return run_command(state, kind, name)
 
-# Questions
-
-def press_in_question(state: State, key: str) -> Change:
-    question = state.dialog
-    line = None if question.line is None else edited(question.line, key)
-    if line is not None:
-        return state._replace(dialog=question._replace(line=line)), ()
-    if key in question.keys:
-        return question.keys[key](state, question.about)
-    return state, ()
-
-def type_answer(state: State, text: str) -> Optional[Change]:
-    """A letter or a line. What is no answer to a question without a list goes into the input box."""
-    question = state.dialog
-    if question.line is not None:
-        return state._replace(dialog=question._replace(line=question.line + text)), ()
-    if text in question.keys and not state.draft.text:
-        return question.keys[text](state, question.about)
-    return (state, ()) if question.back else None
-
 def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
     """Make the first screen, whose text is view_setup(). entries: the models that there are to choose from."""
     keys = {"enter": take_setup, "q": cmd_quit}
     if entries:
-        keys["m"] = take_other_model
+        keys["m"] = choose_other
     return Question("setup", "", keys, tuple(entries))
 
 def take_setup(state: State, entries: Sequence[ModelEntry]) -> Change:
     return begin_setup(state) if state.needs else (state, ())
 
-def take_other_model(state: State, entries: Sequence[ModelEntry]) -> Change:
+def choose_other(state: State, entries: Sequence[ModelEntry]) -> Change:
     return show_models(state, entries), ()
 
 UNREACHABLE = """
@@ -3050,8 +3031,6 @@ def type_path(state: State, about: Any) -> Change:
     draft = Draft("/load ", 6, state.draft.history)
     return state._replace(dialog=None, draft=draft, hint="Tab completes the file's path"), ()
 
-# Sheets
-
 HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
 
 def sheet_lines(sheet: Sheet, width: int) -> List[str]:
@@ -3063,30 +3042,13 @@ def sheet_lines(sheet: Sheet, width: int) -> List[str]:
         rows = tuple(row for row in rows if row[1] and query in " ".join(row).lower())
     return [line for left, right in rows for line in help_lines(left, right, width)]
 
-def press_in_sheet(state: State, key: str) -> Change:
-    """Scroll, search or take; any other key closes a sheet."""
-    sheet = state.dialog
-    if key in MOVES:
-        layout = plan_layout(state)
-        last = len(sheet_lines(sheet, layout.chat_width)) - (layout.chat_height - 2)
-        top = min(max(sheet.top + MOVES[key], 0), max(0, last))
-        return state._replace(dialog=sheet._replace(top=top)), ()
-    query = edited(sheet.query, key)
-    if sheet.name == "help" and query is not None:
-        return state._replace(dialog=sheet._replace(query=query, top=0)), ()
-    state = state._replace(dialog=sheet.back)
-    if sheet.name == "details" and key == "enter":
-        return press_in_list(state, key)
-    return state, ()
+def sheet_room(height: int) -> int:
+    return max(1, height - 2)
 
-def type_in_sheet(state: State, text: str) -> State:
-    """Search in the help. Details go back at a d; anything else is a name, of which d may have been the first letter."""
-    sheet = state.dialog
-    if sheet.name == "help":
-        return state._replace(dialog=sheet._replace(query=sheet.query + text, top=0))
-    if text == "d":
-        return state._replace(dialog=sheet.back)
-    return state._replace(dialog=sheet.back._replace(query=sheet.query + text, index=0))
+
+# == 9. UPDATE =====================================================================================
+# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
+# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
 
 def update(state: State, event: Any) -> Change:
     draft, turns = state.draft, state.chat.turns
@@ -3707,12 +3669,12 @@ def view(state: State) -> Frame:
 
 def dialog_line(dialog: Any) -> Optional[str]:
     """What stands in the line of a dialog where one types; None: one types in the input box."""
-    if isinstance(dialog, Sheet):
-        return dialog.query if dialog.name == "help" else None
-    if isinstance(dialog, Question):
-        return (dialog.line or "") if dialog.back else None
-    if dialog is None or not dialog.find and not dialog.query:
+    if dialog is None or dialog.name == "details":
         return None
+    if isinstance(dialog, Question):
+        return (dialog.query or "") if dialog.back else None
+    if isinstance(dialog, Choice) and dialog.columns and not dialog.query:
+        return None                       # the titles of the columns stand there
     return dialog.query
 
 def query_end(query: str, width: int) -> str:
@@ -3872,7 +3834,7 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     if isinstance(dialog, Choice):
         return view_choice(dialog, width, height)
     if dialog.back:
-        asked = dialog.back._replace(title=dialog.text, query=dialog.line or "")
+        asked = dialog.back._replace(title=dialog.text, query=dialog.query or "")
         return view_choice(asked, width, height)
     if dialog.name == "setup":
         return view_setup(state, width, height)
@@ -3908,24 +3870,24 @@ def view_title(title: str, width: int) -> Line:
 
 def view_query(choice: Choice, titles: str, width: int) -> Line:
     """The search line of a list; the titles of its columns, while there is nothing in it."""
+    if choice.columns and not choice.query:
+        return ((" " + titles, "dim"),)
     if choice.query is None:
         return ()
     query = (" " + query_end(choice.query, width), "user")
     if choice.find:
         return (query,)
-    if not choice.query:
-        return ((" " + titles, "dim"),)
     return (query, ("  %d of %d" % (len(shown_rows(choice)), len(choice.rows)), "dim"))
 
 def view_sheet(sheet: Sheet, width: int, height: int) -> List[Line]:
-    rows, room = sheet_lines(sheet, width), max(1, height - 2)
-    top = max(0, min(sheet.top, len(rows) - room))
+    rows, room = sheet_lines(sheet, width), sheet_room(height)
+    top = max(0, min(sheet.index, len(rows) - room))
     is_help = sheet.name == "help"
     query: Line = ((" " + query_end(sheet.query, width), "user"),) if is_help else ()
     lines = [view_title(sheet.title, width), query]
     for row in rows[top:top + room]:
-        is_heading = is_help and row[:1].isalpha()
-        lines.append(fit(((" " + clean_name(row, width), "title" if is_heading else "text"),), width))
+        style = "title" if is_help and row[:1].isalpha() else "text"
+        lines.append(fit(((" " + clean_name(row, width), style),), width))
     return lines
 
 def view_setup(state: State, width: int, height: int) -> List[Line]:

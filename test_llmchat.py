@@ -10271,7 +10271,7 @@ class StoredChatTest(unittest.TestCase):
         lines, cursor, _ = view(self.state)
         row = "".join(part for part, _ in lines[cursor[0]])
         self.assertEqual(
-            (row[: cursor[1]].strip("\u2502 "), self.state.dialog.line),
+            (row[: cursor[1]].strip("\u2502 "), self.state.dialog.query),
             ("llamas eat grass",) * 2,
             "the cursor is behind the present title",
         )
@@ -12456,7 +12456,7 @@ class ViewTest(unittest.TestCase):
             None,
             None,
             play(State(), "[f1]")[0].dialog._replace(
-                top=dice.randrange(60), query=choose(("", "chat", words(3)))
+                index=dice.randrange(60), query=choose(("", "chat", words(3)))
             ),
             llmchat.ask_setup(),
             model_list(
