@@ -202,10 +202,12 @@ PRESETS = {                       # /preset NAME: several settings at once; /set
 READ_AHEAD = True                 # read the chat and what you type while you type, so that the answer begins at once
 READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing of so many seconds
 CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
-CHECKPOINT_MB = 256               # memory for going back in models that can't forget the last words (Qwen3.5, LFM2, Gemma)
+CHECKPOINT_MB = 256               # at most, as memory allows: for going back in models that can't forget the last
+                                  # words (Qwen3.5, LFM2, Gemma)
 STATE_CACHE_MB = 1000             # disk for what the model has read of each chat, so that it needn't be read again; 0 = none
+STATE_IDLE_S = 60                 # it's written at the end, when the chat changes, and after so long a pause if that pays:
+STATE_MB_PER_S = 5                # … if reading again what is new would take a second for each so many MB of the file
 UNLOAD_IDLE_S = 0                 # give the model's memory back when nothing has happened for so long, until you type again; 0 = never
-STATE_IDLE_S = 60                 # … written when nothing has happened for so long, at the end, and when the chat changes
 
 FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or "full"
@@ -453,6 +455,7 @@ class Memory(NamedTuple):
     compute: int
     process: int
     copied: int = 0  # pages of the file whose contents llama.cpp has copied: the system may take them when it needs room
+    checkpoints: int = 0  # for going back, see checkpoint_bytes()
 
     def needed(self) -> int:
         return sum(self) - self.copied
@@ -5514,6 +5517,7 @@ class LlamaEngine:
         self.model = self.context = self.template = None
         self.tokens: List[int] = []
         self.checkpoints: List[Tuple[int, Any]] = []    # (how many tokens, the state of what can't be cut)
+        self.read_token_s = 0.0           # seconds that reading a token took the last time; 0 = not known
         self.ahead: List[int] = []                # tokens to read while nothing else is to do
         self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
         self.errors: List[str] = []               # llama.cpp's last error lines
@@ -5922,8 +5926,12 @@ class LlamaEngine:
         data = (ctypes.c_uint8 * size)()
         if size and api.llama_state_seq_get_data_ext(self.context, data, size, 0, 1) == size:
             self.checkpoints.append((n, data))
-        while len(self.checkpoints) > 1 and sum(len(data) for _, data in self.checkpoints) > CHECKPOINT_MB << 20:
-            del self.checkpoints[0]
+        # what a header doesn't tell, of a new kind of model, can't have been planned
+        room = max(self.plan.memory.checkpoints, LEAST_CHECKPOINTS * size)
+        room = min(room, CHECKPOINT_MB << 20)
+        while len(self.checkpoints) > 1 and sum(len(data) for _, data in self.checkpoints) > room:
+            # the first is that of the system prompt, to which each new chat goes back
+            del self.checkpoints[min(1, len(self.checkpoints) - 2)]
 
     def _restore_checkpoint(self) -> bool:
         """Go back to the newest checkpoint; False where there is none that works."""
@@ -6035,10 +6043,13 @@ class LlamaEngine:
             if self.stop.is_set() or until and until() or not self._decode(prompt[at:end]):
                 return False
             if end == self.system_mark[0]:
+                self._save_checkpoint()
                 self.save_state(self.system_mark[1])
                 self.system_mark = (0, "")
             spent_s = max(1e-6, time.monotonic() - now_s)
             size = max(1, min(self.n_batch, 4 * size, int((end - at) * piece_s / spent_s)))
+        if len(prompt) - start >= 16:     # fewer tell little
+            self.read_token_s = (time.monotonic() - began_s) / (len(prompt) - start)
         return True
 
     # -- reading ahead --
@@ -6068,14 +6079,16 @@ class LlamaEngine:
     # -- the state on disk --
 
     def save_state(self, path: str) -> bool:
-        """Write the KV cache to a file: as llama_state_seq_save_file does, then the checkpoints, then JSON about them, its
-        length and a checksum. Renamed into place, readable for its owner only; False where it could not be written."""
+        """Write the KV cache to a file: as llama_state_seq_save_file does, then the checkpoints that matter most, then
+        JSON about them, its length and a checksum. Renamed into place, readable for its owner only; False where it could
+        not be written."""
         import json, struct
         if self.shifting:
             return False
         temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
         tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
-        about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in self.checkpoints]}
+        kept = self._least_checkpoints()
+        about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in kept]}
         raw = json.dumps(about).encode()
         try:
             make_private(os.path.dirname(path))
@@ -6083,7 +6096,7 @@ class LlamaEngine:
             if not self.api.llama_state_seq_save_file(self.context, os.fsencode(temporary), 0, tokens, len(tokens)):
                 raise OSError
             with open(temporary, "ab+") as file:
-                for data in [data for _, data in self.checkpoints] + [raw, struct.pack("<Q", len(raw))]:
+                for data in [data for _, data in kept] + [raw, struct.pack("<Q", len(raw))]:
                     file.write(data)
                 file.write(struct.pack("<I", file_checksum(file, file.tell())))
             os.replace(temporary, path)
@@ -6092,6 +6105,17 @@ class LlamaEngine:
                 os.remove(temporary)
             return False
         return True
+
+    def _least_checkpoints(self) -> List[Tuple[int, Any]]:
+        """The checkpoint of the system prompt and the newest ones: disks are slow, and SD cards wear out."""
+        if len(self.checkpoints) <= LEAST_CHECKPOINTS:
+            return self.checkpoints
+        return self.checkpoints[:1] + self.checkpoints[1 - LEAST_CHECKPOINTS:]
+
+    def count_state_bytes(self) -> int:
+        """How large a file save_state() would write, but for some kilobytes."""
+        n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
+        return n_bytes + sum(len(data) for _, data in self._least_checkpoints())
 
     def load_state(self, path: str) -> bool:
         """Bring back what save_state() wrote for the same model and context; a damaged file is removed."""
@@ -6984,6 +7008,13 @@ class StateCache:
         begun = any(message["role"] != "system" for message in self.messages)
         return bool(self.chat and begun and self.engine.context and self.engine.tokens != self.saved)
 
+    def pays(self) -> bool:
+        """Whether reading again what no file holds would take long, for so large a file."""
+        tokens = self.engine.tokens
+        n_new = len(tokens) - common_prefix(self.saved, tokens)
+        spared_s = n_new * self.engine.read_token_s
+        return spared_s * (STATE_MB_PER_S << 20) >= self.engine.count_state_bytes()
+
     def save(self) -> None:
         if not self.has_news():
             return
@@ -7170,7 +7201,7 @@ class EngineProcess:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
         waited_s = 0
-        if self.states.has_news() and not self.states.draft:
+        if self.states.has_news() and not self.states.draft and self.states.pays():
             with suppress(queue.Empty):
                 return self.commands.get(timeout=STATE_IDLE_S)
             self.states.save()
@@ -7871,6 +7902,8 @@ N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
 LEAST_N_CTX = 512  # … and what is left to those who ask for it
 KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
 SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
+LEAST_CHECKPOINTS = 3  # the system prompt's, the one before the last message, and the one before its answer
+CHECKPOINT_SHARE = 0.125  # of the memory that a model leaves free, for more of them
 COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
 TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
 FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context, the others a window; the files don't say it (llama.cpp's src/models)
@@ -7932,8 +7965,14 @@ def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
     cells = {False: pad(n_ctx), True: pad(min(pad(n_ctx), window + n_ubatch))}
     sizes = {slides: cells[slides] * sum(head_lengths(header, "_swa" * slides)) for slides in cells}
     layers = attention_layers(header)
-    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + state_bytes(header) * (
-        model_layers(header) - len(layers) * (string(header, "general.architecture") != "falcon-h1"))
+    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + recurrent_bytes(header)
+
+def recurrent_bytes(header: Header) -> int:
+    """Bytes of all recurrent layers' states: of those without attention, and in falcon-h1 of each."""
+    n_layers = model_layers(header)
+    if string(header, "general.architecture") != "falcon-h1":
+        n_layers -= len(attention_layers(header))
+    return n_layers * state_bytes(header)
 
 def state_bytes(header: Header) -> int:
     """Of one recurrent layer (Mamba, Qwen3.5, Kimi, LFM2): 32-bit numbers, whatever the context."""
@@ -7942,6 +7981,20 @@ def state_bytes(header: Header) -> int:
     kda = number(header, ".attention.head_count") * head * (head + 3 * kernel)
     return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
                 + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
+
+def checkpoint_bytes(header: Header, n_ctx: int, kv_type: str) -> int:
+    """Of one checkpoint: what a model with sliding windows or recurrent layers can't forget by halves; 0 = it has none."""
+    n_heads = sum(n_heads for n_heads, slides in attention_layers(header) if slides)
+    n_cells = min(n_ctx, number(header, ".attention.sliding_window"))
+    cell = n_heads * sum(head_lengths(header, "_swa")) * KV_TYPES[kv_type][1]
+    return int(n_cells * cell) + recurrent_bytes(header)
+
+def plan_checkpoints(checkpoint: int, room: float) -> int:
+    """How many checkpoints of so many bytes to keep, where the model leaves so much room."""
+    if not checkpoint:
+        return 0
+    n_most = (CHECKPOINT_MB << 20) // checkpoint
+    return min(n_most, max(LEAST_CHECKPOINTS, int(CHECKPOINT_SHARE * room / checkpoint)))
 
 def weights_used(header: Header) -> List[Tuple[int, int, float]]:
     """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
@@ -8096,6 +8149,9 @@ def plan_settings(header: Header, hardware: Hardware, options: LoadOptions, n_ct
     on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
     copies = options.use_mmap and not options.caution
     memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
+    checkpoint = checkpoint_bytes(header, n_ctx, kv_type)
+    room = COMFORT * free - memory.needed()
+    memory = memory._replace(checkpoints=checkpoint * plan_checkpoints(checkpoint, room))
     share = (sum(memory) if options.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
     return Plan(n_ctx, min(n_ubatch, n_ctx), options.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
                 judge(share), kv_type=kv_type)

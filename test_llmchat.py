@@ -3037,11 +3037,72 @@ class CacheTest(unittest.TestCase):
                 self.assertLess(n_again, 40)
                 self.assertEqual(wrong, [False] * 5)
 
+    def test_checkpoints_are_what_the_plan_says(self):
+        """So many bytes each; the first stays with the newest; a file holds the fewest, and is as large as was foretold."""
+        for path in self.models():
+            with self.subTest(model=os.path.basename(path)):
+                found = run_engines(
+                    path,
+                    """if True:
+                    import os, tempfile
+                    e, chat = engine(), [{"role": "system", "content": "be brief " * 6}]
+                    e.plan = plan = e.plan._replace(memory=e.plan.memory._replace(checkpoints=0))
+                    planned = llmchat.checkpoint_bytes(e.header, plan.n_ctx, plan.kv_type)
+                    e.plan = plan._replace(memory=plan.memory._replace(checkpoints=5 * planned))
+                    e.ahead = e.certain_tokens(chat, "")
+                    n_system = len(e.ahead)
+                    e.read_ahead(lambda: False)
+                    for n in range(7):
+                        chat.append(user("turn %d " % n + "abc " * 9))
+                        chat.append(assistant(ask(e, chat)[0]))
+                    file = os.path.join(tempfile.mkdtemp(), "one.state")
+                    e.save_state(file)
+                    f = engine()
+                    f.load_state(file)
+                    print(json.dumps({
+                        "planned": planned, "system": n_system,
+                        "sizes": [len(data) for _, data in e.checkpoints],
+                        "places": [n for n, _ in e.checkpoints], "stored": [n for n, _ in f.checkpoints],
+                        "foretold": e.count_state_bytes(), "file": os.path.getsize(file)}))""",
+                )
+                self.assertAlmostEqual(found["foretold"], found["file"], delta=20_000)
+                if "llama" in path:
+                    self.assertEqual((found["planned"], found["sizes"]), (0, []))
+                    continue
+                largest = max(found["sizes"])
+                self.assertLessEqual(largest, 1.05 * found["planned"] + 1000)
+                self.assertGreater(largest, 0.6 * found["planned"])
+                self.assertLessEqual(sum(found["sizes"]), 5 * found["planned"])
+                self.assertGreaterEqual(len(found["places"]), 4)
+                self.assertIn(found["system"] - found["places"][0], (0, 1))
+                self.assertEqual(found["stored"], found["places"][:1] + found["places"][-2:])
+
+    def test_a_state_is_written_when_that_pays(self):
+        class Engine:
+            tokens, read_token_s = list(range(1000)), 0.0
+
+            def count_state_bytes(self):
+                return 50 << 20
+
+        states = llmchat.StateCache(Engine(), "")
+        for n_saved, read_token_s, pays in (
+            (0, 0.0, False),  # not known how fast this machine reads
+            (0, 0.001, False),  # a second
+            (0, 0.02, True),  # twenty, on an old machine
+            (900, 0.02, False),  # two more
+            (900, 0.2, True),
+        ):
+            states.saved = list(range(n_saved))
+            states.engine.read_token_s = read_token_s
+            self.assertEqual(states.pays(), pays, (n_saved, read_token_s))
+
     def test_chats_and_system_prompts_come_back_after_a_restart(self):
         folder = os.path.join(FOLDER, "states")
         system = {"role": "system", "content": "you are terse " * 20}
         chat = [system, user("abc def " * 10)]
-        engine = Engine(self, MIND, states=folder, script=edited(STATE_IDLE_S=0.05))
+        engine = Engine(
+            self, MIND, states=folder, script=edited(STATE_IDLE_S=0.05, STATE_MB_PER_S=10**6)
+        )
         text, _ = engine.chat(chat, chat="one", max_tokens=20)
         wait_until(lambda: os.path.exists(os.path.join(folder, "one.state")))
         engine.close()  # killed
@@ -6439,6 +6500,32 @@ class PlanTest(unittest.TestCase):
             llmchat.kv_bytes(header(n_heads=0, n_kv=0, **mamba), 1024, 128, "f16"),
             16 * 4 * (1000 + 3 * 120),
         )
+
+    def test_checkpoints_are_in_the_plan(self):
+        """As many as memory allows, and never more than CHECKPOINT_MB."""
+        gemma = {
+            "general.architecture": "gemma3",
+            "gemma3.block_count": 18,
+            "gemma3.context_length": 8192,
+            "gemma3.embedding_length": 640,
+            "gemma3.feed_forward_length": 2048,
+            "gemma3.attention.head_count": 4,
+            "gemma3.attention.head_count_kv": 1,
+            "gemma3.attention.key_length": 256,
+            "gemma3.attention.value_length": 256,
+            "gemma3.attention.sliding_window": 512,
+        }
+        model = llmchat.Header("m", 250 << 20, 250 << 20, gemma, 1)
+        one = 15 * 512 * 2 * 512  # bytes: layers, values of a token, of 16 bits; tokens
+        for free_gb, least, most in ((0.33, 3, 3), (1, 4, 15), (8, 34, 34)):
+            memory = plan_load(model, machine(16, free_gb)).memory
+            self.assertLessEqual(least, memory.checkpoints / one, free_gb)
+            self.assertLessEqual(memory.checkpoints / one, most, free_gb)
+            without = memory._replace(checkpoints=0)
+            self.assertEqual(memory.needed(), without.needed() + memory.checkpoints)
+        self.assertEqual(plan_load(header(), machine(16, 8)).memory.checkpoints, 0)
+        with mock.patch.object(llmchat, "CHECKPOINT_MB", 12):
+            self.assertEqual(plan_load(model, machine(16, 8)).memory.checkpoints, one)
 
     def test_copies_and_what_a_token_reads(self):
         tensors = {
