@@ -57,13 +57,15 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     32 COMMAND         the command `llmchat`, and --uninstall
   V Files
     33 FILES           our data directory; changing a file safely
-    34 CHATS ON DISK   reading and writing them
-    35 DISK WORKER     all that the window does with files; history, clipboard
+    34 CHATS ON DISK   what a chat's file holds, and the list of chats
+    35 CHAT FILE       writing a chat so that no word is lost
+    36 IMPORT, EXPORT  attachments, import and export, the clipboard
+    37 DISK WORKER     all that the window does with files; history, clipboard
   VI Without a window
-    36 PLAIN           line mode, -p and pipes
-    37 INFO            --info, --doctor
-    38 BENCH           --bench
-    39 MAIN            arguments, main()
+    38 PLAIN           line mode, -p and pipes
+    39 INFO            --info, --doctor
+    40 BENCH           --bench
+    41 MAIN            arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest, start at main(), run(), update().
 """
@@ -786,11 +788,11 @@ KV_TYPES = {  # name -> (ggml type, bytes per value)
 
 
 # == 3. CHAT TREE ==================================================================================
-# A chat is a tree of turns, since a question may be asked in other words and a reply may have versions; what is
-# shown is one path from its root. Pure. How it lies on the disk: see CHATS ON DISK.
+# A chat is a tree of turns, since a question may be asked in other words and a reply may have
+# versions; what is shown is one path from its root. Pure. How it lies on the disk: CHATS ON DISK.
 
 def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
-    """The turns that lead to this one, from the beginning of a chat or from what follows `after`."""
+    """Return the turns that lead to this one, from the first or from what follows `after`."""
     path = []
     while at != after:
         path.append(chat.nodes[at])
@@ -798,30 +800,38 @@ def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
     return tuple(reversed(path))
 
 def last_turn_id(chat: Chat) -> int:
-    """The number of the last turn, 0 in an empty chat."""
+    """Return the number of the last turn, 0 in an empty chat."""
     return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
 
 def first_seen_id(chat: Chat) -> int:
-    """The number of the first turn that the model sees, 0 = all of them."""
-    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0) if chat.forgotten else 0
+    """Return the number of the first turn that the model sees, 0 = it sees all of them."""
+    if not chat.forgotten:
+        return 0
+    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0)
 
 def add_turn(chat: Chat, role: str, text: str, note: Any = "", thought: Any = ()) -> Chat:
-    """One more turn. What was said at this place before isn't stored again."""
+    """Add a turn to the path; one that was said at this place before is taken again."""
     parent = last_turn_id(chat)
-    said = [chat.nodes[kid] for kid in chat.kids.get(parent, ()) if chat.nodes[kid][:2] == (role, text)]
-    turn = said[0] if said else Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
-    if not said:
-        chat = chat._replace(nodes={**chat.nodes, turn.id: turn}, last=turn.id,
-                             kids={**chat.kids, parent: chat.kids.get(parent, ()) + (turn.id,)})
-    return chat._replace(turns=chat.turns + (turn,))
+    siblings = chat.kids.get(parent, ())
+    for kid in siblings:
+        turn = chat.nodes[kid]
+        if (turn.role, turn.text) == (role, text):
+            return chat._replace(turns=chat.turns + (turn,))
+    turn = Turn(role, text, note, id=chat.last + 1, parent=parent, thought=thought)
+    return chat._replace(
+        turns=chat.turns + (turn,),
+        nodes={**chat.nodes, turn.id: turn},
+        kids={**chat.kids, parent: siblings + (turn.id,)},
+        last=turn.id)
 
 def drop_turn(chat: Chat, number: int) -> Chat:
     """Take a turn out of the tree, unless something follows it."""
     if number not in chat.nodes or chat.kids.get(number):
         return chat
-    parent = chat.nodes[number].parent
-    nodes = {n: turn for n, turn in chat.nodes.items() if n != number}
-    kids = {**chat.kids, parent: tuple(kid for kid in chat.kids[parent] if kid != number)}
+    nodes = dict(chat.nodes)
+    parent = nodes.pop(number).parent
+    siblings = tuple(kid for kid in chat.kids[parent] if kid != number)
+    kids = {**chat.kids, parent: siblings}
     return chat._replace(nodes=nodes, kids=kids, gone=chat.gone + (number,))
 
 def note_path(chat: Chat) -> Chat:
@@ -830,8 +840,10 @@ def note_path(chat: Chat) -> Chat:
     return chat._replace(shown={**chat.shown, **shown})
 
 def leaves(chat: Chat, root: int = 0) -> List[int]:
-    """The last turns of all ways that a chat has taken behind a turn (0 = all), as in the tree."""
-    found, todo = [], [root]
+    """Return the last turns of all ways behind a turn (0 = of the chat), as they stand in the
+    tree."""
+    found = []
+    todo = [root]
     while todo:
         number = todo.pop()
         kids = chat.kids.get(number, ())
@@ -9946,7 +9958,7 @@ def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
         tell("said", text="This takes about %s." % format_minutes(expected_s))
     with open(place + ".lock", "a", opener=open_private) as lock:
         try:
-            take_lock(lock)               # the system lifts it when a process dies
+            lock_file(lock)               # the system lifts it when a process dies
         except OSError:
             raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
         remove_left(place)
@@ -10296,7 +10308,7 @@ def uninstall(say: Any, ask: Any) -> int:
     """Remove what llmchat has made; say(line) tells, ask(question) is whether chats and models go too. 0, or 1 = failed."""
     with open(os.path.join(make_data_dir(), "engine.lock"), "a", opener=open_private) as lock:
         try:
-            take_lock(lock)
+            lock_file(lock)
         except OSError:
             say("An install is at work in %s: stop it first." % data_dir())
             return 1
@@ -10339,11 +10351,11 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
 
 
 # == 33. FILES =====================================================================================
-# The data directory: its place and its safety. What is only ever added to is opened with open_private(); all else is
-# changed by change_file(), which locks, reads, writes whole and renames.
+# The data directory: its place and its safety. What is only ever added to is opened with
+# open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
 def read_text(path: str) -> str:
-    """A small file; "" where it isn't there or may not be read (Android hides many)."""
+    """Read a small file; "" where it isn't there or may not be read (Android hides many)."""
     try:
         with open(path, encoding="utf-8", errors="replace", opener=open_ordinary) as file:
             return file.read()
@@ -10351,8 +10363,10 @@ def read_text(path: str) -> str:
         return ""
 
 def open_ordinary(path: str, flags: int) -> int:
-    """For open(…, opener=open_ordinary): no pipe or device, which may keep us waiting. Raises OSError."""
-    import errno, stat
+    """Open a file, but no pipe or device, which may keep us waiting: an opener for open(). Raises
+    OSError."""
+    import errno
+    import stat
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -10362,26 +10376,32 @@ def open_ordinary(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, kind, path)
 
 def open_private(path: str, flags: int) -> int:
-    """… and a new file is its owner's only. A link may lead anywhere: none is followed. Raises OSError."""
+    """Open a file of ours; a new one is its owner's only. Raises OSError, also for a link, which
+    may lead anywhere."""
     if os.path.islink(path):
         import errno
         raise OSError(errno.ELOOP, "it is a link", path)
     return open_ordinary(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
 
 def data_dir() -> str:
-    """Where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
-    bases = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Application Support"}
-    base = bases.get(sys.platform) or os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    """Return where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Application Support"
+    else:
+        base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
 
 def make_data_dir(*names: str) -> str:
-    """The data directory, or a folder below it; what isn't there is made for its owner only. Raises OSError."""
+    """Make the data directory, or a folder below it, if it isn't there. Raises OSError."""
     folder = os.path.join(data_dir(), *names)
     make_private(folder)
     return folder
 
 def make_private(folder: str) -> None:
-    """os.makedirs() would leave the mode of the folders above to the umask, and 0 lets others replace this one."""
+    """Make a folder and those above it for their owner only. Raises OSError."""
+    # os.makedirs() leaves the mode of those above to the umask, and 0 lets others replace this one.
     if os.path.isdir(folder):
         return
     make_private(os.path.dirname(folder))
@@ -10389,11 +10409,14 @@ def make_private(folder: str) -> None:
         os.mkdir(folder, 0o700)
     except FileExistsError as error:
         if not os.path.isdir(folder):     # else another process was faster
-            raise OSError(error.errno, "it is no folder", folder)
+            raise OSError(error.errno, "it is no folder", folder) from None
+
+TRUST_NOTHING = ("No engine or other code in llmchat's own folder is run, as %s: %s, or choose "
+                 "another folder with XDG_DATA_HOME.")
 
 def distrust(*names: str) -> str:
-    """Why no code is run that lies in the data directory, or in these files and folders of it; "" = it is ours alone.
-    What isn't there yet is no reason."""
+    """Say why code in the data directory, or in these files and folders of it, isn't run; "" = it
+    is ours alone, or isn't there yet."""
     if os.name == "nt":                   # where other users have no right to these folders
         return ""
     place = data_dir()
@@ -10402,55 +10425,44 @@ def distrust(*names: str) -> str:
         above = os.path.dirname(above)
         if probe_mode(above)[1] & 0o1002 == 0o002:    # not sticky as /tmp is
             return TRUST_NOTHING % ("other users can change " + above, "chmod o-w it")
-    for path in (place, *(os.path.join(place, name) for name in names)):
+    for name in ("", *names):
+        path = os.path.join(place, name).rstrip(os.sep)
         owner, mode = probe_mode(path)
         if owner not in (None, os.geteuid()):
             return TRUST_NOTHING % (path + " isn't yours", "make it yours")
         if mode & 0o022:
-            return TRUST_NOTHING % ("other users can change " + path, "look what is in it, then chmod 700 it")
+            return TRUST_NOTHING % ("other users can change " + path,
+                                    "look what is in it, then chmod 700 it")
     return ""
 
-TRUST_NOTHING = ("No engine or other code in llmchat's own folder is run, as %s: %s, or choose "
-                 "another folder with XDG_DATA_HOME.")
-
 def probe_mode(path: str) -> Tuple[Optional[int], int]:
-    """(owner, mode) of a file or folder; (None, 0) where there is none."""
+    """Return (owner, mode) of a file or folder; (None, 0) where there is none."""
     with suppress(OSError):
         status = os.stat(path)
         return status.st_uid, status.st_mode
     return None, 0
 
-def is_json(raw: Any) -> bool:
-    import json
-    try:
-        return isinstance(json.loads(raw), dict)
-    except (ValueError, RecursionError):
-        return False
-
-def take_lock(file: Any) -> None:
-    """Lock an open file until it is closed. Raises OSError: another process has it, or there are no locks."""
-    if sys.platform == "win32":
-        import msvcrt
-        file.seek(1 << 30)                # a byte that nobody wants to read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
 def lock_file(file: Any) -> None:
-    """take_lock(), where the file system has locks. Raises BlockingIOError: another process has it."""
+    """Lock an open file until it is closed, or its process dies, where the file system has locks.
+    Raises BlockingIOError: another process has it."""
+    import errno
     try:
-        take_lock(file)
+        if sys.platform == "win32":
+            import msvcrt
+            file.seek(1 << 30)            # a byte that nobody wants to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        import errno
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):    # else there are no locks
-            raise BlockingIOError(error.errno, "another window has this chat open")
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise BlockingIOError(error.errno, "another window has this chat open") from None
 
 LOCK_S = 5.0                      # a window that holds the lock for longer has been stopped
 
 @contextmanager
 def locked(folder: str) -> Any:
-    """Meanwhile no other window or thread changes the kept files of this folder. Raises OSError."""
+    """Keep other windows and threads from changing the kept files of a folder. Raises OSError."""
     import time
     end_s = time.monotonic() + LOCK_S
     with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
@@ -10463,7 +10475,7 @@ def locked(folder: str) -> Any:
         yield
 
 def change_file(path: str, change: Any) -> None:
-    """change(bytes of a file, b"" = there is none) -> its bytes from now on. Raises OSError."""
+    """Replace a file's bytes (b"" = there is none) by change(bytes). Raises OSError."""
     import glob
     with locked(os.path.dirname(path)):
         for left in glob.glob(glob.escape(path) + "*.new"):
@@ -10476,8 +10488,8 @@ def change_file(path: str, change: Any) -> None:
             write_whole(path, changed)
 
 def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
-    """Put a file in this place, at once or not at all, also when the power goes. A link there isn't
-    followed but replaced. Raises OSError."""
+    """Put a file in this place, at once or not at all, also when the power goes. A link there
+    isn't followed but replaced. Raises OSError."""
     temporary = "%s.%s.new" % (path, os.urandom(8).hex())    # an own one for each writer
     try:
         with open(temporary, "xb", opener=open_private) as file:
@@ -10493,7 +10505,7 @@ def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
     sync_folder(os.path.dirname(path))
 
 def sync_folder(folder: str) -> None:
-    """So that the name of a new file outlasts a power cut, where folders can be synchronised."""
+    """Let the name of a new file outlast a power cut, where folders can be synchronised."""
     if os.name == "nt":
         return
     with suppress(OSError):
@@ -10503,17 +10515,29 @@ def sync_folder(folder: str) -> None:
         finally:
             os.close(fd)
 
+def parse_object(text: Any) -> Optional[Dict[str, Any]]:
+    """Read a JSON object; None where it is anything else."""
+    import json
+    try:
+        found = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
 def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
-    """tuning.json, what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}; settings.json: see Settings.kept;
-    models.json, the headers of the models that were seen: see probe_header;
-    engines.json, which engines crash without caution: {engine_key(): {"caution"}};
-    machine.json, what the engine found, for those who don't run it: {machine_key(): Found's fields}."""
+    """Read a kept file: names -> values by name.
+
+    settings.json  Settings.kept
+    tuning.json    what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}
+    models.json    the headers of the models that were seen: see probe_header
+    engines.json   which engines crash without caution: {engine_key(): {"caution"}}
+    machine.json   what the engine found, for others: {machine_key(): Found's fields}
+    """
     text = read_text(os.path.join(data_dir(), name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
 def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
-    import json
-    kept = json.loads(text) if is_json(text) else {}
+    kept = parse_object(text) or {}
     return {key: values for key, values in kept.items() if isinstance(values, dict)}
 
 def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
@@ -10521,36 +10545,38 @@ def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
     change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
 
 def change_kept(name: str, change: Any) -> None:
-    """change(what read_kept() gives) -> what is kept from now on. Raises OSError."""
+    """Replace what read_kept() gives by change(that). Raises OSError."""
     import json
     path = os.path.join(make_data_dir(), name)
     def changed(raw: bytes) -> bytes:
-        if raw.strip() and not is_json(raw):
+        if raw.strip() and parse_object(raw) is None:
             write_whole(path + ".damaged", raw)    # somebody may have written it by hand
         return json.dumps(change(parse_kept(raw)), indent=1).encode()
     change_file(path, changed)
 
 
 # == 34. CHATS ON DISK =============================================================================
-# A chat is a file of JSON lines, only ever appended to:
-# {"chat": 1, "time": 1732290000}                         the first line: the format's version
-# {"turn": 3, "parent": 2, "role": "user", "content": …}  parent 0 = the first; also "time" and, of replies, "note"
-#                                                         (an Ending, or a text), "thought" ([tokens, seconds]),
-#                                                         "model" (its name) and "file" (its path)
-# {"part": …, "turn": 4, "parent": 3}                     a piece of a reply that is being written; the whole turn follows
-# {"at": 2, "from": 1}                                    where the chat stands, after an undo or a change of versions;
-#                                                         the first turn that the model still sees, 0 = all
-# {"gone": 3}                                             no turn any more: a question that was taken back
-#                                                         before its answer, or a reply that went on as another
-#                                                         turn; in a part: the reply that it goes on with
-# {"system": …}                                           the system prompt from here on
-# {"title": …}                                            the last one counts; without one the first question is it
+# A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
+# {"chat": 1, "time": 1732290000}       the first line: the format's version
+# {"turn": 3, "parent": 2, "role": "user", "content": …}
+#                                       parent 0 = the first; also "time" and, of replies, "note"
+#                                       (an Ending, or a text), "thought" ([tokens, seconds]),
+#                                       "model" (its name) and "file" (its path)
+# {"part": …, "turn": 4, "parent": 3}   a piece of a reply that is being written; the turn follows
+# {"at": 2, "from": 1}                  where the chat stands, after an undo or another version;
+#                                       the first turn that the model still sees, 0 = all
+# {"gone": 3}                           no turn any more: a question that was taken back before its
+#                                       answer, or a reply that went on as another turn; in a part:
+#                                       the reply that it goes on with
+# {"system": …}                         the system prompt from here on
+# {"title": …}                          the last one counts; without one the first question is it
 
 def chat_path(name: str) -> str:
     return os.path.join(data_dir(), "chats", name + ".jsonl")
 
 def parse_chat(raw: bytes, name: str = "") -> Chat:
-    """The chat that a file holds: of damaged lines what can be read, a mark in the place of a turn that can't."""
+    """Read the chat that a file holds: of damaged lines what can be read, a mark in the place of a
+    turn that can't."""
     reader = ChatReader()
     for line in raw.splitlines():
         reader.take_line(line)
@@ -10559,8 +10585,8 @@ def parse_chat(raw: bytes, name: str = "") -> Chat:
 def read_ending(value: Any) -> Any:
     """Take an Ending from a file; what isn't one, such as an older file's text, becomes a text."""
     with suppress(KeyError, OverflowError, TypeError, ValueError):
-        return Ending(str(value["reason"]), int(value["n_written"]), float(value["rate"]), float(value["first_s"]),
-                      int(value["n_read"]), int(value["n_reused"]), bool(value["continued"]))
+        kinds = Ending.__annotations__.items()
+        return Ending(*(kind(value[name]) for name, kind in kinds))
     return str(value)
 
 def read_thought(value: Any) -> Any:
@@ -10572,17 +10598,21 @@ def read_thought(value: Any) -> Any:
 
 LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
 MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
+OTHER_ROLE = {"user": "assistant", "assistant": "user"}
 
 class ChatReader:
     """Puts a chat together from the lines of its file."""
     def __init__(self) -> None:
         self.nodes: Dict[int, Turn] = {}
-        self.parts: Dict[int, Turn] = {}  # replies that aren't finished
-        self.follows: Dict[int, int] = {}    # by number: the reply that a part goes on with
+        self.kids: Dict[int, List[int]] = {}
         self.shown: Dict[int, int] = {}
-        self.n_kids: Dict[int, int] = {}
-        self.at = self.last = self.seen = self.n_damaged = 0
-        self.system = self.model_path = ""
+        self.parts: Dict[int, Dict[str, Any]] = {}    # of replies that aren't finished, joined
+        self.at = 0
+        self.last = 0
+        self.seen = 0
+        self.n_damaged = 0
+        self.system = ""
+        self.model_path = ""
 
     def take_line(self, line: bytes) -> None:
         records, is_damaged = read_line(line)
@@ -10606,171 +10636,253 @@ class ChatReader:
             self.drop(int(record["gone"]))
 
     def stand(self, number: int) -> None:
-        """The chat stands at this turn now."""
+        """Let the chat stand at this turn."""
         if number != 0 and number not in self.nodes:
             return
-        before, self.at = self.at, number
+        before = self.at
+        self.at = number
         while number not in (0, before):
             parent = self.nodes[number].parent
             self.shown[parent] = number
             number = parent
 
     def take_turn(self, record: Dict[str, Any]) -> None:
+        """Add a turn, or a part of one. Where a number is damaged, the turn follows the one
+        before."""
+        is_part = "part" in record
         number = int(record["turn"])
         old = self.nodes.get(number)
-        if old and "part" not in record and old.text != record["content"] or number == 0:
-            number = self.last + 1        # it is damaged
+        if number == 0 or old and not is_part and old.text != record["content"]:
+            number = self.last + 1
             self.n_damaged += 1
-        elif old or number < 1:
+        elif old or number < 0:
             return
         parent = int(record.get("parent", -1))
         if not 0 <= parent < number:
-            parent = self.at              # … or that of the turn before it
+            parent = self.at
         role = record.get("role") or self.answering_role(parent)
         if parent and parent not in self.nodes:
-            self.mark_lost(parent, "user" if role == "assistant" else "assistant")
-        if "part" in record:
-            self.take_part(record, number, parent)
-        elif role in ("user", "assistant"):
+            self.mark_lost(parent, OTHER_ROLE.get(role, "assistant"))
+        if is_part:
+            before = self.parts.get(number, {"part": ""})
+            self.parts[number] = {"part": before["part"] + record["part"], "parent": parent,
+                                  "gone": int(record.get("gone", 0))}
+        elif role in OTHER_ROLE:
             self.parts.pop(number, None)
-            note, thought = read_ending(record.get("note", "")), read_thought(record.get("thought", ""))
+            note = read_ending(record.get("note", ""))
+            thought = read_thought(record.get("thought", ""))
             text = str(record["content"])
             self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
             self.model_path = str(record.get("file", self.model_path))
 
     def add(self, turn: Turn) -> None:
         self.nodes[turn.id] = turn
-        self.n_kids[turn.parent] = self.n_kids.get(turn.parent, 0) + 1
+        self.kids.setdefault(turn.parent, []).append(turn.id)
         self.last = max(self.last, turn.id)
         self.stand(turn.id)
-
-    def take_part(self, record: Dict[str, Any], number: int, parent: int) -> None:
-        begun = Turn("assistant", "", "interrupted", id=number, parent=parent)
-        before = self.parts.pop(number, begun)
-        self.parts[number] = before._replace(text=before.text + record["part"])
-        self.follows[number] = int(record.get("gone", 0))
 
     def answering_role(self, parent: int) -> str:
         asked = parent in self.nodes and self.nodes[parent].role == "user"
         return "assistant" if asked else "user"
 
     def mark_lost(self, number: int, role: str) -> None:
-        """Put a mark in the place of a turn whose line can't be read, and of lost ones before it."""
+        """Put a mark in the place of a turn whose line can't be read, and of lost ones before
+        it."""
         first = self.last + 1
-        is_near = first <= number < first + MAX_LOST
-        others = {"user": "assistant", "assistant": "user"}
-        for gone in range(first, number + 1) if is_near else [number]:
-            own = role if (number - gone) % 2 == 0 else others[role]
-            self.add(Turn(own, LOST_TURN, "damaged", id=gone, parent=self.turn_before(gone, others[own])))
-
-    def turn_before(self, number: int, role: str) -> int:
-        """The nearest one of this role, 0 = none."""
-        for before in range(min(number - 1, self.last), 0, -1):
-            if before in self.nodes and self.nodes[before].role == role:
-                return before
-        return 0
+        if not first <= number < first + MAX_LOST:
+            first = number
+        if (number - first) % 2:
+            role = OTHER_ROLE[role]
+        for lost in range(first, number + 1):
+            parent = self.at
+            if parent and self.nodes[parent].role == role:    # this one was a version of it
+                parent = self.nodes[parent].parent
+            self.add(Turn(role, LOST_TURN, "damaged", id=lost, parent=parent))
+            role = OTHER_ROLE[role]
 
     def drop(self, number: int) -> None:
-        """A turn that was taken back, or that a longer one has taken the place of."""
-        if self.n_kids.get(number) or number not in self.nodes:
+        """Drop a turn that was taken back, or that a longer one has taken the place of."""
+        if self.kids.get(number) or number not in self.nodes:
             return
         parent = self.nodes.pop(number).parent
-        self.n_kids[parent] -= 1
+        self.kids[parent].remove(number)
         if self.at == number:
             self.at = parent
 
     def chat(self, name: str) -> Chat:
         stored = self.last                # what is there in parts alone will be written whole
-        for number, turn in self.parts.items():
-            self.drop(self.follows[number])
-            self.add(turn)
-        kids: Dict[int, Tuple[int, ...]] = {}
-        for number in sorted(self.nodes):
-            parent = self.nodes[number].parent
-            kids[parent] = kids.get(parent, ()) + (number,)
+        for number, part in self.parts.items():
+            self.drop(part["gone"])
+            text = part["part"]
+            self.add(Turn("assistant", text, "interrupted", id=number, parent=part["parent"]))
+        kids = {parent: tuple(sorted(numbers)) for parent, numbers in self.kids.items() if numbers}
         chat = Chat(name=name, system=self.system, nodes=self.nodes, kids=kids, last=self.last,
-                    stored=stored, shown=self.shown, n_damaged=self.n_damaged, model_path=self.model_path)
+                    stored=stored, shown=self.shown, n_damaged=self.n_damaged,
+                    model_path=self.model_path)
         chat = chat._replace(turns=turns_to(chat, self.at))
-        seen = (i for i, turn in enumerate(chat.turns) if turn.id == self.seen)
-        chat = chat._replace(forgotten=next(seen, 0))
+        ids = [turn.id for turn in chat.turns]
+        if self.seen in ids:
+            chat = chat._replace(forgotten=ids.index(self.seen))
         return chat._replace(stored_at=(self.at, first_seen_id(chat)))
 
 def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
-    """(the records in a line of a chat's file, whether it is damaged): one, or more if an end of line is lost."""
+    """Return the records in a line of a chat's file, more than one where an end of line is lost,
+    and whether it is damaged."""
     text = line.decode("utf-8", "replace")
-    is_damaged = text.encode("utf-8", "replace") != line
-    records = parse_json(text)
-    if records:
-        return records, is_damaged
-    pieces = re.split(r'(?=\{"(?:turn|part|at|system|title|chat)": )', text)
-    found: List[Dict[str, Any]] = []
-    for piece in pieces:
-        found += parse_json(piece.rstrip("\0 ")) or salvage_record(piece)
+    record = parse_object(text)
+    if record is not None:
+        return [record], text.encode("utf-8", "replace") != line
+    found = []
+    for piece in re.split(r'(?=\{"(?:turn|part|at|system|title|chat)": )', text):
+        record = parse_object(piece.rstrip("\0 ")) or salvage_record(piece)
+        if record:
+            found.append(record)
     return found, True
-
-def parse_json(text: str) -> List[Dict[str, Any]]:
-    """The object that a text is, if it is one."""
-    import json
-    try:
-        record = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return []
-    return [record] if isinstance(record, dict) else []
 
 # Behind the text of a record: what follows it, or the beginning of that at the end of a torn line
 TEXT_END = r'", "(?:time|model|file|note|thought|turn|parent|gone)": |"(?:\}|, ?|, "\w{0,7}"?:?)?$'
 
-def salvage_record(text: str) -> List[Dict[str, Any]]:
-    """What can be read of a damaged record, if that is worth something."""
-    begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
-    if not begin and '"at": ' not in text:
-        return []
+def salvage_record(text: str) -> Optional[Dict[str, Any]]:
+    """Return what can be read of a damaged record, if that is worth something."""
     record: Dict[str, Any] = {}
     for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
         record.setdefault(key, int(digits))
-    for key, value in re.findall(r'"(role|note|thought)": "((?:[^"\\]|\\.)*)"', text):
-        record.setdefault(key, unescape(value))
-    if record.get("role") not in ("user", "assistant"):
-        record.pop("role", None)          # it is guessed
+    begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
     if not begin:
-        return [record] if "at" in record else []
-    kind, words = begin.group(1), text[begin.end():]
+        return record if "at" in record else None
+    role = re.search(r'"role": "(user|assistant)"', text)
+    if role:                              # else it is guessed
+        record["role"] = role.group(1)
+    kind = begin.group(1)
+    words = text[begin.end():]
     end = re.search(TEXT_END, words)
     record[kind] = unescape(words[:end.start()] if end else words)
     if kind in ("content", "part"):
         record.update(note="damaged", turn=record.get("turn", 0))
-    return [record]
+    return record
 
 ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
 def unescape(text: str) -> str:
-    """The text of a JSON string, damaged or not."""
+    """Read the text of a JSON string, damaged or not."""
     def plain(match: Any) -> str:
         char, code = match.groups()
         return chr(int(code, 16)) if code else ESCAPES.get(char, char)
     return re.sub(r'\\(?:(["\\/bfnrt])|u([0-9a-fA-F]{4}))', plain, text)
 
+def scan_chats() -> List[Tuple[float, str]]:
+    """List the stored chats as (when it was last changed, name), the latest first."""
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):    # there are none
+        for entry in os.scandir(os.path.dirname(chat_path(""))):
+            with suppress(OSError):       # it has just gone
+                if entry.name.endswith(".jsonl") and entry.is_file():
+                    found.append((entry.stat().st_mtime, entry.name[:-6]))
+    return sorted(found, reverse=True)
+
+def read_chat(name: str) -> bytes:
+    with open(chat_path(name), "rb", opener=open_ordinary) as file:
+        return file.read()
+
+def list_chats(query: str) -> List[ChatEntry]:
+    """List the stored chats that hold this text, the latest first. One that can't be read says
+    so."""
+    import json
+    entries = []
+    low = json.dumps(query, ensure_ascii=False)[1:-1].lower()
+    for time_s, name in scan_chats():
+        try:
+            entry = describe_chat(name, time_s, low)
+        except FileNotFoundError:         # just deleted in another window
+            continue
+        except Exception as error:        # whatever is in a file, it must not hide the others
+            reason = getattr(error, "strerror", None) or "it is damaged"
+            entry = ChatEntry(name, "(can't be read: %s)" % reason, "", time_s, 0)
+        if entry:
+            entries.append(entry)
+    return entries
+
+JSON_TEXT = r'"((?:[^"\\]|\\.)*)"'
+
+def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
+    """Make a chat's row in the list; None where nothing was said, or not this text (in lower
+    case). Raises OSError."""
+    text = read_chat(name).decode("utf-8", "replace")
+    if not has_turns(text) or low and not holds_text(text, low):
+        return None
+    models = re.findall('"model": ' + JSON_TEXT, text)
+    model = unescape(models[-1]) if models else ""
+    return ChatEntry(name, chat_title(text), model, time_s, len(text))
+
+def holds_text(text: str, low: str) -> bool:
+    """Find a text, as JSON has it and in lower case, in a chat's title and in what was said."""
+    if low not in text.lower():
+        return False
+    said = re.findall('"(?:content|part|title)": ' + JSON_TEXT, text)
+    return low in "\n".join(said).lower()
+
+def chat_title(text: str) -> str:
+    lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
+    record: Dict[str, Any] = {}
+    for line in lines:
+        record = parse_object(line) or salvage_record(line) or {}
+    title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
+    return " ".join(title.split())[:200] or "(no question that can be read)"
+
+def gone_turns(text: str) -> Set[str]:
+    return set(re.findall(r'"gone": (\d+)', text))
+
+def first_questions(text: str) -> List[str]:
+    """Return the lines with the versions of a chat's first question."""
+    gone = gone_turns(text)
+    lines = re.findall(r'(?m)^(\{"turn": (\d+), "parent": 0, .*)$', text)
+    return [line for line, number in lines if number not in gone]
+
+def has_turns(text: str) -> bool:
+    """Say whether something was said in a chat, and not taken back."""
+    turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text))
+    if turns - gone_turns(text) or '\n{"part": ' in text:
+        return True
+    return parse_chat(text.encode()).n_damaged > 0
+
+def latest_chat() -> str:
+    """Return the name of the chat that was last used, "" = there is none."""
+    for _, name in scan_chats():
+        with suppress(OSError):           # it has just gone, or isn't ours
+            if has_turns(read_chat(name).decode("utf-8", "replace")):
+                return name
+    return ""
+
+
+# == 35. CHAT FILE =================================================================================
+# Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
+# program that removes or replaces the file.
+
+REMOVED_FILE = "The file of this chat was removed by another program, so all of it is written anew."
+REPLACED_FILE = ("Another program has changed the file of this chat. What it wrote is the chat %s "
+                 "now, and all of this one is written anew.")
+
 class ChatFile:
-    """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes with what comes next."""
+    """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes
+    with what comes next."""
     PART_S = 0.9                          # how often a reply in progress is written
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.file: Any = None
-        self.held = bytearray()           # what the file holds …
-        self.waiting = b""                # … and what comes next
-        self.part: Optional[Dict[str, Any]] = None
-        self.written_s = 0.0
+        self.held = bytearray()           # what the file holds
+        self.waiting = b""                # what is to be added
+        self.part: Optional[Dict[str, Any]] = None    # what isn't written yet of a reply
+        self.written_s = 0.0              # when its last part was
         self.news = ""                    # for the user: what has become of the file
 
     def open(self) -> bytes:
         """Lock the file, see to a torn last line, and return what it holds. Raises OSError."""
-        import json
         make_private(os.path.dirname(self.path))
         file = open(open_private(self.path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
         try:
             lock_file(file)
-            file.seek(0)
+            file.seek(0)                  # Windows locks elsewhere
             raw = file.read()
             whole, newline, torn = raw.rpartition(b"\n")
             if torn and not read_line(torn)[0]:
@@ -10779,54 +10891,58 @@ class ChatFile:
         except OSError:
             file.close()
             raise
-        first = b"" if raw else json.dumps({"chat": 1}).encode() + b"\n"
-        self.waiting = (b"\n" if raw and raw[-1:] != b"\n" else first) + self.waiting
+        if not raw:
+            self.waiting = b'{"chat": 1}\n' + self.waiting
+        elif not raw.endswith(b"\n"):
+            self.waiting = b"\n" + self.waiting
         self.file = file
         self.held[:] = raw
         return raw
 
     def add(self, record: Dict[str, Any]) -> None:
-        import json, time
+        import json
+        import time
         if "at" not in record and "part" not in record:
             record = dict(record, time=int(time.time()))
         self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def add_all(self, records: Iterable[Dict[str, Any]]) -> bool:
-        """Take these in, and say whether it is time to flush(): parts of a reply wait for PART_S."""
+    def add_all(self, records: Iterable[Dict[str, Any]]) -> None:
+        """Take records in for the next flush(). Parts of a reply are joined until then."""
         for record in records:
             if "part" in record:
                 text = self.part["part"] if self.part else ""
                 self.part = dict(record, part=text + record["part"])
-            else:
-                self.part = self.part if "title" in record else None
-                self.add(record)
-        return bool(self.waiting) or self.is_part_due()
+                continue
+            if "title" not in record:     # the whole reply, or an end of it
+                self.part = None
+            self.add(record)
 
     def is_part_due(self) -> bool:
         import time
         return bool(self.part) and time.monotonic() - self.written_s >= self.PART_S
 
+    def is_due(self) -> bool:
+        """Say whether it is time to flush(): parts of a reply wait for PART_S."""
+        return bool(self.waiting) or self.is_part_due()
+
     def flush(self, whole: bool = False) -> None:
-        """Append what has come; a part of a reply if it is time, or the whole is wanted. Raises OSError,
-        and then nothing is lost."""
+        """Append what has come, of a part of a reply only if it is time or `whole`. Raises
+        OSError, and then nothing is lost."""
         import time
         if self.part and (whole or self.is_part_due()):
             self.add(self.part)
-            self.part, self.written_s = None, time.monotonic()
-        if self.waiting:
-            self.sync()
-
-    def write(self, records: Iterable[Dict[str, Any]]) -> None:
-        """Append these. Raises OSError, and then nothing is lost."""
-        if self.add_all(records):
-            self.flush()
-
-    def sync(self) -> None:
-        """Write what waits. Raises OSError."""
+            self.part = None
+            self.written_s = time.monotonic()
+        if not self.waiting:
+            return
         if self.held and not self.is_in_place():
             self.restore()
         if not self.file:
             self.open()
+        self.append()
+
+    def append(self) -> None:
+        """Write what waits at the end of the file. Raises OSError."""
         try:
             self.file.seek(len(self.held))
             todo = self.waiting
@@ -10842,19 +10958,25 @@ class ChatFile:
         self.held += self.waiting
         self.waiting = b""
 
+    def write(self, records: Iterable[Dict[str, Any]]) -> None:
+        """Append records. Raises OSError, and then nothing is lost."""
+        self.add_all(records)
+        self.flush()
+
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the file that was opened, and that is as it was left."""
+        """Say whether the path still leads to the file that was opened, and that is as it was
+        left."""
         if not self.file:                 # after a restore() that failed
             return False
         with suppress(OSError):
             there = os.lstat(self.path)
-            same = os.path.samestat(os.fstat(self.file.fileno()), there)
-            return same and there.st_size == len(self.held)
+            is_same = os.path.samestat(os.fstat(self.file.fileno()), there)
+            return is_same and there.st_size == len(self.held)
         return False
 
     def restore(self) -> None:
-        """Write the whole chat anew: somebody has removed the file, or put another in its place, which
-        stays as a chat of its own if it has other words. Raises OSError."""
+        """Write the whole chat anew: somebody has removed the file, or put another in its place,
+        which stays as a chat of its own if it has other words. Raises OSError."""
         there = self.read_other()
         if there is None:
             self.news = REMOVED_FILE
@@ -10870,83 +10992,192 @@ class ChatFile:
         self.open()
 
     def read_other(self) -> Optional[bytes]:
-        """What lies at the path now, None = nothing. Raises OSError, as where another window has it."""
+        """Read what lies at the path now, None = nothing. Raises OSError, as where another window
+        has it."""
         if not os.path.lexists(self.path):
             return None
         if os.path.islink(self.path) or not os.path.isfile(self.path):
             return b"\0"                  # what no chat is; it is moved away
         with open(self.path, "rb", opener=open_private) as file:
             raw = file.read()
-            stats = [os.fstat(opened.fileno()) for opened in (file, self.file) if opened]
-            if raw != self.held and not os.path.samestat(stats[0], stats[-1]):
+            is_own = self.file and os.path.sameopenfile(file.fileno(), self.file.fileno())
+            if raw != self.held and self.file and not is_own:
                 lock_file(file)
             return raw
 
     def close(self) -> None:
+        """Write all that waits. Raises OSError, and then the file stays open."""
         self.flush(whole=True)
         if self.file:
             self.file.close()
 
-
-# == 35. DISK WORKER ===============================================================================
-# DiskWorker does what is to be done with files for the window: chats, history, settings, attachments, the clipboard.
-# It must not know State or the terminal.
-
-REMOVED_FILE = "The file of this chat was removed by another program, so all of it is written anew."
-REPLACED_FILE = ("Another program has changed the file of this chat. What it wrote is the chat %s now, "
-                 "and all of this one is written anew.")
-
 def spare_path(path: str) -> str:
-    """A path beside this one where nothing lies."""
+    """Return a path beside this one where nothing lies."""
     import itertools
     base, end = os.path.splitext(path)
     paths = ("%s-other-%d%s" % (base, n, end) for n in itertools.count(1))
     return next(spare for spare in paths if not os.path.lexists(spare))
 
+
+# == 36. IMPORT, EXPORT ============================================================================
+# Files that go with a message, chats as other programs have them, the clipboard. It must not know
+# State or the terminal.
+
+def plain_path(word: str) -> str:
+    """Return a path as it was typed without quotes and backslashes."""
+    return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
+
+def find_files(path: str, is_pattern: bool) -> List[str]:
+    """List the files that a path names; of a pattern that fits none, itself."""
+    import glob
+    names = sorted(glob.glob(path if is_pattern else glob.escape(path)))
+    files = [name for name in names if os.path.isfile(name)]
+    if is_pattern and not files:
+        return [path]
+    return files
+
+def read_attachment(path: str, room: int) -> str:
+    """Read a text file of at most `room` bytes. Raises OSError, or ValueError with the reason why
+    it can't be sent."""
+    if os.path.isdir(path):
+        raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/"))
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")
+    with open(path, "rb", opener=open_ordinary) as file:
+        raw = file.read(room + 1)
+    if len(raw) > room:
+        text = "it has {:,} bytes, and the context has room for {:,} at the very most"
+        raise ValueError(text.format(os.path.getsize(path), room))
+    is_utf_16 = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = raw.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252", "replace")
+    if re.search("[\0-\x06\x0e-\x1a\x1c-\x1f]", text):
+        raise ValueError("it is binary, and only text can be sent")
+    return text.replace("\r\n", "\n").rstrip("\n")
+
+def parse_messages(text: str) -> Chat:
+    """Read a chat in OpenAI's form. Raises ValueError, KeyError, TypeError, AttributeError."""
+    import json
+    messages = json.loads(text)
+    if isinstance(messages, dict):
+        messages = messages["messages"]
+    chat = Chat()
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):         # parts, of which we take the texts
+            texts = [part["text"] for part in content if part.get("type") == "text"]
+            content = "\n\n".join(texts)
+        content = str(content or "")          # null: the call of a tool
+        if message["role"] in ("system", "developer"):
+            chat = chat._replace(system=content)
+        elif message["role"] in ("user", "assistant") and content:
+            chat = add_turn(chat, message["role"], content)
+    return chat
+
+def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
+    """Write a chat as a text, without the thinking: JSON in OpenAI's form, Markdown or plain, as
+    the name of the file ends."""
+    import json
+    said = [("system", system)] if system else []
+    for turn in turns:
+        if turn.role == "assistant":
+            said.append((turn.role, split_thinking(turn.text)[1] or ""))
+        elif turn.role == "user":
+            said.append((turn.role, turn.text))
+    if path.lower().endswith(".json"):
+        messages = [{"role": role, "content": text} for role, text in said]
+        return json.dumps({"messages": messages}, ensure_ascii=False, indent=1) + "\n"
+    is_markdown = path.lower().endswith((".md", ".markdown"))
+    form = "## %s\n\n%s\n\n" if is_markdown else "%s: %s\n\n"
+    names = {"system": "System", "user": "You", "assistant": "Model"}
+    return "".join(form % (names[role], text) for role, text in said)
+
+CLIPBOARDS: Tuple[Tuple[str, ...], ...] = (
+    ("pbcopy",), ("wl-copy",), ("xclip", "-selection", "clipboard"), ("clip.exe",),
+    ("termux-clipboard-set",))
+if os.name == "nt":                   # by its path: Windows would look in the current folder first
+    WINDOWS = os.environ.get("SystemRoot", r"C:\Windows")
+    CLIPBOARDS = ((os.path.join(WINDOWS, "System32", "clip.exe"),),)
+
+def clipboard_programs() -> List[Tuple[str, ...]]:
+    """List the commands that may take a text for a clipboard which is in front of the user."""
+    programs: List[Tuple[str, ...]] = []
+    if "SSH_CONNECTION" not in os.environ:    # else theirs would be the other machine's
+        programs += CLIPBOARDS
+    if os.environ.get("TMUX"):            # sends it on where it doesn't let our own OSC 52 through
+        programs.append(("tmux", "load-buffer", "-w", "-"))
+    return programs
+
+def copy_by_program(text: str) -> str:
+    """Give a text to the first clipboard program that takes it; return its name, or ""."""
+    from subprocess import DEVNULL, SubprocessError, run
+    for argv in clipboard_programs():
+        encoding = "utf-16-le" if argv[0].endswith("clip.exe") else "utf-8"
+        raw = text.encode(encoding, "replace")
+        with suppress(OSError, SubprocessError):
+            run(argv, input=raw, stdout=DEVNULL, stderr=DEVNULL, timeout=5, check=True)
+            return argv[0]
+    return ""
+
+
+# == 37. DISK WORKER ===============================================================================
+# DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
+# history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
+# a method, and its name in ASIDE or IN_ORDER.
+
 def sent_words(typed: str) -> str:
-    """What is said by a message as it was typed: a second slash at its beginning isn't."""
+    """Return what a message says that was typed so: a second slash at its beginning isn't part of
+    it."""
     return (typed[1:] if typed[:2] == "//" else typed).strip("\n")
 
 def said_words(raw: bytes) -> Set[str]:
-    """All that was said in a chat's file, also what was taken back, without attached files."""
-    records = [record for line in raw.splitlines() for record in read_line(line)[0]]
-    return {split_files(str(record["content"]))[1] for record in records if "content" in record}
-
-def last_messages(history: bytes) -> bytes:
-    return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
-
-def remove_all(path: str) -> None:
-    """A file, and what was left half written of it. Raises OSError."""
-    import glob
-    name = glob.escape(path)
-    for found in [path] + glob.glob(name + ".*.new") + glob.glob(name + ".*.tmp"):
-        with suppress(FileNotFoundError):
-            os.remove(found)
+    """Return all that was said in a chat's file, also what was taken back, without attached
+    files."""
+    said = set()
+    for line in raw.splitlines():
+        for record in read_line(line)[0]:
+            if "content" in record:
+                said.add(split_files(str(record["content"]))[1])
+    return said
 
 def without_words(history: bytes, said: Set[str]) -> bytes:
-    """The history of sent messages without these."""
+    """Return the history of sent messages without these."""
     kept = b""
     for raw in history.split(b"\0")[:-1]:
         if sent_words(raw.decode("utf-8", "replace")) not in said:
             kept += raw + b"\0"
     return kept
 
+def last_messages(history: bytes) -> bytes:
+    return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
+
+def remove_all(path: str) -> None:
+    """Remove a file, and what was left half written of it. Raises OSError."""
+    import glob
+    name = glob.escape(path)
+    for found in [path, *glob.glob(name + ".*.new"), *glob.glob(name + ".*.tmp")]:
+        with suppress(FileNotFoundError):
+            os.remove(found)
+
 def explain_error(error: Exception) -> str:
-    """What is wrong, for people: the file and the reason."""
+    """Say what is wrong, for people: the file and the reason."""
     parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
     return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
 
-def plain_path(word: str) -> str:
-    """A path as it was typed, without quotes and backslashes."""
-    return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
-
 SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwhile."
+NOT_SAVED = ("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
+             "and again.")
 COPIED_CHAT = "This is a copy of the chat, as it could not be opened to go on with it: %s."
+NO_MESSAGES = ("%s holds no messages as OpenAI's API has them: "
+               '{"messages": [{"role": …, "content": …}]}.')
 
 class DiskWorker:
-    """Does what is to be done with files; what comes of it goes to post(event). Saving has a thread of its
-    own, where one job follows the other. What may hang (another disk, a program) has a thread each: ASIDE."""
-    ASIDE = {  # job: what to say when it fails, or takes long
+    """Does what is to be done with files; what comes of it goes to post(event). Saving has a
+    thread of its own, where one job follows the other. What may hang (another disk, a program) has
+    a thread each."""
+    ASIDE = {  # job: what to say when it fails, or takes long; "" = nobody waits for it
         "export": "The file isn't written",
         "import_chat": "The file isn't read",
         "read_files": "The files aren't read",
@@ -10954,7 +11185,7 @@ class DiskWorker:
         "describe": "The model isn't read",
         "copy": "Nothing is copied",
         "suggest": "No models are found",
-        "find_better": "",                # nobody waits for it
+        "find_better": "",
         "drop_parts": "The download isn't removed"}
     IN_ORDER = {
         "open": "The chat isn't opened",
@@ -10967,42 +11198,51 @@ class DiskWorker:
     SLOW_S = 2.0                          # what takes longer is told
 
     def __init__(self, post: Any) -> None:
-        import queue, threading
-        self.post, self.jobs = post, queue.Queue()
+        import queue
+        import threading
+        self.post = post
+        self.jobs: Any = queue.Queue()    # (job, arguments); None = end
         self.thread: Any = None
-        self.running: Dict[Any, Tuple[str, float]] = {}    # jobs at work: what, and since when
-        self.begun = threading.Event()
-        self.watcher: Any = None
         self.aside: List[Any] = []        # the threads that are at work
-        self.file: Optional[ChatFile] = None
+        self.running: Dict[Any, Tuple[str, float]] = {}    # jobs: what, and when it is slow
+        self.begun = threading.Event()    # one has been added to them
+        self.watcher: Any = None
         self.history = os.path.join(data_dir(), "history")
+        self.file: Optional[ChatFile] = None
         self.late: List[ChatFile] = []    # of chats before it; what could not be written yet
         self.problem = ""                 # why the chat can't be saved at present
 
+    def tell(self, text: str, style: str) -> None:
+        self.post(Told(text, style))
+
     def do(self, job: Any, *arguments: Any) -> None:
-        import threading
+        """Begin a job, a method of this object."""
         if not self.watcher:
-            self.watcher = threading.Thread(target=self._watch, daemon=True)
-            self.watcher.start()
+            self.watcher = self._start(self._watch)
         if getattr(job, "__name__", "") in self.ASIDE:
-            return self.do_aside(job, arguments)
+            self._do_aside(job, arguments)
+            return
         self.jobs.put((job, arguments))
         if not self.thread:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
+            self.thread = self._start(self._work)
 
-    def do_aside(self, job: Any, arguments: Tuple[Any, ...]) -> None:
+    def _start(self, function: Any, *arguments: Any) -> Any:
         import threading
+        thread = threading.Thread(target=function, args=arguments, daemon=True)
+        thread.start()
+        return thread
+
+    def _do_aside(self, job: Any, arguments: Tuple[Any, ...]) -> None:
         self.aside = [thread for thread in self.aside if thread.is_alive()]
-        if len(self.aside) >= self.MAX_ASIDE:
-            text = self.ASIDE[job.__name__] + ": too much else hasn't ended yet."
-            return self.post(Told(text, "error"))
-        self.aside.append(threading.Thread(target=self._try, args=(job, arguments), daemon=True))
-        self.aside[-1].start()
+        if len(self.aside) < self.MAX_ASIDE:
+            self.aside.append(self._start(self._try, job, arguments))
+        else:
+            self.tell(self.ASIDE[job.__name__] + ": too much else hasn't ended yet.", "error")
 
     def wait(self, limit_s: float) -> None:
         """Wait until all is done, at most so long."""
-        import threading, time
+        import threading
+        import time
         end_s = time.monotonic() + limit_s
         if self.thread:
             done = threading.Event()
@@ -11010,79 +11250,6 @@ class DiskWorker:
             done.wait(limit_s)
         for thread in self.aside:
             thread.join(max(0.0, end_s - time.monotonic()))
-
-    def _try(self, job: Any, arguments: Tuple[Any, ...]) -> None:
-        """A job; what goes wrong is told, and when it takes long."""
-        name = getattr(job, "__name__", "")
-        what = {**self.IN_ORDER, **self.ASIDE}.get(name, "That failed")
-        with self._told_when_slow(what):
-            try:
-                job(*arguments)
-            except Exception as error:    # the thread must go on, whatever is in a file
-                self.post(Told("%s: %s." % (what or "That failed", explain_error(error)), "error"))
-
-    @contextmanager
-    def _told_when_slow(self, what: str) -> Any:
-        """Starts no thread, as that would hold up the writing of a message for milliseconds."""
-        import time
-        key = object()
-        self.running[key] = (what, time.monotonic())
-        self.begun.set()
-        try:
-            yield
-        finally:
-            del self.running[key]
-
-    def _watch(self) -> None:
-        """Tell of jobs that take long; while none is at work, wait."""
-        import time
-        while True:
-            self.begun.wait()
-            self.begun.clear()
-            told: Set[Any] = set()
-            while self.running:
-                time.sleep(self.SLOW_S / 4)
-                late = time.monotonic() - self.SLOW_S
-                for key, (what, began_s) in list(self.running.items()):
-                    if what and began_s <= late and key not in told:
-                        told.add(key)
-                        self.post(Told(what + SLOW_JOB, "warn"))
-
-    def _work(self) -> None:
-        for job, arguments in iter(self._next_job, None):
-            if job == self.write:
-                self._try_write(arguments)
-            else:
-                self._try(job, arguments)
-            if arguments or job != self.write:    # else it wasn't in the queue
-                self.jobs.task_done()
-        try:
-            self._switch_file(None)
-            self.problem = ""
-        except OSError as error:
-            self.problem = explain_error(error)
-
-    def _try_write(self, arguments: Tuple[Any, ...]) -> None:
-        problem = ""
-        try:
-            self.write(*arguments)
-        except Exception as error:
-            problem = explain_error(error)
-        if problem and not self.problem:
-            self.post(Told("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
-                           "and again." % problem, "error"))
-        elif self.problem and not problem:
-            self.post(Told("This chat is saved now.", "good"))
-        self.problem = problem
-
-    def _next_job(self) -> Any:
-        """What is to be done; when nothing comes for a second, what waits to be written."""
-        import queue
-        waits = self.late or self.file and (self.file.part or self.file.waiting)
-        try:
-            return self.jobs.get(timeout=ChatFile.PART_S if waits else None)
-        except queue.Empty:
-            return self.write, ()
 
     def close(self) -> str:
         """Write what waits. Returns why something could not be saved, "" = all is."""
@@ -11092,92 +11259,161 @@ class DiskWorker:
         self.thread.join(5)
         return "the disk doesn't answer" if self.thread.is_alive() else self.problem
 
-    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
-        """Add to a chat; without a name: what waits."""
-        if name and not (self.file and self.file.path == chat_path(name)):
-            self.late, self.file = self.late + [self.file] * bool(self.file), ChatFile(chat_path(name))
-        try:
-            if self.file and self.file.add_all(records):
-                self._sync(self.file)
-        finally:
-            self._switch_file(self.file)
+    def _try(self, job: Any, arguments: Tuple[Any, ...]) -> None:
+        """Do a job; tell what goes wrong, and when it takes long."""
+        name = getattr(job, "__name__", "")
+        what = {**self.IN_ORDER, **self.ASIDE}.get(name, "That failed")
+        with self._told_when_slow(what):
+            try:
+                job(*arguments)
+            except Exception as error:    # the thread must go on, whatever is in a file
+                self.tell("%s: %s." % (what or "That failed", explain_error(error)), "error")
 
-    def _sync(self, file: ChatFile) -> None:
-        with self._told_when_slow("The chat isn't saved"):
-            file.flush()
+    @contextmanager
+    def _told_when_slow(self, what: str) -> Any:
+        """Let the watcher know. It starts no thread, which would hold up a message's way to the
+        disk."""
+        import time
+        key = object()
+        self.running[key] = (what, time.monotonic() + self.SLOW_S)
+        self.begun.set()
+        try:
+            yield
+        finally:
+            self.running.pop(key, None)
+
+    def _watch(self) -> None:
+        """Tell of jobs that take long; while none is at work, wait."""
+        import time
+        while True:
+            self.begun.wait()
+            self.begun.clear()
+            while self.running:
+                time.sleep(self.SLOW_S / 4)
+                for key, (what, due_s) in list(self.running.items()):
+                    if time.monotonic() < due_s:
+                        continue
+                    self.running.pop(key, None)
+                    if what:
+                        self.tell(what + SLOW_JOB, "warn")
+
+    def _work(self) -> None:
+        for job, arguments in iter(self._next_job, None):
+            if job == self.write:
+                self._try_write(arguments)
+            else:
+                self._try(job, arguments)
+        try:
+            self._switch_file(None)
+            self.problem = ""
+        except OSError as error:
+            self.problem = explain_error(error)
+
+    def _next_job(self) -> Any:
+        """Wait for what is to be done; when nothing comes for a second, write what waits."""
+        import queue
+        waits = self.late or self.file and (self.file.part or self.file.waiting)
+        try:
+            return self.jobs.get(timeout=ChatFile.PART_S if waits else None)
+        except queue.Empty:
+            return self.write, ()
+
+    def _try_write(self, arguments: Tuple[Any, ...]) -> None:
+        problem = ""
+        try:
+            self.write(*arguments)
+        except Exception as error:
+            problem = explain_error(error)
+        if problem and not self.problem:
+            self.tell(NOT_SAVED % problem, "error")
+        elif self.problem and not problem:
+            self.tell("This chat is saved now.", "good")
+        self.problem = problem
+
+    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
+        """Add to a chat; without a name: what waits. Raises OSError, and then nothing is lost."""
+        if name and not self._has_open(name):
+            self._set_file(ChatFile(chat_path(name)))
+        try:
+            if self.file:
+                self.file.add_all(records)
+                self._flush(self.file)
+        finally:
+            self._close_late()
+
+    def _has_open(self, name: str) -> bool:
+        return self.file is not None and self.file.path == chat_path(name)
+
+    def _flush(self, file: ChatFile) -> None:
+        if file.is_due():
+            with self._told_when_slow("The chat isn't saved"):
+                file.flush()
         if file.news:
-            self.post(Told(file.news, "warn"))
+            self.tell(file.news, "warn")
             file.news = ""
 
-    def _switch_file(self, file: Optional[ChatFile]) -> None:
-        """From now on this file; those before are closed, if need be later."""
-        self.late, self.file = self.late + [self.file] * bool(self.file and self.file is not file), file
+    def _set_file(self, file: Optional[ChatFile]) -> None:
+        if self.file and self.file is not file:
+            self.late.append(self.file)
+        self.file = file
+
+    def _close_late(self) -> None:
+        """Close the files of chats before this one. Raises OSError, and then they stay open."""
         while self.late:
             with self._told_when_slow("The chat isn't saved"):
                 self.late[0].close()
             self.late.pop(0)
 
+    def _switch_file(self, file: Optional[ChatFile]) -> None:
+        """Use this file from now on, and close those before it. Raises OSError."""
+        self._set_file(file)
+        self._close_late()
+
     def open(self, name: str, spare_name: str) -> None:
-        """Open a chat ("" = the latest). One that can't be written, as another window has it, is copied to spare_name ("" = in memory)."""
-        wanted, name = name, name or latest_chat()
+        """Open a chat ("" = the latest). One that can't be written, as another window has it, is
+        copied to spare_name ("" = in memory)."""
+        wanted = name
+        name = name or latest_chat()
         file = ChatFile(chat_path(name))
         if not name or os.path.basename(name) != name or not os.path.exists(file.path):
-            named = "There is no chat named %s; /chats shows those that there are." % wanted
-            return self.post(Told(named if wanted else "There is no chat to go on with.", "warn"))
-        if self.file and self.file.path == file.path:
+            text = "There is no chat to go on with."
+            if wanted:
+                text = "There is no chat named %s; /chats shows those that there are." % wanted
+            return self.tell(text, "warn")
+        if self._has_open(name):
             self._switch_file(None)       # this window's own: its lock first goes away
-        note, raw = "", b""
+        raw = b""
+        note = ""
         try:
-            raw = file.open() if spare_name else b""
+            raw = file.open() if spare_name else read_chat(name)
         except OSError as error:
+            raw = read_chat(name)
             note = COPIED_CHAT % error.strerror
         if note or not spare_name:
-            raw, name, file = read_chat(name), spare_name, ChatFile(chat_path(spare_name))
+            name = spare_name
+            file = ChatFile(chat_path(spare_name))
             file.waiting = raw[:raw.rfind(b"\n") + 1] if spare_name else b""
         with suppress(OSError):           # is told at the next write
             self._switch_file(file)
         self.post(ChatOpened(parse_chat(raw, name), note))
 
-    save_setting = staticmethod(save_kept)
-
-    def suggest(self) -> None:
-        entries = suggested_entries(known_hardware())
-        self.post(ModelsFound(entries, "") if entries else Told(
-            "All suggested models are here: /models loads one, /download org/repo fetches others.", "dim"))
-
-    def find_better(self) -> None:
-        """The suggested model that suits this machine best, if that isn't the small one, which is in use."""
-        best = suggested_entries(known_hardware())[:1]
-        for entry in best:
-            if entry.note.startswith("best fit") and entry.name != SMALL_MODEL.name:
-                self.post(BetterFound(entry))
-
-    def drop_parts(self, parts: Sequence[str]) -> None:
-        try:
-            for path in parts:
-                drop_part(path)
-            self.post(Told("The download is cancelled; what had come is removed.", "dim"))
-        except ModelError:
-            self.post(Told("The download is cancelled here; another window or program goes on with it.", "dim"))
-
-    def find(self, query: str) -> None:
-        self.post(ChatsFound(query, tuple(list_chats(query))))
-
     def rename(self, name: str, title: str) -> None:
-        if self.file and self.file.path == chat_path(name):
+        if self._has_open(name):
             self.file.add_all([{"title": title}])
-            return self._sync(self.file)
-        times = os.stat(chat_path(name))  # raises where another window has deleted it
-        file = ChatFile(chat_path(name))
+            return self._flush(self.file)
+        path = chat_path(name)
+        times = os.stat(path)             # raises where another window has deleted it
+        file = ChatFile(path)
         file.write([{"title": title}])
         file.close()
-        os.utime(chat_path(name), ns=(times.st_atime_ns, times.st_mtime_ns))    # -C goes on with the chat that was last used
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))    # -C goes on with the last used
 
     def delete(self, name: str) -> None:
-        """A chat, what the model has read of it, and its messages in the history."""
+        """Delete a chat, what the model has read of it, and its messages in the history."""
         file = self._let_go(name)
-        said = said_words(bytes(file.held) + file.waiting) if file else set()
+        said = set()
         if file:
+            said = said_words(bytes(file.held) + file.waiting)
             self._remove(file)
         remove_all(os.path.join(data_dir(), "states", name + ".state"))
         if os.path.exists(self.history):
@@ -11185,33 +11421,37 @@ class DiskWorker:
         self.post(ChatDeleted(tuple(said)))
 
     def erase(self, name: str) -> None:
-        """The file of a chat whose only question was taken back."""
+        """Delete the file of a chat whose only question was taken back."""
         file = self._let_go(name)
         if file:
             self._remove(file)
 
     def _let_go(self, name: str) -> Optional[ChatFile]:
-        """This chat's file, locked and no longer in use here; None = there is none. Raises OSError."""
+        """Return a chat's file, locked and no longer in use here; None = there is none. Raises
+        OSError."""
+        path = chat_path(name)
         for file in filter(None, [self.file, *self.late]):
-            if file.path == chat_path(name):
-                self.file = None if file is self.file else self.file
+            if file.path == path:
+                if file is self.file:
+                    self.file = None
                 return file
-        file = ChatFile(chat_path(name))
-        if not os.path.lexists(file.path):
+        if not os.path.lexists(path):
             return None
+        file = ChatFile(path)
         file.open()                       # raises where another window has it
         return file
 
     def _remove(self, file: ChatFile) -> None:
-        file.part, file.waiting = None, b""
+        file.part = None
+        file.waiting = b""
         file.close()
         self.late = [late for late in self.late if late.path != file.path]
         remove_all(file.path)
 
-    def clear_history(self) -> None:
-        """Empty the history of sent messages."""
-        if os.path.exists(self.history):
-            change_file(self.history, lambda raw: b"")
+    def find(self, query: str) -> None:
+        self.post(ChatsFound(query, tuple(list_chats(query))))
+
+    save_setting = staticmethod(save_kept)
 
     def append_history(self, text: str) -> None:
         """Add to the history of sent messages, a file with a NUL after each."""
@@ -11227,206 +11467,109 @@ class DiskWorker:
         if len(texts) > 2 * HISTORY_MESSAGES:
             change_file(self.history, last_messages)
 
-    def export(self, path: str, text: str) -> None:
-        path = os.path.expanduser(path)
-        try:
-            with open(path, "x", encoding="utf-8", errors="replace", opener=open_ordinary) as file:
-                file.write(text)
-        except FileExistsError:
-            return self.post(Told("%s is there already: choose another name, or delete it first." % path, "error"))
-        self.post(Told("Written: %s" % path, "good"))
+    def clear_history(self) -> None:
+        if os.path.exists(self.history):
+            change_file(self.history, lambda raw: b"")
 
-    def find_paths(self, text: str, word: str, escaped: bool) -> None:
-        """For Tab: the paths that begin with this word; escaped: spaces have a backslash before them."""
-        import glob
-        full = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
-        tails = [path[len(full):] + "/" * os.path.isdir(path) for path in sorted(glob.glob(glob.escape(full) + "*"))]
-        fitting = [word + (tail.replace(" ", "\\ ") if escaped else tail) for tail in tails]
-        if text.startswith("/load "):         # models are known by their names, too
-            fitting += [entry.name for entry in find_models() if word.lower() in entry.name.lower()]
-        self.post(Fitting(text, word, fitting))
+    def suggest(self) -> None:
+        entries = suggested_entries(known_hardware())
+        if entries:
+            return self.post(ModelsFound(entries, ""))
+        self.tell("All suggested models are here: /models loads one, "
+                  "/download org/repo fetches others.", "dim")
+
+    def find_better(self) -> None:
+        """Find the suggested model that suits this machine best, if that isn't the small one,
+        which is in use."""
+        for entry in suggested_entries(known_hardware())[:1]:
+            if entry.note.startswith("best fit") and entry.name != SMALL_MODEL.name:
+                self.post(BetterFound(entry))
+
+    def drop_parts(self, parts: Sequence[str]) -> None:
+        text = "The download is cancelled; what had come is removed."
+        try:
+            for path in parts:
+                drop_part(path)
+        except ModelError:
+            text = "The download is cancelled here; another window or program goes on with it."
+        self.tell(text, "dim")
 
     def describe(self, path: str) -> None:
         self.post(ModelDescribed(path, describe_model(path)))
 
+    def find_paths(self, text: str, word: str, escaped: bool) -> None:
+        """Find, for Tab, the paths that begin with this word; escaped: spaces have a backslash
+        before them."""
+        import glob
+        begin = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
+        fitting = []
+        for path in sorted(glob.glob(glob.escape(begin) + "*")):
+            tail = path[len(begin):]
+            if os.path.isdir(path):
+                tail += "/"
+            fitting.append(word + (tail.replace(" ", "\\ ") if escaped else tail))
+        if text.startswith("/load "):         # models are known by their names, too
+            names = [entry.name for entry in find_models()]
+            fitting += [name for name in names if word.lower() in name.lower()]
+        self.post(Fitting(text, word, fitting))
+
     def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
-        """The files of /file; or, with a text, those named in it that exist."""
+        """Read the files of /file; or, with a text, those named in it that exist."""
         files: List[File] = []
         problems: List[str] = []
         missing: List[str] = []
         room = 16 * n_ctx                 # hardly any token has more characters
         for word in words:
             names = find_files(plain_path(word), not text)
-            if text and not names:
+            if text and not names and _pattern("file name").match(word):
                 missing.append(word)
             for name in names:
                 try:
-                    files.append(File(clean_row(name), read_attachment(name, room)))
-                    room -= len(files[-1].text)
+                    file = File(clean_row(name), read_attachment(name, room))
                 except Exception as error:    # somebody waits for the answer, so there must be one
                     reason = getattr(error, "strerror", None) or error
                     problems.append("%s isn't attached: %s." % (name, reason))
-        named = tuple(filter(_pattern("file name").match, missing))
-        self.post(FilesRead(tuple(files), tuple(problems[:9]), text, named))
+                    continue
+                files.append(file)
+                room -= len(file.text)
+        self.post(FilesRead(tuple(files), tuple(problems[:9]), text, tuple(missing)))
 
-    def copy(self, text: str, what: str, sent: bool) -> None:
-        """Put a text on the clipboard, or else into a file, and say where it is. sent: the terminal has been given it."""
-        program, place = copy_by_program(text), os.path.join(data_dir(), "copied.txt")
-        places = [program] * bool(program) + ["the terminal's clipboard (OSC 52, which no terminal confirms)"] * sent
-        if not places:
-            make_data_dir()
-            write_whole(place, text.encode("utf-8", "replace"))
-        self.post(Told("Copied %s (%s) to %s." % (what, format_count(len(text), "character"), " and ".join(places) or place), "good"))
+    def export(self, path: str, text: str) -> None:
+        """Write a new file, for /export and /save."""
+        path = os.path.expanduser(path)
+        try:
+            with open(path, "x", encoding="utf-8", errors="replace", opener=open_ordinary) as file:
+                file.write(text)
+        except FileExistsError:
+            text = "%s is there already: choose another name, or delete it first."
+            return self.tell(text % path, "error")
+        self.tell("Written: %s" % path, "good")
 
     def import_chat(self, path: str) -> None:
-        """A chat from a file of OpenAI's messages."""
+        """Open a chat from a file in OpenAI's form."""
+        path = os.path.expanduser(path)
         try:
-            with open(os.path.expanduser(path), encoding="utf-8-sig", opener=open_ordinary) as file:
-                opened = parse_messages(file.read())
-            self.post(opened)
-            self.post(Told("Brought in: %d messages." % len(opened.chat.turns), "good"))
+            with open(path, encoding="utf-8-sig", opener=open_ordinary) as file:
+                chat = parse_messages(file.read())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self.post(Told("%s holds no messages as OpenAI's API has them: {\"messages\": [{\"role\": …, \"content\": …}]}." % path, "error"))
+            return self.tell(NO_MESSAGES % path, "error")
+        self.post(ChatOpened(chat))
+        self.tell("Brought in: %d messages." % len(chat.turns), "good")
 
-def find_files(path: str, is_pattern: bool) -> List[str]:
-    """The files that a path names; of a pattern that fits none, itself."""
-    import glob
-    names = sorted(glob.glob(path if is_pattern else glob.escape(path)))
-    return list(filter(os.path.isfile, names)) or [path] * is_pattern
-
-def read_attachment(path: str, room: int) -> str:
-    """A text file. Raises OSError, or ValueError with the reason why it can't be sent."""
-    if not os.path.isfile(path):
-        raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/") if os.path.isdir(path) else "there is no such file")
-    with open(path, "rb", opener=open_ordinary) as file:
-        raw = file.read(room + 1)
-    if len(raw) > room:
-        raise ValueError("it has {:,} bytes, and the context has room for {:,} at the very most".format(os.path.getsize(path), room))
-    try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("cp1252", "replace")
-    if re.search("[\0-\x06\x0e-\x1a\x1c-\x1f]", text):
-        raise ValueError("it is binary, and only text can be sent")
-    return text.replace("\r\n", "\n").rstrip("\n")
-
-CLIPBOARDS = (("pbcopy",), ("wl-copy",), ("xclip", "-selection", "clipboard"), ("clip.exe",), ("termux-clipboard-set",))
-if os.name == "nt":                   # with its folder: Windows would look for it in the current one first, which may be anybody's
-    CLIPBOARDS = ((os.path.join(os.environ.get("SystemRoot", r"C:\Windows"), "System32", "clip.exe"),),)
-
-def copy_by_program(text: str) -> str:
-    """The name of the clipboard program that took this text, or "". Over ssh that clipboard would be the other machine's."""
-    from subprocess import DEVNULL, SubprocessError, run
-    tmux = ("tmux", "load-buffer", "-w", "-")    # sends it on where tmux's defaults don't let our own OSC 52 through
-    for argv in CLIPBOARDS * ("SSH_CONNECTION" not in os.environ) + (tmux,) * bool(os.environ.get("TMUX")):
-        raw = text.encode("utf-16-le" if argv[0].endswith("clip.exe") else "utf-8", "replace")
-        with suppress(OSError, SubprocessError):
-            run(argv, input=raw, stdout=DEVNULL, stderr=DEVNULL, timeout=5, check=True)
-            return argv[0]
-    return ""
-
-def parse_messages(text: str) -> ChatOpened:
-    """A chat from JSON messages. Raises ValueError, KeyError, TypeError, AttributeError."""
-    import json
-    messages = json.loads(text)
-    chat, system = Chat(), ""
-    for message in messages["messages"] if isinstance(messages, dict) else messages:
-        content = message["content"]
-        if isinstance(content, list):         # parts, of which we take the texts
-            content = "\n\n".join(part["text"] for part in content if part.get("type") == "text")
-        content = str(content or "")          # null: the call of a tool
-        if message["role"] in ("system", "developer"):
-            system = content
-        elif message["role"] in ("user", "assistant") and content:
-            chat = add_turn(chat, message["role"], content)
-    return ChatOpened(chat._replace(system=system))
-
-def export_chat(turns: Iterable[Turn], system: str, path: str) -> str:
-    """A chat as a text, without the thinking: JSON (OpenAI's messages), Markdown or plain, as the file's name ends."""
-    import json
-    said = [("system", system)] * bool(system) + [
-        (turn.role, split_thinking(turn.text)[1] or "" if turn.role == "assistant" else turn.text) for turn in turns if turn.role != "notice"]
-    if path.lower().endswith(".json"):
-        return json.dumps({"messages": [{"role": role, "content": text} for role, text in said]}, ensure_ascii=False, indent=1) + "\n"
-    form = "## %s\n\n%s\n\n" if path.lower().endswith((".md", ".markdown")) else "%s: %s\n\n"
-    return "".join(form % ({"user": "You", "assistant": "Model"}.get(role, "System"), text) for role, text in said)
-
-def scan_chats() -> List[Tuple[float, str]]:
-    """(when it was last changed, name) of the stored chats, the latest first."""
-    found = []
-    with suppress(FileNotFoundError, NotADirectoryError):    # there are none
-        for entry in os.scandir(os.path.dirname(chat_path(""))):
-            with suppress(OSError):       # it has just gone
-                if entry.name.endswith(".jsonl") and entry.is_file():
-                    found.append((entry.stat().st_mtime, entry.name[:-6]))
-    return sorted(found, reverse=True)
-
-def read_chat(name: str) -> bytes:
-    with open(chat_path(name), "rb", opener=open_ordinary) as file:
-        return file.read()
-
-def list_chats(query: str) -> List[ChatEntry]:
-    """The stored chats that hold this text, the latest first. One that can't be read says so."""
-    import json
-    entries, low = [], json.dumps(query, ensure_ascii=False)[1:-1].lower()
-    for time_s, name in scan_chats():
-        try:
-            entry = describe_chat(name, time_s, low)
-        except FileNotFoundError:         # just deleted in another window
-            continue
-        except Exception as error:        # whatever is in a file, it must not hide the others
-            reason = getattr(error, "strerror", None) or "it is damaged"
-            entry = ChatEntry(name, "(can't be read: %s)" % reason, "", time_s, 0)
-        entries += [entry] if entry else []
-    return entries
-
-def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
-    """A chat's row in the list; None where nothing was said, or not this text (in lower case). Raises OSError."""
-    text = read_chat(name).decode("utf-8", "replace")
-    if not has_turns(text) or low and not holds_text(text, low):
-        return None
-    models = re.findall(r'"model": "((?:[^"\\]|\\.)*)"', text)
-    model = unescape("".join(models[-1:]))
-    return ChatEntry(name, chat_title(text), model, time_s, len(text))
-
-def holds_text(text: str, low: str) -> bool:
-    """Whether a chat's title or what was said in it holds this, as JSON has it."""
-    if low not in text.lower():
-        return False
-    said = re.findall(r'"(?:content|part|title)": "((?:[^"\\]|\\.)*)"', text)
-    return low in "\n".join(said).lower()
-
-def chat_title(text: str) -> str:
-    lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
-    record = {}
-    for line in lines:
-        record, *_ = parse_json(line) or salvage_record(line) or [{}]
-    title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
-    return " ".join(title.split())[:200] or "(no question that can be read)"
-
-def first_questions(text: str) -> List[str]:
-    """The lines with the versions of a chat's first question."""
-    gone = set(re.findall(r'"gone": (\d+)', text))
-    lines = re.findall(r'(?m)^(\{"turn": (\d+), "parent": 0, .*)$', text)
-    return [line for line, number in lines if number not in gone]
-
-def latest_chat() -> str:
-    """The name of the chat that was last used, "" = there is none."""
-    for _, name in scan_chats():
-        with suppress(OSError):           # it has just gone, or isn't ours
-            if has_turns(read_chat(name).decode("utf-8", "replace")):
-                return name
-    return ""
-
-def has_turns(text: str) -> bool:
-    """Whether something was said in a chat, and not taken back."""
-    turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text))
-    if turns - set(re.findall(r'"gone": (\d+)', text)) or '\n{"part": ' in text:
-        return True
-    return parse_chat(text.encode()).n_damaged > 0
+    def copy(self, text: str, what: str, sent: bool) -> None:
+        """Put a text on the clipboard, or else into a file, and say where it is. sent: the
+        terminal has been given it."""
+        places = list(filter(None, [copy_by_program(text)]))
+        if sent:
+            places.append("the terminal's clipboard (OSC 52, which no terminal confirms)")
+        if not places:
+            places = [os.path.join(make_data_dir(), "copied.txt")]
+            write_whole(places[0], text.encode("utf-8", "replace"))
+        size = format_count(len(text), "character")
+        self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 36. PLAIN =====================================================================================
+# == 38. PLAIN =====================================================================================
 # The plain line mode, and one answer for -p and pipes: the same update(), other views.
 
 SURE_CHARS = 800                      # an answer so long is printed into a pipe before its end, if the model isn't known to think
@@ -11735,7 +11878,7 @@ def show_list(as_json: bool) -> int:
     return int(not entries)
 
 
-# == 37. INFO ======================================================================================
+# == 39. INFO ======================================================================================
 # --info tells of a machine or a model, --doctor checks all that the program needs.
 
 def probe_machine() -> Tuple[Hardware, str]:
@@ -11840,7 +11983,7 @@ def check_folder() -> List[Tuple[str, str, str]]:
 
 def check_settings() -> List[Tuple[str, str, str]]:
     paths = [os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")]
-    bad = [path for path in paths if os.path.exists(path) and not is_json(read_text(path))]
+    bad = [path for path in paths if os.path.exists(path) and parse_object(read_text(path)) is None]
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
 def try_model(python: str, path: str, question: str) -> str:
@@ -11944,7 +12087,7 @@ def run_doctor() -> int:
     return int(worst == 2)
 
 
-# == 38. BENCH =====================================================================================
+# == 40. BENCH =====================================================================================
 # --bench measures this machine, and tunes the program to it: Bench in the engine process, the rest in ours.
 
 BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
@@ -12121,7 +12264,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 39. MAIN ======================================================================================
+# == 41. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 def parse_arguments(argv: List[str]) -> Any:
