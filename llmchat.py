@@ -7103,6 +7103,16 @@ def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
     return {**older, **newer} if newer.get("cmd") == "ahead" else newer
 
 LAST_WORDS_S = 60                     # how long an engine whose window is gone may take to write its state
+COMMAND_CHARS = 32_000_000            # of a command, and of all that wait; more than any window sends
+
+def bounded_lines(file: Any) -> Iterator[str]:
+    """The whole lines of a stream; those of more than COMMAND_CHARS are left out."""
+    is_rest = False
+    for part in iter(lambda: file.readline(COMMAND_CHARS), ""):
+        ends = part.endswith("\n")
+        if ends and not is_rest:
+            yield part
+        is_rest = not ends
 
 class EngineProcess:
     def __init__(self) -> None:
@@ -7111,7 +7121,8 @@ class EngineProcess:
         self.out = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
         os.dup2(2, 1)
         self.commands: Any = queue.Queue()
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()      # of what follows
+        self.out_lock = threading.Lock()  # another one: a pipe that nobody empties must not keep "stop" waiting
         self.stop, self.engine = StopFlag(), None
         self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
         self.request = 0                  # the window's number for the running request
@@ -7121,7 +7132,7 @@ class EngineProcess:
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
-        with self.lock:
+        with self.out_lock:
             try:
                 self.out.write(json.dumps(dict(fields, event=event, id=self.request)) + "\n")
                 self.out.flush()
@@ -7131,7 +7142,11 @@ class EngineProcess:
     def read_commands(self) -> None:
         """The reader thread: a "stop" must be seen in the middle of a reply, and the end while a slow disk is read."""
         import json, time
-        for line in sys.stdin:
+        n_waiting = 0                     # characters of the commands since none waited
+        for line in bounded_lines(sys.stdin):
+            if self.commands.empty():
+                n_waiting = 0
+            n_waiting += len(line) + 1000    # the least that a command takes
             try:
                 command = json.loads(line)
             except (ValueError, RecursionError):
@@ -7146,12 +7161,15 @@ class EngineProcess:
                     self.seen += 1
                     if self.resting:      # reading ahead gives way to anything
                         self.stop.set()
-                if command.get("cmd") != "stop":
+                fits = command.get("cmd") != "stop" and n_waiting < COMMAND_CHARS
+                if fits or command.get("cmd") == "quit":
                     self.commands.put((self.seen, command))
             if command.get("cmd") == "quit":
                 self.end_loading()
         self.end_loading()
-        self.stop.set()
+        with self.lock:
+            self.stopped = self.seen      # what still waits isn't begun
+            self.stop.set()
         self.commands.put((self.seen, {"cmd": "quit"}))
         # The window is gone. Whatever the main thread is stuck in, no engine is to outlive it for ever.
         time.sleep(LAST_WORDS_S)

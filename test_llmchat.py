@@ -5155,6 +5155,68 @@ class HungTest(unittest.TestCase):
         self.assertEqual(asked(effects)[-1], "second")
 
 
+class CommandFloodTest(unittest.TestCase):
+    """What comes in on the engine's stdin is bounded, and a stop or the end is always seen."""
+
+    def start(self, model="", **constants):
+        return Engine(self, model, script=edited(**constants))
+
+    def test_a_line_that_is_too_long(self):
+        engine = self.start(MIND, COMMAND_CHARS=5000)
+        engine.process.stdin.write(b"x" * 5000 + b'{"cmd": "quit"}\n')
+        engine.send("quit", filler="y" * 10**6)
+        self.assertGreater(engine.chat("hi", max_tokens=8)[1]["n_written"], 0)
+
+    def test_more_commands_than_memory_should_hold(self):
+        engine = self.start(MIND, COMMAND_CHARS=10**6)
+        engine.ask("hi", max_tokens=10**6)
+        engine.wait_for("text")
+        for n in range(200):
+            engine.send("unknown", id=100 + n, filler="x" * 10**5)
+        engine.send("stop")
+        self.assertEqual(engine.wait_for("done")["reason"], "stopped")
+        engine.send("quit")
+        self.assertEqual(engine.process.wait(LIMIT_S), 0)
+        wait_until(lambda: b"" in engine.lines.queue)
+        failed = [line for line in engine.lines.queue if b'"failed"' in line]
+        self.assertLess(len(failed), 10)
+
+    def test_nobody_reads_what_the_engine_says(self):
+        """The main thread waits for room in the pipe; the other one still sees the window's end."""
+        script = edited(LAST_WORDS_S=0.1)
+        with mock.patch.dict(os.environ, ENV):
+            argv = [script if part == SCRIPT else part for part in llmchat.engine_argv(ENGINE)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, env=ENV, **pipes)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        import fcntl
+        import termios
+
+        def n_unread():
+            return struct.unpack("i", fcntl.ioctl(process.stdout, termios.FIONREAD, bytes(4)))[0]
+
+        command = b'{"cmd": "%s"}\n' % (b"x" * 500)
+        with process.stdin:
+            process.stdin.write(command * 300)  # the answers are more than a pipe holds
+            process.stdin.flush()
+            wait_until(lambda: n_unread() > 50000)
+            process.stdin.write(command)
+        self.assertEqual(process.wait(LIMIT_S), 1)
+
+    def test_an_orphan_does_not_work_off_what_waits(self):
+        engine = self.start(MIND)
+        for _ in range(30):
+            engine.ask("hi", max_tokens=10**6)
+        engine.process.stdin.close()
+        self.assertEqual(engine.process.wait(LIMIT_S), 0)
+        wait_until(lambda: b"" in engine.lines.queue)
+        lines = [json.loads(line) for line in engine.lines.queue if line]
+        last = [line for line in lines if line["event"] == "done"][-1]
+        self.assertEqual((last["reason"], last["n_written"]), ("stopped", 0))
+
+
 class FirstEffectsTest(unittest.TestCase):
     """What is done first can fail as all else can: that is told, and the program goes on."""
 
