@@ -3150,7 +3150,8 @@ def on_typed(state: State, event: Any) -> Change:
     state = state._replace(draft=draft, dialog=None, find="", hint="", quit_asked=False)
     if state.engine is Condition.RESTING:
         return start_model(state)         # by the time that the message is written, the model is there
-    named = new_paths(state) if isinstance(event, Typed) else []
+    ends_word = isinstance(event, Typed) and " " in text
+    named = new_paths(state) if ends_word else []
     if named:                             # attached at once, so that their cost is seen
         return read_files(state, named, " ")
     return state, ()
