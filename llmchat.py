@@ -103,7 +103,7 @@ import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 VERSION = "0.1.0"
 
@@ -781,7 +781,11 @@ Quit = NamedTuple("Quit", [])
 
 Span = Tuple[str, str]                # text and style
 Line = Tuple[Span, ...]
-Change = Tuple[State, Tuple[Any, ...]]    # what update() and the commands return: state and effects
+Change = Tuple[State, Tuple[Any, ...]]    # state and effects: what update() returns
+Outcome = Union[State, Change]        # of a command or an on_ function: a State alone has no effects
+
+def as_change(outcome: Outcome) -> Change:
+    return (outcome, ()) if isinstance(outcome, State) else outcome
 
 KV_TYPES = {  # name -> (ggml type, bytes per value)
     "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
@@ -1924,78 +1928,103 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
 # one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
 # name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
 
-IDLE_COMMANDS = ("new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue", "edit", "undo", "redo", "fork",
-                 "version", "version_back", "version_forward")
+IDLE_COMMANDS = (                 # those that have to wait for the end of a reply
+    "new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue",
+    "edit", "undo", "redo", "fork", "version", "version_back", "version_forward")
 
 WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
 
+def preset_meaning(values: Dict[str, Any]) -> str:
+    return ", ".join("%s %s" % item for item in values.items())
+
 CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
-    "preset":  {name: (", ".join("%s %s" % item for item in values.items()), values) for name, values in PRESETS.items()},
+    "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
     "theme":   {name: ("", {"theme": name}) for name in THEMES},
 }
 
 def command_help(name: str) -> str:
-    """The first line of the command's docstring; PYTHONOPTIMIZE=2 drops those, but they stand in this file."""
+    """Return the first line of the command's docstring.
+
+    PYTHONOPTIMIZE=2 drops docstrings, but they stand in this file."""
     text = globals()["cmd_" + name].__doc__ or source_help().get(name, "/" + name)
     return text.split("\n")[0]
 
 @lru_cache(maxsize=None)
 def source_help() -> Dict[str, str]:
-    return dict(re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__)))
+    found = re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__))
+    return dict(found)
 
 def slash_commands() -> List[str]:
-    return [name[4:] for name in globals() if name.startswith("cmd_") and command_help(name[4:]).startswith("/")]
+    names = [name[4:] for name in globals() if name.startswith("cmd_")]
+    return [name for name in names if command_help(name).startswith("/")]
 
 def notice(state: State, text: str, style: str = "warn") -> State:
-    """A message from the program in the chat."""
+    """Show a message from the program in the chat."""
     turns = state.chat.turns + (Turn("notice", text, style=style),)
     return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
 
 def add_log(state: State, *lines: LogLine) -> State:
-    log, place = state.log + lines, state.log_scroll
-    if len(log) > LOG_LINES + 200:        # cut seldom: the view stands at an index into it
-        place = place and Scroll(max(0, place.item - len(log) + LOG_LINES), place.line)
-        log = log[-LOG_LINES:]
-    return state._replace(log=log, log_scroll=place)
+    log = state.log + lines
+    if len(log) <= LOG_LINES + 200:       # cut seldom: the view stands at an index into it
+        return state._replace(log=log)
+    scroll = state.log_scroll
+    if scroll:
+        scroll = Scroll(max(0, scroll.item - len(log) + LOG_LINES), scroll.line)
+    return state._replace(log=log[-LOG_LINES:], log_scroll=scroll)
+
+BUSY = (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
 
 def is_busy(state: State) -> bool:
-    return state.engine in (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
+    return state.engine in BUSY
 
 def is_private(state: State) -> bool:
     return bool(state.settings.session) and not state.chat.name
 
 def start_model(state: State) -> Change:
-    """Load the model of the settings, into a fresh engine if none is ready. None is named: look it up, or let the user choose."""
-    settings = state.settings
-    if not settings.model_path and state.fetch and state.fetch.load and not state.fetch.stop:
-        return state, ()                  # it is on its way, and is loaded when it is here
+    """Load the model of the settings, into a fresh engine if none is ready.
+
+    Where none is named, look it up, or let the user choose."""
+    settings, fetch = state.settings, state.fetch
     if not settings.model_path:
+        if fetch and fetch.load and not fetch.stop:
+            return state, ()              # it is on its way, and is loaded when it is here
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="The model is loaded when the engine is installed"), ()
-    options = settings.options._replace(fallback=state.fallback, caution=state.caution)
-    load = SendEngine({"cmd": "load", "path": settings.model_path, "options": list(options), "states": settings.states})
-    state = state._replace(progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
+    load = SendEngine({
+        "cmd": "load", "path": settings.model_path, "states": settings.states,
+        "options": list(settings.options._replace(fallback=state.fallback, caution=state.caution))})
+    state = state._replace(
+        progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
-    return state._replace(engine=Condition.STARTING, model=None, n_used=0), (StartEngine(), load)
+    state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
+    return state, (StartEngine(), load)
 
 def chat_messages(state: State) -> List[Dict[str, str]]:
-    """The chat as the engine gets it: the system prompt and the turns that the model still sees."""
-    system = state.settings.system_prompt
+    """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
+    chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": t.role, "content": t.text} for t in state.chat.turns[state.chat.forgotten:state.chat.editing] if t.role != "notice"]
+    for turn in chat.turns[chat.forgotten:chat.editing]:
+        if turn.role != "notice":
+            messages.append({"role": turn.role, "content": turn.text})
+    return messages
 
 def shall_think(state: State) -> Optional[bool]:
-    """As somebody chose, else as suits the model here; None = as its template has it."""
+    """Tell whether the model is to think: as somebody chose, else as suits it on this machine.
+
+    None = as its template has it."""
     if state.settings.think is None and state.model:
         return state.model.think
     return state.settings.think
 
 def forget_old(state: State) -> State:
-    """Leave out what no context can hold, at 16 characters per token, so that a long chat need not be sent whole at each turn."""
-    turns, room = state.chat.turns, 16 * state.model.n_ctx if state.model else 1 << 20
+    """Leave out what no context can hold, at 16 characters per token.
+
+    A long chat needn't be sent whole at each turn then."""
+    turns = state.chat.turns
+    room = 16 * state.model.n_ctx if state.model else 1 << 20    # characters
     for i in range(len(turns) - 1, state.chat.forgotten, -1):
         room -= len(turns[i].text)
         if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
@@ -2004,23 +2033,34 @@ def forget_old(state: State) -> State:
 
 def ask_model(state: State, begun: str = "", thought: Any = (), continued: int = 0) -> Change:
     """Send the chat to the engine, or see to it that there is one; until then the message waits.
+
     begun: how the reply begins, which is the turn `continued`."""
-    chat = state.chat
-    if state.engine is not Condition.READY or state.wanted:    # it is meant for the model that is being looked up
-        state = state._replace(chat=chat._replace(waiting=True))
-        if state.engine is Condition.MISSING:
-            return state._replace(dialog=ask_setup()), ()
-        return start_model(state) if state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING) and state.wanted is None else (state, ())
-    chat = forget_old(state).chat._replace(waiting=False, reply=begun, thought=thought,
-                                           continued=continued, request=chat.request + 1)
-    state = state._replace(chat=chat, engine=Condition.READING, progress=Progress(), speed=0.0, ahead=None, ahead_progress=Progress(),
-                           chat_scroll=None)
-    request = {"cmd": "chat", "id": chat.request, "messages": chat_messages(state), "sampling": list(state.settings.sampling),
-               "chat": chat.name, "begun": begun, "think": shall_think(state), "once": state.settings.once}
+    if state.engine is not Condition.READY or state.wanted:
+        return await_engine(state)
+    chat = forget_old(state).chat
+    chat = chat._replace(
+        waiting=False, reply=begun, thought=thought, continued=continued, request=chat.request + 1)
+    state = state._replace(
+        chat=chat, engine=Condition.READING, progress=Progress(), speed=0.0, ahead=None,
+        ahead_progress=Progress(), chat_scroll=None)
+    request = {
+        "cmd": "chat", "id": chat.request, "messages": chat_messages(state),
+        "sampling": list(state.settings.sampling), "chat": chat.name, "begun": begun,
+        "think": shall_think(state), "once": state.settings.once}
     return state, store_part(state, begun) + (SendEngine(request),)
 
+def await_engine(state: State) -> Change:
+    """Keep the message until a model is loaded, and load one if nobody does."""
+    state = state._replace(chat=state.chat._replace(waiting=True))
+    if state.engine is Condition.MISSING:
+        return state._replace(dialog=ask_setup()), ()
+    is_idle = state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING)
+    if is_idle and state.wanted is None:
+        return start_model(state)
+    return state, ()
+
 def store_part(state: State, text: str) -> Tuple[Any, ...]:
-    """A piece of the reply that is being written, for the chat's file."""
+    """Write a piece of the reply in progress into the chat's file."""
     chat = state.chat
     if not text or not chat.name:
         return ()
@@ -2030,10 +2070,10 @@ def store_part(state: State, text: str) -> Tuple[Any, ...]:
     return (DiskJob("write", (chat.name, (part,))),)
 
 def run_command(state: State, name: str, argument: str = "") -> Change:
-    """The way in for keys, /commands and dialogs."""
+    """Run a command: the way in for keys, /commands and dialogs."""
     if name in IDLE_COMMANDS and is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
-    return globals()["cmd_" + name](state, argument)
+    return as_change(globals()["cmd_" + name](state, argument))
 
 def run_slash(state: State, text: str) -> Change:
     name, _, argument = text[1:].partition(" ")
@@ -2041,15 +2081,17 @@ def run_slash(state: State, text: str) -> Change:
         return run_command(state, name, argument.strip())
     import difflib
     near = difflib.get_close_matches(name, slash_commands(), 1)
-    advice = "Did you mean /%s?" % near[0] if near else "F1 shows what there is. A message that begins with a slash needs two of them."
+    advice = "F1 shows what there is. A message that begins with a slash needs two of them."
+    if near:
+        advice = "Did you mean /%s?" % near[0]
     return notice(state, "There is no command /%s. %s" % (name, advice)), ()
 
-def cmd_help(state: State, argument: str) -> Change:
+def cmd_help(state: State, argument: str) -> Outcome:
     """/help: keys and commands"""
     if is_open(state, "help"):
-        return state._replace(dialog=state.dialog.back), ()
+        return state._replace(dialog=state.dialog.back)
     rows = tuple(help_rows(state.settings.window))
-    return state._replace(dialog=Sheet("help", HELP_TITLE, rows, back=state.dialog)), ()
+    return state._replace(dialog=Sheet("help", HELP_TITLE, rows, back=state.dialog))
 
 def help_lines(left: str, right: str, width: int) -> List[str]:
     """Lay out a row of the help; what is too long for the left column gets a line of its own."""
@@ -2061,8 +2103,9 @@ def help_lines(left: str, right: str, width: int) -> List[str]:
     return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:]
 
 def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
-    """Everything F1 shows, from the docstrings: (command or keys, meaning); headings have no meaning.
-    window: also keys."""
+    """Yield all that F1 shows: (command or keys, meaning); headings have no meaning.
+
+    window: also keys, and the commands that only a window needs."""
     yield "COMMANDS", ""
     for name in slash_commands():
         usage, _, meaning = command_help(name).partition(": ")
@@ -2070,107 +2113,137 @@ def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
             yield usage, meaning
         elif name not in WINDOW_COMMANDS:
             yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
-    if not window:
-        return
-    for title, table, meaning_of in (("KEYS", KEYS, command_help), ("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help),
-                                     ("IN THE INPUT BOX", EDIT_KEYS, lambda name: EDITS[name][0])):
-        yield "", ""
-        yield title, ""
-        for name in dict.fromkeys(table.values()):
-            keys = ", ".join(key.title() for key in table if table[key] == name).replace("Pgup", "PgUp").replace("Pgdn", "PgDn")
-            meaning = meaning_of(name)
-            yield keys, meaning.partition(": ")[2] if meaning.startswith("/") else meaning
+    if window:
+        yield from key_rows("KEYS", KEYS, command_help)
+        yield from key_rows("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help)
+        yield from key_rows("IN THE INPUT BOX", EDIT_KEYS, edit_help)
 
-def cmd_new(state: State, argument: str) -> Change:
+def key_rows(title: str, table: Dict[str, str], help_of: Any) -> Iterable[Tuple[str, str]]:
+    """Yield the rows of help for a table of keys, those of one meaning together."""
+    yield "", ""
+    yield title, ""
+    for name in dict.fromkeys(table.values()):
+        keys = ", ".join(key.title() for key in table if table[key] == name)
+        meaning = help_of(name)
+        if meaning.startswith("/"):
+            meaning = meaning.partition(": ")[2]
+        yield keys.replace("Pgup", "PgUp").replace("Pgdn", "PgDn"), meaning
+
+def edit_help(name: str) -> str:
+    return EDITS[name][0]
+
+def cmd_new(state: State, argument: str) -> Outcome:
     """/new: start a new chat"""
-    return begin_chat(state, Chat(), "New chat"), ()
+    return begin_chat(state, Chat(), "New chat")
 
 def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> State:
     """Show this chat; one without a name gets one, so that it is stored."""
-    n, session = state.n_chats + 1, state.settings.session
-    name = (chat.name or "%s-%d" % (session, n)) if session and not private else ""
-    return state._replace(chat=chat._replace(name=name, request=state.chat.request), n_chats=n, chat_scroll=None, n_used=0, dialog=None,
-                          ahead=None, hint=hint)
+    n = state.n_chats + 1
+    session = state.settings.session
+    name = ""
+    if session and not private:
+        name = chat.name or "%s-%d" % (session, n)
+    chat = chat._replace(name=name, request=state.chat.request)
+    return state._replace(
+        chat=chat, n_chats=n, chat_scroll=None, n_used=0, dialog=None, ahead=None, hint=hint)
 
-def cmd_private(state: State, argument: str) -> Change:
+def cmd_private(state: State, argument: str) -> Outcome:
     """/private: start a chat that leaves no trace on the disk"""
-    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True), ()
+    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True)
 
-def cmd_chats(state: State, argument: str) -> Change:
+def cmd_chats(state: State, argument: str) -> Outcome:
     """/chats TEXT: choose among your chats, or those that hold this text"""
     keys = {"enter": open_entry, "del": ask_delete, "ctrl-r": ask_rename}
     chats = Choice("chats", CHATS_TITLE, (), "open", keys, -1, argument, find_chats)
     return state._replace(dialog=chats), (find_chats(argument),)
 
-def cmd_open(state: State, argument: str) -> Change:
+def cmd_open(state: State, argument: str) -> Outcome:
     """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
-    return state, (DiskJob("open", (argument, state.settings.session and "%s-copy-%d" % (state.settings.session, state.n_chats))),)
+    session = state.settings.session
+    copy = "%s-copy-%d" % (session, state.n_chats) if session else ""
+    return state, (DiskJob("open", (argument, copy)),)
 
-def cmd_title(state: State, argument: str) -> Change:
+def cmd_title(state: State, argument: str) -> Outcome:
     """/title TEXT: give this chat a name"""
-    if not (argument and state.chat.name and state.chat.last):
-        return state._replace(hint="Say something first; then /title TEXT names the chat" if state.chat.name else "This chat isn't stored, so it has no title"), ()
-    return state._replace(hint="Named"), (DiskJob("rename", (state.chat.name, argument)),)
+    chat = state.chat
+    if not chat.name:
+        return state._replace(hint="This chat isn't stored, so it has no title")
+    if not argument or not chat.last:
+        return state._replace(hint="Say something first; then /title TEXT names the chat")
+    return state._replace(hint="Named"), (DiskJob("rename", (chat.name, argument)),)
 
-def cmd_export(state: State, argument: str) -> Change:
+def cmd_export(state: State, argument: str) -> Outcome:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
     path = argument.strip("'\"")
-    name = os.path.basename(path)
-    if not name:
-        return state._replace(hint="Name a file, e.g. /export chat.md"), ()
+    stem, end = os.path.splitext(path)
+    if not os.path.basename(path):
+        return state._replace(hint="Name a file, e.g. /export chat.md")
     if not last_turn_id(state.chat):
-        return state._replace(hint="Nothing was said yet, so there is nothing to export"), ()
-    if os.path.splitext(name)[1].lower() not in EXPORT_ENDS:
-        return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md"
-                                   % os.path.splitext(path)[0]), ()
+        return state._replace(hint="Nothing was said yet, so there is nothing to export")
+    if end.lower() not in EXPORT_ENDS:
+        return state._replace(hint="A chat is exported as .md, .txt or .json: /export %s.md" % stem)
     text = export_chat(state.chat.turns, state.settings.system_prompt, path)
     return state, (DiskJob("export", (path, text)),)
 
 EXPORT_ENDS = ("", ".txt", ".md", ".markdown", ".json")    # of files that export_chat() can write
 
-def cmd_import(state: State, argument: str) -> Change:
+def cmd_import(state: State, argument: str) -> Outcome:
     """/import FILE: go on with a chat from a .json file (OpenAI's messages)"""
     return state, (DiskJob("import_chat", (argument,)),)
 
-def cmd_copy(state: State, argument: str) -> Change:
+def cmd_copy(state: State, argument: str) -> Outcome:
     """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
     text, what = pick_text(state, argument)
-    return (state, (Copy(text, what),)) if text else (state._replace(hint="There isn't any: " + what), ())
+    if not text:
+        return state._replace(hint="There isn't any: " + what)
+    return state, (Copy(text, what),)
 
-def cmd_save(state: State, argument: str) -> Change:
+def cmd_save(state: State, argument: str) -> Outcome:
     """/save FILE N: write the last reply (N: its block of code with this number) to a file"""
     path, number = re.match(r"(.*?)(?: (\d+))?$", argument).groups("")
     text, what = pick_text(state, number)
-    if not path or not text:
-        return state._replace(hint="There isn't any: " + what if path else "Name a file, e.g. /save reply.md, or /save code.py 2"), ()
+    if not path:
+        return state._replace(hint="Name a file, e.g. /save reply.md, or /save code.py 2")
+    if not text:
+        return state._replace(hint="There isn't any: " + what)
     return state, (DiskJob("export", (path, text + "\n")),)
 
 def pick_text(state: State, which: str) -> Tuple[str, str]:
-    """(a part of the chat, "" if there is none; what it is). Numbers are of the last reply that has code."""
-    replies = [split_thinking(turn.text)[1] or "" for turn in reversed(state.chat.turns) if turn.role == "assistant"]
-    parts = {"": "".join(replies[:1]), "all": export_chat(state.chat.turns, "", ".md")}
-    parts.update((str(n), block) for n, block in enumerate(next(filter(None, map(code_blocks, replies)), ()), 1))
-    return parts.get(which, ""), {"": "the last reply", "all": "the chat"}.get(which, "code block " + which)
+    """Pick a part of the chat: (its text, "" if there is none; what it is).
 
-def cmd_file(state: State, argument: str) -> Change:
+    which: "" = the last reply, "all" = the chat, N = a block of the last reply that has code."""
+    if which == "all":
+        return export_chat(state.chat.turns, "", ".md"), "the chat"
+    turns = reversed(state.chat.turns)
+    replies = [split_thinking(turn.text)[1] or "" for turn in turns if turn.role == "assistant"]
+    if not which:
+        return "".join(replies[:1]), "the last reply"
+    blocks = next(filter(None, map(code_blocks, replies)), ())
+    numbered = {str(n): block for n, block in enumerate(blocks, 1)}
+    return numbered.get(which, ""), "code block " + which
+
+def cmd_file(state: State, argument: str) -> Outcome:
     """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
     if argument == "none":
-        return state._replace(files=(), hint="No files are attached"), ()
+        return state._replace(files=(), hint="No files are attached")
     paths = _pattern("path").findall(argument)
-    return read_files(state, paths) if paths else (state._replace(hint="Name files, e.g. /file notes.txt src/*.py"), ())
+    if not paths:
+        return state._replace(hint="Name files, e.g. /file notes.txt src/*.py")
+    return read_files(state, paths)
 
 def read_files(state: State, paths: List[str], text: str = "") -> Change:
-    """text: the draft, which is sent when they have been read."""
-    return state._replace(attaching=True), (DiskJob("read_files", (paths, state.model.n_ctx if state.model else 1 << 16, text)),)
+    """Read files to be attached. text: the draft, which is sent when they have been read."""
+    n_ctx = state.model.n_ctx if state.model else 1 << 16
+    return state._replace(attaching=True), (DiskJob("read_files", (paths, n_ctx, text)),)
 
-def cmd_history(state: State, argument: str) -> Change:
+def cmd_history(state: State, argument: str) -> Outcome:
     """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
-    n = len(state.draft.history)
     if argument != "none":
-        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them"
-                                   % format_count(n, "message")), ()
-    draft = state.draft._replace(history=())
-    return state._replace(draft=draft, hint="The history of messages is empty now"), (DiskJob("clear_history", ()),)
+        known = format_count(len(state.draft.history), "message")
+        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them" % known)
+    state = state._replace(draft=state.draft._replace(history=()))
+    state = state._replace(hint="The history of messages is empty now")
+    return state, (DiskJob("clear_history", ()),)
 
 def cmd_find(state: State, argument: str) -> Change:
     """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
@@ -2190,82 +2263,99 @@ def find_on(state: State, by: int) -> Change:
     return state._replace(hint="%r isn't found %s" % (state.find, "above (/chats TEXT searches all chats)" if by < 0 else "below")), ()
 
 def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
-    """Index of the last turn of this role, -1 = none."""
-    return max((i for i, turn in enumerate(chat.turns[:before]) if turn.role == role), default=-1)
+    """Find the last turn of this role; -1 = there is none."""
+    found = [i for i, turn in enumerate(chat.turns[:before]) if turn.role == role]
+    return max(found, default=-1)
 
 def cut_turns(chat: Chat, n: int) -> Chat:
-    """The path up to its first n turns; the others stay in the tree."""
-    return chat._replace(turns=chat.turns[:n], forgotten=min(chat.forgotten, max(0, n - 1)), editing=None, waiting=False)
+    """Cut the path behind its first n turns; the others stay in the tree."""
+    forgotten = min(chat.forgotten, max(0, n - 1))
+    return chat._replace(turns=chat.turns[:n], forgotten=forgotten, editing=None, waiting=False)
 
-def cmd_retry(state: State, argument: str) -> Change:
+def cmd_retry(state: State, argument: str) -> Outcome:
     """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
     asked = last_index(state.chat, "user")
-    return ask_model(state._replace(chat=cut_turns(state.chat, asked + 1))) if asked >= 0 else (state._replace(hint="Nothing was asked yet"), ())
+    if asked < 0:
+        return state._replace(hint="Nothing was asked yet")
+    return ask_model(state._replace(chat=cut_turns(state.chat, asked + 1)))
 
-def cmd_continue(state: State, argument: str) -> Change:
+def cmd_continue(state: State, argument: str) -> Outcome:
     """/continue: go on with the last reply, e.g. one that was stopped"""
+    if state.engine is not Condition.READY:
+        return state._replace(hint="The model isn't loaded yet")
     said = last_index(state.chat, "assistant")
-    if said < last_index(state.chat, "user") or said < 0 or state.engine is not Condition.READY:
-        return state._replace(hint="There is no reply to go on with" if state.engine is Condition.READY else "The model isn't loaded yet"), ()
+    if said < 0 or said < last_index(state.chat, "user"):
+        return state._replace(hint="There is no reply to go on with")
     turn = state.chat.turns[said]
     state = state._replace(chat=cut_turns(state.chat, said))
     return ask_model(state, turn.text, turn.thought, turn.id)
 
-def cmd_edit(state: State, argument: str) -> Change:
+def cmd_edit(state: State, argument: str) -> Outcome:
     """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
-    return edit_turn(state, last_index(state.chat, "assistant" if argument == "reply" else "user"))
+    role = "assistant" if argument == "reply" else "user"
+    return edit_turn(state, last_index(state.chat, role))
 
 def put_back(draft: Draft, text: str) -> Draft:
-    """A message in the input box again; a second slash says that it isn't a command."""
-    text = "/" * text.startswith("/") + text
+    """Put a message into the input box again; a second slash says that it isn't a command."""
+    if text.startswith("/"):
+        text = "/" + text
     return draft._replace(text=text, cursor=len(text))
 
-def edit_turn(state: State, index: int) -> Change:
+def edit_turn(state: State, index: int) -> State:
     if index < 0:
-        return state._replace(hint="There is nothing above to edit"), ()
-    state = put_in_draft(state._replace(chat=state.chat._replace(editing=index, waiting=False)), state.chat.turns[index])
-    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"), ()
+        return state._replace(hint="There is nothing above to edit")
+    state = state._replace(chat=state.chat._replace(editing=index, waiting=False))
+    state = put_in_draft(state, state.chat.turns[index])
+    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, "
+                               "Esc: leave it")
 
 def put_in_draft(state: State, turn: Turn) -> State:
-    """A turn in the input box again, with its files attached."""
-    files, text = split_files(turn.text) if turn.role == "user" else (state.files, turn.text)
+    """Put a turn into the input box again, with its files attached."""
+    if turn.role != "user":
+        return state._replace(draft=put_back(state.draft, turn.text))
+    files, text = split_files(turn.text)
     return state._replace(files=files, draft=put_back(state.draft, text))
 
-def cmd_undo(state: State, argument: str) -> Change:
+def cmd_undo(state: State, argument: str) -> Outcome:
     """/undo: take back the last question and its answer (/redo brings back just these)"""
     asked = last_index(state.chat, "user")
     if asked < 0:
-        return state._replace(hint="Nothing to undo"), ()
+        return state._replace(hint="Nothing to undo")
     chat = cut_turns(note_path(state.chat), asked)
-    return state._replace(chat=chat, hint="Undone; /redo brings it back"), ()
+    return state._replace(chat=chat, hint="Undone; /redo brings it back")
 
-def cmd_redo(state: State, argument: str) -> Change:
+def cmd_redo(state: State, argument: str) -> Outcome:
     """/redo: bring back what /undo took back (Alt-Left and Alt-Right: every other version)"""
     chat = state.chat
     for role in ("user", "assistant"):
-        kids = [kid for kid in chat.kids.get(last_turn_id(chat), ()) if chat.nodes[kid].role == role]
-        shown = chat.shown.get(last_turn_id(chat))
-        back = [shown] if shown in kids else kids[-1:]
-        turns = chat.turns + tuple(chat.nodes[kid] for kid in back)
-        chat = chat._replace(turns=turns, waiting=chat.waiting and not kids)
-    return state._replace(chat=chat, chat_scroll=None, hint="" if chat != state.chat else "Nothing to redo"), ()
+        at = last_turn_id(chat)
+        kids = [kid for kid in chat.kids.get(at, ()) if chat.nodes[kid].role == role]
+        if not kids:
+            continue
+        shown = chat.shown.get(at)
+        back = chat.nodes[shown if shown in kids else kids[-1]]
+        chat = chat._replace(turns=chat.turns + (back,), waiting=False)
+    hint = "Nothing to redo" if chat is state.chat else ""
+    return state._replace(chat=chat, chat_scroll=None, hint=hint)
 
-def cmd_fork(state: State, argument: str) -> Change:
+def cmd_fork(state: State, argument: str) -> Outcome:
     """/fork: go on in a copy of this chat"""
     copy = state.chat._replace(name="", stored=0, stored_at=(0, 0), system="")
-    return begin_chat(state, copy, "This is a copy; the other chat stays as it was", private=not state.chat.name), ()
+    hint = "This is a copy; the other chat stays as it was"
+    return begin_chat(state, copy, hint, private=not state.chat.name)
 
-def turn_version(state: State, by: int) -> Change:
-    """Show the chat up to another of its ends: first the versions of the last turn that has some, then
-    of those above."""
-    ends, ahead = leaves(state.chat), leaves(state.chat, last_turn_id(state.chat))
-    if ends == [last_turn_id(state.chat)] or not ends:
-        return state._replace(hint=ONE_VERSION), ()
-    if ahead != [last_turn_id(state.chat)]:  # it was taken back up to here
-        return show_end(state, ahead[0] if by > 0 else ahead[-1]), ()
-    return show_end(state, ends[(ends.index(ahead[0]) + by) % len(ends)]), ()
+def turn_version(state: State, by: int) -> State:
+    """Show the chat up to another of its ends.
 
-ONE_VERSION = "There are no other versions (/retry makes one)"
+    The versions of the last turn that has some come first, then those of the turns above."""
+    here = last_turn_id(state.chat)
+    ends = leaves(state.chat)
+    ahead = leaves(state.chat, here)
+    if not ends or ends == [here]:
+        return state._replace(hint="There are no other versions (/retry makes one)")
+    if ahead != [here]:                   # it was taken back up to here
+        return show_end(state, ahead[0] if by > 0 else ahead[-1])
+    return show_end(state, ends[(ends.index(here) + by) % len(ends)])
 
 def show_end(state: State, at: int) -> State:
     """Show the chat up to this turn."""
@@ -2277,21 +2367,21 @@ def show_end(state: State, at: int) -> State:
     chat = cut._replace(turns=cut.turns + turns_to(chat, at, last_turn_id(cut)))
     return state._replace(chat=chat, chat_scroll=None, hint=hint)
 
-def cmd_version(state: State, argument: str) -> Change:
+def cmd_version(state: State, argument: str) -> Outcome:
     """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through all)"""
     ends = leaves(state.chat)
     if not argument or len(ends) < 2:
         return turn_version(state, 1)
     if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= len(ends):
-        hint = "This chat has %d versions; /version N takes a number from 1 to %d" % (len(ends), len(ends))
-        return state._replace(hint=hint), ()
-    return show_end(state, ends[int(argument) - 1]), ()
+        return state._replace(hint="This chat has %d versions; /version N takes a number from 1 to %d"
+                                   % (len(ends), len(ends)))
+    return show_end(state, ends[int(argument) - 1])
 
-def cmd_version_back(state: State, argument: str) -> Change:
+def cmd_version_back(state: State, argument: str) -> Outcome:
     """the version before: of the last turn that has several, then of those above it, and so all of them"""
     return turn_version(state, -1)
 
-def cmd_version_forward(state: State, argument: str) -> Change:
+def cmd_version_forward(state: State, argument: str) -> Outcome:
     """the next version, in the same order"""
     return turn_version(state, 1)
 
@@ -2322,7 +2412,7 @@ def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
         name = entry.path if entry.to_fetch else ""
     state, effects = keep_for_all(state._replace(dialog=None), setup=name or "engine")
     if needs.engine:
-        state, more = cmd_install(state, "")
+        state, more = run_command(state, "install")
         effects += more
     if entry and not entry.to_fetch:
         state, more = load_path(state, entry.path)
@@ -2703,7 +2793,7 @@ def take_back(state: State) -> State:
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return state._replace(chat=chat)
     if state.chat.continued or chat.kids.get(last_turn_id(chat)):    # the reply before is there still
-        return cmd_redo(state._replace(chat=chat), "")[0]
+        return run_command(state._replace(chat=chat), "redo")[0]
     asked = last_index(chat, "user")
     turn = chat.turns[asked]
     chat = drop_turn(chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]), turn.id)
@@ -3067,7 +3157,7 @@ def sheet_room(height: int) -> int:
 
 def update(state: State, event: Any) -> Change:
     draft, turns = state.draft, state.chat.turns
-    state, effects = HANDLERS[type(event)](state, event)
+    state, effects = as_change(HANDLERS[type(event)](state, event))
     if state.chat.turns is not turns:
         state = state._replace(chat=note_path(state.chat))
     state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
