@@ -2385,15 +2385,18 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
     """the next version, in the same order"""
     return turn_version(state, 1)
 
-def cmd_load(state: State, argument: str) -> Change:
+def cmd_load(state: State, argument: str) -> Outcome:
     """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
     name = argument.strip("'\"")
-    return look_up(state, name) if name else load_path(state, state.settings.model_path)
+    if not name:
+        return load_path(state, state.settings.model_path)
+    return look_up(state, name)
 
 def look_up(state: State, wanted: str) -> Change:
     return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
 
 def load_entry(state: State, entry: ModelEntry) -> Change:
+    """Load the model of an entry, or get it first, and the engine too where that is lacking."""
     if is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
     if state.engine is Condition.MISSING:
@@ -2401,8 +2404,9 @@ def load_entry(state: State, entry: ModelEntry) -> Change:
     if not entry.to_fetch:
         return load_path(state, entry.path)
     state, effects = start_fetch(state, entry.path, True)
-    unsure = state.engine is Condition.OFF and state.needs is None
-    return state, effects + ((ProbeNeeds(True),) if unsure else ())
+    if state.engine is Condition.OFF and state.needs is None:    # is there an engine at all?
+        effects += (ProbeNeeds(True),)
+    return state, effects
 
 def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
     """Get the engine and a model side by side. entry: the model; None = the small one, if there is none at all."""
@@ -2422,30 +2426,32 @@ def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
         effects += more
     return state, effects
 
-def cmd_setup(state: State, argument: str) -> Change:
+def cmd_setup(state: State, argument: str) -> Outcome:
     """/setup: get what is lacking for a first chat: the engine, a small model"""
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
-def cmd_better(state: State, argument: str) -> Change:
+def cmd_better(state: State, argument: str) -> Outcome:
     """fetch the model that was suggested as a better one, while you chat"""
     if not state.better:
-        return state._replace(hint="No better model was suggested; /download shows what there is"), ()
+        return state._replace(hint="No better model was suggested; /download shows what there is")
     return start_fetch(state, state.better, True)
 
 def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
     if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
-        settings = recall_settings(settings._replace(sampling=Sampling(), options=LoadOptions()))
-    state = state._replace(settings=settings, before=state.settings, fallback=0, caution=REMEMBERED)
+        settings = settings._replace(sampling=Sampling(), options=LoadOptions())
+        settings = recall_settings(settings)
+    state = state._replace(
+        settings=settings, before=state.settings, fallback=0, caution=REMEMBERED)
     return start_model(state)
 
-def cmd_unload(state: State, argument: str) -> Change:
+def cmd_unload(state: State, argument: str) -> Outcome:
     """/unload: give the model's memory back to the system, until you type again"""
     if state.engine is not Condition.READY:
-        return state._replace(hint="No model is loaded"), ()
+        return state._replace(hint="No model is loaded")
     return state, (SendEngine({"cmd": "unload"}),)
 
-def cmd_models(state: State, argument: str) -> Change:
+def cmd_models(state: State, argument: str) -> Outcome:
     """/models: choose among the models of this machine"""
     return look_up(state, "")
 
@@ -2504,43 +2510,53 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
     """Lay out the list of models: the titles and a row for each."""
     return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
 
-def cmd_download(state: State, argument: str) -> Change:
+def cmd_download(state: State, argument: str) -> Outcome:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
+    if not argument:
+        return state, (DiskJob("suggest", ()),)
     if argument not in ("pause", "cancel"):
-        return start_fetch(state, argument, False) if argument else (state, (DiskJob("suggest", ()),))
+        return start_fetch(state, argument, False)
     fetch = state.fetch
-    if not fetch or (argument, fetch.stop) == ("pause", "paused"):
-        return state._replace(hint="/download %s goes on with it" % fetch.name if fetch else "Nothing is being fetched"), ()
+    if not fetch:
+        return state._replace(hint="Nothing is being fetched")
     if fetch.stop == "paused":
+        if argument == "pause":
+            return state._replace(hint="/download %s goes on with it" % fetch.name)
         return state._replace(fetch=None), (DiskJob("drop_parts", (fetch.parts,)),)
-    return state._replace(fetch=fetch._replace(stop={"pause": "pausing", "cancel": "cancelling"}[argument])), (StopDownload(),)
+    stop = "pausing" if argument == "pause" else "cancelling"
+    return state._replace(fetch=fetch._replace(stop=stop)), (StopDownload(),)
 
 def start_fetch(state: State, name: str, load: bool) -> Change:
-    """Fetch a model in the background, or go on with it; load: also when another is in use by then."""
+    """Fetch a model in the background, or go on with it.
+
+    load: use it when it is here, also if another is in use by then."""
     if state.fetch and state.fetch.stop != "paused":
-        return notice(state, "%s is being fetched, and only one can be at a time: wait, or /download pause, or /download cancel." % state.fetch.name), ()
+        text = ("%s is being fetched, and only one can be at a time: wait, or /download pause, or "
+                "/download cancel.")
+        return notice(state, text % state.fetch.name), ()
     return begin_fetch(state, name, load)
 
 def begin_fetch(state: State, name: str, load: bool) -> Change:
-    """… in the place of what is being fetched, if anything is."""
+    """Fetch a model in the place of what is being fetched, if anything is."""
     return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
 
-def cmd_system(state: State, argument: str) -> Change:
+def cmd_system(state: State, argument: str) -> Outcome:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
     if not argument:
-        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim"), ()
-    text = "" if argument.lower() == "none" else argument
-    return choose(state, {"system_prompt": text}, "System prompt set" if text else "System prompt removed")
+        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim")
+    if argument.lower() == "none":
+        return choose(state, {"system_prompt": ""}, "System prompt removed")
+    return choose(state, {"system_prompt": argument}, "System prompt set")
 
-def cmd_persona(state: State, argument: str) -> Change:
+def cmd_persona(state: State, argument: str) -> Outcome:
     """/persona NAME: a ready-made system prompt (no NAME: choose from a list)"""
     return choose_named(state, "persona", argument)
 
-def cmd_preset(state: State, argument: str) -> Change:
+def cmd_preset(state: State, argument: str) -> Outcome:
     """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a list)"""
     return choose_named(state, "preset", argument)
 
-def cmd_theme(state: State, argument: str) -> Change:
+def cmd_theme(state: State, argument: str) -> Outcome:
     """/theme NAME: other colours (no NAME: try them from a list)"""
     return choose_named(state, "theme", argument)
 
@@ -2556,7 +2572,9 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     return state._replace(dialog=choice, hint=name and "There is no %s %r" % (kind, name)), ()
 
 def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
-    """Take over settings, and remember them, for this model or (a theme) for all; in a chat that isn't stored, only now."""
+    """Take over settings, and remember them for this model; a theme for all.
+
+    In a chat that isn't stored they count only now."""
     settings = with_values(state.settings, values)
     model = "" if "theme" in values else os.path.basename(settings.model_path)
     return keep_values(state._replace(settings=settings, hint=hint), model, values)
@@ -2566,44 +2584,51 @@ def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
     if not state.chat.name:
         return state, ()
     kept = state.settings.kept
-    kept = dict(kept, **{model: dict(kept.get(model, {}), **values)})
+    kept = {**kept, model: {**kept.get(model, {}), **values}}
     state = state._replace(settings=state.settings._replace(kept=kept))
     return state, (DiskJob("save_setting", ("settings.json", model, values)),)
 
 def keep_for_all(state: State, **values: Any) -> Change:
     """Remember what belongs to no single model, such as the last one's path, if it is news."""
     before = state.settings.kept.get("", {})
-    if dict(before, **values) == before:
+    if {**before, **values} == before:
         return state, ()
     return keep_values(state, "", values)
 
 def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
-    """The settings with these values. They may come from a file: what no setting would take is left out."""
-    checked = {name: check_setting(name, str(value))[0] for name, value in values.items() if name in SETTINGS}
-    def changed(part: Any) -> Any:
-        return part._replace(**{name: value for name, value in checked.items() if name in part._fields and value is not None})
-    texts = {name: str(values[name]) for name in ("system_prompt", "theme") if name in values}
-    return settings._replace(sampling=changed(settings.sampling), options=changed(settings.options), **texts)
+    """Change settings. The values may come from a file: what no setting would take is left out."""
+    sampling, loading, texts = {}, {}, {}
+    for name, value in values.items():
+        if name in ("system_prompt", "theme"):
+            texts[name] = str(value)
+        elif name in SETTINGS:
+            checked = check_setting(name, str(value))[0]
+            if checked is not None:
+                (sampling if name in SAMPLING else loading)[name] = checked
+    return settings._replace(
+        sampling=settings.sampling._replace(**sampling),
+        options=settings.options._replace(**loading), **texts)
 
 def recall_settings(settings: Settings) -> Settings:
-    """The settings with what was chosen for their model; what the command line says wins."""
-    kept, model = settings.kept, os.path.basename(settings.model_path)
-    return with_values(settings, {**kept.get("", {}), **kept.get(model, {}), **settings.given})
+    """Change the settings to what was chosen for their model; what the command line says wins."""
+    kept = settings.kept
+    chosen = kept.get(os.path.basename(settings.model_path), {})
+    return with_values(settings, {**kept.get("", {}), **chosen, **settings.given})
 
 def setting_value(settings: Settings, name: str) -> Any:
     return getattr(settings.sampling if name in SAMPLING else settings.options, name)
 
-def cmd_set(state: State, argument: str) -> Change:
+def cmd_set(state: State, argument: str) -> Outcome:
     """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
     name, _, value = argument.replace("=", " ").partition(" ")
     if not name:
-        return notice(state, settings_table(state), "dim"), ()
+        return notice(state, settings_table(state), "dim")
     if name not in SETTINGS:
         text = "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS))
-        return notice(state, text), ()
+        return notice(state, text)
     value, problem = check_setting(name, value.strip())
     if problem:
-        return notice(state, problem), ()
+        return notice(state, problem)
     hint = "%s = %s" % (name, "what fits" if value == "" else value)
     if name in LOADING:
         hint += "; /load applies it"
@@ -2633,137 +2658,207 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
     return None, "%s takes a %s from %s to %s, e.g. %s (%s), not %r." % (
         name, kind, low, high, default, meaning, value)
 
-def cmd_raw(state: State, argument: str) -> Change:
+def cmd_raw(state: State, argument: str) -> Outcome:
     """/raw: show replies as they were written, without formatting (again: with it)"""
     raw = not state.settings.raw
-    return state._replace(settings=state.settings._replace(raw=raw), hint="Replies as written" if raw else "Replies formatted"), ()
+    hint = "Replies as written" if raw else "Replies formatted"
+    return state._replace(settings=state.settings._replace(raw=raw), hint=hint)
 
-def cmd_think(state: State, argument: str) -> Change:
+def cmd_think(state: State, argument: str) -> Outcome:
     """/think on|off|hide: let the model think or not, or don't show its thinking (without a word: open or close it)"""
-    settings = state.settings
-    if argument in ("", "hide"):
-        shown = "hidden" if argument else "folded" if settings.thoughts == "open" else "open"
-        return state._replace(settings=settings._replace(thoughts=shown), hint="Thinking is %s" % shown), ()
-    if argument not in ("on", "off") or state.model and not state.model.can_switch:
-        return state._replace(hint="This model has no switch for thinking" if argument in ("on", "off") else "/think on, off or hide"), ()
-    return state._replace(settings=settings._replace(think=argument == "on"), hint="Thinking is %s from the next message on" % argument), ()
+    if argument in ("on", "off"):
+        if state.model and not state.model.can_switch:
+            return state._replace(hint="This model has no switch for thinking")
+        settings = state.settings._replace(think=argument == "on")
+        hint = "Thinking is %s from the next message on" % argument
+        return state._replace(settings=settings, hint=hint)
+    if argument not in ("", "hide"):
+        return state._replace(hint="/think on, off or hide")
+    shown = "hidden"
+    if not argument:
+        shown = "folded" if state.settings.thoughts == "open" else "open"
+    settings = state.settings._replace(thoughts=shown)
+    return state._replace(settings=settings, hint="Thinking is %s" % shown)
 
-def cmd_stats(state: State, argument: str) -> Change:
+def cmd_stats(state: State, argument: str) -> Outcome:
     """/stats: what this session has read and written, how fast, and the engine's memory"""
-    s, rate = state.stats, lambda n, seconds: "%.1f tokens/s" % (n / seconds) if seconds > 0 else "-"
-    return notice(state, "\n".join((
-        "model      %s" % (state.model.description if state.model else state.engine.value),
-        "context    %s of %s tokens" % (format(state.n_used, ","), format(state.model.n_ctx if state.model else 0, ",")),
-        "memory     %s in the engine" % format_bytes(state.ram_bytes),
-        "replies    %d %s" % (s.replies, sparkline(state.speeds[-40:], state.settings.unicode)),
-        "read       %s tokens, %s" % (format(s.n_read, ","), rate(s.n_read, s.read_s)),
-        "reused     %s tokens that did not have to be read again" % format(s.n_reused, ","),
-        "written    %s tokens, %s" % (format(s.n_written, ","), rate(s.n_written, s.write_s)))), "dim"), ()
+    stats, model = state.stats, state.model
+    speeds = sparkline(state.speeds[-40:], state.settings.unicode)
+    rows = (
+        ("model", model.description if model else state.engine.value),
+        ("context", "{:,} of {:,} tokens".format(state.n_used, model.n_ctx if model else 0)),
+        ("memory", format_bytes(state.ram_bytes) + " in the engine"),
+        ("replies", "%d %s" % (stats.replies, speeds)),
+        ("read", describe_rate(stats.n_read, stats.read_s)),
+        ("reused", "{:,} tokens that did not have to be read again".format(stats.n_reused)),
+        ("written", describe_rate(stats.n_written, stats.write_s)))
+    return notice(state, "\n".join("%-10s %s" % row for row in rows), "dim")
 
-def cmd_install(state: State, argument: str) -> Change:
+def describe_rate(n_tokens: int, seconds: float) -> str:
+    rate = "%.1f tokens/s" % (n_tokens / seconds) if seconds > 0 else "-"
+    return "{:,} tokens, {}".format(n_tokens, rate)
+
+def cmd_install(state: State, argument: str) -> Outcome:
     """/install: get the engine (llama-cpp-python) that suits this machine"""
     if state.engine is Condition.INSTALLING:
-        return state._replace(hint="It is being installed; Esc stops it"), ()
-    return state._replace(dialog=None, engine=Condition.INSTALLING, progress=Progress()), (InstallEngine(),)
+        return state._replace(hint="It is being installed; Esc stops it")
+    state = state._replace(dialog=None, engine=Condition.INSTALLING, progress=Progress())
+    return state, (InstallEngine(),)
 
-def cmd_quit(state: State, argument: str) -> Change:
+def cmd_quit(state: State, argument: str) -> Outcome:
     """/quit: end the program"""
     return state, (Quit(),)
 
-def cmd_send(state: State, argument: str) -> Change:
+def cmd_send(state: State, argument: str) -> Outcome:
     """send the message"""
-    draft, text = state.draft, open_chips(state.draft, state.draft.text)    # argument: "read" = the files that it names have been read
+    text = open_chips(state.draft, state.draft.text)
     if not text.strip():
-        return state, ()
-    is_command = text[0] == "/" and text[:2] != "//" and "\n" not in text
-    if is_command:
-        refused = text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state)
-    else:
-        refused = state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG
-    if refused:                           # and nothing of it is lost
-        return state._replace(hint="Wait for the reply, or stop it with Esc"), ()
-    paths = [] if is_command or argument else _pattern("@path").findall(draft.text)    # not in what is pasted
-    if paths:
-        return read_files(state, paths, draft.text)
-    # the words of a private chat must not come up in another one
-    sent = () if is_private(state) or draft.history[-1:] == (draft.text,) else (draft.text,)
-    kept = (DiskJob("append_history", (text,)),) if sent and state.chat.name and not is_command and len(text) < 10000 else ()
-    if state.engine is Condition.HUNG and not is_command:
+        return state
+    if is_slash(text):
+        return send_command(state, text)
+    if state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG:
+        return state._replace(hint=WAIT)  # and nothing of it is lost
+    if argument != "read":                # else the files that it names have been read
+        paths = _pattern("@path").findall(state.draft.text)    # not in what is pasted
+        if paths:
+            return read_files(state, paths, state.draft.text)
+    effects = remember_sent(state, text)
+    if state.engine is Condition.HUNG:
         state, more = replace_engine(state)
-        kept += more
-    state = state._replace(draft=Draft(history=draft.history + sent, killed=draft.killed, pastes=draft.pastes),
-                           pane="beside" if state.pane == "full" else state.pane, focus="chat")    # where the answer will be
-    state, effects = run_slash(state, text) if is_command else send_text(state, sent_words(text))
-    return state, kept + effects
+        effects += more
+    state, more = send_text(empty_draft(state), sent_words(text))
+    return state, effects + more
+
+WAIT = "Wait for the reply, or stop it with Esc"
+
+def is_slash(text: str) -> bool:
+    """Tell a command from a message; two slashes begin a message."""
+    return text.startswith("/") and not text.startswith("//") and "\n" not in text
+
+def send_command(state: State, text: str) -> Change:
+    if text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state):
+        return state._replace(hint=WAIT), ()
+    return run_slash(empty_draft(state), text)
+
+def empty_draft(state: State) -> State:
+    """Empty the input box, remember what stood there, and show the pane in which the answer will be."""
+    draft = state.draft
+    history = draft.history
+    # The words of a private chat must not come up in another one.
+    if not is_private(state) and history[-1:] != (draft.text,):
+        history += (draft.text,)
+    draft = Draft(history=history, killed=draft.killed, pastes=draft.pastes)
+    pane = "beside" if state.pane == "full" else state.pane
+    return state._replace(draft=draft, pane=pane, focus="chat")
+
+def remember_sent(state: State, text: str) -> Tuple[Any, ...]:
+    """Write a message into the history on the disk."""
+    is_new = state.draft.history[-1:] != (state.draft.text,)
+    if not state.chat.name or not is_new or len(text) >= 10000:
+        return ()
+    return (DiskJob("append_history", (text,)),)
 
 def send_text(state: State, text: str) -> Change:
-    """A message, or the new version of the turn that is being edited."""
+    """Ask a question, or put a new version in the place of the turn that is being edited."""
     chat, editing = state.chat, state.chat.editing
-    before, role = (chat, "user") if editing is None else (cut_turns(chat, editing), chat.turns[editing].role)
-    if role == "user":
-        return ask_model(state._replace(chat=add_turn(before, role, join_files(state.files, text)), files=(), files_tokens=0))
-    return state._replace(chat=add_turn(before, role, text), hint="Changed; /continue goes on from there"), ()
+    if editing is not None:
+        role = chat.turns[editing].role
+        chat = cut_turns(chat, editing)
+        if role != "user":
+            chat = add_turn(chat, role, text)
+            return state._replace(chat=chat, hint="Changed; /continue goes on from there"), ()
+    chat = add_turn(chat, "user", join_files(state.files, text))
+    return ask_model(state._replace(chat=chat, files=(), files_tokens=0))
 
-def cmd_editor(state: State, argument: str) -> Change:
+def cmd_editor(state: State, argument: str) -> Outcome:
     """/editor: write the message in your own editor ($EDITOR)"""
     return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
 
-def cmd_complete(state: State, argument: str) -> Change:
+def cmd_complete(state: State, argument: str) -> Outcome:
     """complete a command, a name or a path; behind a long paste: show all of it"""
     text = state.draft.text[:state.draft.cursor]
     paste = open_chips(state.draft, text[-1:])
     if paste != text[-1:]:
-        return state._replace(draft=edit_insert(_cut(state.draft, len(text) - 1, len(text)), paste)), ()
-    command, _, argument = text.partition(" ")
-    is_path = command in ("/load", "/save", "/export", "/import") and " " in text    # the whole argument
-    last = argument if is_path else re.search(r"(?:\\ |\S)*\Z", text).group()
-    if is_path or command == "/file" and " " in text or last.startswith("@"):
-        return state, (DiskJob("find_paths", (text, last[last.startswith("@"):], not is_path)),)
-    return complete(state, Fitting(text, text.rpartition(" ")[2], [word for word, _ in completions(text)]))
+        return replace_end(state, len(text) - 1, paste)
+    command, space, argument = text.partition(" ")
+    if command in PATH_COMMANDS and space:    # the whole argument is a path
+        return state, (DiskJob("find_paths", (text, argument, False)),)
+    word = re.search(r"(?:\\ |\S)*\Z", text).group()
+    if command == "/file" and space or word.startswith("@"):
+        return state, (DiskJob("find_paths", (text, word[word.startswith("@"):], True)),)
+    names = [name for name, _ in completions(text)]
+    return complete(state, Fitting(text, text.rpartition(" ")[2], names))
 
-def complete(state: State, event: Fitting) -> Change:
-    """Add what all that fits the word has in common; of paths, show what there is to choose from (the menu shows the rest)."""
+PATH_COMMANDS = ("/load", "/save", "/export", "/import")
+
+def replace_end(state: State, start: int, text: str) -> State:
+    """Put a text in the place of what stands between `start` and the cursor."""
+    draft = _cut(state.draft, start, state.draft.cursor)
+    return state._replace(draft=edit_insert(draft, text))
+
+def complete(state: State, event: Fitting) -> State:
+    """Add what all that fits the word has in common.
+
+    Of paths, show what there is to choose from; the menu shows the rest."""
     text, word, fitting = event
     if not fitting or state.draft.text[:state.draft.cursor] != text:
-        return state, ()
-    common = os.path.commonprefix(fitting) + (" " if len(fitting) == 1 and fitting[0][-1] != "/" else "")
-    if common.lower().startswith(word.lower()) or len(fitting) == 1:    # a model's name may have other letters than what was typed
-        state = state._replace(draft=edit_insert(_cut(state.draft, len(text) - len(word), len(text)), common))
-    names = (name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting)
-    return state._replace(hint="  ".join(names) if len(fitting) > 1 and not completions(text) else ""), ()
+        return state
+    common = os.path.commonprefix(fitting)
+    if len(fitting) == 1 and common[-1] != "/":
+        common += " "
+    # A single model's name may have other letters than what was typed.
+    if common.lower().startswith(word.lower()) or len(fitting) == 1:
+        state = replace_end(state, len(text) - len(word), common)
+    if len(fitting) == 1 or completions(text):
+        return state._replace(hint="")
+    names = [name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting]
+    return state._replace(hint="  ".join(names))
 
 def completions(text: str) -> List[Tuple[str, str]]:
-    """What the last word of a command may become, and what that means."""
+    """List what the last word of a command may become, and what that means."""
     head, _, word = text.rpartition(" ")
-    tables = {"": {"/" + name: command_help(name).partition(": ")[2] for name in slash_commands()},
-              "/set": {name: row[3] for name, row in SETTINGS.items()},
-              "/download": dict({row.name: row.character for row in SUGGESTED_MODELS}, pause="what has come stays", cancel="what has come is removed"),
-              **{"/" + kind: {name: meaning for name, (meaning, _) in table.items()} for kind, table in CHOICES.items()}}
-    return [(name, meaning) for name, meaning in tables.get(head, {}).items() if name.startswith(word)]
+    meanings: Dict[str, str] = {}
+    if head == "":
+        for name in slash_commands():
+            meanings["/" + name] = command_help(name).partition(": ")[2]
+    elif head == "/set":
+        meanings = {name: row[3] for name, row in SETTINGS.items()}
+    elif head == "/download":
+        meanings = {row.name: row.character for row in SUGGESTED_MODELS}
+        meanings.update(pause="what has come stays", cancel="what has come is removed")
+    elif head[1:] in CHOICES:
+        meanings = {name: meaning for name, (meaning, _) in CHOICES[head[1:]].items()}
+    return [(name, meaning) for name, meaning in meanings.items() if name.startswith(word)]
 
-def cmd_stop(state: State, argument: str) -> Change:
+def cmd_stop(state: State, argument: str) -> Outcome:
     """stop the reply (what was said stays), or close what is open"""
     if state.dialog:
-        return close_dialog(state), ()
+        return close_dialog(state)
     if state.engine is Condition.INSTALLING:
-        effects: Tuple[Any, ...] = (StopInstall(),)
-        if state.fetch and not state.fetch.stop:
-            state = state._replace(fetch=state.fetch._replace(stop="pausing"))
-            effects += (StopDownload(),)
-        return state._replace(hint="Stopping the installation"), effects
+        return stop_install(state)
     if state.engine in (Condition.READING, Condition.WRITING):
-        return state._replace(engine=Condition.STOPPING), (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
+        effects = (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
+        return state._replace(engine=Condition.STOPPING), effects
     if state.engine is Condition.HUNG:
         return replace_engine(state)
     if state.chat.waiting:
-        return take_back(state), ()
+        return take_back(state)
     if state.chat.editing is not None:
-        return put_in_draft(state._replace(chat=state.chat._replace(editing=None)), Turn("user", "")), ()
+        state = state._replace(chat=state.chat._replace(editing=None))
+        return put_in_draft(state, Turn("user", ""))
     if state.files:
         return cmd_file(state, "none")
     if state.engine in (Condition.STARTING, Condition.LOADING):
         return stop_loading(state)
-    return state._replace(chat_scroll=None, log_scroll=None, find=""), ()
+    return state._replace(chat_scroll=None, log_scroll=None, find="")
+
+def stop_install(state: State) -> Change:
+    state = state._replace(hint="Stopping the installation")
+    fetch = state.fetch
+    if not fetch or fetch.stop:
+        return state, (StopInstall(),)
+    state = state._replace(fetch=fetch._replace(stop="pausing"))
+    return state, (StopInstall(), StopDownload())
 
 def machine_lines(state: State) -> Tuple[LogLine, ...]:
     """The summary without the plan of a model, when that is void."""
@@ -2773,9 +2868,12 @@ def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
     if state.model:                       # which worked until then
         state = state._replace(settings=state.before)
-    state = state._replace(engine=Condition.OFF, model=None, progress=Progress(), summary=machine_lines(state), fallback=0, next_fallback="")
-    name = os.path.basename(state.settings.model_path)
-    return notice(state, "Loading was stopped. The next message, or /load, loads %s" % (name or "a model")), (EndEngine(),)
+    state = state._replace(
+        engine=Condition.OFF, model=None, progress=Progress(), summary=machine_lines(state),
+        fallback=0, next_fallback="")
+    name = os.path.basename(state.settings.model_path) or "a model"
+    text = "Loading was stopped. The next message, or /load, loads " + name
+    return notice(state, text), (EndEngine(),)
 
 def replace_engine(state: State) -> Change:
     """It doesn't heed a stop: end it and start another with the same model."""
@@ -2785,30 +2883,32 @@ def replace_engine(state: State) -> Change:
     return start_model(state._replace(engine=Condition.DEAD))
 
 def take_back(state: State) -> State:
-    """A message without a word of an answer goes back into the input box (if that is empty), to be changed
-    or sent again; it was no turn then."""
+    """Put a message without a word of an answer back into the input box, if that is empty.
+
+    It was no turn then; it can be changed and sent again."""
     chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
+    taken = state._replace(chat=chat)
     if state.chat.stops_slowly:           # the input box is in use by now
-        return state._replace(chat=chat, hint="It was stopped before a word of the answer came; /retry asks again")
+        return taken._replace(hint="It was stopped before a word of the answer came; /retry asks again")
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
-        return state._replace(chat=chat)
+        return taken
     if state.chat.continued or chat.kids.get(last_turn_id(chat)):    # the reply before is there still
-        return run_command(state._replace(chat=chat), "redo")[0]
+        return run_command(taken, "redo")[0]
     asked = last_index(chat, "user")
     turn = chat.turns[asked]
-    chat = drop_turn(chat._replace(turns=chat.turns[:asked] + chat.turns[asked + 1:]), turn.id)
-    state = put_in_draft(state, turn)._replace(chat=chat, hint="")
-    if not state.settings.window:
-        return state
-    return state._replace(hint="Your message is back in the input box; Ctrl-U clears it")
+    turns = chat.turns[:asked] + chat.turns[asked + 1:]
+    chat = drop_turn(chat._replace(turns=turns), turn.id)
+    hint = "Your message is back in the input box; Ctrl-U clears it" if state.settings.window else ""
+    return put_in_draft(state, turn)._replace(chat=chat, hint=hint)
 
-def cmd_interrupt(state: State, argument: str) -> Change:
+def cmd_interrupt(state: State, argument: str) -> Outcome:
     """stop the reply; with nothing running: quit, after asking once"""
-    if state.dialog or is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING:
+    is_working = is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING
+    if state.dialog or is_working:
         return cmd_stop(state, argument)
     if state.quit_asked:
         return state, (Quit(),)
-    return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit"), ()
+    return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit")
 
 def cmd_pane(state: State, argument: str) -> Change:
     """move the system pane: beside the chat, hidden, in front"""
@@ -2822,33 +2922,33 @@ def cmd_focus(state: State, argument: str) -> Change:
     shown = plan_layout(state).log_width and state.pane != "full"
     return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
 
-def cmd_page_up(state: State, argument: str) -> Change:
+def cmd_page_up(state: State, argument: str) -> Outcome:
     """scroll up a page"""
-    return scroll_pane(state, -1, page=True), ()
+    return scroll_pane(state, -1, page=True)
 
-def cmd_page_down(state: State, argument: str) -> Change:
+def cmd_page_down(state: State, argument: str) -> Outcome:
     """scroll down a page"""
-    return scroll_pane(state, 1, page=True), ()
+    return scroll_pane(state, 1, page=True)
 
-def cmd_line_up(state: State, argument: str) -> Change:
+def cmd_line_up(state: State, argument: str) -> Outcome:
     """scroll up a line; after /edit: edit an earlier question"""
     if state.chat.editing is not None:
         return edit_turn(state, last_index(state.chat, "user", before=state.chat.editing))
-    return scroll_pane(state, -1), ()
+    return scroll_pane(state, -1)
 
-def cmd_line_down(state: State, argument: str) -> Change:
+def cmd_line_down(state: State, argument: str) -> Outcome:
     """scroll down a line"""
-    return scroll_pane(state, 1), ()
+    return scroll_pane(state, 1)
 
-def cmd_top(state: State, argument: str) -> Change:
+def cmd_top(state: State, argument: str) -> Outcome:
     """the beginning of the chat"""
-    return scroll_pane(state, -FAR), ()
+    return scroll_pane(state, -FAR)
 
-def cmd_bottom(state: State, argument: str) -> Change:
+def cmd_bottom(state: State, argument: str) -> Outcome:
     """the end of the chat"""
-    return scroll_pane(state, FAR), ()
+    return scroll_pane(state, FAR)
 
-def cmd_redraw(state: State, argument: str) -> Change:
+def cmd_redraw(state: State, argument: str) -> Outcome:
     """draw the window again"""
     return state, (Redraw(),)
 
@@ -3331,7 +3431,7 @@ def on_files_read(state: State, event: FilesRead) -> Change:
         return notice(state, "\n".join(event.problems)), ()
     if not event.text or event.text != state.draft.text:
         return state._replace(hint="; ".join(filter(None, (state.hint, missing)))) if missing else state, ()
-    state, effects = cmd_send(state, "read")
+    state, effects = run_command(state, "send", "read")
     if missing:
         state = notice(state, missing + ", so only the name is sent.")
     return state, effects
