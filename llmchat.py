@@ -496,7 +496,7 @@ class ModelError(Exception):
     """One sentence for the user: what is wrong with the model file and what to do."""
 
 class EngineCrash(ModelError):
-    """The engine process crashed: the sentence says how, and what to do. code: as in EngineDied."""
+    """The engine process crashed: the sentence says how, and what to do. code: as in ChildEnded."""
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
         self.code = code
@@ -626,7 +626,7 @@ class Progress(NamedTuple):
 
 class Fetch(NamedTuple):
     """A model that is being fetched, or could go on to be."""
-    name: str                         # as in Download
+    name: str                         # as in StartChild
     load: bool
     doing: str = "looking"            # an event of the child, see HUGGING FACE
     done: int = 0                     # bytes
@@ -710,7 +710,7 @@ class State(NamedTuple):
     fetch: Optional[Fetch] = None
     needs: Optional[Needs] = None     # None = not known; all is there, as far as anybody has noticed
     next_path: str = ""               # of a model that is loaded when the reply has ended
-    better: str = ""                  # a model that suits this machine better, as Download takes it; "" = none was found
+    better: str = ""                  # a model that suits this machine better, as StartChild takes it; "" = none was found
     fallback: int = 0                 # how many fallback steps were taken, since memory ran out
     next_fallback: str = ""           # the next one in words, see Plan.next
     caution: int = REMEMBERED         # with which the model is loaded, see LoadOptions
@@ -722,17 +722,19 @@ Typed = NamedTuple("Typed", [("text", str)])
 Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
-EngineSaid = NamedTuple("EngineSaid", [("message", Dict[str, Any])])    # one JSON line of the engine, see ENGINE_SAYS
-EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of the engine's stderr
+
+class ChildSaid(NamedTuple):
+    """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
+    which: str                        # "engine", "install" or "download"
+    message: Dict[str, Any]
+
+EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
 StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])    # it was to stop, and time has passed
 EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
-InstallSaid = NamedTuple("InstallSaid", [("message", Dict[str, Any])])    # one JSON line of --install, see install_engine()
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
 BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # a model to fetch that suits this machine better than the small one
-Installed = NamedTuple("Installed", [("code", int)])              # the installer's exit status
-DownloadSaid = NamedTuple("DownloadSaid", [("message", Dict[str, Any])])    # one JSON line of --download
-DownloadEnded = NamedTuple("DownloadEnded", [("code", int)])      # its exit status
 ModelsFound = NamedTuple("ModelsFound", [("entries", Tuple[ModelEntry, ...]), ("wanted", str)])    # what FindModels has brought
+MachineProbed = NamedTuple("MachineProbed", [("lines", Tuple[str, ...])])
 ModelDescribed = NamedTuple("ModelDescribed", [("path", str), ("lines", Tuple[str, ...])])
 
 class ChatOpened(NamedTuple):
@@ -757,25 +759,27 @@ class Submitted(NamedTuple):
     text: str                         # a whole line at once: plain mode, and -p
     literal: bool = False             # an @ in it names no file
 
-class EngineDied(NamedTuple):
+class ChildEnded(NamedTuple):
+    which: str                        # as in ChildSaid
     code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
     lacking: Tuple[str, ...] = ()     # after an illegal instruction: what this CPU hasn't got
     fault: str = ""                   # after a crash: what is wrong with the model's file, a sentence
 
 # Effects
+class StartChild(NamedTuple):
+    """In the place of the one that runs, if any."""
+    which: str                        # as in ChildSaid
+    name: str = ""                    # of what to download, as parse_download() takes it
+
+# The engine at once, whatever it does; of a download what has come stays
+StopChild = NamedTuple("StopChild", [("which", str)])
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
-InstallEngine = NamedTuple("InstallEngine", [])                   # in the background; its output goes to the log
-StopInstall = NamedTuple("StopInstall", [])
 FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
-Download = NamedTuple("Download", [("name", str)])                # in the background; name as parse_download() takes it
-StopDownload = NamedTuple("StopDownload", [])                     # what has come stays
 DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of DiskWorker, in its thread
 Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
 Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
-EndEngine = NamedTuple("EndEngine", [])                           # at once, whatever it does
-StartEngine = NamedTuple("StartEngine", [])                       # in the place of the one that runs, if any
 AwaitStop = NamedTuple("AwaitStop", [("request", int)])           # StopLate comes after STOP_SLOW_S and STOP_LATE_S
 Quit = NamedTuple("Quit", [])
 
@@ -2000,7 +2004,7 @@ def start_model(state: State) -> Change:
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
         return state._replace(engine=Condition.LOADING), (load,)
     state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
-    return state, (StartEngine(), load)
+    return state, (StartChild("engine"), load)
 
 def chat_messages(state: State) -> List[Dict[str, str]]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
@@ -2524,7 +2528,7 @@ def cmd_download(state: State, argument: str) -> Outcome:
             return state._replace(hint="/download %s goes on with it" % fetch.name)
         return state._replace(fetch=None), (DiskJob("drop_parts", (fetch.parts,)),)
     stop = "pausing" if argument == "pause" else "cancelling"
-    return state._replace(fetch=fetch._replace(stop=stop)), (StopDownload(),)
+    return state._replace(fetch=fetch._replace(stop=stop)), (StopChild("download"),)
 
 def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it.
@@ -2538,7 +2542,7 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
 
 def begin_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the place of what is being fetched, if anything is."""
-    return state._replace(fetch=Fetch(name, load), dialog=None), (Download(name),)
+    return state._replace(fetch=Fetch(name, load), dialog=None), (StartChild("download", name),)
 
 def cmd_system(state: State, argument: str) -> Outcome:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
@@ -2703,7 +2707,7 @@ def cmd_install(state: State, argument: str) -> Outcome:
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="It is being installed; Esc stops it")
     state = state._replace(dialog=None, engine=Condition.INSTALLING, progress=Progress())
-    return state, (InstallEngine(),)
+    return state, (StartChild("install"),)
 
 def cmd_quit(state: State, argument: str) -> Outcome:
     """/quit: end the program"""
@@ -2856,9 +2860,9 @@ def stop_install(state: State) -> Change:
     state = state._replace(hint="Stopping the installation")
     fetch = state.fetch
     if not fetch or fetch.stop:
-        return state, (StopInstall(),)
+        return state, (StopChild("install"),)
     state = state._replace(fetch=fetch._replace(stop="pausing"))
-    return state, (StopInstall(), StopDownload())
+    return state, (StopChild("install"), StopChild("download"))
 
 def machine_lines(state: State) -> Tuple[LogLine, ...]:
     """The summary without the plan of a model, when that is void."""
@@ -2873,7 +2877,7 @@ def stop_loading(state: State) -> Change:
         fallback=0, next_fallback="")
     name = os.path.basename(state.settings.model_path) or "a model"
     text = "Loading was stopped. The next message, or /load, loads " + name
-    return notice(state, text), (EndEngine(),)
+    return notice(state, text), (StopChild("engine"),)
 
 def replace_engine(state: State) -> Change:
     """It doesn't heed a stop: end it and start another with the same model."""
@@ -3471,7 +3475,7 @@ def on_better_found(state: State, event: BetterFound) -> Change:
     state, effects = keep_for_all(state._replace(better=entry.path), better=entry.name)
     return notice(state, text, "good"), effects
 
-def on_install_said(state: State, event: InstallSaid) -> Change:
+def on_install_said(state: State, event: ChildSaid) -> Change:
     message = event.message
     if message["event"] == "step":
         return state._replace(progress=read_step(message)), ()
@@ -3479,7 +3483,7 @@ def on_install_said(state: State, event: InstallSaid) -> Change:
     lines = message["text"].split("\n") if message.get("text") else []
     return add_log(state, *(LogLine(level, line) for line in lines)), ()
 
-def on_installed(state: State, event: Installed) -> Change:
+def on_installed(state: State, event: ChildEnded) -> Change:
     state = state._replace(progress=Progress(), pane="beside" if state.pane == "full" else state.pane, focus="chat")
     if event.code:
         text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
@@ -3528,7 +3532,7 @@ def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> St
         state = take_back(state)
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
-def on_download_said(state: State, event: DownloadSaid) -> Change:
+def on_download_said(state: State, event: ChildSaid) -> Change:
     message, doing = event.message, event.message.get("event")
     fetch = fetch_step(state.fetch, message)
     state = state._replace(fetch=fetch)
@@ -3567,7 +3571,7 @@ def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
     loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
     return loading._replace(hint=state.hint), effects    # that it waits for the engine is seen from the bars
 
-def on_download_ended(state: State, event: DownloadEnded) -> Change:
+def on_download_ended(state: State, event: ChildEnded) -> Change:
     fetch, state = state.fetch, state._replace(fetch=None)
     if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
         return state, ()
@@ -3582,7 +3586,7 @@ def on_download_ended(state: State, event: DownloadEnded) -> Change:
 # == 10. ENGINE NEWS ===============================================================================
 # The same for the engine's messages and its end. A new message: a row of ENGINE_EVENTS, and of ENGINE_SAYS.
 
-def on_engine_said(state: State, event: EngineSaid) -> Change:
+def on_engine_said(state: State, event: ChildSaid) -> Change:
     message, chat = event.message, state.chat
     name, state = message.get("event"), state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
     if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
@@ -3736,7 +3740,7 @@ def on_failed(state: State, message: Dict[str, Any]) -> Change:
                                      model=None, progress=Progress(), summary=machine_lines(state), fallback=0, next_fallback="", caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error"), ()
 
-def on_engine_died(state: State, event: EngineDied) -> Change:
+def on_engine_died(state: State, event: ChildEnded) -> Change:
     if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
         return state, ()
     said = [line.text for line in state.log[-12:] if line.level == "error"]
@@ -3766,7 +3770,7 @@ def step_down(state: State) -> Change:
     state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_fallback)
     return start_again(state._replace(fallback=state.fallback + 1))
 
-def step_aside(state: State, event: EngineDied) -> Change:
+def step_aside(state: State, event: ChildEnded) -> Change:
     """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
     advice = BUS_ADVICE if event.code in BUS_ERRORS else "An engine made for this machine is better: " + MAKE_ANEW
     text = "The engine crashed. Trying again %s, which may be slower. %s" % (CAUTIONS[state.next_caution], advice)
@@ -3798,7 +3802,7 @@ DEATHS = (  # what to tell people
 HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
             " If that doesn't help, take another model.")
 
-def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
+def explain_death(event: ChildEnded, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
     """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too.
     n_ctx: the context it had; 0 = a smaller one doesn't help."""
     if event.fault:
@@ -3812,17 +3816,35 @@ def explain_death(event: EngineDied, loading: bool, last_error: str, hopeless: b
                    "loading": " while loading the model" if loading else "",
                    "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
 
+def on_child_news(state: State, event: Any) -> Change:
+    """What a child process has said, or its end."""
+    return CHILD_NEWS[event.which, type(event)](state, event)
+
+def on_machine_probed(state: State, event: MachineProbed) -> Change:
+    """For the system pane, unless there is an engine, which says more: of GPUs for one."""
+    if state.engine not in (Condition.OFF, Condition.MISSING, Condition.INSTALLING):
+        return state, ()
+    lines = (line for line in event.lines if not line.startswith("GPU"))
+    return state._replace(summary=tuple(LogLine("text", line) for line in lines)), ()
+
+CHILD_NEWS = {
+    ("engine", ChildSaid):    on_engine_said,
+    ("engine", ChildEnded):   on_engine_died,
+    ("install", ChildSaid):   on_install_said,
+    ("install", ChildEnded):  on_installed,
+    ("download", ChildSaid):  on_download_said,
+    ("download", ChildEnded): on_download_ended,
+}
 HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
             Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
-            EngineSaid: on_engine_said, EngineLogged: on_engine_logged, EngineDied: on_engine_died,
+            ChildSaid: on_child_news, ChildEnded: on_child_news, EngineLogged: on_engine_logged,
             ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
             HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
             Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
             Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
             StopLate: on_stop_late,
-            InstallSaid: on_install_said, Installed: on_installed,
             NeedsProbed: on_needs_probed, BetterFound: on_better_found,
-            DownloadSaid: on_download_said, DownloadEnded: on_download_ended, ModelsFound: on_models_found, ModelDescribed: on_model_described}
+            MachineProbed: on_machine_probed, ModelsFound: on_models_found, ModelDescribed: on_model_described}
 ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
                  "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
                  "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "proven": on_proven,
@@ -4909,12 +4931,14 @@ class Screen:
 
 
 # == 14. RUN =======================================================================================
-# Where things happen: the engine's process and pipes, the effects, the loop. It must not decide anything: events go
-# into update(), effects come out. A new effect: its type in TYPES, a branch in Runner.perform.
+# Where things happen: the child processes and their pipes, the effects, the loop. It must not decide anything: events
+# go into update(), effects come out. A new effect: its type in TYPES, a method of Runner and its row in PERFORM.
+# A new kind of child: its messages in CHILD_SAYS, its command line in Runner.start_child, its news in CHILD_NEWS.
 
 class Mailbox:
     """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
-    ROOM, AT_ONCE = 200, 100              # events: when the children must wait; what is taken between two looks for keys
+    ROOM = 200                            # events: with more, the children must wait
+    AT_ONCE = 100                         # events that are taken between two looks for keys
 
     def __init__(self) -> None:
         import collections
@@ -4927,10 +4951,8 @@ class Mailbox:
     def post(self, event: Any) -> None:
         self.events.append(event)
         if os.name != "nt":
-            try:
+            with suppress(BlockingIOError):    # full: the loop will wake anyway
                 os.write(self.wake_write, b"!")
-            except BlockingIOError:
-                pass                      # full: the loop will wake anyway
 
     def is_full(self) -> bool:
         return len(self.events) >= self.ROOM
@@ -4943,15 +4965,18 @@ class Mailbox:
                 time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
             return keyboard
         import select
-        ready, _, _ = select.select([self.wake_read] + [0] * keyboard, [], [], 0 if self.events else timeout_s)
+        inputs = [self.wake_read, 0] if keyboard else [self.wake_read]
+        ready, _, _ = select.select(inputs, [], [], 0 if self.events else timeout_s)
         if self.wake_read in ready:
             os.read(self.wake_read, 4096)
         return 0 in ready
 
-    def drop(self, *kinds: Any) -> None:
+    def drop(self, which: str) -> None:
+        """Forget what this child has said; the engine's words for the log, too."""
         for _ in range(len(self.events)):
             event = self.events.popleft()
-            if not isinstance(event, kinds):
+            stale = "engine" if isinstance(event, EngineLogged) else getattr(event, "which", "")
+            if stale != which:
                 self.events.append(event)
 
     def take(self) -> List[Any]:
@@ -4963,19 +4988,21 @@ class Mailbox:
         os.close(self.wake_write)
 
 def engine_env() -> Dict[str, str]:
-    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, where there is one, and wait for it
-    if "OMP_WAIT_POLICY" not in env:      # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine;
-        env.setdefault("GOMP_SPINCOUNT", "20000")    # with 2,000 an idle one loses 5 %
+    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, if there is one, and wait for it
+    if "OMP_WAIT_POLICY" not in env:
+        # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine; with 2,000 an idle one
+        # loses 5 %.
+        env.setdefault("GOMP_SPINCOUNT", "20000")
     return env
 
 LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
 LOG_CHARS = 2000                      # of a line in the system pane
-STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message …
-STOP_LATE_S = 3                       # … and then the engine hangs
+STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message
+STOP_LATE_S = 3                       # an engine that hasn't stopped by then hangs
 END_S = 5                             # for an engine to write its state at the end
 
 def pipe_lines(pipe: Any) -> Iterable[str]:
-    """The lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
+    """Yield the lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
     kept = bytearray()
     for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
         *ends, rest = piece.split(b"\n")
@@ -4988,34 +5015,38 @@ def pipe_lines(pipe: Any) -> Iterable[str]:
     if kept:
         yield kept.decode("utf-8", "replace")
 
+def start_thread(function: Any, *arguments: Any) -> Any:
+    import threading
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
 class Child:
-    """A child process whose output becomes events: line_event(text) for a line of stdout, EngineLogged for one of
-    stderr, end_event(exit status) at its end.
+    """A child process whose output becomes events: ChildSaid for a message on stdout, EngineLogged for all other lines,
+    ChildEnded at its end.
 
     It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for long. A flood of
     output waits in the pipe until there is room in the mailbox."""
     MAX_PENDING = 64                      # messages that it hasn't taken: then it hangs
 
-    def __init__(self, argv: List[str], mailbox: Mailbox, line_event: Any, end_event: Any, after: Any = None) -> None:
-        """after: another Child, whose end the first message waits for. Raises OSError."""
+    def __init__(self, which: str, argv: List[str], mailbox: Mailbox, after: Optional["Child"] = None) -> None:
+        """which: as in ChildSaid. after: a child whose end the first message waits for. Raises OSError."""
         import subprocess, threading
-        self.mailbox, self.end_event, self.after = mailbox, end_event, after
-        self.silent = self.ended = False  # silent: its lines and its end are no news any more
+        self.which = which
+        self.mailbox = mailbox
+        self.after = after
+        self.silent = False               # what it says, and its end, is no news any more
+        self.ended = False
         self.lock = threading.Condition()
         self.pending: List[Dict[str, Any]] = []
+        self.model_path = ""              # of the model that it was last told to load
         flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(), **flags)
-        self.readers = [self.start(self._read, self.process.stdout, line_event),
-                        self.start(self._read, self.process.stderr, EngineLogged)]
-        self.start(self._write)
-        self.ender = self.start(self._end)
-
-    def start(self, *call: Any) -> Any:
-        import threading
-        thread = threading.Thread(target=call[0], args=call[1:], daemon=True)
-        thread.start()
-        return thread
+        self.readers = [start_thread(self._read, self.process.stdout, self._parse),
+                        start_thread(self._read, self.process.stderr, log_line)]
+        start_thread(self._write)
+        self.ender = start_thread(self._end)
 
     def post(self, event: Any) -> None:
         import time
@@ -5025,27 +5056,31 @@ class Child:
             if not self.silent:
                 self.mailbox.post(event)
 
-    def _read(self, pipe: Any, line_event: Any) -> None:
+    def _parse(self, line: str) -> Any:
+        return parse_line(self.which, line)
+
+    def _read(self, pipe: Any, make_event: Any) -> None:
         with suppress(OSError), pipe:
             for line in pipe_lines(pipe):
                 text = line.rstrip("\r").rpartition("\r")[2]
                 if text and not self.silent:
-                    self.post(line_event(text[:LOG_CHARS] if line_event is EngineLogged else text))
+                    self.post(make_event(text))
 
     def _end(self) -> None:
         code = self.process.wait()
         for reader in self.readers:       # a child of it may live on and hold the pipes open
             reader.join(0 if self.silent else 1)
-        self.post(self.end_event(code))
+        self.post(probe_end(self.which, code, self.model_path))
         with self.lock:
             self.silent = self.ended = True
             self.lock.notify()
 
     def send(self, message: Dict[str, Any]) -> None:
-        """Never blocks; a process that takes nothing any more is ended."""
+        """Send a message to it. Never blocks; a process that takes nothing any more is ended."""
+        self.model_path = message.get("path", self.model_path)
         with self.lock:
             last = self.pending[-1] if self.pending else {}
-            if message.get("cmd") == last.get("cmd") == "ahead":
+            if message["cmd"] == last.get("cmd") == "ahead":
                 self.pending[-1] = merge_ahead(last, message)
             else:
                 self.pending.append(message)
@@ -5058,7 +5093,7 @@ class Child:
         import json
         if self.after:
             self.after.ender.join(END_S)  # it holds the memory
-        with suppress(OSError), self.process.stdin as pipe:    # it has died: end_event says so
+        with suppress(OSError), self.process.stdin as pipe:    # it has died: ChildEnded says so
             while True:
                 with self.lock:
                     self.lock.wait_for(lambda: self.pending or self.ended)
@@ -5097,11 +5132,9 @@ class Child:
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
     def __init__(self, screen: Optional[Screen] = None) -> None:
-        self.screen, self.mailbox = screen, Mailbox()
-        self.engine: Optional[Child] = None
-        self.model_path = ""              # what it was last told to load
-        self.installer: Optional[Child] = None
-        self.downloader: Optional[Child] = None
+        self.screen = screen
+        self.mailbox = Mailbox()
+        self.children: Dict[str, Child] = {}    # "engine", "install", "download"
         self.disk = DiskWorker(self.mailbox.post)
         self.quit = False
         problem = distrust("engine", "pycache")
@@ -5109,68 +5142,73 @@ class Runner:
             self.mailbox.post(Told(problem, "warn"))
 
     def perform(self, effect: Any) -> None:
-        if isinstance(effect, SendEngine) and self.engine:
-            self.send_engine(effect.message)
-        elif isinstance(effect, DiskJob):
-            self.disk.do(getattr(self.disk, effect.job), *effect.arguments)
-        elif isinstance(effect, Copy):
-            self.disk.do(self.disk.copy, effect.text, effect.what, bool(self.screen and self.screen.copy(effect.text)))
-        elif isinstance(effect, StartEngine):
-            self.start_engine()
-        elif isinstance(effect, EndEngine):
-            self.end_engine()
-        elif isinstance(effect, FindModels):
-            import threading
-            threading.Thread(target=self.find_models, args=(effect.wanted,), daemon=True).start()
-        elif isinstance(effect, ProbeNeeds):
-            import threading
-            threading.Thread(target=self.probe_needs, args=(effect.has_model,), daemon=True).start()
-        elif isinstance(effect, InstallEngine):
-            self.installer = Child([sys.executable, os.path.abspath(__file__), "--install", "--json"], self.mailbox,
-                                   parse_install_line, Installed)
-        elif isinstance(effect, StopInstall) and self.installer:
-            self.installer.interrupt()
-        elif isinstance(effect, Download):
-            argv = [sys.executable, os.path.abspath(__file__), "--json", "--download=" + effect.name]
-            argv += ["--keep-trying"] if self.screen else []    # without a window it would keep others waiting
-            self.end_download()
-            self.downloader = Child(argv, self.mailbox, parse_download_line, DownloadEnded)
-        elif isinstance(effect, StopDownload) and self.downloader:
-            self.downloader.interrupt()
-        elif isinstance(effect, OpenEditor):
-            self.mailbox.post(self.screen.edit(effect.text) if self.screen else Told("/editor is for the window.", "warn"))
-        elif isinstance(effect, Redraw):
-            self.mailbox.post(Resized(0, 0))
-        elif isinstance(effect, AwaitStop):
-            self.post_later(STOP_SLOW_S, StopLate(effect.request, False))
-            self.post_later(STOP_LATE_S, StopLate(effect.request, True))
-        elif isinstance(effect, Quit):
-            self.quit = True
+        PERFORM[type(effect)](self, effect)
 
-    def post_later(self, wait_s: float, event: Any) -> None:
-        import threading
-        timer = threading.Timer(wait_s, self.mailbox.post, (event,))
-        timer.daemon = True
-        timer.start()
+    def start_child(self, effect: StartChild) -> None:
+        """Start a process in the place of the one of its kind."""
+        argv = [sys.executable, os.path.abspath(__file__), "--json"]
+        if effect.which == "install":
+            argv.append("--install")
+        elif effect.which == "download":
+            argv.append("--download=" + effect.name)
+            if self.screen:               # without a window it would keep others waiting
+                argv.append("--keep-trying")
+        else:
+            python = engine_python()
+            if not python:
+                self.end_child("engine")
+                return self.mailbox.post(EngineMissing())
+            argv = engine_argv(python)
+        old = self.end_child(effect.which)
+        try:
+            self.children[effect.which] = Child(effect.which, argv, self.mailbox, old)
+        except OSError as error:          # it was made for another system or machine, say
+            text = NO_START % (argv[0], error.strerror)
+            self.mailbox.post(ChildSaid(effect.which, {"event": "failed", "during": "start", "text": text}))
 
-    def send_engine(self, message: Dict[str, Any]) -> None:
-        if message["cmd"] == "load":
-            self.model_path = message["path"]
-        self.engine.send(message)
+    def end_child(self, which: str) -> Optional[Child]:
+        """End it at once; what it still had to say is no news any more."""
+        child = self.children.pop(which, None)
+        if child:
+            child.kill()
+            self.mailbox.drop(which)
+        return child
 
-    def find_models(self, wanted: str) -> None:
+    def stop_child(self, effect: StopChild) -> None:
+        """End the engine at once; ask others to end, who keep what has come."""
+        if effect.which == "engine":
+            self.end_child("engine")
+        elif effect.which in self.children:
+            self.children[effect.which].interrupt()
+
+    def send_engine(self, effect: SendEngine) -> None:
+        if "engine" in self.children:
+            self.children["engine"].send(effect.message)
+
+    def do_disk_job(self, effect: DiskJob) -> None:
+        self.disk.do(getattr(self.disk, effect.job), *effect.arguments)
+
+    def copy(self, effect: Copy) -> None:
+        is_sent = bool(self.screen and self.screen.copy(effect.text))
+        self.disk.do(self.disk.copy, effect.text, effect.what, is_sent)
+
+    def find_models(self, effect: FindModels) -> None:
+        start_thread(self._find_models, effect.wanted)
+
+    def _find_models(self, wanted: str) -> None:
         """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
         entries: Tuple[ModelEntry, ...] = ()
-        if not self.engine:               # which will say more, of GPUs for one
-            lines = [line for line in describe_hardware(probe_hardware()) if not line.startswith("GPU")]
-            self.mailbox.post(EngineSaid({"event": "hardware", "lines": lines}))
         try:
+            self.mailbox.post(MachineProbed(tuple(describe_hardware(probe_hardware()))))
             entries = probe_models(wanted)
         except Exception as error:
             self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
         self.mailbox.post(ModelsFound(entries, wanted))
 
-    def probe_needs(self, has_model: bool) -> None:
+    def probe_needs(self, effect: ProbeNeeds) -> None:
+        start_thread(self._probe_needs, effect.has_model)
+
+    def _probe_needs(self, has_model: bool) -> None:
         """In a thread of its own; the network is asked last, as it may take seconds to answer."""
         try:
             needs = probe_needs(has_model)
@@ -5181,87 +5219,83 @@ class Runner:
         except Exception as error:
             self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
 
-    def start_engine(self) -> None:
-        old = self.engine
-        self.end_engine()
-        python = engine_python()
-        if not python:
-            return self.mailbox.post(EngineMissing())
-        try:
-            self.engine = Child(engine_argv(python), self.mailbox, parse_engine_line, self.engine_end, old)
-        except OSError as error:          # it was made for another system or machine, say
-            self.mailbox.post(EngineSaid({"event": "failed", "during": "start", "text": NO_START % (python, error.strerror)}))
+    def open_editor(self, effect: OpenEditor) -> None:
+        if self.screen:
+            self.mailbox.post(self.screen.edit(effect.text))
+        else:
+            self.mailbox.post(Told("/editor is for the window.", "warn"))
 
-    def end_engine(self) -> None:
-        """At once, and what it still had to say is no news any more."""
-        if self.engine:
-            self.engine.kill()
-            self.engine = None
-            self.mailbox.drop(EngineSaid, EngineLogged, EngineDied)
+    def redraw(self, effect: Redraw) -> None:
+        self.mailbox.post(Resized(0, 0))
 
-    def engine_end(self, code: int) -> EngineDied:
-        return probe_engine_end(code, self.model_path)
+    def await_stop(self, effect: AwaitStop) -> None:
+        import threading
+        for wait_s, hung in ((STOP_SLOW_S, False), (STOP_LATE_S, True)):
+            timer = threading.Timer(wait_s, self.mailbox.post, (StopLate(effect.request, hung),))
+            timer.daemon = True
+            timer.start()
 
-    def end_download(self) -> None:
-        """What has come is on the disk."""
-        if self.downloader:
-            self.downloader.kill()
-            self.downloader = None
-            self.mailbox.drop(DownloadSaid, DownloadEnded)
+    def end(self, effect: Quit) -> None:
+        self.quit = True
 
     def close(self) -> bool:
-        """End all that runs. Whether something that was said could not be saved, which is told."""
-        if self.installer and self.installer.is_alive():
-            self.installer.interrupt()
-        self.end_download()
+        """End all that runs. Returns whether something that was said could not be saved, which is told."""
+        installer, engine = self.children.get("install"), self.children.get("engine")
+        if installer and installer.is_alive():
+            installer.interrupt()
+        self.end_child("download")
         problem = self.disk.close()
-        if self.engine:
-            self.engine.close()
+        if engine:
+            engine.close()
         if problem:
             print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
         return bool(problem)
 
-DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the same of --download, see HUGGING FACE
+PERFORM = {
+    SendEngine: Runner.send_engine,
+    StartChild: Runner.start_child,
+    StopChild:  Runner.stop_child,
+    AwaitStop:  Runner.await_stop,
+    DiskJob:    Runner.do_disk_job,
+    Copy:       Runner.copy,
+    FindModels: Runner.find_models,
+    ProbeNeeds: Runner.probe_needs,
+    OpenEditor: Runner.open_editor,
+    Redraw:     Runner.redraw,
+    Quit:       Runner.end,
+}
+
+DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
     "begun": {"parts": list, "total": int},
     "checking": {"done": int}, "fetching": {"done": int},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # … and of --install, see install_engine()
+INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
     "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
     "said": {"text": str}, "failed": {"text": str}, "done": {}}
 
-def parse_engine_line(line: str) -> Any:
-    return parse_line(line, ENGINE_SAYS, EngineSaid)
+def log_line(line: str) -> EngineLogged:
+    return EngineLogged(line[:LOG_CHARS])
 
-def parse_install_line(line: str) -> Any:
-    return parse_line(line, INSTALL_SAYS, InstallSaid)
-
-def parse_download_line(line: str) -> Any:
-    return parse_line(line, DOWNLOAD_SAYS, DownloadSaid)
-
-def parse_line(line: str, known: Dict[str, Dict[str, Any]], kind: Any) -> Any:
-    """The event of this kind that a child's line stands for; a line for the system pane where it is no message."""
-    message = parse_message(line, known)
-    return kind(message) if message else EngineLogged(line[:LOG_CHARS])
-
-def parse_message(line: str, known: Dict[str, Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-    """The message in a line, None where it is none; the line may be anything."""
+def parse_line(which: str, line: str) -> Any:
+    """Make an event of a child's line, which may be anything: what is no message is for the system pane."""
     import json
+    known = {"engine": ENGINE_SAYS, "install": INSTALL_SAYS, "download": DOWNLOAD_SAYS}[which]
     try:
         message = json.loads(line, parse_int=parse_digits)
     except (ValueError, RecursionError):
-        return None
-    return message if is_message(message, known) else None
+        return log_line(line)
+    return ChildSaid(which, message) if is_message(message, known) else log_line(line)
 
 def parse_digits(digits: str) -> int:
     """int(), which takes seconds for a million of them before Python 3.11."""
     return int(digits[:20])
 
-def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
-    """How the engine ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
+def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
+    """How a child ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
     this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
     lacking: Tuple[str, ...] = ()
-    if code in NO_SUCH_INSTRUCTION:
+    if which == "engine" and code in NO_SUCH_INSTRUCTION:
         import platform
         has = probe_hardware().instruction_sets
         lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
@@ -5271,18 +5305,17 @@ def probe_engine_end(code: int, model_path: str = "") -> EngineDied:
             read_gguf_header(os.path.expanduser(model_path), full=True)
         except ModelError as error:
             fault = str(error)
-    return EngineDied(code, lacking, fault)
+    return ChildEnded(which, code, lacking, fault)
 
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
 def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
-    """What a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
+    """Yield what a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
     if not python:
         raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
-    paths = [command["path"] for command in commands if "path" in command]
     mailbox = Mailbox()
     try:
-        child = Child(engine_argv(python), mailbox, parse_engine_line, lambda code: probe_engine_end(code, *paths[-1:]))
+        child = Child("engine", engine_argv(python), mailbox)
     except OSError as error:
         mailbox.close()
         raise ModelError(NO_START % (python, error.strerror))
@@ -5296,13 +5329,14 @@ def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> 
         child.ender.join(END_S)
 
 def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
-    """Its messages, until it fails, dies or takes too long: that raises ModelError."""
+    """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
     import time
-    end_s, last_error = time.monotonic() + limit_s, ""
+    end_s = time.monotonic() + limit_s
+    last_error = ""
     while time.monotonic() < end_s:
         mailbox.wait(end_s - time.monotonic())
         for event in mailbox.take():
-            if isinstance(event, EngineDied):
+            if isinstance(event, ChildEnded):
                 text = explain_death(event, False, last_error)
                 if event.code in CRASHES and not event.fault:
                     raise EngineCrash(text, event.code)
@@ -5318,11 +5352,12 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]
     raise ModelError("The engine did not answer in %d s." % limit_s)
 
 def ask_bench(python: str, path: str, options: LoadOptions) -> Iterable[Dict[str, Any]]:
-    """What a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
+    """Yield what a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
+        command = {"cmd": "bench", "path": path, "options": options._replace(caution=caution)}
         measured = False
         try:
-            for message in ask_engine(python, {"cmd": "bench", "path": path, "options": options._replace(caution=caution)}):
+            for message in ask_engine(python, command):
                 measured = measured or message["event"] == "measured"
                 yield message
         except EngineCrash as error:
@@ -5336,24 +5371,23 @@ def watch_signals(mailbox: Mailbox) -> None:
     import signal
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
-    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", lambda number, frame: mailbox.post(Resized(0, 0)))):
+    def resize(number: int, frame: Any) -> None:
+        mailbox.post(Resized(0, 0))
+    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", resize)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), act)
 
 def run(screen: Screen, state: State, first: str = "") -> int:
-    """The window, until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
+    """Run the window until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
     runner = Runner(screen)
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
         state = state._replace(columns=columns, rows=rows, settings=settings)
-        state, effects = start_model(state)
-        state, more = run_slash(state, first) if first else (state, ())
+        state, effects = start_window(state, first)
         screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
         watch_signals(runner.mailbox)
-        if state.settings.session:
-            more += (DiskJob("load_history", ()),)
-        last = loop(perform(state, effects + more, runner), screen, runner)
+        last = loop(perform(state, effects, runner), screen, runner)
     finally:
         try:
             screen.close()
@@ -5363,16 +5397,26 @@ def run(screen: Screen, state: State, first: str = "") -> int:
         print("\n".join(view_end(last)))
     return 0 if last and not lost else 1
 
+def start_window(state: State, first: str) -> Change:
+    """Decide what comes first: the model, a /command, the history of messages."""
+    state, effects = start_model(state)
+    if first:
+        state, more = run_slash(state, first)
+        effects += more
+    if state.settings.session:
+        effects += (DiskJob("load_history", ()),)
+    return state, effects
+
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
-    """The last state; None when the terminal is gone."""
+    """Returns the last state; None when the terminal is gone."""
     import time
     drawn, urgent = state, False
     while not runner.quit:
         dues_s = [screen.due_s(), screen.next_s(state is not drawn)]
-        wait_s = min((max(0.0, due_s - time.monotonic()) for due_s in dues_s if due_s is not None), default=None)
-        keys_ready = runner.mailbox.wait(wait_s, keyboard=True)
+        waits_s = [max(0.0, due_s - time.monotonic()) for due_s in dues_s if due_s is not None]
+        keys_ready = runner.mailbox.wait(min(waits_s, default=None), keyboard=True)
         keys = screen.read_events(keys_ready)
-        if screen.n_empty > 100 and os.name != "nt":    # the terminal is gone: readable for ever, with nothing to read
+        if screen.n_empty > 100 and os.name != "nt":    # readable for ever, with nothing to read
             return None
         for event in keys + runner.mailbox.take():    # keys first: an engine may have much to say
             if isinstance(event, Resized):

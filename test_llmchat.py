@@ -33,22 +33,20 @@ from unittest import mock
 
 import llmchat
 from llmchat import (
+    ChildEnded,
+    ChildSaid,
+    StartChild,
+    StopChild,
     Chat,
     Condition,
     Copy,
-    Download,
     Draft,
-    EngineDied,
     EngineLogged,
     EngineMissing,
-    EngineSaid,
     File,
     FilesRead,
     FindModels,
     Fitting,
-    Installed,
-    InstallEngine,
-    InstallSaid,
     LogLine,
     ModelDescribed,
     ModelEntry,
@@ -64,9 +62,7 @@ from llmchat import (
     Scroll,
     SendEngine,
     Settings,
-    StartEngine,
     State,
-    StopInstall,
     DiskJob,
     Submitted,
     Turn,
@@ -2855,7 +2851,7 @@ def run_engines(model, code):
             self.assertEqual(
                 Engine(self, model, tuned_rate=rate).events[-1]["think"], think, (rate, model)
             )
-        slow = EngineSaid(dict(LOADED.message, think=False))
+        slow = ChildSaid("engine", dict(LOADED.message, think=False))
         state, effects = play(State(), slow, "hi", "[enter]")
         self.assertEqual(sent(effects, "chat")[0]["think"], False)
         self.assertTrue(any("/think on" in line.text for line in state.log))
@@ -4347,7 +4343,7 @@ class Headless:
         return self.wait(*conditions)
 
     def kill(self, number):
-        self.runner.engine.process.send_signal(number)
+        self.runner.children["engine"].process.send_signal(number)
         return self.wait(Condition.DEAD)
 
     def said(self, role):
@@ -4424,7 +4420,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             self.assertEqual(
                 (window.said("user"), window.state.draft.text), ([], "hello")
             )  # to be sent again
-        window.runner.engine.close()
+        window.runner.children["engine"].close()
 
     def test_only_memory_steps_down(self):
         loading = ready(engine=Condition.LOADING, next_fallback="less", fallback=1)
@@ -4443,14 +4439,14 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             (reading, -9, True),
             (reading._replace(model=reading.model._replace(proven=True)), -9, False),
         ):
-            after, effects = play(state, llmchat.EngineDied(code))
+            after, effects = play(state, ChildEnded("engine", code))
             self.assertEqual(
                 [LoadOptions(*m["options"]).fallback for m in sent(effects, "load")],
                 [state.fallback + 1] * steps,
                 (state.engine, code),
             )
             self.assertEqual(after.engine is Condition.STARTING, steps)
-        after, _ = play(reading, llmchat.EngineDied(-9))
+        after, _ = play(reading, ChildEnded("engine", -9))
         self.assertEqual(
             (after.chat.waiting, after.chat.reply, [turn.text for turn in after.chat.turns][:1]),
             (True, None, ["hi"]),
@@ -4482,7 +4478,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         self.assertRegex(
             window.said("notice")[0], "llama-cpp-python is not installed in .*--install"
         )
-        window.runner.engine.process.wait(LIMIT_S)
+        window.runner.children["engine"].process.wait(LIMIT_S)
 
     def test_engine_that_cannot_be_started(self):
         window = Headless(self, MIND, write(b"no program", "python")).wait(Condition.MISSING)
@@ -4493,7 +4489,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         window = Headless(self, MIND).wait(Condition.READY)
         read = lambda pid: int(llmchat.read_text("/proc/%s/oom_score_adj" % pid))
         here = read("self")
-        self.assertGreaterEqual(read(window.runner.engine.process.pid), max(here, 800))
+        self.assertGreaterEqual(read(window.runner.children["engine"].process.pid), max(here, 800))
         self.assertEqual(here, read(os.getppid()))  # the window's own stays as it was
 
     def test_no_engine(self):
@@ -4600,7 +4596,7 @@ class SlowDiskTest(unittest.TestCase):
 
     def test_esc_ends_it(self):
         self.come_half()
-        engine = self.window.runner.engine
+        engine = self.window.runner.children["engine"]
         self.window.handle(llmchat.Submitted("hello"))
         self.window.handle(llmchat.Pressed("esc"))  # the message comes back first
         self.assertEqual(
@@ -4629,12 +4625,12 @@ class SlowDiskTest(unittest.TestCase):
     def test_quitting_ends_it(self):
         """By itself: it doesn't have to be killed after a while."""
         self.come_half()
-        self.window.runner.engine.close()
-        self.assertEqual(self.window.runner.engine.process.returncode, 0)
+        self.window.runner.children["engine"].close()
+        self.assertEqual(self.window.runner.children["engine"].process.returncode, 0)
 
     def test_a_window_that_is_gone_ends_it(self):
         self.come_half()
-        process = self.window.runner.engine.process
+        process = self.window.runner.children["engine"].process
         process.stdin.close()
         self.assertEqual(process.wait(LIMIT_S), 0)
 
@@ -4822,12 +4818,12 @@ class HealTest(unittest.TestCase):
         model = write(read_bytes(TALK))
         os.truncate(model, os.path.getsize(TALK) - 5000)
         self.assertRegex(
-            llmchat.probe_engine_end(-11, model).fault,
+            llmchat.probe_end("engine", -11, model).fault,
             "is incomplete|cut short|ends too soon|bytes",
         )
-        self.assertEqual(llmchat.probe_engine_end(-11, TALK).fault, "")
-        self.assertIn("There is no file", llmchat.probe_engine_end(-7, model + "x").fault)
-        gone = EngineDied(-7, (), "There is no file x.")
+        self.assertEqual(llmchat.probe_end("engine", -11, TALK).fault, "")
+        self.assertIn("There is no file", llmchat.probe_end("engine", -7, model + "x").fault)
+        gone = ChildEnded("engine", -7, (), "There is no file x.")
         after, effects = play(ready(engine=Condition.LOADING, next_caution=1), gone)
         self.assertEqual((after.engine, effects), (Condition.DEAD, ()))
         self.assertIn("There is no file x.", notices(after)[0])
@@ -4849,18 +4845,19 @@ class HealTest(unittest.TestCase):
             (play(loading._replace(caution=1), PLAN)[0], -11, 2),
             (play(loading._replace(caution=2), PLAN)[0], -11, None),
         ):
-            after, effects = play(state, EngineDied(code))
+            after, effects = play(state, ChildEnded("engine", code))
             self.assertEqual(
                 [LoadOptions(*m["options"]).caution for m in sent(effects, "load")],
                 [caution] * (caution is not None),
                 (state.engine, code),
             )
-        self.assertTrue(play(reading, EngineDied(-11))[0].chat.waiting)
+        self.assertTrue(play(reading, ChildEnded("engine", -11))[0].chat.waiting)
         self.assertEqual(
             llmchat.load_path(after._replace(caution=2), "b.gguf")[0].caution, llmchat.REMEMBERED
         )
         self.assertEqual(
-            play(loading._replace(caution=2), Installed(0))[0].caution, llmchat.REMEMBERED
+            play(loading._replace(caution=2), ChildEnded("install", 0))[0].caution,
+            llmchat.REMEMBERED,
         )
 
     def test_what_is_kept(self):
@@ -4921,14 +4918,13 @@ MALFORMED = [
 class PipesTest(unittest.TestCase):
     """Whatever an engine does with its pipes, the window lives, and so does its memory."""
 
-    def child(self, code, line_event=llmchat.parse_engine_line, after=None):
+    def child(self, code, after=None):
         """(the child, its mailbox)."""
         mailbox = llmchat.Mailbox()
         child = llmchat.Child(
+            "engine",
             [sys.executable, "-c", "import os, subprocess, sys, time\n" + code],
             mailbox,
-            line_event,
-            EngineDied,
             after,
         )
         self.addCleanup(mailbox.close)
@@ -4943,24 +4939,28 @@ class PipesTest(unittest.TestCase):
             mailbox.wait(1)
             for event in mailbox.take():
                 yield event
-                if isinstance(event, EngineDied):
+                if isinstance(event, ChildEnded):
                     return
         raise AssertionError("it did not end")
 
     def test_malformed_messages_are_log_lines(self):
         for line in MALFORMED:
             self.assertIsInstance(
-                llmchat.parse_engine_line(line.decode("utf-8", "replace")), EngineLogged, line[:60]
+                llmchat.parse_line("engine", line.decode("utf-8", "replace")),
+                EngineLogged,
+                line[:60],
             )
         for line in (
             '{"event": "begun", "parts": [1], "total": 1}',
             '{"event": "done"}',
             '{"event": "fetching", "done": "x"}',
         ):
-            self.assertIsInstance(llmchat.parse_download_line(line), EngineLogged)
+            self.assertIsInstance(llmchat.parse_line("download", line), EngineLogged)
         window = ready(engine=Condition.LOADING)
         for line in MALFORMED:
-            window, _ = update(window, llmchat.parse_engine_line(line.decode("utf-8", "replace")))
+            window, _ = update(
+                window, llmchat.parse_line("engine", line.decode("utf-8", "replace"))
+            )
             self.assertEqual(len(view(window).lines), window.rows)
 
     def test_malformed_messages_in_a_pipe(self):
@@ -5009,7 +5009,9 @@ class PipesTest(unittest.TestCase):
             "print('last words', flush=True)\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(%d)'])\n"
             "os._exit(7)" % LIMIT_S
         )
-        self.assertEqual(list(self.events(mailbox)), [EngineLogged("last words"), EngineDied(7)])
+        self.assertEqual(
+            list(self.events(mailbox)), [EngineLogged("last words"), ChildEnded("engine", 7)]
+        )
 
     def test_nothing_blocks_where_nothing_is_read(self):
         child, mailbox = self.child("time.sleep(%d)" % LIMIT_S)
@@ -5018,7 +5020,7 @@ class PipesTest(unittest.TestCase):
         self.assertTrue(child.is_alive())
         for n in range(3):
             child.send({"cmd": "load"})
-        self.assertEqual(list(self.events(mailbox)), [EngineDied(-9)])
+        self.assertEqual(list(self.events(mailbox)), [ChildEnded("engine", -9)])
 
     def test_only_the_newest_draft_waits_to_be_sent(self):
         gate = threading.Event()
@@ -5046,7 +5048,7 @@ class PipesTest(unittest.TestCase):
         child, mailbox = self.child("for n in range(10 ** 9): print(n)")
         wait_until(mailbox.is_full)
         child.kill()
-        mailbox.drop(EngineLogged)
+        mailbox.drop("engine")
         child.ender.join(LIMIT_S)
         self.assertEqual((list(mailbox.events), child.is_alive()), ([], False))
 
@@ -5056,7 +5058,7 @@ class HungTest(unittest.TestCase):
     """An engine that doesn't answer any more can be replaced in every state, and the window goes on."""
 
     def hang(self, window):
-        window.runner.engine.process.send_signal(signal.SIGSTOP)
+        window.runner.children["engine"].process.send_signal(signal.SIGSTOP)
 
     def stop_late(self, window):
         """Esc, and the time after which a stop is late."""
@@ -5096,7 +5098,7 @@ class HungTest(unittest.TestCase):
         window = Headless(self, MIND).wait(Condition.READY)
         window.ask("hi", Condition.WRITING)
         self.hang(window)
-        self.stop_late(window).runner.engine.process.send_signal(signal.SIGCONT)
+        self.stop_late(window).runner.children["engine"].process.send_signal(signal.SIGCONT)
         window.wait(Condition.READY)
         self.assertEqual(llmchat.how_cut(window.state.chat.turns[-1]), "stopped")
 
@@ -5338,7 +5340,7 @@ class UnloadTest(unittest.TestCase):
         window.ask("/unload", Condition.RESTING)
         self.assertEqual(
             (
-                window.runner.engine.process.wait(LIMIT_S),
+                window.runner.children["engine"].process.wait(LIMIT_S),
                 window.state.model,
                 window.state.ram_bytes,
             ),
@@ -7014,7 +7016,7 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             (512, ""),
             (0, ""),
         ):
-            text = llmchat.explain_death(llmchat.EngineDied(-9), False, "", n_ctx=n_ctx)
+            text = llmchat.explain_death(ChildEnded("engine", -9), False, "", n_ctx=n_ctx)
             self.assertEqual((advice or "-c") in text, bool(advice), text)
             full = llmchat.explain_load_failure(
                 MIND, "failed to allocate 9 MB", machine(4, 3), n_ctx
@@ -7024,7 +7026,7 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             "close other programs, take a smaller context (-c 512) or choose a smaller model. 3.0 GB of RAM are free.",
             llmchat.explain_load_failure(MIND, "failed to allocate 9 MB", machine(4, 3), 1024),
         )
-        killed = play(ready(), EngineDied(-9))[0]
+        killed = play(ready(), ChildEnded("engine", -9))[0]
         self.assertIn(llmchat.less_context(ready().model.n_ctx), notices(killed)[-1])
 
     def test_what_a_cpu_lacks(self):
@@ -7047,7 +7049,7 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             with mock.patch.object(llmchat, "probe_hardware", lambda: has), mock.patch(
                 "platform.machine", lambda: name
             ):
-                self.assertEqual(llmchat.probe_engine_end(-4).lacking, lacking)
+                self.assertEqual(llmchat.probe_end("engine", -4).lacking, lacking)
 
     def test_gpu_layers_and_wishes(self):
         big = header(weight_gb=8.0, n_layers=32, n_embd=4096, n_ff=14336)
@@ -7951,7 +7953,7 @@ class FetchTest(unittest.TestCase):
             model=None,
             engine=Condition.OFF,
         )
-        said = llmchat.DownloadSaid({"event": "unreachable", "text": "No connection."})
+        said = ChildSaid("download", {"event": "unreachable", "text": "No connection."})
         has_one = play(state._replace(model=ready().model), said)[0]
         self.assertIsNone(has_one.dialog, "one can chat as it is")
         self.assertIn("It goes on trying; /download cancel gives up", notices(has_one)[-1])
@@ -7965,15 +7967,15 @@ class FetchTest(unittest.TestCase):
         )
         self.assertIn("/download smollm2:135m", notices(offered)[-1])  # for those without a window
         for key, fetch, effects in (
-            ("[enter]", ("smollm2:135m", True), (llmchat.Download("smollm2:135m"),)),
-            ("r", ("org/repo", True), (llmchat.Download("org/repo"),)),
+            ("[enter]", ("smollm2:135m", True), (StartChild("download", "smollm2:135m"),)),
+            ("r", ("org/repo", True), (StartChild("download", "org/repo"),)),
             ("[esc]", ("org/repo", True), ()),
         ):
             after, done = play(state, said, key)
             self.assertEqual((after.dialog, after.fetch[:2], done), (None, fetch, effects))
         self.assertEqual(play(state, said, "f")[0].draft.text, "/load ")
         self.assertEqual(play(state, said, "x")[0].draft.text, "x")
-        begun = llmchat.DownloadSaid({"event": "begun", "total": 9, "parts": []})
+        begun = ChildSaid("download", {"event": "begun", "total": 9, "parts": []})
         self.assertIsNone(play(state, said, begun)[0].dialog, "it can be reached by now")
         self.assertIsNone(
             play(state._replace(draft=Draft("words", 5)), said)[0].dialog, "somebody is writing"
@@ -7988,7 +7990,7 @@ class FetchTest(unittest.TestCase):
         window.state = window.state._replace(model=None, engine=Condition.OFF)
         window.handle(Submitted("/download org/none"))
         self.wait(window, lambda: window.state.dialog and window.state.dialog.name == "unreachable")
-        before = window.runner.downloader.process
+        before = window.runner.children["download"].process
         os.environ["HF_ENDPOINT"] = hub.address
         window.handle(Typed("r"))
         self.wait(window, lambda: not window.state.fetch)
@@ -8048,15 +8050,19 @@ class FetchTest(unittest.TestCase):
         self.assertIn(
             "checking, 25 % of 4.0 GB",
             rows_of(
-                play(state, llmchat.DownloadSaid({"event": "checking", "done": GB, "rate": 9e9}))[0]
+                play(state, ChildSaid("download", {"event": "checking", "done": GB, "rate": 9e9}))[
+                    0
+                ]
             )[-1],
         )
-        waits, _ = play(state, llmchat.DownloadSaid({"event": "waiting", "text": "No connection."}))
+        waits, _ = play(
+            state, ChildSaid("download", {"event": "waiting", "text": "No connection."})
+        )
         self.assertEqual(
             (waits.log[-1].text, waits.fetch.doing, waits.fetch.done),
             ("No connection.", "waiting", GB),
         )
-        done = llmchat.DownloadSaid({"event": "done", "path": "/m.gguf"})
+        done = ChildSaid("download", {"event": "done", "path": "/m.gguf"})
         self.assertEqual(
             sent(play(state, done)[1], "load")[0]["path"], "/m.gguf"
         )  # it was chosen from the list
@@ -8064,11 +8070,11 @@ class FetchTest(unittest.TestCase):
             (state._replace(fetch=fetch._replace(load=False)), ": /load m"),
             (state._replace(engine=Condition.WRITING), "It is loaded when the reply has ended."),
         ):
-            after, effects = play(other, done, llmchat.DownloadEnded(0))
+            after, effects = play(other, done, ChildEnded("download", 0))
             self.assertEqual((sent(effects, "load"), after.fetch), ([], None))
             self.assertTrue(notices(after)[-1].endswith(text))
-        self.assertEqual(play(state, llmchat.DownloadEnded(130))[0].fetch.stop, "paused")
-        after, _ = play(state, llmchat.DownloadEnded(-9))
+        self.assertEqual(play(state, ChildEnded("download", 130))[0].fetch.stop, "paused")
+        after, _ = play(state, ChildEnded("download", -9))
         self.assertRegex(
             notices(after)[-1], "ended by itself .exit status -9.*/download org/repo goes on"
         )
@@ -8077,7 +8083,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual((after.fetch, effects), (None, (DiskJob("drop_parts", (fetch.parts,)),)))
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
         self.assertEqual(
-            llmchat.cmd_download(paused, "org/repo")[1], (llmchat.Download("org/repo"),)
+            llmchat.cmd_download(paused, "org/repo")[1], (StartChild("download", "org/repo"),)
         )
         self.assertEqual(
             play(state, "/download sm", "[tab]")[0].draft.text, "/download smollm2:135m "
@@ -8165,7 +8171,7 @@ class FetchTest(unittest.TestCase):
         state, effects = update(window.state, Pressed("enter"))
         self.assertEqual(
             (effects, state.fetch.load),
-            ((llmchat.Download(window.state.dialog.rows[1].item.path),), True),
+            ((StartChild("download", window.state.dialog.rows[1].item.path),), True),
         )
 
     def test_in_plain_mode(self):
@@ -8226,7 +8232,7 @@ def width(text):
 
 
 def said(event, **fields):
-    return EngineSaid(dict(fields, event=event))
+    return ChildSaid("engine", dict(fields, event=event))
 
 
 def text(request, words):
@@ -8291,7 +8297,7 @@ def ready(*turns, **fields):
 
 
 def said_by_download(event, **fields):
-    return llmchat.DownloadSaid(dict(fields, event=event))
+    return ChildSaid("download", dict(fields, event=event))
 
 
 def screen_text(state):
@@ -10287,7 +10293,7 @@ class StoredChatTest(unittest.TestCase):
         self.assertEqual(
             (self.shown()[-1], sent(self.do("/continue"))[0]["begun"]), ("once below", "once below")
         )
-        self.do(text(4, " it"), EngineDied(-9))
+        self.do(text(4, " it"), ChildEnded("engine", -9))
         self.assertEqual(self.shown(), ["q", "once below it"])
         self.assertIn("the engine stopped here", self.state.chat.turns[1].note)
 
@@ -11119,7 +11125,7 @@ class UpdateTest(unittest.TestCase):
             ((), 7, "status 7"),
         ):
             state, _ = play(ready(), "hello", "[enter]", *events)
-            state, effects = play(state, EngineDied(code, ("AVX2",)))
+            state, effects = play(state, ChildEnded("engine", code, ("AVX2",)))
             self.assertEqual((state.engine, effects, len(notices(state))), (Condition.DEAD, (), 1))
             self.assertIn(word, notices(state)[0])
             self.assertEqual(
@@ -11128,19 +11134,22 @@ class UpdateTest(unittest.TestCase):
             )
             state, effects = play(state, "[ctrl-u]", "more", "[enter]")
             self.assertEqual(
-                (effects[0], sent(effects, "load")[0]["path"]), (StartEngine(), "m.gguf")
+                (effects[0], sent(effects, "load")[0]["path"]), (StartChild("engine"), "m.gguf")
             )
             self.assertEqual(asked(play(state, said("hello"), LOADED)[1])[-1], "more")
         for condition in (Condition.STARTING, Condition.LOADING, Condition.READY):
             state, _ = play(
-                ready(Turn("user", "a"), Turn("assistant", "b"), engine=condition), EngineDied(-9)
+                ready(Turn("user", "a"), Turn("assistant", "b"), engine=condition),
+                ChildEnded("engine", -9),
             )
             self.assertEqual(
                 (state.engine, [t.role for t in state.chat.turns]),
                 (Condition.DEAD, ["user", "assistant", "notice"]),
             )
         self.assertEqual(
-            play(ready(engine=Condition.LOADING), "early", "[enter]", EngineDied(-9))[0].draft.text,
+            play(ready(engine=Condition.LOADING), "early", "[enter]", ChildEnded("engine", -9))[
+                0
+            ].draft.text,
             "early",
         )
 
@@ -11167,7 +11176,7 @@ class UpdateTest(unittest.TestCase):
                 expected,
                 "the question goes back into the box",
             )
-        self.assertEqual(play(state, EngineDied(0))[0], state, "it had said why")
+        self.assertEqual(play(state, ChildEnded("engine", 0))[0], state, "it had said why")
         self.assertEqual(play(ready(), said("unheard of", id=1)), (ready(), ()))
         log = play(ready(), EngineLogged("\x1b[31mload failed"), EngineLogged("llama"))[0].log
         self.assertEqual(log, (LogLine("error", "load failed"), LogLine("dim", "llama")))
@@ -11378,10 +11387,15 @@ class UpdateTest(unittest.TestCase):
 
     def test_stale_events_of_a_replaced_engine(self):
         mailbox = llmchat.Mailbox()
-        for event in (said("loaded"), Typed("a"), EngineDied(-9), Installed(0)):
+        for event in (
+            said("loaded"),
+            Typed("a"),
+            ChildEnded("engine", -9),
+            ChildEnded("install", 0),
+        ):
             mailbox.post(event)
-        mailbox.drop(EngineSaid, EngineLogged, EngineDied)
-        self.assertEqual(mailbox.take(), [Typed("a"), Installed(0)])
+        mailbox.drop("engine")
+        self.assertEqual(mailbox.take(), [Typed("a"), ChildEnded("install", 0)])
         for fd in (mailbox.wake_read, mailbox.wake_write):
             os.close(fd)
 
@@ -11428,25 +11442,27 @@ class UpdateTest(unittest.TestCase):
         )
         self.assertIn("about 2 min", screen_text(state))
         state, effects = play(state, "[enter]")
-        self.assertEqual((state.engine, effects), (Condition.INSTALLING, (InstallEngine(),)))
-        self.assertEqual(play(state, "[esc]")[1], (StopInstall(),))
-        self.assertEqual(play(state, Installed(1))[0].engine, Condition.MISSING)
+        self.assertEqual((state.engine, effects), (Condition.INSTALLING, (StartChild("install"),)))
+        self.assertEqual(play(state, "[esc]")[1], (StopChild("install"),))
+        self.assertEqual(play(state, ChildEnded("install", 1))[0].engine, Condition.MISSING)
         step = {"event": "step", "done": 35, "total": 70, "left_s": 70, "text": "ops.cpp"}
-        busy = play(state, InstallSaid(step))[0]
+        busy = play(state, ChildSaid("install", step))[0]
         self.assertEqual(busy.progress, llmchat.Progress(35, 70, left_s=70, doing="compiling"))
         self.assertIn("compiling 35/70, 1:10 left", "".join(rows_of(busy)))
         told = play(
             busy,
-            InstallSaid({"event": "said", "text": "One.\nTwo."}),
-            InstallSaid({"event": "failed", "text": "No."}),
+            ChildSaid("install", {"event": "said", "text": "One.\nTwo."}),
+            ChildSaid("install", {"event": "failed", "text": "No."}),
         )[0]
         self.assertEqual(
             [(line.level, line.text) for line in told.log[-3:]],
             [("dim", "One."), ("dim", "Two."), ("error", "No.")],
         )
-        self.assertEqual(play(told, InstallSaid({"event": "done"}))[0], told)
-        state, effects = play(state, "hello", "[enter]", Installed(0))
-        self.assertEqual((effects[0], asked(play(state, LOADED)[1])), (StartEngine(), ["hello"]))
+        self.assertEqual(play(told, ChildSaid("install", {"event": "done"}))[0], told)
+        state, effects = play(state, "hello", "[enter]", ChildEnded("install", 0))
+        self.assertEqual(
+            (effects[0], asked(play(state, LOADED)[1])), (StartChild("engine"), ["hello"])
+        )
 
     def test_setup_of_engine_and_model(self):
         """Nothing is here: one screen, one key, both side by side; what was written meanwhile is answered."""
@@ -11476,23 +11492,30 @@ class UpdateTest(unittest.TestCase):
         chosen, effects = play(listed, "[enter]")
         self.assertEqual(
             (chosen.engine, effects),
-            (Condition.INSTALLING, (InstallEngine(), Download("hf:org/repo:m.gguf"))),
+            (
+                Condition.INSTALLING,
+                (StartChild("install"), StartChild("download", "hf:org/repo:m.gguf")),
+            ),
         )
 
         state, effects = play(state, "[enter]")
         self.assertEqual(
-            (state.engine, effects), (Condition.INSTALLING, (InstallEngine(), Download(small)))
+            (state.engine, effects),
+            (Condition.INSTALLING, (StartChild("install"), StartChild("download", small))),
         )
         state, effects = play(state, "hello", "[enter]")
         self.assertEqual((state.chat.waiting, effects), (True, ()))
         fetching = said_by_download("fetching", done=30, total=100, rate=1.0)
         state, _ = play(state, said_by_download("begun", total=100, parts=["x"]), fetching)
         self.assertRegex(screen_text(state), r"(?s)engine +░+.*model +█+░+ +30 %")
-        self.assertEqual(play(state, "[esc]")[1], (StopInstall(), llmchat.StopDownload()))
+        self.assertEqual(play(state, "[esc]")[1], (StopChild("install"), StopChild("download")))
         done = said_by_download("done", path="/models/small.gguf")
-        for events in ((Installed(0), done), (done, Installed(0))):  # whichever is there first
+        for events in (
+            (ChildEnded("install", 0), done),
+            (done, ChildEnded("install", 0)),
+        ):  # whichever is there first
             there, effects = play(state, *events)
-            self.assertEqual([type(effect) for effect in effects], [StartEngine, SendEngine])
+            self.assertEqual([type(effect) for effect in effects], [StartChild, SendEngine])
             self.assertEqual(effects[1].message["path"], "/models/small.gguf")
             self.assertEqual(asked(play(there, LOADED)[1]), ["hello"])
 
@@ -11508,7 +11531,7 @@ class UpdateTest(unittest.TestCase):
         _, effects = play(
             later, ModelsFound((), ""), llmchat.NeedsProbed(llmchat.Needs(False, True))
         )
-        self.assertEqual(effects[-1], Download(llmchat.SMALL_MODEL.name))
+        self.assertEqual(effects[-1], StartChild("download", llmchat.SMALL_MODEL.name))
         lacking = llmchat.Needs(True, True, 9.0, ("No network.",))
         state, effects = play(later, ModelsFound((), ""), llmchat.NeedsProbed(lacking))
         self.assertEqual((state.dialog.name, effects), ("setup", (llmchat.ProbeNeeds(False),)))
@@ -11545,7 +11568,7 @@ class UpdateTest(unittest.TestCase):
         )
         self.assertEqual(effects[0].arguments[2]["better"], "better:4b")
         state, effects = play(state, "[f5]")
-        self.assertEqual(effects, (Download("hf:org/repo:m.gguf"),))
+        self.assertEqual(effects, (StartChild("download", "hf:org/repo:m.gguf"),))
         state, effects = play(
             state,
             "more",
@@ -11553,9 +11576,7 @@ class UpdateTest(unittest.TestCase):
             said("text", id=2, text="Ho", rate=9.0, n_used=4),
             said_by_download("done", path="/models/better.gguf"),
         )
-        self.assertEqual(
-            [effect for effect in effects if isinstance(effect, (StartEngine, Download))], []
-        )
+        self.assertEqual([effect for effect in effects if isinstance(effect, StartChild)], [])
         state, effects = play(state, done._replace(message=dict(done.message, id=2)))
         self.assertNotIn(DiskJob("find_better", ()), effects)
         loads = [effect.message["path"] for effect in effects if isinstance(effect, SendEngine)]
@@ -11746,7 +11767,7 @@ class ModelListTest(unittest.TestCase):
             )
         self.assertEqual(
             self.open("[end]", "[up]", "[enter]")[1],
-            (Download("hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
+            (StartChild("download", "hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
         )
         busy = play(ready(), "hello", "[enter]")[0]
         state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
@@ -11844,18 +11865,19 @@ class ModelListTest(unittest.TestCase):
         )
         for wanted in ("hf:org/other", "hf:org/other:Q4_0", "https://huggingface.co/org/other"):
             self.assertEqual(
-                play(State(), ModelsFound(self.ENTRIES, wanted))[1], (Download(wanted),)
+                play(State(), ModelsFound(self.ENTRIES, wanted))[1],
+                (StartChild("download", wanted),),
             )
         asks, effects = play(
             State(), ModelsFound(self.ENTRIES, "org/other:Q4_0")
         )  # it may be a misspelt path, which nobody else is to know
         self.assertEqual(
             (effects, play(asks, "[enter]")[1]),
-            ((), (Download("hf:org/other:Q4_0"), llmchat.ProbeNeeds(True))),
+            ((), (StartChild("download", "hf:org/other:Q4_0"), llmchat.ProbeNeeds(True))),
         )
         self.assertEqual(
             play(State(), ModelsFound(self.ENTRIES, "fetch"))[1],
-            (Download("hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
+            (StartChild("download", "hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
         )
         self.assertIn(
             "Not on this machine: Enter fetches it",
@@ -12760,7 +12782,7 @@ class ViewTest(unittest.TestCase):
                 "hi",
                 "[enter]",
                 text(n, "x"),
-                EngineSaid(dict(done(n).message, rate=rate, ram_bytes=5 << 20)),
+                ChildSaid("engine", dict(done(n).message, rate=rate, ram_bytes=5 << 20)),
             )
         self.assertIn(" ▃▅█  20.0 tokens/s", "\n".join(rows_of(state)))
         stats = notices(play(state, "/stats", "[enter]")[0])[0]
