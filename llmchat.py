@@ -23,7 +23,8 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
      2 TYPES           State, its parts, events and effects
      3 CHAT TREE       turns, versions, undo and redo
      4 TEXT            cell widths, wrapping, harmless text
-     5 MARKDOWN        replies, thinking and code as styled lines
+     5 MARKDOWN        Markdown, tables and code as styled lines
+     5b REPLIES        replies that grow, thinking, turns and log lines
      6 INPUT BOX       the text being typed, editing keys, pastes
      7 LAYOUT          what stands where, scrolling
      8 COMMANDS        what keys and /slash commands do
@@ -862,232 +863,80 @@ def leaves(chat: Chat, root: int = 0) -> List[int]:
 
 
 # == 4. TEXT =======================================================================================
-# Strings to cells: widths, wrapping, making text harmless, spelling for terminals with few characters; numbers for
-# people. Pure. It must not know curses, State or the engine.
+# Strings to cells: widths, wrapping, making text harmless, spelling for terminals with few
+# characters; numbers for people. Pure. It must not know curses, State or the engine.
 
-@lru_cache(maxsize=None)
-def char_cells(char: str) -> int:
-    """Columns one character takes, as wcwidth(3) and so curses counts them: 0, 1 or 2."""
-    category = unicodedata.category(char)
-    if category == "Cn":                  # not assigned when this Python was made: pictures are wide
-        return 2 if "\U0001f300" <= char <= "\U0001faff" or char >= "\U00020000" else 1
-    if category in ("Mn", "Me", "Cf"):
-        return 1 if char in DRAWN_FORMATS else 0
-    if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7fb":    # parts of Hangul syllables
-        return 0
-    if "\u3248" <= char <= "\u324f" or "\u4dc0" <= char <= "\u4dff":    # numbers in squares, hexagrams
-        return 2
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-# Format characters (Cf) that are drawn: the soft hyphen, and signs of Arabic, Syriac and Kaithi that stand over numbers
+# Where wcwidth(3) differs from what Unicode's category and East Asian Width say
+HANGUL_PARTS = ("\u1160", "\u11ff"), ("\ud7b0", "\ud7fb")    # drawn in the cells of the one before
+WIDE_SIGNS = ("\u3248", "\u324f"), ("\u4dc0", "\u4dff")      # numbers in squares, hexagrams
+# Format characters (Cf) that are drawn: the soft hyphen, signs of Arabic, Syriac and Kaithi
 DRAWN_FORMATS = ("\xad\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2"
                  "\U000110bd\U000110cd")
 
+def is_within(char: str, ranges: Iterable[Tuple[str, str]]) -> bool:
+    return any(first <= char <= last for first, last in ranges)
+
+@lru_cache(maxsize=None)
+def char_cells(char: str) -> int:
+    """Count the columns that one character takes, as wcwidth(3) and so curses does: 0, 1 or 2."""
+    category = unicodedata.category(char)
+    if category == "Cn":              # not assigned when this Python was made: pictures are wide
+        is_picture = "\U0001f300" <= char <= "\U0001faff" or char >= "\U00020000"
+        return 2 if is_picture else 1
+    if category in ("Mn", "Me", "Cf"):
+        return 1 if char in DRAWN_FORMATS else 0
+    if is_within(char, HANGUL_PARTS):
+        return 0
+    if unicodedata.east_asian_width(char) in "WF" or is_within(char, WIDE_SIGNS):
+        return 2
+    return 1
+
 def cells(text: str) -> int:
-    """Columns a text takes on the screen."""
-    return len(text) if text.isascii() else sum(map(char_cells, text))
+    """Count the columns that a text takes on the screen."""
+    if text.isascii():
+        return len(text)
+    return sum(map(char_cells, text))
 
 def line_cells(line: Line) -> int:
     return sum(cells(text) for text, _ in line)
 
-def take_cells(text: str, width: int) -> str:
-    """The longest beginning of a text that fits into `width` columns."""
-    if text.isascii():
-        return text[:width]
-    used = 0
-    for i, char in enumerate(text):
-        used += char_cells(char)
-        if used > width:
-            return text[:i]
-    return text
-
-@lru_cache(maxsize=None)
-def _pattern(name: str) -> Any:
-    """Regular expressions, compiled when first used (compiling one costs as much as an import)."""
-    path = r"""("[^"]+"|'[^']+'|(?:\\ |\S)*[^\s.,;:!?)])"""    # quoted, or its spaces escaped; without a full stop
-    return re.compile({
-        "path": path, "@path": r"""(?<![^\s"'(])@""" + path,
-        # what looks like one
-        "file name": r"""["']?[\w ./~\\:-]*(?:[/\\][\w .~-]*|\.\w{1,5})["']?$""",
-        "odd": "[%s\u1160-\u11ff%s]" % (ODD, LOOKS),
-        # which of the odd ones belong where they stand: joiners in the scripts that write with them, one selector of
-        # a variant after what has variants, joiners and skin colours of pictures, the flags of England, Scotland, Wales
-        "shown": r"""(?P<joiner>(?<=[{0}])[\u200c\u200d](?=[{0}]))
-            |(?P<look>(?<=[^\x00-\x20{2}{3}])[\ufe0e\ufe0f]|(?<=[^\x00-\x7f{2}{3}])[\ufe00-\ufe0d]
-                |(?<=[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fffd])[\U000e0100-\U000e01ef]
-                |(?<=[{1}\ufe0f])\u200d(?=[{1}])|(?<=[{1}])[\U0001f3fb-\U0001f3ff]
-                |(?<=\U0001f3f4)\U000e0067\U000e0062(?:\U000e0065\U000e006e\U000e0067|\U000e0073\U000e0063\U000e0074
-                    |\U000e0077\U000e006c\U000e0073)\U000e007f)
-            |(?P<soft>\xad)|(?P<odd>[{2}\ufe00-\ufe0f])""".format(
-            "\u0600-\u109f\u1780-\u18af\ua840-\uabff\U00010a00-\U00011fff",
-            "\xa9\xae\u203c-\u3299\U0001f000-\U0001faff", ODD, LOOKS),
-        # white space, one wide character (a line may break on either side of it), or a word
-        "words": "[ \\t]+|[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
-                 "\U0001f300-\U0001faff\U00020000-\U0003fffd][\u0300-\u036f\u200d\ufe0f]*|"
-                 "[^ \\t\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
-                 "\U0001f300-\U0001faff\U00020000-\U0003fffd]+",
-        "file": r"(?s)File ([^\n]+):\n(`{3,})\n(.*?)\n\2\n\n",        # as join_files writes it
-        "ansi": "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])",
-        # a line of Markdown: indentation, and the mark of a heading, quote or list item
-        "block": r"( *)(?:(#{1,6}) +(?=\S)|(>) ?|([-*+]|\d{1,9}[.)]) +(?=\S))?(.*)",
-        "fence": r" *(`{3,}|~{3,}) *([^\s`]*)[^`]*$",
-        "rule": r" *([-*_])(?: *\1){2,} *$",
-        # marks inside a line. Stricter than CommonMark, so that 2**3**4, f(*a, **b), *.py, snake_case, __init__ and a[i](x) stay
-        "inline": r"""(?P<code>(?<!`)(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))
-            |(?P<bold>(?<![0-9A-Za-z_*/\\])(?P<stars>\*\*\*?)(?=[^\s*/.,;:)])(?:(?!\*\*).|\*(?=\*\*(?!\*)))+?
-                    (?<=\S)(?P=stars)(?!\*)(?:(?<=\w\*\*)|(?![0-9A-Za-z_/]))
-                |(?<!\w)__(?=[^\s_])(?!\w+__).+?(?<=\S)__(?!\w))
-            |(?P<italic>(?<![0-9A-Za-z_*/\\])\*(?=[^\s*/.,;:)])[^*]+(?<=\S)\*(?![0-9A-Za-z_*/])
-                |(?<![\w\\])_(?=[^\s_])(?:[^_]|\B_\B)+(?<=\S)_(?!\w))
-            |(?P<link>(?<![\w\]])!?\[(?P<label>[^][]+)\]\((?P<address>[^\s()]*[/.\#@:][^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\ +"[^"]*")?\))
-            |(?P<strike>(?<![\\~])~~(?=[^\s~]).+?(?<=[^\s~])~~(?!~))
-            |(?P<angle><(?:https?://[^\s<>]+|(?:mailto:)?[\w.+-]+@[\w-]+(?:\.[\w-]+)+)>)
-            |(?P<url>https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*])
-            |(?P<asis>\b[A-Za-z]:\\\S*|\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|(?<![\w$\\])\$(?=[^\s$])[^$]+(?<=\S)\$(?!\w))
-            |(?P<escape>(?<!\\)\\[*_`~])""",
-        # what stands before and after the words of a message of gpt-oss, see HARMONY_BEGINS
-        "harmony head": r"(?:<\|start\|>assistant)?(?:<\|channel\|>(\w*)[^<]*)?(?:<\|constrain\|>[^<]*)?<\|message\|>",
-        "harmony end": r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)",
-        # the end of such a reply's note
-        "cut": r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$",
-        "opener": r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+|~~)(?=[^\s*`~/.,;:)])",
-        "task": r"\[([ xX])\] +(?=\S)",
-        "pipe": r"(?<!\\)\|",
-        # what a terminal sends, see Keyboard; C1 controls may come as one character or, for keys, as one byte
-        "key": r"""(?s)(?P<text>[^\x00-\x1f\x7f-\x9f\udc8f\udc9b]+)
-            |(?:\x1b\[|[\x9b\udc9b])(?:(?P<paste>200~)|\[(?P<linux>[A-E])
-                |(?P<mouse>M[^\x00-\x1f]{3}|t[^\x00-\x1f]{2}|T[^\x00-\x1f]{6})|(?P<rxvt>\d\d?)[$]
-                |(?P<csi>[0-?]{0,256}[\ -/]{0,9})(?:(?P<final>[@-~])|(?P<broken>)))
-            |(?:\x1bO|[\x8f\udc8f])(?P<modifier>\d*)(?P<ss3>[@-~])
-            |(?P<string>\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])
-            |\x1b(?P<alt>.)|(?P<control>.)""",
-        "unfinished": r"""\x1b?(?:\x1b|\x1b[\]PX^_]|(?:\x1bO|[\x8f\udc8f])\d*
-            |(?:\x1b\[|[\x9b\udc9b])(?!\d\d?[$])(?:[0-?]{0,256}[\ -/]{0,9}
-                |\[|M[^\x00-\x1f]{0,2}|t[^\x00-\x1f]?|T[^\x00-\x1f]{0,5}))\Z""",
-        "string_end": "\x1b\\\\|[\x07\x9c\udc9c]|[\x00-\x06\x0e-\x1f]",
-        "separator": r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$" }[name], re.VERBOSE if name in ("inline", "key", "unfinished", "shown") else 0)
-
-# For classes of characters: controls (C0, C1, DEL), surrogates, marks that reorder, line separators; the soft hyphen,
-# and all that is invisible (Unicode's Default_Ignorable_Code_Point), in which words can hide from people
-ODD = ("\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\ud800-\udfff\u2028\u2029\\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f"
-       "\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
-       "\U0001d173-\U0001d17a\U000e0000-\U000e0fff")
-LOOKS = "\ufe00-\ufe0f\U0001f3fb-\U0001f3ff"    # selectors of variants and of skin colours
-
-def _show_odd(match: Any, soft: str, keep_looks: bool) -> str:
-    """What is shown for a match of the pattern "shown"."""
-    char, kind = match.group(), match.lastgroup
-    if kind == "joiner" or kind == "look" and keep_looks:
-        return char
-    if kind in ("look", "soft"):
-        return soft if kind == "soft" else ""
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    return "\u2421" if char == "\x7f" else "\ufffd"
-
-def clean(text: str) -> str:
-    """Text that can't move the cursor, change colours, reorder what is shown or hide; newlines stay, tabs become spaces.
-
-    Soft hyphens are dropped, and what chooses a variant: terminals don't agree on the width of such pictures."""
-    text = text.replace("\r\n", "\n").expandtabs(4)
-    return _show(text, "", False)
-
-def _show(text: str, soft: str, keep_looks: bool) -> str:
-    if text.isascii() and text.isprintable() or not _pattern("odd").search(text):
-        return text
-    if not keep_looks:
-        text = unicodedata.normalize("NFC", text)    # curses draws only the first part of a Hangul syllable
-    return _pattern("shown").sub(lambda match: _show_odd(match, soft, keep_looks), text)
-
-def clean_row(text: str) -> str:
-    """The same for a name, title or other single line; soft hyphens are drawn."""
-    return _show(text.replace("\t", " ").replace("\n", " "), "-", False)
-
-def clean_name(text: str, width: int) -> str:
-    """The beginning of it, as much as fits into so many columns; quick, however long the text is."""
-    return take_cells(clean_row(text[:8 * max(0, width)]), max(0, width))
-
-# What stands for characters that a font or an encoding lacks: candidates of one cell each, the best first; the last
-# one is ASCII. Letters with marks need no entry.
-NEAREST = dict(pair.split(None, 1) for pair in """❯ ›>,▌ █_,▁ _,▂ .,▃ -,▄ =,▅ +,▆ *,▇ #,█ #,▓ █#,▒ ░:,░ .,▐ |,▀ ^,▼ v,▲ ^,• ·*,◦ °o,● •*,○ °o,‣ >,▪ ■*,■ #,□ o
-    ☐ □o,☑ √x,☒ x,✓ √v,✔ √v,✗ x,✘ x,· .,… .,‘ ',’ ',‚ ',′ ',‛ ',“ ",” ",„ ",″ ",« ",» ",‹ <,› >,– -,— -,‐ -,‑ -,‒ -,− -,― -,→ »>,← «<,↑ ^,↓ v,⇒ >,⇐ <
-    × x,÷ /,≤ <,≥ >,≠ #,≈ ~,± ~,√ V,∞ 8,€ E,£ L,¥ Y,¢ c,© c,® r,™ t,° o,¿ ?,¡ !,§ S,¶ P,¦ |,ß s,æ a,Æ A,œ o,Œ O,ø o,Ø O,ł l,Ł L,đ d,Đ D
-    ð d,Ð D,þ p,Þ P,ı i,ħ h,Ħ H,ŋ n,Ŋ N,ſ s,ƒ f,µ u,─ -,━ ─-,═ ─-,│ |,┃ │|,║ │|,┌ +,┐ +,└ +,┘ +,├ +,┤ +,┬ +,┴ +,┼ +,╭ ┌+,╮ ┐+,╰ └+,╯ ┘+"""
-    .replace("\n", ",").split(","))
-SPELLED = dict(pair.split() for pair in """… ...,— --,→ ->,← <-,⇒ =>,⇐ <=,≤ <=,≥ >=,≠ !=,± +-,€ EUR,£ GBP,© (c),® (R),™ (TM),ß ss,æ ae,Æ AE,œ oe,Œ OE
-    þ th,Þ Th,ŋ ng,Ŋ Ng,∞ inf,• *,░ .,█ #""".replace("\n", ",").split(","))
-
-def bare_letters(char: str) -> str:
-    """A letter without its marks, a ligature or a wide letter as plain ones: é -> e, ﬁ -> fi."""
-    return "".join(part for part in unicodedata.normalize("NFKD", char) if not unicodedata.combining(part))
-
-def nearest(char: str, can_draw: Any) -> str:
-    """What is drawn in the place of a character that can't be, in as many cells."""
-    n = char_cells(char)
-    for other in NEAREST.get(char, "") + bare_letters(char)[:1]:
-        if other != char and can_draw(other):
-            return other[:n].ljust(n) if char_cells(other) == 1 else other
-    return "?" * n
-
-def spell(char: str, encoding: str) -> str:
-    """The same for a text of which the columns don't matter."""
-    def known(text: str) -> bool:
-        return text.encode(encoding, "ignore").decode(encoding, "ignore") == text
-    for text in (SPELLED.get(char, ""), NEAREST.get(char, "")[-1:], bare_letters(char)):
-        if text and text != char and known(text):
-            return text
-    return "" if char_cells(char) == 0 else "?"
-
-def spell_error(error: Any) -> Tuple[str, int]:
-    """A handler of encoding errors, see codecs.register_error."""
-    text = error.object[error.start:error.end]
-    return "".join(spell(char, error.encoding) for char in text), error.end
-
-class Glyphs(Dict[int, str]):
-    """For str.translate(): what is drawn for each character, in as many cells.
-
-    can_draw: whether font and encoding have it. measure: the columns that curses gives it."""
-    def __init__(self, can_draw: Any, measure: Any) -> None:
-        self.can_draw, self.measure = can_draw, measure
-
-    def __missing__(self, code: int) -> str:
-        char = chr(code)
-        shown = char
-        if not self.can_draw(char):
-            shown = nearest(char, self.can_draw)
-        elif self.measure(char) != char_cells(char) or unicodedata.category(char) == "Cn":
-            shown = ("\ufffd" if self.can_draw("\ufffd") else "?") * char_cells(char)
-        self[code] = shown
-        return shown
-
-def strip_ansi(text: str) -> str:
-    """A log line without its colour codes."""
-    return _pattern("ansi").sub("", text) if "\x1b" in text else text
-
 def end_of_cells(text: str, start: int, end: int, width: int) -> int:
-    """Where text[start:end] stops fitting into `width` columns; one character fits always."""
+    """Find where text[start:end] stops fitting into `width` columns."""
     if text.isascii():
-        return min(end, start + max(1, width))
-    used = char_cells(text[start])
-    for at in range(start + 1, end):
-        used += char_cells(text[at])
-        if used > width:
+        return min(end, start + max(0, width))
+    for at in range(start, end):
+        width -= char_cells(text[at])
+        if width < 0:
             return at
     return end
 
+def take_cells(text: str, width: int) -> str:
+    """Take the longest beginning of a text that fits into `width` columns."""
+    return text[:end_of_cells(text, 0, len(text), width)]
+
+WIDE_CHARS = ("\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60"
+              "\U0001f300-\U0001faff\U00020000-\U0003fffd")
+# White space; one wide character (a line may break on either side of it) with its marks; a word
+WORDS = "[ \\t]+|[{0}][\u0300-\u036f\u200d\ufe0f]*|[^ \\t{0}]+".format(WIDE_CHARS)
+
 def break_rows(text: str, width: int) -> List[Tuple[int, int]]:
-    """Where a text breaks into rows of at most `width` columns: (start, end) of each, without the spaces at its end."""
+    """Break a text into rows of at most `width` columns: (start, end) of each, trimmed."""
     rows: List[Tuple[int, int]] = []
-    start = at = used = 0
-    for found in _pattern("words").finditer(text):
-        word, end = found.group(), found.end()
+    start = 0                             # of the row that is being filled
+    at = 0
+    used = 0                              # columns between the two
+    for found in re.finditer(WORDS, text):
+        word = found.group()
+        end = found.end()
         n = cells(word)
-        if used + n > width and word[0] != " ":    # spaces may hang over the edge: the break swallows them
+        # spaces may hang over the edge: the break swallows them
+        if used + n > width and word[0] != " ":
             if text[start:at].strip(" "):
                 rows.append((start, at))
-            start, used = at, 0
+            start = at
+            used = 0
             while n > width:
-                at = end_of_cells(text, start, end, width)
+                at = max(start + 1, end_of_cells(text, start, end, width))
                 rows.append((start, at))
                 n -= cells(text[start:at])
                 start = at
@@ -1099,36 +948,181 @@ def break_rows(text: str, width: int) -> List[Tuple[int, int]]:
 
 @lru_cache(maxsize=8192)
 def wrap_paragraph(text: str, width: int) -> Tuple[str, ...]:
-    """One paragraph (no newline) in lines of at most `width` columns; its indentation is kept on every line."""
+    """Wrap text without newlines to at most `width` columns; each line keeps its indentation."""
     if text.isascii() and len(text) <= width:
         return (text,)
     body = text.lstrip(" ")
-    indent = text[: len(text) - len(body)][: max(0, min(width // 2, width - 2))]
-    return tuple(indent + body[start:end] for start, end in break_rows(body, width - len(indent)))
+    n_spaces = len(text) - len(body)
+    indent = " " * min(n_spaces, width // 2, max(0, width - 2))
+    rows = break_rows(body, width - len(indent))
+    return tuple(indent + body[start:end] for start, end in rows)
 
 def wrap(text: str, width: int) -> List[str]:
-    """Text in lines of at most `width` columns."""
+    """Wrap a text to lines of at most `width` columns."""
     lines: List[str] = []
     for paragraph in text.split("\n"):
         lines.extend(wrap_paragraph(paragraph, max(1, width)))
     return lines
 
+# For classes of characters. ODD: controls (C0, C1, DEL), surrogates, marks that reorder, line
+# separators, the soft hyphen, and all that is invisible, in which words can hide (Unicode's
+# Default_Ignorable_Code_Point)
+ODD = ("\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\ud800-\udfff\u2028\u2029\\xad\u034f\u061c\u115f\u1160"
+       "\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0"
+       "\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff")
+SELECTORS = "\ufe00-\ufe0f\U0001f3fb-\U0001f3ff"    # of variants and of skin colours
+NEEDS_CARE = "[%s\u1160-\u11ff%s]" % (ODD, SELECTORS)
+# Odd characters that belong where they stand: joiners in the scripts that write with them, one
+# selector of a variant after what has variants, joiners and skin colours of pictures, the flags of
+# England, Scotland and Wales
+ODD_IN_PLACE = r"""(?x)
+    (?P<joiner> (?<=[{joining}])[\u200c\u200d](?=[{joining}]) )
+    | (?P<selector>
+        (?<=[^\x00-\x20{odd}{selectors}])[\ufe0e\ufe0f]
+        | (?<=[^\x00-\x7f{odd}{selectors}])[\ufe00-\ufe0d]
+        | (?<=[{ideographs}])[\U000e0100-\U000e01ef]
+        | (?<=[{pictures}\ufe0f])\u200d(?=[{pictures}])
+        | (?<=[{pictures}])[\U0001f3fb-\U0001f3ff]
+        | (?<=\U0001f3f4)\U000e0067\U000e0062
+          (?:\U000e0065\U000e006e\U000e0067
+            |\U000e0073\U000e0063\U000e0074
+            |\U000e0077\U000e006c\U000e0073)
+          \U000e007f )
+    | (?P<soft> \xad )
+    | (?P<odd> [{odd}\ufe00-\ufe0f] )""".format(
+        joining="\u0600-\u109f\u1780-\u18af\ua840-\uabff\U00010a00-\U00011fff",
+        ideographs="\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fffd",
+        pictures="\xa9\xae\u203c-\u3299\U0001f000-\U0001faff",
+        odd=ODD,
+        selectors=SELECTORS)
+
+def make_harmless(text: str, soft_hyphen: str, keep_selectors: bool) -> str:
+    """Replace the characters of a text that could do harm on a terminal; see clean()."""
+    if text.isascii() and text.isprintable() or not re.search(NEEDS_CARE, text):
+        return text
+    if not keep_selectors:                # curses draws only the first part of a Hangul syllable
+        text = unicodedata.normalize("NFC", text)
+    def replace(found: Any) -> str:
+        char = found.group()
+        kind = found.lastgroup
+        if kind == "soft":
+            return soft_hyphen
+        if kind == "selector":
+            return char if keep_selectors else ""
+        if kind == "joiner":
+            return char
+        if char < " ":
+            return chr(0x2400 + ord(char))    # the picture of this control
+        return "\u2421" if char == "\x7f" else "\ufffd"
+    return re.sub(ODD_IN_PLACE, replace, text)
+
+def clean(text: str) -> str:
+    """Clean a text: it can't move the cursor, change colours, reorder what is shown or hide.
+
+    Newlines stay, tabs become spaces. Soft hyphens go, and what chooses a variant of a character:
+    terminals don't agree on the width of such pictures."""
+    return make_harmless(text.replace("\r\n", "\n").expandtabs(4), "", False)
+
+def one_row(text: str) -> str:
+    return text.replace("\t", " ").replace("\n", " ")
+
+def clean_row(text: str) -> str:
+    """Clean a name, title or other single line; soft hyphens are drawn."""
+    return make_harmless(one_row(text), "-", False)
+
+def clean_name(text: str, width: int) -> str:
+    """Clean as much of a name as fits into `width` columns; quick, however long it is."""
+    return take_cells(clean_row(text[:8 * max(0, width)]), width)
+
+ANSI = "\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[@-Z\\\\-_])"
+
+def strip_ansi(text: str) -> str:
+    """Take the colour codes out of a log line."""
+    return re.sub(ANSI, "", text)
+
+# What stands for characters that a font or an encoding lacks: candidates of one cell each, the best
+# first; the last one is ASCII. Letters with marks need no entry.
+NEAREST = dict(pair.split(None, 1) for pair in """\
+❯ ›>,▌ █_,▁ _,▂ .,▃ -,▄ =,▅ +,▆ *,▇ #,█ #,▓ █#,▒ ░:,░ .,▐ |,▀ ^,▼ v,▲ ^,• ·*,◦ °o,● •*,○ °o,‣ >
+▪ ■*,■ #,□ o,☐ □o,☑ √x,☒ x,✓ √v,✔ √v,✗ x,✘ x,· .,… .,‘ ',’ ',‚ ',′ ',‛ ',“ ",” ",„ ",″ ",« ",» "
+‹ <,› >,– -,— -,‐ -,‑ -,‒ -,− -,― -,→ »>,← «<,↑ ^,↓ v,⇒ >,⇐ <,× x,÷ /,≤ <,≥ >,≠ #,≈ ~,± ~,√ V
+∞ 8,€ E,£ L,¥ Y,¢ c,© c,® r,™ t,° o,¿ ?,¡ !,§ S,¶ P,¦ |,ß s,æ a,Æ A,œ o,Œ O,ø o,Ø O,ł l,Ł L,đ d
+Đ D,ð d,Ð D,þ p,Þ P,ı i,ħ h,Ħ H,ŋ n,Ŋ N,ſ s,ƒ f,µ u,─ -,━ ─-,═ ─-,│ |,┃ │|,║ │|,┌ +,┐ +,└ +,┘ +
+├ +,┤ +,┬ +,┴ +,┼ +,╭ ┌+,╮ ┐+,╰ └+,╯ ┘+""".replace("\n", ",").split(","))
+
+SPELLED = dict(pair.split() for pair in """\
+… ...,— --,→ ->,← <-,⇒ =>,⇐ <=,≤ <=,≥ >=,≠ !=,± +-,€ EUR,£ GBP,© (c),® (R),™ (TM),ß ss,æ ae,Æ AE
+œ oe,Œ OE,þ th,Þ Th,ŋ ng,Ŋ Ng,∞ inf,• *,░ .,█ #""".replace("\n", ",").split(","))
+
+def bare_letters(char: str) -> str:
+    """Take the marks off a letter, and a ligature or a wide letter apart: é -> e, ﬁ -> fi."""
+    parts = unicodedata.normalize("NFKD", char)
+    return "".join(part for part in parts if not unicodedata.combining(part))
+
+def nearest(char: str, can_draw: Any) -> str:
+    """Find what to draw in the place of a character that can't be drawn, in as many cells."""
+    n = char_cells(char)
+    for other in NEAREST.get(char, "") + bare_letters(char)[:1]:
+        if other != char and can_draw(other):
+            return other[:n].ljust(n) if char_cells(other) == 1 else other
+    return "?" * n
+
+def spell(char: str, encoding: str) -> str:
+    """Spell a character that an encoding lacks, where columns don't matter."""
+    for text in (SPELLED.get(char, ""), NEAREST.get(char, "")[-1:], bare_letters(char)):
+        known = text.encode(encoding, "ignore").decode(encoding, "ignore")
+        if text and text != char and text == known:
+            return text
+    return "" if char_cells(char) == 0 else "?"
+
+def spell_error(error: Any) -> Tuple[str, int]:
+    """Handle an encoding error, see codecs.register_error."""
+    text = error.object[error.start:error.end]
+    return "".join(spell(char, error.encoding) for char in text), error.end
+
+class Glyphs(Dict[int, str]):
+    """Map characters to what is drawn for them, in as many cells; for str.translate().
+
+    can_draw: whether font and encoding have it. measure: the columns that curses gives it."""
+    def __init__(self, can_draw: Any, measure: Any) -> None:
+        self.can_draw = can_draw
+        self.measure = measure
+
+    def __missing__(self, code: int) -> str:
+        self[code] = self.choose(chr(code))
+        return self[code]
+
+    def choose(self, char: str) -> str:
+        if not self.can_draw(char):
+            return nearest(char, self.can_draw)
+        n = char_cells(char)
+        if self.measure(char) == n and unicodedata.category(char) != "Cn":
+            return char
+        return ("\ufffd" if self.can_draw("\ufffd") else "?") * n
+
+# What people write: quoted, or with its spaces escaped; a full stop at the end isn't part of it
+PATH = r"""("[^"]+"|'[^']+'|(?:\\ |\S)*[^\s.,;:!?)])"""
+AT_PATH = r"""(?<![^\s"'(])@""" + PATH
+LIKE_FILE_NAME = r"""["']?[\w ./~\\:-]*(?:[/\\][\w .~-]*|\.\w{1,5})["']?$"""
+JOINED_FILE = r"(?s)File ([^\n]+):\n(`{3,})\n(.*?)\n\2\n\n"    # as join_files() writes it
+
 def join_files(files: Sequence[File], text: str) -> str:
-    """A message with its files before it, each in a fence that nothing in it can end."""
+    """Put files before a message, each in a fence that nothing in it can end."""
     for file in reversed(files):
-        fence = "`" * max([3] + [len(ticks) + 1 for ticks in re.findall("`+", file.text)])
+        longest = max(map(len, re.findall("`+", file.text)), default=0)
+        fence = "`" * max(3, longest + 1)
         text = "File %s:\n%s\n%s\n%s\n\n%s" % (file.name, fence, file.text, fence, text)
     return text
 
 def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
-    """What join_files has joined."""
+    """Take the files that join_files() put before a message off again."""
     files: Tuple[File, ...] = ()
-    while True:
-        found = _pattern("file").match(text)
-        if not found:
-            return files, text
+    found = re.match(JOINED_FILE, text)
+    while found:
         files += (File(*found.group(1, 3)),)
         text = text[found.end():]
+        found = re.match(JOINED_FILE, text)
+    return files, text
 
 # Numbers of colours, of 256 and of 8; -1 = the terminal's own
 Color = NamedTuple("Color", [("fg", int), ("bg", int), ("fg8", int), ("bg8", int)])
@@ -1141,349 +1135,551 @@ def parse_color(text: str) -> Color:
     return Color(*(int(number or -1) for number in (fg256, bg256, fg8, bg8)))
 
 def format_bytes(n_bytes: int) -> str:
-    """Such as "0.8 GB", in the binary units in which systems show their RAM."""
-    return "%.1f GB" % (n_bytes / (1 << 30)) if n_bytes >= 700 << 20 else "%.0f MB" % (n_bytes / (1 << 20))
+    """Format such as "0.8 GB", in the binary units in which systems show their RAM."""
+    if n_bytes < 700 << 20:
+        return "%.0f MB" % (n_bytes / (1 << 20))
+    return "%.1f GB" % (n_bytes / (1 << 30))
 
 def format_count(n: int, noun: str) -> str:
-    return "%d %s%s" % (n, noun, "s" * (n != 1))
+    return "%d %s" % (n, noun if n == 1 else noun + "s")
 
 
 # == 5. MARKDOWN ===================================================================================
-# Turns and log lines as styled lines, one line of Markdown at a time, so that a reply can be laid out while it grows.
-# Thinking is told from the answer here. Pure. Another language's colours: KEYWORDS and COMMENTS.
-
-PIECE = 2000                      # characters: longer lines are laid out in pieces
-TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
+# Markdown as rows of styled spans, one line at a time, so that a reply can be laid out while it
+# grows: render_line(). Pure. Another language's colours: KEYWORDS and COMMENTS.
 
 class RenderOptions(NamedTuple):
-    """What replies options like; see Settings."""
+    """Say what replies look like; see Settings."""
     width: int                    # columns of the pane
     unicode: bool
     raw: bool
     thoughts: str = THOUGHTS
     style: str = "text"           # of words that nothing marks
 
-# A table's columns: their widths; "<", "^" or ">" each; whether cells are wrapped, so that rows need lines between them
-Table = NamedTuple("Table", [("widths", Tuple[int, ...]), ("aligns", str), ("ruled", bool)])
+class Block(NamedTuple):
+    """Hold a line of Markdown without its mark: that of a heading, a quote or an item of a list."""
+    first: str                    # stands before its first row
+    rest: str                     # before the others
+    style: str                    # of its words
+    words: str
+
+class Table(NamedTuple):
+    """Hold how a table is laid out."""
+    widths: Tuple[int, ...]       # of its columns
+    aligns: str                   # "<", "^" or ">" for each
+    ruled: bool                   # cells are wrapped, so that rows need lines between them
 
 class MarkdownState(NamedTuple):
     """Carry the parser's state from one line of a reply to the next."""
     fence: str = ""               # the marks that will end the code block, "" = not in one
     language: str = ""
     begun: str = ""               # "/*" or the like: a comment or string that goes on over lines
-    n_code: int = 0
+    n_code: int = 0               # code blocks so far
     held: Tuple[str, ...] = ()    # lines that are a table, or will be one if a separator follows
-    table: Optional[Table] = None # … of one that is longer than TABLE_LINES
-    carry: Any = None             # of a line in pieces: what stands before its rows, style, the last row so far
+    table: Optional[Table] = None # the one that goes on, if it is longer than TABLE_LINES
+    block: Optional[Block] = None # the long line that goes on, of which only pieces have come
+    last_row: Line = ()           # its last row so far
 
-def cut_spans(spans: Line, start: int, end: int) -> Line:
-    """The characters from start to end."""
-    kept, at = [], 0
-    for text, style in spans:
-        part = text[max(0, start - at):max(0, end - at)]
-        if part:
-            kept.append((part, style))
-        at += len(text)
-    return tuple(kept)
+PIECE = 2000                      # characters: longer lines are laid out in pieces
+TABLE_LINES = 32                  # the widths of a table's columns are settled after so many
+
+BLOCK = r"(?P<indent> *)(?:(?P<heading>#{1,6}) +(?=\S)|(?P<quote>>) ?" \
+        r"|(?P<item>[-*+]|\d{1,9}[.)]) +(?=\S))?(?P<body>.*)"
+TASK = r"\[([ xX])\] +(?=\S)"
+FENCE = r" *(`{3,}|~{3,}) *([^\s`]*)[^`]*$"
+RULE = r" *([-*_])(?: *\1){2,} *$"
+SEPARATOR = r" *\|? *:?-+:? *(?:\| *:?-+:? *)*\|? *$"    # under the titles of a table
+PIPE = r"(?<!\\)\|"
+# Marks inside a line. Stricter than CommonMark, so that 2**3**4, f(*a, **b), *.py, snake_case,
+# __init__ and a[i](x) stay as they are
+INLINE = r"""(?x)
+    (?P<code> (?<!`)(?P<ticks>`+)(?!`) .+? (?<!`)(?P=ticks)(?!`) )
+    | (?P<bold>
+        (?<![0-9A-Za-z_*/\\])(?P<stars>\*\*\*?)(?=[^\s*/.,;:)])
+            (?: (?!\*\*). | \*(?=\*\*(?!\*)) )+?
+            (?<=\S)(?P=stars)(?!\*)(?: (?<=\w\*\*) | (?![0-9A-Za-z_/]) )
+        | (?<!\w)__(?=[^\s_])(?!\w+__) .+? (?<=\S)__(?!\w) )
+    | (?P<italic>
+        (?<![0-9A-Za-z_*/\\])\*(?=[^\s*/.,;:)]) [^*]+ (?<=\S)\*(?![0-9A-Za-z_*/])
+        | (?<![\w\\])_(?=[^\s_]) (?:[^_]|\B_\B)+ (?<=\S)_(?!\w) )
+    | (?P<link> (?<![\w\]])!?\[(?P<label>[^][]+)\]
+        \( (?P<address> [^\s()]*[/.\#@:][^\s()]* (?:\([^\s()]*\)[^\s()]*)* ) (?:\ +"[^"]*")? \) )
+    | (?P<strike> (?<![\\~])~~(?=[^\s~]) .+? (?<=[^\s~])~~(?!~) )
+    | (?P<angle> <(?: https?://[^\s<>]+ | (?:mailto:)?[\w.+-]+@[\w-]+(?:\.[\w-]+)+ )> )
+    | (?P<url> https?://[^\s<>"'`|)\]]*[^\s<>"'`|)\].,;:!?*] )
+    | (?P<as_it_is>                       # paths of Windows, formulas
+        \b[A-Za-z]:\\\S* | \$\$.+?\$\$ | \\\(.+?\\\) | \\\[.+?\\\]
+        | (?<![\w$\\])\$(?=[^\s$]) [^$]+ (?<=\S)\$(?!\w) )
+    | (?P<escape> (?<!\\)\\[*_`~] )"""
+OPENER = r"(?<![0-9A-Za-z_*/\\`])(?:\*{1,3}|`+|~~)(?=[^\s*`~/.,;:)])"
+
+def split_spans(spans: Line, n: int) -> Tuple[Line, Line]:
+    """Split styled text after n characters."""
+    for i, (text, style) in enumerate(spans):
+        if n < len(text):
+            before = spans[:i]
+            if n > 0:
+                before += ((text[:n], style),)
+            return before, ((text[n:], style),) + spans[i + 1:]
+        n -= len(text)
+    return spans, ()
+
+def spans_text(spans: Line) -> str:
+    return "".join(text for text, _ in spans)
 
 @lru_cache(maxsize=256)
 def wrap_spans(spans: Line, width: int) -> Tuple[Line, ...]:
-    rows, first, offset = [], 0, 0        # offset: where spans[first] begins
-    for start, end in break_rows("".join(text for text, _ in spans), width):
-        while first < len(spans) and offset + len(spans[first][0]) <= start:
-            offset += len(spans[first][0])
-            first += 1
-        last, after = first, offset
-        while last < len(spans) and after < end:
-            after += len(spans[last][0])
-            last += 1
-        rows.append(cut_spans(spans[first:last], start - offset, end - offset))
+    """Break styled text into rows of at most `width` columns."""
+    rows = []
+    at = 0
+    for start, end in break_rows(spans_text(spans), width):
+        _, spans = split_spans(spans, start - at)
+        row, spans = split_spans(spans, end - start)
+        rows.append(row)
+        at = end
     return tuple(rows)
 
 @lru_cache(maxsize=256)
 def inline_spans(text: str, base: str) -> Line:
-    """Bold, italic, code and links in a text of style `base`; formulas stay as they are."""
-    spans, at = [], 0
-    for found in _pattern("inline").finditer(text):
-        kind, marked = found.lastgroup, found.group()
-        spans.append((text[at:found.start()], base))
+    """Style bold, italic, code and links in a text of style `base`; formulas stay as they are."""
+    spans: Line = ()
+    at = 0
+    for found in re.finditer(INLINE, text):
+        spans += ((text[at:found.start()], base),) + marked_spans(found, base)
         at = found.end()
-        if kind == "code":
-            spans.append((marked.strip("`").strip(" ") or " ", "code"))
-        elif kind in ("bold", "italic"):
-            n = len(found.group("stars") or "__") if kind == "bold" else 1
-            spans += inline_spans(marked[n:-n], kind if base in ("text", "quote") else base)
-        elif kind == "strike":
-            spans += inline_spans(marked[2:-2], "strike")
-        elif kind == "angle":
-            spans.append((marked[1:-1], "link"))
-        elif kind == "link":
-            label, address = found.group("label", "address")
-            spans += inline_spans(label, "link") + (((" (%s)" % address, "dim"),) if label != address else ())
-        else:
-            spans.append((marked[1:], base) if kind == "escape" else (marked, "link" if kind == "url" else base))
-    return tuple(span for span in spans + [(text[at:], base)] if span[0])
+    spans += ((text[at:], base),)
+    return tuple(span for span in spans if span[0])
+
+def marked_spans(found: Any, base: str) -> Line:
+    """Style a match of INLINE."""
+    kind = found.lastgroup
+    text = found.group()
+    if kind == "code":
+        return ((text.strip("`").strip(" ") or " ", "code"),)
+    if kind in ("bold", "italic"):
+        n = len(found.group("stars") or "__") if kind == "bold" else 1
+        return inline_spans(text[n:-n], kind if base in ("text", "quote") else base)
+    if kind == "strike":
+        return inline_spans(text[2:-2], "strike")
+    if kind == "angle":
+        return ((text[1:-1], "link"),)
+    if kind == "url":
+        return ((text, "link"),)
+    if kind == "escape":
+        return ((text[1:], base),)
+    if kind == "link":
+        label, address = found.group("label", "address")
+        spans = inline_spans(label, "link")
+        return spans if label == address else spans + ((" (%s)" % address, "dim"),)
+    return ((text, base),)
 
 def close_marks(text: str) -> str:
-    """A line that is being written, as if what it opened were closed: it is bold before the end of the bold is there."""
-    if _pattern("fence").match(text):
+    """Cut marks that have no end yet off a line that is being written, and close others."""
+    if re.match(FENCE, text):
         return text
-    text, at = text.rstrip("*`~"), 0
+    text = text.rstrip("*`~")
+    at = 0
     while True:
-        opener = _pattern("opener").search(text, at)
-        found = opener and _pattern("inline").match(text, opener.start())
+        opener = re.compile(OPENER).search(text, at)
+        if not opener:
+            return text
+        found = re.compile(INLINE).match(text, opener.start())
         if not found:
-            return text.rstrip(" ") + opener.group() if opener else text
+            return text.rstrip(" ") + opener.group()
         at = found.end()
 
-def start_line(text: str, options: RenderOptions, base: str = "text", plain: bool = False) -> Tuple[str, str, str, str]:
-    """What stands before a line's first row and before the others, the style of its words, its words."""
-    indent, heading, quote, item, body = _pattern("block").match(text).groups()
-    indent = indent[:options.width // 2]
-    if plain or options.width < 10 and not heading:
-        return indent, indent, base, text.lstrip(" ")
-    if heading:
-        return indent, indent, "heading", re.sub(r" +#+ *$", "", body)
-    if quote:
+def plain_block(text: str, options: RenderOptions, style: str) -> Block:
+    words = text.lstrip(" ")
+    indent = " " * min(len(text) - len(words), options.width // 2)
+    return Block(indent, indent, style, words)
+
+def parse_block(text: str, options: RenderOptions, style: str) -> Block:
+    """Split a line of Markdown into what stands before its rows, and its words."""
+    found = re.match(BLOCK, text)
+    indent = found["indent"][:options.width // 2]
+    if found["heading"]:
+        return Block(indent, indent, "heading", re.sub(r" +#+ *$", "", found["body"]))
+    if options.width < 10:
+        return plain_block(text, options, style)
+    if found["quote"]:
         bar = indent + ("│ " if options.unicode else "> ")
-        first, rest, base, body = start_line(body, options._replace(width=options.width - len(bar)), "quote")
-        return bar + first, bar + rest, base, body
-    if item:
-        bullet = item if item[0].isdigit() or not options.unicode else "◦" if len(indent) > 1 else "•"
-        task = _pattern("task").match(body)
-        if task:
-            boxes = ("☐", "☑") if options.unicode else ("[ ]", "[x]")
-            box = boxes[task.group(1) != " "]
-            bullet = "%s %s" % (item, box) if item[0].isdigit() else box
-            body = body[task.end():]
-        return "%s%s " % (indent, bullet), " " * (cells(indent + bullet) + 1), base, body
-    return indent, indent, base, body
+        narrower = options._replace(width=options.width - len(bar))
+        block = parse_block(found["body"], narrower, "quote")
+        return block._replace(first=bar + block.first, rest=bar + block.rest)
+    if found["item"]:
+        bullet, words = parse_item(found["item"], found["body"], options.unicode, len(indent) > 1)
+        first = "%s%s " % (indent, bullet)
+        return Block(first, " " * cells(first), style, words)
+    return Block(indent, indent, style, found["body"])
 
-def render_text(markdown: MarkdownState, text: str, options: RenderOptions, whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
-    """A line of words or of code in rows. The last row of a piece of a line waits for the next piece."""
-    if markdown.carry:
-        first, rest, base, kept = markdown.carry
-    else:
-        kept, (first, rest, base, text) = (), start_line(text, options, options.style, options.raw or bool(markdown.fence))
-    if markdown.fence:
-        spans, begun = color_code(text, markdown.language, markdown.begun)
-    else:
-        spans, begun = ((text, base),) if options.raw else inline_spans(text, base), ""
-    spans = kept + spans
-    width, carry = max(1, options.width - cells(rest)), None
-    rows = list(wrap_spans(spans, width))
-    if not whole:
-        start = break_rows("".join(part for part, _ in spans), width)[-1][0]
-        carry = (rest if rows[1:] else first, rest, base, cut_spans(spans, start, PIECE * 2))
-        rows.pop()
-    return markdown._replace(begun=begun, carry=carry), [
-        (((rest if i else first), "mark"),) + row for i, row in enumerate(rows)]
+def parse_item(mark: str, words: str, unicode: bool, is_nested: bool) -> Tuple[str, str]:
+    """Find the bullet or number of an item, with its box if it is a task, and its words."""
+    is_number = mark[0].isdigit()
+    task = re.match(TASK, words)
+    if task:
+        off, on = ("☐", "☑") if unicode else ("[ ]", "[x]")
+        box = off if task.group(1) == " " else on
+        bullet = "%s %s" % (mark, box) if is_number else box
+        return bullet, words[task.end():]
+    if is_number or not unicode:
+        return mark, words
+    return "◦" if is_nested else "•", words
 
-KEYWORDS = frozenset("""abstract and as assert async await bool boolean break case catch char class const continue declare def default defer
-    del delete do done double elif else elseif elsif end enum esac except export extends extern false False fi final finally float fn for
-    foreach from func function global goto if impl implements import in include instanceof int interface is lambda let local long
-    match mod module mut namespace new nil None nonlocal not null nullptr or override package pass private protected pub public raise
-    require return select self Self static str string String struct super switch then this throw throws trait true True try
-    type typedef undefined union unless unsafe unsigned until use using val var virtual void when where while with yield
-    ADD ALTER AND AS ASC BEGIN BETWEEN BY CASE CREATE DEFAULT DELETE DESC DISTINCT DROP ELSE END EXISTS FOREIGN FROM GROUP HAVING IF IN INSERT
-    INTO IS JOIN KEY LEFT LIKE LIMIT NOT NULL ON OR ORDER OUTER PRIMARY REFERENCES SELECT SET TABLE THEN UNION UPDATE VALUES WHEN WHERE""".split())
-COMMENTS = (  # what a comment looks like, and in which languages; in the others it begins with #
-    (r"(?<!:)//.*|/\*.*?(?:\*/|$)", "c h cc cpp c++ hpp cs csharp c# java js javascript jsx ts typescript tsx go golang rust rs swift kotlin "
-                                    "kt scala dart zig php css scss json jsonc proto glsl groovy"),
-    ("--.*", "sql lua haskell hs ada elm"), (";.*", "lisp elisp clojure scheme asm nasm ini"),
-    ("%.*", "tex latex matlab octave erlang prolog"), ("<!--.*?(?:-->|$)", "html xml svg vue"))
-CODE_ENDS = (("/*", "*/"), ("<!--", "-->"), ('"""', '"""'), ("'''", "'''"))
-NO_CODE = ("", "text", "txt", "plain", "plaintext", "markdown", "md", "output")
-
-@lru_cache(maxsize=64)
-def code_pattern(language: str) -> Any:
-    """What is coloured in a language; a comment or string may lack its end on the line."""
-    comment = next((pattern for pattern, languages in COMMENTS if language in languages.split()), r"(?<![^\s;(])[#].*")
-    word = r"</?[A-Za-z][\w:-]*|/?>" if comment[0] == "<" else r"[^\W\d]\w*"
-    return re.compile(r"""(?P<comment>%s)|(?P<number>(?<![\w.])\d[\w.]*)|(?P<keyword>%s)
-        |(?P<string>\"\"\"(?:\\.|.)*?(?:\"\"\"|$)|'''(?:\\.|.)*?(?:'''|$)|"(?:\\.|[^"\\])*"?
-            |(?:(?<![\w&<])|(?<=\b[rbfuL]))'(?:\\.|[^'\\])*'|`[^`]*`)""" % (comment, word), re.VERBOSE)
-
-def color_code(text: str, language: str, begun: str) -> Tuple[Line, str]:
-    """A line of code in colours that suit most languages. begun: the mark of a comment or string that goes on over lines."""
-    if language in NO_CODE:
-        return ((text, "text"),), ""
-    text, at, spans, token = begun + text, 0, [], ""
-    for found in code_pattern(language).finditer(text):
-        kind, token = found.lastgroup, found.group()
-        known = kind != "keyword" or token in KEYWORDS or token[0] in "</>"
-        spans += [(text[at:found.start()], "text"), (token, kind if known else "text")]
-        at = found.end()
-    spans.append((text[at:], "text"))
-    goes_on = (mark for mark, end in CODE_ENDS if token.startswith(mark) and not token[len(mark):].endswith(end))
-    return cut_spans(tuple(spans), len(begun), len(text)), next(goes_on, "")
-
-def code_rule(options: RenderOptions, language: str = "", number: str = "") -> Line:
-    """The line over or under a block of code."""
-    dash = "─" if options.unicode else "-"
-    left = dash * 2 + " %s " % take_cells(language, options.width - 12) if language else ""
-    right = " %s " % number + dash * 2 if number else ""
-    gap = options.width - cells(left + right)
-    return ((left + dash * gap + right if gap >= 0 else dash * options.width, "mark"),)
-
-def render_line(markdown: MarkdownState, text: str, options: RenderOptions, whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
-    """One line of a reply (whole=False: the beginning of a long one) as lines of the pane, and the state after it."""
-    marks = text.strip(" ")
-    if markdown.fence and not markdown.carry and marks.startswith(markdown.fence) and not marks.strip(markdown.fence[0]):
-        return markdown._replace(fence="", begun=""), [code_rule(options)]
-    if markdown.carry or markdown.fence or options.raw:
+def render_line(markdown: MarkdownState, text: str, options: RenderOptions,
+                whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
+    """Lay out a line of a reply (whole=False: a piece of a long one); return the state after it."""
+    if markdown.fence and not markdown.block and ends_fence(text, markdown.fence):
+        return markdown._replace(fence="", begun=""), [rule_line(options)]
+    if markdown.fence or markdown.block or options.raw:
         return render_text(markdown, text, options, whole)
-    row = whole and "|" in text
-    if row and markdown.table:
-        return markdown, table_rule(markdown.table, options) * markdown.table.ruled + row_lines(text, markdown.table, options)
-    if row and markdown.held and (markdown.held[1:] or is_separator(text, markdown.held[0])):
-        held = markdown.held + (text,)
-        if len(held) < TABLE_LINES:
-            return markdown._replace(held=held), []
-        return markdown._replace(held=(), table=plan_table(held, options.width)), held_lines(held, options)
-    done, markdown = held_lines(markdown.held, options), markdown._replace(held=(text,) if row else (), table=None)
-    fence = whole and _pattern("fence").match(text)
+    fence = re.match(FENCE, text) if whole else None
+    if whole and "|" in text and not fence:
+        return render_row(markdown, text, options)
+    lines = table_lines(markdown.held, options)
+    markdown = markdown._replace(held=(), table=None)
     if fence:
-        markdown = markdown._replace(fence=fence.group(1), language=fence.group(2).lower(), n_code=markdown.n_code + 1)
-        return markdown, done + [code_rule(options, fence.group(2), str(markdown.n_code))]
-    if _pattern("rule").match(text):
-        return markdown, done + [code_rule(options)]
-    markdown, lines = (markdown, []) if row else render_text(markdown, text, options, whole)
-    return markdown, done + lines
+        marks, language = fence.groups()
+        n = markdown.n_code + 1
+        markdown = markdown._replace(fence=marks, language=language.lower(), n_code=n)
+        return markdown, lines + [rule_line(options, language, str(n))]
+    if re.match(RULE, text):
+        return markdown, lines + [rule_line(options)]
+    markdown, rows = render_text(markdown, text, options, whole)
+    return markdown, lines + rows
 
-def code_blocks(text: str) -> List[str]:
-    """The blocks of code in a reply, in the order of their numbers on the screen."""
-    markdown, blocks = MarkdownState(), []
-    for row in text.split("\n"):
-        before, markdown, indent = markdown, render_line(markdown, clean(row), RenderOptions(80, False, False))[0], len(row) - len(row.lstrip(" "))
-        if markdown.n_code > before.n_code:
-            blocks.append([])
-            outer = indent                # in a list a block is indented as a whole
-        elif markdown.fence:
-            blocks[-1].append(row[min(indent, outer):].rstrip("\r"))
-    return ["\n".join(rows) for rows in blocks]
+def ends_fence(text: str, fence: str) -> bool:
+    marks = text.strip(" ")
+    return marks.startswith(fence) and not marks.strip(fence[0])
 
-def split_row(text: str, n: int = 0) -> Tuple[str, ...]:
-    """The cells of a table's row; n: as many, what is beyond is added to the last."""
-    text = text.strip(" ")
-    text = text[text.startswith("|"):len(text) - (text.endswith("|") and not text.endswith("\\|"))]
-    row = [cell.strip(" ").replace("\\|", "|") for cell in _pattern("pipe").split(text)]
-    return tuple(row[:n - 1] + ["|".join(row[n - 1:])] + [""] * (n - len(row)) if n else row)
+def rule_line(options: RenderOptions, language: str = "", number: str = "") -> Line:
+    """Draw a rule, such as that over or under a block of code."""
+    dash = "─" if options.unicode else "-"
+    language = take_cells(language, options.width - 12)
+    left = "%s %s " % (2 * dash, language) if language else ""
+    right = " %s %s" % (number, 2 * dash) if number else ""
+    gap = options.width - cells(left + right)
+    text = left + dash * gap + right if gap >= 0 else dash * options.width
+    return ((text, "mark"),)
+
+def render_text(markdown: MarkdownState, text: str, options: RenderOptions,
+                whole: bool = True) -> Tuple[MarkdownState, List[Line]]:
+    """Lay out a line of words or of code. The last row of a piece waits for the next piece."""
+    if markdown.block:
+        block = markdown.block._replace(words=text)
+    elif options.raw or markdown.fence:
+        block = plain_block(text, options, options.style)
+    else:
+        block = parse_block(text, options, options.style)
+    begun = ""
+    if markdown.fence:
+        spans, begun = color_code(block.words, markdown.language, markdown.begun)
+    elif options.raw:
+        spans = ((block.words, block.style),)
+    else:
+        spans = inline_spans(block.words, block.style)
+    spans = markdown.last_row + spans
+    width = max(1, options.width - cells(block.rest))
+    rows = wrap_spans(spans, width)
+    lines = [((block.rest, "mark"),) + row for row in rows]
+    lines[0] = ((block.first, "mark"),) + rows[0]
+    markdown = markdown._replace(begun=begun, block=None, last_row=())
+    if whole:
+        return markdown, lines
+    if len(rows) > 1:
+        block = block._replace(first=block.rest)
+    last_start = break_rows(spans_text(spans), width)[-1][0]
+    last_row = split_spans(spans, last_start)[1]
+    last_row = split_spans(last_row, 2 * PIECE)[0]    # combining marks without an end take no room
+    return markdown._replace(block=block, last_row=last_row), lines[:-1]
+
+def render_row(markdown: MarkdownState, text: str,
+               options: RenderOptions) -> Tuple[MarkdownState, List[Line]]:
+    """Lay out a row of a table, or hold it until it is clear that it is one, and how wide."""
+    held = markdown.held + (text,)
+    if markdown.table:
+        lines = row_lines(text, markdown.table, options)
+        if markdown.table.ruled:
+            lines.insert(0, table_rule(markdown.table, options))
+        return markdown, lines
+    if len(held) == 1 or len(held) == 2 and not is_separator(text, held[0]):
+        return markdown._replace(held=(text,)), table_lines(markdown.held, options)
+    if len(held) < TABLE_LINES:
+        return markdown._replace(held=held), []
+    table = plan_table(held, options.width)
+    return markdown._replace(held=(), table=table), table_lines(held, options)
 
 def is_separator(text: str, header: str) -> bool:
-    return bool(_pattern("separator").match(text)) and len(split_row(text)) == len(split_row(header))
+    return bool(re.match(SEPARATOR, text)) and len(split_row(text)) == len(split_row(header))
+
+def split_row(text: str) -> List[str]:
+    """Split a row of a table into its cells."""
+    text = text.strip(" ")
+    if text.startswith("|"):
+        text = text[1:]
+    if text.endswith("|") and not text.endswith("\\|"):
+        text = text[:-1]
+    return [cell.strip(" ").replace("\\|", "|") for cell in re.split(PIPE, text)]
+
+def split_cells(text: str, n: int) -> List[str]:
+    """Split a row into n cells; what is beyond is added to the last."""
+    row = split_row(text)
+    if len(row) > n:
+        return row[:n - 1] + ["|".join(row[n - 1:])]
+    return row + [""] * (n - len(row))
 
 @lru_cache(maxsize=64)
 def plan_table(held: Tuple[str, ...], width: int) -> Optional[Table]:
-    """Columns as wide as their cells; the widest shrink until all fit; None when that makes them too narrow to read."""
+    """Make columns as wide as their cells; the widest shrink until all fit. None = no room."""
     marks = split_row(held[1])
-    columns = zip(*(split_row(text, len(marks)) for text in held[:1] + held[2:]))
+    rows = [split_cells(text, len(marks)) for text in held[:1] + held[2:]]
     least = 2 if len(held) >= TABLE_LINES else 1    # a later row may bring a wide character
-    wanted = [max([least] + [line_cells(inline_spans(cell, "text")) for cell in column]) for column in columns]
+    wanted = [least] * len(marks)
+    for row in rows:
+        widths = [line_cells(inline_spans(cell, "text")) for cell in row]
+        wanted = list(map(max, wanted, widths))
     room = width - 3 * (len(wanted) - 1)
-    widest = next((n for n in range(room, 3, -1) if sum(min(n, want) for want in wanted) <= room), 0)
-    aligns = "".join("^" if mark[0] == mark[-1] == ":" and mark[1:] else ">" if mark[-1] == ":" else "<" for mark in marks)
-    return Table(tuple(min(widest, want) for want in wanted), aligns, max(wanted) > widest) if widest else None
+    for widest in range(room, 3, -1):
+        widths = [min(widest, want) for want in wanted]
+        if sum(widths) <= room:
+            aligns = "".join(map(parse_align, marks))
+            return Table(tuple(widths), aligns, widths != wanted)
+    return None
+
+def parse_align(mark: str) -> str:
+    """Read a cell of the separator: ":--" left, ":-:" in the middle, "--:" right."""
+    if not mark.endswith(":"):
+        return "<"
+    return "^" if len(mark) > 1 and mark.startswith(":") else ">"
 
 def row_lines(text: str, table: Table, options: RenderOptions, style: str = "text") -> List[Line]:
-    """One row of a table."""
+    """Lay out one row of a table."""
     from itertools import zip_longest
-    bar: Span = (" │ " if options.unicode else " | ", "mark")
-    row = split_row(text, len(table.widths))
-    columns = [wrap_spans(inline_spans(cell, style), width) for cell, width in zip(row, table.widths)]
-    return [tuple(span for shown, width, align in zip(shown_row, table.widths, table.aligns)
-                  for span in (bar,) + align_spans(shown, width, align))[1:] for shown_row in zip_longest(*columns, fillvalue=())]
+    bar = (" │ " if options.unicode else " | ", "mark")
+    row = split_cells(text, len(table.widths))
+    columns = []
+    for cell, width in zip(row, table.widths):
+        columns.append(wrap_spans(inline_spans(cell, style), width))
+    lines = []
+    for parts in zip_longest(*columns, fillvalue=()):
+        line: Line = ()
+        for part, width, align in zip(parts, table.widths, table.aligns):
+            if line:
+                line += (bar,)
+            line += align_spans(part, width, align)
+        lines.append(line)
+    return lines
 
-def table_rule(table: Table, options: RenderOptions) -> List[Line]:
-    """The line between two rows."""
+def table_rule(table: Table, options: RenderOptions) -> Line:
+    """Draw the line between two rows."""
     dash, cross = ("─", "─┼─") if options.unicode else ("-", "-+-")
-    return [((cross.join(dash * width for width in table.widths), "mark"),)]
+    return ((cross.join(dash * width for width in table.widths), "mark"),)
 
 def align_spans(line: Line, width: int, align: str) -> Line:
     gap = width - line_cells(line)
     left = {"<": 0, "^": gap // 2, ">": gap}[align]
     return ((" " * left, "text"),) + line + ((" " * (gap - left), "text"),)
 
-def held_lines(held: Tuple[str, ...], options: RenderOptions) -> List[Line]:
-    """A table; or, where there is no separator or no room, its lines as they were written."""
-    table = plan_table(held, options.width) if held[1:] else None
+def table_lines(held: Tuple[str, ...], options: RenderOptions) -> List[Line]:
+    """Lay out a table; where there is no separator or no room, its lines as they were written."""
+    table = plan_table(held, options.width) if len(held) > 1 else None
+    lines: List[Line] = []
     if not table:
-        return [line for text in held for line in render_text(MarkdownState(), text, options)[1]]
-    lines = row_lines(held[0], table, options, "bold") + table_rule(table, options)
+        for text in held:
+            lines += render_text(MarkdownState(), text, options)[1]
+        return lines
+    rule = table_rule(table, options)
+    lines = row_lines(held[0], table, options, "bold") + [rule]
     for i, text in enumerate(held[2:]):
-        lines += table_rule(table, options) if table.ruled and i else []
+        if i > 0 and table.ruled:
+            lines.append(rule)
         lines += row_lines(text, table, options)
     return lines
 
+KEYWORDS = frozenset("""
+    abstract and as assert async await bool boolean break case catch char class const continue
+    declare def default defer del delete do done double elif else elseif elsif end enum esac except
+    export extends extern false False fi final finally float fn for foreach from func function
+    global goto if impl implements import in include instanceof int interface is lambda let local
+    long match mod module mut namespace new nil None nonlocal not null nullptr or override package
+    pass private protected pub public raise require return select self Self static str string String
+    struct super switch then this throw throws trait true True try type typedef undefined union
+    unless unsafe unsigned until use using val var virtual void when where while with yield
+    ADD ALTER AND AS ASC BEGIN BETWEEN BY CASE CREATE DEFAULT DELETE DESC DISTINCT DROP ELSE END
+    EXISTS FOREIGN FROM GROUP HAVING IF IN INSERT INTO IS JOIN KEY LEFT LIKE LIMIT NOT NULL ON OR
+    ORDER OUTER PRIMARY REFERENCES SELECT SET TABLE THEN UNION UPDATE VALUES WHEN WHERE""".split())
+COMMENTS = (  # what a comment looks like, and in which languages; in the others it begins with #
+    (r"(?<!:)//.*|/\*.*?(?:\*/|$)",
+     "c h cc cpp c++ hpp cs csharp c# java js javascript jsx ts typescript tsx go golang rust rs "
+     "swift kotlin kt scala dart zig php css scss json jsonc proto glsl groovy"),
+    ("--.*", "sql lua haskell hs ada elm"),
+    (";.*", "lisp elisp clojure scheme asm nasm ini"),
+    ("%.*", "tex latex matlab octave erlang prolog"),
+    ("<!--.*?(?:-->|$)", "html xml svg vue"))
+CODE_ENDS = (("/*", "*/"), ("<!--", "-->"), ('"""', '"""'), ("'''", "'''"))
+NO_CODE = ("", "text", "txt", "plain", "plaintext", "markdown", "md", "output")
+
+@lru_cache(maxsize=64)
+def code_pattern(language: str) -> Any:
+    """Make the pattern of what is coloured in a language; a comment or string may lack its end."""
+    comment = r"(?<![^\s;(])[#].*"
+    for pattern, languages in COMMENTS:
+        if language in languages.split():
+            comment = pattern
+    word = r"</?[A-Za-z][\w:-]*|/?>" if comment.startswith("<") else r"[^\W\d]\w*"
+    return re.compile(r"""(?x)
+        (?P<comment>%s) | (?P<number>(?<![\w.])\d[\w.]*) | (?P<keyword>%s)
+        | (?P<string>
+            \"\"\"(?:\\.|.)*?(?:\"\"\"|$) | '''(?:\\.|.)*?(?:'''|$) | "(?:\\.|[^"\\])*"?
+            | (?:(?<![\w&<])|(?<=\b[rbfuL]))'(?:\\.|[^'\\])*' | `[^`]*`)""" % (comment, word))
+
+def color_code(text: str, language: str, begun: str) -> Tuple[Line, str]:
+    """Colour a line of code as suits most languages.
+
+    begun: as in MarkdownState; that of the next line is returned."""
+    if language in NO_CODE:
+        return ((text, "text"),), ""
+    text = begun + text
+    token = ""
+    spans: List[Span] = []
+    at = 0
+    for found in code_pattern(language).finditer(text):
+        token = found.group()
+        style = found.lastgroup
+        if style == "keyword" and token not in KEYWORDS and token[0] not in "</>":
+            style = "text"
+        spans += [(text[at:found.start()], "text"), (token, style)]
+        at = found.end()
+    spans.append((text[at:], "text"))
+    spans = [span for span in spans if span[0]]
+    line = split_spans(tuple(spans), len(begun))[1]
+    for mark, end in CODE_ENDS:
+        if token.startswith(mark) and not token[len(mark):].endswith(end):
+            return line, mark
+    return line, ""
+
+def code_blocks(text: str) -> List[str]:
+    """List the blocks of code in a reply, in the order of their numbers on the screen."""
+    blocks: List[List[str]] = []
+    fence = ""
+    for row in text.split("\n"):
+        shown = clean(row)
+        indent = len(row) - len(row.lstrip(" "))
+        if not fence:
+            found = re.match(FENCE, shown)
+            if found:
+                fence = found.group(1)
+                fence_indent = indent     # in a list a block is indented as a whole
+                blocks.append([])
+        elif ends_fence(shown, fence):
+            fence = ""
+        else:
+            blocks[-1].append(row[min(indent, fence_indent):].rstrip("\r"))
+    return ["\n".join(rows) for rows in blocks]
+
+
+# == 5b. REPLIES ===================================================================================
+# Turns and log lines as styled lines. Thinking is told from the answer here. Pure, but that a reply
+# in progress keeps the lines that are finished. Another kind of thinking: a row of THINKING.
+
+MARGIN: Line = (("  ", "text"),)
+
 class StreamedReply:
-    """A reply in lines while it grows: what is finished is laid out once, however often the reply is shown."""
+    """Keep the lines of a reply while it grows: what is finished is laid out once."""
     def __init__(self, options: RenderOptions) -> None:
-        self.options, self.text, self.at, self.shown = options, "", 0, None    # at: where the unfinished line begins
-        self.markdown, self.lines, self.n_done = MarkdownState(), [], 0
+        self.options = options
+        self.clear()
+
+    def clear(self) -> None:
+        self.text = ""
+        self.at = 0                       # where the unfinished line begins
+        self.markdown = MarkdownState()   # … and the state there
+        self.lines: List[Line] = []
+        self.n_done = 0                   # of the lines: those that are finished
+        self.shown: Any = None            # what show() was last asked for
 
     def show(self, text: str, ended: bool = False) -> List[Line]:
-        """The lines of a reply, with a cursor unless it has ended. The list is changed by the next call."""
+        """Lay out a reply, with a cursor unless it has ended. The next call changes the list."""
         if not text.startswith(self.text):
-            self.__init__(self.options)
+            self.clear()
         if (text, ended) != self.shown:
+            self.shown = (text, ended)
+            self.text = text
             del self.lines[self.n_done:]
-            self.text, self.shown = text, (text, ended)
             self._finish_lines()
-            self.lines += [(("  ", "text"),) + line for line in self._open_lines(ended)]
+            self.lines += [MARGIN + line for line in self._open_lines(ended)]
         return self.lines
 
     def _finish_lines(self) -> None:
         """Lay out for good what is complete: lines, and pieces of long lines."""
-        while True:
-            end = self.text.find("\n", self.at, self.at + PIECE) + 1
-            if not end and len(self.text) - self.at > PIECE:
-                end = self.text.rfind(" ", self.at, self.at + PIECE) + 1 or self.at + PIECE
-            if not end:
-                break
+        end = self._piece_end()
+        while end:
             piece = clean(self.text[self.at:end])
-            self.markdown, lines = render_line(self.markdown, piece.rstrip("\n"), self.options, piece.endswith("\n"))
-            self.lines += [(("  ", "text"),) + line for line in lines]
+            whole = piece.endswith("\n")
+            self.markdown, lines = render_line(
+                self.markdown, piece.rstrip("\n"), self.options, whole)
+            self.lines += [MARGIN + line for line in lines]
             self.at = end
+            end = self._piece_end()
         self.n_done = len(self.lines)
 
+    def _piece_end(self) -> int:
+        """Find where the next complete line or piece ends, 0 = it is still growing."""
+        limit = self.at + PIECE
+        end = self.text.find("\n", self.at, limit) + 1
+        if end or len(self.text) <= limit:
+            return end
+        return self.text.rfind(" ", self.at, limit) + 1 or limit
+
     def _open_lines(self, ended: bool) -> List[Line]:
-        """What may still change, as it looks so far."""
-        markdown, text, lines = self.markdown, clean(self.text[self.at:]), []
-        if ended and text or markdown.carry:
+        """Lay out what may still change, as it looks so far."""
+        text = clean(self.text[self.at:])
+        markdown = self.markdown
+        lines: List[Line] = []
+        if markdown.block or ended and text:
             markdown, lines = render_line(markdown, text, self.options)
-        elif not ended and not (len(markdown.held) == 1 and not text.strip("|:- ")):    # a separator may be on its way
-            closed = text if markdown.fence or self.options.raw else close_marks(text)
-            hidden = markdown.fence and markdown.fence.startswith(text.strip(" "))         # … or the end of the code
-            markdown, lines = render_line(markdown, "" if hidden else closed, self.options)
+        elif not ended and not self._is_separator_coming(text):
+            markdown, lines = render_line(markdown, self._guess(text), self.options)
         held = markdown.held
         if not ended and len(held) == 1 and held[0].lstrip(" ").startswith("|"):
-            held += ("-|" * len(split_row(held[0])),)
-        lines = lines + held_lines(held, self.options)
-        if not ended:
-            lines = lines or [()]
-            return lines[:-1] + [lines[-1] + (("▌" if self.options.unicode else "_", "text"),)]
-        return lines + [code_rule(self.options)] if markdown.fence and not self.options.raw else lines
+            held += ("-|" * len(split_row(held[0])),)    # it is going to be a table
+        lines = lines + table_lines(held, self.options)
+        if ended:
+            return lines + [rule_line(self.options)] if markdown.fence else lines
+        cursor: Span = ("▌" if self.options.unicode else "_", "text")
+        before = lines[-1] if lines else ()
+        return lines[:-1] + [before + (cursor,)]
+
+    def _is_separator_coming(self, text: str) -> bool:
+        return len(self.markdown.held) == 1 and not text.strip("|:- ")
+
+    def _guess(self, text: str) -> str:
+        """Guess what becomes of an unfinished line: marks are closed, the end of code is hidden."""
+        fence = self.markdown.fence
+        if fence:
+            return "" if fence.startswith(text.strip(" ")) else text
+        return text if self.options.raw else close_marks(text)
 
 @lru_cache(maxsize=4)
 def streamed_reply(options: RenderOptions) -> StreamedReply:
-    """The page of the reply in progress, or of its thinking."""
+    """Keep the reply in progress, or its thinking."""
     return StreamedReply(options._replace(width=max(1, options.width - 3)))
 
-# A message of gpt-oss (OpenAI's Harmony format): its channel is final, analysis or commentary
+# Marks of gpt-oss (OpenAI's Harmony format) around the words of a message. Its channel is final,
+# analysis or commentary.
 HARMONY_BEGINS = ("<|channel|>", "<|start|>assistant")
+HARMONY_HEAD = r"(?:<\|start\|>assistant)?(?:<\|channel\|>(\w*)[^<]*)?" \
+               r"(?:<\|constrain\|>[^<]*)?<\|message\|>"
+HARMONY_END = r"<\|(?:end|call|return)\|>|(?=<\|(?:start|channel)\|>)"
 
 def thinking_parts(text: str) -> List[Tuple[str, str]]:
-    """A reply in parts (kind, text) that make it up; kinds are "mark", "thinking" and "answer"."""
+    """Split a reply into parts (kind, text); kinds are "mark", "thinking" and "answer"."""
     body = text.lstrip()
     lead = text[:len(text) - len(body)]
     if body.startswith(HARMONY_BEGINS):
         return [("mark", lead)] + harmony_parts(body)
     for begin, end in THINKING:
-        if not (begin and body.startswith(begin)):
-            continue
-        at = body.find(end, len(begin))
-        parts = [("mark", lead + begin), ("thinking", body[len(begin):at if at >= 0 else None])]
-        return parts + ([("mark", end), ("answer", body[at + len(end):])] if at >= 0 else [])
+        if begin and body.startswith(begin):
+            return [("mark", lead + begin)] + parts_until(body[len(begin):], end)
     begins = [begin for begin, _ in THINKING] + list(HARMONY_BEGINS)
     if body and any(begin.startswith(body) for begin in begins):
         return [("mark", text)]           # only half of one is there
@@ -1492,47 +1688,70 @@ def thinking_parts(text: str) -> List[Tuple[str, str]]:
         return [("answer", text)]
     return [("thinking", text[:at]), ("mark", end), ("answer", text[at + len(end):])]
 
+def parts_until(text: str, end: str) -> List[Tuple[str, str]]:
+    """Split what follows the beginning of thinking; "" ends it at once."""
+    if not end:
+        return [("answer", text)]
+    thinking, mark, answer = text.partition(end)
+    parts = [("thinking", thinking)]
+    if mark:
+        parts += [("mark", mark), ("answer", answer)]
+    return parts
+
 def harmony_parts(body: str) -> List[Tuple[str, str]]:
+    """Split the messages of gpt-oss; see thinking_parts()."""
     parts: List[Tuple[str, str]] = []
     at = 0
     while at < len(body):
-        head = _pattern("harmony head").match(body, at)
-        if not head:
-            return parts + [("mark", body[at:])]    # half of one
+        head = re.compile(HARMONY_HEAD).match(body, at)
+        if not head:                      # half of one
+            return parts + [("mark", body[at:])]
+        parts.append(("mark", head.group()))
+        at = head.end()
         if head.group(1) in (None, "final"):
-            return parts + [("mark", head.group()), ("answer", body[head.end():])]
-        end = _pattern("harmony end").search(body, head.end())
-        words = body[head.end():end.start() if end else None]
-        parts += [("mark", head.group()), ("thinking", words), ("mark", end.group() if end else "")]
-        at = end.end() if end else len(body)
+            return parts + [("answer", body[at:])]
+        end = re.compile(HARMONY_END).search(body, at)
+        if not end:
+            return parts + [("thinking", body[at:])]
+        parts += [("thinking", body[at:end.start()]), ("mark", end.group())]
+        at = end.end()
     return parts
 
 def find_lone_end(text: str) -> Tuple[int, str]:
-    """Where thinking ends that has no beginning, as the prompt of another version held it: (index, mark), or (0, "")."""
-    found = []
+    """Find the end of thinking without a beginning: (index, mark), or (0, "").
+
+    Its beginning stood in the prompt of another version."""
+    ends = []
     for begin, end in THINKING:
         at = text.find(end) if end else -1
         while at >= 0 and is_mention(text[:at], text[at + len(end):]):
             at = text.find(end, at + 1)
-        if at >= 0 and not (begin and begin in text[:at]):
-            found.append((at, end))
-    return min(found, default=(0, ""))
+        is_begun = begin and begin in text[:max(0, at)]
+        if at >= 0 and not is_begun:
+            ends.append((at, end))
+    return min(ends, default=(0, ""))
 
 def is_mention(before: str, after: str) -> bool:
-    """Whether what stands between is spoken of: quoted, in code, or a word of a sentence."""
+    """Tell whether a mark is only spoken of: quoted, in code, or a word of a sentence."""
     line = before[before.rfind("\n") + 1:]
-    if before.count("```") % 2 or line.count("`") % 2 or before[-1:] in ("'", '"', "“", "‘", "«", "("):
+    is_in_code = before.count("```") % 2 or line.count("`") % 2
+    if is_in_code or before.endswith(("'", '"', "“", "‘", "«", "(")):
         return True
-    return before.endswith(" ") and line.strip()[-1:].isalnum() and after[:1] != "\n"
+    follows_word = before.endswith(" ") and line.strip()[-1:].isalnum()
+    return follows_word and not after.startswith("\n")
 
 def split_thinking(text: str) -> Tuple[str, Optional[str]]:
-    """A reply's thinking, and its answer: None as long as it thinks."""
-    parts = thinking_parts(text)
-    if parts == [("answer", text)]:
-        return "", text
-    thinking = "\n".join(words.strip() for kind, words in parts if kind == "thinking").strip()
-    answers = [words for kind, words in parts if kind == "answer"]
-    return thinking, answers[0].lstrip() if answers else None
+    """Split a reply into its thinking and its answer; the answer is None as long as it thinks."""
+    thoughts = []
+    answer = None
+    for kind, words in thinking_parts(text):
+        if kind == "thinking":
+            thoughts.append(words.strip())
+        elif kind == "answer":
+            answer = words
+    if answer is None or answer == text:
+        return "\n".join(thoughts).strip(), answer
+    return "\n".join(thoughts).strip(), answer.lstrip()
 
 def describe_thought(thought: Any) -> str:
     """Such as "214 tokens, 9 s". A text, as older files have it, stays as it is."""
@@ -1541,43 +1760,67 @@ def describe_thought(thought: Any) -> str:
     return "%s, %.0f s" % (format_count(thought[0], "token"), thought[1])
 
 def reply_lines(text: str, thought: Any, options: RenderOptions, ended: bool) -> List[Line]:
-    """A reply in lines: what it thought, as options.thoughts says, and its answer."""
+    """Lay out a reply: what it thought, as options.thoughts says, and its answer."""
+    def show(words: str, options: RenderOptions, is_complete: bool) -> List[Line]:
+        reply = streamed_reply(options)   # most of it is laid out, if it was in progress just now
+        if ended and not words.startswith(reply.text):
+            reply = StreamedReply(reply.options)    # another reply may be in progress
+        return reply.show(words, is_complete)
+
     thinking, answer = split_thinking(text)
     lines: List[Line] = []
-    def show(text: str, options: RenderOptions, complete: bool) -> List[Line]:
-        page = streamed_reply(options)    # has most of it laid out, if this reply was in progress just now
-        return (page if not ended or text.startswith(page.text) else StreamedReply(page.options)).show(text, complete)
     if (thinking or answer is None) and options.thoughts != "hidden":
-        title = "thinking%s %s" % ("…" if options.unicode else "...", describe_thought(thought))
-        lines = [(("  ", "dim"), (take_cells(title, max(1, options.width - 3)), "dim"))]
+        dots = "…" if options.unicode else "..."
+        title = take_cells("thinking%s %s" % (dots, describe_thought(thought)), max(1, options.width - 3))
+        lines = [(("  ", "dim"), (title, "dim"))]
         if options.thoughts == "open":
-            lines += show(thinking, options._replace(raw=True, style="dim"), ended or answer is not None) + [()]
-    return lines if lines and answer is None else lines + show(answer or "", options, ended)
+            dim = options._replace(raw=True, style="dim")
+            lines += show(thinking, dim, ended or answer is not None) + [()]
+        if answer is None:
+            return lines
+    return lines + show(answer or "", options, ended)
 
 @lru_cache(maxsize=2048)
 def turn_lines(turn: Turn, options: RenderOptions) -> Tuple[Line, ...]:
-    """A turn of the chat in lines of at most `width` columns, with an empty one after it."""
-    mark, style = ("❯ " if options.unicode else "> ", "user") if turn.role == "user" else ("  ", turn.style)
+    """Lay out a turn of the chat, with an empty line after it."""
+    width = options.width - 3
     if turn.role == "assistant":
-        body = reply_lines(turn.text, turn.thought, options, ended=True)
+        lines = reply_lines(turn.text, turn.thought, options, ended=True)
+    elif turn.role == "user":
+        mark = "❯ " if options.unicode else "> "
+        lines = marked_lines(mark, question_text(turn.text, options.raw), width, "user")
     else:
-        files, text = split_files(turn.text) if turn.role == "user" and not options.raw else ((), turn.text)
-        text = "".join("[%s] " % file.name for file in files) + text
-        rows = wrap(clean(text), options.width - 3) if text else []
-        body = [(("  " if i else mark, "prompt"), (row, style)) for i, row in enumerate(rows)]
-    if turn.note:
-        body += [(("  ", "dim"), (row, "dim")) for row in wrap(clean(turn.note), options.width - 3)]
-    return tuple(body) + ((),)
+        lines = marked_lines("  ", turn.text, width, turn.style)
+    for row in wrap(clean(turn.note), width) if turn.note else ():
+        lines.append((("  ", "dim"), (row, "dim")))
+    return tuple(lines) + ((),)
+
+def question_text(text: str, raw: bool) -> str:
+    """Show files of a message by their names, unless it is to be shown as it was sent."""
+    if raw:
+        return text
+    files, text = split_files(text)
+    return "".join("[%s] " % file.name for file in files) + text
+
+def marked_lines(mark: str, text: str, width: int, style: str) -> List[Line]:
+    """Wrap a text with a mark before its first row."""
+    lines: List[Line] = []
+    for row in wrap(clean(text), width) if text else ():
+        lines.append(((mark, "prompt"), (row, style)))
+        mark = "  "
+    return lines
 
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
-    """A line of the log; what is wrapped hangs by two columns."""
+    """Lay out a line of the log; what is wrapped hangs by two columns."""
     rows: List[str] = []
     for paragraph in clean(entry.text).split("\n"):
-        end = break_rows(paragraph, max(1, width - 2 if not rows else width - 4))[0][1]
+        indent = "   " if rows else " "
+        _, end = break_rows(paragraph, max(1, width - len(indent) - 1))[0]
+        rows.append(indent + paragraph[:end])
         more = paragraph[end:].lstrip(" ")
-        rows.append((" " if not rows else "   ") + paragraph[:end])
-        rows += ["   " + row for row in wrap(more, width - 4) if more]
+        if more:
+            rows += ["   " + row for row in wrap(more, width - 4)]
     return tuple(((row, entry.level),) for row in rows)
 
 
@@ -1733,7 +1976,7 @@ def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
 
 def clean_draft(text: str) -> str:
     """One row of the draft, in which each character is one still."""
-    return _show(text.replace("\t", " ").replace("\n", " "), "-", True)
+    return make_harmless(one_row(text), "-", True)
 
 
 # == 7. LAYOUT =====================================================================================
@@ -1784,6 +2027,9 @@ def turn_note(chat: Chat, i: int, dot: str) -> str:
         parts.append(open_end(chat))
     return (" %s " % dot).join(filter(None, parts))
 
+# The end of the note of a reply that was cut
+CUT_NOTE = r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$"
+
 def open_end(chat: Chat) -> str:
     """What may be done about a last reply that was cut, or a question without an answer."""
     turn = chat.nodes.get(last_turn_id(chat))
@@ -1795,7 +2041,7 @@ def open_end(chat: Chat) -> str:
 
 def how_cut(turn: Turn) -> str:
     """Tell how a reply was cut, such as "stopped"; "" = it is whole."""
-    cut = _pattern("cut").search(describe_ending(turn.note))
+    cut = re.search(CUT_NOTE, describe_ending(turn.note))
     return cut.group() if cut else ""
 
 ENDS = {
@@ -2230,7 +2476,7 @@ def cmd_file(state: State, argument: str) -> Outcome:
     """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
     if argument == "none":
         return state._replace(files=(), hint="No files are attached")
-    paths = _pattern("path").findall(argument)
+    paths = re.findall(PATH, argument)
     if not paths:
         return state._replace(hint="Name files, e.g. /file notes.txt src/*.py")
     return read_files(state, paths)
@@ -2723,7 +2969,7 @@ def cmd_send(state: State, argument: str) -> Outcome:
     if state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG:
         return state._replace(hint=WAIT)  # and nothing of it is lost
     if argument != "read":                # else the files that it names have been read
-        paths = _pattern("@path").findall(state.draft.text)    # not in what is pasted
+        paths = re.findall(AT_PATH, state.draft.text)    # not in what is pasted
         if paths:
             return read_files(state, paths, state.draft.text)
     effects = remember_sent(state, text)
@@ -3356,7 +3602,7 @@ def new_paths(state: State) -> List[str]:
     if "@" not in words or words.startswith("/"):
         return []
     attached = {file.name for file in state.files}
-    return [path for path in _pattern("@path").findall(words) if plain_path(path) not in attached]
+    return [path for path in re.findall(AT_PATH, words) if plain_path(path) not in attached]
 
 def on_submitted(state: State, event: Submitted) -> Change:
     # its history knows it already, so that none is written: that is of what is typed in the window
@@ -4224,6 +4470,22 @@ def view_gauges(state: State) -> List[Line]:
 # Keyboard turns the bytes that a terminal sends into the names of keys and into text. It must not know what they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is ECMA-48's and xterm's.
 
+# What a terminal sends. C1 controls may come as one character or, for keys, as one byte.
+KEY = r"""(?xs)(?P<text>[^\x00-\x1f\x7f-\x9f\udc8f\udc9b]+)
+    | (?: \x1b\[ | [\x9b\udc9b] ) (?:
+        (?P<paste>200~) | \[(?P<linux>[A-E])
+        | (?P<mouse> M[^\x00-\x1f]{3} | t[^\x00-\x1f]{2} | T[^\x00-\x1f]{6} )
+        | (?P<rxvt>\d\d?)[$]
+        | (?P<csi> [0-?]{0,256}[\ -/]{0,9} ) (?: (?P<final>[@-~]) | (?P<broken>) ) )
+    | (?: \x1bO | [\x8f\udc8f] ) (?P<modifier>\d*) (?P<ss3>[@-~])
+    | (?P<string> \x1b[\]PX^_] | [\x90\x98\x9d-\x9f] )
+    | \x1b(?P<alt>.)
+    | (?P<control>.)"""
+UNFINISHED = r"""(?x)\x1b?(?: \x1b | \x1b[\]PX^_] | (?:\x1bO|[\x8f\udc8f])\d*
+    | (?:\x1b\[|[\x9b\udc9b]) (?!\d\d?[$]) (?: [0-?]{0,256}[\ -/]{0,9}
+        | \[ | M[^\x00-\x1f]{0,2} | t[^\x00-\x1f]? | T[^\x00-\x1f]{0,5} ) )\Z"""
+STRING_END = "\x1b\\\\|[\x07\x9c\udc9c]|[\x00-\x06\x0e-\x1f]"
+
 CURSES_KEYS = {  # on Windows: curses' names (without KEY_) -> ours
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end",
     "PPAGE": "pgup", "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter",
@@ -4449,7 +4711,7 @@ class Keyboard:
 
     def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
         """An operating system command, device control string or the like: an answer to others' questions."""
-        found = _pattern("string_end").search(text, at)
+        found = re.compile(STRING_END).search(text, at)
         if self.by_hand:
             self.parts.append(text[at:found.start() if found else None])
         if not found:
@@ -4475,12 +4737,12 @@ class Keyboard:
                 events.append(Pressed(key))
                 return at + len(known)
             is_begun |= len(text) - at < len(known) and known.startswith(text[at:])
-        if is_begun or _pattern("unfinished").match(text, at):
+        if is_begun or re.compile(UNFINISHED).match(text, at):
             self.text = text[at:]
             return -1
         if text.startswith("\x1b\x1b", at):
             return self._read_alt(text, at, events)
-        found = _pattern("key").match(text, at)
+        found = re.compile(KEY).match(text, at)
         if found.lastgroup in ("paste", "string"):
             self.inside, self.late = found.lastgroup, ""
             self.by_hand = len(text) - found.end() < 2
@@ -11774,7 +12036,7 @@ class DiskWorker:
         room = 16 * n_ctx                 # hardly any token has more characters
         for word in words:
             names = find_files(plain_path(word), not text)
-            if text and not names and _pattern("file name").match(word):
+            if text and not names and re.match(LIKE_FILE_NAME, word):
                 missing.append(word)
             for name in names:
                 try:

@@ -9360,7 +9360,7 @@ class TextTest(unittest.TestCase):
                     ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
                 ),
             ):
-                seen, cells, clean = [0], llmchat.cells, llmchat._show
+                seen, cells, clean = [0], llmchat.cells, llmchat.make_harmless
 
                 def count(function, string, *rest):
                     seen[0] += len(string)
@@ -9368,7 +9368,7 @@ class TextTest(unittest.TestCase):
 
                 with mock.patch(
                     "llmchat.cells", side_effect=lambda *a: count(cells, *a)
-                ), mock.patch("llmchat._show", side_effect=lambda *a: count(clean, *a)):
+                ), mock.patch("llmchat.make_harmless", side_effect=lambda *a: count(clean, *a)):
                     lay()
                 self.assertLess(seen[0], 9 * len(text) + 9999, ascii(text[:9]))
 
@@ -12168,7 +12168,7 @@ class FilesTest(unittest.TestCase):
             ("@dir/name and @'a b.md'", ("dir/name", "'a b.md'")),
             ("@ada says me@home.org, @functools.lru_cache", ()),
         ):
-            words = llmchat._pattern("@path").findall(draft)
+            words = re.findall(llmchat.AT_PATH, draft)
             event = self.read(*words, text=draft)
             self.assertEqual((event.files, event.missing), ((), missing), draft)
             state, effects = play(ready(), draft, "[enter]", event)
@@ -13089,7 +13089,7 @@ class DecodeKeysTest(unittest.TestCase):
         keyboard, piece = llmchat.Keyboard(), b"x" * 4096
         for begin in (b"\x1b[200~", b"\x1b]52;c;", b""):
             seen = keyboard.feed(begin)
-            with mock.patch("llmchat._pattern", side_effect=llmchat._pattern) as patterns:
+            with mock.patch("llmchat.re.compile", side_effect=re.compile) as patterns:
                 for _ in range(300):
                     seen += keyboard.feed(piece)
                     self.assertLess(len(keyboard.text), 9)
