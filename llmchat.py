@@ -12954,86 +12954,123 @@ def run_bench(state: State, as_json: bool) -> int:
 # == 41. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
+FLAGS = {  # of the command line
+    "no_save": "leave no trace of this session's chats on the disk",
+    "resume": "choose among your chats",
+    "plain": "line by line, without the window",
+    "demo": "try the program with a small model, fetched if need be",
+    "info": "show this machine, and what MODEL would need; then end",
+    "bench": "measure this machine with MODEL and keep the best thread and batch counts; then end",
+    "list": "list the models of this machine, the ones that fit first; then end",
+    "json": "with --info, --list, --bench, --download and --install: what they have to say as JSON, "
+            "for scripts",
+    "setup": "get what a first chat needs, the engine and a small model, without asking; then chat",
+    "install": "get the engine (llama-cpp-python) that suits this machine; then end",
+    "upgrade": "with --install: only if there is a newer one",
+    "uninstall": "remove the engine and the command llmchat, and your chats and models if you say so; "
+                 "then end",
+    "doctor": "check everything the program needs, and say what to do about it; then end",
+}
+
+SHORT_NAMES = {  # of settings; all others are --NAME, as in SETTINGS
+    "temperature": ["--temp"],
+    "max_tokens": ["-n", "--max-tokens"],
+    "n_ctx": ["-c", "--ctx"],
+    "n_threads": ["-t", "--threads"],
+    "n_gpu_layers": ["-g", "--gpu-layers"],
+}
+
 def parse_arguments(argv: List[str]) -> Any:
-    import argparse
-    parser = argparse.ArgumentParser(prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Chat with a GGUF model in the terminal. All defaults stand at the top of the file, to be edited.",
-        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
-               '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
-    add, error = parser.add_argument, parser.error
-    parser.error = lambda message: error(clean(message))    # type: ignore   # it repeats what may be a file's name
-    add("model", nargs="?", default=MODEL, metavar="MODEL", help="a .gguf file, a folder, a name that --list shows or a part of it, or org/repo[:quant] of "
-        "Hugging Face; without it, choose from a list")
-    add("-s", "--system", dest="system_prompt", metavar="TEXT", help="system prompt: how the model should behave")
-    add("-p", "--prompt", help="answer this one message on stdout and end; a pipe's content is added to it")
-    short = {"temperature": ["--temp"], "max_tokens": ["-n", "--max-tokens"], "n_ctx": ["-c", "--ctx"], "n_threads": ["-t", "--threads"],
-             "n_gpu_layers": ["-g", "--gpu-layers"]}
-    add("--mlock", dest="use_mlock", action="store_const", const="1", help="keep the model in RAM, whatever other programs want")
-    add("--no-mmap", dest="use_mmap", action="store_const", const="0", help="read the model's file at the start, not when it is needed")
-    for name, row in SETTINGS.items():
-        if name in ("use_mlock", "use_mmap"):
-            continue
-        add(*short.get(name, ["--" + name.replace("_", "-")]), dest=name, metavar="X",
-            help="%s (default: %s)" % (row[3], setting_value(Settings(), name)))
-    add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
-    add("--resume", action="store_true", help="choose among your chats")
-    add("--no-save", action="store_true", help="leave no trace of this session's chats on the disk")
-    add("--plain", action="store_true", help="line by line, without the window")
-    add("--demo", action="store_true", help="try the program with a small model, fetched if need be")
-    add("--info", action="store_true", help="show this machine, and what MODEL would need; then end")
-    add("--bench", action="store_true", help="measure this machine with MODEL and keep the best thread and batch counts; then end")
-    add("--list", action="store_true", help="list the models of this machine, the ones that fit first; then end")
-    add("--download", nargs="?", const="", metavar="NAME", help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
-        "its path (no NAME: show what is suggested); then end")
-    add("--json", action="store_true", help="with --info, --list, --bench, --download and --install: what they have to say as JSON, for scripts")
-    add("--setup", action="store_true", help="get what a first chat needs, the engine and a small model, without asking; then chat")
-    add("--install", action="store_true", help="get the engine (llama-cpp-python) that suits this machine; then end")
-    add("--upgrade", action="store_true", help="with --install: only if there is a newer one")
-    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
-        help="with --install: what the engine is to use; without it, what is found")
-    add("--uninstall", action="store_true", help="remove the engine and the command llmchat, and your chats and models if you say so; then end")
-    add("--doctor", action="store_true", help="check everything the program needs, and say what to do about it; then end")
-    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
-    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
-    add("--version", action="version", version="llmchat " + VERSION)
+    parser = make_parser()
     arguments = parser.parse_args(argv)
     if arguments.bench and not arguments.model:
         parser.error("--bench needs a MODEL")
     if (arguments.gpu or arguments.upgrade) and not arguments.install:
         parser.error("--gpu and --upgrade go with --install")
-    arguments.given = {name: value for name, value in vars(arguments).items() if name in (*SETTINGS, "system_prompt") and value is not None}
-    for problem in filter(None, (check_setting(name, value)[1] for name, value in arguments.given.items() if name in SETTINGS)):
-        parser.error(problem)
+    arguments.given = {}
+    for name in (*SETTINGS, "system_prompt"):
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        problem = check_setting(name, value)[1] if name in SETTINGS else ""
+        if problem:
+            parser.error(problem)
+        arguments.given[name] = value
     return arguments
 
+def make_parser() -> Any:
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Chat with a GGUF model in the terminal. "
+                    "All defaults stand at the top of the file, to be edited.",
+        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
+               '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
+    error = parser.error
+    # It repeats what may be a file's name.
+    parser.error = lambda message: error(clean(message))    # type: ignore[method-assign]
+    add = parser.add_argument
+    add("model", nargs="?", default=MODEL, metavar="MODEL",
+        help="a .gguf file, a folder, a name that --list shows or a part of it, or "
+             "org/repo[:quant] of Hugging Face; without it, choose from a list")
+    add("-s", "--system", dest="system_prompt", metavar="TEXT",
+        help="system prompt: how the model should behave")
+    add("-p", "--prompt",
+        help="answer this one message on stdout and end; a pipe's content is added to it")
+    add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
+    add("--download", nargs="?", const="", metavar="NAME",
+        help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print its "
+             "path (no NAME: show what is suggested); then end")
+    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
+        help="with --install: what the engine is to use; without it, what is found")
+    for name, text in FLAGS.items():
+        add("--" + name.replace("_", "-"), action="store_true", help=text)
+    add("--mlock", dest="use_mlock", action="store_const", const="1",
+        help="keep the model in RAM, whatever other programs want")
+    add("--no-mmap", dest="use_mmap", action="store_const", const="0",
+        help="read the model's file at the start, not when it is needed")
+    for name, (default, _, _, meaning) in SETTINGS.items():
+        if not name.startswith("use_"):
+            names = SHORT_NAMES.get(name, ["--" + name.replace("_", "-")])
+            add(*names, dest=name, metavar="X", help="%s (default: %s)" % (meaning, default))
+    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
+    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
+    add("--version", action="version", version="llmchat " + VERSION)
+    return parser
+
 def initial_state(arguments: Any) -> State:
-    name = small_model_path() or SMALL_MODEL.name if arguments.demo else arguments.model
+    name = arguments.model
+    if arguments.demo:
+        name = small_model_path() or SMALL_MODEL.name
     state = with_model(Settings(kept=read_kept("settings.json"), given=arguments.given), name)
     return state if arguments.no_save else with_storage(state)
 
 def with_model(settings: Settings, name: str) -> State:
-    """The state at the start: a file is loaded at once; what another name means has to be looked up."""
+    """Make the state at the start. A file is loaded at once; another name has to be looked up."""
     path = os.path.expanduser(name)
-    here = os.path.isfile(path)
-    settings = settings._replace(model_path=path if here else "", named=bool(name))
-    return State(recall_settings(settings), wanted=None if here else name)
+    is_file = os.path.isfile(path)
+    settings = settings._replace(model_path=path if is_file else "", named=bool(name))
+    return State(recall_settings(settings), wanted=None if is_file else name)
 
 def with_last_model(state: State) -> State:
-    """… where none is named: the one that was used last."""
+    """Take the model that was used last, where none is named."""
     settings = state.settings
     path = str(settings.kept.get("", {}).get("model", ""))
     if settings.named or not path:
         return state
     if not os.path.isfile(path):
-        return notice(state, "The last model, %s, isn't there any more: choose another." % path)
-    return state._replace(settings=recall_settings(settings._replace(model_path=path)), wanted=None)
+        text = "The last model, %s, isn't there any more: choose another."
+        return notice(state, text % path)
+    settings = recall_settings(settings._replace(model_path=path))
+    return state._replace(settings=settings, wanted=None)
 
 def with_storage(state: State) -> State:
-    """… where chats are stored."""
+    """Give the session a name, by which its chats are stored."""
     import time
     session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
     states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
-    return begin_chat(state._replace(settings=state.settings._replace(session=session, states=states)), Chat(), "")
+    settings = state.settings._replace(session=session, states=states)
+    return begin_chat(state._replace(settings=settings), Chat(), "")
 
 def run_install(arguments: Any) -> int:
     """--install: the exit status of install_engine()."""
@@ -13112,6 +13149,7 @@ def ask_yes(question: str) -> bool:
         return False
 
 def run_window(state: State, first: str = "") -> int:
+    """Open the window, or plain mode where there can be none. first: a command, "" = none."""
     try:
         screen = Screen()
     except ImportError:
@@ -13124,16 +13162,12 @@ def run_window(state: State, first: str = "") -> int:
     return run_plain(state, None, True, first)
 
 def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    import codecs
-    codecs.register_error("spell", spell_error)
-    if sys.stdout:                        # a reply, a name or pip's output may hold what the encoding lacks; files and pipes get UTF-8
-        sys.stdout.reconfigure(errors="spell", **({} if sys.stdout.isatty() else {"encoding": "utf-8"}))
-    if sys.stderr:
-        sys.stderr.reconfigure(errors="spell")
+    let_streams_spell()
     terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
-        # The common case, `llmchat.py [MODEL]`: no need to import argparse before the first frame
+        # `llmchat.py [MODEL]`: argparse needn't be imported before the first frame.
         settings = Settings(kept=read_kept("settings.json"))
         state = with_storage(with_model(settings, "".join(argv) or MODEL))
         return run_window(with_last_model(state))
@@ -13154,14 +13188,33 @@ def main(argv: Optional[List[str]] = None) -> int:
         return show_list(arguments.json)
     if arguments.info:
         return show_info(initial_state(arguments), arguments.json)
-    first = "/chats" if arguments.resume else "/open" if arguments.go_on else ""
     if arguments.bench:
         return run_bench(initial_state(arguments), arguments.json)
+    return run_chat(arguments, terminal)
+
+def run_chat(arguments: Any, terminal: bool) -> int:
+    """Chat in the window, in plain mode, or give the one answer of -p and pipes."""
+    first = "/open" if arguments.go_on else ""
+    if arguments.resume:
+        first = "/chats"
     if terminal and not arguments.plain and arguments.prompt is None:
         return run_window(with_last_model(initial_state(arguments)), first)
     interactive = arguments.prompt is None and (arguments.plain or sys.stdin.isatty())
     arguments.no_save |= not interactive    # what goes through a pipe is no chat to go on with
-    return run_plain(with_last_model(initial_state(arguments)), arguments.prompt, interactive, first)
+    state = with_last_model(initial_state(arguments))
+    return run_plain(state, arguments.prompt, interactive, first)
+
+def let_streams_spell() -> None:
+    """Let stdout and stderr spell what their encoding lacks; files and pipes get UTF-8.
+
+    A reply, a name or pip's output may hold anything."""
+    import codecs
+    codecs.register_error("spell", spell_error)
+    if sys.stdout:
+        encoding = {} if sys.stdout.isatty() else {"encoding": "utf-8"}
+        sys.stdout.reconfigure(errors="spell", **encoding)
+    if sys.stderr:
+        sys.stderr.reconfigure(errors="spell")
 
 def open_streams() -> None:
     """Streams that are closed (as by 2>&-) lead nowhere, or what is opened first would be taken for them."""
@@ -13170,7 +13223,7 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))
 
 def run_main() -> int:
-    """main(), with the last edge: what is thrown there is one sentence."""
+    """Run main() behind the last edge: what is thrown there becomes one sentence."""
     open_streams()
     try:
         try:
@@ -13185,7 +13238,8 @@ def run_main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # Python writes what is left at its end
         if isinstance(error, BrokenPipeError):
             return 0                      # the reader has gone, e.g. `head`: end quietly
-        text = "%s can't be read or written: %s." % (error.filename or "The output", error.strerror or error)
+        what = error.filename or "The output"
+        text = "%s can't be read or written: %s." % (what, error.strerror or error)
         with suppress(OSError):
             print(clean(text), file=sys.stderr, flush=True)
         return 1
