@@ -1822,7 +1822,7 @@ def turn_lines(turn: Turn, options: RenderOptions) -> Tuple[Line, ...]:
         mark = "❯ " if options.unicode else "> "
         lines = marked_lines(mark, question_text(turn.text, options.raw), width, "user")
     else:
-        lines = marked_lines("  ", turn.text, width, turn.style)
+        lines = marked_lines("  ", lay_columns(turn.text, options.width), width, turn.style)
     for row in wrap(clean(turn.note), width) if turn.note else ():
         lines.append((("  ", "dim"), (row, "dim")))
     return tuple(lines) + ((),)
@@ -1841,6 +1841,16 @@ def marked_lines(mark: str, text: str, width: int, style: str) -> List[Line]:
         lines.append(((mark, "prompt"), (row, style)))
         mark = "  "
     return lines
+
+def lay_columns(text: str, width: int) -> str:
+    """Lay out a notice: a tab separates the two columns of a line, which are made for this width."""
+    if "\t" not in text:
+        return text
+    lines: List[str] = []
+    for line in text.split("\n"):
+        left, _, right = line.partition("\t")
+        lines += help_lines(left, right, width)
+    return "\n".join(lines)
 
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
@@ -2929,11 +2939,10 @@ def cmd_set(state: State, argument: str) -> Outcome:
     return choose(state, {name: value}, hint)
 
 def settings_table(state: State) -> str:
-    width = plan_layout(state).chat_width
-    lines: List[str] = []
+    """List the settings, to be laid out by lay_columns()."""
+    lines = []
     for name, (_, _, _, meaning) in SETTINGS.items():
-        now = "%-14s %s" % (name, setting_value(state.settings, name))
-        lines += help_lines(now, meaning, width)
+        lines.append("%-14s %s\t%s" % (name, setting_value(state.settings, name), meaning))
     return "\n".join(lines)
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
@@ -3429,17 +3438,15 @@ def show_models(state: State, entries: Sequence[ModelEntry],
 def show_details(state: State, entry: ModelEntry) -> Change:
     """Tell more of the chosen model: its file has more to say than the list."""
     choice = state.dialog
-    lines: List[str] = []
-    effects = (DiskJob("describe", (entry.path,)),)
-    if entry.to_fetch:
-        effects = ()
-        for title, _, text in MODEL_COLUMNS:
-            if text(entry):
-                lines.append("%s: %s" % (title.title(), text(entry)))
-        lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
-    rows = tuple((line, "") for line in lines)
-    sheet = Sheet("details", DETAILS_TITLE, rows, query=choice.query, back=choice)
-    return state._replace(dialog=sheet), effects
+    state = state._replace(dialog=Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice))
+    if not entry.to_fetch:
+        return state, (DiskJob("describe", (entry.path,)),)
+    lines = []
+    for title, _, text in MODEL_COLUMNS:
+        if text(entry):
+            lines.append("%s: %s" % (title.title(), text(entry)))
+    lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
+    return on_model_described(state, ModelDescribed(entry.path, tuple(lines))), ()
 
 def show_details_d(state: State, entry: ModelEntry) -> Change:
     """The same at a typed d, which may also be the first letter of a name."""
@@ -3585,8 +3592,9 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
         return state, effects
     if not chat.nodes:                    # all of it was taken back
         empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
-        erase = (DiskJob("erase", (chat.name,)),) if chat.stored else ()
-        return state._replace(chat=empty), effects + erase
+        if chat.stored:
+            effects += (DiskJob("erase", (chat.name,)),)
+        return state._replace(chat=empty), effects
     records = news_records(chat, state)
     if not records:
         return state, effects
@@ -3682,10 +3690,10 @@ def new_paths(state: State) -> List[str]:
     return [path for path in re.findall(AT_PATH, words) if plain_path(path) not in attached]
 
 def on_submitted(state: State, event: Submitted) -> Change:
-    # the history has it already, so that cmd_send() stores nothing there
+    # the history has it already, so that nothing is stored there
     draft = Draft(event.text, history=(event.text,))
     state = state._replace(draft=draft, dialog=None, hint="")
-    return cmd_send(state, "read" if event.literal else "")
+    return run_command(state, "send", "read" if event.literal else "")
 
 def on_pressed(state: State, event: Pressed) -> Change:
     draft, key = state.draft, event.key
@@ -4003,9 +4011,7 @@ BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned 
               "conversation, choose an instruct or chat model (/models).")
 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
-    model = ModelInfo(message["name"], message["description"], message["n_ctx"], message["path"],
-                      message.get("can_switch", True), message.get("think"),
-                      may_think=message.get("may_think", False))
+    model = ModelInfo(**{name: message[name] for name in ModelInfo._fields if name in message})
     state = tell_loaded(state, model)
     if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
         state = notice(state, BASE_MODEL)
@@ -4263,7 +4269,7 @@ def on_machine_probed(state: State, event: MachineProbed) -> State:
     lines = [line for line in event.lines if not line.startswith("GPU")]
     return state._replace(summary=tuple(LogLine("text", line) for line in lines))
 
-CHILD_NEWS = {
+CHILD_NEWS: Dict[Any, Any] = {
     ("engine", ChildSaid):    on_engine_said,
     ("engine", ChildEnded):   on_engine_died,
     ("install", ChildSaid):   on_install_said,
@@ -4271,7 +4277,7 @@ CHILD_NEWS = {
     ("download", ChildSaid):  on_download_said,
     ("download", ChildEnded): on_download_ended}
 
-HANDLERS = {
+HANDLERS: Dict[Any, Any] = {
     Typed: on_typed,
     Pasted: on_typed,
     Pressed: on_pressed,
@@ -4296,7 +4302,7 @@ HANDLERS = {
     ModelsFound: on_models_found,
     ModelDescribed: on_model_described}
 
-ENGINE_EVENTS = {
+ENGINE_EVENTS: Dict[str, Any] = {
     "log": on_engine_log,
     "hello": on_loading,
     "hardware": on_hardware,
@@ -4516,6 +4522,16 @@ def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
         rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
     return rows
 
+def setup_lines(needs: Needs, room: int, height: int) -> List[str]:
+    """Lay out what is lacking: in columns, or as sentences, short ones in a low window."""
+    rows = setup_rows(needs)
+    widest = max((cells(which) for _, which, _ in rows), default=0)
+    if room >= widest + 26:
+        return [("%-11s %s" % (what, which)).ljust(room - 14) + cost for what, which, cost in rows]
+    if height > 12:
+        return ["%s: %s, %s" % row for row in rows]
+    return ["%s, %s" % (what, cost) for what, _, cost in rows]
+
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """What stands in front of the chat; a question about a row of a list is asked over that list."""
     dialog = state.dialog
@@ -4585,28 +4601,25 @@ def view_setup(state: State, width: int, height: int) -> List[Line]:
     needs, room = state.needs, max(1, width - 4)
     if not needs:
         return [(), (("  Looking at this machine", "dim"),)]
-    rows = setup_rows(needs)
-    wide = room >= max((cells(which) for _, which, _ in rows), default=0) + 26
-    texts = [("", "text"), ("%s needed before the first chat:" % ("Two things are" if len(rows) > 1 else "One thing is"), "text")]
-    texts.append(("", "text"))
-    for what, which, cost in rows:
-        if wide:
-            row = ("%s %s" % (what.ljust(11), which)).ljust(room - 14) + cost
-        elif height > 12:
-            row = "%s: %s, %s" % (what, which, cost)
-        else:
-            row = "%s, %s" % (what, cost)
-        texts.append((row, "good"))
+    rows = setup_lines(needs, room, height)
+    texts = [("One thing is needed before the first chat:", "text"), ("", "text")]
+    if len(rows) > 1:
+        texts[0] = ("Two things are needed before the first chat:", "text")
+    texts += [(row, "good") for row in rows]
     texts.append(("", "text"))
     texts += [(text, "warn") for text in needs.lacking]
-    texts.append(("llmchat gets it into a folder of its own and changes nothing else. Write your first message meanwhile: "
-                  "it is answered as soon as all is there.", "dim"))
-    texts += [("", "text"), (setup_keys(state, len(rows)), "title")]
-    lines = [((("  " + row), style),) for text, style in texts for row in wrap(text, room)]
-    for spare in (lambda line: not line[0][0].strip(), lambda line: line[0][1] == "dim"):
-        if len(lines) > height:           # the keys must be seen
-            lines = [line for line in lines if not spare(line)]
+    texts += [(SETUP_TEXT, "dim"), ("", "text"), (setup_keys(state, len(rows)), "title")]
+    lines: List[Line] = [(("", "text"),)]
+    for text, style in texts:
+        lines += [(("  " + row, style),) for row in wrap(text, room)]
+    if len(lines) > height:               # the keys must be seen
+        lines = [line for line in lines if line[0][0].strip()]
+    if len(lines) > height:
+        lines = [line for line in lines if line[0][1] != "dim"]
     return lines
+
+SETUP_TEXT = ("llmchat gets it into a folder of its own and changes nothing else. Write your first "
+              "message meanwhile: it is answered as soon as all is there.")
 
 def setup_keys(state: State, n_rows: int) -> str:
     keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
@@ -12382,7 +12395,7 @@ class Plain:
         known = {id(turn) for turn in before.turns}
         for turn in now.turns:
             if turn.role == "notice" and id(turn) not in known:
-                self.note(turn.text)
+                self.note(lay_columns(turn.text, plan_layout(self.state).chat_width))
                 self.status = 1 if turn.style == "error" else self.status
 
     def new_lines(self, before: State, now: State) -> List[LogLine]:

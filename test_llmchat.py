@@ -12446,7 +12446,12 @@ class SettingsTest(unittest.TestCase):
         )
         shown = notices(play(state, "/set", "[enter]")[0])[0]
         for name in llmchat.SETTINGS:
-            self.assertIn("  " + name, shown)
+            self.assertIn(name, shown)
+        wide = play(ready(columns=120, rows=60, pane="hidden"), "/set", "[enter]")[0]
+        narrow = play(ready(columns=50, rows=60, pane="hidden"), "/set", "[enter]")[0]
+        resized = play(wide, Resized(50, 60))[0]
+        self.assertEqual(rows_of(resized), rows_of(narrow), "laid out for the width there is")
+        self.assertNotEqual(rows_of(wide), rows_of(narrow))
         self.assertIn(
             "from 0 to 5, e.g. %s" % llmchat.SAMPLING["temperature"][0],
             notices(play(state, "/set temperature hot", "[enter]")[0])[0],
