@@ -8037,7 +8037,7 @@ class FetchTest(unittest.TestCase):
         paused = state._replace(fetch=fetch._replace(stop="paused"))
         after, effects = llmchat.cmd_download(paused, "cancel")
         self.assertEqual((after.fetch, effects), (None, (DiskJob("drop_parts", (fetch.parts,)),)))
-        self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause")[0].hint)
+        self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause").hint)
         self.assertEqual(
             llmchat.cmd_download(paused, "org/repo")[1], (StartChild("download", "org/repo"),)
         )
