@@ -2285,9 +2285,10 @@ def start_model(state: State) -> Change:
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="The model is loaded when the engine is installed"), ()
+    options = settings.options._replace(fallback=state.fallback, caution=state.caution)
     load = SendEngine({
         "cmd": "load", "path": settings.model_path, "states": settings.states,
-        "options": list(settings.options._replace(fallback=state.fallback, caution=state.caution))})
+        "options": options._asdict()})
     state = state._replace(
         progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
     if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
@@ -2338,7 +2339,7 @@ def ask_model(state: State, begun: str = "", thought: Any = (), continued: int =
         ahead_progress=Progress(), chat_scroll=None)
     request = {
         "cmd": "chat", "id": chat.request, "messages": chat_messages(state),
-        "sampling": list(state.settings.sampling), "chat": chat.name, "begun": begun,
+        "sampling": state.settings.sampling._asdict(), "chat": chat.name, "begun": begun,
         "think": shall_think(state), "once": state.settings.once}
     return state, store_part(state, begun) + (SendEngine(request),)
 
@@ -5758,8 +5759,8 @@ PERFORM = {
 }
 
 DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
-    "begun": {"parts": list, "total": int},
-    "checking": {"done": int}, "fetching": {"done": int},
+    "begun": {"parts": [str], "total": int},
+    "checking": {"done": int, "rate?": float}, "fetching": {"done": int, "rate?": float},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
 INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
@@ -5846,7 +5847,8 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]
 def ask_bench(python: str, path: str, options: LoadOptions) -> Iterable[Dict[str, Any]]:
     """Yield what a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
-        command = {"cmd": "bench", "path": path, "options": options._replace(caution=caution)}
+        careful_options = options._replace(caution=caution)
+        command = {"cmd": "bench", "path": path, "options": careful_options._asdict()}
         measured = False
         try:
             for message in ask_engine(python, command):
@@ -7108,7 +7110,7 @@ class Reply:
 
     def flush(self, now_s: float) -> None:
         text, self.text, self.unsent = self.unsent, self.text + self.unsent, ""
-        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=len(self.engine.tokens), thought=self.thought)
+        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=len(self.engine.tokens), thought=self.thought or None)
 
     def end(self, reason: str) -> None:
         import time
@@ -7669,98 +7671,156 @@ def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
 
 
 # == 17. ENGINE PROCESS ============================================================================
-# The child that owns the engine; engine_argv() starts it. JSON lines on stdin: {"cmd": "load" | "chat" | "stop" |
-# "ahead" | "discard" | "unload" | "info" | "bench" | "quit", …}; JSON lines on stdout: {"event": …}, see ENGINE_SAYS.
-# Whatever else the libraries print goes to stderr. It must not know State or the terminal. A new command: an on_NAME
-# method of EngineProcess; it runs in the main thread. A new event: a row here, and one in ENGINE_EVENTS.
+# The child that owns the engine; engine_argv() starts it. It hears JSON lines on stdin and says
+# JSON lines on stdout, as the two tables tell; whatever else the libraries print goes to stderr.
+# It must not know State or the terminal.
+# A new command: a row of ENGINE_HEARS and a method on_NAME, which runs in the main thread.
+# A new event: a row of ENGINE_SAYS, and one of ENGINE_EVENTS.
+
+MESSAGE = {"role": str, "content": str}    # of a chat, as OpenAI's
+LOG_LEVELS = ("dim", "text", "good", "warn", "error")
+
+# {"cmd": name}: its fields and their kinds, see is_kind(). With "?": may be missing, or null.
+ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
+    "info": {},                           # answered by "machine"
+    "load": {"path": str, "options": LoadOptions,    # "hardware", "plan", "loading"s, "loaded"
+             "states?": str},             # the folder that keeps what was read of each chat
+    "ahead": {"draft": str,               # read the next prompt as far as it goes: "ahead"s, "counted"
+              "messages?": [MESSAGE],     # missing: the same as before
+              "chat?": str,               # the name of its file; "" = it leaves no trace
+              "files?": str,              # what is attached, whose tokens are counted
+              "think?": bool},            # null: as the model's template has it
+    "chat": {"messages": [MESSAGE], "sampling": Sampling,    # "reading"s, "text"s, "done"
+             "chat?": str, "think?": bool,
+             "begun?": str,               # how the reply begins; the model goes on from there
+             "once?": bool},              # nobody watches: it ends after one context at the latest
+    "stop": {},                           # what came before it, at once
+    "discard": {"chat": str},             # this chat was deleted: nothing of it is written any more
+    "unload": {},                         # end, and give all memory back: "unloaded"
+    "bench": {"path": str, "options": LoadOptions},    # "measured"s, "benched"
+    "quit": {}}
+
+# {"event": name}: the same. A line that isn't like this is shown in the system pane instead.
+ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
+    "hello": {},                          # it has started
+    "log": {"level": LOG_LEVELS, "text": str},
+    "failed": {"during": str, "text": str,    # a command, or "start"
+               "kept?": bool},            # the model that was there before is still loaded
+    "machine": {"hardware": Hardware},
+    "hardware": {"lines": [str]},         # for people, as are those of "plan"
+    "plan": {"lines": [str], "verdict": str, "fallback": int, "next": str, "caution?": int},
+    "lowered": {"text": str},             # memory ran out; the next plan is tried
+    "loading": {"progress": float},       # from 0 to 1
+    "loaded": {"name": str, "description": str, "n_ctx": int, "path": str, "think?": bool,
+               "can_switch?": bool, "may_think?": bool, "is_base?": bool},
+    "proven": {},                         # the model runs on this CPU
+    "ahead": {"done": int, "total": int, "rate?": float, "left_s?": float},    # tokens, tokens/s
+    "counted": {"n": int},                # tokens of the files
+    "forgot": {"n": int},                 # messages that the context has no room for
+    "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float},
+    "text": {"id": int, "text": str, "rate": float, "n_used": int,    # tokens of the context
+             "thought?": [int, float]},   # tokens and seconds of thinking
+    "done": {"id": int, "reason": str, "n_read": int, "n_reused": int, "n_written": int,
+             "n_used": int, "n_ctx?": int, "rate": float, "read_s": float, "first_s": float,
+             "write_s": float},
+    "unloaded": {},
+    "measured": {"group": str, "n": int, "rate": float},    # tokens/s with n threads, or the like
+    "benched": {"n_threads": int, "n_ubatch": int, "key": str, "model": str, "machine": [str]}}
+COMMON_FIELDS = {"id?": int, "ram_bytes?": int}    # of the request; what the engine has of memory
+
+def has_fields(message: Dict[str, Any], kinds: Dict[str, Any]) -> bool:
+    for name, kind in kinds.items():
+        value = message.get(name.rstrip("?"))
+        is_missing = value is None and name.endswith("?")
+        if not is_missing and not is_kind(value, kind):
+            return False
+    return True
+
+def is_kind(value: Any, kind: Any) -> bool:
+    """Tell whether a field is what its table says.
+
+    kind: a type; (values) to choose from; [kind] of all that is in a list, or [kinds] of one each;
+    a table of fields; or a NamedTuple, whose fields come by name, or all in order."""
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
+    if hasattr(kind, "_fields"):
+        names = kind._fields
+        if isinstance(value, dict):
+            return set(value) == set(names)
+        return isinstance(value, list) and len(value) == len(names)
+    if isinstance(kind, tuple):
+        return value in kind
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and has_fields(value, kind)
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            return False
+        kinds = kind if len(kind) > 1 else kind * len(value)
+        return len(value) == len(kinds) and all(map(is_kind, value, kinds))
+    return isinstance(value, kind)
+
+def is_message(message: Any, known: Dict[str, Dict[str, Any]], key: str = "event") -> bool:
+    """Tell whether this is a message of the table, with the fields that it needs."""
+    name = message.get(key) if isinstance(message, dict) else None
+    if not isinstance(name, str) or name not in known:
+        return False
+    return has_fields(message, {**COMMON_FIELDS, **known[name]})
+
+def read_tuple(kind: Any, value: Any) -> Any:
+    """Make the NamedTuple that stands in a message."""
+    return kind(**value) if isinstance(value, dict) else kind(*value)
 
 def probe_ram_bytes() -> int:
-    """Memory that this process has; where the system doesn't tell that, the most it ever had."""
-    if os.name == "nt":
+    """Look how much memory this process has; where the system doesn't tell, the most it had."""
+    if sys.platform == "win32":
         import ctypes
-        counters = (ctypes.c_size_t * 9)(72)    # PROCESS_MEMORY_COUNTERS: its length and a count, 32 bits each; the peak; the working set
-        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
+        # PROCESS_MEMORY_COUNTERS: its length and a count (32 bits each), the peak, the working set
+        counters = (ctypes.c_size_t * 9)(72)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(
+            ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
         return counters[2]
     import resource
     pages = read_text("/proc/self/statm").split()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(pages[1]) * resource.getpagesize() if pages else peak
-
-# event: its fields and their types, see is_kind(). A line that isn't like this is shown in the system pane instead.
-ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
-    "hello": {}, "unloaded": {}, "proven": {},
-    "log": {"level": LogLine, "text": str},
-    "failed": {"during": str, "text": str},
-    "machine": {"hardware": Hardware},
-    "hardware": {"lines": list},
-    "plan": {"lines": list, "verdict": str, "fallback": int, "next": str},
-    "lowered": {"text": str},
-    "loading": {"progress": float},
-    "loaded": {"name": str, "description": str, "n_ctx": int, "path": str},
-    "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float},
-    "text": {"id": int, "text": str, "rate": float, "n_used": int},
-    "done": {"id": int, "reason": str, "n_read": int, "n_reused": int, "n_written": int, "n_used": int,
-             "rate": float, "read_s": float, "first_s": float, "write_s": float},
-    "ahead": {"done": int, "total": int},
-    "forgot": {"n": int}, "counted": {"n": int},
-    "measured": {"group": str, "values": dict},
-    "benched": {"n_threads": int, "n_ubatch": int, "key": str, "model": str, "machine": list}}
-OPTIONAL_FIELDS: Dict[str, Any] = {
-    "id": int, "ram_bytes": int, "caution": int, "n_ctx": int, "thought": Stats, "rate": float, "can_switch": bool, "kept": bool}
-LOG_LEVELS = ("dim", "text", "good", "warn", "error")
-
-def is_kind(value: Any, kind: Any) -> bool:
-    """Whether a field of a message is what it should be. list: of texts; the NamedTuples stand for what is made of it."""
-    if kind is float or kind is int:
-        return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
-    if kind is list:
-        return isinstance(value, list) and all(isinstance(line, str) for line in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(is_kind(number, float) for number in value.values())
-    if kind is LogLine:
-        return value in LOG_LEVELS
-    if kind is Stats:                     # tokens and seconds, or nothing
-        return value == [] or isinstance(value, list) and len(value) == 2 and all(is_kind(n, float) for n in value)
-    if kind is Hardware:
-        return isinstance(value, list) and len(value) == len(Hardware._fields)
-    return isinstance(value, kind)
-
-def is_message(message: Any, known: Dict[str, Dict[str, Any]]) -> bool:
-    """Whether this is an event of the table, with the fields that it needs."""
-    if not isinstance(message, dict) or not isinstance(message.get("event"), str):
-        return False
-    fields = known.get(message["event"])
-    if fields is None or not all(is_kind(message.get(name), kind) for name, kind in fields.items()):
-        return False
-    return all(is_kind(message[name], kind) for name, kind in OPTIONAL_FIELDS.items() if name in message)
+    if pages:
+        return int(pages[1]) * resource.getpagesize()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 class StateCache:
-    """What the engine has read of each chat, as files, so that a resumed chat need not be read again. The least recently
-    used go first. `chat` is the one in memory; "" = one that leaves no trace."""
+    """What the engine has read of each chat, as files: a resumed chat needn't be read again.
+
+    The least recently used go first. `chat` is the one in memory; "" = one that leaves no trace."""
+
     def __init__(self, engine: LlamaEngine, folder: str) -> None:
-        self.engine, self.folder, self.chat = engine, folder, ""
+        self.engine = engine
+        self.folder = folder
+        self.chat = ""
         self.saved: List[int] = []        # the tokens that the chat's file holds
         self.messages: List[Dict[str, str]] = []    # what was said in it
-        self.draft = ""                   # what was typed since: it is read ahead, but not stored before it is sent
+        self.draft = ""                   # typed since: read ahead, not stored before it is sent
 
     def has_news(self) -> bool:
-        begun = any(message["role"] != "system" for message in self.messages)
-        return bool(self.chat and begun and self.engine.context and self.engine.tokens != self.saved)
+        if not self.chat or not self.engine.context or self.engine.tokens == self.saved:
+            return False
+        return any(message["role"] != "system" for message in self.messages)
 
     def pays(self) -> bool:
-        """Whether reading again what no file holds would take long, for so large a file."""
+        """Tell whether reading again what no file holds would take long, for so large a file."""
         tokens = self.engine.tokens
         n_new = len(tokens) - common_prefix(self.saved, tokens)
         spared_s = n_new * self.engine.read_token_s
         return spared_s * (STATE_MB_PER_S << 20) >= self.engine.count_state_bytes()
 
     def save(self) -> None:
+        engine = self.engine
         if not self.has_news():
             return
-        if self.messages[-1]["role"] == "assistant":    # else a reply to it is in memory, and no draft
-            self.engine._truncate(common_prefix(self.engine.tokens, self.engine.certain_tokens(self.messages, "")))
-        if self.engine.tokens != self.saved and self.engine.save_state(self.path(self.chat)):
-            self.saved = list(self.engine.tokens)
+        if self.messages[-1]["role"] == "assistant":
+            # else a reply to it is in memory, and no draft
+            certain = engine.certain_tokens(self.messages, "")
+            engine._truncate(common_prefix(engine.tokens, certain))
+        if engine.tokens != self.saved and engine.save_state(self.path(self.chat)):
+            self.saved = list(engine.tokens)
             with suppress(OSError):       # another window may be removing files at the same time
                 self.trim()
 
@@ -7770,55 +7830,74 @@ class StateCache:
     def trim(self) -> None:
         """Remove what exceeds STATE_CACHE_MB, and what killed processes have left half written."""
         import time
-        files = [(entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(self.folder)]
+        entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder)]
+        entries.sort(key=lambda entry: entry[0].st_mtime, reverse=True)
         room = STATE_CACHE_MB << 20
-        for mtime_s, n_bytes, path in sorted(files, reverse=True):
-            room -= n_bytes
-            if room < 0 or path.endswith(".tmp") and mtime_s < time.time() - 3600:
+        hour_ago_s = time.time() - 3600
+        for stat, path in entries:
+            room -= stat.st_size
+            is_left_over = path.endswith(".tmp") and stat.st_mtime < hour_ago_s
+            if room < 0 or is_left_over:
                 with suppress(OSError):
                     os.remove(path)
 
     def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
-        """A chat comes: if it isn't the one in memory, its state is fetched, or else that of its system prompt."""
-        chat = chat if self.folder else ""
-        if chat != self.chat:
+        """Take up a chat: if it isn't in memory, fetch its state, or else its system prompt's."""
+        if not self.folder:
+            chat = ""
+        is_another = chat != self.chat
+        if is_another:
             self.save()
-        changed, self.messages, self.draft = chat != self.chat, messages, draft
-        if not changed:
+        self.messages = messages
+        self.draft = draft
+        if not is_another:
             return
-        self.chat, self.engine.replies, self.engine.system_mark = chat, {}, (0, "")
+        self.chat = chat
+        self.engine.replies = {}
+        self.engine.system_mark = (0, "")
         if chat and not self.load(chat):
-            import hashlib
-            tokens = self.engine.certain_tokens([m for m in messages[:1] if m["role"] == "system"], "")
-            name = "system-" + hashlib.sha1(repr((self.engine.identity, tokens)).encode()).hexdigest()
-            if len(tokens) >= 16 and common_prefix(self.engine.tokens, tokens) < len(tokens) and not self.load(name):
-                self.engine.system_mark = (len(tokens), self.path(name))
+            self.enter_system(messages)
         self.saved = list(self.engine.tokens)
 
+    def enter_system(self, messages: List[Dict[str, str]]) -> None:
+        """Fetch the state of a new chat's system prompt, or have it written when it is read."""
+        import hashlib
+        engine = self.engine
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        tokens = engine.certain_tokens(system, "")
+        if len(tokens) < 16 or common_prefix(engine.tokens, tokens) == len(tokens):
+            return
+        digest = hashlib.sha1(repr((engine.identity, tokens)).encode()).hexdigest()
+        if not self.load("system-" + digest):
+            engine.system_mark = (len(tokens), self.path("system-" + digest))
+
     def load(self, name: str) -> bool:
-        done, n = self.engine.load_state(self.path(name)), len(self.engine.tokens)
-        if done:
-            with suppress(OSError):
-                os.utime(self.path(name))    # now the most recently used
-            self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
-            self.engine.emit("log", level="good", text="{:,} tokens of this chat need not be read again.".format(n))
-        return done
+        if not self.engine.load_state(self.path(name)):
+            return False
+        with suppress(OSError):
+            os.utime(self.path(name))     # now the most recently used
+        n = len(self.engine.tokens)
+        self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
+        text = "{:,} tokens of this chat need not be read again.".format(n)
+        self.engine.emit("log", level="good", text=text)
+        return True
 
 def crash_quickly() -> None:
-    """No core dump, which would write gigabytes to the disk, and no dialog box: the next engine waits for our end."""
-    if os.name == "nt":
+    """Have no core dump, which would write gigabytes, and no dialog box: the next engine waits."""
+    if sys.platform == "win32":
         import ctypes
         ctypes.windll.kernel32.SetErrorMode(3)    # SEM_FAILCRITICALERRORS, SEM_NOGPFAULTERRORBOX
         return
     import resource
     with suppress(ValueError, OSError):
         # 1 byte is too small for a file, and keeps programs such as apport away too (core(5))
-        resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        _, most = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (1, most))
 
-OOM_SCORE = 800                       # of 1,000: above a browser with half of the memory, and the 300 that it gives its tabs
+OOM_SCORE = 800    # of 1,000: above a browser with half of the memory, which gives its tabs 300
 
 def outlive_nobody() -> None:
-    """When memory runs out, Linux is to end the engine and no other program: it has nothing to lose (proc(5))."""
+    """Have Linux end the engine, and no other program, when memory runs out (proc(5))."""
     path = "/proc/self/oom_score_adj"
     now = read_text(path)
     if now and int(now) < OOM_SCORE:
@@ -7826,14 +7905,14 @@ def outlive_nobody() -> None:
             file.write(str(OOM_SCORE))
 
 def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
-    """The newer of two commands; an "ahead" may rely on the chat that came with the one before."""
+    """Give the newer of two commands; an "ahead" may rely on the chat that came with the older."""
     return {**older, **newer} if newer.get("cmd") == "ahead" else newer
 
-LAST_WORDS_S = 60                     # how long an engine whose window is gone may take to write its state
-COMMAND_CHARS = 32_000_000            # of a command, and of all that wait; more than any window sends
+LAST_WORDS_S = 60            # how long an engine whose window is gone may take to write its state
+COMMAND_CHARS = 32_000_000   # of a command, and of all that wait; more than any window sends
 
 def bounded_lines(file: Any) -> Iterator[str]:
-    """The whole lines of a stream; those of more than COMMAND_CHARS are left out."""
+    """Give the whole lines of a stream; those of more than COMMAND_CHARS are left out."""
     is_rest = False
     for part in iter(lambda: file.readline(COMMAND_CHARS), ""):
         ends = part.endswith("\n")
@@ -7842,16 +7921,20 @@ def bounded_lines(file: Any) -> Iterator[str]:
         is_rest = not ends
 
 class EngineProcess:
+    """The engine behind its protocol: on_NAME performs the command of that name."""
+
     def __init__(self) -> None:
-        import queue, threading
-        # Stray prints of C code would break the protocol: keep stdout for us, point fd 1 at stderr.
+        import queue
+        import threading
+        # stray prints of C code would break the protocol: keep stdout for us, point fd 1 at stderr
         self.out = os.fdopen(os.dup(1), "w", encoding="ascii", newline="\n")
         os.dup2(2, 1)
-        self.commands: Any = queue.Queue()
+        self.commands: Any = queue.Queue()    # of (its number, command)
         self.lock = threading.Lock()      # of what follows
-        self.out_lock = threading.Lock()  # another one: a pipe that nobody empties must not keep "stop" waiting
-        self.stop, self.engine = StopFlag(), None
-        self.seen = self.stopped = 0      # how many commands came; the last one that a stop came after
+        self.out_lock = threading.Lock()  # a pipe that nobody empties mustn't keep "stop" waiting
+        self.stop = StopFlag()
+        self.seen = 0                     # how many commands came
+        self.stopped = 0                  # the last one that a stop came after
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
         self.loading = False              # nothing is lost if the process ends now
@@ -7866,9 +7949,33 @@ class EngineProcess:
             except OSError:
                 os._exit(0)               # the window is gone
 
+    def run(self) -> None:
+        import signal
+        import threading
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
+        crash_quickly()
+        outlive_nobody()
+        threading.Thread(target=self.read_commands, daemon=True).start()
+        try:
+            api = import_llama()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            text = ("llama.cpp can't be loaded: %s. Make the engine anew with: "
+                    "python3 llmchat.py --install")
+            return self.emit("failed", during="start", text=text % reason)
+        self.engine = LlamaEngine(api, self.emit, self.stop)
+        self.states = StateCache(self.engine, "")
+        self.emit("hello")
+        while True:
+            number, command = self.newest(*self.next_command())
+            self.perform(number, command)
+
+    # -- the reader thread --
+
     def read_commands(self) -> None:
-        """The reader thread: a "stop" must be seen in the middle of a reply, and the end while a slow disk is read."""
-        import json, time
+        """Take commands in: "stop" in the middle of a reply, "quit" while a slow disk is read."""
+        import json
+        import time
         n_waiting = 0                     # characters of the commands since none waited
         for line in bounded_lines(sys.stdin):
             if self.commands.empty():
@@ -7878,78 +7985,67 @@ class EngineProcess:
                 command = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if not isinstance(command, dict):
-                continue
-            with self.lock:
-                if command.get("cmd") in ("stop", "quit"):
-                    self.stopped = self.seen
-                    self.stop.set()
-                else:
-                    self.seen += 1
-                    if self.resting:      # reading ahead gives way to anything
-                        self.stop.set()
-                fits = command.get("cmd") != "stop" and n_waiting < COMMAND_CHARS
-                if fits or command.get("cmd") == "quit":
-                    self.commands.put((self.seen, command))
-            if command.get("cmd") == "quit":
-                self.end_loading()
-        self.end_loading()
-        with self.lock:
-            self.stopped = self.seen      # what still waits isn't begun
-            self.stop.set()
-        self.commands.put((self.seen, {"cmd": "quit"}))
-        # The window is gone. Whatever the main thread is stuck in, no engine is to outlive it for ever.
+            if isinstance(command, dict):
+                self.take(command, n_waiting < COMMAND_CHARS)
+        self.take({"cmd": "quit"}, True)
+        # the window is gone: whatever the main thread is stuck in, no engine outlives it for ever
         time.sleep(LAST_WORDS_S)
         os._exit(1)
 
-    def end_loading(self) -> None:
-        """End the process if it loads: llama.cpp may wait for a slow disk for minutes, and nothing is lost."""
-        if self.loading:
-            os._exit(0)
+    def take(self, command: Dict[str, Any], fits: bool) -> None:
+        """Stop what a command stops, and put it where the main thread finds it."""
+        name = command.get("cmd")
+        with self.lock:
+            if name in ("stop", "quit"):
+                self.stopped = self.seen
+                self.stop.set()
+            else:
+                self.seen += 1
+                if self.resting:          # reading ahead gives way to anything
+                    self.stop.set()
+            if name == "quit" or fits and name != "stop":
+                self.commands.put((self.seen, command))
+        if name == "quit" and self.loading:
+            os._exit(0)    # llama.cpp may wait for a slow disk for minutes, and nothing is lost
 
-    def run(self) -> None:
-        import signal, threading
-        signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
-        crash_quickly()
-        outlive_nobody()
-        threading.Thread(target=self.read_commands, daemon=True).start()
-        try:
-            api = import_llama()
-        except Exception as error:
-            return self.emit("failed", during="start", text="llama.cpp can't be loaded: %s. Make the engine anew with: "
-                             "python3 llmchat.py --install" % " ".join(str(error).split()))
-        self.engine = LlamaEngine(api, self.emit, self.stop)
-        self.states = StateCache(self.engine, "")
-        self.emit("hello")
-        while True:
-            number, command = self.newest(*self.next_command())
-            if command.get("cmd") == "quit":
-                self.states.save()
-                os._exit(0)               # freeing gigabytes properly would only take time
-            self.perform(number, command)
+    # -- the main thread --
 
     def newest(self, number: int, command: Dict[str, Any]) -> Tuple[int, Dict[str, Any]]:
-        """This command, or what makes it stale: reading ahead when there is a newer draft, or the message itself."""
+        """Give this command, or what makes reading ahead stale: a newer draft, or the message."""
         while command.get("cmd") == "ahead" and not self.commands.empty():
             later, newer = self.commands.queue[0]
             if newer.get("cmd") not in ("ahead", "chat"):
                 break
             self.commands.get()
-            number, command = later, merge_ahead(command, newer)
+            number = later
+            command = merge_ahead(command, newer)
         return number, command
 
     def next_command(self) -> Tuple[int, Dict[str, Any]]:
-        """Wait for a command; meanwhile read ahead, in pieces that any command interrupts."""
+        """Wait for a command; meanwhile read ahead, save the state, or give the memory back."""
         import queue
-        try:
+        with suppress(queue.Empty):
             if self.engine.ahead and probe_power()[0]:
                 return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
-        except queue.Empty:
-            pass
+        self.read_ahead()
+        waited_s = 0
+        if self.states.has_news() and not self.states.draft and self.states.pays():
+            with suppress(queue.Empty):
+                return self.commands.get(timeout=STATE_IDLE_S)
+            self.states.save()
+            waited_s = STATE_IDLE_S
+        if not UNLOAD_IDLE_S or not self.engine.context:
+            return self.commands.get()
+        with suppress(queue.Empty):
+            return self.commands.get(timeout=max(0, UNLOAD_IDLE_S - waited_s))
+        return 0, {"cmd": "unload"}
+
+    def read_ahead(self) -> None:
+        """Read what is certain of the next prompt, until a command comes."""
         while self.engine.ahead:
             with self.lock:
                 if not self.commands.empty():
-                    break
+                    return
                 self.stop.clear()
                 self.resting = True
             try:
@@ -7957,78 +8053,80 @@ class EngineProcess:
             except ModelError as error:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
-        waited_s = 0
-        if self.states.has_news() and not self.states.draft and self.states.pays():
-            with suppress(queue.Empty):
-                return self.commands.get(timeout=STATE_IDLE_S)
-            self.states.save()
-            waited_s = STATE_IDLE_S
-        with suppress(queue.Empty):
-            return self.commands.get(timeout=max(0, UNLOAD_IDLE_S - waited_s) if UNLOAD_IDLE_S and self.engine.context else None)
-        return 0, {"cmd": "unload"}
 
     def perform(self, number: int, command: Dict[str, Any]) -> None:
-        self.request = command.get("id", 0)
-        with self.lock:                   # a stop counts for the commands that came before it, and no others
+        name = str(command.get("cmd"))
+        self.request = command.get("id") or 0
+        with self.lock:                   # a stop counts for the commands that came before it
             if number > self.stopped:
                 self.stop.clear()
             else:
                 self.stop.set()
         try:
-            getattr(self, "on_" + command["cmd"])(command)
+            if not is_message(command, ENGINE_HEARS, "cmd"):
+                raise ModelError("The engine doesn't know such a message.")
+            getattr(self, "on_" + name)(command)
         except ModelError as error:
-            self.emit("failed", during=command["cmd"], text=str(error), kept=bool(self.engine.context))
+            kept = bool(self.engine.context)
+            self.emit("failed", during=name, text=str(error), kept=kept)
         except Exception as error:
             import traceback
             traceback.print_exc()
-            self.emit("failed", during=command["cmd"], text="%s: %s (details are in the system pane)" % (type(error).__name__, error))
+            text = "%s: %s (details are in the system pane)" % (type(error).__name__, error)
+            self.emit("failed", during=name, text=text)
 
     def on_info(self, command: Dict[str, Any]) -> None:
         hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk, probe_battery)
-        self.emit("machine", hardware=hardware)
+        self.emit("machine", hardware=hardware._asdict())
 
     def on_load(self, command: Dict[str, Any]) -> None:
         self.states.save()
-        self.states = StateCache(self.engine, command.get("states", ""))
+        self.states = StateCache(self.engine, command.get("states") or "")
         self.loading = True
         try:
-            self.engine.load(os.path.expanduser(command["path"]), LoadOptions(*command["options"]))
+            options = read_tuple(LoadOptions, command["options"])
+            self.engine.load(os.path.expanduser(command["path"]), options)
         finally:
             self.loading = False
 
     def on_bench(self, command: Dict[str, Any]) -> None:
-        Bench(self.engine.api, self.emit, self.stop).run(command["path"], LoadOptions(*command["options"]))
+        bench = Bench(self.engine.api, self.emit, self.stop)
+        bench.run(command["path"], read_tuple(LoadOptions, command["options"]))
 
     def on_ahead(self, command: Dict[str, Any]) -> None:
-        self.messages = command.get("messages", self.messages)    # without any: the same as before
-        if self.engine.context:
-            self.engine.template.let_think(command.get("think"))
-            if command.get("files"):
-                self.emit("counted", n=len(self.engine.tokenize(command["files"], False)))
-            if not READ_AHEAD:
-                return
-            self.states.enter(command.get("chat", ""), self.messages, command["draft"])
-            self.engine.ahead = self.engine.certain_tokens(self.messages, command["draft"])
-
-    def on_unload(self, command: Dict[str, Any]) -> None:
-        """End, since that gives all memory back."""
-        self.states.save()
-        self.emit("unloaded")
-        os._exit(0)
-
-    def on_discard(self, command: Dict[str, Any]) -> None:
-        """A chat was deleted: nothing of it may be written any more."""
-        if self.states.chat == command["chat"]:
-            self.states.chat = ""
+        engine = self.engine
+        self.messages = command.get("messages", self.messages)
+        if not engine.context:
+            return
+        engine.template.let_think(command.get("think"))
+        if command.get("files"):
+            self.emit("counted", n=len(engine.tokenize(command["files"], False)))
+        if READ_AHEAD:
+            self.states.enter(command.get("chat") or "", self.messages, command["draft"])
+            engine.ahead = engine.certain_tokens(self.messages, command["draft"])
 
     def on_chat(self, command: Dict[str, Any]) -> None:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
+        messages = command["messages"]
         self.engine.template.let_think(command.get("think"))
-        self.states.enter(command.get("chat", ""), command["messages"])
-        self.engine.chat(command["messages"], Sampling(*command["sampling"]), command.get("begun", ""),
-                         bool(command.get("once")))
+        self.states.enter(command.get("chat") or "", messages)
+        sampling = read_tuple(Sampling, command["sampling"])
+        self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
+
+    def on_discard(self, command: Dict[str, Any]) -> None:
+        if self.states.chat == command["chat"]:
+            self.states.chat = ""
+
+    def on_unload(self, command: Dict[str, Any]) -> None:
+        self.states.save()
+        self.emit("unloaded")
+        os._exit(0)
+
+    def on_quit(self, command: Dict[str, Any]) -> None:
+        self.states.save()
+        os._exit(0)                       # freeing gigabytes properly would only take time
 
 
 # == 18. HARDWARE ==================================================================================
@@ -12732,7 +12830,7 @@ def probe_machine() -> Tuple[Hardware, str]:
     try:
         for message in ask_engine(engine_python(), {"cmd": "info"}, limit_s=60):
             if message["event"] == "machine":
-                h = Hardware(*(tuple(value) if isinstance(value, list) else value for value in message["hardware"]))
+                h = Hardware(**{name: tuple(value) if isinstance(value, list) else value for name, value in message["hardware"].items()})
                 return h._replace(gpus=tuple(Gpu(*g) for g in h.gpus), seen_gpus=tuple(Gpu(*g) for g in h.seen_gpus)), ""
     except ModelError as error:
         problem = str(error)
@@ -12836,8 +12934,8 @@ def try_model(python: str, path: str, question: str) -> str:
     """What a fresh engine process, as it comes, replies with this model: 8 tokens, the likeliest. Raises ModelError."""
     reply = ""
     chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
-            "sampling": Sampling(temperature=0, max_tokens=8)}
-    load = {"cmd": "load", "path": path, "options": LoadOptions(n_ctx=512, caution=0)}
+            "sampling": Sampling(temperature=0, max_tokens=8)._asdict()}
+    load = {"cmd": "load", "path": path, "options": LoadOptions(n_ctx=512, caution=0)._asdict()}
     for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
         if message["event"] == "text":
             reply += message["text"]
@@ -12934,49 +13032,54 @@ def run_doctor() -> int:
 
 
 # == 40. BENCH =====================================================================================
-# --bench measures this machine, and tunes the program to it: Bench in the engine process, the rest in ours.
+# --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
+# process, the rest in ours.
 
-BENCH_TEXT = "The old machine reads what it is given, word for word, and answers one word at a time. " * 60
+BENCH_TEXT = "The old machine reads what it is given, and answers one word at a time. " * 75
 
 class Bench:
-    """Measures a model on this machine: emits "measured", group by group, and "benched".
-
-    A quick measurement decides how much the others read and write, so that an old machine is done in two minutes."""
-    PART_S = 2.5                          # about how long each of them may take
+    """Measures a model on this machine: emits "measured" for each setting, and "benched"."""
+    PART_S = 2.5                          # about how long each measurement may take
 
     def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
-        self.api, self.emit, self.stop = api, emit, stop
+        self.api = api
+        self.emit = emit
+        self.stop = stop
         self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
 
     def run(self, path: str, options: LoadOptions) -> None:
         """Raises ModelError, also when stopped."""
-        header, self.hardware = read_gguf_header(path, full=True), probe_engine_hardware(self.api)
-        plan, *others = [plan_load(header, self.hardware, options._replace(n_ubatch=n)) for n in (0, 64, 128, 256, 512)]
-        waits = {"load": self.median_s(lambda: self.engine.load(path, options))}
+        header = read_gguf_header(path, full=True)
+        self.hardware = probe_engine_hardware(self.api)
+        plan = plan_load(header, self.hardware, options)
+        self.engine.load(path, options)
         self.tokens = self.engine.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
-        rate = 16 / self.median_s(lambda: self.read(16))
-        waits.update(self.measure_turns(max(16, min(256, plan.n_ctx // 8, int(rate * self.PART_S)))))
-        waits["stop"] = sorted(self.stop_s() for _ in range(3))[1]
-        self.emit("measured", group="seconds_to_wait", values=waits)
-        self.emit("measured", group="megabytes", values={"engine": probe_ram_bytes() / (1 << 20)})
-        n = plan.n_threads
-        counts = {n} if plan.n_gpu_layers else {1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0}
-        self.emit("measured", group="tokens_per_s_written_by_threads",
-                  values={count: self.write_rate(plan._replace(n_threads=count)) for count in sorted(counts)})
-        self.emit("measured", group="tokens_per_s_written_beside_busy_programs",
-                  values={k: self.write_rate(plan, True, k) for k in range(3)})
-        # not the sizes that would take memory from the context, or half a minute each
-        fit = [p for p in others if (p.n_ctx, p.verdict) == (plan.n_ctx, plan.verdict) and p.n_ubatch < 18 * rate]
-        self.emit("measured", group="tokens_per_s_read_by_batch_size", values={p.n_ubatch: self.read_rate(p) for p in fit})
-        self.emit("benched", n_threads=n, n_ubatch=plan.n_ubatch, key=tuning_key(options, header, self.hardware),
-                  model=model_summary(header), machine=describe_hardware(self.hardware))
+        read_rate = 16 / self.median_s(lambda: self.read(16))
+        for n in self.thread_counts(plan):
+            rate = self.write_rate(plan._replace(n_threads=n))
+            self.emit("measured", group="tokens_per_s_written_by_threads", n=n, rate=rate)
+        for n in (64, 128, 256, 512):
+            other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
+            fits = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
+            if fits and n < 18 * read_rate:    # else it takes half a minute
+                rate = self.read_rate(other)
+                self.emit("measured", group="tokens_per_s_read_by_batch_size", n=n, rate=rate)
+        self.emit("benched", n_threads=plan.n_threads, n_ubatch=plan.n_ubatch,
+                  key=tuning_key(options, header, self.hardware), model=model_summary(header),
+                  machine=describe_hardware(self.hardware))
 
-    def median_s(self, action: Any, most: int = 1) -> float:
-        """The median of the seconds that an action takes, repeated up to `most` times while PART_S lasts."""
+    def thread_counts(self, plan: Plan) -> List[int]:
+        n = plan.n_threads
+        if plan.n_gpu_layers:
+            return [n]
+        return sorted({1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0})
+
+    def median_s(self, action: Any, n_most: int = 1) -> float:
+        """Seconds that an action takes, of up to n_most times while PART_S lasts."""
         import time
         times: List[float] = []
-        while not times or len(times) < most and sum(times) < self.PART_S:
+        while not times or len(times) < n_most and sum(times) < self.PART_S:
             if self.stop.is_set():
                 raise ModelError("The measurement was stopped.")
             began_s = time.perf_counter()
@@ -12987,11 +13090,12 @@ class Bench:
 
     def renew(self, plan: Plan) -> None:
         self.api.llama_free(self.engine.context)
-        self.engine.context, self.engine.tokens, self.engine.checkpoints = None, [], []
+        self.engine.context = None
+        self.engine.tokens = []
         self.engine._make_context("", plan, self.hardware)
 
     def read(self, n: int) -> None:
-        """n tokens in one batch, into an empty KV cache."""
+        """Read n tokens in one batch, into an empty KV cache."""
         self.engine._truncate(0)
         self.engine._decode(self.tokens[:n])
 
@@ -13000,113 +13104,63 @@ class Bench:
         self.read(8)
         return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
 
-    def write_rate(self, plan: Plan, adapt: bool = False, n_busy: int = 0) -> float:
-        """Tokens/s with the plan's threads, or adapting them to the load, beside programs that take all the CPU they get."""
-        import subprocess
-        code = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"    # ends even if we are killed
-        null = subprocess.DEVNULL
-        decode = self.engine._decode_next if adapt else lambda token: self.engine._decode([token])
-        write = lambda: decode(self.tokens[len(self.engine.tokens)])
+    def write(self) -> None:
+        self.engine._decode([self.tokens[len(self.engine.tokens)]])
+
+    def write_rate(self, plan: Plan) -> float:
         self.renew(plan)
-        loops = [subprocess.Popen([sys.executable, "-c", code], stdin=null, stdout=null, stderr=null) for _ in range(n_busy)]
-        try:
-            self.median_s(write, 50)      # a moment to get going, and to adapt
-            return 1 / self.median_s(write, 50)
-        finally:
-            for loop in loops:
-                loop.kill()
-                loop.wait()
+        self.median_s(self.write, 50)     # a moment to get going
+        return 1 / self.median_s(self.write, 50)
 
-    def measure_turns(self, n: int) -> Dict[str, float]:
-        """Seconds to the first token of a second turn of n tokens, and of a third when the chat isn't in memory any more."""
-        import tempfile
-        engine, text = self.engine, b"".join(map(self.engine.piece, self.tokens[:n])).decode("utf-8", "replace")
-        answered = lambda text: [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
-        ask = lambda messages: self.median_s(lambda: engine.chat(messages[:-1], Sampling(temperature=0, max_tokens=1)))
-        ask(answered(text))
-        waits = {"second_turn": ask(answered(text) + answered("Now: " + text))}
-        chat = answered(text) + answered("Then: " + text)
-        engine.ahead = engine.certain_tokens(chat[:2], chat[2]["content"])
-        engine.read_ahead(lambda: False)
-        waits["second_turn_read_ahead"] = ask(chat)
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "state")
-            saved = engine.save_state(path)
-            engine._truncate(0)
-            waits["third_turn_all_read_again"] = ask(chat + answered("Why?"))
-            engine._truncate(0)
-            if saved:
-                waits["third_turn_resumed"] = self.median_s(lambda: engine.load_state(path)) + ask(chat + answered("Why?"))
-        return waits
+def clearly_best(rates: Dict[int, float], default: int) -> int:
+    """Give the count with the highest rate; the default unless that is 3 % better."""
+    if default not in rates:
+        return default
+    best = max(rates, key=lambda n: rates[n])
+    return best if rates[best] > 1.03 * rates[default] else default
 
-    def stop_s(self) -> float:
-        """Seconds from a stop in the middle of reading to its effect."""
-        import threading, time
-        began_s = time.perf_counter()
-        threading.Timer(0.8, self.stop.set).start()
-        while self.engine._read(self.tokens[:self.engine.n_ctx - 1]):
-            self.engine._truncate(0)
-        self.stop.clear()
-        return time.perf_counter() - began_s - 0.8
-
-def time_first_frame() -> float:
-    """Seconds from the program's start to its first frame, on a pseudo-terminal; raises ImportError or OSError without one."""
-    import pty, select, subprocess, time
-    here, there = pty.openpty()
-    began_s, seen = time.perf_counter(), b""
-    child = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=there, stdout=there, stderr=there)
-    try:
-        while b"F1 help" not in seen:     # the end of the last line
-            if not select.select([here], [], [], 10)[0]:
-                raise OSError("no frame came")
-            seen += os.read(here, 65536)
-        return time.perf_counter() - began_s
-    finally:
-        child.kill()
-        child.wait()
-        os.close(here)
-        os.close(there)
-
-def show_bench(group: str, values: Dict[str, float], out: Any) -> None:
-    print("\n" + group.replace("_", " "), file=out)
-    for name, value in values.items():
-        bar = "█" * round(40 * value / max(values.values()))
-        print("  %-27s%9.*f  %s" % (name.replace("_", " "), 3 if "seconds" in group else 1, value, bar), file=out, flush=True)
-
-def clearly_best(rates: Dict[str, float], default: int) -> int:
-    """The count with the highest rate; the default unless that is 3 % better, which chance seldom is."""
-    best = max(rates, key=lambda name: rates[name], default="")
-    return int(best) if str(default) in rates and rates[best] > 1.03 * rates[str(default)] else default
+def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Give what was measured, group by group and shown meanwhile, and the engine's last word."""
+    results: Dict[str, Dict[int, float]] = {}
+    for said in ask_bench(engine_python(), settings.model_path, settings.options):
+        if said["event"] == "benched":
+            break
+        if said["event"] != "measured":
+            continue
+        group = said["group"]
+        if group not in results:
+            results[group] = {}
+            print("\n" + group.replace("_", " "), file=out)
+        results[group][said["n"]] = said["rate"]
+        print("%6d%9.1f" % (said["n"], said["rate"]), file=out, flush=True)
+    return results, said
 
 def run_bench(state: State, as_json: bool) -> int:
     """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
-    out, results, done = sys.stderr if as_json else sys.stdout, {}, {}
-    print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; Ctrl-C ends it.", file=sys.stderr)
+    out = sys.stderr if as_json else sys.stdout
+    print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; "
+          "Ctrl-C ends it.", file=sys.stderr)
     try:
         settings = named_settings(state)
-        with suppress(ImportError, OSError):
-            results["seconds_to_start"] = {"first_frame": sorted(time_first_frame() for _ in range(5))[2]}
-            show_bench("seconds_to_start", results["seconds_to_start"], out)
-        for done in ask_bench(engine_python(), settings.model_path, settings.options):
-            if done["event"] == "benched":
-                break
-            if done["event"] == "measured":
-                results[done["group"]] = done["values"]
-                show_bench(done["group"], done["values"], out)
-        rates = results["tokens_per_s_written_by_threads"]
-        n_threads = clearly_best(rates, done["n_threads"])
-        n_ubatch = clearly_best(results.get("tokens_per_s_read_by_batch_size", {}), done["n_ubatch"])
-        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rates[str(n_threads)]}
+        results, done = measure_settings(settings, out)
+        by_threads = results["tokens_per_s_written_by_threads"]
+        by_batch_size = results.get("tokens_per_s_read_by_batch_size", {})
+        n_threads = clearly_best(by_threads, done["n_threads"])
+        n_ubatch = clearly_best(by_batch_size, done["n_ubatch"])
+        rate = by_threads[n_threads]
+        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
         if not settings.options.n_threads:
             save_kept("tuning.json", done["key"], tuned)
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
-    print("\ntuned: threads %(n_threads)d, batch size %(n_ubatch)d, %(tokens_per_s).1f tokens/s\n" % tuned, file=out)
+    text = "\ntuned: threads %d, batch size %d, %.1f tokens/s\n"
+    print(text % (n_threads, n_ubatch, rate), file=out)
     print(clean("\n".join([done["model"]] + done["machine"])), file=out)
     if as_json:
-        print(json.dumps(dict(results, version=VERSION, model=done["model"], machine=done["machine"], tuned=tuned)))
+        about = {"version": VERSION, "model": done["model"], "machine": done["machine"]}
+        print(json.dumps(dict(results, **about, tuned=tuned)))
     return 0
 
 

@@ -603,7 +603,7 @@ class Engine:
         self.send(
             "load",
             path=model,
-            options=list(LoadOptions(n_threads=1)._replace(**options)),
+            options=LoadOptions(n_threads=1)._replace(**options)._asdict(),
             states=self.states,
         )
         return self.wait_for("loaded", "failed")
@@ -616,7 +616,7 @@ class Engine:
             "chat",
             id=self.request,
             messages=messages,
-            sampling=list(sampling),
+            sampling=sampling._asdict(),
             chat=chat,
             begun=begun,
             think=think,
@@ -2573,7 +2573,7 @@ class ReplyEndTest(unittest.TestCase):
             "chat",
             id=engine.request,
             messages=[user("go")],
-            sampling=list(Sampling(temperature=0)),
+            sampling=Sampling(temperature=0)._asdict(),
             begun="",
             once=True,
         )
@@ -3636,27 +3636,11 @@ class BenchTest(unittest.TestCase):
         status, out, err = run_plain("--bench", MIND, "--json")
         self.assertEqual((status, "Traceback" in err), (0, False), err)
         found, threads = json.loads(out), "tokens_per_s_written_by_threads"
-        groups = {
-            "seconds_to_wait": {
-                "load",
-                "second_turn",
-                "second_turn_read_ahead",
-                "third_turn_all_read_again",
-                "third_turn_resumed",
-                "stop",
-            },
-            threads: {"1"},
-            "tokens_per_s_written_beside_busy_programs": {"0", "1", "2"},
-            "tokens_per_s_read_by_batch_size": {"64", "128", "256", "512"},
-            "megabytes": {"engine"},
-        }
-        groups.update({"seconds_to_start": {"first_frame"}} if POSIX else {})
-        for group, names in groups.items():
-            self.assertEqual(names - set(found[group]), set())
-            for name, value in found[group].items():
-                self.assertTrue(
-                    0 < value < (60 if "seconds" in group else 10**6), (group, name, value)
-                )
+        self.assertIn("1", found[threads])
+        self.assertEqual(set(found["tokens_per_s_read_by_batch_size"]), {"64", "128", "256", "512"})
+        for group in (threads, "tokens_per_s_read_by_batch_size"):
+            for n, rate in found[group].items():
+                self.assertTrue(0 < rate < 10**6, (group, n, rate))
         tuned = found["tuned"]
         self.assertEqual(tuned["tokens_per_s"], found[threads][str(tuned["n_threads"])])
         self.assertTrue(not POSIX or os.stat(self.path).st_mode & 0o777 == 0o600)
@@ -3697,10 +3681,10 @@ class BenchTest(unittest.TestCase):
             [
                 llmchat.clearly_best(rates, 2)
                 for rates in (
-                    {"1": 10.2, "2": 10},
-                    {"1": 10.4, "2": 10},
-                    {"2": 10, "4": 9},
-                    {"1": 10},
+                    {1: 10.2, 2: 10},
+                    {1: 10.4, 2: 10},
+                    {2: 10, 4: 9},
+                    {1: 10},
                     {},
                 )
             ],
@@ -3718,7 +3702,7 @@ class BenchTest(unittest.TestCase):
     def test_ctrl_c(self):
         child = PlainTest.start(self, "--bench", MIND)
         seen = b""
-        while b"megabytes" not in seen:  # the longest part comes next
+        while b"written by threads" not in seen:
             seen += os.read(child.stdout.fileno(), 999)
         os.killpg(child.pid, signal.SIGINT)
         _, err = child.communicate(timeout=LIMIT_S)
@@ -4407,8 +4391,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             window.handle(llmchat.Submitted("hello"))
             window.wait(*conditions)
             rungs = [
-                json.loads(line)["options"][LoadOptions._fields.index("fallback")]
-                for line in read_bytes(log).splitlines()
+                json.loads(line)["options"]["fallback"] for line in read_bytes(log).splitlines()
             ]
             self.assertEqual((rungs, len(window.said("notice"))), ([0, 1, 2], n_notices))
             self.assertEqual(
@@ -4442,7 +4425,7 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
         ):
             after, effects = play(state, ChildEnded("engine", code))
             self.assertEqual(
-                [LoadOptions(*m["options"]).fallback for m in sent(effects, "load")],
+                [LoadOptions(**m["options"]).fallback for m in sent(effects, "load")],
                 [state.fallback + 1] * steps,
                 (state.engine, code),
             )
@@ -4808,8 +4791,8 @@ class HealTest(unittest.TestCase):
             with self.assertRaises(llmchat.EngineCrash):
                 for message in llmchat.ask_engine(
                     self.python,
-                    {"cmd": "load", "path": TALK, "options": LoadOptions(n_ctx=512)},
-                    {"cmd": "chat", "messages": [user("hi")], "sampling": Sampling()},
+                    {"cmd": "load", "path": TALK, "options": LoadOptions(n_ctx=512)._asdict()},
+                    {"cmd": "chat", "messages": [user("hi")], "sampling": Sampling()._asdict()},
                 ):
                     pass
             self.assertEqual(self.crashes(), 1)
@@ -4848,7 +4831,7 @@ class HealTest(unittest.TestCase):
         ):
             after, effects = play(state, ChildEnded("engine", code))
             self.assertEqual(
-                [LoadOptions(*m["options"]).caution for m in sent(effects, "load")],
+                [LoadOptions(**m["options"]).caution for m in sent(effects, "load")],
                 [caution] * (caution is not None),
                 (state.engine, code),
             )
@@ -4910,6 +4893,10 @@ MALFORMED = [
     b'{"event": "log", "level": "purple", "text": "x"}',
     b'{"event": "text", "id": 1, "text": 5, "rate": 1, "n_used": 1}',
     b'{"event": "hello", "ram_bytes": "much"}',
+    b'{"event": "text", "id": 1, "text": "x", "rate": 1, "n_used": 1, "thought": [1]}',
+    b'{"event": "loaded", "name": "x", "description": "", "n_ctx": 1, "path": "", "think": "no"}',
+    b'{"event": "machine", "hardware": {"cpu": 1}}',
+    b'{"event": "measured", "group": "x", "n": [1], "rate": 1}',
     b'{"event": "failed"}',
     b'{"event": "hardware", "lines": "x"}',
 ]
@@ -4943,6 +4930,24 @@ class PipesTest(unittest.TestCase):
                 if isinstance(event, ChildEnded):
                     return
         raise AssertionError("it did not end")
+
+    def test_the_window_says_what_the_table_has(self):
+        """Each message of the window has the fields of ENGINE_HEARS, and names them."""
+        window = ready(engine=Condition.OFF)
+        _, effects = llmchat.start_model(window)
+        messages = [effect.message for effect in effects if isinstance(effect, SendEngine)]
+        typing, ahead = update(ready(), Typed("hello there "))
+        _, effects = update(typing, Pressed("enter"))
+        effects = ahead + effects
+        messages += [effect.message for effect in effects if isinstance(effect, SendEngine)]
+        self.assertEqual({message["cmd"] for message in messages}, {"load", "ahead", "chat"})
+        for message in messages:
+            self.assertTrue(llmchat.is_message(message, llmchat.ENGINE_HEARS, "cmd"), message)
+            for name, value in message.items():
+                known = dict(llmchat.ENGINE_HEARS[message["cmd"]], **llmchat.COMMON_FIELDS, cmd=1)
+                self.assertTrue({name, name + "?"} & set(known), (message["cmd"], name))
+            damaged = dict(message, chat=5, path=5)
+            self.assertFalse(llmchat.is_message(damaged, llmchat.ENGINE_HEARS, "cmd"), damaged)
 
     def test_malformed_messages_are_log_lines(self):
         for line in MALFORMED:
@@ -12396,7 +12401,8 @@ class SettingsTest(unittest.TestCase):
             (state.settings.options.n_ctx, "/load" in state.hint, len(effects)), (2048, True, 1)
         )
         self.assertEqual(
-            LoadOptions(*sent(play(state, "/load", "[enter]")[1], "load")[0]["options"]).n_ctx, 2048
+            LoadOptions(**sent(play(state, "/load", "[enter]")[1], "load")[0]["options"]).n_ctx,
+            2048,
         )
         shown = notices(play(state, "/set", "[enter]")[0])[0]
         for name in llmchat.SETTINGS:
