@@ -2217,9 +2217,10 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
 
 
 # == 8. COMMANDS ===================================================================================
-# What keys and /slash commands do: cmd_NAME(state, argument) -> (state, effects). The docstring is the help line;
-# one that begins with a slash makes a /command, the others are for KEYS. Pure. To add one, write the function (and
-# name it in IDLE_COMMANDS if it can't be done while the model is replying): F1, /help and Tab know it at once.
+# What keys and /slash commands do: cmd_NAME(state, argument) returns the new State, or (state,
+# effects). The docstring is the help line; one that begins with a slash makes a /command, the others
+# are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has to wait
+# for the end of a reply: F1, /help and Tab know it at once.
 
 IDLE_COMMANDS = (                 # those that have to wait for the end of a reply
     "new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue",
@@ -2237,15 +2238,15 @@ CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
 }
 
 def command_help(name: str) -> str:
-    """Return the first line of the command's docstring.
+    """Return the first paragraph of the command's docstring as one line.
 
     PYTHONOPTIMIZE=2 drops docstrings, but they stand in this file."""
     text = globals()["cmd_" + name].__doc__ or source_help().get(name, "/" + name)
-    return text.split("\n")[0]
+    return " ".join(text.partition("\n\n")[0].split())
 
 @lru_cache(maxsize=None)
 def source_help() -> Dict[str, str]:
-    found = re.findall(r'(?m)^def cmd_(\w+)\(.*\n    """(.*?)(?:"""|$)', read_text(__file__))
+    found = re.findall(r'(?ms)^def cmd_(\w+)\([^\n]*\n    """(.*?)"""', read_text(__file__))
     return dict(found)
 
 def slash_commands() -> List[str]:
@@ -2521,7 +2522,8 @@ def pick_text(state: State, which: str) -> Tuple[str, str]:
     return numbered.get(which, ""), "code block " + which
 
 def cmd_file(state: State, argument: str) -> Outcome:
-    """/file PATHS: attach text files to the next message, as @PATH in it does ("none": take them off again)"""
+    """/file PATHS: attach text files to the next message, as @PATH in it does
+    ("none": take them off again)"""
     if argument == "none":
         return state._replace(files=(), hint="No files are attached")
     paths = re.findall(PATH, argument)
@@ -2543,22 +2545,34 @@ def cmd_history(state: State, argument: str) -> Outcome:
     state = state._replace(hint="The history of messages is empty now")
     return state, (DiskJob("clear_history", ()),)
 
-def cmd_find(state: State, argument: str) -> Change:
+def cmd_find(state: State, argument: str) -> Outcome:
     """/find TEXT: search this chat, upwards (n and N go on; /chats TEXT searches all)"""
-    return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1) if argument else (state._replace(hint="/find TEXT"), ())
+    if not argument:
+        return state._replace(hint="/find TEXT")
+    return find_on(state._replace(find=argument.lower(), chat_scroll=None), -1)
 
-def find_on(state: State, by: int) -> Change:
+def find_on(state: State, by: int) -> State:
     """Scroll to the next line that holds state.find, up (by = -1) or down."""
-    layout, turns = plan_layout(state), state.chat.turns
-    items = chat_items(state, layout.chat_width)
+    turns = state.chat.turns
+    items = chat_items(state, plan_layout(state).chat_width)
     here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
-    for i in range(min(here.item, len(turns) - 1), -1 if by < 0 else len(turns), by):
-        rows = ["".join(text for text, _ in line).lower() for line in items.lines(i)] if state.find in turns[i].text.lower() else []
-        hits = [n for n, row in enumerate(rows) if state.find in row] or [0] * bool(rows)    # it may be broken over two lines
-        for line in hits[::by]:
-            if (Scroll(i, line) > here) == (by > 0) and Scroll(i, line) != here:
-                return state._replace(chat_scroll=Scroll(i, line), hint="n: next above, N: next below, Esc: back to the end"), ()
-    return state._replace(hint="%r isn't found %s" % (state.find, "above (/chats TEXT searches all chats)" if by < 0 else "below")), ()
+    i = min(here.item, len(turns) - 1)
+    while 0 <= i < len(turns):
+        for line in found_lines(state.find, turns[i].text, items.lines(i))[::by]:
+            there = Scroll(i, line)
+            if there > here if by > 0 else there < here:
+                hint = "n: next above, N: next below, Esc: back to the end"
+                return state._replace(chat_scroll=there, hint=hint)
+        i += by
+    where = "above (/chats TEXT searches all chats)" if by < 0 else "below"
+    return state._replace(hint="%r isn't found %s" % (state.find, where))
+
+def found_lines(wanted: str, text: str, lines: Sequence[Line]) -> List[int]:
+    """List the lines of a turn that hold a text; the first, where it is broken over two lines."""
+    if wanted not in text.lower() or not lines:
+        return []
+    rows = ["".join(part for part, _ in line).lower() for line in lines]
+    return [n for n, row in enumerate(rows) if wanted in row] or [0]
 
 def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
     """Find the last turn of this role; -1 = there is none."""
@@ -2589,7 +2603,8 @@ def cmd_continue(state: State, argument: str) -> Outcome:
     return ask_model(state, turn.text, turn.thought, turn.id)
 
 def cmd_edit(state: State, argument: str) -> Outcome:
-    """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last reply"""
+    """/edit: change your last question (Alt-Up: earlier ones); /edit reply: change the last
+    reply"""
     role = "assistant" if argument == "reply" else "user"
     return edit_turn(state, last_index(state.chat, role))
 
@@ -2604,8 +2619,8 @@ def edit_turn(state: State, index: int) -> State:
         return state._replace(hint="There is nothing above to edit")
     state = state._replace(chat=state.chat._replace(editing=index, waiting=False))
     state = put_in_draft(state, state.chat.turns[index])
-    return state._replace(hint="Editing: Enter sends it as a new version, Alt-Up: an earlier question, "
-                               "Esc: leave it")
+    hint = "Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"
+    return state._replace(hint=hint)
 
 def put_in_draft(state: State, turn: Turn) -> State:
     """Put a turn into the input box again, with its files attached."""
@@ -2666,17 +2681,20 @@ def show_end(state: State, at: int) -> State:
     return state._replace(chat=chat, chat_scroll=None, hint=hint)
 
 def cmd_version(state: State, argument: str) -> Outcome:
-    """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through all)"""
+    """/version N: show the chat as it went the Nth time (Alt-Left and Alt-Right turn through
+    all)"""
     ends = leaves(state.chat)
-    if not argument or len(ends) < 2:
+    n = len(ends)
+    if not argument or n < 2:
         return turn_version(state, 1)
-    if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= len(ends):
-        return state._replace(hint="This chat has %d versions; /version N takes a number from 1 to %d"
-                                   % (len(ends), len(ends)))
+    if not re.match(r"\d{1,9}$", argument) or not 1 <= int(argument) <= n:
+        hint = "This chat has %d versions; /version N takes a number from 1 to %d" % (n, n)
+        return state._replace(hint=hint)
     return show_end(state, ends[int(argument) - 1])
 
 def cmd_version_back(state: State, argument: str) -> Outcome:
-    """the version before: of the last turn that has several, then of those above it, and so all of them"""
+    """the version before: of the last turn that has several, then of those above it, and so all
+    of them"""
     return turn_version(state, -1)
 
 def cmd_version_forward(state: State, argument: str) -> Outcome:
@@ -2688,7 +2706,8 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
 # Loading and downloading models; what a model's name may mean.
 
 def cmd_load(state: State, argument: str) -> Outcome:
-    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes on with it (no NAME: load it again)"""
+    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes
+    on with it (no NAME: load it again)"""
     name = argument.strip("'\"")
     if not name:
         return load_path(state, state.settings.model_path)
@@ -2711,7 +2730,9 @@ def load_entry(state: State, entry: ModelEntry) -> Change:
     return state, effects
 
 def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
-    """Get the engine and a model side by side. entry: the model; None = the small one, if there is none at all."""
+    """Get the engine and a model side by side.
+
+    entry: the model; None = the small one, if there is none at all."""
     needs = state.needs or Needs(True, False)
     name = SMALL_MODEL.name if needs.model else ""
     if entry:
@@ -2740,7 +2761,8 @@ def cmd_better(state: State, argument: str) -> Outcome:
 
 def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
-    if path != state.settings.model_path: # what was chosen for the one before doesn't go for this one
+    if path != state.settings.model_path:
+        # What was chosen for the model before doesn't go for this one.
         settings = settings._replace(sampling=Sampling(), options=LoadOptions())
         settings = recall_settings(settings)
     state = state._replace(
@@ -2813,7 +2835,8 @@ def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
     return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
 
 def cmd_download(state: State, argument: str) -> Outcome:
-    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from a list; also: pause, cancel)"""
+    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from
+    a list; also: pause, cancel)"""
     if not argument:
         return state, (DiskJob("suggest", ()),)
     if argument not in ("pause", "cancel"):
@@ -2826,7 +2849,8 @@ def cmd_download(state: State, argument: str) -> Outcome:
             return state._replace(hint="/download %s goes on with it" % fetch.name)
         return state._replace(fetch=None), (DiskJob("drop_parts", (fetch.parts,)),)
     stop = "pausing" if argument == "pause" else "cancelling"
-    return state._replace(fetch=fetch._replace(stop=stop)), (StopChild("download"),)
+    state = state._replace(fetch=fetch._replace(stop=stop))
+    return state, (StopChild("download"),)
 
 def start_fetch(state: State, name: str, load: bool) -> Change:
     """Fetch a model in the background, or go on with it.
@@ -2847,9 +2871,11 @@ def begin_fetch(state: State, name: str, load: bool) -> Change:
 # Settings, what is remembered for each model, and the engine's installation.
 
 def cmd_system(state: State, argument: str) -> Outcome:
-    """/system TEXT: how the model should behave, from the next message on (no TEXT: show it; "none": remove it)"""
+    """/system TEXT: how the model should behave, from the next message on (no TEXT: show it;
+    "none": remove it)"""
     if not argument:
-        return notice(state, "System prompt: " + (state.settings.system_prompt or "(none)"), "dim")
+        text = "System prompt: " + (state.settings.system_prompt or "(none)")
+        return notice(state, text, "dim")
     if argument.lower() == "none":
         return choose(state, {"system_prompt": ""}, "System prompt removed")
     return choose(state, {"system_prompt": argument}, "System prompt set")
@@ -2859,7 +2885,8 @@ def cmd_persona(state: State, argument: str) -> Outcome:
     return choose_named(state, "persona", argument)
 
 def cmd_preset(state: State, argument: str) -> Outcome:
-    """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a list)"""
+    """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a
+    list)"""
     return choose_named(state, "preset", argument)
 
 def cmd_theme(state: State, argument: str) -> Outcome:
@@ -2867,15 +2894,17 @@ def cmd_theme(state: State, argument: str) -> Outcome:
     return choose_named(state, "theme", argument)
 
 def choose_named(state: State, kind: str, name: str) -> Change:
-    """One of CHOICES by its name, or the list of them."""
+    """Take one of CHOICES by its name, or show the list of them."""
     table, settings = CHOICES[kind], state.settings
     if name in table:
         return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
-    rows = tuple(Row((kind, word), (word.ljust(10) + meaning,)) for word, (meaning, _) in table.items())
-    chosen = [with_values(settings, values) == settings for _, values in table.values()]
-    index = chosen.index(True) if True in chosen else 0
-    choice = Choice(kind, "Choose a %s: Up, Down, Enter" % kind, rows, kind, {"enter": take_named}, index)
-    return state._replace(dialog=choice, hint=name and "There is no %s %r" % (kind, name)), ()
+    rows = [Row((kind, word), (word.ljust(10) + row[0],)) for word, row in table.items()]
+    in_use = [with_values(settings, values) == settings for _, values in table.values()]
+    index = in_use.index(True) if True in in_use else 0
+    title = "Choose a %s: Up, Down, Enter" % kind
+    choice = Choice(kind, title, tuple(rows), kind, {"enter": take_named}, index)
+    hint = "There is no %s %r" % (kind, name) if name else ""
+    return state._replace(dialog=choice, hint=hint), ()
 
 def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     """Take over settings, and remember them for this model; a theme for all.
@@ -2925,7 +2954,8 @@ def setting_value(settings: Settings, name: str) -> Any:
     return getattr(settings.sampling if name in SAMPLING else settings.options, name)
 
 def cmd_set(state: State, argument: str) -> Outcome:
-    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all); remembered for this model"""
+    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all);
+    remembered for this model"""
     name, _, value = argument.replace("=", " ").partition(" ")
     if not name:
         return notice(state, settings_table(state), "dim")
@@ -2970,7 +3000,8 @@ def cmd_raw(state: State, argument: str) -> Outcome:
     return state._replace(settings=state.settings._replace(raw=raw), hint=hint)
 
 def cmd_think(state: State, argument: str) -> Outcome:
-    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word: open or close it)"""
+    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word:
+    open or close it)"""
     if argument in ("on", "off"):
         if state.model and not state.model.can_switch:
             return state._replace(hint="This model has no switch for thinking")
