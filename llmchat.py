@@ -6169,51 +6169,92 @@ def file_checksum(file: Any, n_bytes: int) -> int:
     return checksum
 
 class ThreadCount:
-    """How many threads generate: fewer while other programs want the CPU, since each step waits for its slowest thread.
+    """Decides how many threads compute: fewer while other programs want the CPU.
 
-    A thread that never waits uses as much CPU time as passes; what is missing, others have got. A change is kept if it
-    makes tokens come faster; more threads are tried again now and then."""
+    Each step waits for its slowest thread. A thread that never waits uses as much CPU time as
+    passes; what is missing, others have got. A change is kept if it makes tokens come faster, and
+    more threads are tried again now and then. What was found goes on in the next reading or reply."""
 
-    WINDOW, WINDOW_S = 10, 1.5            # tokens and seconds between decisions, whichever comes first
+    WINDOW, WINDOW_S = 10, 1.0            # tokens and seconds between decisions
+    FIGHT = 3                             # times the pace: threads wait for each other in turn
+    PATIENCE, MOST_PATIENCE = 4, 32       # windows between two trials; twice as many after each vain one
+    TRIAL_PIECE = 8                       # tokens that are read before a trial is known to be no fight
 
     def __init__(self, n_most: int, set_threads: Any) -> None:
         self.n = self.n_most = n_most
         self.set_threads = set_threads
-        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
-        self.before: Optional[Tuple[int, float]] = None    # threads and seconds per token before the last change
-        self.calm, self.patience = 4, 4   # windows since the last trial, and how many to wait for the next
-        self.pace_s = 0.0                 # seconds per token with this number of threads, smoothed
+        self.before: Optional[Tuple[int, float]] = None    # threads and pace before a trial
+        self.patience = self.n_calm = self.PATIENCE    # n_calm: windows since the last trial
+        self.begin()
 
-    def add(self, wall_s: float, cpu_s: float) -> None:
-        """One token took so long, and so much CPU time of all threads."""
-        self.tokens, self.wall_s, self.cpu_s = self.tokens + 1, self.wall_s + wall_s, self.cpu_s + cpu_s
-        if self.n_most == 1 or self.tokens < self.WINDOW and self.wall_s < self.WINDOW_S:
+    def begin(self) -> None:
+        """Begin a reading or a reply, which has a pace of its own."""
+        if self.before:                   # the trial has no result: fewer threads lose least if that is wrong
+            self.use(min(self.n, self.before[0]))
+            self.before = None
+        if self.n == self.n_most:
+            self.n_calm = self.patience   # other programs may have come since
+        self.pace_s = 0.0                 # seconds per token with this number of threads, smoothed
+        self.start_window()
+
+    def start_window(self) -> None:
+        self.n_tokens = 0
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
+
+    def use(self, n: int) -> None:
+        if n != self.n:
+            self.n = n
+            self.set_threads(n)
+
+    def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
+        """So many tokens took so long, and so much CPU time of all threads."""
+        self.n_tokens += n_tokens
+        self.wall_s += wall_s
+        self.cpu_s += cpu_s
+        n_fair = n_tokens if n_tokens == 1 else n_tokens + self.TRIAL_PIECE    # short pieces take longer
+        fights = self.before and wall_s > self.FIGHT * self.before[1] * n_fair
+        is_full = self.n_tokens >= self.WINDOW or self.wall_s >= self.WINDOW_S
+        if self.n_most == 1 or not (is_full or fights):
             return
-        wanted = self.decide(self.wall_s / self.tokens, self.cpu_s / max(1e-9, self.wall_s * self.n))
-        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
-        if wanted != self.n:
-            self.n = wanted
-            self.set_threads(wanted)
+        pace_s = self.wall_s / self.n_tokens
+        share = self.cpu_s / max(1e-9, self.wall_s * self.n)
+        self.use(self.judge(pace_s) if self.before else self.decide(pace_s, share))
+        self.start_window()
+
+    def judge(self, pace_s: float) -> int:
+        """End a trial: return the number of threads that is better."""
+        n, pace_before_s = self.before
+        self.before = None
+        self.n_calm = 0
+        if pace_s < 0.97 * pace_before_s:
+            self.patience = self.PATIENCE
+            self.pace_s = pace_s
+            return self.n
+        self.patience = min(self.MOST_PATIENCE, 2 * self.patience)
+        self.pace_s = pace_before_s
+        return n
 
     def decide(self, pace_s: float, share: float) -> int:
-        """The number of threads for the next window. pace_s: seconds per token; share: of the CPU time the threads could use."""
-        self.calm += 1
-        if self.before:
-            (n, pace_before_s), self.before = self.before, None
-            better = pace_s < 0.97 * pace_before_s
-            self.patience = 4 if better else min(64, 2 * self.patience)
-            self.pace_s = pace_s if better else pace_before_s
-            return self.n if better else n
-        fell = share < 0.85 and 0 < 1.5 * self.pace_s < pace_s    # threads that wait for each other can fall to a quarter, for long
+        """Return the number of threads for the next window, perhaps one to be tried.
+
+        share: how much of the CPU time that these threads could use they have got."""
+        self.n_calm += 1
+        is_busy = share < 0.85
+        fell = is_busy and 0 < 1.5 * self.pace_s < pace_s
         self.pace_s = (self.pace_s + pace_s) / 2 if self.pace_s else pace_s
         wanted = self.n
-        if fell or share < 0.85 and self.n == self.n_most and self.calm > self.patience:
+        if fell or is_busy and self.n == self.n_most and self.n_calm > self.patience:
             wanted = max(1, int(self.n * share))
-        elif self.calm > self.patience:
+        elif self.n_calm > self.patience:
             wanted = self.n_most
         if wanted != self.n:
-            self.before, self.calm = (self.n, self.pace_s), 0
+            self.before = (self.n, self.pace_s)
         return wanted
+
+    def piece(self, n_tokens: int) -> int:
+        """Return how many of these tokens are to be read at once: few at the beginning of a trial."""
+        return min(n_tokens, self.TRIAL_PIECE) if self.before and not self.n_tokens else n_tokens
 
 class WritingRate:
     """How fast all threads write, as long as no other program takes the CPU from them."""
@@ -6445,7 +6486,7 @@ class LlamaEngine:
             self.errors = self.errors or ["failed to allocate"]
             raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware, plan.n_ctx))
         self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
-                                   api.llama_set_n_threads(self.context, n, plan.n_threads))
+                                   api.llama_set_n_threads(self.context, n, n))
         self.writing = WritingRate(plan.n_threads)
         self.drafter = Drafter()
         self.memory = api.llama_get_memory(self.context)
@@ -6770,15 +6811,22 @@ class LlamaEngine:
             with suppress(OSError):       # then the next start finds it out again
                 save_kept("engines.json", self.key, {"caution": self.caution})
 
-    def _decode_next(self, token: int) -> bool:
-        """The same for a token just written, by as many threads as the machine's load allows."""
+    def _decode_paced(self, tokens: List[int]) -> bool:
+        """Decode by as many threads as the machine's load allows."""
         import time
-        began_s, began_cpu_s, n_threads = time.monotonic(), time.process_time(), self.threads.n
-        if not self._decode([token]):
+        began_s = time.monotonic()
+        began_cpu_s = time.process_time()
+        waits_for_disk = bool(self.unproven)    # the first time the weights are still to come
+        n_threads = self.threads.n
+        if not self._decode(tokens):
             return False
-        wall_s, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
-        self.writing.add(wall_s, cpu_s, n_threads)
-        self.threads.add(wall_s, cpu_s)
+        if waits_for_disk:
+            return True
+        wall_s = time.monotonic() - began_s
+        cpu_s = time.process_time() - began_cpu_s
+        if len(tokens) == 1:
+            self.writing.add(wall_s, cpu_s, n_threads)
+        self.threads.add(len(tokens), wall_s, cpu_s)
         return True
 
     def _learn(self) -> None:
@@ -6800,6 +6848,7 @@ class LlamaEngine:
         piece_s, size = 0.05 if self.recurrent else 0.4, min(16, self.n_batch)
         start, began_s = len(self.tokens), time.monotonic()
         told_s = began_s
+        self.threads.begin()
         self._save_checkpoint()           # to come back to when this turn is undone or edited
         # the first time the last token goes alone, so that a crash comes before a word of the reply
         last = len(prompt) - 1 if self.cuts_badly or self.unproven else len(prompt)
@@ -6811,8 +6860,8 @@ class LlamaEngine:
             if now_s - told_s > 0.1:
                 told_s, rate = now_s, (at - start) / (now_s - began_s)
                 self.emit(event, done=at, total=len(prompt), rate=rate, left_s=(len(prompt) - at) / rate if rate else 0)
-            end = min(at + size, min(stop for stop in stops if stop > at))
-            if self.stop.is_set() or until and until() or not self._decode(prompt[at:end]):
+            end = min(at + self.threads.piece(size), min(stop for stop in stops if stop > at))
+            if self.stop.is_set() or until and until() or not self._decode_paced(prompt[at:end]):
                 return False
             if end == self.system_mark[0]:
                 self._save_checkpoint()
@@ -7031,6 +7080,7 @@ class LlamaEngine:
         """Generate until something ends it; returns what: "end", "length", "repeats" or "stopped"."""
         tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
         self.drafter.forget()
+        self.threads.begin()
         while tokens and not self.stop.is_set():
             for token in tokens:
                 if self.api.llama_vocab_is_eog(self.vocab, token) or token in self.end_tokens:
@@ -7058,7 +7108,7 @@ class LlamaEngine:
         guess = self.drafter.guess(self.tokens + [token], n_most) if n_most > 0 else []
         guess = guess[:next((i for i, t in enumerate(guess) if api.llama_vocab_is_eog(self.vocab, t)), len(guess))]
         began_s = time.monotonic()
-        if not (self._decode([token] + guess, True) if guess else self._decode_next(token)):
+        if not (self._decode([token] + guess, True) if guess else self._decode_paced([token])):
             return []
         sampled = [api.llama_sampler_sample(sampler, self.context, 0 if guess else -1)]
         while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:

@@ -3585,38 +3585,127 @@ class ChatFileTest(unittest.TestCase):
 
 
 class ThreadCountTest(unittest.TestCase):
-    def play(self, pace_s, n_most=4, windows=60):
-        """The numbers of threads chosen on a machine that gives pace_s(n) -> (seconds per token, share of the CPU)."""
-        chosen = []
-        threads = llmchat.ThreadCount(n_most, chosen.append)
-        for _ in range(windows * threads.WINDOW):
-            wall_s, share = pace_s(threads.n)
-            threads.add(wall_s, wall_s * share * threads.n)
-        return chosen, threads.n
+    """The controller is fed with durations: it has no clock."""
 
-    def test_threads_follow_the_load(self):
-        self.assertEqual(self.play(lambda n: (0.1, 0.98)), ([], 4))  # nobody else: never a change
-        chosen, n = self.play(
-            lambda n: (0.1 if n < 4 else 0.3, 1.0 if n < 4 else 0.8)
-        )  # one core is taken
-        self.assertEqual((chosen[0], n), (3, 3))
-        self.assertEqual(set(chosen), {3, 4})  # more is tried now and then
-        chosen, n = self.play(lambda n: (0.4 / n, 0.5))  # all are slowed alike: more is better
-        self.assertEqual(chosen[:2], [2, 4])
-        self.assertLess(len(chosen), 14)  # and trials become rare
-        self.assertEqual(self.play(lambda n: (0.1, 0.1), n_most=1), ([], 1))
+    def start(self, n_most=4):
+        self.chosen = []
+        return llmchat.ThreadCount(n_most, self.chosen.append)
+
+    def write(self, threads, pace_s, n_tokens):
+        """Tokens on a machine that gives pace_s(n) -> (seconds per token, share of the CPU)."""
+        spent_s = 0
+        for _ in range(n_tokens):
+            wall_s, share = pace_s(threads.n)
+            threads.add(1, wall_s, wall_s * share * threads.n)
+            spent_s += wall_s
+        return spent_s
+
+    def read(self, threads, pace_s, n_tokens):
+        """The same in pieces, as a prompt is read."""
+        spent_s = 0
+        while n_tokens > 0:
+            piece = threads.piece(32)
+            wall_s, share = pace_s(threads.n)
+            threads.add(piece, piece * wall_s, piece * wall_s * share * threads.n)
+            spent_s += piece * wall_s
+            n_tokens -= piece
+        return spent_s
+
+    def quiet(self, n):
+        return 0.1 / n, 0.98
+
+    def one_core_is_taken(self, n):
+        return (0.4, 0.7) if n == 4 else (0.1, 1.0)
+
+    def all_are_slowed(self, n):
+        return 0.4 / n, 0.5
+
+    def test_nobody_else_is_there(self):
+        threads = self.start()
+        self.write(threads, self.quiet, 600)
+        threads.begin()
+        self.read(threads, self.quiet, 2000)
+        self.assertEqual((self.chosen, threads.n), ([], 4))
+
+    def test_one_core_is_taken(self):
+        threads = self.start()
+        self.write(threads, self.one_core_is_taken, 600)
+        self.assertEqual(threads.n, 2)
+        self.assertEqual(self.chosen[0], 2)
+        self.assertEqual(set(self.chosen), {2, 4}, "more is tried now and then")
+        self.assertLess(len(self.chosen), 14, "ever more seldom")
+
+    def test_more_threads_where_all_are_slowed_alike(self):
+        threads = self.start()
+        self.write(threads, self.all_are_slowed, 600)
+        self.assertEqual(self.chosen[:2], [2, 4])
+        self.assertEqual(threads.n, 4)
+        self.assertLess(len(self.chosen), 18, "trials become rare")
+
+    def test_one_thread_stays_one(self):
+        threads = self.start(1)
+        self.write(threads, lambda n: (0.1, 0.1), 100)
+        self.assertEqual((self.chosen, threads.n), ([], 1))
 
     def test_a_fall_is_answered_at_once(self):
-        """Two threads on a busy machine may fall into step with the other programs: then each waits for the other for long."""
-        paces = iter(
-            [(0.07, 0.47)] + [(0.08, 0.7)] + [(0.07, 0.47)] * 3 + [(0.24, 0.5)] + [(0.09, 0.65)] * 2
-        )  # one for each window
-        chosen = []
-        threads = llmchat.ThreadCount(2, chosen.append)
-        for pace_s, share in paces:
-            for _ in range(threads.WINDOW):
-                threads.add(pace_s, pace_s * share * threads.n)
-        self.assertEqual(chosen, [1, 2, 1])
+        """Two threads may fall into step with other programs: each waits for the other for long."""
+        threads = self.start(2)
+        for pace_s, share in [(0.05, 0.47), (0.06, 0.7), *[(0.05, 0.47)] * 3]:
+            self.write(threads, lambda n: (pace_s, share), threads.WINDOW)
+        self.write(threads, lambda n: (0.25, 0.5), 4)  # a second of it
+        self.assertEqual(self.chosen, [1, 2, 1])
+
+    def test_a_trial_ends_at_the_first_token_of_a_fight(self):
+        threads = self.start()
+        self.write(threads, self.one_core_is_taken, 20)
+        while threads.n < 4:
+            self.write(threads, self.one_core_is_taken, 1)
+        self.write(threads, self.one_core_is_taken, 1)
+        self.assertEqual(threads.n, 2)
+
+    def test_a_trial_that_is_no_fight_has_its_whole_window(self):
+        threads = self.start()
+        self.write(threads, self.one_core_is_taken, 20)
+        while threads.n < 4:
+            self.write(threads, self.one_core_is_taken, 1)
+        self.write(threads, self.quiet, threads.WINDOW - 1)
+        self.assertIsNotNone(threads.before)
+        self.write(threads, self.quiet, 1)
+        self.assertEqual((threads.before, threads.n), (None, 4))
+
+    def test_reading_is_protected(self):
+        """A thousand tokens beside a busy process take hardly longer than with the best number."""
+        threads = self.start(2)
+        busy = lambda n: (0.3, 0.67) if n == 2 else (0.04, 1.0)
+        spent_s = self.read(threads, busy, 1000)
+        self.assertEqual(threads.n, 1)
+        self.assertLess(spent_s, 1.6 * 1000 * 0.04)
+
+    def test_a_trial_begins_with_a_small_piece(self):
+        threads = self.start(2)
+        self.assertEqual(threads.piece(128), 128)
+        threads.add(128, 10.0, 13.0)
+        self.assertEqual((threads.n, threads.piece(128), threads.piece(3)), (1, 8, 3))
+        threads.add(8, 0.3, 0.3)
+        self.assertEqual(threads.piece(128), 128)
+
+    def test_what_was_learned_begins_the_next(self):
+        threads = self.start()
+        self.read(threads, self.one_core_is_taken, 300)
+        threads.begin()
+        self.assertEqual(threads.n, 2)
+        spent_s = self.write(threads, self.one_core_is_taken, 100)
+        self.assertLess(spent_s, 100 * 0.1 + 3 * 0.4)
+        threads.begin()
+        self.write(threads, self.quiet, 600)
+        self.assertEqual(threads.n, 4, "the other program has ended")
+
+    def test_an_unfinished_trial_begins_the_next_with_fewer(self):
+        threads = self.start()
+        self.write(threads, self.one_core_is_taken, 3)
+        self.assertIsNotNone(threads.before)
+        threads.begin()
+        self.assertEqual((threads.before, threads.n), (None, 2))
 
 
 class BenchTest(unittest.TestCase):
