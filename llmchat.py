@@ -3328,8 +3328,8 @@ def type_in_dialog(state: State, text: str) -> Optional[Change]:
     if not dialog:
         return None
     if not (dialog.query or state.draft.text):
-        if not isinstance(dialog, Sheet) and text in dialog.keys:
-            return press(state, text)
+        if len(text) == 1 and not isinstance(dialog, Sheet) and text in dialog.keys:
+            return press(state, text)     # a letter; a pasted word "enter" is no key
         if is_open(state, "models") and text.startswith("/"):    # a command
             return None
     if dialog.query is not None:
