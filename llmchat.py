@@ -33,6 +33,7 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     10 ENGINE NEWS     the same for what the engine says, and for its end
     11 VIEW            state -> styled lines
     12 KEYS            the terminal's bytes -> keys and text
+    12b ENCODING       what the terminal's locale and font can show
     13 SCREEN          curses: lines out
     14 RUN             the engine's pipes, effects, the loop
   II The engine
@@ -4877,6 +4878,22 @@ def decode_sequence(found: Any) -> Any:
         return Pressed("alt-" + (key.key if key else groups["alt"])) if key or groups["alt"] >= " " else None
     return decode_control(found.group()) if kind == "control" else None
 
+def without_surrogates(text: str) -> str:
+    """Make U+FFFD of bytes that were no characters."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+def join_typed(events: List[Any]) -> List[Any]:
+    """Text that was typed in a row as one event."""
+    joined: List[Any] = []
+    for event in events:
+        if isinstance(event, Typed) and joined and isinstance(joined[-1], Typed):
+            joined[-1] = Typed(joined[-1].text + event.text)
+        else:
+            joined.append(event)
+    return joined
+
 class Keyboard:
     """Makes events of a terminal's bytes, which come in pieces of any size, by the grammar of ECMA-48.
 
@@ -5026,33 +5043,17 @@ class Keyboard:
         return end
 
 
-# == 13. SCREEN ====================================================================================
-# The only place that imports curses: lines out. It must not know what the lines mean.
-# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
-# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
-
-def without_surrogates(text: str) -> str:
-    """Bytes that were no characters become U+FFFD."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-def join_typed(events: List[Any]) -> List[Any]:
-    """Text that was typed in a row as one event."""
-    joined: List[Any] = []
-    for event in events:
-        if isinstance(event, Typed) and joined and isinstance(joined[-1], Typed):
-            joined[-1] = Typed(joined[-1].text + event.text)
-        else:
-            joined.append(event)
-    return joined
+# == 12b. ENCODING =================================================================================
+# What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
 
 def locale_variable(env: Any) -> str:
-    """The variable that decides on the encoding: LC_ALL, LC_CTYPE or LANG, see locale(7)."""
+    """Name the variable that decides on the encoding: LC_ALL, LC_CTYPE or LANG, see locale(7)."""
     return next((name for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)), "LANG")
 
 def named_charset(env: Any) -> str:
-    """The encoding that the locale's name tells, whether it is installed or not; "" = it tells none."""
+    """Parse the encoding in the locale's name, whether it is installed or not; "" = it tells none."""
     import codecs
     name, _, modifier = env.get(locale_variable(env), "").partition("@")
     charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
@@ -5062,7 +5063,7 @@ def named_charset(env: Any) -> str:
         return ""
 
 def is_locale(name: str) -> bool:
-    """Whether the system has this locale; one that is in use changes by that only for a moment."""
+    """Tell whether the system has this locale; the one in use is changed only for a moment."""
     import locale
     before = locale.setlocale(locale.LC_CTYPE)
     try:
@@ -5073,7 +5074,9 @@ def is_locale(name: str) -> bool:
     return True
 
 def probe_encoding() -> str:
-    """The encoding that curses draws in, such as "utf-8". Where the locale isn't installed, another one that has UTF-8 is set."""
+    """Set the locale, and return the encoding that curses draws in, such as "utf-8".
+
+    Where the locale isn't installed, another one that has UTF-8 is set."""
     import codecs, locale
     if not hasattr(locale, "nl_langinfo"):
         return "utf-8"
@@ -5086,33 +5089,34 @@ def probe_encoding() -> str:
         return codecs.lookup(locale.nl_langinfo(locale.CODESET)).name
     return "ascii"
 
-CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓▼▲"    # that nearly all fonts of Linux's console have, beside Latin-1
+CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓▼▲"    # nearly all fonts of Linux's console have them
 GIO_UNIMAP = 0x4b66                 # linux/kd.h, see ioctl_console(2)
 
 def probe_font() -> Optional[Any]:
-    """The characters of the font that Linux's console has loaded; None on other terminals, or where it can't be asked."""
+    """Ask Linux's console for the characters of its font; None on other terminals, or where it can't be asked."""
     if not os.environ.get("TERM", "").startswith("linux") or os.name == "nt":
         return None
     import array, fcntl, struct
-    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: the code of a character, its place in the font
+    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: a character, its place in the font
     request = struct.pack("@HP", 65535, pairs.buffer_info()[0])
     try:
         n_pairs, _ = struct.unpack("@HP", fcntl.ioctl(1, GIO_UNIMAP, request))
     except OSError:
-        return None                       # it is another machine's: a console's user has come here by ssh
+        return None                       # it is another machine's, from which somebody came by ssh
     return parse_unimap(pairs, n_pairs)
 
 def parse_unimap(pairs: Sequence[int], n_pairs: int) -> Any:
     return frozenset(chr(pairs[2 * i]) for i in range(n_pairs) if pairs[2 * i] < 0xd800)
 
 def plan_glyphs(encoding: str, term: str, font: Optional[Any]) -> Any:
-    """A function that says whether a character can be drawn. font: those of probe_font()."""
+    """Make a function that tells whether a character can be drawn. font: what probe_font() found."""
     if encoding != "utf-8":
         return lambda char: char < "\x7f" or spellable(char, encoding)
     if font:
         return lambda char: char < "\x7f" or char in font
-    if term.startswith("linux"):          # letters are left to the font; symbols are what fonts lack
-        return lambda char: char not in NEAREST or char in CONSOLE_SYMBOLS or "\xa0" <= char <= "\xff"
+    if term.startswith("linux"):          # fonts have letters; symbols are what they lack
+        symbols = set(NEAREST) - set(CONSOLE_SYMBOLS)
+        return lambda char: char not in symbols or "\xa0" <= char <= "\xff"
     return lambda char: True
 
 def spellable(char: str, encoding: str) -> bool:
@@ -5121,12 +5125,20 @@ def spellable(char: str, encoding: str) -> bool:
     except UnicodeError:
         return False
 
+
+# == 13. SCREEN ====================================================================================
+# The only place that imports curses: lines out. It must not know what the lines mean.
+# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
+# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
+
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # bracketed paste, of xterm's control sequences
+ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
 SLICE_S = 0.1                       # of a slow line's time, to be written at once: a key waits no longer
-STATUS_S = 0.5                      # between two paintings of the bottom line while text streams in: its numbers cost more than the text
-ASK, ANSWER = "\x1b[5n", b"\x1b[0n"  # ECMA-48's device status report
+STATUS_S = 0.5                      # between two paintings of the bottom line while text streams in:
+                                    # its numbers take more bytes than the text
 
 def probe_line_speed() -> float:
-    """Bytes per second of the line to the terminal, as termios says; 0 = faster than we write, or not known.
+    """Ask termios for the bytes per second of the line to the terminal; 0 = fast, or not known.
 
     38400 says nothing: every pseudo-terminal of Linux has it."""
     if os.name == "nt":
@@ -5135,30 +5147,35 @@ def probe_line_speed() -> float:
     bauds = (300, 600, 1200, 2400, 4800, 9600, 19200, 57600, 115200)
     codes = {getattr(termios, "B%d" % baud): baud for baud in bauds}
     with suppress(termios.error):
-        return codes.get(termios.tcgetattr(1)[5], 0) / 10    # a byte has a start and a stop bit
+        speed = termios.tcgetattr(1)[5]
+        return codes.get(speed, 0) / 10    # a byte has a start and a stop bit
     return 0.0
 
+def cells_of(line: Line) -> List[Span]:
+    return [(char, style) for text, style in line for char in text]
+
 def estimate_bytes(old: Optional[Line], new: Line) -> int:
-    """About what it takes to make a row of another: ncurses leaves out what is equal at both ends."""
-    before, after = ([(char, style) for text, style in line for char in text] for line in (old or (), new))
+    """Estimate what it takes to make a row of another: ncurses leaves out what is equal at both ends."""
+    before = cells_of(old or ())
+    after = cells_of(new)
     n_same = len(os.path.commonprefix([before, after]))
-    before, after = before[n_same:][::-1], after[n_same:][::-1]
-    after = after[len(os.path.commonprefix([before, after])):]
-    n_styles = sum(style != next_style for (_, style), (_, next_style) in zip(after, after[1:]))
-    return 30 + 12 * n_styles + len("".join(char for char, _ in after).encode("utf-8", "replace"))
+    before = before[n_same:]
+    after = after[n_same:]
+    n_same = len(os.path.commonprefix([before[::-1], after[::-1]]))
+    changed = after[:len(after) - n_same]
+    text = "".join(char for char, _ in changed)
+    n_styles = sum(a[1] != b[1] for a, b in zip(changed, changed[1:]))
+    return 30 + 12 * n_styles + len(text.encode("utf-8", "replace"))
 
 class LinePace:
-    """When the terminal can take more. Over a serial line of 9600 baud a frame lasts seconds, and a key would wait for it."""
+    """When the terminal can take more: over a serial line of 9600 baud a frame lasts seconds."""
     def __init__(self) -> None:
         self.bytes_per_s = probe_line_speed()
         self.free_s = 0.0                 # time (monotonic) when what was written will have left
-        self.asked_s = 0.0                # when the terminal was asked whether it is as slow as termios says
-
-    def is_free(self, now_s: float) -> bool:
-        return now_s >= self.free_s and not self.is_full(now_s)
+        self.asked_s = 0.0                # when the terminal was asked, see hear()
 
     def is_full(self, now_s: float) -> bool:
-        """Whether a write would block: the reader at the other end has fallen behind by all that the system keeps."""
+        """Tell whether a write would block: the other end has fallen behind by all that the system keeps."""
         import select
         if os.name == "nt" or select.select([], [1], [], 0)[1]:
             return False
@@ -5172,22 +5189,30 @@ class LinePace:
         return float("inf")
 
     def count(self, n_bytes: int, now_s: float) -> bool:
-        """Take note of what was written; True when the terminal is to be asked for a report now."""
+        """Take note of what was written; True = the terminal is to be asked now."""
         if not self.bytes_per_s:
             return False
         import fcntl, struct, termios
         queued = 0
         with suppress(OSError):           # it hung up
-            queued = struct.unpack("i", fcntl.ioctl(1, termios.TIOCOUTQ, bytes(4)))[0]    # 0 on any pseudo-terminal
-        left = queued or n_bytes + max(0.0, self.free_s - now_s) * self.bytes_per_s
-        self.free_s = now_s + left / self.bytes_per_s
-        is_first, self.asked_s = not self.asked_s, self.asked_s or now_s
-        return is_first
+            packed = fcntl.ioctl(1, termios.TIOCOUTQ, bytes(4))
+            queued = struct.unpack("i", packed)[0]    # 0 on any pseudo-terminal
+        waiting_s = max(0.0, self.free_s - now_s)
+        self.free_s = now_s + waiting_s + n_bytes / self.bytes_per_s
+        if queued:
+            self.free_s = now_s + queued / self.bytes_per_s
+        if self.asked_s:
+            return False
+        self.asked_s = now_s
+        return True
 
     def hear(self, data: bytes, now_s: float) -> None:
-        """Pseudo-terminals of macOS say 9600, also by ssh, and are fast: then the report comes before the first frame could."""
+        """Take the terminal for fast if its answer comes before the first frame can have arrived.
+
+        Pseudo-terminals of macOS say 9600, also by ssh, and are fast."""
         if ANSWER in data and now_s < (self.asked_s + self.free_s) / 2:
-            self.bytes_per_s = self.free_s = 0.0
+            self.bytes_per_s = 0.0
+            self.free_s = 0.0
 
 class Screen:
     """The terminal while the window is open. close() always restores it."""
@@ -5197,60 +5222,67 @@ class Screen:
         import curses
         self.curses = curses
         self.n_early = self._count_early()
-        self.n_empty = 0                           # reads in a row that brought nothing
-        self.heard_s = 0.0                         # when the last bytes came
+        self.n_empty = 0                  # reads in a row that brought nothing
+        self.heard_s = 0.0                # when the last bytes came
         self.theme = ""
         self.painted: List[Optional[Line]] = []    # what the screen shows; None = not known
-        self.frame = Frame((), None, "")                   # what it is to show
-        self.rest: List[int] = []                  # rows of it that are still to be painted
-        self.drawn_s = self.status_s = 0.0         # when something was painted; the bottom line
+        self.frame = Frame((), None, "")           # what it is to show
+        self.rest: List[int] = []         # rows of it that are still to be painted
+        self.drawn_s = 0.0                # when something was painted
+        self.status_s = 0.0               # when the bottom line was
         self.pace = LinePace()
         self.check_terminal()
         self.window = curses.initscr()
         self.pad = curses.newpad(1, 8)             # to measure with
         can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
         self.glyphs = Glyphs(can_draw, self._measure)
-        self.keyboard = Keyboard(named_charset(os.environ) or encoding, self._sequences())
+        charset = named_charset(os.environ) or encoding
+        sequences = {} if os.name == "nt" else self._sequences()
+        self.keyboard = Keyboard(charset, sequences)
         curses.raw()
         curses.noecho()
         curses.nonl()
         self.window.keypad(True)
         self.window.nodelay(True)
-        self._write("\x1b[?2004h")                 # bracketed paste on
+        self._write(PASTE_ON)
 
     @staticmethod
     def check_terminal() -> None:
-        """Raises OSError with a sentence when this terminal can't show a window."""
+        """Raise OSError with a sentence if this terminal can't show a window."""
         import curses
         if os.name == "nt":
             return                        # windows-curses needs no terminfo
-        try:
+        with suppress(curses.error):      # terminfo doesn't know it
             curses.setupterm(fd=1)
             if curses.tigetstr("cup"):
                 return
-        except curses.error:
-            pass                          # terminfo doesn't know it
-        raise OSError("A window can't be shown on a terminal of type %r (TERM; xterm-256color fits most)." % os.environ.get("TERM", ""))
+        term = os.environ.get("TERM", "")
+        raise OSError("A window can't be shown on a terminal of type %r "
+                      "(TERM; xterm-256color fits most)." % term)
 
     @staticmethod
     def _count_early() -> int:
-        """Bytes of whole lines typed before the window opened: there an LF was the Enter key (the terminal made it of CR)."""
+        """Count the bytes of whole lines typed before the window opened.
+
+        In them an LF was the Enter key: the terminal made it of CR."""
         if os.name == "nt":
             return 0
         import fcntl, struct, termios
         return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
 
     def _write(self, text: str) -> None:
-        if os.name != "nt":                        # older Windows consoles show it
-            raw = text.encode("ascii")
-            while raw:
-                raw = raw[os.write(1, raw):]
+        if os.name == "nt":               # older consoles would show it
+            return
+        raw = text.encode("ascii")
+        while raw:
+            raw = raw[os.write(1, raw):]
 
     def copy(self, text: str) -> bool:
-        """Send a text to the terminal's clipboard (OSC 52 of xterm's control sequences), unless that can't work."""
+        """Send a text to the terminal's clipboard (xterm's OSC 52); False where that can't work."""
         import base64
         code = base64.b64encode(text.encode("utf-8", "replace")).decode()
-        if os.name == "nt" or len(code) > OSC_52_MOST or os.environ.get("TERM", "").startswith(("linux", "vt")):
+        has_none = os.name == "nt" or os.environ.get("TERM", "").startswith(("linux", "vt"))
+        if has_none or len(code) > OSC_52_MOST:
             return False
         sequence = "\x1b]52;c;%s\x07" % code
         if os.environ.get("TMUX"):        # it passes on what is wrapped so
@@ -5285,35 +5317,38 @@ class Screen:
         return styles
 
     def size(self) -> Tuple[int, int]:
-        """(columns, rows)"""
+        """Return (columns, rows)."""
         rows, columns = self.window.getmaxyx()
         return columns, rows
 
     def resize(self) -> Tuple[int, int]:
-        """Take over the terminal's size, and paint everything again at the next draw; (columns, rows)."""
+        """Take over the terminal's size, to paint everything again; returns (columns, rows)."""
         size = os.get_terminal_size(1)
         self.curses.resizeterm(max(1, size.lines), max(1, size.columns))
         self.painted = []
-        self._write("\x1b[?2004h")                 # edit() has turned it off
+        self._write(PASTE_ON)             # edit() has turned it off
         self.window.clear()
         return self.size()
 
     def _sequences(self) -> Dict[str, str]:
-        """What this terminal sends for its keys, as terminfo says; single characters have their meaning without it."""
-        if os.name == "nt":
-            return {}
-        found = {(self.curses.tigetstr(name) or b"").decode("latin-1"): key for name, key in TERMINFO_KEYS.items()}
-        return {sequence: key for sequence, key in found.items() if len(sequence) > 1 and sequence[0] == "\x1b"}
+        """Ask terminfo what this terminal sends for its keys. Single characters have a meaning without it."""
+        found = {}
+        for name, key in TERMINFO_KEYS.items():
+            sequence = (self.curses.tigetstr(name) or b"").decode("latin-1")
+            if len(sequence) > 1 and sequence[0] == "\x1b":
+                found[sequence] = key
+        return found
 
     def due_s(self) -> Optional[float]:
-        """The time (monotonic) from which on read_events() gives up what is unfinished."""
+        """Return the time (monotonic) at which read_events() gives up what is unfinished."""
         patience_s = self.keyboard.patience_s()
         return None if patience_s is None else self.heard_s + patience_s
 
     def read_events(self, ready: bool) -> List[Any]:
-        """What was typed since the last call. ready: there are bytes."""
+        """Read what was typed since the last call. ready: there are bytes."""
         import time
-        due_s, now_s = self.due_s(), time.monotonic()
+        due_s = self.due_s()
+        now_s = time.monotonic()
         if ready and os.name == "nt":
             events = self._read_console()
         elif ready:
@@ -5328,7 +5363,7 @@ class Screen:
         return events
 
     def _read_bytes(self) -> bytes:
-        """What there is, up to 64 kB; b"" when the terminal is gone."""
+        """Read what there is, up to 64 kB; b"" when the terminal is gone."""
         import select
         data = b""
         while len(data) < 65536:
@@ -5342,12 +5377,13 @@ class Screen:
             if not more or not select.select([0], [], [], 0)[0]:
                 break
         self.n_empty = 0 if data else self.n_empty + 1
-        early, data = data[:self.n_early], data[self.n_early:]
+        early = data[:self.n_early]
+        data = data[self.n_early:]
         self.n_early -= len(early)
         return early.replace(b"\n", b"\r") + data
 
     def _read_console(self) -> List[Any]:
-        """On Windows, where curses knows the keys."""
+        """Read the keys on Windows, where curses knows them."""
         events: List[Any] = []
         while True:
             try:
@@ -5359,25 +5395,32 @@ class Screen:
                 continue
             name = self.curses.keyname(item).decode("ascii", "replace").replace("KEY_", "")
             key = CURSES_KEYS.get(name, "")
-            events += [Resized(0, 0) if key == "resize" else Pressed(key)] if key else []
+            if key == "resize":
+                events.append(Resized(0, 0))
+            elif key:
+                events.append(Pressed(key))
 
     def next_s(self, changed: bool) -> Optional[float]:
-        """The time (monotonic) from which on there is something to draw, None = there is nothing. changed: a new frame waits."""
+        """Return the time (monotonic) of the next thing to draw; None = nothing. changed: a new frame waits."""
         if not self.is_painted():
             return self.pace.free_s
         if not changed and not self.rest:
             return None
-        return max(self.pace.free_s, self.drawn_s + (1 / FRAMES_PER_S if changed else STATUS_S))
+        pause_s = 1 / FRAMES_PER_S if changed else STATUS_S
+        return max(self.pace.free_s, self.drawn_s + pause_s)
 
     def is_painted(self) -> bool:
-        """Whether the frame is on the screen, but for the bottom line's numbers."""
+        """Tell whether the frame is on the screen, but for the bottom line's numbers."""
         return not self.rest or self.rest == [len(self.frame.lines) - 1]
 
     def draw(self, frame: Frame, urgent: bool = True) -> None:
-        """Paint the rows that changed; with another theme, all of them. Over a slow line these are the cursor's row, where
-        a key is echoed, and some more: draw_rest() goes on. urgent: somebody waits for it."""
+        """Paint the rows that changed; with another theme, all of them. urgent: somebody waits for it.
+
+        Over a slow line these are the cursor's row, where a key is echoed, and some more; draw_rest() goes on."""
         if frame.theme != self.theme:
-            self.theme, self.styles, self.painted = frame.theme, self._styles(frame.theme), []
+            self.theme = frame.theme
+            self.styles = self._styles(frame.theme)
+            self.painted = []
         if len(self.painted) != len(frame.lines):
             self.painted = [None] * len(frame.lines)
         self.frame = frame
@@ -5389,25 +5432,31 @@ class Screen:
     def draw_rest(self, urgent: bool = False) -> None:
         """Go on with the frame, as far as the line takes it now."""
         import time
-        now_s, room = time.monotonic(), self.pace.room_bytes()
+        now_s = time.monotonic()
+        n_bytes = self._paint_rows(now_s, urgent)
+        with suppress(self.curses.error):    # it can't hide its cursor, or has just become smaller
+            self.window.move(*self.frame.cursor or (0, 0))
+            self.curses.curs_set(1 if self.frame.cursor else 0)
+        self.window.refresh()
+        self.drawn_s = now_s
+        if self.pace.count(n_bytes, now_s):
+            self._write(ASK)
+
+    def _paint_rows(self, now_s: float, urgent: bool) -> int:
+        """Paint rows that are left while there is room on the line; returns about how many bytes they take."""
         skips_status = not urgent and now_s < self.status_s + STATUS_S
+        room = self.pace.room_bytes()
         n_bytes = 0
-        while self.rest and n_bytes < room and not (skips_status and self.is_painted()):
+        while self.rest and n_bytes < room:
+            if skips_status and self.is_painted():
+                break
             y = self.rest.pop(0)
             if y == len(self.painted) - 1:
                 self.status_s = now_s
             if self.pace.bytes_per_s:
                 n_bytes += estimate_bytes(self.painted[y], self.frame.lines[y])
             self._paint(y, self.frame.lines[y])
-        try:
-            self.window.move(*self.frame.cursor or (0, 0))
-            self.curses.curs_set(1 if self.frame.cursor else 0)
-        except self.curses.error:
-            pass                                   # it can't hide its cursor, or has just become smaller
-        self.window.refresh()
-        self.drawn_s = now_s
-        if self.pace.count(n_bytes, now_s):
-            self._write(ASK)
+        return n_bytes
 
     def _paint(self, y: int, line: Line) -> None:
         self.painted[y] = line
@@ -5416,14 +5465,12 @@ class Screen:
             n = cells(text)
             if not text.isascii():
                 text = text.translate(self.glyphs)
-            try:
+            with suppress(self.curses.error):    # so curses says that the window's last cell is written
                 self.window.addstr(y, x, text, self.styles[style])
-            except self.curses.error:
-                pass                               # curses' way to say that the last cell of the window is written
             x += n
 
     def _measure(self, char: str) -> int:
-        """The columns that curses counts for a character: this libc's Unicode may be older or newer than Python's."""
+        """Measure the columns that curses counts for a character: libc's Unicode isn't Python's."""
         if os.name == "nt":
             return char_cells(char)
         try:
@@ -5433,24 +5480,27 @@ class Screen:
         return self.pad.getyx()[1] - 1
 
     def edit(self, text: str) -> Any:
-        """Leave the terminal to the user's editor; what becomes of the text."""
+        """Leave the terminal to the user's editor; returns the event of what has become of the text."""
         import shlex, subprocess, tempfile
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ("notepad" if os.name == "nt" else "vi")
+        is_windows = os.name == "nt"
+        default = "notepad" if is_windows else "vi"
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or default
         with tempfile.TemporaryDirectory() as folder:    # nobody else may look into it
             path = os.path.join(folder, "message.txt")
             with open(path, "w", encoding="utf-8", errors="replace") as file:
                 file.write(text + "\n")
             self.close()
             try:
-                subprocess.run(shlex.split(editor, posix=os.name != "nt") + [path], check=True)
+                subprocess.run(shlex.split(editor, posix=not is_windows) + [path], check=True)
                 return Edited(read_text(path).rstrip("\n"))
             except (OSError, ValueError, KeyboardInterrupt, subprocess.CalledProcessError) as error:
-                return Told("Your editor failed (%s). $EDITOR names the one to use." % (str(error) or "interrupted"), "error")
+                problem = str(error) or "interrupted"
+                return Told("Your editor failed (%s). $EDITOR names the one to use." % problem, "error")
             finally:
                 self.resize()
 
     def close(self) -> None:
-        self._write("\x1b[?2004l")
+        self._write(PASTE_OFF)
         self.curses.endwin()
 
 
