@@ -35,7 +35,8 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     12 KEYS            the terminal's bytes -> keys and text
     12b ENCODING       what the terminal's locale and font can show
     13 SCREEN          curses: lines out
-    14 RUN             the engine's pipes, effects, the loop
+    13b CHILD PROCESSES  the engine's pipes, and those of others
+    14 RUN             effects, the loop
   II The engine
     15 ENGINE          llama.cpp: load, read the prompt, generate
     16 CHAT TEMPLATES  a chat as the model's own prompt
@@ -4730,8 +4731,10 @@ def view_gauges(state: State) -> List[Line]:
 
 
 # == 12. KEYS ======================================================================================
-# Keyboard turns the bytes that a terminal sends into the names of keys and into text. It must not know what they do.
-# Contracts: UTF-8 whatever the locale says; the grammar of control sequences is ECMA-48's and xterm's.
+# Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
+# they do.
+# Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
+# xterm.
 
 # What a terminal sends. C1 controls may come as one character or, for keys, as one byte.
 KEY = r"""(?xs)(?P<text>[^\x00-\x1f\x7f-\x9f\udc8f\udc9b]+)
@@ -4753,116 +4756,128 @@ CURSES_KEYS = {  # on Windows: curses' names (without KEY_) -> ours
     "UP": "up", "DOWN": "down", "LEFT": "left", "RIGHT": "right", "HOME": "home", "END": "end",
     "PPAGE": "pgup", "NPAGE": "pgdn", "DC": "del", "BACKSPACE": "backspace", "ENTER": "enter",
     "BTAB": "shift-tab", "RESIZE": "resize", **{"F(%d)" % n: "f%d" % n for n in range(1, 13)}}
-TERMINFO_KEYS = {  # elsewhere: capabilities of terminfo(5), for terminals that have sequences of their own
+TERMINFO_KEYS = {  # elsewhere: terminfo(5), for terminals that have sequences of their own
     "kcuu1": "up", "kcud1": "down", "kcub1": "left", "kcuf1": "right", "khome": "home",
     "kend": "end", "kpp": "pgup", "knp": "pgdn", "kdch1": "del", "kcbt": "shift-tab",
     "kent": "enter", "kfnd": "home", "kslt": "end", "kLFT5": "ctrl-left", "kRIT5": "ctrl-right",
     **{"kf%d" % n: "f%d" % n for n in range(1, 13)}}
-PLAIN_KEYS = {"\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x7f": "backspace", "\b": "backspace",
-              "\x1b": "esc"}
+PLAIN_KEYS = {
+    "\r": "enter", "\n": "ctrl-j", "\t": "tab", "\x1b": "esc",
+    "\x7f": "backspace", "\b": "backspace"}
 
-# What stands after CSI (ESC [) and SS3 (ESC O), see xterm's "Control Sequences". CSI N ~ or N modifier:
-CSI_NUMBERS = {1: "home", 2: "insert", 3: "del", 4: "end", 5: "pgup", 6: "pgdn", 7: "home", 8: "end",
-               **{n: "f%d" % (n - 10) for n in range(11, 16)},
-               **{n: "f%d" % (n - 11) for n in range(17, 22)}, 23: "f11", 24: "f12"}
-# … CSI LETTER, CSI 1 ; modifier LETTER, SS3 LETTER:
-CSI_LETTERS = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end",
-               "P": "f1", "Q": "f2", "R": "f3", "S": "f4", "Z": "shift-tab"}
-RXVT_ARROWS = {"a": "up", "b": "down", "c": "right", "d": "left"}    # CSI: with shift, SS3: with ctrl
-KEYPAD = dict(zip("Xjklmnopqrstuvwxy", "=*+,-./0123456789"))         # SS3, in application mode
+# What stands after CSI (ESC [) and SS3 (ESC O), see xterm's "Control Sequences" and rxvt's.
+CSI_NUMBERS = {  # CSI number ~ and CSI number ; modifier ~
+    1: "home", 2: "insert", 3: "del", 4: "end", 5: "pgup", 6: "pgdn", 7: "home", 8: "end",
+    **{n: "f%d" % (n - 10) for n in range(11, 16)},
+    **{n: "f%d" % (n - 11) for n in range(17, 22)}, 23: "f11", 24: "f12"}
+CSI_LETTERS = {  # CSI letter, CSI 1 ; modifier letter; rxvt's small ones are with shift
+    "A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end",
+    "a": "up", "b": "down", "c": "right", "d": "left",
+    "P": "f1", "Q": "f2", "R": "f3", "S": "f4", "Z": "shift-tab"}
+SS3_LETTERS = {**CSI_LETTERS, "M": "enter", "I": "tab"}
+KEYPAD = dict(zip("Xjklmnopqrstuvwxy", "=*+,-./0123456789"))    # SS3, in application mode
+
 # The numbers of keys in CSI u (kitty's "Comprehensive keyboard handling", which begins at 57344):
-KEY_CODES = {9: "tab", 13: "enter", 27: "esc", 127: "backspace", 57414: "enter", 57417: "left",
-             57418: "right", 57419: "up", 57420: "down", 57421: "pgup", 57422: "pgdn",
-             57423: "home", 57424: "end", 57426: "del"}
+KEY_CODES = {
+    9: "tab", 13: "enter", 27: "esc", 127: "backspace", 57414: "enter", 57417: "left",
+    57418: "right", 57419: "up", 57420: "down", 57421: "pgup", 57422: "pgdn",
+    57423: "home", 57424: "end", 57426: "del"}
 KEYPAD_CODES = dict(zip(range(57399, 57414), "0123456789./*-+"))
-SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64        # bits of a modifier, which is 1 + them
+SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64    # bits; a modifier is 1 + them
 
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
 SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
-ESC_S = 0.05                        # … an Esc alone, which is the key then
+ESC_S = 0.05                        # the same for an Esc alone, which is the key then
 OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
 
-def with_modifier(key: str, bits: int) -> str:
-    """The name of a key pressed together with others; Shift matters for Tab and Enter only."""
-    shift = "shift-" if bits & SHIFT and key in ("tab", "enter") else ""
-    alt = "alt-" if bits & (ALT | META) else ""
-    return ("ctrl-" if bits & CTRL else "") + alt + shift + key
+def press_key(key: str, bits: int = 0) -> Optional[Pressed]:
+    """Make the event of a key and its modifiers. Shift matters for Tab and Enter only."""
+    if not key:
+        return None
+    if bits & SHIFT and key in ("tab", "enter"):
+        key = "shift-" + key
+    if bits & (ALT | META):
+        key = "alt-" + key
+    return Pressed("ctrl-" + key if bits & CTRL else key)
 
-def decode_control(char: str) -> Any:
-    """The event for a character that is a key of its own; None for NUL and C1 controls."""
+def control_key(char: str) -> str:
+    """Name the key that sends this control character; "" for NUL, C1 controls and others."""
     if char in PLAIN_KEYS:
-        return Pressed(PLAIN_KEYS[char])
-    if "\0" < char < " ":
-        return Pressed("ctrl-" + chr(ord(char) | 64).lower())
-    return None
+        return PLAIN_KEYS[char]
+    return "ctrl-" + chr(ord(char) | 64).lower() if "\0" < char < " " else ""
 
 def decode_character(char: str, bits: int) -> Any:
-    """The event for a character key and its modifiers."""
+    """Make the event of a character key and its modifiers."""
     if bits & SUPER:                      # the desktop's own
         return None
     if bits & CTRL:
-        upper = char.upper().replace("/", "_") if char.isascii() else ""
-        event = decode_control(chr(ord(upper) & 31)) if "@" <= upper <= "_" else None
-        return event and Pressed(with_modifier(event.key, bits & ~(CTRL | SHIFT)))
+        upper = char.upper().replace("/", "_")
+        if not char.isascii() or not "@" <= upper <= "_":
+            return None
+        return press_key(control_key(chr(ord(upper) & 31)), bits & ~(CTRL | SHIFT))
     if bool(bits & SHIFT) != bool(bits & CAPS):
         char = char.upper()
     return Pressed("alt-" + char) if bits & (ALT | META) else Typed(char)
 
 def decode_code(fields: List[List[int]], bits: int) -> Any:
-    """The event for a key that is told by its number: CSI number:shifted ; modifier ; text u."""
+    """Make the event of a key told by its number: CSI number:shifted ; modifier ; text u."""
     code = fields[0][0]
     if code in KEY_CODES:
-        return Pressed(with_modifier(KEY_CODES[code], bits))
+        return press_key(KEY_CODES[code], bits)
     if code in KEYPAD_CODES:
         return Typed(KEYPAD_CODES[code])
     if 57344 <= code < 63744:             # other keys without a character
         return None
-    if fields[2:] and fields[2][0] >= 32:
-        code, bits = fields[2][0], 0
-    elif fields[0][1:] and bits & SHIFT:
-        code, bits = fields[0][1] or code, bits & ~SHIFT
-    if code < 32 or 0x7f <= code < 0xa0 or 0xd800 <= code < 0xe000 or code > 0x10ffff:
+    shifted = (fields[0] + [0])[1]
+    text = fields[2][0] if len(fields) > 2 else 0
+    if text >= 32:
+        return decode_number(text, 0)
+    if shifted and bits & SHIFT:
+        return decode_number(shifted, bits & ~SHIFT)
+    return decode_number(code, bits)
+
+def decode_number(code: int, bits: int) -> Any:
+    is_control = code < 32 or 0x7f <= code < 0xa0
+    if is_control or 0xd800 <= code < 0xe000 or code > 0x10ffff:
         return None
     return decode_character(chr(code), bits)
 
 def decode_csi(parameters: str, final: str) -> Any:
-    """The event for a control sequence; None for a report, and for those that we have no use for."""
-    if not re.match(r"[0-9;:]*\Z", parameters):
+    """Make the event of a control sequence; None for a report, and for what we have no use for."""
+    if re.search("[^0-9;:]", parameters):
         return None
-    fields = [[int(number or 0) for number in field.split(":")]
-              for field in parameters.split(";")]
+    fields = [[int(n or 0) for n in field.split(":")] for field in parameters.split(";")]
     is_alone = len(fields) == 1
-    modifier = fields[0] if is_alone and final.isalpha() else (fields + [[1]])[1]
-    if modifier[1:] and modifier[1] == 3:    # a key is let go
+    modifier = [1] if is_alone else fields[1]
+    if is_alone and final.isalpha():
+        modifier = fields[0]
+    if modifier[1:2] == [3]:              # a key is let go
         return None
     bits = max(0, modifier[0] - 1)
     if final == "u":
-        return None if fields == [[0]] else decode_code(fields, 0 if is_alone else bits)
+        return decode_code(fields, 0 if is_alone else bits)
     if final == "~" and fields[0] == [27] and len(fields) == 3:    # xterm's modifyOtherKeys
         return decode_code([fields[2]], bits)
+    if final in "^@":                     # rxvt's
+        bits |= CTRL
     if final in "~^@$":
-        key = CSI_NUMBERS.get(fields[0][0], "")
-        bits |= CTRL if final in "^@" else 0    # rxvt's
-    elif final in RXVT_ARROWS:
-        key = RXVT_ARROWS[final]
-    elif final == "R" and not is_alone:
-        key = ""                          # where the cursor is
-    else:
-        key = CSI_LETTERS.get(final, "")
-    return Pressed(with_modifier(key, bits)) if key else None
+        return press_key(CSI_NUMBERS.get(fields[0][0], ""), bits)
+    if final == "R" and not is_alone:     # where the cursor is
+        return None
+    return press_key(CSI_LETTERS.get(final, ""), bits)
 
 def decode_ss3(modifier: str, final: str) -> Any:
-    bits = max(0, int(modifier or 1) - 1)
     if final in KEYPAD:
         return Typed(KEYPAD[final])
-    if final in RXVT_ARROWS:
-        return Pressed("ctrl-" + RXVT_ARROWS[final])
-    key = {"M": "enter", "I": "tab"}.get(final) or CSI_LETTERS.get(final)
-    return Pressed(with_modifier(key, bits)) if key else None
+    bits = max(0, int(modifier or 1) - 1)
+    if final in "abcd":                   # rxvt's
+        bits = CTRL
+    return press_key(SS3_LETTERS.get(final, ""), bits)
 
 def decode_sequence(found: Any) -> Any:
-    """The event for a match of the pattern "key", None for what isn't a key."""
-    kind, groups = found.lastgroup, found.groupdict()
+    """Make the event of a match of the pattern KEY; None for what isn't a key."""
+    kind = found.lastgroup
+    groups = found.groupdict()
     if kind == "text":
         return Typed(without_surrogates(found.group()))
     if kind == "final":
@@ -4874,9 +4889,9 @@ def decode_sequence(found: Any) -> Any:
     if kind == "linux":                   # its console's F1 to F5
         return Pressed("f%d" % ("ABCDE".index(groups["linux"]) + 1))
     if kind == "alt":
-        key = decode_control(groups["alt"])
-        return Pressed("alt-" + (key.key if key else groups["alt"])) if key or groups["alt"] >= " " else None
-    return decode_control(found.group()) if kind == "control" else None
+        char = groups["alt"]
+        return press_key(control_key(char) or char.strip("\0"), ALT)
+    return press_key(control_key(found.group())) if kind == "control" else None
 
 def without_surrogates(text: str) -> str:
     """Make U+FFFD of bytes that were no characters."""
@@ -4895,25 +4910,25 @@ def join_typed(events: List[Any]) -> List[Any]:
     return joined
 
 class Keyboard:
-    """Makes events of a terminal's bytes, which come in pieces of any size, by the grammar of ECMA-48.
+    """Makes events of a terminal's bytes, which come in pieces of any size.
 
-    charset: of bytes that aren't UTF-8. sequences: those of this terminal, to the names of keys."""
+    charset: of bytes that aren't UTF-8. sequences: this terminal's own, to the names of keys."""
     def __init__(self, charset: str = "utf-8", sequences: Optional[Dict[str, str]] = None) -> None:
         self.charset = charset
         self.is_utf8 = charset in ("utf-8", "ascii")
-        self.sequences = sorted((sequences or {}).items(), key=lambda item: -len(item[0]))
+        by_length = sorted((sequences or {}).items(), key=lambda item: -len(item[0]))
+        self.sequences = by_length
         self.raw = b""                    # the beginning of a character
-        self.text = ""                    # … of a sequence
-        self.inside = ""                  # "paste" or "string": what all belongs to until its end comes
+        self.text = ""                    # the beginning of a sequence
+        self.inside = ""                  # "paste" or "string": all belongs to it until its end
         self.late = ""                    # the same, of which the end was given up
-        self.parts: List[str] = []        # … its text so far
+        self.parts: List[str] = []        # the text so far of what we are inside of
         self.by_hand = False              # it came a character at a time
 
     def feed(self, data: bytes) -> List[Any]:
-        """The events that these bytes complete."""
+        """Return the events that these bytes complete."""
         events: List[Any] = []
-        exits = (b"\x03", b"\x11", b"\r") if self.inside == "string" else (b"\x03", b"\x11")
-        if self.inside and data in exits:    # Ctrl-C or Ctrl-Q and nothing else: somebody wants out
+        if self._wants_out(data):
             events = self.give_up()
         text = self.text + self._decode(data)
         self.text = ""
@@ -4929,19 +4944,27 @@ class Keyboard:
                 at = self._read_key(text, at, events)
         return join_typed(events)
 
+    def _wants_out(self, data: bytes) -> bool:
+        """Tell whether somebody has pressed Ctrl-C or Ctrl-Q alone, inside of something."""
+        exits = (b"\x03", b"\x11", b"\r") if self.inside == "string" else (b"\x03", b"\x11")
+        return bool(self.inside) and data in exits
+
     def patience_s(self) -> Optional[float]:
         """How long to wait for the rest of what is unfinished; None = nothing is."""
         if self.inside or self.text.strip("\x1b"):
             return SILENCE_S
-        return ESC_S if self.text or self.raw and not self.is_utf8 else None
+        if self.text or self.raw and not self.is_utf8:
+            return ESC_S
+        return None
 
     def give_up(self) -> List[Any]:
-        """Nothing more has come: what the unfinished means. Keys are heard again."""
-        text, self.text = self.text, ""
-        inside, self.inside = self.inside, ""
-        if inside:
-            self.late, self.parts = inside, self.parts + [text]
-            return self._end(inside, finished=False)
+        """Return what the unfinished means, as nothing more has come. Keys are heard again."""
+        text = self.text
+        self.text = ""
+        if self.inside:
+            self.late = self.inside
+            self.parts.append(text)
+            return self._end(finished=False)
         if not self.is_utf8:
             text += self.raw.decode(self.charset, "replace")
             self.raw = b""
@@ -4952,15 +4975,12 @@ class Keyboard:
         return [Pressed("alt-" + text[1])] if len(text) == 2 else []
 
     def _decode(self, data: bytes) -> str:
-        """UTF-8, whatever the locale says; other bytes by the locale, or as lone surrogates."""
+        """Decode UTF-8, whatever the locale says; else by the locale, or as lone surrogates."""
         import codecs
         data = self.raw + data
-        if self.is_utf8:
-            text, n = codecs.utf_8_decode(data, "surrogateescape", False)
-            self.raw = data[n:]
-            return text
+        errors = "surrogateescape" if self.is_utf8 else "strict"
         try:
-            text, n = codecs.utf_8_decode(data, "strict", False)
+            text, n = codecs.utf_8_decode(data, errors, False)
             self.raw = data[n:]
         except UnicodeDecodeError:
             decoder = codecs.getincrementaldecoder(self.charset)("replace")
@@ -4970,17 +4990,21 @@ class Keyboard:
 
     def _resume(self, text: str) -> None:
         """Go on with what was given up, when its end comes, or when nobody types so."""
-        late = self.late
-        ends = PASTE_END in text if late == "paste" else "\x07" in text[1:] or "\x1b\\" in text[1:]
-        lines_follow = late == "paste" and re.search("[\r\n][^\r\n\x1b]", text)
-        if late and (ends or lines_follow) and text[0] != "\x1b":
-            self.inside, self.late = late, ""
+        if not self.late or text.startswith("\x1b"):
+            return
+        if self.late == "paste":
+            goes_on = PASTE_END in text or bool(re.search("[\r\n][^\r\n\x1b]", text))
+        else:
+            goes_on = "\x07" in text[1:] or "\x1b\\" in text[1:]
+        if goes_on:
+            self.inside = self.late
+            self.late = ""
 
     def _read_paste(self, text: str, at: int, events: List[Any]) -> int:
         end = text.find(PASTE_END, at)
         if end >= 0:
             self.parts.append(text[at:end])
-            events += self._end("paste")
+            events += self._end()
             return end + len(PASTE_END)
         rest = text[at:]
         n_kept = next(n for n in range(5, -1, -1) if rest.endswith(PASTE_END[:n]))
@@ -4989,7 +5013,7 @@ class Keyboard:
         return -1
 
     def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
-        """An operating system command, device control string or the like: an answer to others' questions."""
+        """Skip a control string (OSC, DCS, APC …): an answer to others' questions."""
         found = re.compile(STRING_END).search(text, at)
         if self.by_hand:
             self.parts.append(text[at:found.start() if found else None])
@@ -4999,40 +5023,49 @@ class Keyboard:
             self.text = "\x1b"
             return -1
         is_end = len(found.group()) > 1 or found.group() in "\x07\x9c\udc9c"
-        events += self._end("string", is_end)
+        events += self._end(is_end)
         return found.end() if is_end else found.start()    # any other control breaks it off
 
-    def _end(self, inside: str, finished: bool = True) -> List[Any]:
-        text, self.parts, self.inside = "".join(self.parts), [], ""
-        if inside == "paste":
+    def _end(self, finished: bool = True) -> List[Any]:
+        text = "".join(self.parts)
+        is_paste = self.inside == "paste"
+        self.parts = []
+        self.inside = ""
+        if is_paste:
             return [Pasted(without_surrogates(text))]
         return [Typed(text)] if self.by_hand and not finished and text else []
 
     def _read_key(self, text: str, at: int, events: List[Any]) -> int:
-        """One key, or a run of characters; -1 when the rest is the beginning of a sequence."""
-        is_begun = False
-        for known, key in self.sequences if text[at] == "\x1b" else ():
-            if text.startswith(known, at):
-                events.append(Pressed(key))
-                return at + len(known)
-            is_begun |= len(text) - at < len(known) and known.startswith(text[at:])
-        if is_begun or re.compile(UNFINISHED).match(text, at):
+        """Read one key, or a run of characters; -1 when the rest is the beginning of a sequence."""
+        if text[at] == "\x1b":
+            for known, key in self.sequences:
+                if text.startswith(known, at):
+                    events.append(Pressed(key))
+                    return at + len(known)
+        if self._is_begun(text[at:]) or re.compile(UNFINISHED).match(text, at):
             self.text = text[at:]
             return -1
         if text.startswith("\x1b\x1b", at):
             return self._read_alt(text, at, events)
         found = re.compile(KEY).match(text, at)
         if found.lastgroup in ("paste", "string"):
-            self.inside, self.late = found.lastgroup, ""
+            self.inside = found.lastgroup
+            self.late = ""
             self.by_hand = len(text) - found.end() < 2
         event = decode_sequence(found)
-        events += [event] if event else []
+        if event:
+            events.append(event)
         return found.end()
 
+    def _is_begun(self, rest: str) -> bool:
+        """Tell whether this is the beginning of a sequence of this terminal's own."""
+        return rest[0] == "\x1b" and any(known.startswith(rest) for known, _ in self.sequences)
+
     def _read_alt(self, text: str, at: int, events: List[Any]) -> int:
-        """ESC before a sequence is the Alt key, before another key it is Esc."""
+        """Read ESC and a key: before a sequence it is the Alt key, before another key Esc."""
         after: List[Any] = []
-        end = at + 1 if text.startswith("\x1b", at + 2) else self._read_key(text, at + 1, after)
+        is_third = text.startswith("\x1b", at + 2)
+        end = at + 1 if is_third else self._read_key(text, at + 1, after)
         if end < 0:
             self.text = "\x1b" + self.text
             return -1
@@ -5053,7 +5086,7 @@ def locale_variable(env: Any) -> str:
     return next((name for name in ("LC_ALL", "LC_CTYPE", "LANG") if env.get(name)), "LANG")
 
 def named_charset(env: Any) -> str:
-    """Parse the encoding in the locale's name, whether it is installed or not; "" = it tells none."""
+    """Parse the encoding in the locale's name, installed or not; "" = it tells none."""
     import codecs
     name, _, modifier = env.get(locale_variable(env), "").partition("@")
     charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
@@ -5077,7 +5110,8 @@ def probe_encoding() -> str:
     """Set the locale, and return the encoding that curses draws in, such as "utf-8".
 
     Where the locale isn't installed, another one that has UTF-8 is set."""
-    import codecs, locale
+    import codecs
+    import locale
     if not hasattr(locale, "nl_langinfo"):
         return "utf-8"
     others = UTF8_LOCALES if named_charset(os.environ) in ("", "utf-8") else ()
@@ -5093,11 +5127,13 @@ CONSOLE_SYMBOLS = "─│┌┐└┘├┤┬┴┼█░▒•·→←↑↓�
 GIO_UNIMAP = 0x4b66                 # linux/kd.h, see ioctl_console(2)
 
 def probe_font() -> Optional[Any]:
-    """Ask Linux's console for the characters of its font; None on other terminals, or where it can't be asked."""
+    """Ask Linux's console for its font's characters; None on other terminals, or without answer."""
     if not os.environ.get("TERM", "").startswith("linux") or os.name == "nt":
         return None
-    import array, fcntl, struct
-    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: a character, its place in the font
+    import array
+    import fcntl
+    import struct
+    pairs = array.array("H", bytes(4 * 65535))    # struct unipair: a character, its place
     request = struct.pack("@HP", 65535, pairs.buffer_info()[0])
     try:
         n_pairs, _ = struct.unpack("@HP", fcntl.ioctl(1, GIO_UNIMAP, request))
@@ -5109,7 +5145,7 @@ def parse_unimap(pairs: Sequence[int], n_pairs: int) -> Any:
     return frozenset(chr(pairs[2 * i]) for i in range(n_pairs) if pairs[2 * i] < 0xd800)
 
 def plan_glyphs(encoding: str, term: str, font: Optional[Any]) -> Any:
-    """Make a function that tells whether a character can be drawn. font: what probe_font() found."""
+    """Make a function that tells whether a character can be drawn. font: of probe_font()."""
     if encoding != "utf-8":
         return lambda char: char < "\x7f" or spellable(char, encoding)
     if font:
@@ -5128,14 +5164,14 @@ def spellable(char: str, encoding: str) -> bool:
 
 # == 13. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
-# Contracts: ncurses hands an escape sequence it doesn't know back character by character; raw() is needed for
-# Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to differ from Ctrl-J (LF).
+# Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
+# differ from Ctrl-J (LF).
 
-PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # bracketed paste, of xterm's control sequences
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
-SLICE_S = 0.1                       # of a slow line's time, to be written at once: a key waits no longer
-STATUS_S = 0.5                      # between two paintings of the bottom line while text streams in:
-                                    # its numbers take more bytes than the text
+SLICE_S = 0.1                       # of a slow line's time, written at once: a key waits no longer
+# The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
+STATUS_S = 0.5
 
 def probe_line_speed() -> float:
     """Ask termios for the bytes per second of the line to the terminal; 0 = fast, or not known.
@@ -5155,7 +5191,7 @@ def cells_of(line: Line) -> List[Span]:
     return [(char, style) for text, style in line for char in text]
 
 def estimate_bytes(old: Optional[Line], new: Line) -> int:
-    """Estimate what it takes to make a row of another: ncurses leaves out what is equal at both ends."""
+    """Estimate what it takes to repaint a row: ncurses leaves out what is equal at both ends."""
     before = cells_of(old or ())
     after = cells_of(new)
     n_same = len(os.path.commonprefix([before, after]))
@@ -5175,7 +5211,7 @@ class LinePace:
         self.asked_s = 0.0                # when the terminal was asked, see hear()
 
     def is_full(self, now_s: float) -> bool:
-        """Tell whether a write would block: the other end has fallen behind by all that the system keeps."""
+        """Tell whether a write would block: the other end is behind by all that can be kept."""
         import select
         if os.name == "nt" or select.select([], [1], [], 0)[1]:
             return False
@@ -5192,7 +5228,9 @@ class LinePace:
         """Take note of what was written; True = the terminal is to be asked now."""
         if not self.bytes_per_s:
             return False
-        import fcntl, struct, termios
+        import fcntl
+        import struct
+        import termios
         queued = 0
         with suppress(OSError):           # it hung up
             packed = fcntl.ioctl(1, termios.TIOCOUTQ, bytes(4))
@@ -5267,7 +5305,9 @@ class Screen:
         In them an LF was the Enter key: the terminal made it of CR."""
         if os.name == "nt":
             return 0
-        import fcntl, struct, termios
+        import fcntl
+        import struct
+        import termios
         return struct.unpack("i", fcntl.ioctl(0, termios.FIONREAD, bytes(4)))[0]
 
     def _write(self, text: str) -> None:
@@ -5331,7 +5371,7 @@ class Screen:
         return self.size()
 
     def _sequences(self) -> Dict[str, str]:
-        """Ask terminfo what this terminal sends for its keys. Single characters have a meaning without it."""
+        """Ask terminfo what this terminal sends for its keys, single characters apart."""
         found = {}
         for name, key in TERMINFO_KEYS.items():
             sequence = (self.curses.tigetstr(name) or b"").decode("latin-1")
@@ -5401,7 +5441,7 @@ class Screen:
                 events.append(Pressed(key))
 
     def next_s(self, changed: bool) -> Optional[float]:
-        """Return the time (monotonic) of the next thing to draw; None = nothing. changed: a new frame waits."""
+        """Return the time (monotonic) to draw; None = never. changed: a new frame waits."""
         if not self.is_painted():
             return self.pace.free_s
         if not changed and not self.rest:
@@ -5414,9 +5454,10 @@ class Screen:
         return not self.rest or self.rest == [len(self.frame.lines) - 1]
 
     def draw(self, frame: Frame, urgent: bool = True) -> None:
-        """Paint the rows that changed; with another theme, all of them. urgent: somebody waits for it.
+        """Paint the rows that changed; with another theme, all. urgent: somebody waits for it.
 
-        Over a slow line these are the cursor's row, where a key is echoed, and some more; draw_rest() goes on."""
+        Over a slow line these are the cursor's row, where a key is echoed, and some more;
+        draw_rest() goes on."""
         if frame.theme != self.theme:
             self.theme = frame.theme
             self.styles = self._styles(frame.theme)
@@ -5443,7 +5484,7 @@ class Screen:
             self._write(ASK)
 
     def _paint_rows(self, now_s: float, urgent: bool) -> int:
-        """Paint rows that are left while there is room on the line; returns about how many bytes they take."""
+        """Paint rows while there is room on the line; returns about how many bytes they take."""
         skips_status = not urgent and now_s < self.status_s + STATUS_S
         room = self.pace.room_bytes()
         n_bytes = 0
@@ -5465,7 +5506,7 @@ class Screen:
             n = cells(text)
             if not text.isascii():
                 text = text.translate(self.glyphs)
-            with suppress(self.curses.error):    # so curses says that the window's last cell is written
+            with suppress(self.curses.error):    # raised when the window's last cell is written
                 self.window.addstr(y, x, text, self.styles[style])
             x += n
 
@@ -5480,8 +5521,10 @@ class Screen:
         return self.pad.getyx()[1] - 1
 
     def edit(self, text: str) -> Any:
-        """Leave the terminal to the user's editor; returns the event of what has become of the text."""
-        import shlex, subprocess, tempfile
+        """Leave the terminal to the user's editor; returns the event of what came of it."""
+        import shlex
+        import subprocess
+        import tempfile
         is_windows = os.name == "nt"
         default = "notepad" if is_windows else "vi"
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or default
@@ -5495,7 +5538,8 @@ class Screen:
                 return Edited(read_text(path).rstrip("\n"))
             except (OSError, ValueError, KeyboardInterrupt, subprocess.CalledProcessError) as error:
                 problem = str(error) or "interrupted"
-                return Told("Your editor failed (%s). $EDITOR names the one to use." % problem, "error")
+                said = "Your editor failed (%s). $EDITOR names the one to use." % problem
+                return Told(said, "error")
             finally:
                 self.resize()
 
@@ -5504,13 +5548,13 @@ class Screen:
         self.curses.endwin()
 
 
-# == 14. RUN =======================================================================================
-# Where things happen: the child processes and their pipes, the effects, the loop. It must not decide anything: events
-# go into update(), effects come out. A new effect: its type in TYPES, a method of Runner and its row in PERFORM.
-# A new kind of child: its messages in CHILD_SAYS, its command line in Runner.start_child, its news in CHILD_NEWS.
+# == 13b. CHILD PROCESSES ==========================================================================
+# The child processes and their pipes; what comes from other threads. It must not know the State.
+# A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
+# what becomes of its news in CHILD_NEWS.
 
 class Mailbox:
-    """Events from other threads; posting one wakes the loop (through a pipe where select() can wait on it)."""
+    """Events from other threads; posting one wakes the loop (through a pipe, not on Windows)."""
     ROOM = 200                            # events: with more, the children must wait
     AT_ONCE = 100                         # events that are taken between two looks for keys
 
@@ -5532,7 +5576,9 @@ class Mailbox:
         return len(self.events) >= self.ROOM
 
     def wait(self, timeout_s: Optional[float], keyboard: bool = False) -> bool:
-        """Wait for a post, a key or the time; True when there may be a key. Windows can't wait on both, so it polls."""
+        """Wait for a post, a key or the time; True when there may be a key.
+
+        Windows can't wait on both, so it polls."""
         if os.name == "nt":
             import time
             if not self.events:
@@ -5562,21 +5608,21 @@ class Mailbox:
         os.close(self.wake_write)
 
 def engine_env() -> Dict[str, str]:
-    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb, if there is one, and wait for it
+    env = dict(os.environ, GGML_NO_BACKTRACE="1")    # an abort would start gdb and wait for it
     if "OMP_WAIT_POLICY" not in env:
-        # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine; with 2,000 an idle one
-        # loses 5 %.
+        # GNU OpenMP's threads spin at barriers, as it comes far too long for a busy machine; with
+        # 2,000 an idle one loses 5 %.
         env.setdefault("GOMP_SPINCOUNT", "20000")
     return env
 
 LINE_BYTES = 1 << 18                  # of a child's line; no message is longer
 LOG_CHARS = 2000                      # of a line in the system pane
-STOP_SLOW_S = 1                       # a stop takes a fraction of that; later one may be writing the next message
+STOP_SLOW_S = 1                       # a stop takes less; later one may be writing the next message
 STOP_LATE_S = 3                       # an engine that hasn't stopped by then hangs
 END_S = 5                             # for an engine to write its state at the end
 
 def pipe_lines(pipe: Any) -> Iterable[str]:
-    """Yield the lines of a pipe, as they come; of one that is longer than LINE_BYTES its beginning."""
+    """Yield the lines of a pipe, as they come; of one longer than LINE_BYTES its beginning."""
     kept = bytearray()
     for piece in iter(lambda: os.read(pipe.fileno(), 1 << 16), b""):
         *ends, rest = piece.split(b"\n")
@@ -5596,16 +5642,20 @@ def start_thread(function: Any, *arguments: Any) -> Any:
     return thread
 
 class Child:
-    """A child process whose output becomes events: ChildSaid for a message on stdout, EngineLogged for all other lines,
-    ChildEnded at its end.
+    """A child process whose output becomes events: ChildSaid for a message on stdout, EngineLogged
+    for all other lines, ChildEnded at its end.
 
-    It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for long. A flood of
-    output waits in the pipe until there is room in the mailbox."""
+    It may hang, so nothing here waits for it in the caller's thread, but close(), and that not for
+    long. A flood of output waits in the pipe until there is room in the mailbox."""
     MAX_PENDING = 64                      # messages that it hasn't taken: then it hangs
 
-    def __init__(self, which: str, argv: List[str], mailbox: Mailbox, after: Optional["Child"] = None) -> None:
-        """which: as in ChildSaid. after: a child whose end the first message waits for. Raises OSError."""
-        import subprocess, threading
+    def __init__(self, which: str, argv: List[str], mailbox: Mailbox,
+                 after: Optional["Child"] = None) -> None:
+        """Start it. which: as in ChildSaid. after: the first message waits for its end.
+
+        Raises OSError."""
+        import subprocess
+        import threading
         self.which = which
         self.mailbox = mailbox
         self.after = after
@@ -5614,11 +5664,13 @@ class Child:
         self.lock = threading.Condition()
         self.pending: List[Dict[str, Any]] = []
         self.model_path = ""              # of the model that it was last told to load
-        flags = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(), **flags)
-        self.readers = [start_thread(self._read, self.process.stdout, self._parse),
-                        start_thread(self._read, self.process.stderr, log_line)]
+        self.process = subprocess.Popen(
+            argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, env=engine_env(),
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0))    # Windows
+        self.readers = [
+            start_thread(self._read, self.process.stdout, self._parse),
+            start_thread(self._read, self.process.stderr, log_line)]
         start_thread(self._write)
         self.ender = start_thread(self._end)
 
@@ -5680,7 +5732,8 @@ class Child:
 
     def interrupt(self) -> None:
         import signal
-        self.process.send_signal(signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT)
+        number = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)    # the former on Windows
+        self.process.send_signal(number)
 
     def is_alive(self) -> bool:
         return self.process.poll() is None
@@ -5702,6 +5755,118 @@ class Child:
         if self.is_alive():
             self.process.kill()
             self.ender.join(1)
+
+DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
+    "begun": {"parts": [str], "total": int},
+    "checking": {"done": int, "rate?": float}, "fetching": {"done": int, "rate?": float},
+    "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
+    "done": {"path": str}, "choices": {}}
+INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
+    "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
+    "said": {"text": str}, "failed": {"text": str}, "done": {}}
+
+def log_line(line: str) -> EngineLogged:
+    return EngineLogged(line[:LOG_CHARS])
+
+def parse_line(which: str, line: str) -> Any:
+    """Make an event of a child's line; what is no message is for the system pane."""
+    import json
+    known = {"engine": ENGINE_SAYS, "install": INSTALL_SAYS, "download": DOWNLOAD_SAYS}[which]
+    try:
+        message = json.loads(line, parse_int=parse_digits)
+    except (ValueError, RecursionError):
+        return log_line(line)
+    return ChildSaid(which, message) if is_message(message, known) else log_line(line)
+
+def parse_digits(digits: str) -> int:
+    """int(), which takes seconds for a million of them before Python 3.11."""
+    return int(digits[:20])
+
+def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
+    """Find out why a child ended.
+
+    After an illegal instruction: what prebuilt llama.cpp libraries want of an x86 CPU and this one
+    doesn't have. After a crash: what is wrong with the model's file, if anything."""
+    lacking: Tuple[str, ...] = ()
+    if which == "engine" and code in NO_SUCH_INSTRUCTION:
+        import platform
+        has = probe_hardware().instruction_sets
+        lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
+    fault = ""
+    if code in CRASHES and model_path:
+        try:
+            read_gguf_header(os.path.expanduser(model_path), full=True)
+        except ModelError as error:
+            fault = str(error)
+    return ChildEnded(which, code, lacking, fault)
+
+NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
+
+def ask_engine(
+        python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
+    """Yield what a fresh engine says to these commands, until the caller has heard enough.
+
+    Raises ModelError."""
+    if not python:
+        raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
+    mailbox = Mailbox()
+    try:
+        child = Child("engine", engine_argv(python), mailbox)
+    except OSError as error:
+        mailbox.close()
+        raise ModelError(NO_START % (python, error.strerror)) from error
+    try:
+        for command in commands:
+            child.send(command)
+        yield from engine_answers(mailbox, limit_s)
+    finally:
+        child.kill()
+        mailbox.close()
+        child.ender.join(END_S)
+
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
+    """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
+    import time
+    end_s = time.monotonic() + limit_s
+    last_error = ""
+    while time.monotonic() < end_s:
+        mailbox.wait(end_s - time.monotonic())
+        for event in mailbox.take():
+            if isinstance(event, ChildEnded):
+                text = explain_death(event, False, last_error)
+                if event.code in CRASHES and not event.fault:
+                    raise EngineCrash(text, event.code)
+                raise ModelError(text)
+            if isinstance(event, EngineLogged):
+                continue
+            message = event.message
+            if message["event"] == "failed":
+                raise ModelError(message["text"])
+            if message["event"] == "log" and message["level"] == "error":
+                last_error = message["text"]
+            yield message
+    raise ModelError("The engine did not answer in %d s." % limit_s)
+
+def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
+    """Yield what a measuring engine says; after a crash at once, a more careful one is asked."""
+    for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
+        careful_options = options._replace(caution=caution)
+        command = {"cmd": "bench", "path": path, "options": careful_options._asdict()}
+        measured = False
+        try:
+            for message in ask_engine(python, command):
+                measured = measured or message["event"] == "measured"
+                yield message
+        except EngineCrash as error:
+            if measured or caution == len(CAUTIONS) - 1:
+                raise
+            problem = "%s Trying again %s." % (error, CAUTIONS[max(0, caution) + 1])
+            print(clean(problem), file=sys.stderr, flush=True)
+
+
+# == 14. RUN =======================================================================================
+# Where things happen: the effects and the loop. It must not decide anything: events go into
+# update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
 class Runner:
     """Performs effects; what comes of them arrives in the mailbox."""
@@ -5738,7 +5903,8 @@ class Runner:
             self.children[effect.which] = Child(effect.which, argv, self.mailbox, old)
         except OSError as error:          # it was made for another system or machine, say
             text = NO_START % (argv[0], error.strerror)
-            self.mailbox.post(ChildSaid(effect.which, {"event": "failed", "during": "start", "text": text}))
+            failed = {"event": "failed", "during": "start", "text": text}
+            self.mailbox.post(ChildSaid(effect.which, failed))
 
     def end_child(self, which: str) -> Optional[Child]:
         """End it at once; what it still had to say is no news any more."""
@@ -5770,7 +5936,7 @@ class Runner:
         start_thread(self._find_models, effect.wanted)
 
     def _find_models(self, wanted: str) -> None:
-        """In a thread of its own, as disks can be slow. Somebody waits for the answer, so there must be one."""
+        """Look, in a thread of its own, as disks can be slow. Somebody waits for an answer."""
         entries: Tuple[ModelEntry, ...] = ()
         try:
             self.mailbox.post(MachineProbed(tuple(describe_hardware(probe_hardware()))))
@@ -5783,7 +5949,7 @@ class Runner:
         start_thread(self._probe_needs, effect.has_model)
 
     def _probe_needs(self, has_model: bool) -> None:
-        """In a thread of its own; the network is asked last, as it may take seconds to answer."""
+        """Look, in a thread of its own; the network is asked last, as it may take seconds."""
         try:
             needs = probe_needs(has_model)
             self.mailbox.post(NeedsProbed(needs))
@@ -5813,7 +5979,7 @@ class Runner:
         self.quit = True
 
     def close(self) -> bool:
-        """End all that runs. Returns whether something that was said could not be saved, which is told."""
+        """End all that runs; returns whether something that was said could not be saved."""
         installer, engine = self.children.get("install"), self.children.get("engine")
         if installer and installer.is_alive():
             installer.interrupt()
@@ -5839,128 +6005,27 @@ PERFORM = {
     Quit:       Runner.end,
 }
 
-DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
-    "begun": {"parts": [str], "total": int},
-    "checking": {"done": int, "rate?": float}, "fetching": {"done": int, "rate?": float},
-    "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
-    "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
-    "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
-    "said": {"text": str}, "failed": {"text": str}, "done": {}}
-
-def log_line(line: str) -> EngineLogged:
-    return EngineLogged(line[:LOG_CHARS])
-
-def parse_line(which: str, line: str) -> Any:
-    """Make an event of a child's line, which may be anything: what is no message is for the system pane."""
-    import json
-    known = {"engine": ENGINE_SAYS, "install": INSTALL_SAYS, "download": DOWNLOAD_SAYS}[which]
-    try:
-        message = json.loads(line, parse_int=parse_digits)
-    except (ValueError, RecursionError):
-        return log_line(line)
-    return ChildSaid(which, message) if is_message(message, known) else log_line(line)
-
-def parse_digits(digits: str) -> int:
-    """int(), which takes seconds for a million of them before Python 3.11."""
-    return int(digits[:20])
-
-def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
-    """How a child ended. After an illegal instruction: with what prebuilt llama.cpp libraries want of an x86 CPU and
-    this one doesn't have. After a crash: with what is wrong with the model's file, if anything."""
-    lacking: Tuple[str, ...] = ()
-    if which == "engine" and code in NO_SUCH_INSTRUCTION:
-        import platform
-        has = probe_hardware().instruction_sets
-        lacking = tuple(name for name in wanted_sets(platform.machine()) if name not in has)
-    fault = ""
-    if code in CRASHES and model_path:
-        try:
-            read_gguf_header(os.path.expanduser(model_path), full=True)
-        except ModelError as error:
-            fault = str(error)
-    return ChildEnded(which, code, lacking, fault)
-
-NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
-
-def ask_engine(python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
-    """Yield what a fresh engine process says to these commands, until the caller has heard enough. Raises ModelError."""
-    if not python:
-        raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
-    mailbox = Mailbox()
-    try:
-        child = Child("engine", engine_argv(python), mailbox)
-    except OSError as error:
-        mailbox.close()
-        raise ModelError(NO_START % (python, error.strerror))
-    try:
-        for command in commands:
-            child.send(command)
-        yield from engine_answers(mailbox, limit_s)
-    finally:
-        child.kill()
-        mailbox.close()
-        child.ender.join(END_S)
-
-def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
-    """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
-    import time
-    end_s = time.monotonic() + limit_s
-    last_error = ""
-    while time.monotonic() < end_s:
-        mailbox.wait(end_s - time.monotonic())
-        for event in mailbox.take():
-            if isinstance(event, ChildEnded):
-                text = explain_death(event, False, last_error)
-                if event.code in CRASHES and not event.fault:
-                    raise EngineCrash(text, event.code)
-                raise ModelError(text)
-            if isinstance(event, EngineLogged):
-                continue
-            message = event.message
-            if message["event"] == "failed":
-                raise ModelError(message["text"])
-            if message["event"] == "log" and message["level"] == "error":
-                last_error = message["text"]
-            yield message
-    raise ModelError("The engine did not answer in %d s." % limit_s)
-
-def ask_bench(python: str, path: str, options: LoadOptions) -> Iterable[Dict[str, Any]]:
-    """Yield what a measuring engine says; one that crashes before it has measured anything is replaced by a more careful one."""
-    for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
-        careful_options = options._replace(caution=caution)
-        command = {"cmd": "bench", "path": path, "options": careful_options._asdict()}
-        measured = False
-        try:
-            for message in ask_engine(python, command):
-                measured = measured or message["event"] == "measured"
-                yield message
-        except EngineCrash as error:
-            if measured or caution == len(CAUTIONS) - 1:
-                raise
-            problem = "%s Trying again %s." % (error, CAUTIONS[max(0, caution) + 1])
-            print(clean(problem), file=sys.stderr, flush=True)
-
 def watch_signals(mailbox: Mailbox) -> None:
-    """End cleanly on SIGTERM and SIGHUP; a resize wakes the loop (ncurses' own handler would not)."""
+    """End cleanly on SIGTERM and SIGHUP; wake the loop at a resize, as ncurses wouldn't."""
     import signal
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
     def resize(number: int, frame: Any) -> None:
         mailbox.post(Resized(0, 0))
-    for name, act in (("SIGTERM", end), ("SIGHUP", end), ("SIGWINCH", resize)):
+    handlers: Dict[str, Any] = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
+    for name, handler in handlers.items():
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), act)
+            signal.signal(getattr(signal, name), handler)
 
 def run(screen: Screen, state: State, first: str = "") -> int:
-    """Run the window until somebody quits: wait, update, perform, draw. first: a /command. Returns the exit status."""
+    """Run the window until somebody quits. first: a /command. Returns the exit status."""
     runner = Runner(screen)
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode)
         state = state._replace(columns=columns, rows=rows, settings=settings)
         state, effects = start_window(state, first)
-        screen.draw(view(state))          # everything that isn't needed for this frame is imported after it
+        screen.draw(view(state))          # what this frame doesn't need is imported after it
         watch_signals(runner.mailbox)
         last = loop(perform(state, effects, runner), screen, runner)
     finally:
@@ -5997,7 +6062,8 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
             if isinstance(event, Resized):
                 event = Resized(*screen.resize())
             state = react(state, event, runner)
-        # A key is echoed at once, and the first word; streaming text comes at the frame rate, or as the line takes it.
+        # A key is echoed at once, and the first word; streaming text comes at the frame rate, or as
+        # the line takes it.
         changed = state is not drawn
         urgent = changed and (urgent or bool(keys) or state.engine is not drawn.engine)
         now_s = time.monotonic()
@@ -6012,7 +6078,7 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     return state
 
 def react(state: State, event: Any, runner: Runner) -> State:
-    """One event through update(), its effects performed; a fault in them is told in the window, which goes on."""
+    """Handle an event, and perform its effects; a fault is told in the window, which goes on."""
     try:
         state, effects = update(state, event)
     except Exception as error:
@@ -6029,11 +6095,13 @@ def perform(state: State, effects: Tuple[Any, ...], runner: Runner) -> State:
     return state
 
 def tell_fault(state: State, error: Exception) -> State:
-    """A notice of what failed; the system pane has all of it."""
+    """Give a notice of what failed; the system pane has all of it."""
     import traceback
     lines = traceback.format_exception(type(error), error, error.__traceback__)
-    log = [LogLine("error", line) for line in "".join(lines).splitlines()]
-    return notice(add_log(state, *log), "That failed: %s (the system pane, F2, has the details)" % error, "error")
+    for line in "".join(lines).splitlines():
+        state = add_log(state, LogLine("error", line))
+    text = "That failed: %s (the system pane, F2, has the details)" % error
+    return notice(state, text, "error")
 
 
 # == 15. ENGINE ====================================================================================
