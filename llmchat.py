@@ -718,7 +718,7 @@ class State(NamedTuple):
     pane: str = SYSTEM_PANE
     focus: str = "chat"       # the pane that the scroll keys move: "chat" or "system"
     chat_scroll: Optional[Scroll] = None    # None = follow the end
-    log_scroll: Optional[Scroll] = None
+    side_scrolls: Dict[str, Optional[Scroll]] = {}  # the same of the panes beside the chat
     dialog: Any = None        # before the chat: a Choice, a Question or a Sheet; None = nothing
     progress: Progress = Progress()  # of loading, reading or installing
     speed: float = 0.0        # tokens/s of the running or last reply
@@ -2026,43 +2026,188 @@ def clean_draft(text: str) -> str:
 
 # == 7. LAYOUT =====================================================================================
 # Which part of the window belongs to which pane, what stands in it, and how far it is scrolled. Pure.
+# A new pane: a row of PANES, and its name in SIDE_PANES.
+
+class Area(NamedTuple):
+    """Say where the inside of a pane stands in the window, in columns and rows."""
+    name: str                     # of the pane
+    x: int
+    y: int
+    width: int
+    height: int
 
 class Layout(NamedTuple):
-    """Rows and columns of the panes' insides; 0 = not shown."""
-    framed: bool
-    chat_width: int
-    chat_height: int
-    draft_height: int
-    log_width: int
-    log_height: int
+    """Hold the areas of the window."""
+    framed: bool                  # there are lines around the panes
+    main: Area                    # the chat, or the pane in front of it
+    draft: Area                   # the input box, under a line
+    side: Tuple[Area, ...]        # the panes beside the chat, with a line between them
 
-def plan_layout(state: State) -> Layout:
-    """Which pane is where: side by side when the window is wide, one at a time when not."""
-    columns, rows = state.columns, state.rows
-    framed = columns >= 32 and rows >= 10
-    side = 1 if framed else 0
-    inner = columns - 2 * side
-    beside = state.pane == "beside" and columns >= BESIDE_COLUMNS and framed
-    log_width = int(columns * SYSTEM_PANE_SHARE) if beside else inner if state.pane == "full" else 0
-    chat_width = inner - log_width - 1 if beside else inner
-    wanted = len(draft_rows(open_chips(state.draft, state.draft.text, chip_label), max(1, chat_width - 3)))
-    draft_height = max(1, min(wanted, DRAFT_ROWS, rows // 3))
-    chat_height = rows - 1 - draft_height - (3 if framed else 1)
-    log_height = 0 if not log_width else chat_height if state.pane == "full" else rows - 3
-    return Layout(framed, chat_width, max(1, chat_height), draft_height, log_width, log_height)
+class Items(NamedTuple):
+    """Hold things that are lines when asked for: only what is on the screen is ever wrapped."""
+    count: int
+    lines: Any                    # index -> lines
 
+class Pane(NamedTuple):
+    """Say what a pane shows; see PANES."""
+    title: Any                    # state -> text
+    head: Any                     # (state, area) -> lines that stay above the others
+    items: Any                    # (state, width) -> Items, which scroll
+
+SIDE_PANES = ("system",)          # beside the chat, from top to bottom; F2 brings the first in front
 FAR = 10 ** 9                     # lines
 
-# A list of things that are lines when asked for (index -> lines): only what is on the screen is ever wrapped
-Items = NamedTuple("Items", [("count", int), ("lines", Any)])
+def plan_layout(state: State) -> Layout:
+    """Place the panes: side by side when the window is wide, one at a time when not."""
+    framed = state.columns >= 32 and state.rows >= 10
+    edge = 1 if framed else 0
+    width = state.columns - 2 * edge
+    rows = state.rows - 2 * edge - 1      # the last is the status line
+    side: Tuple[Area, ...] = ()
+    if state.pane == "beside" and can_be_beside(state):
+        side_width = int(state.columns * SYSTEM_PANE_SHARE)
+        width -= side_width + 1
+        side = stack_panes(edge + width + 1, side_width, rows)
+    text = open_chips(state.draft, state.draft.text, chip_label)
+    wanted = len(draft_rows(text, max(1, width - 3)))
+    draft_height = max(1, min(wanted, DRAFT_ROWS, state.rows // 3))
+    height = max(1, rows - draft_height - 1)
+    in_front = state.pane == "full" and not state.dialog
+    main = Area(SIDE_PANES[0] if in_front else "chat", edge, edge, width, height)
+    draft = Area("draft", edge, edge + height + 1, width, draft_height)
+    return Layout(framed, main, draft, side)
+
+def can_be_beside(state: State) -> bool:
+    """Tell whether the window is wide enough for panes side by side."""
+    return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= 10
+
+def stack_panes(x: int, width: int, rows: int) -> Tuple[Area, ...]:
+    """Share the rows beside the chat among the panes there."""
+    areas = []
+    y = 1
+    for n_left in range(len(SIDE_PANES), 0, -1):
+        height = (rows + 2 - y) // n_left - 1
+        areas.append(Area(SIDE_PANES[-n_left], x, y, width, height))
+        y += height + 1
+    return tuple(areas)
+
+def next_focus(state: State) -> str:
+    """Name the next of the panes that are shown: the scroll keys move it then."""
+    names = ["chat"] + [area.name for area in plan_layout(state).side]
+    if len(names) == 1:
+        return state.focus
+    at = names.index(state.focus) if state.focus in names else -1
+    return names[(at + 1) % len(names)]
+
+def focused_area(state: State) -> Area:
+    layout = plan_layout(state)
+    for area in layout.side:
+        if area.name == state.focus:
+            return area
+    if state.pane == "full" and state.focus == SIDE_PANES[0]:
+        return layout.main._replace(name=state.focus)
+    return layout.main._replace(name="chat")
+
+def scroll_pane(state: State, by: int, page: bool = False) -> State:
+    """Scroll the pane with the focus by lines or pages: negative = up, FAR = all the way."""
+    area = focused_area(state)
+    items = PANES[area.name].items(state, area.width)
+    height = scrolled_height(state, area)
+    if page:
+        by *= max(1, height - 1)
+    scroll = move_scroll(items, pane_scroll(state, area.name), by, height)
+    return set_scroll(state, area.name, scroll)
+
+def scrolled_height(state: State, area: Area) -> int:
+    """Count the rows of a pane that scroll: those under its head."""
+    return max(1, area.height - len(PANES[area.name].head(state, area)))
+
+def pane_scroll(state: State, name: str) -> Optional[Scroll]:
+    return state.chat_scroll if name == "chat" else state.side_scrolls.get(name)
+
+def set_scroll(state: State, name: str, scroll: Optional[Scroll]) -> State:
+    if name == "chat":
+        return state._replace(chat_scroll=scroll)
+    return state._replace(side_scrolls={**state.side_scrolls, name: scroll})
+
+def dot_between(unicode: bool) -> str:
+    return " · " if unicode else " - "
+
+def chat_title(state: State) -> str:
+    """Name the program, the model, and what is special about this chat."""
+    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
+    parts = ("llmchat", name, "private" if is_private(state) else "")
+    return dot_between(state.settings.unicode).join(filter(None, parts))
+
+def system_title(state: State) -> str:
+    return "system"
+
+def chat_head(state: State, area: Area) -> List[Line]:
+    return []
+
+def system_head(state: State, area: Area) -> List[Line]:
+    """Show machine and plan, in at most 40 % of the pane, how fast the last replies were, a line."""
+    lines: List[Line] = []
+    for entry in state.summary:
+        lines += log_lines(entry, area.width)
+    lines = lines[:area.height * 2 // 5]
+    if state.speeds:
+        chart = sparkline(state.speeds[-max(1, area.width - 20):], state.settings.unicode)
+        rate = "  %.1f tokens/s" % state.speeds[-1]
+        lines.append(((" " + chart, "good"), (rate, "dim")))
+    if lines:
+        lines.append((("─" * area.width if state.settings.unicode else "-" * area.width, "frame"),))
+    return lines
+
+def sparkline(values: Sequence[float], unicode: bool) -> str:
+    """Draw a chart one row high: a character for each value."""
+    marks = "▁▂▃▄▅▆▇█" if unicode else "_.-=+*#"
+    most = max(values, default=0) or 1
+    return "".join(marks[round((len(marks) - 1) * value / most)] for value in values)
+
+def system_items(state: State, width: int) -> Items:
+    return Items(len(state.log), lambda i: log_lines(state.log[i], width))
+
+def chat_items(state: State, width: int) -> Items:
+    """Give the turns of the chat and the reply in progress."""
+    chat = state.chat
+    settings = state.settings
+    options = RenderOptions(width, settings.unicode, settings.raw, settings.thoughts)
+
+    def lines(i: int) -> Sequence[Line]:
+        shown: Sequence[Line]
+        if i == len(chat.turns):
+            shown = reply_lines(chat.reply or "", chat.thought, options, ended=False)
+        else:
+            note = turn_note(chat, i, dot_between(settings.unicode))
+            shown = turn_lines(chat.turns[i]._replace(note=note), options)
+        if i < chat.forgotten:
+            shown = [tuple((text, "dim") for text, _ in line) for line in shown]
+        if i == chat.forgotten - 1:
+            text = "  the model no longer sees what is above"
+            shown = [*shown, ((text[:width], "warn"),), ()]
+        return shown
+
+    n_replies = 0 if chat.reply is None else 1
+    return Items(len(chat.turns) + n_replies, lines)
+
+PANES = {
+    # name             title         stays above  scrolls
+    "chat":   Pane(chat_title,   chat_head,   chat_items),
+    "system": Pane(system_title, system_head, system_items),
+}
 
 def versions(chat: Chat, turn: Turn) -> List[int]:
-    """The numbers of what was said in place of this turn, itself among them, oldest first."""
-    return [kid for kid in chat.kids.get(turn.parent, ()) if chat.nodes[kid].role == turn.role] if turn.id else []
+    """List the ids of what was said in place of this turn, itself among them, oldest first."""
+    if not turn.id:
+        return []
+    kids = chat.kids.get(turn.parent, ())
+    return [kid for kid in kids if chat.nodes[kid].role == turn.role]
 
 def turn_note(chat: Chat, i: int, dot: str) -> str:
-    """The dim line under turn i. The keys first turn the versions of the last turn that has some."""
-    turn, numbers = chat.turns[i], versions(chat, chat.turns[i])
+    """Write the dim line under turn i. The keys first turn the versions of the last turn with some."""
+    turn = chat.turns[i]
+    numbers = versions(chat, turn)
     parts = [describe_ending(turn.note)]
     if len(numbers) > 1:
         parts.append("version %d of %d" % (numbers.index(turn.id) + 1, len(numbers)))
@@ -2070,7 +2215,7 @@ def turn_note(chat: Chat, i: int, dot: str) -> str:
             parts.append("Alt-Left/Right")
     if turn.id and turn.id == last_turn_id(chat):
         parts.append(open_end(chat))
-    return (" %s " % dot).join(filter(None, parts))
+    return dot.join(filter(None, parts))
 
 # The end of the note of a reply that was cut
 CUT_NOTE = r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$"
@@ -2106,90 +2251,84 @@ def describe_ending(ending: Any) -> str:
         text += ", reused %s" % format(ending.n_reused, ",")
     return text + ENDS.get(ending.reason, "")
 
-def chat_items(state: State, width: int) -> Items:
-    turns, reply, forgotten = state.chat.turns, state.chat.reply, state.chat.forgotten
-    options = RenderOptions(width, state.settings.unicode, state.settings.raw, state.settings.thoughts)
-    dot = "·" if options.unicode else "-"
-    def lines(i: int) -> Sequence[Line]:
-        shown = turn_lines(turns[i]._replace(note=turn_note(state.chat, i, dot)), options) if i < len(turns) else \
-            reply_lines(reply or "", state.chat.thought, options, ended=False)
-        if i < forgotten:
-            shown = tuple(tuple((text, "dim") for text, _ in line) for line in shown)
-        if i == forgotten - 1:
-            shown += ((("  the model no longer sees what is above"[:width], "warn"),), ())
-        return shown
-    return Items(len(turns) + (reply is not None), lines)
-
-def log_items(state: State, width: int) -> Items:
-    return Items(len(state.log), lambda i: log_lines(state.log[i], width))
-
-def log_height(state: State, layout: Layout) -> int:
-    """Rows of the system pane that scroll: those under the summary and its rule."""
-    return max(1, layout.log_height - len(summary_lines(state, layout)) - bool(state.summary or state.speeds))
-
-def summary_lines(state: State, layout: Layout) -> List[Line]:
-    """What stays above the log: machine and plan, in at most 40 % of the pane, and how fast the last replies were."""
-    lines = [line for entry in state.summary for line in log_lines(entry, layout.log_width)]
-    chart = " " + sparkline(state.speeds[-max(1, layout.log_width - 20):], state.settings.unicode)
-    return lines[:layout.log_height * 2 // 5] + [((chart, "good"), ("  %.1f tokens/s" % speed, "dim")) for speed in state.speeds[-1:]]
-
-def sparkline(values: Sequence[float], unicode: bool) -> str:
-    """A chart one row high: a character for each value."""
-    marks = "▁▂▃▄▅▆▇█" if unicode else "_.-=+*#"
-    return "".join(marks[round((len(marks) - 1) * value / (max(values) or 1))] for value in values)
-
 def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
-    """Up to `height` lines from a place on."""
-    lines = list(items.lines(top.item)[top.line:]) if top.item < items.count else []
-    for i in range(top.item + 1, items.count):
+    """Take up to `height` lines from a place on."""
+    lines: List[Line] = []
+    skip = top.line
+    for i in range(top.item, items.count):
+        lines += items.lines(i)[skip:]
+        skip = 0
         if len(lines) >= height:
             break
-        lines.extend(items.lines(i))
     return lines[:height]
 
 def move_back(items: Items, place: Scroll, n: int) -> Scroll:
-    """The place `n` lines above, at most the top."""
-    item, line = place.item, place.line - n
+    """Find the place `n` lines above, at most the top."""
+    item, line = place
+    line -= n
     while line < 0 and item > 0:
         item -= 1
         line += len(items.lines(item))
     return Scroll(item, max(0, line))
 
-def last_page(items: Items, height: int) -> Scroll:
-    """Where the window stands when it follows the end."""
-    return move_back(items, Scroll(items.count, 0), height)
-
-def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
-    """Scroll by lines (negative = up, FAR = all the way); None when the end is reached and is followed again."""
-    end = last_page(items, height)
-    if abs(by) >= FAR and end != Scroll(0, 0):
-        return Scroll(0, 0) if by < 0 else None
-    place = clamp_scroll(items, scroll) or end
-    if by < 0:
-        return move_back(items, place, -by) if end != Scroll(0, 0) else None
-    item, line = place.item, place.line + by
+def move_on(items: Items, place: Scroll, n: int) -> Scroll:
+    """Find the place `n` lines below."""
+    item, line = place
+    line += n
     while item < items.count and line >= len(items.lines(item)):
         line -= len(items.lines(item))
         item += 1
-    return None if Scroll(item, line) >= end else Scroll(item, line)
+    return Scroll(item, line)
+
+def last_page(items: Items, height: int) -> Scroll:
+    """Find where the window stands when it follows the end."""
+    return move_back(items, Scroll(items.count, 0), height)
+
+def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
+    """Scroll by lines (negative = up, FAR = all the way); None = the end is followed again."""
+    end = last_page(items, height)
+    if end == Scroll(0, 0):               # all of it is seen
+        return None
+    if abs(by) >= FAR:
+        return Scroll(0, 0) if by < 0 else None
+    place = clamp_scroll(items, scroll) or end
+    if by < 0:
+        return move_back(items, place, -by)
+    place = move_on(items, place, by)
+    return place if place < end else None
 
 def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
-    """A place that exists, after the window's width or the list has changed."""
+    """Find a place that exists, after the window's width or the list has changed."""
     if scroll is None or scroll.item >= items.count:
         return None
-    return Scroll(scroll.item, min(scroll.line, max(0, len(items.lines(scroll.item)) - 1)))
+    last = max(0, len(items.lines(scroll.item)) - 1)
+    return Scroll(scroll.item, min(scroll.line, last))
 
 def describe_fetch(fetch: Fetch) -> str:
-    """Such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
-    parts = [fetch.doing] if fetch.doing in ("looking", "checking") else [fetch.text] if fetch.doing == "waiting" else []
-    parts += ["no connection, trying again"] if fetch.doing == "unreachable" else []
+    """Describe such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
+    parts: List[str] = []
+    if fetch.doing in ("looking", "checking"):
+        parts.append(fetch.doing)
+    elif fetch.doing == "waiting":
+        parts.append(fetch.text)
+    elif fetch.doing == "unreachable":
+        parts.append("no connection, trying again")
     if fetch.total:
-        parts.append("%d %% of %s" % (100 * fetch.done // fetch.total, format_bytes(fetch.total)))
+        percent = 100 * fetch.done // fetch.total
+        parts.append("%d %% of %s" % (percent, format_bytes(fetch.total)))
     if fetch.rate and fetch.doing == "fetching":
-        left_s = (fetch.total - fetch.done) / fetch.rate
-        left = "%d s" % left_s if left_s < 100 else "%d min" % (left_s / 60) if left_s < 6000 else "%.1f h" % (left_s / 3600)
+        left = format_left((fetch.total - fetch.done) / fetch.rate)
         parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
-    return ", ".join(parts + [fetch.stop] * bool(fetch.stop))
+    if fetch.stop:
+        parts.append(fetch.stop)
+    return ", ".join(parts)
+
+def format_left(seconds: float) -> str:
+    if seconds < 100:
+        return "%d s" % seconds
+    if seconds < 6000:
+        return "%d min" % (seconds / 60)
+    return "%.1f h" % (seconds / 3600)
 
 def read_progress(message: Dict[str, Any]) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
@@ -2212,10 +2351,12 @@ def describe_progress(progress: Progress) -> str:
         text += ", %.0f/s, %.0f s left" % (progress.rate, progress.left_s)
     return text
 
+FETCH_NUMBERS = ("done", "total", "rate", "parts", "text")
+
 def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
-    """After a message of --download."""
-    values = {name: value for name, value in message.items() if name in ("done", "total", "rate", "parts", "text")}
-    return fetch._replace(doing=message["event"], **dict({"rate": 0.0}, **values))
+    """Take what a message of --download says of a fetch."""
+    values = {name: message[name] for name in FETCH_NUMBERS if name in message}
+    return fetch._replace(rate=0.0, doing=message["event"])._replace(**values)
 
 
 # == 8. COMMANDS ===================================================================================
@@ -2264,10 +2405,10 @@ def add_log(state: State, *lines: LogLine) -> State:
     log = state.log + lines
     if len(log) <= LOG_LINES + 200:       # cut seldom: the view stands at an index into it
         return state._replace(log=log)
-    scroll = state.log_scroll
+    scroll = pane_scroll(state, "system")
     if scroll:
         scroll = Scroll(max(0, scroll.item - len(log) + LOG_LINES), scroll.line)
-    return state._replace(log=log[-LOG_LINES:], log_scroll=scroll)
+    return set_scroll(state._replace(log=log[-LOG_LINES:]), "system", scroll)
 
 BUSY = (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
 
@@ -2556,7 +2697,7 @@ def cmd_find(state: State, argument: str) -> Outcome:
 def find_on(state: State, by: int) -> State:
     """Scroll to the next line that holds state.find, up (by = -1) or down."""
     turns = state.chat.turns
-    items = chat_items(state, plan_layout(state).chat_width)
+    items = chat_items(state, plan_layout(state).main.width)
     here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
     i = min(here.item, len(turns) - 1)
     while 0 <= i < len(turns):
@@ -3192,7 +3333,7 @@ def cmd_stop(state: State, argument: str) -> Outcome:
         return cmd_file(state, "none")
     if state.engine in (Condition.STARTING, Condition.LOADING):
         return stop_loading(state)
-    return state._replace(chat_scroll=None, log_scroll=None, find="")
+    return state._replace(chat_scroll=None, side_scrolls={}, find="")
 
 def stop_install(state: State) -> Change:
     state = state._replace(hint="Stopping the installation")
@@ -3256,15 +3397,14 @@ def cmd_interrupt(state: State, argument: str) -> Outcome:
 
 def cmd_pane(state: State, argument: str) -> Change:
     """move the system pane: beside the chat, hidden, in front"""
-    wide = plan_layout(state._replace(pane="beside")).log_width > 0
+    wide = can_be_beside(state)
     after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
     pane = after[state.pane]
     return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
 
-def cmd_focus(state: State, argument: str) -> Change:
+def cmd_focus(state: State, argument: str) -> Outcome:
     """choose the pane that PgUp and PgDn scroll"""
-    shown = plan_layout(state).log_width and state.pane != "full"
-    return state._replace(focus="system" if shown and state.focus == "chat" else "chat" if shown else state.focus), ()
+    return state._replace(focus=next_focus(state))
 
 def cmd_page_up(state: State, argument: str) -> Outcome:
     """scroll up a page"""
@@ -3295,15 +3435,6 @@ def cmd_bottom(state: State, argument: str) -> Outcome:
 def cmd_redraw(state: State, argument: str) -> Outcome:
     """draw the window again"""
     return state, (Redraw(),)
-
-def scroll_pane(state: State, by: int, page: bool = False) -> State:
-    layout = plan_layout(state)
-    if state.focus == "system" and layout.log_width:
-        field, items, height = "log_scroll", log_items(state, layout.log_width), log_height(state, layout)
-    else:
-        field, items, height = "chat_scroll", chat_items(state, layout.chat_width), layout.chat_height
-    step = by * max(1, height - 1) if page else by
-    return state._replace(**{field: move_scroll(items, getattr(state, field), step, height)})
 
 
 # == 8b. DIALOGS ===================================================================================
@@ -3388,7 +3519,7 @@ def move_in_dialog(state: State, by: int) -> State:
         last = len(shown_rows(dialog)) - 1
     else:
         layout = plan_layout(state)
-        last = len(sheet_lines(dialog, layout.chat_width)) - sheet_room(layout.chat_height)
+        last = len(sheet_lines(dialog, layout.main.width)) - sheet_room(layout.main.height)
     index = max(0, min(dialog.index + by, last))
     return state._replace(dialog=dialog._replace(index=index))
 
@@ -4357,14 +4488,23 @@ ENGINE_EVENTS: Dict[str, Any] = {
 
 
 # == 11. VIEW ======================================================================================
-# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the same state
-# gives the same frame. view_PANE(state, layout) -> its lines, and whether there is more below. Styles: see ROLES.
+# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the
+# same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
-# cursor: row and column, None = hidden; theme: a name in THEMES
-Frame = NamedTuple("Frame", [("lines", Tuple[Line, ...]), ("cursor", Optional[Tuple[int, int]]), ("theme", str)])
+class Frame(NamedTuple):
+    """Hold what the window shows."""
+    lines: Tuple[Line, ...]
+    cursor: Optional[Tuple[int, int]]    # row and column, None = hidden
+    theme: str                        # a name in THEMES
 
-BOX = {True: dict(h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴", on="█", off="░", more="▼", dot="·"),
-       False: dict(h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+", on="#", off=".", more="v", dot="-")}
+BOX = {  # by Settings.unicode
+    True: dict(
+        h="─", v="│", tl="┌", tr="┐", bl="└", br="┘", l="├", r="┤", t="┬", b="┴",
+        on="█", off="░", more="▼"),
+    False: dict(
+        h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+",
+        on="#", off=".", more="v"),
+}
 
 LOGO = (r" _ _              _         _   ",
         r"| | |_ __  __ ___| |_  __ _| |_ ",
@@ -4372,31 +4512,324 @@ LOGO = (r" _ _              _         _   ",
         r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
 
 def fit(line: Line, width: int, style: str = "text") -> Line:
-    """A line of exactly `width` columns: cut, or filled with spaces."""
+    """Cut a line to exactly `width` columns, or fill it with spaces."""
     fitting = []
     for text, span_style in line + ((" " * width, style),):
         text = take_cells(text, width)
         width -= cells(text)
-        fitting += [(text, span_style)] if text else []
+        if text:
+            fitting.append((text, span_style))
     return tuple(fitting)
+
+def view_bar(state: State, share: float, n: int) -> str:
+    """Draw a bar of n cells, of which a share (0 to 1) is full."""
+    box = BOX[state.settings.unicode]
+    n_on = min(n, int(share * n + 0.5))
+    return box["on"] * n_on + box["off"] * (n - n_on)
 
 def view(state: State) -> Frame:
     theme = state.settings.theme
     if is_open(state, "theme"):           # it is seen before Enter takes it
         theme = chosen_row(state.dialog).item[1]
     if state.columns < 20 or state.rows < 6:
-        lines = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
+        lines: List[Line] = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
         return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
     layout = plan_layout(state)
-    edge = int(layout.framed)
-    draft, (row, column) = view_draft(state, layout)
-    rows = view_panes(state, layout, draft) + [view_status(state)]
-    row += layout.chat_height + 1
+    main, more = view_pane(state, layout.main)
+    over = view_over(state, layout.main)
+    main[len(main) - len(over):] = over
+    draft, (row, column) = view_draft(state, layout.draft)
+    rule = view_rule(state, layout.main.width, more)
     typed = dialog_line(state.dialog)
+    cursor = (layout.draft.y + row, layout.draft.x + column)
     if typed is not None:
-        row = 1
-        column = 1 + cells(query_end(typed, layout.chat_width))
-    return Frame(tuple(rows), (edge + row, edge + column), theme)
+        column = 1 + cells(query_end(typed, layout.main.width))
+        cursor = (layout.main.y + 1, layout.main.x + column)
+    lines = main + [rule] + draft
+    if layout.framed:
+        lines = add_frame(state, layout, lines)
+    return Frame((*lines, view_status(state)), cursor, theme)
+
+def add_frame(state: State, layout: Layout, left: List[Line]) -> List[Line]:
+    """Draw the lines around the panes, and the panes at the side."""
+    box = BOX[state.settings.unicode]
+    bar = ((box["v"], "frame"),)
+    lines: List[Line] = []
+    for i, line in enumerate(left):
+        if i == layout.main.height:       # the rule over the input box
+            lines.append(((box["l"], "frame"),) + line + ((box["r"], "frame"),))
+        else:
+            lines.append(bar + line + bar)
+    top = view_border(state, layout.main, "tl")
+    bottom = box["bl"] + box["h"] * layout.main.width
+    if layout.side:
+        side: List[Line] = []
+        for area in layout.side:
+            if side:
+                side.append(view_border(state, area, "l") + ((box["r"], "frame"),))
+            side += [line + bar for line in view_pane(state, area)[0]]
+        lines = [a + b for a, b in zip(lines, side)]
+        top += view_border(state, layout.side[0], "t")
+        bottom += box["b"] + box["h"] * layout.side[0].width
+    return [top + ((box["tr"], "frame"),)] + lines + [((bottom + box["br"], "frame"),)]
+
+def view_border(state: State, area: Area, corner: str) -> Line:
+    """Draw the border over a pane, from its corner on, with its title; that of the focus is marked."""
+    box = BOX[state.settings.unicode]
+    is_alone = state.pane != "beside" or not can_be_beside(state)
+    style = "title" if is_alone or state.focus == area.name else "dim"
+    title = " %s " % clean_name(PANES[area.name].title(state), area.width - 4)
+    rest = box["h"] * (area.width - 1 - cells(title))
+    return ((box[corner] + box["h"], "frame"), (title, style), (rest, "frame"))
+
+def view_pane(state: State, area: Area) -> Tuple[List[Line], bool]:
+    """Show a pane: its lines, filling its area, and whether there is more below. Faults are shown."""
+    try:
+        lines, more = view_inside(state, area)
+    except Exception:
+        import traceback
+        rows = traceback.format_exc().splitlines()[-area.height:]
+        lines = [((clean_row(row), "error"),) for row in rows]
+        more = False
+    lines = (lines + [()] * area.height)[:area.height]
+    return [fit(line, area.width) for line in lines], more
+
+def view_inside(state: State, area: Area) -> Tuple[List[Line], bool]:
+    """Show what a pane scrolls, or what stands in front of the chat."""
+    pane = PANES[area.name]
+    items = pane.items(state, area.width)
+    if area.name == "chat" and state.dialog and not is_open(state, "theme"):
+        return view_dialog(state, area.width, area.height), False
+    if area.name == "chat" and not items.count:
+        return view_welcome(state, area.width, area.height), False
+    height = scrolled_height(state, area)
+    lines, more = pane_lines(items, pane_scroll(state, area.name), height)
+    if area.name == "chat" and state.find:
+        lines = [mark_hits(line, state.find) for line in lines]
+    return pane.head(state, area) + lines, more
+
+def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
+    """Take the visible part of a list, and tell whether there is more below it."""
+    end = last_page(items, height)
+    top = min(clamp_scroll(items, scroll) or end, end)
+    return lines_from(items, top, height), top < end
+
+def view_end(state: State) -> List[str]:
+    """Show what stays in the terminal when the window closes: the end of the chat as plain text."""
+    items = chat_items(end_reply(state, "not finished"), state.columns)
+    lines, _ = pane_lines(items, None, SCROLLBACK_LINES + 1)
+    return [spans_text(line).rstrip() for line in lines[:-1]]
+
+def mark_hits(line: Line, text: str) -> Line:
+    """Make all that /find looks for in a line conspicuous, whatever its style."""
+    row = spans_text(line).lower()
+    if len(row) != len(spans_text(line)):    # a few letters have another length in lower case
+        return line
+    marked: Line = ()
+    at = 0
+    for found in re.finditer(re.escape(text), row):
+        before, line = split_spans(line, found.start() - at)
+        hit, line = split_spans(line, len(text))
+        marked += before + ((spans_text(hit), "select"),)
+        at = found.end()
+    return marked + line
+
+def view_welcome(state: State, width: int, height: int) -> List[Line]:
+    """Show what an empty chat has: a logo, if there is room, and what to do."""
+    lines: List[Line] = []
+    if width >= 40 and height >= 12:
+        lines = [(), *((("   " + row, "title"),) for row in LOGO), ()]
+    text = "Chat with a model of your own. Your words stay on this machine.\n\n"
+    if is_getting(state):
+        text += "Write your first message meanwhile: it is answered as soon as all is there."
+    else:
+        text += "Type, then press Enter. F1 shows keys and commands."
+    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
+
+def view_over(state: State, area: Area) -> List[Line]:
+    """Show over the end of the chat: a menu of commands or themes, or the progress of a first start."""
+    if is_open(state, "theme"):           # what they change is seen
+        lines = view_dialog(state, area.width, min(area.height, len(THEMES) + 2))
+    elif state.dialog:
+        return []
+    else:
+        lines = view_menu(state, area) or view_progress(state, area.width)
+    return [fit(line, area.width) for line in lines[-area.height:]]
+
+def view_menu(state: State, area: Area) -> List[Line]:
+    """Show what the command that is being typed may become."""
+    text = state.draft.text[:state.draft.cursor]
+    if not text.startswith("/") or "\n" in state.draft.text:
+        return []
+    rows = list(completions(text))
+    if not rows:
+        names = [name for name in slash_commands() if text.startswith("/%s " % name)]
+        rows = [command_help(name).partition(": ")[::2] for name in names]
+    most = min(6, area.height)
+    if len(rows) > most:
+        more = "and %d more: type on, or F1 shows all" % (len(rows) - most + 1)
+        rows[most - 1:] = [("", more)]
+    column = 2 + max((len(word) for word, _ in rows), default=0)
+    lines = []
+    for word, meaning in rows:
+        line = ((" " + word.ljust(column), "bar"), (clean_name(meaning, area.width), "status"))
+        lines.append(fit(line, area.width, "status"))
+    return lines
+
+def is_getting(state: State) -> bool:
+    """Tell whether the engine or the first model is being got: the chat can't begin before."""
+    if state.engine is Condition.INSTALLING:
+        return True
+    is_without = state.engine in (Condition.OFF, Condition.MISSING) and not state.model
+    return is_without and state.fetch is not None
+
+def view_progress(state: State, width: int) -> List[Line]:
+    """Show a bar for the engine and one for the first model, while they are being got."""
+    if not is_getting(state):
+        return []
+    rows = []
+    if state.engine is Condition.INSTALLING:
+        doing = describe_progress(state.progress) or "getting ready"
+        rows.append(("engine", state.progress.share(), doing))
+    if state.fetch:
+        share = state.fetch.done / max(1, state.fetch.total)
+        rows.append(("model", share, describe_fetch(state.fetch)))
+    elif state.settings.model_path:
+        rows.append(("model", 1.0, "here"))
+    lines: List[Line] = [()]
+    for what, share, text in rows:
+        bar = view_bar(state, share, max(4, min(24, width - 46)))
+        text = "  " + clean_row(text)
+        lines.append((("  " + what.ljust(8), "title"), (bar, "good"), (text, "text")))
+    return lines
+
+def view_rule(state: State, width: int, more: bool) -> Line:
+    """Draw the line over the input box: attached files and their cost, whether there is more below."""
+    box = BOX[state.settings.unicode]
+    dot = dot_between(state.settings.unicode)
+    text = ""
+    if more and width > 24:
+        text = " %s more below%sEnd " % (box["more"], dot)
+    n = state.files_tokens
+    n_ctx = state.model.n_ctx if state.model else 0
+    files = ""
+    if state.files:
+        files = " "
+        if n:
+            files += "%s of %s tokens: " % (format(n, ","), format(n_ctx, ","))
+        files += "".join("[%s] " % file.name for file in state.files)
+        files = clean_name(files, width - cells(text))
+    room = width - cells(files + text)
+    left = room // 2
+    return (
+        (box["h"] * left, "frame"),
+        (files, "user" if n < n_ctx else "warn"),
+        (text, "warn"),
+        (box["h"] * (room - left), "frame"))
+
+def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
+    """Show the input box; also return the cursor (row, column) in it."""
+    draft = state.draft
+    text = open_chips(draft, draft.text, chip_label)
+    before = open_chips(draft, draft.text[:draft.cursor], chip_label)
+    room = max(1, area.width - 3)
+    row, column = draft_cursor(Draft(text, len(before)), room)
+    top = max(0, row - area.height + 1)
+    mark = "❯ " if state.settings.unicode else "> "
+    lines = []
+    for i, (_, part) in enumerate(draft_rows(text, room)[top:top + area.height], top):
+        line = (("  " if i else mark, "prompt"), (part, "user"))
+        lines.append(fit(line, area.width))
+    return lines, (row - top, min(column + 2, area.width - 1))
+
+ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
+
+def view_status(state: State) -> Line:
+    """Show a hint, or what the engine does and the gauges: the most important first."""
+    width = state.columns
+    hint = search_hint(state.draft) or state.hint
+    if hint:
+        style = "alert" if state.quit_asked else "status"
+        return fit(((" " + clean_name(hint, width), style),), width, style)
+    left = view_doing(state)
+    room = width - line_cells(left) - 1
+    for gauges in view_gauges(state):
+        if line_cells(gauges) <= room:
+            return fit(left, width - line_cells(gauges), "status") + gauges
+    return fit(left, width, "status")
+
+def search_hint(draft: Draft) -> str:
+    """Say what Ctrl-R looks for; "" = nothing."""
+    if draft.search is None:
+        return ""
+    found = "" if draft.search in draft.text else " (not found)"
+    keys = "Ctrl-R: further back, Esc: keep this, Ctrl-G: leave"
+    return "Search back: %s%s   %s" % (draft.search, found, keys)
+
+def view_doing(state: State) -> Line:
+    """Show the engine's condition, with a bar, and what goes on."""
+    engine = state.engine
+    line: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
+    is_reading = engine is Condition.READING and state.progress.total
+    if engine is Condition.LOADING or is_reading:
+        share = state.progress.share()
+        bar = view_bar(state, share, max(4, min(20, state.columns // 5)))
+        line += ((" ", "status"), (bar, "bar"), (" %d %%" % int(share * 100), "status"))
+    dot = dot_between(state.settings.unicode)
+    for part in doing_parts(state):
+        line += ((dot + part, "status"),)
+    fetch = state.fetch
+    if fetch and not is_getting(state):
+        line += ((dot + "fetching ", "status"),)
+        if state.columns >= 70:
+            n_on = round(fetch.done / max(1, fetch.total) * 8)
+            line += ((view_bar(state, n_on / 8, 8), "bar"), (" ", "status"))
+        line += ((describe_fetch(fetch), "status"),)
+    return line
+
+def doing_parts(state: State) -> List[str]:
+    """Say what goes on beside the engine's condition."""
+    parts = []
+    if state.engine in (Condition.INSTALLING, Condition.LOADING):
+        parts.append("Esc stops it")
+    elif state.engine is Condition.HUNG:
+        parts.append("Esc, or the next message, ends it and starts another")
+    elif state.progress.total:
+        parts.append(describe_progress(state.progress))
+    if state.wanted is not None:
+        parts.append("looking for models")
+    if state.chat.waiting:
+        parts.append("your message waits")
+    ahead = state.ahead_progress
+    if ahead.total and state.engine is Condition.READY:
+        parts.append("reading ahead %s/%s" % (format(ahead.done, ","), format(ahead.total, ",")))
+    elif state.speed:
+        parts.append("%.1f tokens/s" % state.speed)
+    return parts
+
+def view_gauges(state: State) -> List[Line]:
+    """Show the engine's memory and how full the context is: forms of it, the longest first."""
+    help_key: Line = (("F1 help ", "status"),)
+    if not state.model:
+        return [help_key]
+    n_ctx = max(1, state.model.n_ctx)
+    share = min(1.0, state.n_used / n_ctx)
+    style = "status"
+    if share >= 0.75:
+        style = "alert" if share >= 0.9 else "high"
+    dot = ((dot_between(state.settings.unicode), "status"),)
+    used = (("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style),)
+    bar = view_bar(state, round(share * 8) / 8, 8)
+    n_on = round(share * 8)
+    bar_line = ((bar[:n_on], "bar" if style == "status" else style), (bar[n_on:] + " ", style))
+    with_bar = bar_line + used + dot + help_key
+    memory: Line = ()
+    if state.ram_bytes:
+        memory = (("engine " + format_bytes(state.ram_bytes), "status"),) + dot
+    forms = [memory + with_bar, with_bar, used + dot + help_key]
+    if style != "status":
+        forms.append((("%d %% full" % (100 * share), style), (" ", "status")))
+    return forms + [help_key]
 
 def dialog_line(dialog: Any) -> Optional[str]:
     """What stands in the line of a dialog where one types; None: one types in the input box."""
@@ -4414,158 +4847,6 @@ def query_end(query: str, width: int) -> str:
     while cells(text) > width - 2:
         text = text[1:]
     return text
-
-def view_pane(view_one: Any, state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    """(as many lines as the pane is high, whether there is more below them). A fault is shown inside the pane."""
-    height = layout.chat_height if view_one is view_chat else layout.log_height
-    try:
-        lines, more = view_one(state, layout)
-    except Exception:
-        import traceback
-        lines, more = [((clean_row(row), "error"),) for row in traceback.format_exc().splitlines()[-height:]], False
-    return (lines + [()] * height)[:height], more
-
-def view_panes(state: State, layout: Layout, draft: List[Line]) -> List[Line]:
-    """The panes, with the frame around them where there is room for it."""
-    box, width = BOX[state.settings.unicode], layout.chat_width
-    bar, l, r = (((box[name], "frame"),) * layout.framed for name in "vlr")
-    upper, more = view_pane(view_log if state.pane == "full" and not state.dialog else view_chat, state, layout)
-    foot = view_menu(state, layout) or view_progress(state, width)[-layout.chat_height:]
-    upper[len(upper) - len(foot):] = foot
-    left = [bar + fit(line, width) + bar for line in upper] + [l + view_rule(state, width, more) + r]
-    left += [bar + line + bar for line in draft]
-    if not layout.framed:
-        return left
-    side = view_pane(view_log, state, layout)[0] if layout.log_width and state.pane == "beside" else []
-    right = [fit(line, layout.log_width) + bar for line in side] or [()] * len(left)
-    bottom = box["bl"] + box["h"] * width + (box["b"] + box["h"] * layout.log_width if side else "") + box["br"]
-    return [view_top(state, layout, bool(side))] + [a + b for a, b in zip(left, right)] + [((bottom, "frame"),)]
-
-def is_getting(state: State) -> bool:
-    """Whether the engine, or the first model, is being got: the chat can't begin before."""
-    fetches = state.fetch and not state.model and state.engine in (Condition.OFF, Condition.MISSING)
-    return bool(state.engine is Condition.INSTALLING or fetches)
-
-def view_progress(state: State, width: int) -> List[Line]:
-    """Over the input box while the engine or the first model is being got: a bar for each."""
-    if not is_getting(state) or state.dialog:
-        return []
-    rows = []
-    if state.engine is Condition.INSTALLING:
-        rows.append(("engine", state.progress.share(), describe_progress(state.progress) or "getting ready"))
-    if state.settings.model_path and not state.fetch:
-        rows.append(("model", 1.0, "here"))
-    if state.fetch:
-        rows.append(("model", state.fetch.done / max(1, state.fetch.total), describe_fetch(state.fetch)))
-    box, room = BOX[state.settings.unicode], max(4, min(24, width - 46))
-    lines: List[Line] = [()]
-    for what, share, text in rows:
-        on = min(room, int(share * room + 0.5))
-        bar = box["on"] * on + box["off"] * (room - on)
-        lines.append(fit((("  " + what.ljust(8), "title"), (bar, "good"), ("  " + clean_row(text), "text")), width))
-    return lines
-
-def view_menu(state: State, layout: Layout) -> List[Line]:
-    """Over the end of the chat: what the command that is being typed may become; or the themes, so that what they change is seen."""
-    if is_open(state, "theme"):
-        return view_dialog(state, layout.chat_width, min(layout.chat_height, len(THEMES) + 2))
-    text, most = state.draft.text[:state.draft.cursor], min(6, layout.chat_height)
-    if state.dialog or not text.startswith("/") or "\n" in state.draft.text:
-        return []
-    rows = completions(text) or [command_help(name).partition(": ")[::2] for name in slash_commands() if text.startswith("/%s " % name)]
-    if len(rows) > most:
-        rows[most - 1:] = [("", "and %d more: type on, or F1 shows all" % (len(rows) - most + 1))]
-    column = max((len(word) for word, _ in rows), default=0) + 2
-    return [fit(((" " + word.ljust(column), "bar"), (clean_name(meaning, layout.chat_width), "status")), layout.chat_width, "status") for word, meaning in rows]
-
-def view_top(state: State, layout: Layout, side: bool) -> Line:
-    """The upper border with the titles of the panes; the one that scrolls is marked."""
-    box, line = BOX[state.settings.unicode], ()
-    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
-    parts = ("llmchat", name, "private" if is_private(state) else "")
-    chat = "system" if state.pane == "full" and not state.dialog else (" %s " % box["dot"]).join(filter(None, parts))
-    panes = [(box["tl"], chat, layout.chat_width, not side or state.focus == "chat")]
-    for corner, title, width, focused in panes + [(box["t"], "system", layout.log_width, state.focus == "system")] * side:
-        title = " %s " % clean_name(title, width - 4)
-        line += ((corner + box["h"], "frame"), (title, "title" if focused else "dim"), (box["h"] * (width - 1 - cells(title)), "frame"))
-    return line + ((box["tr"], "frame"),)
-
-def view_rule(state: State, width: int, more: bool) -> Line:
-    """The line over the input box: the attached files and their cost, and whether there is more below."""
-    box, n, n_ctx = BOX[state.settings.unicode], state.files_tokens, state.model.n_ctx if state.model else 0
-    text = " %s more below %s End " % (box["more"], box["dot"]) if more and width > 24 else ""
-    cost = "%s of %s tokens: " % (format(n, ","), format(n_ctx, ",")) if n else ""
-    names = "".join("[%s] " % file.name for file in state.files)
-    chips = clean_name(" " + cost + names, width - cells(text)) if names else ""
-    room = width - cells(chips + text)
-    return ((box["h"] * (room // 2), "frame"), (chips, "user" if n < n_ctx else "warn"), (text, "warn"),
-            (box["h"] * (room - room // 2), "frame"))
-
-def view_end(state: State) -> List[str]:
-    """What stays in the terminal when the window closes: the end of the chat as plain text."""
-    items = chat_items(end_reply(state, "not finished"), state.columns)
-    return ["".join(text for text, _ in line).rstrip() for line in pane_lines(items, None, SCROLLBACK_LINES + 1)[0][:-1]]
-
-def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
-    """The visible part of a list, and whether there is more below it."""
-    end = last_page(items, height)
-    top = min(clamp_scroll(items, scroll) or end, end)
-    return lines_from(items, top, height), top < end
-
-def view_chat(state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    width, height = layout.chat_width, layout.chat_height
-    items = chat_items(state, width)
-    if state.dialog and not is_open(state, "theme"):
-        return view_dialog(state, width, height), False
-    if not items.count:
-        return view_welcome(state, width, height), False
-    lines, more = pane_lines(items, state.chat_scroll, height)
-    return [mark_hits(line, state.find) for line in lines] if state.find else lines, more
-
-def mark_hits(line: Line, text: str) -> Line:
-    """The line with all that /find looks for made conspicuous, whatever its style."""
-    whole = "".join(part for part, _ in line)
-    row = whole.lower()
-    hits = {i for match in re.finditer(re.escape(text), row) for i in range(*match.span())}
-    styles = [style for part, style in line for _ in part]
-    if not hits or len(row) != len(styles):    # a few letters have another length in lower case
-        return line
-    styles = ["select" if i in hits else style for i, style in enumerate(styles)]
-    edges = [i for i in range(len(row)) if i == 0 or styles[i] != styles[i - 1]] + [len(row)]
-    return tuple((whole[a:b], styles[a]) for a, b in zip(edges, edges[1:]))
-
-def view_welcome(state: State, width: int, height: int) -> List[Line]:
-    """What an empty chat shows."""
-    lines: List[Line] = []
-    if width >= 40 and height >= 12:
-        lines += [()] + [(("   " + row, "title"),) for row in LOGO] + [()]
-    text = "Chat with a model of your own. Your words stay on this machine."
-    if is_getting(state):
-        text += "\n\nWrite your first message meanwhile: it is answered as soon as all is there."
-    else:
-        text += "\n\nType, then press Enter. F1 shows keys and commands."
-    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
-
-def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
-    """What is lacking: (what, which, what it costs)."""
-    rows = []
-    if needs.engine:
-        minutes = max(1, round(needs.engine_s / 60))
-        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
-    if needs.model:
-        which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
-        rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
-    return rows
-
-def setup_lines(needs: Needs, room: int, height: int) -> List[str]:
-    """Lay out what is lacking: in columns, or as sentences, short ones in a low window."""
-    rows = setup_rows(needs)
-    widest = max((cells(which) for _, which, _ in rows), default=0)
-    if room >= widest + 26:
-        return [("%-11s %s" % (what, which)).ljust(room - 14) + cost for what, which, cost in rows]
-    if height > 12:
-        return ["%s: %s, %s" % row for row in rows]
-    return ["%s, %s" % (what, cost) for what, _, cost in rows]
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
     """What stands in front of the chat; a question about a row of a list is asked over that list."""
@@ -4631,6 +4912,30 @@ def view_sheet(sheet: Sheet, width: int, height: int) -> List[Line]:
         lines.append(fit(((" " + clean_name(row, width), style),), width))
     return lines
 
+def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
+    """What is lacking: (what, which, what it costs)."""
+    rows = []
+    if needs.engine:
+        minutes = max(1, round(needs.engine_s / 60))
+        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
+    if needs.model:
+        which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
+        rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
+    return rows
+
+def setup_lines(needs: Needs, room: int, height: int) -> List[str]:
+    """Lay out what is lacking: in columns, or as sentences, short ones in a low window."""
+    rows = setup_rows(needs)
+    widest = max((cells(which) for _, which, _ in rows), default=0)
+    if room >= widest + 26:
+        return [("%-11s %s" % (what, which)).ljust(room - 14) + cost for what, which, cost in rows]
+    if height > 12:
+        return ["%s: %s, %s" % row for row in rows]
+    return ["%s, %s" % (what, cost) for what, _, cost in rows]
+
+SETUP_TEXT = ("llmchat gets it into a folder of its own and changes nothing else. Write your first "
+              "message meanwhile: it is answered as soon as all is there.")
+
 def view_setup(state: State, width: int, height: int) -> List[Line]:
     """The first screen: what is lacking, what it costs, and three keys."""
     needs, room = state.needs, max(1, width - 4)
@@ -4653,81 +4958,11 @@ def view_setup(state: State, width: int, height: int) -> List[Line]:
         lines = [line for line in lines if line[0][1] != "dim"]
     return lines
 
-SETUP_TEXT = ("llmchat gets it into a folder of its own and changes nothing else. Write your first "
-              "message meanwhile: it is answered as soon as all is there.")
-
 def setup_keys(state: State, n_rows: int) -> str:
     keys = ["[Enter] get %s" % ("both" if n_rows > 1 else "it")]
     if state.dialog and "m" in state.dialog.keys:
         keys.append("[m] another model")
     return "  ".join(keys + ["[q] quit"])
-
-def view_log(state: State, layout: Layout) -> Tuple[List[Line], bool]:
-    """The system pane: machine and plan, a rule, the log."""
-    top = summary_lines(state, layout)
-    if top:
-        top.append(((BOX[state.settings.unicode]["h"] * layout.log_width, "frame"),))
-    lines, more = pane_lines(log_items(state, layout.log_width), state.log_scroll, log_height(state, layout))
-    return top + lines, more
-
-def view_draft(state: State, layout: Layout) -> Tuple[List[Line], Tuple[int, int]]:
-    """The input box, and the cursor (row, column) in it."""
-    width, height = layout.chat_width, layout.draft_height
-    text, before = (open_chips(state.draft, part, chip_label) for part in (state.draft.text, state.draft.text[:state.draft.cursor]))
-    rows = draft_rows(text, max(1, width - 3))
-    row, column = draft_cursor(Draft(text, len(before)), max(1, width - 3))
-    top = max(0, row - height + 1)
-    mark = "❯ " if state.settings.unicode else "> "
-    lines = [fit(((mark if i == 0 else "  ", "prompt"), (text, "user")), width)
-             for i, (_, text) in enumerate(rows[top:top + height], top)]
-    return lines, (row - top, min(column + 2, width - 1))
-
-ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
-
-def view_status(state: State) -> Line:
-    """Model, what the engine does, speed, context, hint: the most important first, as much as fits."""
-    engine, box, width = state.engine, BOX[state.settings.unicode], state.columns
-    dot = " %s " % box["dot"]
-    search = state.draft.search
-    hint = state.hint if search is None else "Search back: %s%s   Ctrl-R: further back, Esc: keep this, Ctrl-G: leave" % (
-        search, "" if search in state.draft.text else " (not found)")
-    if hint:
-        style = "alert" if state.quit_asked else "status"
-        return fit(((" " + clean_name(hint, width), style),), width, style)
-    left: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
-    if engine is Condition.LOADING or engine is Condition.READING and state.progress.total:
-        n = max(4, min(20, width // 5))
-        share = state.progress.share()
-        on = int(share * n + 0.5)
-        left += ((" ", "status"), (box["on"] * on + box["off"] * (n - on), "bar"), (" %d %%" % int(share * 100), "status"))
-    ahead, doing = "", describe_progress(state.progress)
-    if state.ahead_progress.total and engine is Condition.READY:
-        ahead = "reading ahead %s/%s" % (format(state.ahead_progress.done, ","), format(state.ahead_progress.total, ","))
-    if engine in (Condition.INSTALLING, Condition.LOADING):
-        doing = "Esc stops it"
-    if engine is Condition.HUNG:
-        doing = "Esc, or the next message, ends it and starts another"
-    for part in (doing, "looking for models" if state.wanted is not None else "", "your message waits" if state.chat.waiting else "",
-                 ahead or ("%.1f tokens/s" % state.speed if state.speed else "")):
-        left += ((dot + part, "status"),) if part else ()
-    if state.fetch and not is_getting(state):
-        n, share = 8 * (width >= 70), state.fetch.done / max(1, state.fetch.total)
-        left += ((dot + "fetching ", "status"), ((box["on"] * round(share * n)).ljust(n, box["off"]), "bar"),
-                 (" " * bool(n) + describe_fetch(state.fetch), "status"))
-    room = width - line_cells(left) - 1
-    right = next((line for line in view_gauges(state) if line_cells(line) <= room), ())
-    return fit(fit(left, width - line_cells(right), "status") + right, width, "status")
-
-def view_gauges(state: State) -> List[Line]:
-    """How full the context is, and the engine's memory: forms for the end of the status line, the longest first."""
-    box, n_ctx, end = BOX[state.settings.unicode], max(1, state.model.n_ctx if state.model else 1), ("F1 help ", "status")
-    share, dot = min(1.0, state.n_used / n_ctx), (" %s " % box["dot"], "status")
-    style = "alert" if share >= 0.9 else "high" if share >= 0.75 else "status"
-    on, used = round(share * 8), ("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style)
-    bar = ((box["on"] * on, "bar" if style == "status" else style), (box["off"] * (8 - on) + " ", style), used, dot, end)
-    ram = (("engine " + format_bytes(state.ram_bytes), "status"), dot) if state.ram_bytes else ()
-    full = (("%d %% full" % (100 * share), style), (" ", "status"))
-    return [ram + bar, bar, (used, dot, end), (end,) if style == "status" else full, (end,)] if state.model else [(end,)]
 
 
 # == 12. KEYS ======================================================================================
@@ -12794,7 +13029,7 @@ class Plain:
         known = {id(turn) for turn in before.turns}
         for turn in now.turns:
             if turn.role == "notice" and id(turn) not in known:
-                self.note(lay_columns(turn.text, plan_layout(self.state).chat_width))
+                self.note(lay_columns(turn.text, plan_layout(self.state).main.width))
                 self.status = 1 if turn.style == "error" else self.status
 
     def new_lines(self, before: State, now: State) -> List[LogLine]:
@@ -12808,7 +13043,7 @@ class Plain:
 
     def show_dialog(self, now: State) -> None:
         """What the window has in front of the chat, as lines."""
-        width = plan_layout(now).chat_width
+        width = plan_layout(now).main.width
         if isinstance(now.dialog, Sheet):
             self.note("\n".join(sheet_lines(now.dialog, width)))
         if isinstance(now.dialog, Choice):

@@ -11709,7 +11709,7 @@ class ModelListTest(unittest.TestCase):
         """The row of titles or the filter, then the models, the chosen one marked with a *."""
         state = self.open(*events, columns=columns)[0]
         lines = view(state).lines[2:-4]
-        width = llmchat.plan_layout(state).chat_width
+        width = llmchat.plan_layout(state).main.width
         return [
             "*" * any(style == "select" for _, style in line)
             + "".join(part for part, _ in line)[1 : 1 + width].strip()
@@ -12704,7 +12704,7 @@ class ViewTest(unittest.TestCase):
             pane=choose(("beside", "hidden", "full")),
             focus=choose(("chat", "system")),
             chat_scroll=choose((None, Scroll(dice.randrange(8), dice.randrange(9)))),
-            log_scroll=choose((None, Scroll(3, 1))),
+            side_scrolls={"system": choose((None, Scroll(3, 1)))},
             progress=choose((llmchat.Progress(), llmchat.Progress(12, 34))),
             speed=dice.random() * 99,
             hint=choose(("", words(9))),
