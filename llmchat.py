@@ -177,7 +177,7 @@ DOWNLOAD_RETRY_S = 1          # the first pause between; each is twice as long, 
 
 # What /set NAME and --NAME change, and what can be kept for each model.
 # NAME: (default, lowest, highest, meaning), or of a word: (default, all words, None, meaning).
-SAMPLING = {                  # how the next token is chosen
+SAMPLING: Dict[str, Any] = {  # how the next token is chosen
     "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
     "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
     "top_p":          (0.95, 0, 1, "among the likeliest that have this probability, 1 = off"),
@@ -188,7 +188,7 @@ SAMPLING = {                  # how the next token is chosen
     "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one"),
     "max_tokens":     (0, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
 }
-LOADING = {                   # how a model is loaded
+LOADING: Dict[str, Any] = {   # how a model is loaded
     "n_ctx":          (0, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
     "n_threads":      (0, 0, 1024, "CPU threads, 0 = one per physical core, mostly best"),
     "n_gpu_layers":   (-1, -1, 10_000, "layers on the GPU, -1 = as many as fit, 0 = none"),
@@ -409,7 +409,8 @@ def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
     return namedtuple(name, defaults, defaults=defaults.values())    # type: ignore[misc]
 
 if TYPE_CHECKING:                         # mypy can't look into a table
-    Sampling = LoadOptions = Any
+    Sampling = Any
+    LoadOptions = Any
 else:
     Sampling = settings_tuple("Sampling", SAMPLING)
     LoadOptions = settings_tuple(
@@ -672,7 +673,8 @@ class Choice(NamedTuple):
     command: str              # the /command that does what Enter does
     keys: Dict[str, Any]      # key -> function(state, item of the chosen row) -> Change;
                               # Enter closes the list before
-    index: int = 0            # of the chosen row of those shown; -1: they are on their way
+    index: int = 0            # type: ignore[assignment]
+                              # of the chosen row of those shown; -1: they are on their way
     query: Optional[str] = None  # what is searched for; None: this list has no search line
     find: Any = None          # query -> effect that brings the rows; None: of the rows, those
                               # with all words of the query are shown
@@ -695,7 +697,8 @@ class Sheet(NamedTuple):
                               # chosen in the list behind
     title: str
     rows: Tuple[Tuple[str, str], ...]    # what, and its meaning; "" = the line is one text
-    index: int = 0            # of the first line that is seen
+    index: int = 0            # type: ignore[assignment]
+                              # of the first line that is seen
     query: str = ""           # what is searched for; of details: how a name begins if more is
                               # typed
     back: Any = None
@@ -2374,7 +2377,7 @@ WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing
 def preset_meaning(values: Dict[str, Any]) -> str:
     return ", ".join("%s %s" % item for item in values.items())
 
-CHOICES = {  # /KIND NAME: what the name means, and the settings it stands for
+CHOICES: Dict[str, Any] = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
     "theme":   {name: ("", {"theme": name}) for name in THEMES},
@@ -3075,7 +3078,9 @@ def keep_for_all(state: State, **values: Any) -> Change:
 
 def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """Change settings. The values may come from a file: what no setting would take is left out."""
-    sampling, loading, texts = {}, {}, {}
+    sampling: Dict[str, Any] = {}
+    loading: Dict[str, Any] = {}
+    texts: Dict[str, Any] = {}
     for name, value in values.items():
         if name in ("system_prompt", "theme"):
             texts[name] = str(value)
@@ -13858,10 +13863,11 @@ def let_streams_spell() -> None:
     import codecs
     codecs.register_error("spell", spell_error)
     if sys.stdout:
-        encoding = {} if sys.stdout.isatty() else {"encoding": "utf-8"}
-        sys.stdout.reconfigure(errors="spell", **encoding)
+        sys.stdout.reconfigure(errors="spell")    # type: ignore[union-attr]
+        if not sys.stdout.isatty():
+            sys.stdout.reconfigure(encoding="utf-8")    # type: ignore[union-attr]
     if sys.stderr:
-        sys.stderr.reconfigure(errors="spell")
+        sys.stderr.reconfigure(errors="spell")    # type: ignore[union-attr]
 
 def open_streams() -> None:
     """Streams that are closed (as by 2>&-) lead nowhere, or what is opened first would be taken for them."""
@@ -13874,7 +13880,7 @@ def run_main() -> int:
     open_streams()
     try:
         try:
-            status = main()
+            status: Any = main()
         except SystemExit as end:         # argparse's, or a signal's
             status = end.code
         sys.stdout.flush()
