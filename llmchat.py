@@ -39,8 +39,11 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     14 RUN             effects, the loop
   II The engine
     15 ENGINE          llama.cpp: load, read the prompt, generate
-    16 CHAT TEMPLATES  a chat as the model's own prompt
-    17 ENGINE PROCESS  the child: JSON lines in, JSON lines out; states on disk
+    16 TEMPLATE SANDBOX bounds of time and memory for a model's template
+   16b CHAT TEMPLATES  a chat as the model's own prompt
+    17 PROTOCOL        the messages between window and engine
+   17b STATES ON DISK  what was read of each chat
+   17c ENGINE PROCESS  the child: JSON lines in, JSON lines out
   III The machine
     18 HARDWARE        what this machine has
     19 GGUF            what stands in a model's file
@@ -7564,58 +7567,22 @@ class Reply:
                          write_s=now - self.first_s if self.first_s else 0.0, ram_bytes=probe_ram_bytes())
 
 
-# == 16. CHAT TEMPLATES ============================================================================
-# A chat as the text that a model was trained on: its own Jinja template, rendered in a sandbox with bounds of time and
-# memory; ChatML where there is none or it fails. What people and models write can't become a control token.
+# == 16. TEMPLATE SANDBOX ==========================================================================
+# Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
+# time and memory: each round of a loop, each call and whatever is made is asked for here first, so
+# that an operation that can't be interrupted never begins when its result would be too large.
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-DIALOGUE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}{{ 'Question' if m.role == 'user' "
-            "else 'Answer' }}: {{ m.content }}{% endif %}{{ '\\n\\n' }}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}")
-OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters: mark where a message's own text begins and ends
-DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # … and stand for signs that control tokens begin or end with
-MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
-TEMPLATE_S = 20                       # what rendering a chat with the model's template may take …
-TEMPLATE_MB = 256                     # … of time, and of memory for all that it makes
-SWITCHES = (  # the variables by which templates are told to let the model think, or not
-    ("enable_thinking", True, False), ("thinking", True, False), ("reasoning_effort", "high", "low"),
-    ("thinking_mode", "enabled", "disabled"), ("thinking_budget", -1, 0), ("reasoning", True, False),
-    ("enable_reasoning", True, False), ("use_thinking", True, False), ("think", True, False))
-THINK_WORDS = (  # … and the values of those that compare with a text
-    ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
-    ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto"))
-
-class ControlTexts:
-    """The texts of a vocabulary's control tokens; finds them in a text."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = frozenset(filter(None, texts))
-        self.sizes = sorted({len(text) for text in self.texts}, reverse=True)
-        firsts = sorted({text[0] for text in self.texts})
-        self.firsts = re.compile("[%s]" % re.escape("".join(firsts)) if firsts else "(?!)")
-
-    def find(self, text: str) -> Iterator[Tuple[int, int]]:
-        """(start, end) of each, the longest where several begin."""
-        after = 0
-        for match in self.firsts.finditer(text):
-            start = match.start()
-            size = next((n for n in self.sizes if text[start:start + n] in self.texts), 0)
-            if start >= after and size:
-                after = start + size
-                yield start, after
+TEMPLATE_S = 20                       # what one use of a template may take: time,
+TEMPLATE_MB = 256                     # and memory for all that it makes
+FLAT_FILTERS = frozenset(             # those that don't spell what lists hold
+    "attr batch count d default dictsort first groupby items last length list map max min reject "
+    "rejectattr reverse select selectattr slice sort unique".split())
 
 class TemplateRunaway(Exception):
     """A chat template that takes too much time or memory."""
 
 class TemplateBounds:
-    """What one use of a template may take. Templates are programs that strangers wrote.
-
-    A sandbox asks here at each round of a loop, at each call, and for whatever it is about to make:
-    an operation that can't be interrupted never begins when its result would be too large."""
-
-    FLAT = ("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items",
-            "last", "length", "list", "map", "max", "min", "reject", "rejectattr", "reverse",
-            "select", "selectattr", "slice", "sort", "unique")    # filters that don't spell what lists hold
+    """What one use of a template may still take; raises TemplateRunaway when that is too much."""
 
     def __init__(self) -> None:
         self.begin()
@@ -7641,8 +7608,10 @@ class TemplateBounds:
         if self.left_bytes < 0:
             raise TemplateRunaway("it takes more than %d MB" % TEMPLATE_MB)
 
+    # -- what is there already --
+
     def made(self, value: Any) -> Any:
-        """A new value, which is paid for."""
+        """Pay for a new value, and give it."""
         if isinstance(value, str):
             self.take(sys.getsizeof(value))
         elif isinstance(value, (list, tuple)):
@@ -7652,7 +7621,9 @@ class TemplateBounds:
         return value
 
     def held(self, value: Any) -> Any:
-        """A new list or the like. Lists of lists, each held twice, double with each line of a template."""
+        """Pay for a new list with all in it, and give it.
+
+        Lists of lists, each of which holds one twice, double with each line of a template."""
         todo = [value]
         while todo:
             inner = todo.pop()
@@ -7662,6 +7633,8 @@ class TemplateBounds:
             elif isinstance(inner, (list, tuple)):
                 todo += inner
         return value
+
+    # -- what is about to be made --
 
     def spell(self, value: Any) -> None:
         """Pay for the text of all that a value holds."""
@@ -7677,6 +7650,12 @@ class TemplateBounds:
             elif type(value).__name__ == "Namespace":
                 raise TemplateRunaway("it writes its own variables")
 
+    def shown(self, value: Any) -> Any:
+        """Pay for a value that is about to become text, and give it."""
+        if value.__class__ is not str:
+            self.spell(value)
+        return value
+
     def join(self, parts: Any) -> str:
         kept = []
         for part in parts:
@@ -7686,34 +7665,32 @@ class TemplateBounds:
             kept.append(part)
         return "".join(kept)
 
-    def shown(self, value: Any) -> Any:
-        """A value that is about to become text."""
-        if value.__class__ is not str:
-            self.spell(value)
-        return value
+    def parts(self, values: Any, between: Any) -> List[Any]:
+        """Pay for what stands between the values when they are joined, and list them."""
+        values = list(self.steps(values))
+        self.take(len(values) * sys.getsizeof(str(between)))
+        return values
 
-    def numbers(self, values: Iterable[Any]) -> None:
-        """Pay for numbers, which may be widths or counts."""
-        for value in values:
-            if isinstance(value, int) and value > 1000:
-                self.take(value)
+    def add(self, left: Any, right: Any) -> None:
+        if isinstance(left, (str, list, tuple)):
+            self.take(sys.getsizeof(left) + sys.getsizeof(right))
+
+    def multiply(self, left: Any, right: Any) -> None:
+        for value, times in ((left, right), (right, left)):
+            if isinstance(value, (str, list, tuple)) and isinstance(times, int):
+                self.take(sys.getsizeof(value) * max(0, times))
 
     def operate(self, operator: str, left: Any, right: Any) -> None:
-        """Pay for the result of an operation, before it is done."""
-        for number in (left, right):
-            if isinstance(number, int) and number.bit_length() > 64:
-                raise TemplateRunaway("it reckons with huge numbers")
-        if operator == "**" and isinstance(right, int):
-            if abs(right) > 64:
-                raise TemplateRunaway("it reckons with huge numbers")
-        elif operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                    self.take(sys.getsizeof(value) * max(0, times))
+        """Pay for the result of an operation."""
+        is_huge = any(isinstance(n, int) and n.bit_length() > 64 for n in (left, right))
+        if is_huge or operator == "**" and isinstance(right, int) and abs(right) > 64:
+            raise TemplateRunaway("it reckons with huge numbers")
+        if operator == "*":
+            self.multiply(left, right)
         elif operator == "%" and isinstance(left, str):
             self.format(left, right)
-        elif isinstance(left, (str, list, tuple)):
-            self.take(sys.getsizeof(left) + sys.getsizeof(right))
+        else:
+            self.add(left, right)
 
     def format(self, form: str, *values: Any) -> None:
         if len(form) > 10_000 or re.search(r"\*|\d{5}", form):
@@ -7733,41 +7710,77 @@ class TemplateBounds:
             raise TemplateRunaway("it adds up lists")
         elif name in ("int", "float", "expandtabs") and texts and len(texts[0]) > 1000:
             raise TemplateRunaway("it takes a long text for a number")
-        if name not in self.FLAT:
+        if name not in FLAT_FILTERS:
             for value in values:
                 if isinstance(value, (list, tuple, dict)):
                     self.spell(value)
 
-def make_sandbox(bounds: TemplateBounds) -> Any:
-    """Jinja's environment as Hugging Face's apply_chat_template makes it, within these bounds."""
-    from functools import wraps
+    def arguments(self, values: Iterable[Any]) -> None:
+        """Pay for a call, and for numbers in it, which may be widths or counts."""
+        self.step()
+        for value in values:
+            if isinstance(value, int) and value > 1000:
+                self.take(value)
+
+def add_bounds(tree: Any) -> Any:
+    """Lead a template's loops, lists and texts made of texts through filters that ask for them."""
     from jinja2 import nodes, visitor
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def through(name: str, node: Any) -> Any:
+        return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
     class Bound(visitor.NodeTransformer):
         def visit_For(self, node: Any) -> Any:
             self.generic_visit(node)
-            node.iter = nodes.Filter(node.iter, "_steps", [], [], None, None, lineno=node.lineno)
+            node.iter = through("_steps", node.iter)
             return node
 
         def visit_Concat(self, node: Any) -> Any:
             self.generic_visit(node)
-            parts = nodes.List(node.nodes, lineno=node.lineno)
-            return nodes.Filter(parts, "_join", [], [], None, None, lineno=node.lineno)
+            return through("_join", nodes.List(node.nodes, lineno=node.lineno))
 
         def visit_List(self, node: Any) -> Any:
             self.generic_visit(node)
-            if getattr(node, "ctx", "load") != "load":    # for key, value in …
-                return node
-            return nodes.Filter(node, "_held", [], [], None, None, lineno=node.lineno)
+            is_target = getattr(node, "ctx", "load") != "load"    # as in: for key, value in …
+            return node if is_target else through("_held", node)
 
         visit_Tuple = visit_Dict = visit_List
+
+    return Bound().visit(tree)
+
+def bound_filter(bounds: TemplateBounds, name: str, function: Any) -> Any:
+    """Give Jinja's filter of this name, within the bounds."""
+    from functools import wraps
+
+    @wraps(function)
+    def run(*values: Any, **named: Any) -> Any:
+        if name == "join":                # (context, values, between, …)
+            between = (*values[2:], *named.values(), "")[0]
+            values = (values[0], bounds.parts(values[1], between), *values[2:])
+        everything = (*values, *named.values())
+        bounds.arguments(everything)
+        bounds.call(name, everything)
+        made = bounds.made(function(*values, **named))
+        if name in ("batch", "groupby", "slice"):    # lists of lists
+            return bounds.held(list(made))
+        return made
+    return run
+
+def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None,
+                  **_: Any) -> str:
+    """Spell as JSON; Jinja's own tojson would escape HTML."""
+    import json
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+def make_sandbox(bounds: TemplateBounds) -> Any:
+    """Make Jinja's environment as Hugging Face's apply_chat_template does, within the bounds."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("+", "*", "**", "%"))
 
         def _parse(self, *source: Any) -> Any:
-            return Bound().visit(super()._parse(*source)).set_environment(self)
+            return add_bounds(super()._parse(*source)).set_environment(self)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "+" and left.__class__ is str and right.__class__ is str:
@@ -7775,99 +7788,133 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
             bounds.operate(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
-        def call(self, context: Any, called: Any, *args: Any, **named: Any) -> Any:
+        def call(self, context: Any, called: Any, *values: Any, **named: Any) -> Any:
             name = getattr(called, "__name__", "")
             owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
-            if name == "join" and isinstance(owner, str) and len(args) == 1:
-                args = (list(bounds.steps(args[0])),)
-                bounds.take(len(args[0]) * sys.getsizeof(owner))
-            bounds.step()
-            bounds.numbers((*args, *named.values()))
+            if name == "join" and isinstance(owner, str) and len(values) == 1:
+                values = (bounds.parts(values[0], owner),)
+            everything = (*values, *named.values())
+            bounds.arguments(everything)
             if isinstance(owner, str):
-                bounds.call(name, (owner, *args, *named.values()))
-            return bounds.made(super().call(context, called, *args, **named))
+                bounds.call(name, (owner, *everything))
+            return bounds.made(super().call(context, called, *values, **named))
 
         def concat(self, parts: Any) -> str:
             return bounds.join(parts)
 
-    def bounded(name: str, function: Any) -> Any:
-        @wraps(function)
-        def run(*args: Any, **named: Any) -> Any:
-            if name == "join":            # (eval_ctx, values, between, …)
-                args = (args[0], list(bounds.steps(args[1])), *args[2:])
-                between = str((*args[2:], *named.values(), "")[0])
-                bounds.take(len(args[1]) * sys.getsizeof(between))
-            bounds.step()
-            bounds.numbers((*args, *named.values()))
-            bounds.call(name, (*args, *named.values()))
-            return bounds.made(function(*args, **named))
-        return run
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=bounds.shown,
+                      extensions=["jinja2.ext.loopcontrols"])
+    del sandbox.globals["lipsum"]
+    del sandbox.globals["cycler"]
+    sandbox.filters["tojson"] = template_json
+    for name, function in sandbox.filters.items():
+        sandbox.filters[name] = bound_filter(bounds, name, function)
+    sandbox.filters.update(_steps=bounds.steps, _join=bounds.join, _held=bounds.held)
+    return sandbox
 
-    def nested(function: Any) -> Any:
-        @wraps(function)
-        def run(*args: Any, **named: Any) -> Any:
-            return bounds.held(list(function(*args, **named)))
-        return run
 
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"],
-                   finalize=bounds.shown)
-    made.filters["tojson"] = template_json
-    for name in ("lipsum", "cycler"):
-        del made.globals[name]
-    made.filters = {name: bounded(name, function) for name, function in made.filters.items()}
-    for name in ("batch", "groupby", "slice"):
-        made.filters[name] = nested(made.filters[name])
-    made.filters.update(_steps=bounds.steps, _join=bounds.join, _held=bounds.held)
-    return made
+# == 16b. CHAT TEMPLATES ===========================================================================
+# A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
+# is none or it fails. What people and models write can't become a control token.
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+DIALOGUE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}"
+    "{{ 'Question' if m.role == 'user' else 'Answer' }}: {{ m.content }}{% endif %}{{ '\\n\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}")
+OPEN, CLOSE = "\ufdd0", "\ufdd1"      # Unicode noncharacters, around a message's own text
+DISGUISES = "".join(map(chr, range(0xFDD2, 0xFDF0)))    # for the edges of control tokens
+MARK_FORM = r"<\|?[^<>|\s'\"]{2,40}\|?>|\[/?[A-Z_]{2,40}\]"    # what templates use as marks
+SWITCHES = (    # the variables by which templates are told to let the model think, or not
+    ("enable_thinking", True, False),
+    ("thinking", True, False),
+    ("reasoning_effort", "high", "low"),
+    ("thinking_mode", "enabled", "disabled"),
+    ("thinking_budget", -1, 0),
+    ("reasoning", True, False),
+    ("enable_reasoning", True, False),
+    ("use_thinking", True, False),
+    ("think", True, False))
+THINK_WORDS = {    # the values of those that a template compares with a text
+    True: ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
+    False: ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto")}
+TEXTS = r"[\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+"    # one or a list, as in Jinja
+
+Message = Dict[str, str]
+Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
+
+class ControlTexts:
+    """The texts of a vocabulary's control tokens; finds them in a text."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = frozenset(filter(None, texts))
+        self.sizes = sorted({len(text) for text in self.texts}, reverse=True)
+        firsts = "".join(sorted({text[0] for text in self.texts}))
+        self.firsts = re.compile("[%s]" % re.escape(firsts) if firsts else "(?!)")
+
+    def find(self, text: str) -> Iterator[Tuple[int, int]]:
+        """Yield (start, end) of each, the longest where several begin."""
+        after = 0
+        for match in self.firsts.finditer(text):
+            start = match.start()
+            size = next((n for n in self.sizes if text[start:start + n] in self.texts), 0)
+            if start >= after and size:
+                after = start + size
+                yield start, after
 
 class ChatTemplate:
-    """The model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it), in a sandbox.
+    """A model's own chat template (Jinja, as Hugging Face's apply_chat_template runs it).
 
     controls: the texts of the vocabulary's control tokens, which nobody's words may become.
     Raises whatever a template may raise, TemplateRunaway included."""
 
     def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
+        self.source = source
         self.bounds = TemplateBounds()
         environment = make_sandbox(self.bounds)
         environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        # Hugging Face's {% generation %} marks what to train on; it means nothing here, and Jinja doesn't know it
-        compiled = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        compiled = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", compiled)
-        self.template, self.source = environment.from_string(compiled), source
-        self.constants = {"bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
+        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
+        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
+        self.template = environment.from_string(known)
+        self.constants: Dict[str, Any] = {
+            "bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
         self.think: Optional[bool] = None     # as switch_thinking() was last told
         self.switches: Dict[str, Any] = {}
-        self.opened = ""                  # "<think>\n" where the prompt ends in it, so that the reply begins inside
+        self.opened = ""                  # "<think>\n" where the prompt ends in it
         self.is_typed = False             # contents are lists of parts, as for models that see
         self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
         self.notes: List[str] = []        # what had to be changed for this template, each once
         self.marks = told_marks(source)
-        edges = {char for text in controls for char in (text[:1], text[-1:]) if not char.isalnum()}
-        self.disguises = list(zip(sorted(edges | set("<>[]")), DISGUISES))
+        edges = {edge for text in controls for edge in (text[:1], text[-1:])}
+        signs = {edge for edge in edges if not edge.isalnum()} | set("<>[]")
+        self.disguises = list(zip(sorted(signs), DISGUISES))
 
     def try_out(self) -> None:
-        """Find out how this template wants to be called. Raises what it raises when it can't be used at all."""
+        """Find out how this template wants to be called. Raises what it raises when it can't be."""
         self.bounds.begin()
         hello = [{"role": "user", "content": "Hello"}]
-        with suppress(Exception):
-            if "Hello" in self.render(hello):
-                return
-        self.is_typed = True
-        with suppress(Exception):
-            if "Hello" in self.render(hello):
-                return
+        for is_typed in (False, True):
+            self.is_typed = is_typed
+            with suppress(Exception):
+                if "Hello" in self.render(hello):
+                    return
         self.is_typed = False
         self.render_any(hello)
 
     # -- thinking --
 
     def let_think(self, think: Optional[bool]) -> None:
-        """switch_thinking(), where that changes anything: it comes with each word that is typed."""
+        """Do switch_thinking() if that changes anything: it comes with each word that is typed."""
         if think != self.think:
             self.switch_thinking(think)
 
     def switch_thinking(self, think: Optional[bool]) -> str:
-        """Let the model think or not (None = as the template has it), if the template can; returns a prompt to compare."""
+        """Let the model think or not, if the template can; None = as the template has it.
+
+        Returns a prompt, to be compared with another."""
         self.think = think
         wanted = {} if think is None else self.told_switches(think)
         self.switches = wanted
@@ -7878,8 +7925,11 @@ class ChatTemplate:
             for name, value in wanted.items():
                 self._try_switch(name, value)
             prompt = self.hello()
-        begins = [begin for begin, _ in (*THINKING, *self.marks) if prompt.rstrip().endswith(begin)]
-        self.opened = prompt[prompt.rindex(begins[0]):] if begins else ""
+        self.opened = ""
+        for begin, _ in (*THINKING, *self.marks):
+            if prompt.rstrip().endswith(begin):
+                self.opened = prompt[prompt.rindex(begin):]
+                break
         return prompt
 
     def hello(self) -> str:
@@ -7895,18 +7945,18 @@ class ChatTemplate:
             self.switches = before
 
     def told_switches(self, think: bool) -> Dict[str, Any]:
-        """The variables that the template looks at, with values that it knows."""
+        """Find the variables that the template looks at, with values that it knows."""
         found = {}
-        for name, *values in SWITCHES:
-            if not re.search(r"(?<![\w.])%s\b" % name, self.source):
+        for name, on, off in SWITCHES:
+            variable = r"(?<![\w.])%s" % name
+            if not re.search(variable + r"\b", self.source):
                 continue
-            found[name] = values[0] if think else values[1]
-            compared = re.findall(r"(?<![\w.])%s\s*(?:==|!=|in)\s*([\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+)"
-                                  % name, self.source)
+            found[name] = on if think else off
+            compared = re.findall(variable + r"\s*(?:==|!=|in)\s*(%s)" % TEXTS, self.source)
             known = re.findall(r"['\"]([^'\"]*)['\"]", " ".join(compared))
-            words = THINK_WORDS[0 if think else 1]
-            if known and found[name] not in known:
-                found[name] = next((word for word in words if word in known), found[name])
+            words = [word for word in THINK_WORDS[think] if word in known]
+            if words and found[name] not in known:
+                found[name] = words[0]
         return found
 
     # -- what templates may call --
@@ -7923,27 +7973,29 @@ class ChatTemplate:
 
     # -- rendering --
 
-    def render(self, messages: List[Dict[str, str]]) -> str:
-        """The prompt as text. Raises jinja2.TemplateError when the template refuses these messages."""
+    def render(self, messages: List[Message]) -> str:
+        """Make the prompt. Raises jinja2.TemplateError when the template refuses these messages."""
         today = self._now("%d %b %Y")     # Llama 3.1 believes that it is 2024 unless it is told
         values = dict(self.constants, date_string=today, datetime=today, **self.switches)
+        values["messages"] = messages
         if self.is_typed:
-            messages = [{key: value if key == "role" else [{"type": "text", "text": value}] for key, value in m.items()}
-                        for m in messages]
+            values["messages"] = [map_texts(as_parts, message) for message in messages]
         try:
-            return self.template.render(values, messages=messages)
+            return self.template.render(values)
         except TemplateRunaway:
             raise
         except Exception:                 # it may run over `tools` without asking if there are any
             if values["tools"] is not None:
                 raise
-            values.update(tools=[], functions="", documents=[])
-            text = self.template.render(values, messages=messages)
-            self.constants.update(tools=[], functions="", documents=[])
+            nothing: Dict[str, Any] = {"tools": [], "functions": "", "documents": []}
+            text = self.template.render(values, **nothing)
+            self.constants.update(nothing)
             return text
 
-    def render_any(self, messages: List[Dict[str, str]]) -> Tuple[str, List[Dict[str, str]]]:
-        """The prompt, and the messages as the template took them, after the least change that it asks for."""
+    def render_any(self, messages: List[Message]) -> Tuple[str, List[Message]]:
+        """Make the prompt, of the messages after the least change that the template asks for.
+
+        Returns both."""
         if not messages:
             raise ModelError("There is nothing to answer.")
         tried: List[Any] = []
@@ -7964,21 +8016,21 @@ class ChatTemplate:
                 if note and note not in self.notes:
                     self.notes.append(note)
                 return text, changed
-        if problem is None:               # it drops whatever is said beforehand
-            return self.render(messages), messages
-        raise problem
+        if problem:
+            raise problem
+        return self.render(messages), messages    # it drops whatever is said beforehand
 
     # -- whose words are whose --
 
     def hide(self, text: str) -> str:
-        """A text that can't become a control token, nor part of one, whatever the template does with it."""
-        for char, disguise in self.disguises:
-            text = text.replace(char, disguise)
+        """Disguise a text, so that it can't become a control token, whatever a template does."""
+        for sign, disguise in self.disguises:
+            text = text.replace(sign, disguise)
         return text
 
     def show(self, text: str) -> str:
-        for char, disguise in self.disguises:
-            text = text.replace(disguise, char)
+        for sign, disguise in self.disguises:
+            text = text.replace(disguise, sign)
         return text
 
     @staticmethod
@@ -7987,15 +8039,15 @@ class ChatTemplate:
 
     @staticmethod
     def wrap_inside(text: str) -> str:
-        """… for templates that cut off the space around."""
+        """Do the same for templates that cut off the space around."""
         core = text.strip()
         return text.replace(core, OPEN + core + CLOSE, 1) if core else text
 
-    def pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
-        """The prompt in pieces (text, is a message's own text), so that what people write is never taken for markup.
+    def pieces(self, messages: List[Message]) -> Pieces:
+        """Make the prompt in pieces, so that what people write is never taken for markup.
 
-        The template runs twice, the second time with marks around each message's text. Where a template looks
-        into the text and the marks change what it does, the messages are searched in its output instead."""
+        The template runs twice, the second time with marks around each message's text. Where it
+        looks into the text, and the marks change what it does, the texts are searched for."""
         self.bounds.begin()
         text, messages = self.render_any([map_texts(self.hide, message) for message in messages])
         for wrap in self.wraps:
@@ -8005,117 +8057,140 @@ class ChatTemplate:
                 raise
             except Exception:             # it looks for something at the beginning of a text
                 continue
-            parts = re.split("%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE), marked)    # markup and own texts by turns
+            own_text = "%s([^%s%s]*)%s" % (OPEN, OPEN, CLOSE, CLOSE)
+            parts = re.split(own_text, marked)
             if "".join(parts) == text:
                 self.wraps.sort(key=lambda other: other != wrap)
-                return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
+                return self.by_turns(parts)
         return self.search(text, messages)
 
-    def search(self, text: str, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
-        """The pieces of a prompt, found by the messages' texts; signs in disguise are somebody's in any case."""
-        found: List[Tuple[str, bool]] = []
+    def search(self, text: str, messages: List[Message]) -> Pieces:
+        """Find the pieces of a prompt by the messages' texts; disguised signs are somebody's."""
+        found: Pieces = []
         at = 0
-        for body in (m.get(key, "").strip() for m in messages for key in ("reasoning_content", "content")):
-            start = text.find(body, at) if body else -1
-            if start >= 0:
-                found += self.split_disguised(text[at:start])
-                found.append((self.show(body), True))
-                at = start + len(body)
+        for message in messages:
+            for key in ("reasoning_content", "content"):
+                body = message.get(key, "").strip()
+                start = text.find(body, at) if body else -1
+                if start >= 0:
+                    found += self.split_disguised(text[at:start])
+                    found.append((self.show(body), True))
+                    at = start + len(body)
         return found + self.split_disguised(text[at:])
 
-    def split_disguised(self, text: str) -> List[Tuple[str, bool]]:
-        parts = re.split("([%s])" % DISGUISES, text)
+    def split_disguised(self, text: str) -> Pieces:
+        return self.by_turns(re.split("([%s])" % DISGUISES, text))
+
+    def by_turns(self, parts: List[str]) -> Pieces:
+        """Make pieces of markup and own texts, as re.split() gives them."""
         return [(self.show(part), i % 2 == 1) for i, part in enumerate(parts) if part]
 
-def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] = None, **_: Any) -> str:
-    """Jinja's own tojson would escape HTML."""
-    import json
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def as_parts(text: str) -> Any:
+    return [{"type": "text", "text": text}]
 
-def map_texts(function: Any, message: Dict[str, str]) -> Dict[str, str]:
-    """A message with all its texts changed; its role is no text."""
+def map_texts(function: Any, message: Message) -> Dict[str, Any]:
+    """Change all texts of a message; its role is none."""
     return {key: value if key == "role" else function(value) for key, value in message.items()}
 
-def drops_system(messages: List[Dict[str, str]], text: str) -> bool:
-    """Nothing of the system prompt is in the text. Half of it may lack: SmolLM3 takes "/no_think" out."""
+def drops_system(messages: List[Message], text: str) -> bool:
+    """Tell whether nothing of the system prompt is in the text.
+
+    Half of it may lack: SmolLM3 takes "/no_think" out."""
     if messages[0]["role"] != "system":
         return False
     core = messages[0]["content"].strip()
     half = len(core) // 2 if len(core) > 8 else len(core)
     return core[:half] not in text and core[-half:] not in text
 
-def system_in_front(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    """The system prompt before the first message, as llama.cpp and Hugging Face's cookbook do."""
+# -- changes for strict templates --
+
+def system_in_front(messages: List[Message]) -> List[Message]:
+    """Put the system prompt before the first message, as Hugging Face's cookbook does."""
     if messages[0]["role"] != "system":
         return messages
     system, *rest = messages
     if not rest or rest[0]["role"] != "user":
         return [dict(system, role="user")] + rest
-    first = dict(rest[0], content=(system["content"] + "\n\n" + rest[0]["content"]).strip())
-    return [first] + rest[1:]
+    content = system["content"] + "\n\n" + rest[0]["content"]
+    return [dict(rest[0], content=content.strip())] + rest[1:]
 
-def system_always(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+def system_always(messages: List[Message]) -> List[Message]:
     if messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": "You are a helpful assistant."}] + messages
 
-def question_first(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+def question_first(messages: List[Message]) -> List[Message]:
     n_system = 1 if messages[0]["role"] == "system" else 0
-    if messages[n_system:][:1] and messages[n_system]["role"] == "user":
+    rest = messages[n_system:]
+    if rest and rest[0]["role"] == "user":
         return messages
-    return messages[:n_system] + [{"role": "user", "content": "…"}] + messages[n_system:]
+    return messages[:n_system] + [{"role": "user", "content": "…"}] + rest
 
-def in_one_message(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
+def system_in_front_and_question(messages: List[Message]) -> List[Message]:
+    return system_in_front(question_first(messages))
+
+def system_always_and_question(messages: List[Message]) -> List[Message]:
+    return system_always(question_first(messages))
+
+def in_one_message(messages: List[Message]) -> List[Message]:
     *before, last = messages
     said = ["%s: %s" % (m["role"].capitalize(), m["content"]) for m in before]
     return [{"role": "user", "content": "\n\n".join(said + [last["content"]])}]
 
-CHAT_CHANGES = (  # from the least to the greatest: what is said of it, once, and what makes it
+CHAT_CHANGES = (    # from the least to the greatest: what is said of it, once, and what makes it
     ("", list),
-    ("The model's template has no place for a system prompt: it stands before your first message.", system_in_front),
-    ("The model's template wants a question first: \"…\" stands before the chat.", question_first),
-    ("The model's template wants a system prompt: it gets \"You are a helpful assistant.\"", system_always),
-    ("The model's template has no place for a system prompt and wants a question first: they stand before the chat.",
-     lambda messages: system_in_front(question_first(messages))),
-    ("The model's template wants a system prompt and a question first: they stand before the chat.",
-     lambda messages: system_always(question_first(messages))),
-    ("The model's template takes one message only: the chat so far is written into it.", in_one_message))
+    ("The model's template has no place for a system prompt: it stands before your first "
+     "message.", system_in_front),
+    ("The model's template wants a question first: \"…\" stands before the chat.",
+     question_first),
+    ("The model's template wants a system prompt: it gets \"You are a helpful assistant.\"",
+     system_always),
+    ("The model's template has no place for a system prompt and wants a question first: they "
+     "stand before the chat.", system_in_front_and_question),
+    ("The model's template wants a system prompt and a question first: they stand before the "
+     "chat.", system_always_and_question),
+    ("The model's template takes one message only: the chat so far is written into it.",
+     in_one_message))
+
+SPLIT_AT_END = re.compile(    # content.split('</think>')[-1], or | last
+    r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""")
 
 def told_marks(source: str) -> List[Tuple[str, str]]:
-    """What begins and ends thinking, as a template tells that drops all up to the end: content.split('</think>')[-1]."""
-    found = re.findall(r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""", source)
+    """Find what begins and ends thinking, as a template tells that drops all up to the end."""
     pairs = []
-    for _, end in found:
-        begins = [end.replace("/", "", 1), end.replace("end", "begin", 1), end.replace("end", "start", 1),
-                  end.replace("END", "START", 1)]
+    for _, end in SPLIT_AT_END.findall(source):
+        begins = [end.replace(old, new, 1) for old, new in (
+            ("/", ""), ("end", "begin"), ("end", "start"), ("END", "START"))]
         begin = next((text for text in begins if text != end and text in source), begins[0])
         if begin != end and re.search(r"\w", begin) and (begin, end) not in pairs:
             pairs.append((begin, end))
     return pairs
 
-def tidy_messages(messages: List[Dict[str, str]]) -> List[Dict[str, str]]:
-    """No empty messages, and never two of one role in a row: many templates raise on them (a stopped reply leaves both)."""
-    tidy: List[Dict[str, str]] = []
+def tidy_messages(messages: List[Message]) -> List[Message]:
+    """Leave no empty messages, and never two of one role in a row, which many templates refuse.
+
+    A stopped reply leaves both."""
+    tidy: List[Message] = []
     for message in messages:
-        content, thinking = re.sub("[\ufdd0-\ufdef]", "", message["content"]), ""
-        if message["role"] == "assistant":
+        role = message["role"]
+        content = re.sub("[\ufdd0-\ufdef]", "", message["content"])
+        thinking = ""
+        if role == "assistant":
             thinking, content = split_thinking(content)
         if not (content or "").strip():
             continue
-        if tidy and tidy[-1]["role"] == message["role"]:
+        if tidy and tidy[-1]["role"] == role:
             content = tidy.pop()["content"] + "\n\n" + content
-        tidy.append({"role": message["role"], "content": content})
-        if thinking:                      # templates that want it in the history look there, by either name
+        tidy.append({"role": role, "content": content})
+        if thinking:                      # templates that want it in the history look there
             tidy[-1].update(reasoning_content=thinking, thinking=thinking)
     return tidy
 
 
-# == 17. ENGINE PROCESS ============================================================================
-# The child that owns the engine; engine_argv() starts it. It hears JSON lines on stdin and says
-# JSON lines on stdout, as the two tables tell; whatever else the libraries print goes to stderr.
-# It must not know State or the terminal.
-# A new command: a row of ENGINE_HEARS and a method on_NAME, which runs in the main thread.
-# A new event: a row of ENGINE_SAYS, and one of ENGINE_EVENTS.
+# == 17. PROTOCOL ==================================================================================
+# JSON lines between the window and the engine's process: every message with its fields. A new
+# command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
+# ENGINE_SAYS, and one of ENGINE_EVENTS.
 
 MESSAGE = {"role": str, "content": str}    # of a chat, as OpenAI's
 LOG_LEVELS = ("dim", "text", "good", "warn", "error")
@@ -8125,7 +8200,7 @@ ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
     "info": {},                           # answered by "machine"
     "load": {"path": str, "options": LoadOptions,    # "hardware", "plan", "loading"s, "loaded"
              "states?": str},             # the folder that keeps what was read of each chat
-    "ahead": {"draft": str,               # read the next prompt as far as it goes: "ahead"s, "counted"
+    "ahead": {"draft": str,               # read the next prompt as far as it goes: "ahead"s
               "messages?": [MESSAGE],     # missing: the same as before
               "chat?": str,               # the name of its file; "" = it leaves no trace
               "files?": str,              # what is attached, whose tokens are counted
@@ -8210,26 +8285,14 @@ def read_tuple(kind: Any, value: Any) -> Any:
     """Make the NamedTuple that stands in a message."""
     return kind(**value) if isinstance(value, dict) else kind(*value)
 
-def probe_ram_bytes() -> int:
-    """Look how much memory this process has; where the system doesn't tell, the most it had."""
-    if sys.platform == "win32":
-        import ctypes
-        # PROCESS_MEMORY_COUNTERS: its length and a count (32 bits each), the peak, the working set
-        counters = (ctypes.c_size_t * 9)(72)
-        ctypes.windll.kernel32.K32GetProcessMemoryInfo(
-            ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
-        return counters[2]
-    import resource
-    pages = read_text("/proc/self/statm").split()
-    if pages:
-        return int(pages[1]) * resource.getpagesize()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+# == 17b. STATES ON DISK ===========================================================================
+# What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
-    """What the engine has read of each chat, as files: a resumed chat needn't be read again.
+    """The files: the least recently used go first.
 
-    The least recently used go first. `chat` is the one in memory; "" = one that leaves no trace."""
+    `chat` is the one in memory; "" = one that leaves no trace."""
 
     def __init__(self, engine: LlamaEngine, folder: str) -> None:
         self.engine = engine
@@ -8321,6 +8384,27 @@ class StateCache:
         text = "{:,} tokens of this chat need not be read again.".format(n)
         self.engine.emit("log", level="good", text=text)
         return True
+
+
+# == 17c. ENGINE PROCESS ===========================================================================
+# The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
+# stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
+
+def probe_ram_bytes() -> int:
+    """Look how much memory this process has; where the system doesn't tell, the most it had."""
+    if sys.platform == "win32":
+        import ctypes
+        # PROCESS_MEMORY_COUNTERS: its length and a count (32 bits each), the peak, the working set
+        counters = (ctypes.c_size_t * 9)(72)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(
+            ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
+        return counters[2]
+    import resource
+    pages = read_text("/proc/self/statm").split()
+    if pages:
+        return int(pages[1]) * resource.getpagesize()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 def crash_quickly() -> None:
     """Have no core dump, which would write gigabytes, and no dialog box: the next engine waits."""
