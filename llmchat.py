@@ -12686,24 +12686,18 @@ class DiskWorker:
     def do(self, job: Any, *arguments: Any) -> None:
         """Begin a job, a method of this object."""
         if not self.watcher:
-            self.watcher = self._start(self._watch)
+            self.watcher = start_thread(self._watch)
         if getattr(job, "__name__", "") in self.ASIDE:
             self._do_aside(job, arguments)
             return
         self.jobs.put((job, arguments))
         if not self.thread:
-            self.thread = self._start(self._work)
-
-    def _start(self, function: Any, *arguments: Any) -> Any:
-        import threading
-        thread = threading.Thread(target=function, args=arguments, daemon=True)
-        thread.start()
-        return thread
+            self.thread = start_thread(self._work)
 
     def _do_aside(self, job: Any, arguments: Tuple[Any, ...]) -> None:
         self.aside = [thread for thread in self.aside if thread.is_alive()]
         if len(self.aside) < self.MAX_ASIDE:
-            self.aside.append(self._start(self._try, job, arguments))
+            self.aside.append(start_thread(self._try, job, arguments))
         else:
             self.tell(self.ASIDE[job.__name__] + ": too much else hasn't ended yet.", "error")
 
@@ -13038,20 +13032,33 @@ class DiskWorker:
 
 
 # == 38. PLAIN =====================================================================================
-# The plain line mode, and one answer for -p and pipes: the same update(), other views.
+# The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
+# views are others. All that the window tells has a place here: replies on stdout, the rest on stderr.
 
-SURE_CHARS = 800                      # an answer so long is printed into a pipe before its end, if the model isn't known to think
+SURE_CHARS = 800                  # so long an answer is printed into a pipe before its end, if the
+                                  # model isn't known to think
+SILENT_S = 120                    # an engine that loads, and neither speaks nor reads so long, hangs
+HUNG_ENGINE = ("The engine has done nothing for %d s while it was loading, so it was ended: try "
+               "again, or see what --doctor says.")
+FULL_CONTEXT = "The model no longer sees the beginning of this chat: its context is full."
+LATE_THOUGHT = "\nAll that stands above was the model's thinking. Its answer:"
 
 class Plain:
-    """Line mode: the same state, events and effects as the window; replies go to stdout, the rest to stderr."""
+    """Line mode. quiet: one answer, and of the rest only what is wrong."""
     WAIT_S = 10                           # for the files of a command, before the next line is read
 
     def __init__(self, state: State, quiet: bool) -> None:
         self.state = state._replace(settings=state.settings._replace(window=False))
-        self.quiet, self.runner = quiet, Runner()
-        self.status, self.progress_shown = 0, False
+        self.quiet = quiet
+        self.runner = Runner()
+        self.status = 0                   # the exit status
+        self.progress_shown = False
         self.mid_line = False             # stdout ends in the middle of a line
         self.printed = ""                 # of the answer in progress
+        self.heard_s = 0.0                # when the loading engine last did something, monotonic
+        self.n_read = ""                  # what it had read then, as /proc has it
+
+    # -- output --
 
     def note(self, text: str) -> None:
         self.clear_progress()
@@ -13069,110 +13076,172 @@ class Plain:
             self.progress_shown = False
             draw_status("")
 
-    def apply(self, change: Change) -> None:
-        """Take over a new state, show what is new in it, perform the effects."""
+    # -- events --
+
+    def handle(self, event: Any) -> None:
+        """Update, tell what came of it, perform the effects."""
+        before = self.state
+        change = self.guard(update, before, event)
+        if change:
+            self.take(change)
+            self.show_progress(event)
+        hint = self.state.hint
+        if hint and (hint != before.hint or isinstance(event, Submitted)):
+            self.note(hint)
+        if isinstance(event, Submitted):  # the next line may be for the chat that this one opens
+            self.runner.disk.wait(self.WAIT_S)
+
+    def take(self, change: Change) -> None:
         before = self.state
         self.state, effects = change
-        self.show(before, self.state)
+        self.tell_news(before)
         for effect in effects:
             self.guard(self.runner.perform, effect)
 
     def guard(self, act: Any, *arguments: Any) -> Any:
-        """What act() gives; None after a fault, which is told and ends nothing, as in react()."""
+        """Return what act() gives; None after a fault, which is told and ends nothing, as in
+        react()."""
         try:
             return act(*arguments)
         except Exception as error:
             text = "That failed: %s." % explain_error(error)
-            self.apply((notice(self.state, text, "error"), ()))
+            self.take((notice(self.state, text, "error"), ()))
             return None
 
-    def handle(self, event: Any) -> None:
-        """One event: update, show what is new, perform."""
-        before = self.state
-        self.apply(self.guard(update, before, event) or (self.state, ()))
-        hint = self.state.hint
-        if hint and (hint != before.hint or isinstance(event, Submitted)):
-            self.note(hint)
-        if isinstance(event, Submitted):  # the next line may be meant for the chat that this one opens
-            self.runner.disk.wait(self.WAIT_S)
-
-    def show(self, before: State, now: State) -> None:
-        """What is new in the state: all that the window tells, without its statistics."""
+    def tell_news(self, before: State) -> None:
+        """Tell all that the window shows of a change, without its statistics."""
+        now = self.state
         if now.chat.reply is not None:
-            self.show_answer(now.chat.reply, now)
+            self.show_answer(now.chat.reply)
         elif before.chat.reply is not None:
-            self.show_answer(before.chat.reply, now, ended=True)
+            self.show_answer(before.chat.reply, ended=True)
             self.printed = ""
-        if now.chat.turns is not before.chat.turns:
-            self.show_notices(before.chat, now.chat)
+        self.tell_notices(before.chat)
         if now.chat.forgotten > before.chat.forgotten and now.chat.name == before.chat.name:
-            self.note("The model no longer sees the beginning of this chat: its context is full.")
-        for line in self.new_lines(before, now):
+            self.note(FULL_CONTEXT)
+        for line in self.new_lines(before):
             self.note(line.text)
         if is_open(now, "setup") and now.needs and now.needs != before.needs:
             self.show_needs(now.needs)
         if now.dialog and now.dialog != before.dialog:
-            self.show_dialog(now)
-        self.show_progress(before, now)
+            self.show_dialog()
 
-    def show_notices(self, before: Chat, now: Chat) -> None:
+    def tell_notices(self, before: Chat) -> None:
         known = {id(turn) for turn in before.turns}
-        for turn in now.turns:
-            if turn.role == "notice" and id(turn) not in known:
-                self.note(lay_columns(turn.text, plan_layout(self.state).main.width))
-                self.status = 1 if turn.style == "error" else self.status
+        width = plan_layout(self.state).main.width
+        for turn in self.state.chat.turns:
+            if turn.role != "notice" or id(turn) in known:
+                continue
+            self.note(lay_columns(turn.text, width))
+            if turn.style == "error":
+                self.status = 1
 
-    def new_lines(self, before: State, now: State) -> List[LogLine]:
-        """Of the plan and the log: not the machine, which --info shows."""
-        plan = [line for line in now.summary if line not in before.summary and line.level != "text"]
-        log = now.log[len(before.log):]
-        if not self.quiet:
-            return plan + [line for line in log if line.level in ("warn", "good")]
-        bad = [line for line in plan if line.level in ("warn", "error")]
-        return bad[:1] + [line for line in log if line.level == "warn"]    # that it doesn't fit
+    def new_lines(self, before: State) -> List[LogLine]:
+        """Return what is new in the plan and the log, but not the machine, which --info shows."""
+        plan = [line for line in self.state.summary if line not in before.summary]
+        log = self.state.log[len(before.log):]
+        if self.quiet:                    # of the plan, that it doesn't fit
+            bad = [line for line in plan if line.level in ("warn", "error")]
+            return bad[:1] + [line for line in log if line.level == "warn"]
+        plan = [line for line in plan if line.level != "text"]
+        return plan + [line for line in log if line.level in ("warn", "good")]
 
-    def show_dialog(self, now: State) -> None:
-        """What the window has in front of the chat, as lines."""
-        width = plan_layout(now).main.width
-        if isinstance(now.dialog, Sheet):
-            self.note("\n".join(sheet_lines(now.dialog, width)))
-        if isinstance(now.dialog, Choice):
-            self.show_choice(now.dialog, width)
+    def show_dialog(self) -> None:
+        """Tell what the window has in front of the chat, as lines."""
+        dialog = self.state.dialog
+        width = plan_layout(self.state).main.width
+        if isinstance(dialog, Sheet):
+            self.note("\n".join(sheet_lines(dialog, width)))
+        elif isinstance(dialog, Choice) and shown_rows(dialog):
+            self.show_choice(dialog, width)
 
     def show_choice(self, choice: Choice, width: int) -> None:
-        _, lines = list_lines(choice, width - 2)
         items = [row.item for row in shown_rows(choice)]
-        if not items:
-            return
         if choice.name == "models" and self.quiet:
-            return self.note(explain_match([row.item for row in choice.rows], items, choice.query))
+            self.note(explain_match([row.item for row in choice.rows], items, choice.query))
+            return
+        _, lines = list_lines(choice, width - 2)
         if choice.name == "chats":
             lines = ["%s  %s" % (entry.name, line) for entry, line in zip(items, lines)]
-        if choice.name == "models":
-            lines = ["%s  %s" % (line, entry.path if entry.to_fetch else "") for entry, line in zip(items, lines)]
+        if choice.name == "models":       # with the name by which it can be fetched
+            places = [entry.path if entry.to_fetch else "" for entry in items]
+            lines = ["%s  %s" % pair for pair in zip(lines, places)]
         lines.append("Choose one with %s" % command_help(choice.command).partition(":")[0])
         self.note("\n".join(lines))
 
-    def show_progress(self, before: State, now: State) -> None:
-        progress = ""
-        if now.engine in (Condition.LOADING, Condition.READING) and now.progress != before.progress:
-            progress = "%s %d %%" % (now.engine.value, now.progress.share() * 100)
-        if now.chat.thought and now.chat.thought != before.chat.thought:
-            progress = "thinking: " + describe_thought(now.chat.thought)
-        if now.fetch and now.fetch != before.fetch:
-            progress = describe_fetch(now.fetch)
-        if is_getting(now) and (now.progress, now.fetch) != (before.progress, before.fetch):
-            parts = ["engine: " + describe_progress(now.progress)] if now.engine is Condition.INSTALLING else []
-            parts += ["model: " + describe_fetch(now.fetch)] if now.fetch else []
-            progress = "  ".join(parts)
-        if progress:
-            self.progress_shown = True
-            draw_status(progress)
+    def show_needs(self, needs: Needs) -> None:
+        """Tell what is lacking, and the command that gets it."""
+        self.status = 1
+        rows = ["%s (%s)" % (what, cost) for what, _, cost in setup_rows(needs)]
+        verb, both = ("are", "both") if len(rows) > 1 else ("is", "it")
+        text = "To chat, %s %s still needed: python3 llmchat.py --setup gets %s."
+        self.note(text % (" and ".join(rows), verb, both))
+        for text in needs.lacking:
+            self.note(text)
 
-    def show_end(self, said: Tuple[Turn, ...]) -> None:
-        """Why the reply that has come is no whole one. said: the turns before it."""
-        turn = self.state.chat.nodes.get(last_turn_id(self.state.chat), Turn("user", ""))
-        if turn.role != "assistant" or turn in said:
+    def show_progress(self, event: Any) -> None:
+        """Draw the status line of a terminal anew after an event that tells of progress."""
+        if not isinstance(event, ChildSaid):
+            return
+        if event.which == "engine":
+            text = self.engine_progress(event.message["event"])
+        else:
+            text = self.getting_progress()
+        if text:
+            self.progress_shown = True
+            draw_status(text)
+
+    def getting_progress(self) -> str:
+        state = self.state
+        parts = []
+        if state.engine is Condition.INSTALLING:
+            parts.append("engine: " + describe_progress(state.progress))
+        if state.fetch:
+            what = "model: " if is_getting(state) else ""
+            parts.append(what + describe_fetch(state.fetch))
+        return "  ".join(parts)
+
+    def engine_progress(self, name: str) -> str:
+        state = self.state
+        if name in ("loading", "reading") and name == state.engine.value:
+            return "%s %d %%" % (name, 100 * state.progress.share())
+        if name == "text" and state.chat.thought and not self.printed:
+            return "thinking: " + describe_thought(state.chat.thought)
+        return ""
+
+    # -- the answer --
+
+    def show_answer(self, reply: str, ended: bool = False) -> None:
+        """Print what is new of the answer."""
+        if not ended and self.may_be_thinking(reply):
+            return
+        answer = split_thinking(reply)[1] or ""
+        if answer.startswith(self.printed):
+            said = answer[len(self.printed):]
+        else:                             # an end of thinking came so late
+            self.note(LATE_THOUGHT)
+            said = answer
+        self.printed = answer
+        if said:
+            self.write(said)
+
+    def may_be_thinking(self, reply: str) -> bool:
+        """Say whether what looks like an answer may turn out to be thinking without its beginning,
+        and somebody's script reads it."""
+        if not self.quiet or sys.stdout.isatty():
+            return False
+        if [kind for kind, _ in thinking_parts(reply)] != ["answer"]:
+            return False
+        model = self.state.model
+        if model and model.may_think and shall_think(self.state) is not False:
+            return True
+        return len(reply) < SURE_CHARS
+
+    def tell_end(self, said: Tuple[Turn, ...]) -> None:
+        """Tell why the reply that has come is no whole one. said: the turns before it."""
+        chat = self.state.chat
+        turn = chat.nodes.get(last_turn_id(chat))
+        if not turn or turn.role != "assistant" or turn in said:
             return
         cut = how_cut(turn)
         if cut and not self.quiet:
@@ -13180,37 +13249,62 @@ class Plain:
         elif "limit" in cut:
             self.note("The reply was %s." % cut)
 
-    def show_answer(self, reply: str, now: State, ended: bool = False) -> None:
-        """Print what is new of the answer."""
-        if not ended and self.may_be_thinking(reply, now):
-            return
-        answer = split_thinking(reply)[1] or ""
-        said = answer[len(self.printed):]
-        if not answer.startswith(self.printed):    # an end of thinking came so late
-            self.note("\nAll that stands above was the model's thinking. Its answer:")
-            said = answer
-        self.printed = answer
-        if said:
-            self.write(said)
+    # -- the loop --
 
-    def may_be_thinking(self, reply: str, now: State) -> bool:
-        """Whether what looks like an answer may turn out to be thinking without its beginning, and somebody's script reads it."""
-        if not self.quiet or sys.stdout.isatty() or [kind for kind, _ in thinking_parts(reply)] != ["answer"]:
-            return False
-        expected = bool(now.model and now.model.may_think and shall_think(now) is not False)
-        return expected or len(reply) < SURE_CHARS
+    def is_fetching(self) -> bool:
+        return bool(self.state.fetch and self.state.fetch.stop != "paused")
 
-    def show_needs(self, needs: Needs) -> None:
-        """What is lacking, and the command that gets it."""
-        self.status = 1
-        rows = ["%s (%s)" % (what, cost) for what, _, cost in setup_rows(needs)]
-        text = "To chat, %s still needed: python3 llmchat.py --setup gets %s."
-        self.note(text % (" and ".join(rows) + (" are" if len(rows) > 1 else " is"), "both" if len(rows) > 1 else "it"))
-        for text in needs.lacking:
-            self.note(text)
+    def is_loading(self) -> bool:
+        return self.state.engine in (Condition.STARTING, Condition.LOADING)
+
+    def is_at_work(self) -> bool:
+        """Say whether something is under way that the user waits for."""
+        state = self.state
+        if is_busy(state) or self.is_loading() or self.is_fetching():
+            return True
+        if is_open(state, "setup") and not state.needs:
+            return True                   # this machine is being looked at
+        return state.attaching or state.wanted is not None or state.engine is Condition.INSTALLING
+
+    def settle(self) -> None:
+        """Handle events until the engine rests and nothing is being fetched. Ctrl-C stops a reply,
+        pauses a download, or ends the program."""
+        import time
+        self.heard_s = time.monotonic()
+        while self.is_at_work() or self.runner.mailbox.events:
+            try:
+                for event in self.wait():
+                    self.handle(event)
+            except KeyboardInterrupt:
+                self.status = 130
+                if self.is_fetching():
+                    self.handle(Submitted("/download pause"))
+                elif self.state.engine in (Condition.READING, Condition.WRITING):
+                    self.handle(Pressed("esc"))
+                else:
+                    raise
+
+    def wait(self) -> List[Any]:
+        """Wait for events. An engine that hangs while it loads is ended: nobody may be there to do
+        so."""
+        import time
+        mailbox = self.runner.mailbox
+        mailbox.wait(SILENT_S / 8 if self.is_loading() else None)
+        events = mailbox.take()
+        engine = self.runner.children.get("engine")
+        n_read = read_text("/proc/%d/io" % engine.process.pid) if engine else ""
+        if events or not self.is_loading() or n_read != self.n_read:
+            self.heard_s = time.monotonic()
+            self.n_read = n_read
+        elif time.monotonic() - self.heard_s >= SILENT_S:
+            self.runner.end_child("engine")
+            text = HUNG_ENGINE % SILENT_S
+            return [ChildSaid("engine", {"event": "failed", "during": "load", "text": text})]
+        return events
 
     def set_up(self) -> bool:
-        """Get what is lacking, side by side, and load the model; whether all of it is there then."""
+        """Get what is lacking, side by side, and load the model; say whether all of it is there
+        then."""
         state = self.state
         needs = probe_needs(bool(state.settings.model_path or state.wanted))
         for row in setup_rows(needs):
@@ -13219,83 +13313,78 @@ class Plain:
             self.note(text)
         if needs.engine or needs.model:
             engine = Condition.MISSING if needs.engine else Condition.OFF
-            self.apply(begin_setup(state._replace(needs=needs, engine=engine)))
+            self.take(begin_setup(state._replace(needs=needs, engine=engine)))
         else:
-            self.apply(start_model(state))
+            self.take(start_model(state))
         self.settle()
         if self.state.engine is not Condition.READY:
             return False
         self.note(write_command())
         if "model" not in read_kept("settings.json").get("", {}):
+            path = os.path.abspath(self.state.settings.model_path)
             with suppress(OSError):       # then the next start shows the list
-                save_kept("settings.json", "", {"model": os.path.abspath(self.state.settings.model_path)})
+                save_kept("settings.json", "", {"model": path})
         return True
 
-    def is_fetching(self) -> bool:
-        return bool(self.state.fetch and self.state.fetch.stop != "paused")
-
-    def is_at_work(self) -> bool:
-        """Whether something is under way that the user waits for."""
-        state = self.state
-        if is_busy(state) or state.attaching or state.wanted is not None or self.is_fetching():
-            return True
-        if is_open(state, "setup") and not state.needs:
-            return True                   # this machine is being looked at
-        return state.engine in (Condition.INSTALLING, Condition.STARTING, Condition.LOADING)
-
-    def settle(self) -> None:
-        """Handle events until the engine rests and nothing is being fetched; Ctrl-C stops a reply, pauses a download, or ends the program."""
-        while self.is_at_work() or self.runner.mailbox.events:
-            try:
-                self.runner.mailbox.wait(None)
-                for event in self.runner.mailbox.take():
-                    self.handle(event)
-            except KeyboardInterrupt:
-                self.status = 130
-                if self.state.engine not in (Condition.READING, Condition.WRITING) and not self.is_fetching():
-                    raise
-                self.handle(Submitted("/download pause") if self.is_fetching() else Pressed("esc"))
-
     def chat(self) -> int:
-        """Read lines until the end of input."""
+        """Read lines until the end of input. Returns the exit status."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            load_line_editing()
         self.note("Type a message and press Enter; /help shows commands, Ctrl-D ends.")
         self.settle()
         while not self.runner.quit:
             try:
-                line = input("> " if sys.stdin.isatty() else "")
+                line = input("> " if is_terminal else "")
             except (EOFError, KeyboardInterrupt):
-                print(end="\n" * sys.stdin.isatty())
+                if is_terminal:
+                    print()
                 break
             if line.strip():
                 said = self.state.chat.turns
                 self.handle(Submitted(line))
                 self.settle()
                 self.write("\n")
-                self.show_end(said)
-        return 0 if sys.stdin.isatty() else self.status
+                self.tell_end(said)
+        return 0 if is_terminal else self.status
 
     def answer(self, prompt: Optional[str]) -> int:
-        """One answer on stdout: 0, or 1 when there is none, or 130 when it was stopped."""
-        piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+        """Print one answer. Returns the exit status: 1 when there is none, 130 when it was
+        stopped."""
+        piped = ""
+        if not sys.stdin.isatty():
+            piped = sys.stdin.buffer.read().decode("utf-8", "replace")
         text = "\n\n".join(part for part in (prompt, piped) if part and part.strip())
         if not text:
             self.note("There is nothing to answer: give a message with -p, or through a pipe.")
             return 1
+        if text.startswith("/"):          # no command
+            text = "/" + text
         self.state = self.state._replace(settings=self.state.settings._replace(once=True))
-        self.handle(Submitted("/" + text if text.startswith("/") else text, literal=bool(piped)))
+        self.handle(Submitted(text, literal=bool(piped)))
         self.settle()
-        turns = [turn for turn in self.state.chat.turns if turn.role == "assistant"]
         if self.mid_line:
             self.write("\n")
-        self.show_end(())
-        return self.status or int(not turns)
+        self.tell_end(())
+        has_reply = any(turn.role == "assistant" for turn in self.state.chat.turns)
+        return self.status or int(not has_reply)
+
+def load_line_editing() -> None:
+    """Let input() edit lines and recall them, where a letter of more than one byte isn't cut by
+    that."""
+    with suppress(ImportError, AttributeError):    # Windows' consoles edit lines themselves
+        import locale
+        if locale.nl_langinfo(locale.CODESET).upper() == "UTF-8":
+            __import__("readline")        # input() finds it
 
 def run_setup(arguments: Any, terminal: bool) -> int:
-    """--setup: the engine and a small model, tried out; then the window, or the answer to -p. Returns the exit status."""
+    """Do --setup: the engine and a small model, tried out; then the window, or the answer to -p.
+    Returns the exit status."""
     arguments.no_save |= arguments.prompt is not None
     state = with_last_model(initial_state(arguments))
     if not (state.settings.model_path or state.wanted):
-        state = state._replace(settings=state.settings._replace(model_path=small_model_path()), wanted=None)
+        settings = state.settings._replace(model_path=small_model_path())
+        state = state._replace(settings=settings, wanted=None)
     plain = Plain(state, quiet=arguments.prompt is not None)
     try:
         if not plain.set_up():
@@ -13309,15 +13398,18 @@ def run_setup(arguments: Any, terminal: bool) -> int:
         plain.runner.close()
     if terminal:
         return run_window(with_last_model(initial_state(arguments)))
-    plain.note("All is there. To chat: %s %s" % (os.path.basename(sys.executable), os.path.abspath(__file__)))
+    command = (os.path.basename(sys.executable), os.path.abspath(__file__))
+    plain.note("All is there. To chat: %s %s" % command)
     return 0
 
 def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str = "") -> int:
-    """Plain mode. prompt: None = none given. interactive: read lines of messages; otherwise one answer. Returns the exit status."""
+    """Run plain mode: read lines of messages, or not interactive, answer the prompt or the pipe.
+    first: a /command. Returns the exit status."""
     plain = Plain(state, quiet=not interactive)
     try:
-        for command in filter(None, ("/load", first)):
-            plain.handle(Submitted(command))
+        plain.handle(Submitted("/load"))
+        if first:
+            plain.handle(Submitted(first))
         status = plain.chat() if interactive else plain.answer(prompt)
     except KeyboardInterrupt:
         plain.clear_progress()
@@ -13327,7 +13419,8 @@ def run_plain(state: State, prompt: Optional[str], interactive: bool, first: str
     return status or int(lost)
 
 def named_settings(state: State) -> Settings:
-    """With the file that the command line's MODEL means, and what was chosen for it. Raises ModelError."""
+    """Return the settings with the file that the command line's MODEL means, and what was chosen
+    for it. Raises ModelError."""
     name = state.wanted or state.settings.model_path
     entries = probe_models(name)
     found = match_models(entries, name)
@@ -13336,11 +13429,16 @@ def named_settings(state: State) -> Settings:
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
 def show_list(as_json: bool) -> int:
-    """--list: the models of this machine, one to a line."""
-    import json
+    """Do --list: print the models of this machine, one to a line."""
     entries = find_models()
-    rows = model_rows(entries, FAR)[not sys.stdout.isatty():] if entries else []    # titles are for people
-    print(json.dumps([entry._asdict() for entry in entries], indent=1) if as_json else clean("\n".join(rows)), end="\n" * bool(as_json or rows))
+    if as_json:
+        import json
+        print(json.dumps([entry._asdict() for entry in entries], indent=1))
+    elif entries:
+        titles, *rows = model_rows(entries, FAR)
+        if sys.stdout.isatty():           # titles are for people
+            rows.insert(0, titles)
+        print(clean("\n".join(rows)))
     if not entries:
         print(explain_match((), (), ""), file=sys.stderr)
     return int(not entries)
@@ -13454,12 +13552,13 @@ def check_settings() -> List[Tuple[str, str, str]]:
     bad = [path for path in paths if os.path.exists(path) and parse_object(read_text(path)) is None]
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
-def try_model(python: str, path: str, question: str) -> str:
-    """What a fresh engine process, as it comes, replies with this model: 8 tokens, the likeliest. Raises ModelError."""
+def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
+    """Ask a fresh engine process with this model; return 8 tokens, the likeliest. Raises ModelError."""
     reply = ""
     chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
             "sampling": Sampling(temperature=0, max_tokens=8)._asdict()}
-    load = {"cmd": "load", "path": path, "options": LoadOptions(n_ctx=512, caution=0)._asdict()}
+    options = LoadOptions(n_ctx=512, caution=caution)
+    load = {"cmd": "load", "path": path, "options": options._asdict()}
     for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
         if message["event"] == "text":
             reply += message["text"]
@@ -13475,7 +13574,7 @@ def name_death(code: int) -> str:
             return number.name
     return "exit status %#x" % code
 
-def try_engine(python: str) -> str:
+def try_engine(python: str, caution: int = 0) -> str:
     """Put an engine to the trial; the sentence that says that it has passed. Raises ModelError, OSError.
 
     EngineCrash, also for a wrong reply: it needs to be built otherwise."""
@@ -13485,7 +13584,7 @@ def try_engine(python: str) -> str:
         path = os.path.join(folder, "trial.gguf")
         write_trial_model(path)
         try:
-            reply = try_model(python, path, TRIAL_PROMPT)
+            reply = try_model(python, path, TRIAL_PROMPT, caution)
         except EngineCrash as error:
             if error.code in NO_SUCH_INSTRUCTION:    # which is well explained
                 raise
@@ -13494,27 +13593,38 @@ def try_engine(python: str) -> str:
         raise EngineCrash("llama.cpp computes nonsense on this machine: it replied %r, not %r." % (reply, TRIAL_REPLY), 0)
     text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
     if small_model_path():
-        text += "; " + try_real_model(python, small_model_path())
+        text += "; " + try_real_model(python, small_model_path(), caution)
     return text
 
-def try_real_model(python: str, path: str) -> str:
+def try_real_model(python: str, path: str, caution: int) -> str:
     """How the small real model fares, in words. Only a crash is the engine's fault: EngineCrash."""
     try:
-        return "SmolLM2 said \"%s\"" % try_model(python, path, "Name the capital of France.").strip()
+        reply = try_model(python, path, "Name the capital of France.", caution)
+        return "SmolLM2 said \"%s\"" % reply.strip()
     except EngineCrash:
         raise
     except ModelError as error:
         return "SmolLM2 could not be tried: %s" % error
+
+WITH_CARE = ("%s It works with care, and so it is used here: %s (%s). Made anew, it may be faster: "
+             "python3 llmchat.py --install")
 
 def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
     python = python or engine_python()
     try:
         return [("good", "engine", "%s (%s)" % (try_engine(python), python))]
     except ModelError as error:
-        advice = "" if "--install" in str(error) else " Make it anew: python3 llmchat.py --install"
-        return [("error", "engine", str(error) + advice)]
+        problem = str(error)
+        if isinstance(error, EngineCrash):    # with the caution that it has been found to need
+            with suppress(ModelError):
+                text = WITH_CARE % (problem, try_engine(python, REMEMBERED), python)
+                return [("warn", "engine", text)]
+        if "--install" not in problem:
+            problem += " Make it anew: python3 llmchat.py --install"
+        return [("error", "engine", problem)]
     except OSError as error:
-        return [("error", "engine", "It could not be tried, as the trial's model can't be written (%s)" % error)]
+        problem = "It could not be tried, as the trial's model can't be written (%s)" % error
+        return [("error", "engine", problem)]
 
 def run_trial() -> int:
     """--check-engine, for --install: this Python's engine. 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""

@@ -4849,6 +4849,18 @@ class HealTest(unittest.TestCase):
         self.assertEqual(self.ask(env)[:2], (0, REPLIES["greet"] + "\n"))
         self.assertEqual(self.crashes(), 1)
 
+    def test_doctor_says_that_it_works_with_care(self):
+        env = self.home('not used["buffers"]')
+        status, out, _ = run_plain("--doctor", env=env)
+        self.assertIn("crashes when it computes", out)
+        self.assertEqual((status, "works with care" in out), (1, False), "nothing is known yet")
+        self.assertEqual(self.ask(env)[0], 0)
+        self.crashes()
+        status, out, _ = run_plain("--doctor", env=env)
+        (row,) = [line for line in out.splitlines() if " engine " in line]
+        self.assertRegex(row, "^warning +engine +.*It works with care.*replied rightly")
+        self.assertEqual((status, self.crashes()), (0, 1))
+
     def test_plain_mode(self):
         env = self.home('not used["buffers"]')
         status, out, err = run_plain(TALK, "--plain", input="hi\nhi\n", env=env)
@@ -5557,7 +5569,7 @@ class PlainTest(unittest.TestCase):
         plain.handle(llmchat.FilesRead((File("a.txt", "x"),), (), ""))
         plain.handle(said("unloaded"))
         plain.state = plain.state._replace(chat=plain.state.chat._replace(forgotten=0))
-        plain.show(plain.state, plain.state._replace(chat=plain.state.chat._replace(forgotten=2)))
+        plain.take((plain.state._replace(chat=plain.state.chat._replace(forgotten=2)), ()))
         self.assertEqual(told[:3], ["new", "instead of three", "Attached: a.txt"])
         self.assertIn("memory given back", told[-2])
         self.assertEqual(
@@ -5632,6 +5644,45 @@ class PlainTest(unittest.TestCase):
         self.assertEqual((child.returncode, err), (130, b""))
         said, story = (begun + out).decode().strip(), TOUR_REPLIES["long"]
         self.assertTrue(story.startswith(said) and 0 < len(said) < len(story), said)
+
+    @unittest.skipUnless(POSIX, "needs a shell")
+    def test_an_engine_that_hangs_while_it_loads_is_ended(self):
+        """With -p in a script nobody is there to press Ctrl-C."""
+        fake = FakeEngine('print(\'{"event": "hello"}\', flush=True)\ntime.sleep(1000)')
+        code = "import llmchat, sys\nllmchat.SILENT_S = 0.4\nsys.exit(llmchat.main(sys.argv[1:]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, TALK, "-p", "hi"],
+            env=fake.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=LIMIT_S,
+            encoding="utf-8",
+        )
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1))
+        self.assertIn("has done nothing", done.stderr)
+
+    def test_an_engine_that_loads_slowly_is_not_ended(self):
+        plain = llmchat.Plain(ready()._replace(engine=Condition.LOADING), quiet=True)
+        self.addCleanup(plain.runner.close)
+        with mock.patch.object(llmchat, "SILENT_S", 0.0):
+            plain.runner.mailbox.post(said("loading", progress=0.5))
+            (event,) = plain.wait()
+            self.assertEqual(event.message["event"], "loading")
+            plain.runner.children["engine"] = mock.Mock(**{"process.pid": 1})
+            with mock.patch.object(llmchat, "read_text", side_effect=["1", "2", "2"]):
+                self.assertEqual((plain.wait(), plain.wait()), ([], []), "it reads")
+                self.assertEqual(plain.wait()[0].message["event"], "failed")
+
+    def test_lines_are_edited_where_letters_survive_that(self):
+        code = (
+            "import locale, llmchat, sys\nlocale.setlocale(locale.LC_CTYPE, '')\n"
+            "llmchat.load_line_editing()\nprint('readline' in sys.modules)"
+        )
+        for name, edited in (("C.UTF-8", POSIX), ("C", False)):
+            env = dict(ENV, LC_ALL=name, PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+            out = subprocess.check_output([sys.executable, "-c", code], env=env, timeout=LIMIT_S)
+            self.assertEqual(out.split(), [str(edited).encode()])
 
     @unittest.skipUnless(POSIX, "Windows has no SIGPIPE")
     def test_closed_pipe_ends_it_quietly(self):
