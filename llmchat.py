@@ -378,7 +378,7 @@ EDIT_KEYS = {
     "alt-d":     "kill_word_right",
     "ctrl-u":    "kill_to_start",
     "ctrl-k":    "kill_to_end",
-    "ctrl-y":    "yank",        "alt-y":      "yank_before",
+    "ctrl-y":    "yank",
     "ctrl-_":    "undo",        "ctrl-z":     "undo",
     "ctrl-r":    "search",      "ctrl-g":     "unsearch",
     "alt-<":     "first",       "alt->":      "last",
@@ -610,7 +610,7 @@ class Draft(NamedTuple):
     recall: int = 0           # steps back into the history; 0 = what is being typed
     typed: str = ""           # what was being typed when the recall began
     search: Optional[str] = None  # what Ctrl-R looks for in the history, None = it doesn't
-    killed: Tuple[str, ...] = ("",)  # what was cut, the latest last
+    killed: str = ""          # what was cut last
     pastes: Tuple[str, ...] = ()  # long ones; each is one character of the text, its chip
     undo: Tuple[Tuple[str, int], ...] = ()    # text and cursor before each change, the latest last
     last: str = ""            # what the last key did: a name in EDITS, "Typed", "Pasted", or it
@@ -1880,47 +1880,83 @@ def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
 # A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
 
 def edit_insert(draft: Draft, text: str) -> Draft:
-    return draft._replace(text=draft.text[:draft.cursor] + text + draft.text[draft.cursor:],
-                          cursor=draft.cursor + len(text))
+    before = draft.text[:draft.cursor] + text
+    return draft._replace(text=before + draft.text[draft.cursor:], cursor=len(before))
 
-def _step(draft: Draft, by: int) -> int:
-    """The cursor one character further, taking combining marks along with their base."""
+def move_to(draft: Draft, cursor: int) -> Draft:
+    return draft._replace(cursor=cursor)
+
+def char_step(draft: Draft, by: int) -> int:
+    """Find the cursor one character further, taking combining marks along with their base."""
     at = draft.cursor + by
     while 0 < at < len(draft.text) and char_cells(draft.text[at]) == 0 and draft.text[at] != "\n":
         at += by
     return min(max(at, 0), len(draft.text))
 
-def _word_end(draft: Draft, by: int) -> int:
-    """The cursor one word further (by = 1) or back (by = -1)."""
-    at, peek = draft.cursor, 0 if by > 0 else -1
-    inside = lambda: 0 <= at + peek < len(draft.text)
-    is_word = lambda char: char.isalnum() or char_cells(char) == 0 or char >= chr(CHIP)
-    while inside() and not is_word(draft.text[at + peek]):
-        at += by
-    while inside() and is_word(draft.text[at + peek]):
-        at += by
+def is_of_word(char: str) -> bool:
+    return char.isalnum() or char_cells(char) == 0 or char >= chr(CHIP)
+
+def word_end(draft: Draft) -> int:
+    """Find the cursor one word further."""
+    at = draft.cursor
+    while at < len(draft.text) and not is_of_word(draft.text[at]):
+        at += 1
+    while at < len(draft.text) and is_of_word(draft.text[at]):
+        at += 1
     return at
 
-def _cut(draft: Draft, start: int, end: int) -> Draft:
+def word_start(draft: Draft) -> int:
+    """Find the cursor one word back."""
+    at = draft.cursor
+    while at > 0 and not is_of_word(draft.text[at - 1]):
+        at -= 1
+    while at > 0 and is_of_word(draft.text[at - 1]):
+        at -= 1
+    return at
+
+def line_start(draft: Draft) -> int:
+    return draft.text.rfind("\n", 0, draft.cursor) + 1
+
+def line_end(draft: Draft) -> int:
+    end = draft.text.find("\n", draft.cursor)
+    return len(draft.text) if end < 0 else end
+
+def edit_cut(draft: Draft, start: int, end: int) -> Draft:
     return draft._replace(text=draft.text[:start] + draft.text[end:], cursor=start)
 
-def _kill(draft: Draft, start: int, end: int) -> Draft:
+def edit_kill(draft: Draft, start: int, end: int) -> Draft:
     """Cut and keep, to be yanked; cuts in a row make one."""
-    text, ring = draft.text[start:end], draft.killed
-    if draft.last.startswith("kill"):
-        text, ring = text + ring[-1] if start < draft.cursor else ring[-1] + text, ring[:-1]
-    return _cut(draft, start, end)._replace(killed=ring[-20:] + (text,) if end > start else draft.killed)
-
-def _yank_before(draft: Draft) -> Draft:
-    ring = draft.killed[-1:] + draft.killed[:-1]
-    if not draft.last.startswith("yank"):
+    if start == end:
         return draft
-    return edit_insert(_cut(draft, draft.cursor - len(ring[0]), draft.cursor), ring[-1])._replace(killed=ring)
+    killed = draft.text[start:end]
+    if draft.last.startswith("kill"):
+        killed = killed + draft.killed if start < draft.cursor else draft.killed + killed
+    return edit_cut(draft, start, end)._replace(killed=killed)
+
+def edit_kill_to_end(draft: Draft) -> Draft:
+    """Cut to the end of the line; at its end, what ends it."""
+    end = line_end(draft)
+    if end == draft.cursor:
+        end = min(end + 1, len(draft.text))
+    return edit_kill(draft, draft.cursor, end)
+
+def edit_backspace(draft: Draft) -> Draft:
+    if draft.search is not None:
+        return search_sent(draft, draft.search[:-1], 1)
+    return edit_cut(draft, char_step(draft, -1), draft.cursor)
+
+def edit_undo(draft: Draft) -> Draft:
+    if not draft.undo:
+        return draft
+    text, cursor = draft.undo[-1]
+    return draft._replace(text=text, cursor=cursor, undo=draft.undo[:-1], recall=0)
 
 def keep_undo(before: Draft, draft: Draft) -> Draft:
-    """The draft, with what it was before this change to be undone; the letters of a word, typed in a row, are one change."""
-    in_word = draft.last == before.last == "Typed" and before.text[:before.cursor][-1:].strip()
-    if draft.text == before.text or in_word or draft.undo is not before.undo:
+    """Keep the draft as it was before a change; the letters of a word, typed in a row, are one."""
+    if draft.text == before.text or draft.undo is not before.undo:
+        return draft
+    last_char = before.text[:before.cursor][-1:]
+    if draft.last == before.last == "Typed" and last_char.strip():
         return draft
     return draft._replace(undo=before.undo[-200:] + ((before.text, before.cursor),))
 
@@ -1934,99 +1970,105 @@ def edit_paste(draft: Draft, text: str) -> Draft:
     """Insert a pasted text, a long one as a chip: the box stays small and quick."""
     if text.strip("\n").count("\n") < PASTE_LINES and len(text) < 500 * PASTE_LINES:
         return edit_insert(draft, text)
-    return edit_insert(draft._replace(pastes=draft.pastes + (text,)), chr(CHIP + len(draft.pastes)))
+    chip = chr(CHIP + len(draft.pastes))
+    return edit_insert(draft._replace(pastes=draft.pastes + (text,)), chip)
 
 def open_chips(draft: Draft, text: str, show: Any = str) -> str:
-    """A text with what its chips stand for, or how they are shown (chip_label)."""
+    """Replace the chips of a text by what they stand for, or how they are shown (chip_label)."""
     for i, paste in enumerate(draft.pastes):
         text = text.replace(chr(CHIP + i), show(paste))
     return text
 
-def _line_bounds(draft: Draft) -> Tuple[int, int]:
-    start = draft.text.rfind("\n", 0, draft.cursor) + 1
-    end = draft.text.find("\n", draft.cursor)
-    return start, len(draft.text) if end < 0 else end
-
 def recall(draft: Draft, by: int) -> Draft:
     """Walk the history of sent messages; what was being typed is kept at its near end."""
-    step = min(max(draft.recall + by, 0), len(draft.history))
-    if step == draft.recall:
+    steps = min(max(draft.recall + by, 0), len(draft.history))
+    if steps == draft.recall:
         return draft
-    typed = draft.text if draft.recall == 0 else draft.typed
-    text = draft.history[-step] if step else typed
-    return draft._replace(text=text, cursor=len(text), recall=step, typed=typed)
+    typed = draft.typed if draft.recall else draft.text
+    text = draft.history[-steps] if steps else typed
+    return draft._replace(text=text, cursor=len(text), recall=steps, typed=typed)
 
-def search_sent(draft: Draft, query: str, step: int) -> Draft:
-    """The latest sent message that holds `query`, from `step` steps back on; where there is none, the draft stays."""
+def search_sent(draft: Draft, query: str, steps: int) -> Draft:
+    """Recall the latest sent message that holds `query`, from so many steps back on; else none."""
     draft = draft._replace(search=query)
-    for step in range(max(1, step), len(draft.history) + 1) if query else ():
-        if query in draft.history[-step]:
-            return recall(draft, step - draft.recall)._replace(cursor=draft.history[-step].index(query))
+    if not query:
+        return draft
+    for back in range(max(1, steps), len(draft.history) + 1):
+        at = draft.history[-back].find(query)
+        if at >= 0:
+            return recall(draft, back - draft.recall)._replace(cursor=at)
     return draft
 
-def _go_to(draft: Draft, start: int, end: int) -> Draft:
-    """To another line, in the column that the cursor has in its own."""
-    column = cells(draft.text[_line_bounds(draft)[0]:draft.cursor])
+def go_to_line(draft: Draft, start: int) -> Draft:
+    """Go to the line that begins at `start`, in the column that the cursor has in its own."""
+    column = cells(draft.text[line_start(draft):draft.cursor])
+    end = line_end(draft._replace(cursor=start))
     return draft._replace(cursor=start + len(take_cells(draft.text[start:end], column)))
 
-def _up(draft: Draft) -> Draft:
-    start, _ = _line_bounds(draft)
-    return _go_to(draft, draft.text.rfind("\n", 0, start - 1) + 1, start - 1) if start else recall(draft, 1)
+def edit_up(draft: Draft) -> Draft:
+    start = line_start(draft)
+    if start == 0:
+        return recall(draft, 1)
+    return go_to_line(draft, draft.text.rfind("\n", 0, start - 1) + 1)
 
-def _down(draft: Draft) -> Draft:
-    _, end = _line_bounds(draft)
+def edit_down(draft: Draft) -> Draft:
+    end = line_end(draft)
     if end == len(draft.text):
         return recall(draft, -1)
-    return _go_to(draft, end + 1, _line_bounds(draft._replace(cursor=end + 1))[1])
+    return go_to_line(draft, end + 1)
 
 EDITS = {  # name: (help line, draft -> draft)
-    "left":       ("one character left", lambda d: d._replace(cursor=_step(d, -1))),
-    "right":      ("one character right", lambda d: d._replace(cursor=_step(d, 1))),
-    "up":         ("line above, or the message sent before", _up),
-    "down":       ("line below, or the message sent after", _down),
-    "word_left":  ("one word left", lambda d: d._replace(cursor=_word_end(d, -1))),
-    "word_right": ("one word right", lambda d: d._replace(cursor=_word_end(d, 1))),
-    "home":       ("start of the line", lambda d: d._replace(cursor=_line_bounds(d)[0])),
-    "end":        ("end of the line", lambda d: d._replace(cursor=_line_bounds(d)[1])),
-    "first":      ("start of the text", lambda d: d._replace(cursor=0)),
-    "last":       ("end of the text", lambda d: d._replace(cursor=len(d.text))),
+    "left":       ("one character left", lambda d: move_to(d, char_step(d, -1))),
+    "right":      ("one character right", lambda d: move_to(d, char_step(d, 1))),
+    "up":         ("line above, or the message sent before", edit_up),
+    "down":       ("line below, or the message sent after", edit_down),
+    "word_left":  ("one word left", lambda d: move_to(d, word_start(d))),
+    "word_right": ("one word right", lambda d: move_to(d, word_end(d))),
+    "home":       ("start of the line", lambda d: move_to(d, line_start(d))),
+    "end":        ("end of the line", lambda d: move_to(d, line_end(d))),
+    "first":      ("start of the text", lambda d: move_to(d, 0)),
+    "last":       ("end of the text", lambda d: move_to(d, len(d.text))),
     "newline":    ("start a new line", lambda d: edit_insert(d, "\n")),
-    "backspace":  ("delete the character before the cursor", lambda d:
-                   _cut(d, _step(d, -1), d.cursor) if d.search is None else search_sent(d, d.search[:-1], 1)),
-    "delete":     ("delete the character under the cursor", lambda d: _cut(d, d.cursor, _step(d, 1))),
-    "kill_word":  ("cut the word before the cursor", lambda d: _kill(d, _word_end(d, -1), d.cursor)),
-    "kill_word_right": ("cut the word after the cursor", lambda d: _kill(d, d.cursor, _word_end(d, 1))),
-    "kill_to_start": ("cut to the start of the line", lambda d: _kill(d, _line_bounds(d)[0], d.cursor)),
-    "kill_to_end": ("cut to the end of the line, or what ends it", lambda d:
-                    _kill(d, d.cursor, max(_line_bounds(d)[1], min(d.cursor + 1, len(d.text))))),
-    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed[-1])),
-    "yank_before": ("… and then, in its place, what was cut before that", _yank_before),
-    "undo":       ("undo the last change", lambda d: d._replace(text=d.undo[-1][0], cursor=d.undo[-1][1], undo=d.undo[:-1], recall=0) if d.undo else d),
-    "search":     ("search what was sent before; again: further back", lambda d: search_sent(d, d.search or "", d.recall + 1)),
+    "backspace":  ("delete the character before the cursor", edit_backspace),
+    "delete":     ("delete the character under the cursor",
+                   lambda d: edit_cut(d, d.cursor, char_step(d, 1))),
+    "kill_word":  ("cut the word before the cursor", lambda d: edit_kill(d, word_start(d), d.cursor)),
+    "kill_word_right": ("cut the word after the cursor",
+                   lambda d: edit_kill(d, d.cursor, word_end(d))),
+    "kill_to_start": ("cut to the start of the line", lambda d: edit_kill(d, line_start(d), d.cursor)),
+    "kill_to_end": ("cut to the end of the line, or what ends it", edit_kill_to_end),
+    "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed)),
+    "undo":       ("undo the last change", edit_undo),
+    "search":     ("search what was sent before; again: further back",
+                   lambda d: search_sent(d, d.search or "", d.recall + 1)),
     "unsearch":   ("back to what you were writing", lambda d: recall(d, -d.recall)),
 }
 
 @lru_cache(maxsize=64)
 def draft_rows(text: str, width: int) -> Tuple[Tuple[int, str], ...]:
-    """The draft broken at words into rows of `width` columns: (index of the first character, text); spaces hang over the edge."""
-    rows, start = [], 0
+    """Break a draft at words into rows: (index of the first character, text); spaces hang over."""
+    rows: List[Tuple[int, str]] = []
+    start = 0                             # of the paragraph
     for paragraph in map(clean_draft, text.split("\n")):
-        starts = [at for at, _ in break_rows(paragraph, width)] + [len(paragraph)]
-        starts = [0] * (starts[0] > 0) + starts    # spaces that the first break swallowed
-        rows += [(start + at, paragraph[at:end]) for at, end in zip(starts, starts[1:])]
+        starts = [at for at, _ in break_rows(paragraph, width)]
+        if starts[0] > 0:                 # spaces that the first break swallowed
+            starts.insert(0, 0)
+        for at, end in zip(starts, starts[1:] + [len(paragraph)]):
+            rows.append((start + at, paragraph[at:end]))
         start += len(paragraph) + 1
-        if cells(rows[-1][1]) > width:
-            rows.append((start - 1, ""))    # the cursor follows spaces into the next row
+        if cells(rows[-1][1]) > width:    # the cursor follows spaces into the next row
+            rows.append((start - 1, ""))
     return tuple(rows)
 
 def draft_cursor(draft: Draft, width: int) -> Tuple[int, int]:
-    """(row, column) of the cursor in draft_rows; column `width` is the one after a full row."""
+    """Find (row, column) of the cursor in draft_rows; column `width` is that after a full row."""
     rows = draft_rows(draft.text, width)
     row = max(i for i, (start, _) in enumerate(rows) if start <= draft.cursor)
-    return row, min(width, cells(rows[row][1][:draft.cursor - rows[row][0]]))
+    start, text = rows[row]
+    return row, min(width, cells(text[:draft.cursor - start]))
 
 def clean_draft(text: str) -> str:
-    """One row of the draft, in which each character is one still."""
+    """Clean a row of the draft, so that each character is one still."""
     return make_harmless(one_row(text), "-", True)
 
 
@@ -3284,7 +3326,7 @@ PATH_COMMANDS = ("/load", "/save", "/export", "/import")
 
 def replace_end(state: State, start: int, text: str) -> State:
     """Put a text in the place of what stands between `start` and the cursor."""
-    draft = _cut(state.draft, start, state.draft.cursor)
+    draft = edit_cut(state.draft, start, state.draft.cursor)
     return state._replace(draft=edit_insert(draft, text))
 
 def complete(state: State, event: Fitting) -> State:
