@@ -676,7 +676,10 @@ class OldPythonTest(unittest.TestCase):
         ast.parse(read_bytes(SCRIPT).decode(), feature_version=(3, 6))
 
     def test_sentence(self):
-        pretend = "import sys, runpy; sys.version_info = (3, 6, 9); runpy.run_path(sys.argv[1], run_name='__main__')"
+        pretend = (
+            "import sys, runpy; sys.version_info = (3, 6, 9)\n"
+            "runpy.run_path(sys.argv[1], run_name='__main__')"
+        )
         for path, wanted in (
             (os.path.dirname(sys.executable), "This machine has a newer one: python3"),
             (FOLDER, "Install a newer one"),
@@ -3429,11 +3432,20 @@ class ChatFileTest(unittest.TestCase):
         self.disk.do(self.disk.write, "one", self.records("ask", "answer"))
         self.disk.do(self.disk.open, "one", "spare")
         self.assertEqual(self.said().chat.name, "one")
-        code = (
-            "import llmchat, sys\nstore = llmchat.DiskWorker(lambda event: print(event.text if isinstance(event, llmchat.Told) else (event.chat.name, len(event.chat.turns))))\n"
-            "store.do(store.open, 'one', 'spare')\nstore.do(store.write, 'spare', ({'turn': 3, 'parent': 2, 'role': 'user', 'content': 'mine'},))\n"
-            "store.do(store.delete, 'one')\nstore.do(store.rename, 'one', 'mine')\nstore.close()"
-        ).replace("len(event.chat.turns)", "len(event.chat.turns), event.note")
+        code = """if True:
+            import llmchat
+            def post(event):
+                if isinstance(event, llmchat.Told):
+                    print(event.text)
+                else:
+                    print(event.chat.name, len(event.chat.turns), event.note)
+            disk = llmchat.DiskWorker(post)
+            disk.do(disk.open, "one", "spare")
+            turn = {"turn": 3, "parent": 2, "role": "user", "content": "mine"}
+            disk.do(disk.write, "spare", (turn,))
+            disk.do(disk.delete, "one")
+            disk.do(disk.rename, "one", "mine")
+            disk.close()"""
         out = subprocess.check_output(
             [sys.executable, "-c", code],
             env=dict(ENV, XDG_DATA_HOME=self.home, LOCALAPPDATA=self.home),
@@ -3442,11 +3454,10 @@ class ChatFileTest(unittest.TestCase):
         self.assertEqual(
             out.decode().splitlines(),
             [
-                "('spare', 2, 'This is a copy of the chat, as it could not be opened to go on with it: another window has this chat open.')"
-            ]
-            + [
-                "The chat isn't %s: another window has this chat open." % what
-                for what in ("deleted", "renamed")
+                "spare 2 This is a copy of the chat, as it could not be opened to go on with it: "
+                "another window has this chat open.",
+                "The chat isn't deleted: another window has this chat open.",
+                "The chat isn't renamed: another window has this chat open.",
             ],
         )
         self.assertEqual(
@@ -3455,7 +3466,7 @@ class ChatFileTest(unittest.TestCase):
         )
 
     def change_while_open(self, change, before=("a", "b"), after=("c", "d")):
-        """(texts that the chat has in the end, names of all chats, what was told) when its file is changed meanwhile."""
+        """Change a chat's file meanwhile: (its texts in the end, names of all chats, what was told)."""
         self.disk.do(self.disk.write, "one", self.records(*before))
         self.disk.wait(LIMIT_S)
         change(llmchat.chat_path("one"))
@@ -3566,8 +3577,9 @@ class ChatFileTest(unittest.TestCase):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (300, 10 ** 6))
             told = []
-            store = llmchat.DiskWorker(lambda event: told.append(event))
-            turn = lambda n: {"turn": n, "parent": n - 1, "role": "user", "content": "x" * 50}
+            store = llmchat.DiskWorker(told.append)
+            def turn(n):
+                return {"turn": n, "parent": n - 1, "role": "user", "content": "x" * 50}
             for n in range(1, 9):
                 store.do(store.write, "one", (turn(n),))
             store.do(resource.setrlimit, resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6))
@@ -3579,7 +3591,8 @@ class ChatFileTest(unittest.TestCase):
         )
         self.assertRegex(
             out.decode(),
-            "^2 This chat can't be saved: File too large. It goes on in memory.* This chat is saved now",
+            "^2 This chat can't be saved: File too large. It goes on in memory.* "
+            "This chat is saved now",
         )
         self.assertEqual(self.texts(), ["x" * 50] * 9)
 
@@ -4075,8 +4088,12 @@ class KeptFilesTest(unittest.TestCase):
         """It is written whole; before, it was removed first."""
         lines = b"".join(b"message %d\0" % n for n in range(2 * llmchat.HISTORY_MESSAGES + 1))
         code = (
-            "store = llmchat.DiskWorker(lambda event: None)\nraw = open(store.history, 'rb').read()\nprint('begun', flush=True)\n"
-            "while True:\n    llmchat.write_whole(store.history, raw)\n    store.load_history()"
+            "store = llmchat.DiskWorker(lambda event: None)\n"
+            "raw = open(store.history, 'rb').read()\n"
+            "print('begun', flush=True)\n"
+            "while True:\n"
+            "    llmchat.write_whole(store.history, raw)\n"
+            "    store.load_history()"
         )
         for n in range(8):
             llmchat.write_whole(self.path("history"), lines)
@@ -10223,7 +10240,8 @@ class ThoughtsTest(unittest.TestCase):
 
 
 class StoredChatTest(unittest.TestCase):
-    """update() and a real DiskWorker. After each event the file must hold what the window shows, and every version."""
+    """update() and a real DiskWorker. After each event the file must hold what the window shows, and
+    every version."""
 
     setUp = ChatFileTest.setUp
 
@@ -10418,7 +10436,7 @@ class StoredChatTest(unittest.TestCase):
         self.assertEqual(self.shown(), ["q1", "a1", "q2", "a2"])
 
     def test_what_a_waiting_message_allows(self):
-        """The engine is still loading: the chat may be changed, and then only what is asked is answered."""
+        """The engine still loads: the chat may be changed, and only what is asked then is answered."""
         for steps, question in (
             (["/undo"], None),
             (["/edit"], None),
@@ -10501,10 +10519,11 @@ class StoredChatTest(unittest.TestCase):
         for words in ("llamas eat grass", 'mountains are "high"', "user content"):
             self.ask(words, "Yes: " + words.split()[0])
             self.do("/new")
-        titles = lambda: [
-            re.sub(r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$", "", row.texts[0])
-            for row in self.state.dialog.rows
-        ]
+
+        def titles():
+            around = r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$"
+            return [re.sub(around, "", row.texts[0]) for row in self.state.dialog.rows]
+
         for query, found in (
             ("", 3),
             ("GRASS", 1),
@@ -10635,14 +10654,16 @@ class StoredChatTest(unittest.TestCase):
         self.ask("q ü\nmore", "a *b*")
         self.do("/stats")
         self.ask("q2", "a2")
-        path = lambda name: os.path.join(self.home, name)
+
+        def path(name):
+            return os.path.join(self.home, name)
+
         for name in ("chat.md", "chat.txt", "chat.json", "chat.json"):
             self.do("/export " + path(name))
         self.assertEqual(
             [told.partition(": ")[0] for told in notices(self.state)][1:4], ["Written"] * 3
         )
         self.assertIn("chat.json is there already: choose another name", notices(self.state)[4])
-        read = lambda name: open(path(name), encoding="utf-8").read()
         self.assertEqual(
             llmchat.read_text(path("chat.txt")),
             "System: Be brief.\n\nYou: q ü\nmore\n\nModel: a *b*\n\nYou: q2\n\nModel: a2\n\n",
@@ -10726,7 +10747,8 @@ class StoredChatTest(unittest.TestCase):
                 (told, self.files()),
                 (
                     [
-                        "This chat can't be saved: Read-only file system. It goes on in memory, and saving is tried again and again."
+                        "This chat can't be saved: Read-only file system. It goes on in memory, "
+                        "and saving is tried again and again."
                     ][: len(told)],
                     set(),
                 ),
@@ -12064,7 +12086,9 @@ class CopyTest(unittest.TestCase):
         )
 
     def test_what_is_copied(self):
-        copied = lambda argument, state=self.state: play(state, "/copy " + argument, "[enter]")[1]
+        def copied(argument, state=self.state):
+            return play(state, "/copy " + argument, "[enter]")[1]
+
         self.assertEqual(copied(""), (Copy("No code.", "the last reply"),))
         thoughtful = ready(Turn("user", "q"), Turn("assistant", "<think>hm</think>\n\nSo."))
         self.assertEqual(copied("", thoughtful), (Copy("So.", "the last reply"),))
@@ -12113,7 +12137,7 @@ class CopyTest(unittest.TestCase):
             self.assertEqual((found, bool(state.hint)), (effects, not effects), argument)
 
     def copy(self, text, sent, programs=(), **environment):
-        """What the store tells about a copy, with these clipboard programs: (name, shell commands)."""
+        """Copy with these clipboard programs, (name, shell commands); return what is told of it."""
         folder, told = tempfile.mkdtemp(dir=FOLDER), []
         for name, commands in programs:
             with open(os.path.join(folder, name), "w") as file:
@@ -12190,7 +12214,13 @@ class FilesTest(unittest.TestCase):
 
     def test_reading(self):
         folder = tempfile.mkdtemp(dir=FOLDER)
-        at = lambda name: os.path.join(folder, name)
+
+        def at(name):
+            return os.path.join(folder, name)
+
+        def texts(*words, **options):
+            return [file.text for file in self.read(*words, **options).files]
+
         for name, raw in (
             ("a.txt", b"\xef\xbb\xbfone\r\ntwo\n"),
             ("b c.txt", "état".encode("utf-16")),
@@ -12202,7 +12232,6 @@ class FilesTest(unittest.TestCase):
         ):
             with open(at(name), "wb") as file:
                 file.write(raw)
-        texts = lambda *words, **options: [file.text for file in self.read(*words, **options).files]
         self.assertEqual(
             texts(
                 at("a.txt"), at("b\\ c.txt"), "'%s'" % at("b c.txt"), at("old.txt"), at("[1].txt")
