@@ -7666,30 +7666,30 @@ class TemplateBounds:
         """Pay for a new list with all in it, and give it.
 
         Lists of lists, each of which holds one twice, double with each line of a template."""
-        todo = [value]
-        while todo:
-            inner = todo.pop()
+        for _ in self.inside(value):
             self.take(64)
-            if isinstance(inner, dict):
-                todo += inner.values()
-            elif isinstance(inner, (list, tuple)):
-                todo += inner
         return value
 
-    # -- what is about to be made --
-
-    def spell(self, value: Any) -> None:
-        """Pay for the text of all that a value holds."""
+    @staticmethod
+    def inside(value: Any) -> Iterator[Any]:
+        """Yield a value and all that it holds."""
         todo = [value]
         while todo:
             value = todo.pop()
-            self.take(sys.getsizeof(value) if isinstance(value, str) else 64)
+            yield value
             if isinstance(value, dict):
                 todo += value.keys()
                 todo += value.values()
             elif isinstance(value, (list, tuple)):
                 todo += value
-            elif type(value).__name__ == "Namespace":
+
+    # -- what is about to be made --
+
+    def spell(self, value: Any) -> None:
+        """Pay for the text of all that a value holds."""
+        for part in self.inside(value):
+            self.take(sys.getsizeof(part) if isinstance(part, str) else 64)
+            if type(part).__name__ == "Namespace":
                 raise TemplateRunaway("it writes its own variables")
 
     def shown(self, value: Any) -> Any:
@@ -7814,8 +7814,8 @@ def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] 
     import json
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
-def make_sandbox(bounds: TemplateBounds) -> Any:
-    """Make Jinja's environment as Hugging Face's apply_chat_template does, within the bounds."""
+def sandbox_class(bounds: TemplateBounds) -> Any:
+    """Make the class of environments whose operations and calls ask for the bounds."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
@@ -7844,8 +7844,12 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
         def concat(self, parts: Any) -> str:
             return bounds.join(parts)
 
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, finalize=bounds.shown,
-                      extensions=["jinja2.ext.loopcontrols"])
+    return Sandbox
+
+def make_sandbox(bounds: TemplateBounds) -> Any:
+    """Make Jinja's environment as Hugging Face's apply_chat_template does, within the bounds."""
+    sandbox = sandbox_class(bounds)(trim_blocks=True, lstrip_blocks=True, finalize=bounds.shown,
+                                    extensions=["jinja2.ext.loopcontrols"])
     del sandbox.globals["lipsum"]
     del sandbox.globals["cycler"]
     sandbox.filters["tojson"] = template_json
@@ -13711,6 +13715,9 @@ def run_doctor() -> int:
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
+WRITTEN = "tokens_per_s_written_by_threads"
+READ = "tokens_per_s_read_by_batch_size"
+BATCH_SIZES = (64, 128, 256, 512)
 BENCH_TEXT = "The old machine reads what it is given, and answers one word at a time. " * 75
 
 class Bench:
@@ -13734,13 +13741,12 @@ class Bench:
         read_rate = 16 / self.median_s(lambda: self.read(16))
         for n in self.thread_counts(plan):
             rate = self.write_rate(plan._replace(n_threads=n))
-            self.emit("measured", group="tokens_per_s_written_by_threads", n=n, rate=rate)
-        for n in (64, 128, 256, 512):
+            self.emit("measured", group=WRITTEN, n=n, rate=rate)
+        for n in BATCH_SIZES:
             other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
-            fits = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
-            if fits and n < 18 * read_rate:    # else it takes half a minute
-                rate = self.read_rate(other)
-                self.emit("measured", group="tokens_per_s_read_by_batch_size", n=n, rate=rate)
+            as_good = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
+            if as_good and n < 18 * read_rate:    # else it takes half a minute
+                self.emit("measured", group=READ, n=n, rate=self.read_rate(other))
         self.emit("benched", n_threads=plan.n_threads, n_ubatch=plan.n_ubatch,
                   key=tuning_key(options, header, self.hardware), model=model_summary(header),
                   machine=describe_hardware(self.hardware))
@@ -13820,11 +13826,9 @@ def run_bench(state: State, as_json: bool) -> int:
     try:
         settings = named_settings(state)
         results, done = measure_settings(settings, out)
-        by_threads = results["tokens_per_s_written_by_threads"]
-        by_batch_size = results.get("tokens_per_s_read_by_batch_size", {})
-        n_threads = clearly_best(by_threads, done["n_threads"])
-        n_ubatch = clearly_best(by_batch_size, done["n_ubatch"])
-        rate = by_threads[n_threads]
+        n_threads = clearly_best(results[WRITTEN], done["n_threads"])
+        n_ubatch = clearly_best(results.get(READ, {}), done["n_ubatch"])
+        rate = results[WRITTEN][n_threads]
         tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
         if not settings.options.n_threads:
             save_kept("tuning.json", done["key"], tuned)
