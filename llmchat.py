@@ -6167,7 +6167,11 @@ class Runner:
             self.mailbox.post(Told(problem, "warn"))
 
     def perform(self, effect: Any) -> None:
-        PERFORM[type(effect)](self, effect)
+        method = PERFORM[type(effect)]
+        if isinstance(effect, (FindModels, ProbeNeeds)):    # disks and networks can be slow
+            start_thread(method, self, effect)
+        else:
+            method(self, effect)
 
     def start_child(self, effect: StartChild) -> None:
         """Start a process in the place of the one of its kind."""
@@ -6219,25 +6223,19 @@ class Runner:
         self.disk.do(self.disk.copy, effect.text, effect.what, is_sent)
 
     def find_models(self, effect: FindModels) -> None:
-        start_thread(self._find_models, effect.wanted)
-
-    def _find_models(self, wanted: str) -> None:
-        """Look, in a thread of its own, as disks can be slow. Somebody waits for an answer."""
+        """Look for models; somebody waits for an answer, so there must be one."""
         entries: Tuple[ModelEntry, ...] = ()
         try:
             self.mailbox.post(MachineProbed(tuple(describe_hardware(probe_hardware()))))
-            entries = probe_models(wanted)
+            entries = probe_models(effect.wanted)
         except Exception as error:
             self.mailbox.post(Told("Looking for models failed: %s." % error, "error"))
-        self.mailbox.post(ModelsFound(entries, wanted))
+        self.mailbox.post(ModelsFound(entries, effect.wanted))
 
     def probe_needs(self, effect: ProbeNeeds) -> None:
-        start_thread(self._probe_needs, effect.has_model)
-
-    def _probe_needs(self, has_model: bool) -> None:
-        """Look, in a thread of its own; the network is asked last, as it may take seconds."""
+        """Look for what is lacking; the network is asked last, as it may take seconds."""
         try:
-            needs = probe_needs(has_model)
+            needs = probe_needs(effect.has_model)
             self.mailbox.post(NeedsProbed(needs))
             problem = probe_index() if needs.engine or needs.model else ""
             if problem:
@@ -6277,7 +6275,7 @@ class Runner:
             print(clean("What was said last could not be saved: %s." % problem), file=sys.stderr)
         return bool(problem)
 
-PERFORM = {
+PERFORM: Dict[Any, Any] = {
     SendEngine: Runner.send_engine,
     StartChild: Runner.start_child,
     StopChild:  Runner.stop_child,

@@ -5112,7 +5112,9 @@ class PipesTest(unittest.TestCase):
 
     def test_long_lines_are_cut(self):
         _, mailbox = self.child(
-            "for out in (sys.stdout, sys.stderr):\n    for n in range(40): out.write('x' * 1000000)\n    out.write('\\nnext\\n')"
+            "for out in (sys.stdout, sys.stderr):\n"
+            "    for n in range(40): out.write('x' * 1000000)\n"
+            "    out.write('\\nnext\\n')"
         )
         texts = [event.text for event in self.events(mailbox) if isinstance(event, EngineLogged)]
         self.assertEqual(sorted(map(len, texts)), [4, 4] + [llmchat.LOG_CHARS] * 2)
@@ -5140,7 +5142,8 @@ class PipesTest(unittest.TestCase):
 
     def test_a_child_of_it_holds_the_pipes(self):
         child, mailbox = self.child(
-            "print('last words', flush=True)\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(%d)'])\n"
+            "print('last words', flush=True)\n"
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(%d)'])\n"
             "os._exit(7)" % LIMIT_S
         )
         self.assertEqual(
@@ -5360,8 +5363,8 @@ class FirstEffectsTest(unittest.TestCase):
         window = Window(
             TALK,
             code="import llmchat, sys\nsys.argv[1:] = [%r]\n"
-            "def fail(*_): raise OSError(28, 'No space left')\nllmchat.DiskWorker.do = fail\nllmchat.main()"
-            % TALK,
+            "def fail(*_): raise OSError(28, 'No space left')\n"
+            "llmchat.DiskWorker.do = fail\nllmchat.main()" % TALK,
         )
         self.addCleanup(window.close)
         window.wait_for("That failed: .*No space left.*\n ready")
@@ -5370,8 +5373,13 @@ class FirstEffectsTest(unittest.TestCase):
 
     def test_without_a_window(self):
         code = (
-            "import llmchat, sys\nperform = llmchat.Runner.perform\ndef fail(self, effect):\n    perform(self, effect)\n"
-            "    raise OSError(28, 'No space left')\nllmchat.Runner.perform = fail\nsys.exit(llmchat.run_main())"
+            "import llmchat, sys\n"
+            "perform = llmchat.Runner.perform\n"
+            "def fail(self, effect):\n"
+            "    perform(self, effect)\n"
+            "    raise OSError(28, 'No space left')\n"
+            "llmchat.Runner.perform = fail\n"
+            "sys.exit(llmchat.run_main())"
         )
         done = subprocess.run(
             [ENGINE, "-c", code, TALK, "-p", "hi"],
@@ -9175,7 +9183,7 @@ class FindModelsTest(unittest.TestCase):
         runner = llmchat.Runner()
         self.addCleanup(runner.close)
         self.put("mine", "one.gguf")
-        runner.find_models("")
+        runner.find_models(llmchat.FindModels(""))
         machine_said, found = runner.mailbox.take()
         state, _ = play(State(columns=120, rows=24), machine_said, found)
         self.assertIn("RAM  ", "\n".join(rows_of(state)))
@@ -12942,7 +12950,7 @@ class DecodeKeysTest(unittest.TestCase):
     """A terminal's bytes, by the grammar of ECMA-48 and xterm's control sequences."""
 
     def decode(self, data, step=0, **options):
-        """The events for some bytes, which come at once or in pieces of `step` bytes, and then nothing more."""
+        """The events for bytes that come at once, or in pieces of `step` bytes; then nothing more."""
         keyboard, events = llmchat.Keyboard(**options), []
         data = data.encode() if isinstance(data, str) else data
         for i in range(0, len(data), step or len(data)):
@@ -13213,7 +13221,7 @@ class DecodeKeysTest(unittest.TestCase):
 
 class LocaleTest(unittest.TestCase):
     def test_what_can_not_be_drawn(self):
-        """In as many cells; a font of Debian's console, one that holds little, unknown ones, encodings."""
+        """In as many cells; Debian's font, one that holds little, unknown ones, encodings."""
         debian = frozenset(map(chr, [*range(32, 127), *range(160, 256)])) | frozenset(
             "─│┌┐└┘├┤┬┴┼█░▒‘’“”–—…•›▼☐☑■€\ufffd"
         )
@@ -13307,13 +13315,17 @@ class LocaleTest(unittest.TestCase):
         code = (
             "import os, llmchat; print(llmchat.advise_locale(os.environ, llmchat.probe_encoding()))"
         )
-        ask = lambda **variables: subprocess.run(
-            [ENGINE, "-c", code],
-            env=dict(ENV, **variables),
-            check=True,
-            encoding="utf-8",
-            stdout=subprocess.PIPE,
-        ).stdout.strip()
+
+        def ask(**variables):
+            done = subprocess.run(
+                [ENGINE, "-c", code],
+                env=dict(ENV, **variables),
+                check=True,
+                encoding="utf-8",
+                stdout=subprocess.PIPE,
+            )
+            return done.stdout.strip()
+
         for variables in ({"LC_ALL": "C"}, {"LC_ALL": "xx_YY.UTF-8", "LANG": "xx_YY.UTF-8"}):
             advice = ask(**variables)
             self.assertEqual(
@@ -13326,12 +13338,17 @@ class LocaleTest(unittest.TestCase):
 
 
 class TerminalScreen:
-    """What a terminal shows after the bytes that ncurses sends; colours are ignored, and an unknown sequence is an error.
+    """What a terminal shows after the bytes that ncurses sends, without colours.
 
-    modes: numbers of the private modes that are on (25 cursor, 1049 alternate screen, 2004 bracketed paste)."""
+    An unknown sequence is an error. modes: the private modes that are on (25 cursor,
+    1049 alternate screen, 2004 bracketed paste)."""
 
     TOKEN = re.compile(
-        "\x1b[]P](?:[^\x07\x1b]|\x1b[^\\\\])*(?:\x07|\x1b\\\\)|\x1b\\[([0-?]*)([@-~])|\x1b([()*+].|[0-Z\\\\^-~])|([\x00-\x1a\x1c-\x1f\x7f])|([^\x00-\x1f\x7f])"
+        "\x1b[]P](?:[^\x07\x1b]|\x1b[^\\\\])*(?:\x07|\x1b\\\\)"
+        "|\x1b\\[([0-?]*)([@-~])"
+        "|\x1b([()*+].|[0-Z\\\\^-~])"
+        "|([\x00-\x1a\x1c-\x1f\x7f])"
+        "|([^\x00-\x1f\x7f])"
     )
 
     def __init__(self, columns, rows):
@@ -13473,8 +13490,10 @@ class TerminalScreenTest(unittest.TestCase):
 
 
 class Window:
-    """llmchat in a pseudo-terminal. It isn't the process's controlling terminal: at the end of such a session the kernel
-    resets it, and nothing could be said of how llmchat left it. So resize() sends SIGWINCH itself."""
+    """llmchat in a pseudo-terminal.
+
+    It isn't the process's controlling terminal: at the end of such a session the kernel resets it,
+    and nothing could be said of how llmchat left it. So resize() sends SIGWINCH itself."""
 
     def __init__(self, *arguments, columns=100, rows=24, code="", baud=0, **environment):
         """baud: the speed of the line to the terminal, 0 = any; a byte takes ten bits of it."""
@@ -13550,7 +13569,7 @@ class Window:
         return room
 
     def wait_for(self, wanted):
-        """Read until a regular expression is on the screen, or a function returns something true; returns the match."""
+        """Read until a regular expression is on the screen, or a function is true; its result."""
         check, end_s = (
             wanted if callable(wanted) else lambda: re.search(wanted, self.text(), re.S),
             time.monotonic() + LIMIT_S,
@@ -13579,7 +13598,7 @@ class Window:
         return self.process.returncode
 
     def settle(self, silence_s=0.3):
-        """Read until nothing comes any more: a frame comes in several pieces, and more lines of the log after "ready"."""
+        """Read until nothing comes any more: a frame comes in pieces, the log after "ready"."""
         while self.read(silence_s):
             pass
 
@@ -13636,7 +13655,7 @@ CODE
 
 @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
 class SlowLineTest(unittest.TestCase):
-    """A serial line of 9600 baud takes 960 bytes a second: frames follow it, and keys come first."""
+    """A line of 9600 baud takes 960 bytes a second: frames follow it, and keys come first."""
 
     def run_by_clock(self, code, baud=9600):
         """What was written to the terminal."""
@@ -13673,7 +13692,7 @@ class SlowLineTest(unittest.TestCase):
         self.assertGreater(raw.rindex(b"twotwo") - echoed, 800)
 
     def test_frames_follow_the_line(self):
-        """Ten seconds of streaming at 30 frames a second: no more is written than the line takes."""
+        """Ten seconds of streaming at 30 frames a second: the line takes what is written."""
         raw = self.run_by_clock("""
             pass_time(3)
             for n in range(300):
@@ -13800,7 +13819,10 @@ class WindowTest(unittest.TestCase):
         window.ask("a long story", "thought about that")
         window.type(PGUP)
         window.wait_for("more below")
-        n_used = lambda: int(window.wait_for(r"(\d+)/[\d,]+ tokens").group(1))
+
+        def n_used():
+            return int(window.wait_for(r"(\d+)/[\d,]+ tokens").group(1))
+
         before, start = window.screen.lines()[1:12], n_used()
         window.wait_for(lambda: n_used() > start + 20)
         self.assertEqual(window.screen.lines()[1:12], before)
@@ -13879,7 +13901,7 @@ class WindowTest(unittest.TestCase):
             window.wait_for("├─.*❯ %s " % message)
 
     def test_long_paste(self):
-        """Whole, with what is typed before and after it, though it comes in many pieces; and quickly."""
+        """Whole, with what is typed before and after it, though in many pieces; and quickly."""
         window = self.open(self.model())
         window.wait_for("\n ready")
         paste = "".join("%d: ~ ä 日本 \x1b[A\r" % n for n in range(20000))
@@ -14112,7 +14134,7 @@ class WindowTest(unittest.TestCase):
             self.assertEqual({name: chat.nodes for name, chat in chats().items()}, before)
 
     def test_a_chat_brings_its_model(self):
-        """-C, --resume and Ctrl-O load the model that the chat was held with; without a chat it is the last one."""
+        """-C, --resume and Ctrl-O load the chat's model; without a chat it is the last one."""
         home, _ = self.home()
         if sys.platform == "darwin":
             home = dict(home, XDG_DATA_HOME=home["HOME"])
@@ -14180,7 +14202,7 @@ class WindowTest(unittest.TestCase):
             )  # the model was loaded before the chat became private
 
     def test_killed_windows(self):
-        """kill -9 at random moments: the chat opens, with every message that was complete and the beginning of the last."""
+        """kill -9 at random moments: every complete message is there, and the last's beginning."""
         home, chats = self.home()
         reply, dice, before = " ".join("w%d" % n for n in range(1500)), random.Random(1), []
         model = self.model(reply)
@@ -14210,17 +14232,18 @@ class WindowTest(unittest.TestCase):
             before = texts
 
     def assert_harmless(self, raw):
-        """No control sequence of EVIL's in what was written to the terminal, and the program's own are all known ones."""
+        """Nothing of EVIL's was written to the terminal, and the program's own is known."""
         text = raw.decode()  # strictly: no surrogates, no lone bytes
         self.assertNotRegex(
             text,
-            "\x1b\\]|\x1b\\[97;41m|\x1bc|[\x00\x07\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029\u200e\u200f\ufeff]",
+            "\x1b\\]|\x1b\\[97;41m|\x1bc|[\x00\x07\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+            "|[\u2028\u2029\u200e\u200f\ufeff]",
         )
         rest = re.sub("\x1b(\\[[?>0-9;]*[A-Za-z@]|[()][A-Z0-9]|[=>78M])", "", text)
         self.assertNotRegex(rest, "[\x00-\x07\x0b\x0c\x0e-\x1f]")
 
     def test_nothing_reaches_the_terminal_as_a_control_sequence(self):
-        """Names of models and files, replies, stored chats, pastes, the log, notices: in the window and in plain mode."""
+        """Names, replies, stored chats, pastes, the log, notices: in the window and in plain mode."""
         evil = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
         home, _ = self.home()
         model = os.path.join(home["HOME"], "file" + evil + ".gguf")
@@ -14397,7 +14420,7 @@ class WindowTest(unittest.TestCase):
         "makes a locale for itself",
     )
     def test_latin_1_locale(self):
-        """What the encoding has is drawn, what it lacks is spelled; typing is understood in Latin-1 and in UTF-8."""
+        """What the encoding lacks is spelled; typing is understood in Latin-1 and in UTF-8."""
         folder = tempfile.mkdtemp(dir=FOLDER)
         path = os.path.join(folder, "de_DE.ISO-8859-1")
         subprocess.run(
@@ -14455,8 +14478,8 @@ class WindowTest(unittest.TestCase):
 
     def test_nothing_stays_if_so_wished(self):
         code = (
-            "import sys, llmchat\nllmchat.SCROLLBACK_LINES = 0\nsys.exit(llmchat.main(['%s', '--no-save']))"
-            % TOUR
+            "import sys, llmchat\nllmchat.SCROLLBACK_LINES = 0\n"
+            "sys.exit(llmchat.main(['%s', '--no-save']))" % TOUR
         )
         for code, stays in ((code, False), (code.replace("= 0", "= 1"), True)):
             window = self.open(code=code)
@@ -14484,15 +14507,12 @@ class WindowTest(unittest.TestCase):
         window = self.open(TOUR, "--no-save")
         window.wait_for("\n ready")
         folder = "/proc/%d/task/" % window.process.pid
-        switches = lambda: sum(
-            int(
-                re.search(
-                    r"\nvoluntary_ctxt_switches:\s+(\d+)",
-                    llmchat.read_text(folder + task + "/status"),
-                ).group(1)
-            )
-            for task in os.listdir(folder)
-        )
+        pattern = r"\nvoluntary_ctxt_switches:\s+(\d+)"
+
+        def switches():
+            statuses = [llmchat.read_text(folder + task + "/status") for task in os.listdir(folder)]
+            return sum(int(re.search(pattern, status).group(1)) for status in statuses)
+
         window.settle()
         before = switches()
         self.assertFalse(window.read(1.0), "nothing to draw, but something was drawn")
