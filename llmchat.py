@@ -57,7 +57,9 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     25 SMALL MODEL     the small one, from PyPI
     26 ENGINE'S PYTHON which Python runs the engine
     27 INSTALL PLAN    what is to be done to get the engine
+   27b INSTALL PROBE   what there is for it on this machine
     28 INSTALL         … and doing it: the private environment of the engine
+   28b INSTALL CLOCK   the time that is left
     29 TRIAL           does this engine compute rightly?
     30 FIRST START     what a first start lacks
     31 COMPILED CODE   compiled code, kept
@@ -10804,61 +10806,79 @@ def engine_version(python: str) -> str:
 
 
 # == 27. INSTALL PLAN ==============================================================================
-# What --install is to do on this machine: InstallProbe says what is there, plan_install() is pure.
-# Another GPU toolkit is another row of GPU_BUILDS.
+# What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
+# pure. Another GPU toolkit is another row of GPU_BUILDS.
 
 ENGINE_PACKAGE = "llama-cpp-python"
 ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag far behind
-ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")    # without numpy and diskcache, which the C API doesn't use
-WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"    # its ready-made packages, see its README
-TIMED_CORE_S = 0.0092                 # what time_core() takes where COMPILE_CORE_S was measured
+# Without numpy and diskcache, which the C API doesn't use.
+ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")
+# Its ready-made packages, see its README: for these CPUs.
+WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"
 WHEEL_INDEX_S = 3                     # how long it may take to answer
-WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")    # it has them for these CPUs …
-CUDA_WHEELS = (118, 121, 122, 123, 124, 125, 130, 132)    # … and these versions of CUDA
-INSTALL_BYTES = 400_000_000           # sources, object files and the finished environment together; measured: 352 MB …
-GPU_INSTALL_BYTES = 1_500_000_000     # … and guessed
-COMPILE_JOB_BYTES = 450_000_000       # what one compiler at work may need; measured: 435 MB …
-GPU_JOB_BYTES = 1_000_000_000         # … and guessed
+WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+# Sources, object files and the finished environment together: measured (352 MB), and guessed.
+INSTALL_BYTES = 400_000_000
+GPU_INSTALL_BYTES = 1_500_000_000
+# What one compiler at work may need: measured (435 MB), and guessed.
+COMPILE_JOB_BYTES = 450_000_000
+GPU_JOB_BYTES = 1_000_000_000
 LEAST_COMPILE_BYTES = 400_000_000     # with less, even one compiler spends its time in swapping
-COMPILE_CORE_S = {"cuda": 4000, "rocm": 4000, "vulkan": 1200, "": 210}    # seconds of one core: "" measured, the others guessed
-LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
-REST_S = 40                           # … of all the rest
-GPU_BUILDS = (                        # (name, CMake flag, compiler, where, device, where), see is_here(): the first with both
-    ("metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU", "/System/*/*/Metal.framework"),
-    ("cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "nvcc", "an NVIDIA GPU", "/dev/nvidia[0-9]* | nvidia-smi"),
-    ("rocm", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "hipcc", "an AMD GPU with ROCm's driver (/dev/kfd)", "/dev/kfd"),
-    ("vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)",    # SPIRV-Headers: distributions pack them apart
-     "glslc & /usr/include/vulkan | /usr/local/include/vulkan | $VULKAN_SDK/include/vulkan & /usr/*/cmake/SPIRV-Headers"
-     " | /usr/local/*/cmake/SPIRV-Headers | $VULKAN_SDK/*/cmake/SPIRV-Headers", "a GPU under /dev/dri", "/dev/dri/renderD*"))
-TOOLKITS = {                          # how to get them, in general and where a system has packages of them
-    "metal": "only Macs have it", "cuda": "install NVIDIA's CUDA toolkit (https://developer.nvidia.com/cuda-downloads)",
-    "rocm": "install AMD's ROCm with its HIP compiler (https://rocm.docs.amd.com)",
-    "vulkan": "install the Vulkan SDK (https://vulkan.lunarg.com)", "cuda apt": "sudo apt install nvidia-cuda-toolkit",
-    "cuda pacman": "sudo pacman -S cuda", "vulkan apt": "sudo apt install libvulkan-dev glslc spirv-headers",
-    "vulkan dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
-    "vulkan pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}
-COMPILERS = "$CXX | c++ | g++ | clang++ | cl | %ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe"
+# Seconds of one core for compiling (measured without a GPU, else guessed), and for all the rest.
+COMPILE_CORE_S = {"": 210, "metal": 210, "vulkan": 1200, "cuda": 4000, "rocm": 4000}
+REST_S = 40
+TIMED_CORE_S = 0.0092                 # what time_core() takes where these were measured
+
+class GpuBuild(NamedTuple):
+    """A way to build llama.cpp for GPUs; where, see is_here(); hints: how to get its toolkit."""
+    name: str
+    flag: str                         # for CMake
+    tool: str                         # in words
+    where: str
+    device: str                       # in words
+    hints: Dict[str, str]             # {a key of COMPILER_HINTS, or "" for all others: a command}
+
+GPU_BUILDS = (                        # the first with both tool and device is taken
+    GpuBuild(
+        "metal", "", "Metal (on by default)", "/System/*/*/Metal.framework", "this Mac's GPU",
+        {"": "only Macs have it"}),
+    GpuBuild(
+        "cuda", "-DGGML_CUDA=on", "CUDA's compiler (nvcc)", "nvcc", "an NVIDIA GPU",
+        {"": "install NVIDIA's CUDA toolkit (https://developer.nvidia.com/cuda-downloads)",
+         "apt": "sudo apt install nvidia-cuda-toolkit", "pacman": "sudo pacman -S cuda"}),
+    GpuBuild(
+        "rocm", "-DGGML_HIP=on", "ROCm's compiler (hipcc)", "hipcc",
+        "an AMD GPU with ROCm's driver",
+        {"": "install AMD's ROCm with its HIP compiler (https://rocm.docs.amd.com)"}),
+    GpuBuild(
+        "vulkan", "-DGGML_VULKAN=on", "Vulkan's toolkit (glslc, headers)",
+        "glslc & /usr/include/vulkan | /usr/local/include/vulkan | $VULKAN_SDK/include/vulkan"
+        " & /usr/*/cmake/SPIRV-Headers | /usr/local/*/cmake/SPIRV-Headers"    # packed apart
+        " | $VULKAN_SDK/*/cmake/SPIRV-Headers",
+        "a GPU for Vulkan",
+        {"": "install the Vulkan SDK (https://vulkan.lunarg.com)",
+         "apt": "sudo apt install libvulkan-dev glslc spirv-headers",
+         "dnf": "sudo dnf install vulkan-devel glslc spirv-headers-devel",
+         "pacman": "sudo pacman -S vulkan-headers vulkan-icd-loader shaderc spirv-headers"}))
+COMPILERS = ("$CXX | c++ | g++ | clang++ | cl | "
+             "%ProgramFiles(x86)%/Microsoft Visual Studio/Installer/vswhere.exe")
 COMPILER_HINTS = {
-    "apt": "sudo apt install build-essential", "dnf": "sudo dnf install gcc-c++", "pacman": "sudo pacman -S base-devel",
-    "zypper": "sudo zypper install gcc-c++", "apk": "sudo apk add build-base linux-headers",
-    "termux": "pkg install clang cmake ninja", "macos": "xcode-select --install",
-    "windows": "install Visual Studio Build Tools with C++", "": "install your system's C++ compiler"}
+    "apt": "sudo apt install build-essential",
+    "dnf": "sudo dnf install gcc-c++",
+    "pacman": "sudo pacman -S base-devel",
+    "zypper": "sudo zypper install gcc-c++",
+    "apk": "sudo apk add build-base linux-headers",
+    "termux": "pkg install clang cmake ninja",
+    "macos": "xcode-select --install",
+    "windows": "install Visual Studio Build Tools with C++",
+    "": "install your system's C++ compiler"}
 NEEDS_COMPILER = "A C++ compiler is needed to make the engine. Get one: %s; then install again."
 SWAP_HINT = ("sudo fallocate -l 1G /swapfile && sudo chmod 600 /swapfile && "
              "sudo mkswap /swapfile && sudo swapon /swapfile")
-NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout|ProxyError|SSLError"
-              r"|unreachable|Connection (refused|reset)")
-FAILURE_HINTS = (                     # (in pip's output, what to do)
-    (r"No space left", "The disk is full: free 0.4 GB."),
-    (NO_NETWORK + "|timed out", "The package index can't be reached: check the network or proxy."),
-    (r"Killed|signal 9|allocate memory|out of memory", "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
-    (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
-    (r"No matching distribution", "The index that pip uses hasn't got it: see python3 -m pip config list."),
-    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
-    (r"", "Mend what it names."))
 
-# llama.cpp's own options for what the engine is built with. Not its `common` library and tools (39 % of the compiler's
-# work), which the C API doesn't need; and its graphs and files -O1 (28 % of the work): the time of a reply is in ggml.
+# llama.cpp's own options for what the engine is built with. Not its `common` library and tools
+# (39 % of the compiler's work), which the C API doesn't need; and its graphs and files -O1 (28 % of
+# the work): the time of a reply is in ggml.
 SLIM_FLAGS = ("-DLLAVA_BUILD=OFF",)   # no libmtmd (15 %): images
 SLIM_CMAKE = """set(LLAMA_BUILD_COMMON OFF)
 function(llmchat_slim)
@@ -10870,20 +10890,15 @@ if(NOT CMAKE_VERSION VERSION_LESS 3.19)
   cmake_language(DEFER CALL llmchat_slim)
 endif()
 """
-# GCC before 11.5, 12.4 and 13.3 takes _tile_loadconfig() for reading 8 bytes instead of 64 (its bug 114098) and drops
-# the stores of the others, so that the first quantised product of matrices crashes (llama.cpp's issue 20824).
+# GCC before 11.5, 12.4 and 13.3 takes _tile_loadconfig() for reading 8 bytes instead of 64 (its bug
+# 114098) and drops the stores of the others, so that the first quantised product of matrices
+# crashes (llama.cpp's issue 20824).
 AMX_MISREAD = r"ldtilecfg[^;]*const void \*\*"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 NO_REPACK = ("-DGGML_CPU_REPACK=OFF", "-DGGML_LLAMAFILE=OFF")
-PLAIN_SETS = (("SSE4.2", "SSE42"), ("AVX", "AVX"), ("AVX2", "AVX2"), ("FMA", "FMA"), ("F16C", "F16C"), ("BMI2", "BMI2"))
-
-# What compiling a file costs, in seconds of one core (measured; others STEP_COST each): the clock's weights.
-STEP_COST = 2
-STEP_COSTS = {
-    "ops.cpp": 26, "sgemm.cpp": 14, "repack.cpp": 13, "ggml.c": 11, "ggml-quants.c": 11, "llama-model.cpp": 10,
-    "ggml-backend-meta.cpp": 10, "ggml-backend.cpp": 8, "llama-kv-cache.cpp": 8, "llama-model-loader.cpp": 8,
-    "tiled.cpp": 7, "unary-ops.cpp": 7, "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
-    **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
+# The x86 instruction sets up to AVX2: {our name: CMake's}.
+PLAIN_SETS = {"SSE4.2": "SSE42", "AVX": "AVX", "AVX2": "AVX2",
+              "FMA": "FMA", "F16C": "F16C", "BMI2": "BMI2"}
 
 class InstallProbe(NamedTuple):
     """What --install has to know of this machine."""
@@ -10892,8 +10907,8 @@ class InstallProbe(NamedTuple):
     is_root: bool = False
     has_venv: bool = True             # venv and ensurepip; Debian packs them apart from Python
     has_compiler: bool = False
-    has_sources: bool = False         # pip's settings name other places, which may have ready-made packages
-    amx_breaks: bool = False          # the CPU has AMX, and the compiler spoils llama.cpp's code for it
+    has_sources: bool = False         # pip's settings name other places, which may have packages
+    amx_breaks: bool = False          # the CPU has AMX, and the compiler spoils the code for it
     user_cmake_args: str = ""
     user_jobs: str = ""               # CMAKE_BUILD_PARALLEL_LEVEL
     gpu_tools: Tuple[str, ...] = ()   # names of GPU_BUILDS
@@ -10904,24 +10919,23 @@ class InstallProbe(NamedTuple):
     core_speed: float = 1.0           # see time_core()
     wanted_gpu: str = ""              # a name of GPU_BUILDS or "none"; "" = what is found
     instruction_sets: Tuple[str, ...] = ()
-    cuda_version: int = 0             # that the driver can do, such as 124
 
 class InstallPlan(NamedTuple):
     problems: Tuple[str, ...]         # they stop it
     notes: Tuple[str, ...]            # for the user
     gpu: str                          # a name of GPU_BUILDS, "" = none
-    wheel: str                        # folder of the wheel index to take a ready-made package from, "" = none will do
+    wheel: str                        # folder of the wheel index to try first, "" = none will do
     obstacle: str                     # why it can't be compiled, "" = it can
     flags: Tuple[str, ...] = ()       # for CMake
     c_flags: str = ""                 # for the compilers
     jobs: int = 1                     # compilers at work at a time
 
 def plan_install(probe: InstallProbe) -> InstallPlan:
-    """What --install does on such a machine. Pure."""
-    gpu, flag, gpu_notes, obstacle = plan_gpu_build(probe)
+    """Plan what --install does on such a machine. Pure."""
+    gpu, gpu_notes, obstacle = plan_gpu(probe)
     jobs, jobs_note, memory_obstacle = plan_jobs(probe, gpu)
     obstacle = obstacle or memory_obstacle
-    wheel, why = plan_wheel(probe, gpu, obstacle)
+    wheel, why = plan_wheel(probe, gpu, probe.has_compiler and not obstacle)
     compiler_note, compiler_problem = plan_compiler(probe, wheel)
     problems = [plan_venv(probe), compiler_problem, plan_disk(probe, gpu)]
     if obstacle and not wheel:
@@ -10932,67 +10946,127 @@ def plan_install(probe: InstallProbe) -> InstallPlan:
         problems=tuple(filter(None, problems)),
         notes=tuple(filter(None, [compiler_note, *gpu_notes, why, jobs_note])),
         gpu=gpu, wheel=wheel, obstacle=obstacle, jobs=jobs,
-        flags=SLIM_FLAGS + ((flag,) if flag else ()),
+        flags=SLIM_FLAGS + gpu_flags(gpu, probe),
         c_flags=NO_AMX if probe.amx_breaks else "")
 
+def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
+    """Choose a row of GPU_BUILDS: (its name or "", notes, why it can't be compiled or "")."""
+    if probe.user_cmake_args:
+        return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
+    notes: List[str] = []
+    for build in GPU_BUILDS:
+        has_tool = build.name in probe.gpu_tools
+        has_device = build.name in probe.gpus
+        how = build.hints.get(probe.platform, build.hints[""])
+        if probe.wanted_gpu:
+            if build.name != probe.wanted_gpu:
+                continue
+            if not has_tool:
+                return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
+                    build.tool, build.name, how)
+            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
+        if has_tool and has_device:
+            notes.append("Found %s and %s: what is compiled will use it."
+                         % (build.tool, build.device))
+            return build.name, notes, ""
+        if has_tool:
+            notes.append("Found %s but not %s, so it isn't used." % (build.tool, build.device))
+        elif has_device and build.name != "vulkan":    # nearly every desktop has a device for that
+            notes.append("Found %s but not %s, so it isn't used. To use it: %s; then install again."
+                         % (build.device, build.tool, how))
+    return "", notes, ""
+
+def gpu_flags(gpu: str, probe: InstallProbe) -> Tuple[str, ...]:
+    """List CMake's flags for a row of GPU_BUILDS. The user's own CMAKE_ARGS win."""
+    if probe.wanted_gpu == "none" and probe.platform == "macos" and not probe.user_cmake_args:
+        return ("-DGGML_METAL=off",)
+    return tuple(build.flag for build in GPU_BUILDS if build.name == gpu and build.flag)
+
 def plan_venv(probe: InstallProbe) -> str:
-    """What is missing of Python itself, "" = nothing."""
+    """Say what is missing of Python itself, "" = nothing."""
     if probe.has_venv:
         return ""
     how = "install your system's package of it"
     if probe.platform == "apt":
         how = for_root(probe, "sudo apt install python3-venv")
-    return "Python's venv module is missing: %s, then install again. Or, with uv: uv run llmchat.py" % how
+    return ("Python's venv module is missing: %s, then install again. "
+            "Or, with uv: uv run llmchat.py" % how)
 
 def for_root(probe: InstallProbe, command: str) -> str:
     return command.replace("sudo ", "") if probe.is_root else command
 
 def plan_disk(probe: InstallProbe, gpu: str) -> str:
-    """How much too small the disk is, "" = it isn't."""
+    """Say how much too small the disk is, "" = it isn't."""
     needed = GPU_INSTALL_BYTES if gpu not in ("", "metal") else INSTALL_BYTES
     if probe.free_disk_bytes >= needed:
         return ""
-    return "It needs %.1f GB of disk, but %.1f GB are free." % (needed / 1e9, probe.free_disk_bytes / 1e9)
+    return "It needs %.1f GB of disk, but %.1f GB are free." % (
+        needed / 1e9, probe.free_disk_bytes / 1e9)
 
 def plan_jobs(probe: InstallProbe, gpu: str) -> Tuple[int, str, str]:
-    """(compilers at work at a time, a note, why memory won't do for one). The user's own number is taken."""
+    """Choose how many compilers work at a time: (n, a note, why memory won't do for one)."""
     if probe.user_jobs.isdigit():
         return max(1, int(probe.user_jobs)), "", ""
-    grows = probe.platform in ("macos", "windows")    # where the system makes swap as it is needed
     free = probe.free_memory_bytes
-    if not free or grows:
+    if not free or probe.platform in ("macos", "windows"):    # which make swap as it is needed
         return probe.n_cpus, "", ""
-    n_fit = free // (GPU_JOB_BYTES if gpu else COMPILE_JOB_BYTES)
-    jobs = max(1, min(probe.n_cpus, n_fit))
     if free < LEAST_COMPILE_BYTES:
         hint = "close other programs"
         if probe.platform != "termux":
             hint += ", or add swap: " + for_root(probe, SWAP_HINT)
         return 1, "", "Compiling needs %s of memory, and %s are free: %s. Then install again." % (
             format_bytes(COMPILE_JOB_BYTES), format_bytes(free), hint)
+    n_fit = free // (GPU_JOB_BYTES if gpu else COMPILE_JOB_BYTES)
+    if n_fit >= probe.n_cpus:
+        return probe.n_cpus, "", ""
+    jobs = max(1, n_fit)
     if jobs == probe.n_cpus:
         return jobs, "", ""
     return jobs, "%s of memory are free, so it is compiled with %s at a time." % (
         format_bytes(free), format_count(jobs, "job")), ""
 
 def plan_compiler(probe: InstallProbe, wheel: str) -> Tuple[str, str]:
-    """(a note, or a problem) where there is no C++ compiler: the command that gets one."""
+    """Say how to get a C++ compiler where there is none: (a note, or a problem)."""
     if probe.has_compiler:
         return "", ""
     if wheel or probe.has_sources:
-        return "There is no C++ compiler. To get one: %s. Without it only a ready-made package will do, " \
-               "so one is looked for." % compiler_command(probe), ""
+        return ("There is no C++ compiler. To get one: %s. Without it only a ready-made package "
+                "will do, so one is looked for." % compiler_command(probe)), ""
     return "", NEEDS_COMPILER % compiler_command(probe)
 
 def compiler_command(probe: InstallProbe) -> str:
     return for_root(probe, COMPILER_HINTS[probe.platform])
 
+def plan_wheel(probe: InstallProbe, gpu: str, can_compile: bool) -> Tuple[str, str]:
+    """Choose whether to try a ready-made package: (a folder of the wheel index or "", why).
+
+    It comes in seconds; what is compiled uses all of the CPU."""
+    is_mac = probe.platform == "macos"
+    usual_gpu = "metal" if is_mac else ""
+    if probe.user_cmake_args or probe.platform == "termux" or gpu != usual_gpu:
+        return "", ""
+    if probe.machine.lower() not in WHEEL_MACHINES:
+        return "", ("There are no ready-made packages for this CPU (%s): the engine is compiled "
+                    "for it." % probe.machine)
+    sets = probe.instruction_sets
+    lacking = [name for name in wanted_sets(probe.machine) if name not in sets]
+    if lacking:
+        return "", ("Your CPU lacks %s, which ready-made packages need: the engine is compiled "
+                    "for it." % ", ".join(lacking))
+    more = [name for name in sets if name not in (*OLD_SETS, *WHEEL_SETS, "NEON", "AMX")]
+    if more and can_compile and not gpu:
+        return "", ("The engine is compiled: that takes minutes, once, and uses your CPU's %s, "
+                    "which no ready-made package does." % ", ".join(more))
+    how = "" if more else " all that your CPU can"
+    return ("metal" if is_mac else "cpu",
+            "A ready-made package will do%s, so one is looked for before compiling." % how)
+
 def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, InstallPlan]]:
-    """What is left out when an engine has failed its trial, two times at most: (in words, the plan). Pure."""
+    """List what is left out when an engine has failed its trial: [(in words, the plan)]. Pure."""
     first: Optional[Tuple[str, InstallPlan]] = None
     plain = plan
     if plan.gpu and plan.gpu != probe.wanted_gpu:
-        flags = tuple(flag for flag in plan.flags if flag not in [row[1] for row in GPU_BUILDS])
+        flags = tuple(flag for flag in plan.flags if flag not in gpu_flags(plan.gpu, probe))
         if plan.gpu == "metal":
             flags += ("-DGGML_METAL=off",)
         plain = plan._replace(gpu="", flags=flags)
@@ -11000,72 +11074,54 @@ def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, Ins
     if "AMX" in probe.instruction_sets and not plan.c_flags:
         plain = plain._replace(c_flags=NO_AMX)
         first = first or ("AMX", plain)
-    first = first or ("the rearranging of weights", plain._replace(flags=plain.flags + NO_REPACK))
-    sets = () if "NEON" in probe.instruction_sets else plain_sets(probe)
-    flags = plain.flags + NO_REPACK + ("-DGGML_NATIVE=OFF",) + sets
+    plain = plain._replace(flags=plain.flags + NO_REPACK)
+    first = first or ("the rearranging of weights", plain)
+    flags = plain.flags + ("-DGGML_NATIVE=OFF",)
+    if "NEON" not in probe.instruction_sets:
+        for name, flag in PLAIN_SETS.items():
+            flags += ("-DGGML_%s=%s" % (flag, "ON" if name in probe.instruction_sets else "OFF"),)
     return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
 
-def plain_sets(probe: InstallProbe) -> Tuple[str, ...]:
-    """CMake's flags for the instruction sets of an x86 CPU up to AVX2."""
-    return tuple("-DGGML_%s=%s" % (flag, "ON" if name in probe.instruction_sets else "OFF") for name, flag in PLAIN_SETS)
-
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
-    """What the build's environment gets beside `environ`, whose own options are kept and win. Pure. include: holds SLIM_CMAKE."""
+    """Make what the build's environment gets beside `environ`, whose own options win. Pure.
+
+    include: path of a file with SLIM_CMAKE."""
     import shlex
-    # scikit-build-core takes CMAKE_ARGS apart as a shell does; so no backslash of Windows may stand in it.
+    # scikit-build-core takes CMAKE_ARGS apart as a shell does, and with it Windows' backslashes.
     flags = plan.flags + ("-DCMAKE_PROJECT_llama.cpp_INCLUDE=" + include.replace(os.sep, "/"),)
-    variables = {"CMAKE_ARGS": " ".join([shlex.quote(flag) for flag in flags] + [environ.get("CMAKE_ARGS", "")]).strip(),
-                 "CMAKE_BUILD_PARALLEL_LEVEL": str(plan.jobs)}    # ninja's own number is two more than there are CPUs
-    for name in ("CFLAGS", "CXXFLAGS"):
-        if plan.c_flags:
+    quoted = [shlex.quote(flag) for flag in flags]
+    variables = {
+        "CMAKE_ARGS": " ".join(quoted + [environ.get("CMAKE_ARGS", "")]).strip(),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(plan.jobs)}    # ninja's own: two more than there are CPUs
+    if plan.c_flags:
+        for name in ("CFLAGS", "CXXFLAGS"):
             variables[name] = (environ.get(name, "") + " " + plan.c_flags).strip()
     return variables
 
-def plan_gpu_build(probe: InstallProbe) -> Tuple[str, str, List[str], str]:
-    """(name of GPU_BUILDS or "", CMake's flag or "", notes, why it can't be compiled or ""). The user's own CMAKE_ARGS always win."""
-    if probe.user_cmake_args:
-        return "", "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
-    if probe.wanted_gpu == "none":
-        return "", "-DGGML_METAL=off" * (probe.platform == "macos"), [], ""
-    notes = []
-    for name, flag, tool, _, device, _ in GPU_BUILDS:
-        has_tool, has_device = name in probe.gpu_tools, name in probe.gpus
-        if name == probe.wanted_gpu and not has_tool:
-            how = TOOLKITS.get("%s %s" % (name, probe.platform), TOOLKITS[name])
-            return name, flag, [], "%s isn't here, which --gpu %s needs: %s." % (tool, name, how)
-        if name == probe.wanted_gpu or has_tool and has_device and not probe.wanted_gpu:
-            return name, flag, notes + ["Found %s%s: what is compiled will use it." % (tool, " and " + device if has_device else "")], ""
-        if not probe.wanted_gpu and (has_tool or has_device and name != "vulkan"):    # nearly every desktop has a device for Vulkan
-            notes.append("Found %s but not %s, so it isn't used." % ((tool, device) if has_tool else (device, tool))
-                         + " To try a ready-made package: --install --gpu %s" % name * has_device)
-    return "", "", notes, ""
+def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
+    """Foretell how long it will take on cores of this speed. Pure."""
+    core_s: float = REST_S
+    if not plan.wheel:
+        core_s += COMPILE_CORE_S[plan.gpu] / plan.jobs
+    return core_s / core_speed
 
-def plan_wheel(probe: InstallProbe, gpu: str, obstacle: str) -> Tuple[str, str]:
-    """(a folder of the wheel index, or "" to compile; why). What is compiled uses all of the CPU, a ready-made package comes in seconds."""
-    lacking = [name for name in wanted_sets(probe.machine) if name not in probe.instruction_sets]
-    more = [name for name in probe.instruction_sets if name not in (*OLD_SETS, *WHEEL_SETS, "NEON", "AMX")]
-    can_compile = probe.has_compiler and not obstacle
-    if probe.user_cmake_args or probe.platform == "termux" or (gpu == "metal" if obstacle else probe.platform == "macos" and not gpu):
-        return "", ""                     # there are none for these
-    if probe.machine.lower() not in WHEEL_MACHINES:
-        return "", "There are no ready-made packages for this CPU (%s): the engine is compiled for it." % probe.machine
-    if lacking:
-        return "", "Your CPU lacks %s, which ready-made packages need: the engine is compiled for it." % ", ".join(lacking)
-    if gpu not in ("", "metal"):
-        cuda = max((n for n in CUDA_WHEELS if n <= probe.cuda_version), default=CUDA_WHEELS[0])
-        folders = {"cuda": "cu%d" % cuda, "rocm": "hip-radeon" if probe.platform == "windows" else "rocm72", "vulkan": "vulkan"}
-        return ("", "") if can_compile else (folders[gpu], "Only a ready-made package for %s will do here, so one is looked for." % gpu)
-    if more and can_compile and not gpu:
-        return "", "The engine is compiled: that takes minutes, once, and uses your CPU's %s, which no ready-made package does." % ", ".join(more)
-    return gpu or "cpu", "A ready-made package will do%s, so one is looked for before compiling." % (" all that your CPU can" if not more else "")
+
+# == 27b. INSTALL PROBE ============================================================================
+# What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
-    import platform, shutil
+    import platform
+    import shutil
     from importlib.util import find_spec
-    system, hardware = probe_system(), probe_hardware()
+    system = probe_system()
+    hardware = probe_hardware()
     has_compiler = probe_compiler(system)
+    gpus = {gpu.backend for gpu in hardware.seen_gpus}
+    if system == "macos":
+        gpus.add("metal")
     return InstallProbe(
-        platform=system, machine=platform.machine(),
+        platform=system,
+        machine=platform.machine(),
         is_root=hasattr(os, "geteuid") and os.geteuid() == 0,
         has_venv=bool(find_spec("venv") and find_spec("ensurepip")),
         has_compiler=has_compiler,
@@ -11073,18 +11129,29 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         amx_breaks="AMX" in hardware.instruction_sets and probe_amx_misread(),
         user_cmake_args=os.environ.get("CMAKE_ARGS", ""),
         user_jobs=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", ""),
-        gpu_tools=tuple(name for name, _, _, where, _, _ in GPU_BUILDS if is_here(where)),
-        gpus=tuple(name for name, _, _, _, _, where in GPU_BUILDS if is_here(where)),
+        gpu_tools=tuple(build.name for build in GPU_BUILDS if is_here(build.where)),
+        gpus=tuple(gpus),
         free_disk_bytes=shutil.disk_usage(data_dir()).free,
         free_memory_bytes=compile_memory(hardware),
         n_cpus=compile_cpus(hardware),
         core_speed=time_core(),
         wanted_gpu=wanted_gpu,
-        instruction_sets=hardware.instruction_sets,
-        cuda_version=probe_cuda() if wanted_gpu == "cuda" else 0)
+        instruction_sets=hardware.instruction_sets)
+
+def is_here(where: str) -> bool:
+    """Tell whether the machine has these programs on its PATH, or files where there is a "/".
+
+    "a | b & c" means one of a and b, and c."""
+    return all(any(map(find_tool, names.split("|"))) for names in where.split("&"))
+
+def find_tool(name: str) -> Any:
+    import glob
+    import shutil
+    name = os.path.expandvars(name.strip())
+    return glob.glob(name) if "/" in name else shutil.which(name)
 
 def probe_system() -> str:
-    """A key of COMPILER_HINTS."""
+    """Find the key of COMPILER_HINTS."""
     if "com.termux" in os.environ.get("PREFIX", ""):
         return "termux"
     if sys.platform in ("win32", "darwin"):
@@ -11092,45 +11159,58 @@ def probe_system() -> str:
     return next(filter(is_here, ("apt", "dnf", "pacman", "zypper", "apk")), "")
 
 def probe_compiler(system: str) -> bool:
-    """Whether there is one for C++."""
+    """Tell whether there is one for C++."""
     if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
         return bool(read_command("xcode-select", "-p"))
     if system == "termux":                # pip can't fetch CMake for Android
         return is_here("clang++ & cmake & ninja")
     return is_here(COMPILERS)
 
-def probe_cuda() -> int:
-    """The version of CUDA that the driver can do, such as 124; 0 = not known."""
-    told = re.search(r"CUDA Version: *(\d+)\.(\d)", read_command("nvidia-smi"))
-    return int("".join(told.groups())) if told else 0
-
 def compile_memory(h: Hardware) -> int:
-    """Bytes of RAM and swap for compilers; 0 = not known. A container's swap is seldom its own."""
-    return h.ram_free_bytes + (0 if h.container_bytes else h.swap_free_bytes)
+    """Count the bytes of RAM and swap for compilers; 0 = not known."""
+    if h.container_bytes:                 # its swap is seldom its own
+        return h.ram_free_bytes
+    return h.ram_free_bytes + h.swap_free_bytes
 
 def compile_cpus(h: Hardware) -> int:
-    """How many CPUs this process may use."""
-    n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else h.logical_cores
+    """Count the CPUs that this process may use."""
+    n_cpus = h.logical_cores
+    if hasattr(os, "sched_getaffinity"):
+        n_cpus = len(os.sched_getaffinity(0))
     return max(1, min(n_cpus, h.container_cores or n_cpus))
 
+def ask_pip(python: str, *arguments: str, limit_s: float) -> Tuple[int, str]:
+    """Run pip: (its exit status, all that it says). Where it can't be run: (1, "")."""
+    import subprocess
+    try:
+        done = subprocess.run(
+            module_argv(python, "pip", *arguments), timeout=limit_s, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+        return done.returncode, done.stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 1, ""
+
 def probe_sources() -> bool:
-    """Whether pip's settings or variables name places that may have a ready-made package."""
-    told = read_command(sys.executable, "-m", "pip", "config", "list", limit_s=10)
+    """Tell whether pip's settings or variables name places that may have a ready-made package."""
+    _, told = ask_pip(sys.executable, "config", "list", limit_s=10)
     return bool(re.search(r"(find-links|index-url)='[^']", told))
 
 def probe_amx_misread() -> bool:
-    """Whether the C++ compiler's own header loads AMX's tile configuration as AMX_MISREAD; see there."""
+    """Tell whether the C++ compiler's header loads AMX's tile configuration as AMX_MISREAD."""
     from subprocess import DEVNULL, PIPE, SubprocessError, run
     compiler = os.environ.get("CXX") or ("c++" if is_here("c++") else "g++")
     try:
-        done = run(compiler.split() + ["-x", "c++", "-E", "-"], input=b"#include <immintrin.h>\n", stdout=PIPE, stderr=DEVNULL, timeout=20)
+        done = run(compiler.split() + ["-x", "c++", "-E", "-"], input=b"#include <immintrin.h>\n",
+                   stdout=PIPE, stderr=DEVNULL, timeout=20)
     except (OSError, SubprocessError):
         return True                       # it can't be asked, so AMX had better be left out
-    return done.returncode != 0 or bool(re.search(AMX_MISREAD, done.stdout.decode("utf-8", "replace")))
+    text = done.stdout.decode("utf-8", "replace")
+    return done.returncode != 0 or bool(re.search(AMX_MISREAD, text))
 
 def time_core() -> float:
-    """How fast a core is, in 50 ms; 1 = as the one on which the costs of compiling were measured."""
-    import time, zlib
+    """Measure how fast a core is, in 50 ms; 1 = as where the costs of compiling were measured."""
+    import time
+    import zlib
     text = b"".join(b"%d: %d\n" % (n, n * n) for n in range(6000))
     best_s = 1.0
     for _ in range(3):
@@ -11140,131 +11220,66 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 def probe_wheels(page: str) -> bool:
-    """Whether this page of the wheel index answers in time and names packages; in a thread, as a name server may take longer."""
-    import threading
+    """Tell whether this page of the wheel index answers in time and names packages."""
     from urllib.request import urlopen
-    answers: List[bytes] = []
-    def fetch() -> None:
-        with suppress(Exception):         # whatever it is, the package is compiled then
-            answers.append(urlopen(page, timeout=WHEEL_INDEX_S).read(1 << 24))
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(WHEEL_INDEX_S)
-    return b".whl" in b"".join(answers)
-
-def plan_seconds(plan: InstallPlan, core_speed: float, kept: Dict[str, Dict[str, Any]]) -> float:
-    """How long it will take: as long as the last one of its kind on this machine, else by the speed of its cores. Pure."""
-    last = kept.get(install_kind(plan), {}).get("seconds")
-    if type(last) is int:
-        return last
-    if plan.wheel:
-        return REST_S / core_speed
-    return (REST_S + COMPILE_CORE_S.get(plan.gpu, COMPILE_CORE_S[""]) / plan.jobs) / core_speed
-
-def cost_left(n_steps: int, seen: Iterable[str]) -> float:
-    """What so many steps still cost, when these files are done. Pure."""
-    heavy = [cost for name, cost in STEP_COSTS.items() if name not in seen]
-    if n_steps < len(heavy):              # another version's files
-        return sum(heavy) * n_steps / len(heavy)
-    return sum(heavy) + STEP_COST * (n_steps - len(heavy))
+    def read() -> bytes:
+        with urlopen(page, timeout=WHEEL_INDEX_S) as answer:
+            return answer.read(1 << 24)
+    try:
+        text = call_within(WHEEL_INDEX_S, read)
+    except Exception:                     # whatever it is, the package is compiled then
+        return False
+    return b".whl" in text
 
 
 # == 28. INSTALL ===================================================================================
-# --install: a private environment for the engine. install_engine() speaks through tell(event, **fields), whose events
-# --install --json prints:
+# --install: a private environment for the engine. install_engine() speaks through tell(event,
+# **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
-#     {"event": "step", "done": 35, "total": 83, "left_s": 70, "text": "ops.cpp", "doing": "compiling"}
+#     {"event": "step", "done": 35, "total": 83, "left_s": 70, "text": "ops.cpp",
+#      "doing": "compiling"}
 #     {"event": "done"} or {"event": "failed", "text": …}    the last one
-# It wants the main thread, where signals arrive; so the window runs it as a child and stops it with an interrupt.
+# It wants the main thread, where signals arrive; so the window runs it as a child and stops it with
+# an interrupt.
 
-class FetchClock:
-    """Tells how much of a large download has come, with the time that is left, of which then_s comes after it."""
-    def __init__(self, tell: Any, then_s: float) -> None:
-        self.tell, self.then_s = tell, then_s
-        self.total, self.began_s = 0, 0.0
-
-    def hear(self, line: str, now_s: float) -> None:
-        """A line of pip's output with --progress-bar raw; in bytes."""
-        told = re.match(r"Progress (\d+) of (\d+)$", line)
-        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
-            return
-        done, total = int(told.group(1)), int(told.group(2))
-        if total != self.total:
-            self.total, self.began_s = total, now_s
-        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
-        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                  text="MB of " + ENGINE_PACKAGE, doing="fetching")
-
-class CompileClock:
-    """Tells the compiler's steps with the time that is left. Each step corrects it: it learns a slow CPU and a busy machine."""
-    def __init__(self, tell: Any, expected_s: float) -> None:
-        self.tell, self.expected_s = tell, expected_s
-        self.seen: Dict[str, bool] = {}
-        self.last_s = self.left_s = self.cost = self.seconds = 0.0
-        self.done, self.total, self.text = 0, 0, ""
-        self.told: Any = None
-
-    def hear(self, line: str, now_s: float) -> None:
-        """A line of ninja's or make's output, or "" when there is none."""
-        step = re.match(r"\s*\[ *(\d+)(?:/(\d+)|%)\]", line)
-        if step:
-            name = os.path.basename(line.split()[-1])
-            self.count(int(step.group(1)), int(step.group(2) or 100), name if len(name) > 1 else "linking", now_s)
-        left_s = self.left_s - (now_s - self.last_s)
-        shown = (self.done, max(left_s, self.left_s / 2))
-        if self.total and (self.done, int(shown[1])) != self.told:
-            self.told = (self.done, int(shown[1]))
-            self.tell("step", done=self.done, total=self.total, left_s=int(shown[1]), text=self.text, doing="compiling")
-
-    def count(self, done: int, total: int, name: str, now_s: float) -> None:
-        self.seen[name] = True
-        left, cost = cost_left(total - done, self.seen), STEP_COSTS.get(name, STEP_COST)
-        whole = left + sum(STEP_COSTS.get(name, STEP_COST) for name in self.seen)
-        if not self.total:                # what was foretold counts as a twentieth of the work
-            self.cost, self.seconds = whole / 20, self.expected_s / 20
-        else:                             # the last third counts most
-            keep = max(0.0, 1 - cost / (whole / 3))
-            self.cost = self.cost * keep + cost
-            self.seconds = self.seconds * keep + now_s - self.last_s
-        self.left_s = left * self.seconds / self.cost
-        self.done, self.total, self.text, self.last_s = done, total, name, now_s
-
-def install_kind(plan: InstallPlan) -> str:
-    return "%s for %s" % ("ready-made" if plan.wheel else "compiled", plan.gpu or "cpu")
-
-def format_clock(seconds: float) -> str:
-    return "%d:%02d" % divmod(int(seconds), 60)
-
-def format_minutes(seconds: float) -> str:
-    if seconds > 5400:
-        return "%.1f hours" % (seconds / 3600)
-    return format_count(max(1, round(seconds / 60)), "minute")
-
-def is_here(where: str) -> bool:
-    """Whether the machine has these programs on its PATH, or files where there is a "/": "a | b & c" = one of a and b, and c."""
-    import glob, shutil
-    find = lambda name: glob.glob(name) if "/" in name else shutil.which(name)
-    return all(any(find(os.path.expandvars(name.strip())) for name in names.split("|")) for names in where.split("&"))
+NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout"
+              r"|ProxyError|SSLError|unreachable|Connection (refused|reset)")
+FAILURE_HINTS = (                     # (in pip's output, what to do)
+    (r"No space left", "The disk is full: free 0.4 GB."),
+    (NO_NETWORK + "|timed out",
+     "The package index can't be reached: check the network or proxy."),
+    (r"Killed|signal 9|allocate memory|out of memory",
+     "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
+    (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
+    (r"No matching distribution",
+     "The index that pip uses hasn't got it: see python3 -m pip config list."),
+    (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
+    (r"", "Mend what it names."))
 
 def draw_status(text: str) -> None:
-    """One line on a terminal's stderr, written over by the next; "" wipes it."""
+    """Draw one line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
     if sys.stderr and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print("\r%s\r" % text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
 def handle_signals(handler: Any) -> None:
-    """What becomes of the signals that end a process."""
+    """Set the handler of the signals that end a process."""
     import signal
-    for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:    # nohup
             signal.signal(number, handler)
 
 def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, List[str]]:
-    """Run a command: (its exit status, its last lines). hear(line) as they come, and "" now and then. Interrupted, ends it first."""
+    """Run a command: (its exit status, its last lines). Interrupted, it ends the command first.
+
+    hear(line) gets its lines as they come, and "" now and then."""
     import subprocess
-    # In our group the terminal's Ctrl-C would reach some of pip's children before us, and a kill none of them.
-    group: Dict[str, Any] = {"creationflags": 0x200} if sys.platform == "win32" else {"start_new_session": True}
+    # In our group Ctrl-C would reach some of pip's children before us, and a kill none of them.
+    group: Dict[str, Any] = {"start_new_session": True}
+    if sys.platform == "win32":
+        group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", **group)
     tail: List[str] = []
@@ -11279,8 +11294,11 @@ def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, Lis
     return child.returncode, tail
 
 def read_lines(child: Any) -> Iterable[str]:
-    """Its output as it comes, and "" when 0.2 s bring none. Ends with the child, as a compiler daemon may hold the pipe."""
-    import queue, threading
+    """Read its output as it comes, and "" when 0.2 s bring none.
+
+    Ends with the child, as a compiler daemon may hold the pipe."""
+    import queue
+    import threading
     lines: Any = queue.Queue()
     def pump() -> None:
         with child.stdout:
@@ -11296,61 +11314,71 @@ def read_lines(child: Any) -> Iterable[str]:
                 return
             yield ""
 
-def explain_failure(tail: List[str], index_host: str = "") -> str:
-    """What went wrong and what to do, from a command's last lines. index_host: the package index that can't be reached."""
-    if index_host and re.search("No matching distribution", "\n".join(tail)):
-        return "The package index (%s) can't be reached: check the network or proxy, then install again." % index_host
+def explain_failure(tail: List[str], lost_index: str = "") -> str:
+    """Say what went wrong and what to do, from a command's last lines; see find_lost_index()."""
+    if lost_index and "No matching distribution" in "\n".join(tail):
+        return ("The package index (%s) can't be reached: check the network or proxy, "
+                "then install again." % lost_index)
     tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
-    matter = [line for line in tail if re.search(r"error|fatal|no space|killed|not found|status", line, re.I)][-8:]
+    words = re.compile("error|fatal|no space|killed|not found|status", re.I)
+    matter = [line for line in tail if words.search(line)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
     return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
-def parse_lost_index(tail: List[str]) -> str:
-    """The host of the index that pip has tried in vain to connect to; "" = it had no such trouble, or not more than slowness."""
+def find_lost_index(tail: List[str]) -> str:
+    """Find the host of the index that pip couldn't connect to; "" = none, or it was only slow."""
     if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
         return ""
-    index = re.search(r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)", "\n".join(tail))    # it says so where it isn't PyPI
+    named = r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)"    # said where it isn't PyPI
+    index = re.search(named, "\n".join(tail))
     return index.group(1) if index else "PyPI"
 
 def end_group(child: Any) -> None:
-    import signal, subprocess, time
+    """End a command of run_heard() and its children."""
+    import signal
+    import subprocess
+    import time
     handle_signals(signal.SIG_IGN)        # cleaning up must not be interrupted in turn
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
     else:
         with suppress(OSError):           # all gone already
-            for number in (signal.SIGTERM, signal.SIGKILL):    # ninja's compilers are in groups that only ninja can end
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 os.killpg(child.pid, number)
-                time.sleep(0.5)           # last writes may still come
+                time.sleep(0.5)           # only ninja can end its compilers; last writes may come
     child.wait()
 
 class Installer:
-    """Makes work/env: a virtual environment with an engine that has passed its trial. Raises OSError, RuntimeError."""
+    """Makes work/env: an environment with an engine that has passed its trial.
+
+    Its methods raise OSError, and RuntimeError with a sentence."""
     def __init__(self, work: str, probe: InstallProbe, tell: Any) -> None:
-        self.probe, self.tell = probe, tell
+        self.probe = probe
+        self.tell = tell
         self.folder = os.path.join(work, "env")
         self.python = env_python(self.folder)
         self.scratch = os.path.join(work, "tmp")
         self.got = os.path.join(work, "got")
-        self.index_lost = ""              # the package index's host, where that can't be reached
+        self.lost_index = ""              # the host of the package index, if it can't be reached
         astray = re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
         self.env = {name: value for name, value in os.environ.items() if not astray.match(name)}
-        self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        if sys.platform != "win32":       # where longer paths break the build; elsewhere /tmp may lie in scarce memory
-            self.env["TMPDIR"] = self.scratch
+        self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1",
+                        PYTHONIOENCODING="utf-8")
+        if sys.platform != "win32":       # where longer paths break the build
+            self.env["TMPDIR"] = self.scratch    # /tmp may lie in scarce memory
 
-    def make(self, plan: InstallPlan, expected_s: float) -> None:
+    def make(self, plan: InstallPlan) -> None:
         os.makedirs(self.scratch)
         self.make_venv()
         if plan.wheel and self.take_ready_made(plan):
             return
-        self.compile(plan, expected_s, [])
+        self.compile(plan)
         fault = self.find_fault()
         for words, smaller in plan_rebuilds(plan, self.probe):
             if not fault:
                 return
             self.say("%s So it is built again, without %s." % (fault, words))
-            self.compile(smaller, expected_s, ["--no-cache-dir"])    # that may hold what has just failed
+            self.compile(smaller, "--no-cache-dir")    # that may hold what has just failed
             fault = self.find_fault()
         if fault:
             raise RuntimeError(fault + " Nothing that can be left out has helped.")
@@ -11358,37 +11386,40 @@ class Installer:
     def say(self, text: str) -> None:
         self.tell("said", text=text)
 
-    def run(self, argv: List[str], hear: Any = lambda line: None, **variables: str) -> None:
-        """Raises RuntimeError, with the reason, when the command fails."""
+    def run(self, argv: List[str], hear: Any, **variables: str) -> None:
+        """Run a command. Raises RuntimeError, with the reason, when it fails."""
         status, tail = run_heard(argv, dict(self.env, **variables), hear)
         if status:
-            reason = tail + [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
-            raise RuntimeError(explain_failure(reason, self.index_lost or parse_lost_index(tail)))
+            lost_index = self.lost_index or find_lost_index(tail)
+            tail += [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
+            raise RuntimeError(explain_failure(tail, lost_index))
 
     def make_venv(self) -> None:
         self.say("Making a Python environment of its own in %s." % data_dir())
-        self.run([base_python(), "-m", "venv", self.folder])
-        # The pip that Python 3.8 brings takes hours over the build's requirements. This also shows within seconds
-        # whether the index is there, which pip itself would go on trying for minutes.
-        upgrade = [self.python, "-m", "pip", "install", "--upgrade", "--retries", "1", "--timeout", "3", "pip"]
-        status, tail = run_heard(upgrade, self.env, lambda line: None)
-        self.index_lost = parse_lost_index(tail)
-        if status and not self.index_lost:
+        self.run(module_argv(base_python(), "venv", self.folder), ignore_line)
+        # The pip that Python 3.8 brings takes hours over the build's requirements. This also shows
+        # within seconds whether the index is there, which pip would go on trying for minutes.
+        upgrade = module_argv(self.python, "pip", "install", "--upgrade", "--retries", "1",
+                              "--timeout", "3", "pip")
+        status, tail = run_heard(upgrade, self.env, ignore_line)
+        self.lost_index = find_lost_index(tail)
+        if self.lost_index:               # there may be other places, such as --find-links
+            self.env.update(PIP_RETRIES="0", PIP_TIMEOUT="3")
+        elif status:
             self.say("pip could not be updated; going on with this one.")
 
     def pip(self, command: str, *arguments: str) -> List[str]:
-        argv = [self.python, "-m", "pip", command, "-v", "--no-input", "--progress-bar", "off", "--no-deps"]
-        if self.index_lost:               # there may be other places, such as --find-links
-            argv += ["--retries", "0", "--timeout", "3"]
-        return argv + list(arguments)
+        return module_argv(self.python, "pip", command, "-v", "--no-input", "--progress-bar", "off",
+                           "--no-deps", *arguments)
 
     def fetch(self, then_s: float, *arguments: str) -> None:
-        """Into self.got: the engine, as package or source, and what it needs. pip's cache holds it for the next time.
+        """Fetch the engine, as package or source, and what it needs, into self.got.
 
-        then_s: what comes after it will take so long."""
-        import shutil, time
+        then_s: how long what comes after it will take."""
+        import shutil
+        import time
         shutil.rmtree(self.got, ignore_errors=True)
-        # --prefer-binary, as a needed package's newest version may be without one for this system
+        # --prefer-binary, as a package's newest version may be without one for this system
         argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
         if not self.probe.has_compiler:
             argv += ["--only-binary", ENGINE_PACKAGE]
@@ -11398,56 +11429,62 @@ class Installer:
         self.run(argv, lambda line: clock.hear(line, time.monotonic()))
 
     def tells_progress(self) -> bool:
-        """Whether this pip can print it for programs; since 24.1."""
+        """Tell whether this pip can print it for programs; since 24.1."""
         version = " ".join(find_packages(self.python, "pip-*.dist-info"))
         numbers = re.search(r"pip-(\d+)\.(\d+)", version)
-        return bool(numbers) and (int(numbers.group(1)), int(numbers.group(2))) >= (24, 1)
+        return bool(numbers) and tuple(map(int, numbers.groups())) >= (24, 1)
 
-    def install_got(self, hear: Any = lambda line: None, **variables: str) -> None:
-        """Without pip's cache, as that doesn't tell a build with GPU from one without."""
+    def install_got(self, hear: Any, **variables: str) -> None:
+        """Install self.got, without pip's cache, which mixes builds with a GPU and others."""
         paths = [os.path.join(self.got, name) for name in sorted(os.listdir(self.got))]
-        self.run(self.pip("install", "--no-cache-dir", "--force-reinstall", *paths), hear, **variables)
+        argv = self.pip("install", "--no-cache-dir", "--force-reinstall", *paths)
+        self.run(argv, hear, **variables)
 
     def take_ready_made(self, plan: InstallPlan) -> bool:
-        """Whether a ready-made package has come and passed its trial."""
+        """Tell whether a ready-made package has come and passed its trial."""
         self.say("Fetching a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.fetch(0, "--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
-            self.install_got()
+            self.fetch(0, "--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel,
+                       ENGINE_PACKAGE + ENGINE_OLDEST)
+            self.install_got(ignore_line)
             fault = self.find_fault()
         except RuntimeError as error:
             fault = str(error)
-        if not fault:
-            return True
-        if plan.obstacle:
+        if fault and plan.obstacle:
             raise RuntimeError("%s\n%s" % (fault, plan.obstacle))
-        self.say("%s The ready-made package won't do here, so the engine is compiled." % fault)
-        return False
+        if fault:
+            self.say("%s The ready-made package won't do here, so the engine is compiled." % fault)
+        return not fault
 
-    def compile(self, plan: InstallPlan, expected_s: float, options: List[str]) -> None:
-        """From source, where pip finds no package for this machine in the places that it is told."""
+    def compile(self, plan: InstallPlan, *options: str) -> None:
+        """Build from source, where pip finds no package in the places that it is told."""
         import time
+        expected_s = plan_seconds(plan._replace(wheel=""), self.probe.core_speed)
         self.say("Fetching %s." % ENGINE_PACKAGE)
         try:
             self.fetch(expected_s, ENGINE_PACKAGE, *options)
         except RuntimeError:
-            if self.probe.has_compiler or self.index_lost:
+            if self.probe.has_compiler or self.lost_index:
                 raise
-            raise RuntimeError("No ready-made package was found. " + NEEDS_COMPILER % compiler_command(self.probe))
+            raise RuntimeError("No ready-made package was found. "
+                               + NEEDS_COMPILER % compiler_command(self.probe)) from None
         include = os.path.join(self.scratch, "slim.cmake")
         with open(include, "w", encoding="utf-8") as file:
             file.write(SLIM_CMAKE)
-        if not any(name.endswith(".whl") and name.startswith("llama_cpp") for name in os.listdir(self.got)):
+        names = os.listdir(self.got)
+        if not any(name.startswith("llama_cpp") and name.endswith(".whl") for name in names):
             self.say("Compiling it.")
         clock = CompileClock(self.tell, expected_s)
-        hear = lambda line: clock.hear(line, time.monotonic())
-        self.install_got(hear, **build_variables(plan, include, self.env))
+        self.install_got(lambda line: clock.hear(line, time.monotonic()),
+                         **build_variables(plan, include, self.env))
 
     def find_fault(self) -> str:
-        """What is wrong with the engine that might be better if it were built otherwise; "" = nothing. Raises RuntimeError."""
+        """Find what is wrong with the engine; "" = nothing.
+
+        Only what might be better if it were built otherwise; else raises RuntimeError."""
         self.say("Trying it out.")
         argv = [self.python, os.path.abspath(__file__), "--check-engine"]
-        status, tail = run_heard(argv, self.env, lambda line: None)
+        status, tail = run_heard(argv, self.env, ignore_line)
         text = " ".join(tail[-1:])
         if status == 0:
             self.say(text)
@@ -11456,53 +11493,65 @@ class Installer:
             return text
         raise RuntimeError("%s (exit status %d)" % (text, status))
 
-def replace_env(place: str, work: str, gpu: str, tell: Any) -> None:
-    """Make a new environment in `work`; only one that works moves to `place`. Raises OSError, RuntimeError."""
-    import time
-    began_s = time.monotonic()
+def ignore_line(line: str) -> None:
+    """Hear a command's line without doing anything."""
+
+def engine_folder() -> str:
+    return os.path.join(data_dir(), "engine")
+
+@contextmanager
+def lock_engine() -> Any:
+    """Keep other installs away meanwhile. Raises RuntimeError: one is at work."""
+    with open(os.path.join(make_data_dir(), "engine.lock"), "a", opener=open_private) as lock:
+        try:
+            lock_file(lock)               # the system lifts it when a process dies
+        except BlockingIOError:
+            raise RuntimeError("Another install is at work in %s." % data_dir()) from None
+        yield
+
+def replace_env(work: str, gpu: str, tell: Any) -> None:
+    """Make a new environment in `work`; only one that works takes the old one's place.
+
+    Raises OSError, RuntimeError."""
+    import glob
+    import shutil
     make_data_dir()
     if distrust():
         raise RuntimeError(distrust())
     probe = probe_install(gpu)
     plan = settle_plan(probe, tell)
-    expected_s = plan_seconds(plan, probe.core_speed, read_kept("install.json"))
     if probe.has_compiler or plan.wheel:
-        tell("said", text="This takes about %s." % format_minutes(expected_s))
-    with open(place + ".lock", "a", opener=open_private) as lock:
-        try:
-            lock_file(lock)               # the system lifts it when a process dies
-        except OSError:
-            raise RuntimeError("Another install is at work in %s." % os.path.dirname(place))
-        remove_left(place)
-        Installer(work, probe, tell).make(plan, max(1, expected_s - REST_S))
-        swap_env(place, work)
-    with suppress(OSError):               # only the next install would have known it
-        save_kept("install.json", install_kind(plan), {"seconds": int(time.monotonic() - began_s)})
+        pause = format_minutes(plan_seconds(plan, probe.core_speed))
+        tell("said", text="This takes about %s." % pause)
+    with lock_engine():
+        for left in glob.glob(glob.escape(engine_folder()) + ".new-*"):
+            shutil.rmtree(left, ignore_errors=True)    # by an install that was killed
+        Installer(work, probe, tell).make(plan)
+        swap_env(work)
+    with suppress(OSError):               # only the next upgrade would have known it
         save_kept("install.json", "last", {"gpu": gpu})
 
 def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
-    """The plan, after a look whether there are ready-made packages. Raises RuntimeError: it can't be done."""
+    """Plan, after a look whether there are ready-made packages. Raises RuntimeError."""
     plan = plan_install(probe)
     for line in plan.notes:
         tell("said", text=line)
-    if plan.wheel and not plan.problems and ("PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel)):
-        tell("said", text="The index of ready-made packages doesn't answer.")
-        problems = (plan.obstacle, plan_compiler(probe, "")[1])
-        plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
+    if plan.wheel and not plan.problems:
+        if "PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel):
+            tell("said", text="The index of ready-made packages doesn't answer.")
+            problems = (plan.obstacle, plan_compiler(probe, "")[1])
+            plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
     if plan.problems:
         raise RuntimeError("\n".join(plan.problems))
     return plan
 
-def remove_left(place: str) -> None:
-    """What killed installs have left."""
-    import glob, shutil
-    for left in glob.glob(glob.escape(place) + ".new-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def swap_env(work: str) -> None:
+    """Put work/env in the old environment's place, which goes to `work`.
 
-def swap_env(place: str, work: str) -> None:
-    """The new environment takes the old one's place; at any instant engine_python() finds one of them. What is old goes with `work`."""
+    At any instant engine_python() finds one of them."""
     import signal
     handle_signals(signal.SIG_IGN)
+    place = engine_folder()
     old = place + ".old"
     if os.path.lexists(place):
         if os.path.lexists(old):
@@ -11513,32 +11562,34 @@ def swap_env(place: str, work: str) -> None:
         os.rename(old, os.path.join(work, "old"))
 
 def is_newest(version: str) -> bool:
-    """Whether the private environment has this version of the engine and pip knows no newer one."""
+    """Tell whether the private environment has this version, and pip knows no newer one."""
     if not version or distrust("engine"):
         return False
-    python = env_python(os.path.join(data_dir(), "engine"))
-    told = read_command(python, "-m", "pip", "index", "versions", ENGINE_PACKAGE, limit_s=30)
-    return re.findall(r"^[\w-]+ \((\S+)\)", told) == [version]
+    _, told = ask_pip(env_python(engine_folder()), "index", "versions", ENGINE_PACKAGE, limit_s=30)
+    return re.findall(r"(?m)^[\w-]+ \((\S+)\)", told) == [version]
 
 def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
-    """Make the private environment, as the last thing a process does, for it changes what signals do.
+    """Make the private environment, as the last thing of a process: it changes what signals do.
 
-    0 = done, 1 = failed, 130 = interrupted; after these two nothing has changed."""
-    import shutil, signal
+    Returns 0 = done, 1 = failed, 130 = interrupted; after these two nothing has changed."""
+    import shutil
+    import signal
     handle_signals(signal.default_int_handler)    # which raises KeyboardInterrupt
-    place = os.path.join(data_dir(), "engine")
-    work = "%s.new-%d" % (place, os.getpid())    # a killed install's pip must not write into it
-    before = engine_version(env_python(place))
+    work = "%s.new-%d" % (engine_folder(), os.getpid())    # a killed install's pip can't reach it
+    python = env_python(engine_folder())
+    before = engine_version(python)
     try:
-        if upgrade and not gpu and is_newest(before):
-            tell("said", text="llama-cpp-python %s is the newest; nothing was changed." % before)
-            tell("done")
-            return 0
         if upgrade and not gpu:
+            if is_newest(before):
+                tell("said", text="llama-cpp-python %s is the newest; nothing was changed."
+                     % before)
+                tell("done")
+                return 0
             gpu = str(read_kept("install.json").get("last", {}).get("gpu", ""))
-        replace_env(place, work, gpu, tell)
+        replace_env(work, gpu, tell)
         was = " (it was %s)" % before if before else ""
-        tell("said", text="The engine is installed: llama-cpp-python %s%s" % (engine_version(env_python(place)), was))
+        tell("said", text="The engine is installed: llama-cpp-python %s%s"
+             % (engine_version(python), was))
         tell("said", text=write_command())
         tell("done")
         return 0
@@ -11552,27 +11603,125 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
+# == 28b. INSTALL CLOCK ============================================================================
+# Time that is left, from pip's and ninja's output.
+
+LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
+# What compiling a file costs, in seconds of one core (measured; others STEP_COST each).
+STEP_COST = 2
+STEP_COSTS = {
+    "ops.cpp": 26, "sgemm.cpp": 14, "repack.cpp": 13, "ggml.c": 11, "ggml-quants.c": 11,
+    "llama-model.cpp": 10, "ggml-backend-meta.cpp": 10, "ggml-backend.cpp": 8,
+    "llama-kv-cache.cpp": 8, "llama-model-loader.cpp": 8, "tiled.cpp": 7, "unary-ops.cpp": 7,
+    "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
+    **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
+
+class FetchClock:
+    """Tells how much of a large download has come, and the time left until all is installed."""
+    def __init__(self, tell: Any, then_s: float) -> None:
+        self.tell = tell
+        self.then_s = then_s              # how long what comes after it will take
+        self.total = 0                    # bytes
+        self.began_s = 0.0
+
+    def hear(self, line: str, now_s: float) -> None:
+        """Take a line of pip's output with --progress-bar raw; in bytes."""
+        told = re.match(r"Progress (\d+) of (\d+)$", line)
+        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
+            return
+        done, total = map(int, told.groups())
+        if total != self.total:
+            self.total = total
+            self.began_s = now_s
+        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
+        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                  text="MB of " + ENGINE_PACKAGE, doing="fetching")
+
+class CompileClock:
+    """Tells the compiler's steps and the time left, which each step corrects.
+
+    So it learns a slow CPU and a busy machine."""
+    def __init__(self, tell: Any, expected_s: float) -> None:
+        self.tell = tell
+        self.expected_s = expected_s
+        self.seen: Set[str] = set()       # files
+        self.cost = 0.0                   # of what was learnt from, in units of STEP_COSTS …
+        self.seconds = 0.0                # … which took so long
+        self.last_s = 0.0                 # when the last step came
+        self.left_s = 0.0                 # at that time
+        self.step: Dict[str, Any] = {}
+        self.told: Any = None
+
+    def hear(self, line: str, now_s: float) -> None:
+        """Take a line of ninja's or make's output, or "" when there is none."""
+        step = re.match(r"\s*\[ *(\d+)(?:/(\d+)|%)\]", line)
+        if step:
+            name = os.path.basename(line.split()[-1])
+            self.count(int(step.group(1)), int(step.group(2) or 100),
+                       name if len(name) > 1 else "linking", now_s)
+        if not self.step:
+            return
+        left_s = int(max(self.left_s - (now_s - self.last_s), self.left_s / 2))
+        if self.told != (self.step, left_s):
+            self.told = (self.step, left_s)
+            self.tell("step", left_s=left_s, doing="compiling", **self.step)
+
+    def count(self, done: int, total: int, name: str, now_s: float) -> None:
+        """Take a step: so many are done, this file was the last."""
+        self.seen.add(name)
+        left = cost_left(total - done, self.seen)
+        whole = left + sum(STEP_COSTS.get(seen, STEP_COST) for seen in self.seen)
+        if self.step:                     # the last third counts most
+            cost = STEP_COSTS.get(name, STEP_COST)
+            keep = max(0.0, 1 - cost / (whole / 3))
+            self.cost = self.cost * keep + cost
+            self.seconds = self.seconds * keep + now_s - self.last_s
+        else:                             # what was foretold counts as a twentieth of the work
+            self.cost = whole / 20
+            self.seconds = self.expected_s / 20
+        self.left_s = left * self.seconds / self.cost
+        self.last_s = now_s
+        self.step = dict(done=done, total=total, text=name)
+
+def cost_left(n_steps: int, seen: Iterable[str]) -> float:
+    """Estimate what so many steps still cost, when these files are done. Pure."""
+    heavy = [cost for name, cost in STEP_COSTS.items() if name not in seen]
+    if n_steps < len(heavy):              # another version's files
+        return sum(heavy) * n_steps / len(heavy)
+    return sum(heavy) + STEP_COST * (n_steps - len(heavy))
+
+def format_clock(seconds: float) -> str:
+    return "%d:%02d" % divmod(int(seconds), 60)
+
+def format_minutes(seconds: float) -> str:
+    if seconds > 5400:
+        return "%.1f hours" % (seconds / 3600)
+    return format_count(max(1, round(seconds / 60)), "minute")
+
+
 # == 29. TRIAL =====================================================================================
-# A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that real models are made
-# of; its embeddings count: after a byte comes the next one. So "…dcba" is answered by "bcdefghi", unless a kernel
-# crashes or computes nonsense.
+# A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
+# real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
+# answered by "bcdefghi", unless a kernel crashes or computes nonsense.
 
 TRIAL_WIDTH = 256                     # weights in a row: the largest blocks hold so many
-TRIAL_TOKENS = 288                    # <unk>, <s>, </s>, the bytes, and fillers up to a multiple of 32, as AMX wants
-TRIAL_LAYERS = (                      # (ggml type, its blocks' scales): a layer adds little to what it gets
+TRIAL_TOKENS = 288                    # <unk>, <s>, </s>, bytes; filled up to 32 n, as AMX wants
+TRIAL_LAYERS = (                      # (ggml type, its blocks' scales): a layer adds little
     (2, (0.007,)),                    # Q4_0
     (8, (0.0004,)),                   # Q8_0
     (12, (0.00012, 0.0009)),          # Q4_K
     (14, (0.00002,)))                 # Q6_K
-# Over 32 tokens, for the kernels that take many rows; none of them twice, or several tokens of the reply would
-# be guessed and checked at once, and the kernels for a single row wouldn't run.
+# Over 32 tokens, for the kernels that take many rows; none of them twice, or several tokens of the
+# reply would be guessed and checked at once, and the kernels for a single row wouldn't run.
 TRIAL_PROMPT = "9876543210ZYXWVUTSRQPONMLKJIHGFEDCBAzyxwvutsrqponmlkjihgfedcba"
 TRIAL_REPLY = "bcdefghi"
 TRIAL_LIMIT_S = 120
 TRIAL_CRASHED = 3                     # exit status of --check-engine
 
 def pack_value(value: Any) -> bytes:
-    """A value of GGUF's metadata with its type before it: a string, an int (u32), a float (f32), or a list (its ints i32)."""
+    """Pack a value of GGUF's metadata, with its type before it.
+
+    It is a string, an int (u32), a float (f32), or a list of these (its ints i32)."""
     import struct
     if isinstance(value, str):
         return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
@@ -11585,7 +11734,7 @@ def pack_value(value: Any) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(item[4:] for item in items)
 
 def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
-    """A square matrix of this ggml type whose blocks are random but for their scales."""
+    """Make a square matrix of this ggml type whose blocks are random but for their scales."""
     import struct
     n_weights, n_bytes = TENSOR_TYPES[kind]
     scale = struct.pack("<%de" % len(scales), *scales)
@@ -11593,11 +11742,12 @@ def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
     for _ in range(TRIAL_WIDTH * TRIAL_WIDTH // n_weights):
         n_random = n_bytes - len(scale)
         noise = dice.getrandbits(8 * n_random).to_bytes(n_random, "little")
-        blocks.append(noise + scale if kind == 14 else scale + noise)    # Q6_K has its scale at the end
+        is_q6_k = kind == 14              # which has its scale at the end
+        blocks.append(noise + scale if is_q6_k else scale + noise)
     return b"".join(blocks)
 
 def trial_rows(dice: Any) -> List[bytes]:
-    """A row of random ones, positive and negative, for each token; as Q8_0."""
+    """Make a row of random ones, positive and negative, for each token; as Q8_0."""
     import struct
     scale = struct.pack("<e", 1.0)
     rows = []
@@ -11607,29 +11757,34 @@ def trial_rows(dice: Any) -> List[bytes]:
     return rows
 
 def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
-    """(name, ggml type, dimensions, data) of the trial's model."""
-    import random, struct
+    """Make the trial's tensors: (name, ggml type, dimensions, data)."""
+    import random
+    import struct
     dice = random.Random(7)
     rows = trial_rows(dice)
     norm = struct.pack("<f", 1.0) * TRIAL_WIDTH
-    vocabulary, square = (TRIAL_WIDTH, TRIAL_TOKENS), (TRIAL_WIDTH, TRIAL_WIDTH)
-    tensors = [("token_embd", 8, vocabulary, b"".join(rows)),
-               ("output", 8, vocabulary, b"".join(rows[-1:] + rows[:-1])),    # a token's is the embedding of the one before
-               ("output_norm", 0, (TRIAL_WIDTH,), norm)]
+    vocabulary = (TRIAL_WIDTH, TRIAL_TOKENS)
+    square = (TRIAL_WIDTH, TRIAL_WIDTH)
+    shifted = rows[-1:] + rows[:-1]       # a token's output is the embedding of the one before
+    tensors = [
+        ("token_embd", 8, vocabulary, b"".join(rows)),
+        ("output", 8, vocabulary, b"".join(shifted)),
+        ("output_norm", 0, (TRIAL_WIDTH,), norm)]
     for layer, (kind, scales) in enumerate(TRIAL_LAYERS):
         prefix = "blk.%d." % layer
         for name in ("attn_norm", "ffn_norm"):
             tensors.append((prefix + name, 0, (TRIAL_WIDTH,), norm))
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output",
+                     "ffn_gate", "ffn_up", "ffn_down"):
             tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
     return tensors
 
 def trial_metadata() -> Dict[str, Any]:
     tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
-    kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte; then normal
+    kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte
     for filler in range(TRIAL_TOKENS - len(tokens)):
         tokens.append("filler%d" % filler)
-        kinds.append(1)
+        kinds.append(1)                   # normal
     return {
         "general.architecture": "llama", "general.name": "trial", "llama.context_length": 512,
         "llama.embedding_length": TRIAL_WIDTH, "llama.feed_forward_length": TRIAL_WIDTH,
@@ -11640,9 +11795,10 @@ def trial_metadata() -> Dict[str, Any]:
         "tokenizer.chat_template": "{{ messages[-1].content }}"}
 
 def write_trial_model(path: str) -> None:
-    """A llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
+    """Write a llama-architecture GGUF of 1.6 MB (version 3, ggml/docs/gguf.md). Raises OSError."""
     import struct
-    metadata, tensors = trial_metadata(), trial_tensors()
+    metadata = trial_metadata()
+    tensors = trial_tensors()
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
         head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
@@ -11663,7 +11819,9 @@ def write_trial_model(path: str) -> None:
 INDEX_S = 3                           # how long the package index may take to answer
 
 def probe_needs(has_model: bool) -> Needs:
-    """What is lacking before the first chat, and what this machine lacks to get it. has_model: one is named or was found."""
+    """Find what lacks before the first chat, and what this machine lacks to get it.
+
+    has_model: one is named or was found."""
     import shutil
     needs = Needs(not engine_python(), not has_model)
     lacking: List[str] = []
@@ -11671,40 +11829,42 @@ def probe_needs(has_model: bool) -> Needs:
     if needs.engine:
         probe = probe_install("")
         plan = plan_install(probe)
-        needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed, read_kept("install.json")))
+        needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed))
         lacking += plan.problems
     free_bytes = shutil.disk_usage(data_dir()).free
     if needs.model and free_bytes < SMALL_ROOM_BYTES:
-        lacking.append("The disk has only %s free in %s: make room." % (format_bytes(free_bytes), data_dir()))
+        lacking.append("The disk has only %s free in %s: make room."
+                       % (format_bytes(free_bytes), data_dir()))
     return needs._replace(lacking=tuple(lacking))
 
 def probe_index() -> str:
-    """A sentence if the index that pip uses can't be reached; "" if it can, or if pip can't tell."""
-    import subprocess
-    argv = [sys.executable, "-m", "pip", "index", "versions", ENGINE_PACKAGE, "--timeout", str(INDEX_S), "--retries", "0"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              encoding="utf-8", errors="replace", timeout=4 * INDEX_S)
-        if done.returncode and re.search(NO_NETWORK, done.stdout):
-            return "The package index can't be reached: check the network, or the proxy."
+    """Say that the index that pip uses can't be reached; "" = it can, or pip can't tell."""
+    status, told = ask_pip(sys.executable, "index", "versions", ENGINE_PACKAGE,
+                           "--timeout", str(INDEX_S), "--retries", "0", limit_s=4 * INDEX_S)
+    if status and re.search(NO_NETWORK, told):
+        return "The package index can't be reached: check the network, or the proxy."
     return ""
 
 
 # == 31. COMPILED CODE =============================================================================
-# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form.
+# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in
+# a file with a checksum (Python's own has none, so a damaged one could do anything). One that isn't
+# right in every way is made anew.
 
-# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in a file with a checksum
-# (Python's own has none, so a damaged one could do anything). One that isn't right in every way is made anew.
 # In: path of llmchat.py, cache = folder of the compiled form. Out: module.
 BOOT = """import marshal, os, zlib
-sys.path = [folder for folder in sys.path if folder]    # nothing from the current folder, which may be anybody's
+# Nothing comes from the current folder, which may be anybody's.
+sys.path = [folder for folder in sys.path if folder]
 def is_ours(status):
-    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    if not hasattr(os, "geteuid"):
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 def boot(kept):
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        sys.exit("%s isn't there any more. Where llmchat.py is now, run: python3 llmchat.py --setup" % path)
+        sys.exit("%s isn't there any more. Where llmchat.py is now, run: "
+                 "python3 llmchat.py --setup" % path)
     stamp = repr((sys.version, path, status.st_mtime_ns, status.st_size)).encode()
     try:
         with open(kept, "rb") as file:
@@ -11731,13 +11891,14 @@ def write(kept, raw):
     except OSError:                       # a full disk, say: it is compiled again the next time
         if os.path.exists(new):
             os.remove(new)
-code = boot(os.path.join(cache, "llmchat.%s-%d.code" % (sys.implementation.cache_tag, sys.flags.optimize)))
+kind = "%s-%d" % (sys.implementation.cache_tag, sys.flags.optimize)
+code = boot(os.path.join(cache, "llmchat.%s.code" % kind))
 sys.modules["llmchat"] = module = type(sys)("llmchat")
 module.__file__ = path
 exec(code, module.__dict__)"""
 
 def code_folder() -> str:
-    """Where compiled code is kept; "" = nowhere, since others may write there or we may not."""
+    """Make the folder of compiled code; "" = there is none that only we can write to."""
     try:
         folder = make_data_dir("pycache")
     except OSError:
@@ -11756,7 +11917,8 @@ def engine_argv(python: str) -> List[str]:
 # == 32. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
-COMMAND_MARK = "# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, removed by --uninstall."
+COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
+                "removed by --uninstall.")
 COMMAND = """#!%(python)s
 %(mark)s
 import sys
@@ -11768,27 +11930,29 @@ module.start()
 """
 
 def base_python() -> str:
-    """This Python; of a virtual environment the one beneath it, as that may be replaced or be gone tomorrow."""
+    """Find this Python; of a virtual environment, which may be gone tomorrow, that beneath it."""
     if sys.prefix == sys.base_prefix:
         return sys.executable
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 def command_path() -> str:
-    """Where the command is: in the user's own folder of programs, on Windows beside the data."""
+    """Name the command: in the user's own folder of programs, on Windows beside the data."""
     if sys.platform == "win32":
         return os.path.join(data_dir(), "llmchat.cmd")
     return os.path.join(os.path.expanduser("~"), ".local", "bin", "llmchat")
 
 def write_command() -> str:
     """Make `llmchat` a command that starts this file; returns what to tell the user."""
-    place, path = command_path(), os.path.abspath(__file__)
+    place = command_path()
+    path = os.path.abspath(__file__)
     text = COMMAND % {"python": base_python(), "mark": COMMAND_MARK, "path": path, "boot": BOOT,
                       "cache": code_folder()}
     if os.path.lexists(place) and COMMAND_MARK not in read_text(place):
-        return "%s is another program, so it was left alone; start llmchat with: %s %s" % (place, sys.executable, path)
+        return "%s is another program, so it was left alone; start llmchat with: %s %s" % (
+            place, sys.executable, path)
     try:
         os.makedirs(os.path.dirname(place), exist_ok=True)
-        if sys.platform == "win32":       # where only a .cmd is a command: it starts the script beside it
+        if sys.platform == "win32":       # where only a .cmd is a command, which starts a script
             script = place[:-len("cmd")] + "py"
             write_whole(script, text.encode())
             line = '@rem %s\n@"%s" "%s" %%*\n' % (COMMAND_MARK, base_python(), script)
@@ -11796,11 +11960,12 @@ def write_command() -> str:
         else:
             write_whole(place, text.encode(), 0o755)
     except OSError as error:
-        return "The command llmchat could not be made in %s (%s)." % (os.path.dirname(place), error.strerror)
+        return "The command llmchat could not be made in %s (%s)." % (
+            os.path.dirname(place), error.strerror)
     return explain_command(place)
 
 def explain_command(place: str) -> str:
-    """How to start the command, which a new folder of programs makes a little harder."""
+    """Say how to start the command, which a new folder of programs makes a little harder."""
     import shutil
     if shutil.which("llmchat") == place:
         return "From now on `llmchat` starts it, from any folder."
@@ -11811,20 +11976,22 @@ def explain_command(place: str) -> str:
         how = "add this line to ~/.profile: export PATH=\"$HOME/.local/bin:$PATH\""
     return "From now on %s starts it; to write just `llmchat`, %s" % (place, how)
 
-# What --uninstall removes from the data directory, as glob patterns; and what only if the user says so.
-REMAKEABLE = ("engine", "engine.*", "pycache", "states", "models.json", "machine.json", "tuning.json", "install.json",
-              "copied.txt", "lock", "*.new", "llmchat.cmd", "llmchat.py")
+# What --uninstall removes from the data directory, as glob patterns; and what if the user says so.
+REMAKEABLE = ("engine", "engine.*", "pycache", "states", "models.json", "machine.json",
+              "tuning.json", "install.json", "copied.txt", "lock", "*.new",
+              "llmchat.cmd", "llmchat.py")
 PERSONAL = ("chats", "history", "settings.json", "*.damaged", "models")
 
 def uninstall(say: Any, ask: Any) -> int:
-    """Remove what llmchat has made; say(line) tells, ask(question) is whether chats and models go too. 0, or 1 = failed."""
-    with open(os.path.join(make_data_dir(), "engine.lock"), "a", opener=open_private) as lock:
-        try:
-            lock_file(lock)
-        except OSError:
-            say("An install is at work in %s: stop it first." % data_dir())
-            return 1
-        failed = remove_files(REMAKEABLE)
+    """Remove what llmchat has made: 0, or 1 = not all of it.
+
+    say(line) tells; ask(question): whether chats and models go, too."""
+    try:
+        with lock_engine():
+            failed = remove_files(REMAKEABLE)
+    except RuntimeError as error:
+        say("%s Stop it first." % error)
+        return 1
     command = command_path()
     if COMMAND_MARK in read_text(command):
         os.remove(command)
@@ -11836,7 +12003,8 @@ def uninstall(say: Any, ask: Any) -> int:
         say("Your %s are still in %s." % (", ".join(personal), data_dir()))
     with suppress(OSError):
         os.rmdir(data_dir())              # when it is empty
-    say("%s itself stays, as do models in other folders: delete them as you like." % os.path.abspath(__file__))
+    say("%s itself stays, as do models in other folders: delete them as you like."
+        % os.path.abspath(__file__))
     for problem in failed:
         say(problem)
     return int(bool(failed))
@@ -11856,7 +12024,7 @@ def remove_files(patterns: Iterable[str]) -> List[str]:
     return problems
 
 def data_paths(patterns: Iterable[str]) -> List[str]:
-    """What fits in the data directory."""
+    """Find what fits in the data directory."""
     import glob
     folder = glob.escape(data_dir())
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
