@@ -171,6 +171,7 @@ def install():
     os.makedirs(os.path.join(llmchat_dir(), "engine.new-1"))  # as a killed install leaves it
     done = subprocess.run(
         [ENGINE or sys.executable, SCRIPT, "--install"],
+        cwd=folder_with_traps(),
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -179,6 +180,25 @@ def install():
     if done.returncode:
         raise AssertionError("the installer failed:\n" + done.stdout)
     return llmchat.env_python(os.path.join(llmchat_dir(), "engine"))
+
+
+def folder_with_traps():
+    """A folder with files named like modules, which end whatever runs them."""
+    folder = tempfile.mkdtemp(dir=FOLDER)
+    for name in (
+        "queue",
+        "json",
+        "signal",
+        "runpy",
+        "zipfile",
+        "llama_cpp",
+        "jinja2",
+        "pip",
+        "venv",
+    ):
+        with open(os.path.join(folder, name + ".py"), "w") as file:
+            file.write("import os; os.abort()")
+    return folder
 
 
 def new_home():
@@ -1209,7 +1229,9 @@ class CompileClockTest(unittest.TestCase):
             [(step["done"], step["total"], step["left_s"]) for step in steps],
             [(0, 20, 100), (5, 20, 106)],
         )
-        self.assertEqual(llmchat.describe_progress(llmchat.read_step(steps[-1])), "fetching 5/20 MB, 1:46 left")
+        self.assertEqual(
+            llmchat.describe_progress(llmchat.read_step(steps[-1])), "fetching 5/20 MB, 1:46 left"
+        )
 
     def test_time_left_is_learnt(self):
         """Foretold ten times too little and too much: half way it is right within a third."""
@@ -1272,6 +1294,7 @@ class InstallTest(unittest.TestCase):
         env.update(home, PIP_CONFIG_FILE=os.devnull, **surroundings)
         done = subprocess.run(
             [sys.executable, SCRIPT, "--install", "--json"],
+            cwd=folder_with_traps(),
             env=env,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -1364,9 +1387,7 @@ class InstallTest(unittest.TestCase):
         ends = []
         for steps in (0, 1, 0, 2, 1, 1, 9):
             argv = [ENGINE, "-c", code, str(steps), engine]
-            ends.append(
-                subprocess.call(argv, env=env, stdout=subprocess.DEVNULL, timeout=LIMIT_S)
-            )
+            ends.append(subprocess.call(argv, env=env, stdout=subprocess.DEVNULL, timeout=LIMIT_S))
             with mock.patch.dict(os.environ, env):
                 found = llmchat.engine_python()
             self.assertTrue(found.startswith(place), (steps, os.listdir(place)))
@@ -2096,10 +2117,12 @@ class SetupTest(unittest.TestCase):
         )
         packed = hashlib.sha256(read_bytes(path)).hexdigest()
         self.script = edited(SMALL_WHEEL_SHA256=packed, SMALL_WHEEL_BYTES=os.path.getsize(path))
+        self.folder = folder_with_traps()
 
     def call(self, *arguments, **env):
         return subprocess.run(
             [sys.executable, self.script, *arguments],
+            cwd=self.folder,
             env=dict(self.env, **env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -4193,10 +4216,7 @@ class AsideTest(unittest.TestCase):
 
 class CurrentFolderTest(unittest.TestCase):
     def test_nothing_of_the_current_folder_is_run(self):
-        folder = tempfile.mkdtemp(dir=FOLDER)
-        for name in ("queue", "json", "signal", "llama_cpp", "jinja2"):
-            with open(os.path.join(folder, name + ".py"), "w") as file:
-                file.write("import os; os.abort()")
+        folder = folder_with_traps()
         # -S and -I would change what is tested: the program is started as people start it
         env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
         done = subprocess.run(
@@ -4246,7 +4266,7 @@ class BootTest(unittest.TestCase):
         self.assertEqual(read_bytes(kept), good)
         # each fault with a small program in the place of ours
         script = write(
-            b"class EngineProcess:\n def run(self):\n  print('{\"event\": \"hello\"}')\n" * 9, ".py"
+            b'class EngineProcess:\n def run(self):\n  print(\'{"event": "hello"}\')\n' * 9, ".py"
         )
         self.start(script)
         good = read_bytes(kept)
