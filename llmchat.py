@@ -12492,7 +12492,7 @@ def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
         return None
     models = re.findall('"model": ' + JSON_TEXT, text)
     model = unescape(models[-1]) if models else ""
-    return ChatEntry(name, chat_title(text), model, time_s, len(text))
+    return ChatEntry(name, stored_title(text), model, time_s, len(text))
 
 def holds_text(text: str, low: str) -> bool:
     """Find a text, as JSON has it and in lower case, in a chat's title and in what was said."""
@@ -12501,7 +12501,8 @@ def holds_text(text: str, low: str) -> bool:
     said = re.findall('"(?:content|part|title)": ' + JSON_TEXT, text)
     return low in "\n".join(said).lower()
 
-def chat_title(text: str) -> str:
+def stored_title(text: str) -> str:
+    """Return the title in a chat's file, or else its first question."""
     lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
     record: Dict[str, Any] = {}
     for line in lines:
@@ -13245,10 +13246,10 @@ class DiskWorker:
 
 # == 38. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
-# views are others. All that the window tells has a place here: replies on stdout, the rest on stderr.
+# views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
-SURE_CHARS = 800                  # so long an answer is printed into a pipe before its end, if the
-                                  # model isn't known to think
+# So long an answer is printed into a pipe before its end, if the model isn't known to think.
+SURE_CHARS = 800
 SILENT_S = 120                    # an engine that loads, and neither speaks nor reads so long, hangs
 HUNG_ENGINE = ("The engine has done nothing for %d s while it was loading, so it was ended: try "
                "again, or see what --doctor says.")
