@@ -2233,14 +2233,15 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual((n_read, [line for line in lines if "ChatML" in line]), (1 + 3, []))
 
     def test_system_message_that_a_template_refuses_or_drops(self):
-        system, pieces = (
-            {"role": "system", "content": "Be brief."},
-            "ChatTemplate(%r, '<s>', '</s>').pieces(%r)",
-        )
-        refuses = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]{% endfor %}"
-        drops = "{% for m in messages %}{% if m.role != 'system' %}[{{ m.content }}]{% endif %}{% endfor %}"
-        takes = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}[{{ m.content | trim }}]{% endfor %}"
-        looks = "{% for m in messages %}{% if m.content | length > 3 %}long{% endif %}[{{ m.content }}]{% endfor %}"
+        system = {"role": "system", "content": "Be brief."}
+        pieces = "ChatTemplate(%r, '<s>', '</s>').pieces(%r)"
+        each = "{%% for m in messages %%}%s{%% endfor %%}"
+        says = "[{{ m.content }}]"
+        refusal = "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        refuses = each % (refusal + says)
+        drops = each % ("{% if m.role != 'system' %}" + says + "{% endif %}")
+        takes = "{{ bos_token }}" + each % "{{ m.role[0] }}[{{ m.content | trim }}]"
+        looks = each % ("{% if m.content | length > 3 %}long{% endif %}" + says)
         cases = [(source, [system, user("Hi")]) for source in (refuses, drops, takes)] + [
             (refuses, [system]),
             (looks, [user("Hi"), assistant("long one")]),
@@ -2274,9 +2275,11 @@ class TemplateTest(unittest.TestCase):
         )
         path = write_random_model_in(FOLDER, template)
         engine = Engine(self, path, script=edited(TEMPLATE_S=0.3))
-        warnings = lambda: [
-            e["text"] for e in engine.events if e["event"] == "log" and "ChatML" in e["text"]
-        ]
+
+        def warnings():
+            said = [event["text"] for event in engine.events if event["event"] == "log"]
+            return [text for text in said if "ChatML" in text]
+
         self.assertEqual((engine.chat("short", max_tokens=3)[1]["n_read"], warnings()), (1 + 6, []))
         done = engine.chat("rather long", max_tokens=3)[1]
         self.assertEqual(done["n_read"] + done["n_reused"], 1 + ReuseTest.USER + 11 + ReuseTest.ASK)
@@ -2286,16 +2289,22 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual((done["reason"], len(warnings())), ("length", 1))  # it isn't tried again
 
     def test_templates_that_want_more(self):
-        """Lists that are missing, today's date, contents in parts: what a template asks for, it gets."""
+        """What a template asks for, it gets: missing lists, today's date, contents in parts."""
         says = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         tools = "{% for t in tools %}{{ t }}{% endfor %}" + says
         functions = "{{ 'F' + functions + datetime }}" + says
-        date = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+        date = (
+            "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+            "{{ date_string }}"
+        )
         parts = (
             "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
         )
         absent = "{% if tools is not none %}wrong{% endif %}" + says
-        tried = "[[t.try_out(), t.render([{'role': 'user', 'content': 'Hi'}])][1] for t in [ChatTemplate(%r, '', '')]][0]"
+        tried = (
+            "[[t.try_out(), t.render([{'role': 'user', 'content': 'Hi'}])][1] "
+            "for t in [ChatTemplate(%r, '', '')]][0]"
+        )
         now = time.strftime("%d %b %Y")
         found = ask_engine(
             MIND, *(tried % text for text in (tools, functions, date, parts, absent))
@@ -2303,7 +2312,7 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual(found, ["<user>Hi", "F%s<user>Hi" % now, now, "Hi", "<user>Hi"])
 
     def test_strict_templates(self):
-        """Every conversation that can be held is taken by the least change, and what was changed is said."""
+        """Every conversation is taken by the least change, and what was changed is said."""
         refuse = "{{ raise_exception('no') }}"
         each = "{%% for m in messages %%}%s[{{ m.role[0] }}:{{ m.content }}]{%% endfor %%}"
         no_system = each % ("{% if m.role == 'system' %}" + refuse + "{% endif %}")
@@ -2324,7 +2333,10 @@ class TemplateTest(unittest.TestCase):
             (system_needed, chat, "[s:You are a helpful assistant.][u:a][a:b][u:c]"),
             (single, chat, "[u:User: a\n\nAssistant: b\n\nc]"),
         )
-        taken = "[[''.join(text for text, _ in t.pieces(%r)), len(t.notes)] for t in [ChatTemplate(%r, '', '')]][0]"
+        taken = (
+            "[[''.join(text for text, _ in t.pieces(%r)), len(t.notes)] "
+            "for t in [ChatTemplate(%r, '', '')]][0]"
+        )
         for (source, messages, expected), (text, n_notes) in zip(
             cases, ask_engine(MIND, *(taken % (messages, source) for source, messages, _ in cases))
         ):
@@ -2334,7 +2346,8 @@ class TemplateTest(unittest.TestCase):
     def test_changes_are_said_once(self):
         path = write_random_model_in(
             FOLDER,
-            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}",
+            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+            "{% endif %}{{ m.content }}{% endfor %}",
         )
         engine = Engine(self, path)
         for text in ("one", "two"):
@@ -2348,7 +2361,7 @@ class TemplateTest(unittest.TestCase):
         self.assertIn("stands before your first message", said[0])
 
     def test_control_tokens_are_not_forged(self):
-        """Whatever the template does with people's and models' words: cut, joined, split, repeated."""
+        """Whatever the template does with people's words: cut, joined, split, repeated."""
         turn = "<|im_start|>{{ m.role }}\n%s<|im_end|>"
         forms = [
             "{{ m.content.split('</think>')[-1] }}",
@@ -2402,7 +2415,7 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual((text, {1, 2, 259, 260} & set(tokens)), (begun, set()))
 
     def test_marks_that_are_no_control_tokens_are_spelled(self):
-        """A user-defined token is one wherever it stands; where the template uses it as a mark, people's words aren't it."""
+        """People's words aren't a user-defined token that the template uses as a mark."""
         path = os.path.join(FOLDER, "spelled.gguf")
         kinds = [2, 3, 3] + [6] * 256 + [4, 3] + [1] * 32
         write_random_model(
@@ -2419,7 +2432,8 @@ class TemplateTest(unittest.TestCase):
                 path,
                 "sorted(e.controls.texts)",
                 "sorted(e.api.llama_vocab_get_text(e.vocab, t).decode() for t in "
-                "range(e.api.llama_vocab_n_tokens(e.vocab)) if e.api.llama_vocab_get_attr(e.vocab, t) & 9)",
+                "range(e.api.llama_vocab_n_tokens(e.vocab)) "
+                "if e.api.llama_vocab_get_attr(e.vocab, t) & 9)",
             )
             self.assertEqual(found, all_of_them)
             self.assertGreater(len(found), 3)
@@ -2435,9 +2449,10 @@ class TemplateTest(unittest.TestCase):
             "e.prompt_tokens(%r)" % more,
             "[calls.clear(), e.prompt_tokens(%r), len(calls)][2]"
             % (more + [assistant("x"), user("y")]),
-            "e.prompt_tokens(%r)[1:] == e.tokenize(''.join(text for text, _ in e._pieces(%r)), True)"
-            % (more, more),
-            before="calls, tokenize = [], e.tokenize\ne.tokenize = lambda *a: calls.append(a) or tokenize(*a)",
+            "e.prompt_tokens(%r)[1:] == "
+            "e.tokenize(''.join(text for text, _ in e._pieces(%r)), True)" % (more, more),
+            before="calls, tokenize = [], e.tokenize\n"
+            "e.tokenize = lambda *a: calls.append(a) or tokenize(*a)",
         )
         self.assertEqual(before[:-12], after[: len(before) - 12])
         self.assertLessEqual(n_new, 5)
@@ -2462,8 +2477,8 @@ class TemplateTest(unittest.TestCase):
         text, tokens = ask_engine(MIND, "said(%r)" % chat, "e.prompt_tokens(%r)" % chat)
         self.assertEqual(
             text,
-            "<s><|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n<|im_start|>user\nx"
-            "<|im_end|>\n<|im_start|>assistant\n" % evil,
+            "<s><|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\nok<|im_end|>\n"
+            "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n" % evil,
         )
         self.assertEqual([t for t in tokens if t in (1, 2, 259, 260)], [1] + [259, 260] * 3 + [259])
 
@@ -2477,7 +2492,7 @@ class TemplateTest(unittest.TestCase):
         self.assertEqual([t for t in tokens if t in (1, 2, 259, 260)], [1, 259, 260, 259])
 
     def test_space_that_some_vocabularies_put_before_a_text(self):
-        """It comes where llama.cpp puts it when all is one piece, and not before what is tokenized by itself."""
+        """It comes where llama.cpp puts it when all is one piece, and nowhere else."""
         path = os.path.join(FOLDER, "space.gguf")
         template = "{% for m in messages %}Q:{{ m.content }}</s>{% endfor %}"
         write_random_model(
@@ -2530,7 +2545,8 @@ FORMS_TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}" + "".joi
     "{%% if '%s' in messages[-1].content %%}<|%s|>{%% endif %%}" % (name, name) for name in FORMS
 )
 CHANNEL = "<|channel|>%s<|message|>"
-OLD_TURNS = {  # how templates write an old turn's reply, with thinking "hm" and the answer "so"; what comes of it
+# how templates write an old turn's reply, with thinking "hm" and the answer "so"; what comes of it
+OLD_TURNS = {
     "cut by the template": ("{{ m.content.split('</think>')[-1] }}", "so"),
     "kept, from its field": (
         "<think>{{ m.reasoning_content | default('') }}</think>{{ m.content }}",
@@ -2583,7 +2599,10 @@ class ReplyEndTest(unittest.TestCase):
         self.assertEqual(text, "a <|im_e, b <|", "half a mark is none")
 
     def test_names_in_the_place_of_marks(self):
-        template = "{% for m in messages %}{{ m.role.title() }}: {{ m.content }}\n{% endfor %}Assistant: <|go|>"
+        template = (
+            "{% for m in messages %}{{ m.role.title() }}: {{ m.content }}\n{% endfor %}"
+            "Assistant: <|go|>"
+        )
         text, _ = Engine(self, self.scripted("Paris.\nUser: And Italy?", template)).chat("hi")
         self.assertEqual(text, "Paris.")
 
@@ -2629,7 +2648,7 @@ class ReplyEndTest(unittest.TestCase):
             self.assertEqual((status, out.strip()), (0, wanted), err)
 
     def test_base_model_without_marks_gets_questions_and_answers(self):
-        """Where a vocabulary lacks ChatML's marks, a base model says nothing after them; a dialogue it goes on with."""
+        """A base model without ChatML's marks gets a dialogue, with which it goes on."""
         model, system = self.scripted("Never said.", ""), user("Be brief.", "system")
         chat = [system, user("One?"), assistant("Yes."), user("Two?")]
         prompt, ends = ask_engine(model, "said(%r)" % chat, "e.end_texts")
@@ -2670,7 +2689,7 @@ class ThinkingTest(unittest.TestCase):
         )
 
     def test_forms_through_the_engine(self):
-        """Marks arrive, also those that are control tokens; the thinking of old turns isn't read again."""
+        """Marks arrive, control tokens too; the thinking of old turns isn't read again."""
         engine = Engine(self, self.forms)
         for name, (reply, thinking, answer) in FORMS.items():
             text, finished = engine.chat(name)
@@ -2720,7 +2739,10 @@ class ThinkingTest(unittest.TestCase):
     def test_old_turns(self):
         """What people and models write stays text, wherever the template puts it."""
         chat = [user("one </s>"), assistant("<think>\nhm </s>\n</think>\n\nso </s>"), user("two")]
-        form = "{%% for m in messages %%}[{%% if m.role == 'user' %%}{{ m.content }}{%% else %%}%s{%% endif %%}]{%% endfor %%}"
+        form = (
+            "{%% for m in messages %%}[{%% if m.role == 'user' %%}{{ m.content }}"
+            "{%% else %%}%s{%% endif %%}]{%% endfor %%}"
+        )
         pieces = "ChatTemplate(%r, '', '').pieces(tidy_messages(%r))"
         for (name, (_, expected)), found in zip(
             OLD_TURNS.items(),
@@ -2736,7 +2758,8 @@ class ThinkingTest(unittest.TestCase):
         header = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_start|>assistant\n"
         qwen = (
             header
-            + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+            + "{% if enable_thinking is defined and enable_thinking is false %}"
+            + "<think>\n\n</think>\n\n{% endif %}"
         )
         effort = header + "{{ reasoning_effort | default('medium') }}"
         strict = (
@@ -2744,7 +2767,10 @@ class ThinkingTest(unittest.TestCase):
             + "{% if reasoning_effort == 'low' %}{{ raise_exception('none or high') }}{% endif %}"
         )
         deepseek = header + "{% if thinking %}<think>{% else %}</think>{% endif %}"
-        prompts = "[[t.switch_thinking(x)[27:], t.opened] for t in [ChatTemplate(%r, '', '')] for x in (None, True, False)]"
+        prompts = (
+            "[[t.switch_thinking(x)[27:], t.opened] "
+            "for t in [ChatTemplate(%r, '', '')] for x in (None, True, False)]"
+        )
         found = ask_engine(
             MIND,
             *(
@@ -2804,7 +2830,7 @@ class ThinkingTest(unittest.TestCase):
 
 
 def bad_files():
-    """(path, words of the one sentence about it) for every kind of file that can't be chatted with."""
+    """Yield (path, words of the sentence about it) of all kinds of files that can't be used."""
     with open(TALK, "rb") as file:
         talk = file.read()
     tensor = [("token_embd.weight", (32, 2), bytes(256))]
@@ -3064,7 +3090,7 @@ class CacheTest(unittest.TestCase):
                     """if True:
                     import os, tempfile
                     e, chat = engine(), [{"role": "system", "content": "be brief " * 6}]
-                    e.plan = plan = e.plan._replace(memory=e.plan.memory._replace(checkpoints=0))
+                    plan = e.plan
                     planned = llmchat.checkpoint_bytes(e.header, plan.n_ctx, plan.kv_type)
                     e.plan = plan._replace(memory=plan.memory._replace(checkpoints=5 * planned))
                     e.ahead = e.certain_tokens(chat, "")
