@@ -11847,8 +11847,8 @@ def probe_index() -> str:
 
 
 # == 31. COMPILED CODE =============================================================================
-# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form, in
-# a file with a checksum (Python's own has none, so a damaged one could do anything). One that isn't
+# A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
+# in a file with a checksum (Python's own has none, so a damaged one could do anything). One that isn't
 # right in every way is made anew.
 
 # In: path of llmchat.py, cache = folder of the compiled form. Out: module.

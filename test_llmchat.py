@@ -773,7 +773,8 @@ class CommandTest(unittest.TestCase):
         self.make = (
             sys.executable,
             "-c",
-            "import sys; sys.path.insert(0, sys.argv[1]); import llmchat; print(llmchat.write_command())",
+            "import sys; sys.path.insert(0, sys.argv[1]); import llmchat; "
+            "print(llmchat.write_command())",
             home["HOME"],
         )
 
@@ -1070,7 +1071,7 @@ class PlanInstallTest(unittest.TestCase):
         self.assertGreater(llmchat.time_core(), 0)
 
     def test_no_compiler(self):
-        """The first thing said is the command that gets one; where nothing else will do, nothing else is said or tried."""
+        """The first thing said is the command that gets one; alone, where nothing else will do."""
         for platform, hint in llmchat.COMPILER_HINTS.items():
             plan = self.plan(platform=platform, has_compiler=False, has_sources=True)
             self.assertEqual(plan.problems, ())
@@ -1132,8 +1133,9 @@ class PlanInstallTest(unittest.TestCase):
         tail = [
             "Collecting pip",
             "Looking in indexes: https://me:word@pypi.example/simple, https://other.example/",
-            "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError"
-            "(\"HTTPSConnection(host='pypi.example', port=443): Failed to establish a new connection\")': /simple/pip/",
+            "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by "
+            "'NewConnectionError(\"HTTPSConnection(host='pypi.example', port=443): "
+            "Failed to establish a new connection\")': /simple/pip/",
         ]
         host = llmchat.find_lost_index(tail)
         self.assertEqual((host, llmchat.find_lost_index(tail[2:])), ("pypi.example", "PyPI"))
@@ -1144,7 +1146,8 @@ class PlanInstallTest(unittest.TestCase):
             "check the network or proxy, then install again.",
         )
         slow = [
-            "WARNING: Retrying (Retry(total=0)) after connection broken by 'ReadTimeoutError(\"HTTPSConnectionPool(host='x')"
+            "WARNING: Retrying (Retry(total=0)) after connection broken by "
+            "'ReadTimeoutError(\"HTTPSConnectionPool(host='x')"
             ": Read timed out. (read timeout=3)\")': /simple/pip/"
         ]
         self.assertIn(
@@ -1155,7 +1158,7 @@ class PlanInstallTest(unittest.TestCase):
         )
 
     def test_compiler_s_header_for_amx(self):
-        """GCC 12.2's and 12.4's: the first reads 8 bytes of the tile configuration, as the compiler sees it."""
+        """GCC 12.2's and 12.4's, as the compiler sees it: the first reads 8 bytes of the tiles."""
         bad = '{ __asm__ volatile ("ldtilecfg\\t%X0" :: "m" (*((const void **)__config))); }'
         good = "{ __builtin_ia32_ldtilecfg (__config); }"
         self.assertRegex(bad, llmchat.AMX_MISREAD)
@@ -1183,7 +1186,7 @@ class CompileClockTest(unittest.TestCase):
         return steps
 
     def build(self, *pace):
-        """The lines of a build of 83 steps: (a step's number from which on, seconds per unit of cost)."""
+        """The lines of a build of 83 steps; pace: (a step's number from which on, s per cost)."""
         names = list(llmchat.STEP_COSTS)
         names += ["file%d.cpp" % n for n in range(83 - len(names))]
         now_s = 0.0
@@ -1340,9 +1343,12 @@ class InstallTest(unittest.TestCase):
             os.stat(place).st_ino,
             [llmchat.env_python(place), SCRIPT, "--install", "--upgrade"],
         )  # by the one that it replaces
-        upgrade = lambda: subprocess.run(
-            argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S
-        )
+
+        def upgrade():
+            return subprocess.run(
+                argv, env=env, stdout=subprocess.PIPE, encoding="utf-8", timeout=LIMIT_S
+            )
+
         done = upgrade()
         self.assertEqual((done.returncode, os.stat(place).st_ino), (0, before), done.stdout)
         self.assertRegex(
@@ -1353,7 +1359,8 @@ class InstallTest(unittest.TestCase):
         done = upgrade()
         self.assertRegex(
             done.stdout,
-            r"replied rightly(?s:.*)The engine is installed: llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)",
+            r"replied rightly(?s:.*)The engine is installed: "
+            r"llama-cpp-python 0\.9999\.0 \(it was 0\.3\.\d+\)",
         )
         self.assertEqual(
             [name for name in sorted(os.listdir(folder)) if name.startswith("engine")],
@@ -1363,11 +1370,12 @@ class InstallTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "links")
     def test_killed_at_any_step_an_engine_is_left(self):
-        """A process that dies in one of the last renames; the "new engine" is a copy of the old one."""
+        """A process dies in one of the last renames; the "new engine" is a copy of the old one."""
         engine = os.path.dirname(os.path.dirname(install()))
         code = """if True:
             import os, shutil, sys, llmchat
-            place, rename, left = os.path.join(llmchat.data_dir(), "engine"), os.rename, [int(sys.argv[1])]
+            rename = os.rename
+            left = [int(sys.argv[1])]
             def die(*paths):
                 left[0] -= 1
                 if left[0] < 0:
@@ -1421,7 +1429,7 @@ class InstallTest(unittest.TestCase):
 
 
 class WheelIndex:
-    """A wheel index on this machine: pages is {path: bytes}; None = it takes the connection and says nothing."""
+    """A wheel index on this machine. pages: {path: bytes}; None = it never answers."""
 
     def __init__(self, test, pages):
         import http.server
@@ -1539,8 +1547,8 @@ class WheelTest(unittest.TestCase):
         self.assertTrue(llmchat.engine_version(python).startswith("0.3."), said)
 
 
-# A source package whose build takes no time: llama-cpp-python as the engine's Python has it, but that its first decode
-# crashes unless the flag is among CMAKE_ARGS.
+# A source package whose build takes no time: llama-cpp-python as the engine's Python has it, but that
+# its first decode crashes unless the flag is among CMAKE_ARGS.
 BRITTLE_BACKEND = """
 import base64, os, zipfile
 def build_wheel(folder, *_):
@@ -1635,7 +1643,7 @@ class TrialTest(unittest.TestCase):
             self.assertEqual(python != "''", found, name)
 
     def test_all_kinds_of_kernels_run(self):
-        """Many tokens in a batch (the engine begins with 16, and goes on as fast as the machine is), then single ones."""
+        """Many tokens in a batch (16 at first, then as the machine is fast), then single ones."""
         script = """if True:
             import llmchat, os, sys
             api = llmchat.import_llama()
@@ -1645,10 +1653,13 @@ class TrialTest(unittest.TestCase):
                 return decode(context, batch)
             api.llama_decode = count
             said = []
-            engine = llmchat.LlamaEngine(api, lambda event, **fields: said.append(event), llmchat.StopFlag())
+            def say(event, **fields):
+                said.append(event)
+            engine = llmchat.LlamaEngine(api, say, llmchat.StopFlag())
             llmchat.write_trial_model(sys.argv[1])
             engine.load(sys.argv[1], llmchat.LoadOptions(n_ctx=512))
-            engine.chat([{"role": "user", "content": llmchat.TRIAL_PROMPT}], llmchat.Sampling(temperature=0, max_tokens=8))
+            messages = [{"role": "user", "content": llmchat.TRIAL_PROMPT}]
+            engine.chat(messages, llmchat.Sampling(temperature=0, max_tokens=8))
             print(sizes)
         """
         done = subprocess.run(
@@ -1665,7 +1676,7 @@ class TrialTest(unittest.TestCase):
         self.assertGreater(sum(sizes), 32 + 7)
 
     def brittle(self, flag):
-        """A folder with the source package that crashes without this flag, and with what else the installer needs."""
+        """A folder with the package that crashes without this flag, and what else is needed."""
         import io, tarfile
 
         code = "import llmchat; print(llmchat.import_llama().__file__)"
@@ -2091,8 +2102,10 @@ class RealModelTest(unittest.TestCase):
 
 
 class SetupTest(unittest.TestCase):
-    """One command in an empty home: the engine, a small real model, an answer. The packages come from a folder, the
-    model's packed up anew, which a copy of the program takes for the right one."""
+    """One command in an empty home: the engine, a small real model, an answer.
+
+    The packages come from a folder, the model's packed up anew, which a copy of the program takes
+    for the right one."""
 
     def setUp(self):
         import hashlib
@@ -7302,8 +7315,9 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
 
 
 class LoopbackHub:
-    """Plays Hugging Face on 127.0.0.1, and the server it redirects to on "localhost": another host, with another port. What
-    stands in `faults`, a list of (place, what), happens at the next requests there; `gate` lets the second halves of files through."""
+    """Plays Hugging Face on 127.0.0.1, and the server it redirects to on "localhost": another host,
+    with another port. What stands in `faults`, a list of (place, what), happens at the next
+    requests there; `gate` lets the second halves of files through."""
 
     def __init__(self, test, **repos):
         from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7666,14 +7680,16 @@ class FetchTest(unittest.TestCase):
             (
                 "api",
                 (401, gated),
-                "org/repo is for those who have accepted its licence: do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN",
+                "org/repo is for those who have accepted its licence: "
+                "do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN",
             ),
             ("resolve", (403, {}), "accepted its licence"),
             ("api", (404, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
             (
                 "api",
                 (401, {}),
-                "doesn't take your token .HF_TOKEN, or the file .*token.: make a new one on http://127.0.0.1:.*/settings/tokens",
+                "doesn't take your token .HF_TOKEN, or the file .*token.: "
+                "make a new one on http://127.0.0.1:.*/settings/tokens",
             ),
             ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"),
             ("api", (200, {}), "log in"),
@@ -7741,9 +7757,10 @@ class FetchTest(unittest.TestCase):
             llmchat.SUGGESTED_MODELS[1],
         )
         models = {name: [llmchat.HubFile(name, 1000, "")] for name in files}
-        find = lambda wanted, where, models=models, repo="org/repo": llmchat.find_suited(
-            models, repo, wanted, where
-        )
+
+        def find(wanted, where, models=models, repo="org/repo"):
+            return llmchat.find_suited(models, repo, wanted, where)
+
         self.assertEqual((find("", old), find("", new)), (files[:1], files[1:2]))
         self.assertEqual(
             (find("Q8_0", old), find("q4_k_m", old), find("Q5_0", old)), (files[3:], files[1:2], [])
@@ -7962,7 +7979,9 @@ class FetchTest(unittest.TestCase):
         if POSIX:
             import resource
 
-            limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+            def limit():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+
             status, out, err = run_plain(
                 "--download", "org/repo", env=dict(ENV, **hub.env), preexec_fn=limit
             )
@@ -8015,12 +8034,13 @@ class FetchTest(unittest.TestCase):
 
     def test_suggestions(self):
         hub = self.hub()
-        entries = lambda gb, speed=0.0, free=0.1: llmchat.suggested_entries(
-            machine(gb, free)._replace(bytes_per_s=speed)
-        )
-        best = lambda *where: [
-            entry.name for entry in entries(*where) if entry.note.startswith("best fit")
-        ]
+
+        def entries(gb, speed=0.0, free=0.1):
+            return llmchat.suggested_entries(machine(gb, free)._replace(bytes_per_s=speed))
+
+        def best(*where):
+            return [entry.name for entry in entries(*where) if entry.note.startswith("best fit")]
+
         self.assertEqual(
             [entry.name for entry in entries(7.7)],
             [
@@ -8309,10 +8329,13 @@ class FetchTest(unittest.TestCase):
         window = self.window(hub, MIND).wait(Condition.READY)
         hub.gate.clear()
         window.handle(Submitted("/download org/repo"))
-        half = lambda: any(
-            os.path.exists(part) and os.path.getsize(part) == len(self.DATA) // 2
-            for part in window.state.fetch.parts
-        )
+
+        def half():
+            return any(
+                os.path.exists(part) and os.path.getsize(part) == len(self.DATA) // 2
+                for part in window.state.fetch.parts
+            )
+
         self.wait(window, half)
         window.handle(Submitted("/download qwen3:4b"))
         self.assertIn("org/repo is being fetched", window.said("notice")[-1])
@@ -8381,7 +8404,8 @@ class FetchTest(unittest.TestCase):
         folder = tempfile.mkdtemp(dir=FOLDER)
         with open(os.path.join(folder, "sitecustomize.py"), "w") as file:  # in each Python process
             file.write(
-                "import sys\nsys.addaudithook(lambda name, args: open(%r, 'a').write('%%s %%r\\n' %% (name, args)) "
+                "import sys\nsys.addaudithook(lambda name, args: "
+                "open(%r, 'a').write('%%s %%r\\n' %% (name, args)) "
                 "if name in ('socket.connect', 'socket.getaddrinfo') else None)"
                 % os.path.join(folder, "calls")
             )
@@ -8602,7 +8626,7 @@ class LoopbackIndex:
 
 
 class SmallModelTest(unittest.TestCase):
-    """A package of the same name, with a scripted model in it, and a program that takes this for the right one."""
+    """A package of the same name with a scripted model, and a program that takes it for right."""
 
     def setUp(self):
         self.env, self.folder = new_home()
@@ -8640,7 +8664,9 @@ class SmallModelTest(unittest.TestCase):
         """A copy of the script that expects this wheel."""
         import hashlib
 
-        sha256 = lambda data: hashlib.sha256(data).hexdigest()
+        def sha256(data):
+            return hashlib.sha256(data).hexdigest()
+
         script = edited(
             SMALL_WHEEL_BYTES=os.path.getsize(wheel),
             SMALL_WHEEL_SHA256=sha256(read_bytes(wheel)),
@@ -8737,15 +8763,18 @@ class SmallModelTest(unittest.TestCase):
             llmchat.check_room(self.folder, llmchat.SMALL_ROOM_BYTES, "make room")
         for said, words in (
             (
-                "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+                "ERROR: Could not install packages due to an OSError: "
+                "[Errno 28] No space left on device",
                 "isn't enough room",
             ),
             (
-                "WARNING: Retrying after SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))",
+                "WARNING: Retrying after SSLError(SSLCertVerificationError("
+                "1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))",
                 "can't be trusted",
             ),
             (
-                "WARNING: Retrying after ConnectTimeoutError: connect timeout=10\nERROR: No matching distribution found",
+                "WARNING: Retrying after ConnectTimeoutError: connect timeout=10\n"
+                "ERROR: No matching distribution found",
                 "can't be reached",
             ),
             ("one\nERROR: odd\nlast", "pip couldn't fetch it: ERROR: odd"),
@@ -8754,7 +8783,7 @@ class SmallModelTest(unittest.TestCase):
             self.assertIn(words, llmchat.explain_pip(said.split("\n")))
 
     def test_python_without_pip(self):
-        """The engine's pip is taken, else a new environment's; without that there is one sentence."""
+        """The engine's pip is taken, else a new environment's; else there is one sentence."""
         work = tempfile.mkdtemp(dir=FOLDER)
         with mock.patch("importlib.util.find_spec", return_value=None):
             with mock.patch.object(
@@ -8772,16 +8801,21 @@ class SmallModelTest(unittest.TestCase):
                 self.assertRaisesRegex(ModelError, "python3-venv", llmchat.find_pip, work)
 
     def test_half_is_never_offered(self):
-        """With an index that stops in the middle: progress, another process, a cancel; then a killed one, whose rest goes."""
+        """With an index that stops in the middle: progress, another process, a cancel, a kill."""
         index = LoopbackIndex(self, self.wheel)
         index.gate.clear()
         env = dict(index.env, PIP_NO_INDEX="")
         child = self.start(**env)
         half = os.path.getsize(self.wheel) // 2
-        while True:  # ends with the test's limit on pip's own wait
-            event = json.loads(child.stdout.readline())
-            if event["event"] == "fetching" and event["done"] >= half - (1 << 18):
-                break
+
+        def wait_for_half():
+            """Ends with the index's own limit."""
+            while True:
+                event = json.loads(child.stdout.readline())
+                if event["event"] == "fetching" and event["done"] >= half - (1 << 18):
+                    return
+
+        wait_for_half()
         self.assertNotIn("SmolLM2", self.run_program("--list")[1])
         status, _, err = self.run_program("--download", "smollm2:135m", **env)
         self.assertEqual(
@@ -8792,9 +8826,11 @@ class SmallModelTest(unittest.TestCase):
             child.send_signal(signal.SIGINT)
             self.assertEqual((child.wait(LIMIT_S), self.left()), (130, []))
             child = self.start(**env)
-            wait_until(self.left)
+            wait_for_half()
         child.kill()
         child.wait()
+        if POSIX:
+            wait_until(lambda: not self.left())  # pip removes its folder when we are gone
         index.gate.set()
         self.assertEqual(self.run_program("--download", "smollm2:135m", **env)[0], 0)
         self.assertEqual(self.left(), [llmchat.SMALL_MODEL.file])
