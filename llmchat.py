@@ -5073,7 +5073,7 @@ KEY_CODES = {
 KEYPAD_CODES = dict(zip(range(57399, 57414), "0123456789./*-+"))
 SHIFT, ALT, CTRL, SUPER, META, CAPS = 1, 2, 4, 8 | 16, 32, 64    # bits; a modifier is 1 + them
 
-PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+PASTE_END = "\x1b[201~"
 SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
 ESC_S = 0.05                        # the same for an Esc alone, which is the key then
 OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
