@@ -3447,12 +3447,12 @@ def cmd_interrupt(state: State, argument: str) -> Outcome:
         return state, (Quit(),)
     return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit")
 
-def cmd_pane(state: State, argument: str) -> Change:
+def cmd_pane(state: State, argument: str) -> Outcome:
     """move the system pane: beside the chat, hidden, in front"""
-    wide = can_be_beside(state)
-    after = {"beside": "hidden" if wide else "full", "hidden": "full", "full": "beside" if wide else "hidden"}
-    pane = after[state.pane]
-    return state._replace(pane=pane, focus="system" if pane == "full" else "chat"), ()
+    places = ["beside", "hidden", "full"] if can_be_beside(state) else ["full", "hidden"]
+    at = places.index(state.pane) if state.pane in places else -1
+    pane = places[(at + 1) % len(places)]
+    return state._replace(pane=pane, focus="system" if pane == "full" else "chat")
 
 def cmd_focus(state: State, argument: str) -> Outcome:
     """choose the pane that PgUp and PgDn scroll"""
