@@ -6506,7 +6506,7 @@ def engine_key(api: Any, hardware: Hardware) -> str:
 
 def read_caution(key: str) -> int:
     """How much caution the engine of this key needs to run."""
-    kept = read_kept("engines.json").get(key, {}).get("caution")
+    kept = read_kept("machine.json").get(key, {}).get("caution")
     return kept if kept in range(len(CAUTIONS)) else 0
 
 def careful(options: LoadOptions, key: str) -> LoadOptions:
@@ -7213,7 +7213,7 @@ class LlamaEngine:
         self.emit("proven")
         if self.caution > read_caution(self.key):
             with suppress(OSError):       # then the next start finds it out again
-                save_kept("engines.json", self.key, {"caution": self.caution})
+                save_kept("machine.json", self.key, {"caution": self.caution})
 
     def _decode_paced(self, tokens: List[int]) -> bool:
         """Decode by as many threads as the machine's load allows."""
@@ -9253,7 +9253,7 @@ def string(header: Header, key: str) -> str:
 def numbers(header: Header, key: str) -> List[int]:
     """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
     value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
-    values = value if type(value) in (tuple, list) else (value,)    # a list is from models.json
+    values = value if type(value) is tuple else (value,)
     return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
 
 def number(header: Header, key: str, default: int = 0) -> int:
@@ -9642,7 +9642,7 @@ def machine_key(hardware: Hardware) -> str:
 def tune(options: LoadOptions, key: str) -> LoadOptions:
     """The options with what --bench found for this key, unless a number of threads is wished for."""
     with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
-        found = read_kept("tuning.json")[key] if not options.n_threads else {}
+        found = read_kept("machine.json")[key] if not options.n_threads else {}
         return options._replace(n_threads=int(found["n_threads"]), n_ubatch=options.n_ubatch or int(found["n_ubatch"]),
                                tuned_rate=float(found["tokens_per_s"]))
     return options
@@ -9755,18 +9755,23 @@ def time_copying(half: int) -> Tuple[float, float]:
 # In our own folders, and in the stores of other programs, which are only read; another program is another row of
 # STORES. It must not know State or the terminal.
 
-FULL_HEADERS_S = 0.7                  # so long headers are read in full, which shows files that are cut short; the rest next time
 FAR_S = 1.0                           # how long FAR_FOLDERS may take; a network's dead disk hangs for ever
-MAX_DEPTH, MAX_ENTRIES = 3, 10_000    # how far a folder is searched, so that a huge one doesn't keep us busy for minutes
+TEMPLATES_S = 0.3                     # so long the list looks for chat templates, which stand far into a file
+MAX_DEPTH = 3                         # folders below the one that is searched
+MAX_ENTRIES = 10_000                  # of one search, so that a huge folder doesn't keep us busy for minutes
 
 def walk_files(folder: str) -> Iterable[str]:
-    """The files in a folder and below it, the upper ones first. Links that lead in circles and huge trees come to an end."""
+    """List the files in a folder and below it, the upper ones first.
+
+    Links that lead in circles and huge trees come to an end.
+    """
     import itertools
     todo, been, room = [(folder, 0)], set(), MAX_ENTRIES
     for place, depth in todo:             # which grows meanwhile
         entries, real = [], os.path.realpath(place)
         with suppress(OSError), os.scandir(place) as scan:
-            entries = sorted(itertools.islice(scan, 0 if real in been else room), key=lambda entry: entry.name)
+            few = itertools.islice(scan, 0 if real in been else room)
+            entries = sorted(few, key=lambda entry: entry.name)
         room -= len(entries)
         been.add(real)
         for entry in entries:
@@ -9777,78 +9782,135 @@ def walk_files(folder: str) -> Iterable[str]:
                     todo.append((entry.path, depth + 1))
 
 def read_small(path: str) -> str:
-    """A file of another program; "" where there is none, or something else in its place."""
+    """Read a file of another program; "" where there is none, or something else in its place."""
     stamp = probe_stamp(path)
-    return read_text(path) if os.path.isfile(path) and stamp and stamp[0] < 1 << 20 else ""
+    if not stamp or stamp[0] >= 1 << 20 or not os.path.isfile(path):
+        return ""
+    return read_text(path)
 
 def scan_folder(folder: str) -> Iterable[ModelEntry]:
-    """The .gguf files in a folder and below."""
+    """List the .gguf files in a folder and below."""
     for path in walk_files(folder):
         if path.lower().endswith(".gguf"):
             yield name_model(path, folder)
 
 def name_model(path: str, folder: str = "") -> ModelEntry:
-    """The entry of a file in this folder or below."""
-    name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))    # llama.cpp's cache has the repository before it: ORG_REPO-GGUF_NAME
+    """Make the entry of a file in this folder or below."""
+    # llama.cpp's cache has the repository before the name: ORG_REPO-GGUF_NAME
+    name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))
     place = os.path.dirname(path)         # Jan calls each file model.gguf, in a folder with the model's name
     if name == "model" and place != folder:
         name = os.path.basename(place)
     return ModelEntry(path, suggested_name(path) or name, "")
 
 def scan_hub(folder: str) -> Iterable[ModelEntry]:
-    """Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs. Of each file the version of refs/main, else any."""
+    """List Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs.
+
+    Of each file the version of refs/main, else any.
+    """
     import glob
-    is_old = lambda snapshot: os.path.basename(snapshot) != read_small(os.path.join(snapshot, "..", "..", "refs", "main")).strip()
-    snapshots = sorted(glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")), key=is_old, reverse=True)
-    return {(os.path.dirname(snapshot), entry.path[len(snapshot):]): entry for snapshot in snapshots for entry in scan_folder(snapshot)}.values()
+    found: Dict[Tuple[str, str], ModelEntry] = {}
+    for snapshot in glob.glob(os.path.join(glob.escape(folder), "models--*", "snapshots", "*")):
+        snapshots, commit = os.path.split(snapshot)
+        is_main = commit == read_small(os.path.join(snapshots, "..", "refs", "main")).strip()
+        for entry in scan_folder(snapshot):
+            file = snapshots, os.path.relpath(entry.path, snapshot)
+            if is_main or file not in found:
+                found[file] = entry
+    return found.values()
 
 def scan_ollama(folder: str) -> Iterable[ModelEntry]:
-    """Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
-    import json
-    root, blobs = os.path.join(folder, "manifests"), os.path.join(folder, "blobs", "")
+    """List Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
+    root = os.path.join(folder, "manifests")
     for path in walk_files(root):
-        name = re.sub(r"^registry\.ollama\.ai/(library/)?", "", os.path.relpath(path, root).replace(os.sep, "/"))
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):    # it isn't a manifest, whatever it is
-            manifest = json.loads(read_small(path))
-            layers = [layer["digest"] for layer in manifest["layers"] if layer["mediaType"] == "application/vnd.ollama.image.model"]
-            model, config = (blobs + re.match(r"sha256[:-](\w{64})$", digest).expand(r"sha256-\1") for digest in (*layers, manifest["config"]["digest"]))
+        tag = os.path.relpath(path, root).replace(os.sep, "/")
+        name = re.sub(r"^registry\.ollama\.ai/(library/)?", "", tag)
+        # what is no manifest, whatever it is, isn't listed
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            model, quant = read_manifest(read_small(path), os.path.join(folder, "blobs"))
             if os.path.isfile(model):
-                yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=str(json.loads(read_small(config) or "{}").get("file_type", "")))
+                yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=quant)
+
+def read_manifest(text: str, blobs: str) -> Tuple[str, str]:
+    """Find the model's file and its quantisation in a manifest of Ollama's; raises all sorts of errors."""
+    import json
+    manifest = json.loads(text)
+    digest, = [layer["digest"] for layer in manifest["layers"]
+               if layer["mediaType"] == "application/vnd.ollama.image.model"]
+    config = read_small(blob_path(blobs, manifest["config"]["digest"]))
+    return blob_path(blobs, digest), str(json.loads(config or "{}").get("file_type", ""))
+
+def blob_path(blobs: str, digest: str) -> str:
+    match = re.match(r"sha256[:-](\w{64})$", digest)
+    if not match:                         # it may lead anywhere
+        raise ValueError
+    return os.path.join(blobs, "sha256-" + match.group(1))
 
 STORES = [  # whose, how it is read, where; a $NAME that isn't set leads nowhere, a file to the folder that it names
-    ("Hugging Face", scan_hub, ("$HF_HUB_CACHE", "$HUGGINGFACE_HUB_CACHE", "$HF_HOME/hub", "$XDG_CACHE_HOME/huggingface/hub",
-                                "~/.cache/huggingface/hub")),
-    ("llama.cpp", scan_folder, ("$LLAMA_CACHE", "$XDG_CACHE_HOME/llama.cpp", "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
-                                "$LOCALAPPDATA/llama.cpp")),
-    ("Ollama", scan_ollama, ("$OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama")),
-    ("LM Studio", scan_folder, ("~/.lmstudio-home-pointer/models", "~/.lmstudio/models", "~/.cache/lm-studio/models")),
-    ("GPT4All", scan_folder, ("$XDG_DATA_HOME/nomic.ai/GPT4All", "~/.local/share/nomic.ai/GPT4All", "$LOCALAPPDATA/nomic.ai/GPT4All",
-                              "~/Library/Application Support/nomic.ai/GPT4All", "~/.cache/gpt4all")),
-    ("Jan", scan_folder, tuple(base + tail for base in ("$XDG_DATA_HOME/Jan/data", "~/.local/share/Jan/data", "~/.config/Jan/data", "$APPDATA/Jan/data",
-                            "~/Library/Application Support/Jan/data", "~/jan") for tail in ("/llamacpp/models", "/models"))),
-    ("text-generation-webui", scan_folder, tuple(base + tail for base in ("~/text-generation-webui", "~/textgen")
-                                                 for tail in ("/user_data/models", "/models")))]
+    ("Hugging Face", scan_hub, (
+        "$HF_HUB_CACHE", "$HUGGINGFACE_HUB_CACHE", "$HF_HOME/hub",
+        "$XDG_CACHE_HOME/huggingface/hub", "~/.cache/huggingface/hub")),
+    ("llama.cpp", scan_folder, (
+        "$LLAMA_CACHE", "$XDG_CACHE_HOME/llama.cpp", "~/.cache/llama.cpp",
+        "~/Library/Caches/llama.cpp", "$LOCALAPPDATA/llama.cpp")),
+    ("Ollama", scan_ollama, (
+        "$OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama")),
+    ("LM Studio", scan_folder, (
+        "~/.lmstudio-home-pointer/models", "~/.lmstudio/models", "~/.cache/lm-studio/models")),
+    ("GPT4All", scan_folder, (
+        "$XDG_DATA_HOME/nomic.ai/GPT4All", "~/.local/share/nomic.ai/GPT4All",
+        "$LOCALAPPDATA/nomic.ai/GPT4All", "~/Library/Application Support/nomic.ai/GPT4All",
+        "~/.cache/gpt4all")),
+    ("Jan", scan_folder, (
+        "$XDG_DATA_HOME/Jan/data/llamacpp/models", "$XDG_DATA_HOME/Jan/data/models",
+        "~/.local/share/Jan/data/llamacpp/models", "~/.local/share/Jan/data/models",
+        "~/.config/Jan/data/llamacpp/models", "~/.config/Jan/data/models",
+        "$APPDATA/Jan/data/llamacpp/models", "$APPDATA/Jan/data/models",
+        "~/Library/Application Support/Jan/data/llamacpp/models",
+        "~/Library/Application Support/Jan/data/models",
+        "~/jan/llamacpp/models", "~/jan/models")),
+    ("text-generation-webui", scan_folder, (
+        "~/text-generation-webui/user_data/models", "~/text-generation-webui/models",
+        "~/textgen/user_data/models", "~/textgen/models")),
+]
+
+class Reading(NamedTuple):
+    """What the list knows of a model's file. Neither header nor fault: it has gone meanwhile."""
+    header: Optional[Header] = None
+    fault: str = ""                       # why it can't be loaded
+    is_base: bool = False                 # it has no chat template, as far as that was looked for
 
 def find_models(*folders: str, hardware: Optional[Hardware] = None) -> Tuple[ModelEntry, ...]:
-    """The models in these folders; without any, all of this machine, our own folders first. Those that fit (this one, or
-    the machine given) come first."""
+    """Find the models in these folders; without any, all of this machine, our own folders first.
+
+    Those that fit (this machine, or the one given) come first.
+    """
     import time
-    kept, hardware = read_kept("models.json"), hardware or known_hardware()
-    known: Dict[str, Dict[str, Any]] = {}     # path -> as probe_header() gives it
+    hardware = hardware or known_hardware()
     entries = scan_places([("", scan_folder, folders)] if folders else own_stores() + STORES)
+    readings: Dict[str, Reading] = {}
     if not folders:
-        known.update(scan_far(kept))
-        entries += [name_model(path) for path in known]
-    found: Dict[Any, List[ModelEntry]] = {}    # by file, as links make several paths of one
+        readings = scan_far()
+        entries += [name_model(path) for path in readings]
+    end_s = time.monotonic() + TEMPLATES_S
+    models = []
+    for same in group_links(entries):
+        path = same[0].path
+        reading = readings.get(path) or read_model(path, end_s)
+        if reading.fault:
+            models.append(same[0]._replace(note=reading.fault))
+        elif reading.header and not other_kind(reading.header):
+            models.append(describe_entry(same, reading.header, reading.is_base, hardware))
+    return tuple(sorted(models, key=model_rank))
+
+def group_links(entries: Iterable[ModelEntry]) -> Iterable[List[ModelEntry]]:
+    """Group the entries by file, as links make several paths of one."""
+    found: Dict[Any, List[ModelEntry]] = {}
     for entry in entries:
         found.setdefault(tuple(probe_stamp(entry.path)[2:]) or entry.path, []).append(entry)
-    end_s = time.monotonic() + FULL_HEADERS_S
-    for path in (same[0].path for same in found.values()):
-        if path not in known:
-            known[path] = probe_header(path, kept, time.monotonic() < end_s)
-    keep_headers(kept, {**kept, **known} if folders else known)    # what is gone is forgotten
-    models = filter(None, (describe_entry(same, known[same[0].path], hardware) for same in found.values()))
-    return tuple(sorted(models, key=model_rank))
+    return found.values()
+
+VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
 
 def model_rank(entry: ModelEntry) -> Tuple[Any, ...]:
     verdicts = [*VERDICT_STYLES, entry.verdict]
@@ -9859,7 +9921,7 @@ def own_stores() -> List[Any]:
     return [("", scan_folder, (*MODEL_FOLDERS, *named, models_folder()))]
 
 def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
-    """The entries of these STORES; a split model once, as its first part."""
+    """List the entries of these STORES; a split model once, as its first part."""
     entries = []
     for source, scan, places in stores:
         for place in map(os.path.expanduser, map(os.path.expandvars, places)):
@@ -9869,114 +9931,118 @@ def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
                 entries.append(entry._replace(path=path, source=source))
     return entries
 
-def scan_far(kept: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """The models in FAR_FOLDERS: path -> as probe_header() gives it. What isn't there after FAR_S is left to its thread."""
+def scan_far() -> Dict[str, Reading]:
+    """Read the models in FAR_FOLDERS, by path. What isn't there after FAR_S is left to its thread."""
     import glob, threading, time
-    places = [place for pattern in FAR_FOLDERS for place in glob.glob(os.path.expanduser(os.path.expandvars(pattern)))]
-    found: List[Dict[str, Any]] = [{} for _ in places]
-    def search(place: str, into: Dict[str, Any]) -> None:
-        if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk there
-            for entry in scan_places([("", scan_folder, (place,))]):
-                into[entry.path] = probe_header(entry.path, kept, False)
-    threads = [threading.Thread(target=search, args=pair, daemon=True) for pair in zip(places, found)]
+    end_s = time.monotonic() + FAR_S
+    found: Dict[str, Reading] = {}
+    def search(place: str) -> None:
+        for entry in scan_places([("", scan_folder, (place,))]):
+            found[entry.path] = read_model(entry.path, end_s)
+    threads = []
+    for pattern in FAR_FOLDERS:
+        for place in glob.glob(os.path.expanduser(os.path.expandvars(pattern))):
+            if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk there
+                threads.append(threading.Thread(target=search, args=(place,), daemon=True))
     for thread in threads:
         thread.start()
-    end_s = time.monotonic() + FAR_S
     for thread in threads:
         thread.join(max(0.0, end_s - time.monotonic()))
-    return {path: header for some in found for path, header in list(some.items())}
-
-def keep_headers(kept: Dict[str, Any], known: Dict[str, Any]) -> None:
-    """Into models.json, if anything is new."""
-    if known != kept:
-        with suppress(OSError):           # it is only slower without
-            change_kept("models.json", lambda old: known)
-
-VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
+    return found.copy()                   # at one go, as a late thread may still add to it
 
 def probe_stamp(path: str) -> List[int]:
-    """What changes when a file does: size, time; then what is the same for all links to it. [] where there is none."""
+    """Ask for size, time, device and number of a file; the last two are the same for all links to it. [] = none is there."""
     with suppress(OSError):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
     return []
 
-def probe_header(path: str, kept: Dict[str, Any], in_full: bool) -> Dict[str, Any]:
-    """A model's header, or what is wrong with it, as models.json keeps it: read anew when a part's size or time has changed."""
-    paths, stamp = plan_split_paths(path), [VERSION]
+def read_model(path: str, end_s: float) -> Reading:
+    """Read as much of a model's header as the list shows. end_s: until when its template is looked for."""
+    import time
+    paths = plan_split_paths(path)
     for n, part in enumerate(paths, 1):
-        stamp.append(probe_stamp(part)[:2])
-        if not stamp[-1]:
-            return {"fault": "part %d of %d is missing" % (n, len(paths)) if len(paths) > 1 else "", "stamp": []}
-    old = kept.get(path, {})
-    if old.get("stamp") == stamp and is_sound(old) and (old.get("full", True) or not in_full):
-        return old
+        if not probe_stamp(part):
+            return Reading(fault="part %d of %d is missing" % (n, len(paths)) if len(paths) > 1 else "")
     try:
-        header = read_gguf_header(path, in_full)
+        header = read_gguf_header(path)
         if not other_kind(header):
             check_text_generator(header)
-        return {"stamp": stamp, "full": in_full, "base": in_full and not string(header, "tokenizer.chat_template"), "header": lean_header(header)}
     except ModelError as error:
-        return {"stamp": stamp, "fault": str(error).replace(os.path.basename(path) + " ", "", 1)}
+        return Reading(fault=str(error).replace(os.path.basename(path) + " ", "", 1))
+    return Reading(header, is_base=time.monotonic() < end_s and not has_template(path))
 
-def lean_header(header: Header) -> Header:
-    """What a plan needs of it, as JSON can hold it."""
-    arch, n_layers = string(header, "general.architecture"), model_layers(header)
-    lean = {key: value for key, value in header.metadata.items() if key.startswith((arch + ".", "general.")) and type(value) is not range}
-    lean = {key: value[:n_layers] if type(value) is tuple else value for key, value in lean.items()}
-    lean[arch + ".vocab_size"] = model_vocab(header)
-    tensors: Any = [[*key, n_bytes] for key, n_bytes in header.tensors.items()]
-    return header._replace(metadata=lean, tensors=tensors)
-
-def is_sound(known: Dict[str, Any]) -> bool:
-    """Whether a file that anybody may have changed holds what probe_header() put there."""
-    if "fault" in known:
-        return isinstance(known["fault"], str)
+def has_template(path: str) -> bool:
+    """Look for a chat template, without parsing the vocabulary before it; True also if that can't be read."""
+    before = b""
     try:
-        header = Header(*known["header"])
-        return isinstance(header.metadata, dict) and all(len(tensor) == 3 for tensor in header.tensors)
-    except (KeyError, TypeError):
-        return False
+        with open(path, "rb") as file:
+            for _ in range(MAX_HEADER_BYTES >> 20):
+                data = file.read(1 << 20)
+                piece = before + data
+                if b"tokenizer.chat_template" in piece:
+                    return True
+                if not data or b"blk.0.attn" in piece:    # the tensors, which come after all keys
+                    return False
+                before = data[-32:]       # the key may be cut in two
+    except OSError:
+        return True
+    return False
 
-def describe_entry(entries: Sequence[ModelEntry], known: Dict[str, Any], hardware: Hardware) -> Optional[ModelEntry]:
-    """The entries of one file as one, with what its header says; None = nobody can chat with it, or it has gone meanwhile."""
-    entry, others = entries[0], sorted({other.name for other in entries} - {entries[0].name})
-    if "fault" in known:
-        return entry._replace(note=known["fault"]) if known["fault"] else None
-    header = Header(*known["header"])
-    header = header._replace(tensors={(part, kind): n_bytes for part, kind, n_bytes in header.tensors})
-    if other_kind(header):
-        return None
+def describe_entry(entries: Sequence[ModelEntry], header: Header, is_base: bool, hardware: Hardware) -> ModelEntry:
+    """Make one entry of those of one file, with what its header says."""
+    entry = entries[0]
+    others = sorted({other.name for other in entries} - {entry.name})
     plan = plan_load(header, hardware)
-    notes = ["base: it has no chat template"] if known.get("base") else []
-    notes += ["also " + ", ".join(others)] if others else []
-    return entry._replace(size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
-                          n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate, note=", ".join(notes))
+    notes = []
+    if is_base:
+        notes.append("base: it has no chat template")
+    if others:
+        notes.append("also " + ", ".join(others))
+    return entry._replace(
+        size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
+        n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate, note=", ".join(notes))
 
 def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
-    """The file of this name, or the models of this folder, without a look elsewhere; else all there are, and those to fetch."""
+    """Resolve a path or folder; otherwise list every model found and those on offer."""
     path = os.path.abspath(os.path.expanduser(wanted))
     if os.path.isfile(path):
         return (ModelEntry(path, os.path.basename(path), ""),)
     hardware = known_hardware()           # once, as it may measure
-    below = find_models(path, hardware=hardware) if wanted and os.path.isdir(path) else ()
-    return below or find_models(hardware=hardware) + suggested_entries(hardware)
+    if wanted and os.path.isdir(path):
+        below = find_models(path, hardware=hardware)
+        if below:
+            return below
+    return find_models(hardware=hardware) + suggested_entries(hardware)
 
 def describe_model(path: str) -> Tuple[str, ...]:
-    """A model in full, a line for each of its sides."""
+    """Describe a model in full, a line for each of its sides."""
     try:
         header = read_gguf_header(path, full=True)
     except ModelError as error:
         return "File: " + path, str(error)
-    plan, template = plan_load(header, known_hardware()), string(header, "tokenizer.chat_template")
-    return (model_name(header), "File: " + path,
-            "Architecture: %s, %s" % (string(header, "general.architecture"), format_count(model_layers(header), "layer")),
-            "Parameters: %s, as %s" % (model_size(header) or "not said", model_quant(header) or "a kind not said"),
-            "Licence: " + (string(header, "general.license") or "not said in the file"),
-            "Chat template: " + ("yes" if template else "no; it may be a base model, which goes on with a text rather than answering"),
-            "Context: trained for {:,} tokens, here {:,}".format(number(header, ".context_length"), plan.n_ctx),
-            "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(map(format_bytes, plan.memory[:4])),
-            "This machine: " + "; ".join(plan.lines), *([] if plan.rate else ["Speed: not known; --bench measures it"]))
+    plan = plan_load(header, known_hardware())
+    template = "no; it may be a base model, which goes on with a text rather than answering"
+    if string(header, "tokenizer.chat_template"):
+        template = "yes"
+    lines = [
+        model_name(header),
+        "File: " + path,
+        "Architecture: %s, %s" % (
+            string(header, "general.architecture"), format_count(model_layers(header), "layer")),
+        "Parameters: %s, as %s" % (
+            model_size(header) or "not said", model_quant(header) or "a kind not said"),
+        "Licence: " + (string(header, "general.license") or "not said in the file"),
+        "Chat template: " + template,
+        "Context: trained for {:,} tokens, here {:,}".format(
+            number(header, ".context_length"), plan.n_ctx),
+        "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(
+            map(format_bytes, plan.memory[:4])),
+        "This machine: " + "; ".join(plan.lines),
+    ]
+    if not plan.rate:
+        lines.append("Speed: not known; --bench measures it")
+    return tuple(lines)
 
 
 # == 23. SUGGESTED =================================================================================
@@ -11529,7 +11595,7 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
         Installer(work, probe, tell).make(plan)
         swap_env(work)
     with suppress(OSError):               # only the next upgrade would have known it
-        save_kept("install.json", "last", {"gpu": gpu})
+        save_kept("machine.json", "last", {"gpu": gpu})
 
 def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
     """Plan, after a look whether there are ready-made packages. Raises RuntimeError."""
@@ -11585,7 +11651,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
                      % before)
                 tell("done")
                 return 0
-            gpu = str(read_kept("install.json").get("last", {}).get("gpu", ""))
+            gpu = str(read_kept("machine.json").get("last", {}).get("gpu", ""))
         replace_env(work, gpu, tell)
         was = " (it was %s)" % before if before else ""
         tell("said", text="The engine is installed: llama-cpp-python %s%s"
@@ -11977,8 +12043,8 @@ def explain_command(place: str) -> str:
     return "From now on %s starts it; to write just `llmchat`, %s" % (place, how)
 
 # What --uninstall removes from the data directory, as glob patterns; and what if the user says so.
-REMAKEABLE = ("engine", "engine.*", "pycache", "states", "models.json", "machine.json",
-              "tuning.json", "install.json", "copied.txt", "lock", "*.new",
+REMAKEABLE = ("engine", "engine.*", "pycache", "states", "machine.json", "copied.txt",
+              "lock", "*.new",
               "llmchat.cmd", "llmchat.py")
 PERSONAL = ("chats", "history", "settings.json", "*.damaged", "models")
 
@@ -12208,10 +12274,9 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     """Read a kept file: names -> values by name.
 
     settings.json  Settings.kept
-    tuning.json    what --bench found: {tuning_key(): {"n_threads", "n_ubatch", "tokens_per_s"}}
-    models.json    the headers of the models that were seen: see probe_header
-    engines.json   which engines crash without caution: {engine_key(): {"caution"}}
-    machine.json   what the engine found, for others: {machine_key(): Found's fields}
+    machine.json   what is known of this machine, under keys that can't be taken for one another:
+                   machine_key(): Found's fields, tuning_key(): what --bench found, engine_key():
+                   {"caution"} that an engine needs, "last": {"gpu"} of the last install
     """
     text = read_text(os.path.join(data_dir(), name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
@@ -13761,7 +13826,7 @@ def check_folder() -> List[Tuple[str, str, str]]:
         (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 0.4 GB" * (level != "good")))]
 
 def check_settings() -> List[Tuple[str, str, str]]:
-    paths = [os.path.join(data_dir(), name) for name in ("settings.json", "tuning.json", "install.json")]
+    paths = [os.path.join(data_dir(), name) for name in ("settings.json", "machine.json")]
     bad = [path for path in paths if os.path.exists(path) and parse_object(read_text(path)) is None]
     return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
 
@@ -13998,7 +14063,7 @@ def run_bench(state: State, as_json: bool) -> int:
         rate = results[WRITTEN][n_threads]
         tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
         if not settings.options.n_threads:
-            save_kept("tuning.json", done["key"], tuned)
+            save_kept("machine.json", done["key"], tuned)
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1

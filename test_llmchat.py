@@ -816,7 +816,7 @@ class CommandTest(unittest.TestCase):
             "engine/bin/python",
             "engine.new-77/x",
             "pycache/x.pyc",
-            "models.json",
+            "machine.json",
             "settings.json",
             "history",
             "chats/a.jsonl",
@@ -1280,9 +1280,9 @@ class InstallTest(unittest.TestCase):
             argv, env=ENV, input=b"", stdout=subprocess.PIPE, timeout=LIMIT_S
         ).stdout
         self.assertEqual(json.loads(hello)["event"], "hello")
-        with open(os.path.join(llmchat_dir(), "install.json")) as file:
+        with open(os.path.join(llmchat_dir(), "machine.json")) as file:
             kept = json.load(file)
-        self.assertEqual(kept, {"last": {"gpu": ""}})
+        self.assertEqual(kept["last"], {"gpu": ""})
 
     def assert_tidy(self):
         self.assertEqual(
@@ -3783,7 +3783,7 @@ class BenchTest(unittest.TestCase):
         home = mock.patch.dict(os.environ, ENV)
         home.start()
         self.addCleanup(home.stop)
-        self.path = os.path.join(llmchat.data_dir(), "tuning.json")
+        self.path = os.path.join(llmchat.data_dir(), "machine.json")
         self.addCleanup(lambda: os.path.exists(self.path) and os.remove(self.path))
 
     def plan(self, **options):
@@ -3806,7 +3806,7 @@ class BenchTest(unittest.TestCase):
 
         with open(self.path) as file:
             (key,) = json.load(file)
-        llmchat.save_kept("tuning.json", key, dict(tuned, n_threads=3, tokens_per_s=11.24))
+        llmchat.save_kept("machine.json", key, dict(tuned, n_threads=3, tokens_per_s=11.24))
         self.assertTrue(
             self.plan(n_threads=0).startswith("tuned: 3 threads, 11.2 tokens/s, context")
         )
@@ -3827,7 +3827,7 @@ class BenchTest(unittest.TestCase):
                 file.write(text)
             self.assertEqual(llmchat.tune(LoadOptions(), "key"), LoadOptions(), text)
         llmchat.save_kept(
-            "tuning.json", "key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5}
+            "machine.json", "key", {"n_threads": 3, "n_ubatch": 256, "tokens_per_s": 9.5}
         )
         self.assertEqual(
             llmchat.tune(LoadOptions(n_ctx=512), "key"),
@@ -4079,13 +4079,11 @@ class KeptFilesTest(unittest.TestCase):
     def test_odd_numbers(self):
         hardware = llmchat.probe_hardware()
         for number in ("1e999", "-1e999", "NaN", '"x"', "null", "[]", "9" * 400):
-            with open(self.path("tuning.json"), "w") as file:
-                file.write('{"key": {"n_threads": %s, "n_ubatch": 1, "tokens_per_s": 1}}' % number)
+            tuned = '"key": {"n_threads": %s, "n_ubatch": 1, "tokens_per_s": 1}' % number
+            key = llmchat.machine_key(hardware)
+            found = '"%s": {"gpus": [], "bytes_per_s": [%s]}' % (key, number)
             with open(self.path("machine.json"), "w") as file:
-                file.write(
-                    '{"%s": {"gpus": [], "bytes_per_s": [%s]}}'
-                    % (llmchat.machine_key(hardware), number)
-                )
+                file.write("{%s, %s}" % (tuned, found))
             llmchat.tune(LoadOptions(), "key")
             llmchat.read_machine(hardware)
 
@@ -4129,12 +4127,12 @@ class KeptFilesTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "needs named pipes")
     def test_pipes_keep_nobody_waiting(self):
-        for name in ("settings.json", "history", "tuning.json"):
+        for name in ("settings.json", "history", "machine.json"):
             os.mkfifo(self.path(name))
         child = self.start(
             "print(llmchat.read_kept('settings.json'), llmchat.read_text(sys.argv[1]))\n"
             "llmchat.DiskWorker(print).append_history('text')\n"
-            "try: llmchat.save_kept('tuning.json', 'm', {})\n"
+            "try: llmchat.save_kept('machine.json', 'm', {})\n"
             "except OSError as error: print(error.strerror)",
             self.path("history"),
         )
@@ -4887,7 +4885,7 @@ class HealTest(unittest.TestCase):
         )
         self.assertEqual(self.ask(env), (0, REPLIES["greet"] + "\n", ""))
         self.assertEqual(self.crashes(), 0)
-        with open(os.path.join(os.path.dirname(self.log), "engines.json"), "w") as file:
+        with open(os.path.join(os.path.dirname(self.log), "machine.json"), "w") as file:
             file.write('{"another build": {"caution": 1}}')
         self.assertEqual(self.ask(env)[0], 0, "a new build is tried afresh")
         self.assertEqual(self.crashes(), 1, "a new build is tried afresh")
@@ -5036,11 +5034,11 @@ class HealTest(unittest.TestCase):
     def test_what_is_kept(self):
         with mock.patch.dict(os.environ, new_home()[0]):
             for kept in ({"caution": 7}, {"caution": "x"}, {"caution": [1]}, {}):
-                llmchat.save_kept("engines.json", "k", kept)
+                llmchat.save_kept("machine.json", "k", kept)
                 self.assertEqual(
                     llmchat.careful(LoadOptions(caution=llmchat.REMEMBERED), "k"), LoadOptions()
                 )
-            llmchat.save_kept("engines.json", "k", {"caution": 2})
+            llmchat.save_kept("machine.json", "k", {"caution": 2})
             self.assertEqual(llmchat.careful(LoadOptions(), "k"), LoadOptions())
             self.assertEqual(
                 llmchat.careful(LoadOptions(caution=llmchat.REMEMBERED, kv_type="q8_0"), "k"),
@@ -5508,7 +5506,7 @@ class NumbersTest(unittest.TestCase):
                 {"n_threads": [], "n_ubatch": 1, "tokens_per_s": 1},
                 {},
             ):
-                llmchat.save_kept("tuning.json", "k", found)
+                llmchat.save_kept("machine.json", "k", found)
                 self.assertEqual(llmchat.tune(LoadOptions(), "k"), LoadOptions())
 
 
@@ -6571,15 +6569,6 @@ class HeaderTest(unittest.TestCase):
             (256, 256, 200000),
         )
         self.assertFalse({"general.description", "odd", "other"} & set(kept))
-        lean = llmchat.lean_header(found).metadata
-        self.assertEqual(
-            (len(lean["llama.attention.head_count_kv"]), {key.partition(".")[0] for key in lean}),
-            (4, {"general", "llama"}),
-        )
-        plans = [
-            plan_load(header, machine(8, 6)) for header in (found, found._replace(metadata=lean))
-        ]
-        self.assertEqual(*plans)
 
     def test_all_keys_that_are_asked_for_are_kept(self):
         with open(SCRIPT, encoding="utf-8") as file:
@@ -9167,29 +9156,13 @@ class FindModelsTest(unittest.TestCase):
     def test_base_models(self):
         self.put("mine", "base.gguf", data=gguf(dict(SHAPE, **VOCAB)))
         self.put("mine", "chat.gguf")
-        for _ in range(2):  # … and as it is remembered
-            notes = {entry.name: entry.note for entry in llmchat.find_models()}
-            self.assertEqual(notes, {"base": "base: it has no chat template", "chat": ""})
-        os.remove(os.path.join(llmchat.data_dir(), "models.json"))
-        with mock.patch.object(
-            llmchat, "FULL_HEADERS_S", 0
-        ):  # not known yet: it stands after the vocabulary
+        late = b"tokenizer.chat_template"
+        base = gguf(dict(SHAPE, **VOCAB))
+        self.put("mine", "late.gguf", data=base + bytes((1 << 20) - len(base) - 9) + late)
+        notes = {entry.name: entry.note for entry in llmchat.find_models()}
+        self.assertEqual(notes, {"base": "base: it has no chat template", "chat": "", "late": ""})
+        with mock.patch.object(llmchat, "TEMPLATES_S", -1):  # no time to look for them
             self.assertEqual({entry.note for entry in llmchat.find_models()}, {""})
-
-    def test_kept_headers_that_somebody_changed(self):
-        self.put("mine", "one.gguf")
-        llmchat.find_models()
-        kept = llmchat.read_kept("models.json")
-        ((path, known),) = kept.items()
-        for damage in (
-            {"header": 3},
-            {"header": known["header"][:2]},
-            {"header": known["header"][:3] + [3] + known["header"][4:]},
-            {"fault": 3},
-            {"header": known["header"][:5] + [[[1]]]},
-        ):
-            llmchat.save_kept("models.json", path, damage)
-            self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits"], damage)
 
     def test_far_folders(self):
         """Downloads, the program's folder and what is plugged in are searched too; a dead disk doesn't hold up the others."""
@@ -9220,48 +9193,17 @@ class FindModelsTest(unittest.TestCase):
             ):
                 self.assertNotIn("dead", [name for _, name in self.names()])
 
-    def test_headers_are_kept(self):
-        path, kept = self.put("first", "a.gguf"), os.path.join(llmchat.data_dir(), "models.json")
-        reads = []
-        with mock.patch.object(
-            llmchat,
-            "read_gguf_header",
-            lambda path, full: reads.append(path) or read_gguf_header(path, full),
-        ), mock.patch.object(llmchat, "probe_bytes_per_s", lambda hardware: (1e10, True)):
-            first = llmchat.find_models()
-            self.assertEqual(
-                (llmchat.find_models(), reads, os.stat(kept).st_mode & 0o77), (first, [path], 0)
-            )
-            written = os.stat(kept).st_mtime_ns
-            llmchat.find_models()
-            self.assertEqual(
-                os.stat(kept).st_mtime_ns, written, "nothing is written when nothing is new"
-            )
-            self.put(
-                "first",
-                "a.gguf",
-                data=gguf(dict(SHAPE, **dict(VOCAB, **{"llama.context_length": 77}))),
-            )
-            os.utime(path, ns=(1, 1))
-            self.assertEqual((llmchat.find_models()[0].n_ctx, reads), (77, [path, path]))
-            other = self.put("first", "b.gguf")
-            os.remove(path)
-            llmchat.find_models()
-            self.assertEqual(
-                list(llmchat.read_kept("models.json")), [other], "what is gone is forgotten"
-            )
-            for damage in (
-                b"",
-                b"[]",
-                b'{"%s": {"stamp": 3}}' % other.encode().replace(b"\\", b"\\\\"),
-                b"\xff{",
-            ):
-                with open(kept, "wb") as file:
-                    file.write(damage)
-                self.assertEqual([entry.name for entry in llmchat.find_models()], ["b"])
-        os.remove(kept)
-        os.makedirs(os.path.join(kept, "in the way"))
-        self.assertEqual(len(llmchat.find_models()), 1, "it can't be kept")
+    def test_each_list_is_made_anew(self):
+        """What has changed or gone since the last one shows; nothing about models is written."""
+        path = self.put("first", "a.gguf")
+        self.assertEqual([entry.n_ctx for entry in llmchat.find_models()], [32768])
+        keys = dict(SHAPE, **dict(VOCAB, **{"llama.context_length": 77}))
+        self.put("first", "a.gguf", data=gguf(keys))
+        self.assertEqual([entry.n_ctx for entry in llmchat.find_models()], [77])
+        os.remove(path)
+        self.assertEqual(llmchat.find_models(), ())
+        if os.path.exists(llmchat.data_dir()):  # speeds are only kept of an idle machine
+            self.assertEqual(os.listdir(llmchat.data_dir()), ["machine.json"])
 
     def test_the_machine_stands_beside_the_list(self):
         runner = llmchat.Runner()
@@ -9274,21 +9216,13 @@ class FindModelsTest(unittest.TestCase):
         self.assertIn("one", [entry.name for entry in found.entries])
 
     def test_a_file_that_is_cut_short_is_told(self):
-        """As long as that is quick: headers are read in full for some time only."""
+        """Not in the list, which reads short headers, but where one looks closer."""
         self.put("mine", "whole.gguf")
-        self.put("mine", "cut.gguf", data=self.CHAT[:-100])
-        with mock.patch.object(llmchat, "FULL_HEADERS_S", 0):
-            self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits", "fits"])
-        for _ in range(2):  # … and as it is remembered
-            entries = {entry.name: entry for entry in llmchat.find_models()}
-            self.assertEqual(
-                (
-                    entries["whole"].verdict,
-                    entries["cut"].verdict,
-                    "cut short" in entries["cut"].note,
-                ),
-                ("fits", "", True),
-            )
+        cut = self.put("mine", "cut.gguf", data=self.CHAT[:-100])
+        self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits", "fits"])
+        self.assertIn("is cut short", "\n".join(llmchat.describe_model(cut)))
+        self.assertIn("is cut short", run_plain(cut, "-p", "hi")[2])
+        self.assertIn("is cut short", run_plain("--info", cut)[2])
 
     def test_list(self):
         env = dict(
