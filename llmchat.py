@@ -9507,20 +9507,40 @@ def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, k
                   PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
 
 def plan_load(header: Header, hardware: Hardware, options: LoadOptions = LoadOptions()) -> Plan:
-    """The settings for this model on this machine: the options, and where there are none the best that fits."""
+    """Choose the settings for this model on this machine: the options, and where there are none the best that fits."""
     options = sane_options(options)
-    rungs = plan_rungs(header, hardware, options)
-    n_type = sum(rung.kv_type == rungs[0].kv_type for rung in rungs)    # a smaller KV type is slow, so it must be worth it
-    at = next((i for verdict in ("fits", "tight") for i, rung in enumerate(rungs) if rung.verdict == verdict), n_type - 1)
-    best, below = rungs[at], rungs[at + 1:]
-    if best.n_gpu_layers and options.n_gpu_layers < 0:
-        below = [best._replace(n_gpu_layers=n) for n in sorted({best.n_gpu_layers // 2, 0}, reverse=True)] + [rung._replace(n_gpu_layers=0) for rung in below]
-    ladder = [best] + below
+    sizes = plan_sizes(header, hardware, options)
+    ladder = plan_ladder(sizes, options)
     at = min(options.fallback, len(ladder) - 1)
-    plan = ladder[at]._replace(next=plan_step(ladder[at], ladder[at + 1]) if ladder[at + 1:] else "")
-    rate = options.tuned_rate or (0.0 if plan.n_gpu_layers or plan.verdict == "too big" else plan_rate(header, hardware, plan.n_threads, plan.kv_type))
-    plan = plan._replace(rate=rate)
-    return plan._replace(lines=plan_lines(plan, rungs, header, options, plan_advice(plan, rungs[-1], header, hardware, options)))
+    plan = ladder[at]
+    if ladder[at + 1:]:
+        plan = plan._replace(next=plan_step(plan, ladder[at + 1]))
+    if options.tuned_rate:
+        plan = plan._replace(rate=options.tuned_rate)
+    elif not plan.n_gpu_layers and plan.verdict != "too big":
+        plan = plan._replace(rate=plan_rate(header, hardware, plan.n_threads, plan.kv_type))
+    memory = memory_line(plan, header) + plan_advice(plan, sizes[-1], header, hardware, options)
+    return plan._replace(lines=(memory, settings_line(plan, sizes[0], header, options)))
+
+def plan_ladder(sizes: List[Plan], options: LoadOptions) -> List[Plan]:
+    """List the best of these plans and those to fall back on, each smaller than the one before."""
+    at = choose_size(sizes)
+    best = sizes[at]
+    smaller = sizes[at + 1:]
+    if not best.n_gpu_layers or options.n_gpu_layers >= 0:
+        return [best] + smaller
+    ladder = [best]
+    if best.n_gpu_layers > 1:
+        ladder.append(best._replace(n_gpu_layers=best.n_gpu_layers // 2))
+    return ladder + [plan._replace(n_gpu_layers=0) for plan in [best] + smaller]
+
+def choose_size(sizes: List[Plan]) -> int:
+    """Find the first plan that fits, else is tight, else the last before the KV type changes, as that is slow."""
+    for verdict in ("fits", "tight"):
+        for i, plan in enumerate(sizes):
+            if plan.verdict == verdict:
+                return i
+    return sum(plan.kv_type == sizes[0].kv_type for plan in sizes) - 1
 
 def clamp(n: int, low: int, high: int) -> int:
     return max(low, min(n, high))
@@ -9543,86 +9563,136 @@ def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) 
         raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
             n_ctx, format_bytes(needed), format_bytes(total)))
 
-def plan_rungs(header: Header, hardware: Hardware, options: LoadOptions) -> List[Plan]:
-    """The plans to try, each smaller than the one before: context, then batch, then KV type, where they aren't wished for."""
-    gpus = hardware.gpus if options.n_gpu_layers else ()
-    n_ubatch = options.n_ubatch or (512 if gpus else 128)    # 128 reads at 95 % of 512's speed and stops sooner
+def plan_sizes(header: Header, hardware: Hardware, options: LoadOptions) -> List[Plan]:
+    """List the plans to try, each smaller than the one before: context, then batch, then KV type.
+
+    What is in the options stays. Raises ModelError.
+    """
+    n_ubatch = options.n_ubatch or 128    # it reads at 95 % of 512's speed and stops sooner
+    if hardware.gpus and options.n_gpu_layers and not options.n_ubatch:
+        n_ubatch = 512
     n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
     n_most = options.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
-    kv_type, few = options.kv_type or "f16", min(n_ubatch, n_ubatch if options.n_ubatch and not options.tuned_rate else SMALL_UBATCH)
+    kv_type = options.kv_type or "f16"
     if kv_type not in KV_TYPES:
         raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
     if options.n_ctx:
         check_context(header, hardware, n_most, kv_type)
-    steps = [(n, n_ubatch, kv_type) for n in [n_most] + [n for n in N_CTX_STEPS if n < n_most and not options.n_ctx]]
-    steps.append((steps[-1][0], few, kv_type))
-    quantises = not options.kv_type and not any(n % 32 for n in head_lengths(header))    # such types come in blocks of 32
-    steps += [(steps[-1][0], few, name) for name in ("q8_0", "q4_0") if quantises]
-    rungs = [plan_settings(header, hardware, options, *step) for step in dict.fromkeys(steps)]
-    most = (1 - KV_GAIN) * min(rung.memory.needed() for rung in rungs if rung.kv_type == kv_type)
-    return [rung for rung in rungs if rung.kv_type == kv_type or rung.memory.needed() <= most]
+    contexts = [n_most]
+    if not options.n_ctx:
+        contexts += [n for n in N_CTX_STEPS if n < n_most]
+    sizes = [plan_settings(header, hardware, options, n, n_ubatch, kv_type) for n in contexts]
+    few = n_ubatch
+    if not options.n_ubatch or options.tuned_rate:    # --bench's batch is no user's wish
+        few = min(n_ubatch, SMALL_UBATCH)
+    if few < n_ubatch:
+        sizes.append(plan_settings(header, hardware, options, contexts[-1], few, kv_type))
+    if options.kv_type or any(n % 32 for n in head_lengths(header)):    # quantised types come in blocks of 32
+        return sizes
+    most = (1 - KV_GAIN) * min(plan.memory.needed() for plan in sizes)
+    for name in ("q8_0", "q4_0"):
+        plan = plan_settings(header, hardware, options, contexts[-1], few, name)
+        if plan.memory.needed() <= most:
+            sizes.append(plan)
+    return sizes
 
-def plan_settings(header: Header, hardware: Hardware, options: LoadOptions, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
-    """A plan with these settings: how much of it the GPUs take, and whether the rest fits."""
-    gpus = hardware.gpus if options.n_gpu_layers else ()
-    free = hardware.ram_free_bytes + sum(gpu.free_bytes for gpu in gpus if not gpu.shared)
+def plan_settings(
+        header: Header, hardware: Hardware, options: LoadOptions, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
+    """Make the plan with these settings: how much of it the GPUs take, and whether the rest fits."""
+    free = hardware.ram_free_bytes
+    if options.n_gpu_layers:
+        free += sum(gpu.free_bytes for gpu in hardware.gpus if not gpu.shared)
     memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_all, gpu_bytes, n_gpu_layers = model_layers(header) + 1, sum(gpu.free_bytes for gpu in gpus), max(0, options.n_gpu_layers)
-    if gpu_bytes and options.n_gpu_layers < 0:
-        room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
-        n_gpu_layers = max(0, min(n_all, int(room * n_all / max(1, memory.weights + memory.kv))))
-    on_cpu = max(0.0, 1 - n_gpu_layers / n_all)
+    n_gpu_layers = plan_gpu_layers(header, hardware, options, memory)
+    on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
     copies = options.use_mmap and not options.caution
     memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
     checkpoint = checkpoint_bytes(header, n_ctx, kv_type)
     room = COMFORT * free - memory.needed()
     memory = memory._replace(checkpoints=checkpoint * plan_checkpoints(checkpoint, room))
-    share = (sum(memory) if options.use_mlock else memory.needed()) / free if free else 0    # locked pages can't be taken
-    return Plan(n_ctx, min(n_ubatch, n_ctx), options.n_threads or hardware.usable_cores, n_gpu_layers, memory, free,
-                judge(share), kv_type=kv_type)
+    needed = sum(memory) if options.use_mlock else memory.needed()    # locked pages can't be taken
+    n_threads = options.n_threads or hardware.usable_cores
+    return Plan(n_ctx, min(n_ubatch, n_ctx), n_threads, n_gpu_layers, memory, free,
+                judge(needed / free if free else 0), kv_type=kv_type)
+
+def plan_gpu_layers(header: Header, hardware: Hardware, options: LoadOptions, memory: Memory) -> int:
+    """Count the layers for the GPUs: those of the options, or as many as fit."""
+    gpu_bytes = sum(gpu.free_bytes for gpu in hardware.gpus)
+    if options.n_gpu_layers >= 0 or not gpu_bytes:
+        return max(0, options.n_gpu_layers)
+    n_all = model_layers(header) + 1
+    room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
+    return clamp(int(room * n_all / max(1, memory.weights + memory.kv)), 0, n_all)
 
 def judge(share: float) -> str:
-    """A verdict on what takes this share of the free memory."""
-    return "fits" if share <= COMFORT else "tight" if share <= 1 else "too big"
+    """Give the verdict on what takes this share of the free memory."""
+    if share <= COMFORT:
+        return "fits"
+    return "tight" if share <= 1 else "too big"
 
 def plan_step(now: Plan, then: Plan) -> str:
-    """What is smaller in the second plan, in words."""
-    return ("%s on the GPU" % format_count(then.n_gpu_layers, "layer") if then.n_gpu_layers < now.n_gpu_layers else
-            "a context of {:,} tokens".format(then.n_ctx) if then.n_ctx < now.n_ctx else
-            "batches of %d tokens" % then.n_ubatch if then.n_ubatch < now.n_ubatch else
-            "the KV cache in %s, which is slower" % then.kv_type)
+    """Say what is smaller in the second plan."""
+    if then.n_gpu_layers < now.n_gpu_layers:
+        return "%s on the GPU" % format_count(then.n_gpu_layers, "layer")
+    if then.n_ctx < now.n_ctx:
+        return "a context of {:,} tokens".format(then.n_ctx)
+    if then.n_ubatch < now.n_ubatch:
+        return "batches of %d tokens" % then.n_ubatch
+    return "the KV cache in %s, which is slower" % then.kv_type
 
 def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> str:
-    """What to do when it doesn't fit."""
+    """Say what to do when it doesn't fit."""
     if plan.verdict == "fits":
         return ""
-    free = plan_load(header, hardware, LoadOptions()) if options[:4] != LoadOptions()[:4] or options.n_ubatch else plan
-    if free.verdict == "fits":
-        return "; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}".format(free.n_ctx, free.kv_type)
-    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
+    if options[:4] != LoadOptions()[:4] or options.n_ubatch:
+        free = plan_load(header, hardware, LoadOptions())
+        if free.verdict == "fits":
+            return ("; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}"
+                    .format(free.n_ctx, free.kv_type))
     if plan.verdict == "tight":
         return "; close other programs if it gets slow"
+    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
     if room <= 0:
         return ": would swap, so close other programs"
     return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
 
-def plan_lines(plan: Plan, rungs: List[Plan], header: Header, options: LoadOptions, advice: str) -> Tuple[str, ...]:
-    """The plan for people: one line about memory, one about settings."""
-    most, n_layers = rungs[0], model_layers(header)
-    memory = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(plan.memory.needed()))
-    memory += " (%s while there is room)" % format_bytes(sum(plan.memory)) if header.tensors and 1.1 * plan.memory.needed() < sum(plan.memory) <= plan.free_bytes else ""
-    memory += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict) if plan.free_bytes else ""
-    context = "context {:,} tokens" if plan.n_ctx == most.n_ctx else "context lowered from {1:,} to {0:,} tokens to fit"
-    where = ("all on the CPU" if plan.n_gpu_layers == 0 else "all on the GPU" if plan.n_gpu_layers > n_layers else
-             "%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
+def memory_line(plan: Plan, header: Header) -> str:
+    """Say what the plan takes of the memory."""
+    needed = plan.memory.needed()
+    text = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(needed))
+    with_copies = sum(plan.memory)
+    if header.tensors and 1.1 * needed < with_copies <= plan.free_bytes:
+        text += " (%s while there is room)" % format_bytes(with_copies)
+    if plan.free_bytes:
+        text += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict)
+    return text
+
+def settings_line(plan: Plan, most: Plan, header: Header, options: LoadOptions) -> str:
+    """Say what the plan's settings are. most: the plan with the largest ones."""
     threads = format_count(plan.n_threads, "thread")
-    rate = ", %s%.*f tokens/s" % ("" if options.tuned_rate else "about ", options.tuned_rate > 0 or plan.rate < 10, plan.rate) if plan.rate else ""
-    settings = ["tuned: " * bool(options.tuned_rate) + threads + rate, context.format(plan.n_ctx, most.n_ctx)]
-    settings += ["batch lowered to %d tokens" % plan.n_ubatch] * (plan.n_ubatch < min(most.n_ubatch, plan.n_ctx))
-    settings += ["KV cache in %s%s" % (plan.kv_type, " to fit" * (plan.kv_type != most.kv_type))] * (plan.kv_type != "f16")
+    if options.tuned_rate:
+        threads = "tuned: %s, %.1f tokens/s" % (threads, plan.rate)
+    elif plan.rate:
+        threads += ", about %.*f tokens/s" % (plan.rate < 10, plan.rate)
+    settings = [threads, "context {:,} tokens".format(plan.n_ctx)]
+    if plan.n_ctx != most.n_ctx:
+        settings[1] = "context lowered from {:,} to {:,} tokens to fit".format(most.n_ctx, plan.n_ctx)
+    if plan.n_ubatch < min(most.n_ubatch, plan.n_ctx):
+        settings.append("batch lowered to %d tokens" % plan.n_ubatch)
+    if plan.kv_type != most.kv_type:
+        settings.append("KV cache in %s to fit" % plan.kv_type)
+    elif plan.kv_type != "f16":
+        settings.append("KV cache in %s" % plan.kv_type)
     if options.caution > 0:
         settings.append(CAUTIONS[options.caution])
-    return memory + advice, ", ".join(settings + [where])
+    n_layers = model_layers(header)
+    if plan.n_gpu_layers == 0:
+        settings.append("all on the CPU")
+    elif plan.n_gpu_layers > n_layers:
+        settings.append("all on the GPU")
+    else:
+        settings.append("%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
+    return ", ".join(settings)
 
 def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
     """As in Plan, of a file that isn't here yet; "" = not known. It goes by all the memory, not by what is free at this minute."""
@@ -12044,8 +12114,7 @@ def explain_command(place: str) -> str:
 
 # What --uninstall removes from the data directory, as glob patterns; and what if the user says so.
 REMAKEABLE = ("engine", "engine.*", "pycache", "states", "machine.json", "copied.txt",
-              "lock", "*.new",
-              "llmchat.cmd", "llmchat.py")
+              "lock", "*.new", "llmchat.cmd", "llmchat.py")
 PERSONAL = ("chats", "history", "settings.json", "*.damaged", "models")
 
 def uninstall(say: Any, ask: Any) -> int:
