@@ -38,7 +38,12 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     13b CHILD PROCESSES  the engine's pipes, and those of others
     14 RUN             effects, the loop
   II The engine
-    15 ENGINE          llama.cpp: load, read the prompt, generate
+    15 LLAMA.CPP       its C API; why a file can't be loaded
+   15b PACE            threads and speeds beside other programs, guessing tokens
+   15c TOKENS          a chat as tokens
+   15d KV CACHE        what is computed: forget, go back, keep in a file
+   15e ENGINE          load, read the prompt, generate
+   15f REPLY           tokens as text, and where a reply ends
     16 TEMPLATE SANDBOX bounds of time and memory for a model's template
    16b CHAT TEMPLATES  a chat as the model's own prompt
     17 PROTOCOL        the messages between window and engine
@@ -6390,36 +6395,48 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 15. ENGINE ====================================================================================
-# LlamaEngine: llama.cpp through llama-cpp-python's C API (llama.h): load a model, turn a chat into tokens, read
-# them, generate. It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
-# Another engine (a server, say) is another class with load(), chat(), stop() and close() and the same events.
+# == 15. LLAMA.CPP =================================================================================
+# llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
+# can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
+# A new reason for a failure: a row of LOAD_FAILURES.
 
 GPU_IS_FULL = r"cudaMalloc failed|ErrorOutOfDeviceMemory|on device \d+: .* failed"
-RAM_IS_FULL = r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|insufficient memory|Cannot allocate memory"
+RAM_IS_FULL = (r"(?:failed|unable) to (?:allocate|reserve)\s*([^\n]*)|bad_alloc|out of memory|"
+               r"insufficient memory|Cannot allocate memory")
 OUT_OF_MEMORY = GPU_IS_FULL + "|" + RAM_IS_FULL
-LOAD_FAILURES = (  # in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
-    (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'", "the installed "
-     "llama-cpp-python is too old for the %s: update it with --install or `pip install -U llama-cpp-python`."),
-    (GPU_IS_FULL, "the GPU's memory is full (%s): put fewer layers on it%(context)s or close other programs."),
-    (RAM_IS_FULL, "there isn't enough memory (%s): close other programs%(context)s or choose a smaller model."),
-    (r"not within the file bounds|corrupted model|has invalid data|failed to read (?:tensor|key|header)",
+# in llama.cpp's log -> in plain words; %s is what the pattern's groups caught, or all of it
+LOAD_FAILURES = (
+    (r"un(?:known|supported) (?:model )?(architecture|pre-tokenizer type|tokenizer): '([^']*)'",
+     "the installed llama-cpp-python is too old for the %s: update it with --install or "
+     "`pip install -U llama-cpp-python`."),
+    (GPU_IS_FULL,
+     "the GPU's memory is full (%s): put fewer layers on it%(context)s or close other programs."),
+    (RAM_IS_FULL,
+     "there isn't enough memory (%s): close other programs%(context)s or choose a smaller model."),
+    (r"not within the file bounds|corrupted model|has invalid data|"
+     r"failed to read (?:tensor|key|header)",
      "the file is incomplete or damaged (%s): download it again."),
-    (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)[^\n]*|"
-     r"tensor '[^']*' not found", "the file and the installed llama-cpp-python don't agree (%s): update "
-     "llama-cpp-python with --install, or download the file again from a newer source."),
-    (r"\w cache type (\w+) with block size \d+ does not divide", "its attention heads don't divide into %s's blocks: take f16 (--kv-type f16)."),
+    (r"(?:wrong (?:number of tensors|shape)|missing tensor |key not found|has invalid ggml type)"
+     r"[^\n]*|tensor '[^']*' not found",
+     "the file and the installed llama-cpp-python don't agree (%s): update llama-cpp-python with "
+     "--install, or download the file again from a newer source."),
+    (r"\w cache type (\w+) with block size \d+ does not divide",
+     "its attention heads don't divide into %s's blocks: take f16 (--kv-type f16)."),
     (r"error loading model: ([^\n]+)", "llama.cpp says: %s."),
-    (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)", "llama.cpp says: %s."),  # the last such line
+    (r"(?is)(?:.*\n)?(?:\w+: )?([^\n]*(?:error|fail|invalid)[^\n]*)",    # the last such line
+     "llama.cpp says: %s."),
     (r"", "llama.cpp says nothing about the reason."))
 
 def less_context(n_ctx: int) -> str:
-    """The advice to take a smaller context than this, where there is one."""
-    less = next((n for n in (*N_CTX_STEPS, LEAST_N_CTX) if n < n_ctx), 0)
-    return ", take a smaller context (-c %d)" % less if less else ""
+    """Advise a smaller context than this, where there is one."""
+    for n in (*N_CTX_STEPS, LEAST_N_CTX):
+        if n < n_ctx:
+            return ", take a smaller context (-c %d)" % n
+    return ""
 
 def explain_load_failure(path: str, log_text: str, hardware: Hardware, n_ctx: int = 0) -> str:
-    """Why llama.cpp couldn't load the file: the file's own faults first, then what the log says.
+    """Say why llama.cpp couldn't load the file: its own faults first, then what the log says.
+
     n_ctx: the context it was to have; 0 = that wasn't the reason."""
     try:
         read_gguf_header(path, full=True)
@@ -6428,12 +6445,15 @@ def explain_load_failure(path: str, log_text: str, hardware: Hardware, n_ctx: in
     pattern, words = next(row for row in LOAD_FAILURES if re.search(row[0], log_text))
     match = re.search(pattern, log_text)
     caught = (" ".join(filter(None, match.groups())) or match.group()).strip(" .\r")
-    free = " %s of RAM are free." % format_bytes(hardware.ram_free_bytes) if "enough memory" in words else ""
-    return "%s can't be loaded: %s%s" % (os.path.basename(path), words.replace("%s", caught).replace("%(context)s", less_context(n_ctx)), free)
+    words = words.replace("%s", caught).replace("%(context)s", less_context(n_ctx))
+    if "enough memory" in words:
+        words += " %s of RAM are free." % format_bytes(hardware.ram_free_bytes)
+    return "%s can't be loaded: %s" % (os.path.basename(path), words)
 
 def import_llama() -> Any:
-    """llama_cpp.llama_cpp, the C API, without the package's __init__ (numpy, jinja2 …: 100 ms and 20 MB).
+    """Import llama_cpp.llama_cpp, the C API, without the package's __init__.
 
+    That would import numpy, jinja2 and others: 100 ms and 20 MB.
     Raises ImportError or RuntimeError (a library that won't load)."""
     import importlib.machinery
     import types
@@ -6451,79 +6471,92 @@ def import_llama() -> Any:
     return api
 
 def llama_version(api: Any) -> str:
-    """The version of llama-cpp-python, read from its __init__ without running it."""
-    with open(os.path.join(os.path.dirname(api.__file__), "__init__.py"), encoding="utf-8") as f:
-        found = re.search(r'__version__\s*=\s*"([^"]+)"', f.read())
+    """Read the version of llama-cpp-python from its __init__ without running it."""
+    path = os.path.join(os.path.dirname(api.__file__), "__init__.py")
+    with open(path, encoding="utf-8") as file:
+        found = re.search(r'__version__\s*=\s*"([^"]+)"', file.read())
     return found.group(1) if found else "?"
 
-def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
-    """A function of ggml, which llama_cpp doesn't declare; found in whichever shared library holds it."""
-    import ctypes
+def library_paths(api: Any, pattern: str) -> List[str]:
+    """List the shared libraries of this build whose names have the pattern."""
     folder = os.path.dirname(api._lib._name)
-    names = [n for n in sorted(os.listdir(folder)) if re.search(r"ggml.*\.(so|dll|dylib)", n)]
-    for path in [api._lib._name] + [os.path.join(folder, n) for n in names]:
+    names = [name for name in sorted(os.listdir(folder)) if re.search(pattern, name)]
+    return [os.path.join(folder, name) for name in names]
+
+def ggml_function(api: Any, name: str, restype: Any, *argtypes: Any) -> Any:
+    """Find a function of ggml, which llama_cpp doesn't declare, in whichever library holds it."""
+    import ctypes
+    for path in [api._lib._name] + library_paths(api, r"ggml.*\.(so|dll|dylib)"):
         function = getattr(ctypes.CDLL(path), name, None)
         if function:
-            function.restype, function.argtypes = restype, argtypes
+            function.restype = restype
+            function.argtypes = argtypes
             return function
     raise AttributeError(name)
 
+GPU_TYPE, INTEGRATED_GPU_TYPE = 1, 2      # ggml-backend.h; Apple's are of type 1, but share the RAM
+
 def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
-    """The GPUs that this build of llama.cpp can use (ggml-backend.h: device types 1 = GPU, 2 = integrated GPU)."""
+    """List the GPUs that this build of llama.cpp can use."""
     from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
     count = ggml_function(api, "ggml_backend_dev_count", c_size_t)
     get = ggml_function(api, "ggml_backend_dev_get", c_void_p, c_size_t)
-    kind = ggml_function(api, "ggml_backend_dev_type", c_int, c_void_p)
-    name = ggml_function(api, "ggml_backend_dev_name", c_char_p, c_void_p)
-    description = ggml_function(api, "ggml_backend_dev_description", c_char_p, c_void_p)
+    get_type = ggml_function(api, "ggml_backend_dev_type", c_int, c_void_p)
+    get_name = ggml_function(api, "ggml_backend_dev_name", c_char_p, c_void_p)
+    describe = ggml_function(api, "ggml_backend_dev_description", c_char_p, c_void_p)
     memory = ggml_function(api, "ggml_backend_dev_memory", None, c_void_p, c_void_p, c_void_p)
     gpus = []
     for device in map(get, range(count())):
-        if kind(device) in (1, 2):
-            free, total = c_size_t(), c_size_t()
-            memory(device, byref(free), byref(total))
-            gpus.append(Gpu(description(device).decode("utf-8", "replace"), name(device).decode(), total.value, free.value,
-                            kind(device) == 2 or name(device).decode().lower().startswith(("metal", "mtl"))))    # Apple's are of type 1
+        kind = get_type(device)
+        if kind not in (GPU_TYPE, INTEGRATED_GPU_TYPE):
+            continue
+        free, total = c_size_t(), c_size_t()
+        memory(device, byref(free), byref(total))
+        name = get_name(device).decode()
+        is_shared = kind == INTEGRATED_GPU_TYPE or name.lower().startswith(("metal", "mtl"))
+        words = describe(device).decode("utf-8", "replace")
+        gpus.append(Gpu(words, name, total.value, free.value, is_shared))
     return tuple(gpus)
 
 def probe_engine_hardware(api: Any, *more: Any) -> Hardware:
-    """This machine, and what this llama.cpp makes of it."""
-    hardware = probe_hardware(*more)._replace(gpus=probe_gpus(api), llama_version=llama_version(api),
-                                              build=parse_build(api.llama_print_system_info().decode("utf-8", "replace")))
+    """Probe this machine, and what this llama.cpp makes of it."""
+    build = parse_build(api.llama_print_system_info().decode("utf-8", "replace"))
+    hardware = probe_hardware(*more)._replace(
+        gpus=probe_gpus(api), llama_version=llama_version(api), build=build)
     return measure_machine(hardware, 1)
 
 def engine_key(api: Any, hardware: Hardware) -> str:
-    """This build of llama.cpp on this CPU: another build may do what this one can't."""
+    """Name this build of llama.cpp on this CPU: another build may do what this one can't."""
     import zlib
-    folder = os.path.dirname(api._lib._name)
     stamps = []
-    for name in sorted(os.listdir(folder)):
-        if re.search(r"\.(so|dll|dylib)\b", name):
-            stat = os.stat(os.path.join(folder, name))
-            stamps.append((name, stat.st_size, stat.st_mtime))
+    for path in library_paths(api, r"\.(so|dll|dylib)\b"):
+        stat = os.stat(path)
+        stamps.append((os.path.basename(path), stat.st_size, stat.st_mtime))
     build = zlib.crc32(repr((stamps, hardware.build)).encode())
-    return "llama-cpp-python %s, build %08x: %s" % (hardware.llama_version, build, hardware.cpu_name)
+    version = hardware.llama_version
+    return "llama-cpp-python %s, build %08x: %s" % (version, build, hardware.cpu_name)
 
 def read_caution(key: str) -> int:
-    """How much caution the engine of this key needs to run."""
+    """Read how much caution the engine of this key needs to run."""
     kept = read_kept("machine.json").get(key, {}).get("caution")
     return kept if kept in range(len(CAUTIONS)) else 0
 
 def careful(options: LoadOptions, key: str) -> LoadOptions:
-    """The options, as far as the caution that this engine needs lets them come true."""
+    """Change the options to what the caution that this engine needs allows."""
     if options.caution == REMEMBERED:
         options = options._replace(caution=read_caution(key))
     if options.caution < len(CAUTIONS) - 1:
         return options
-    kv_type = options.kv_type if options.kv_type in FLOAT_KV_TYPES else "f16"    # the others need flash attention
+    kv_type = options.kv_type
+    if kv_type not in FLOAT_KV_TYPES:     # the others need flash attention
+        kv_type = "f16"
     return options._replace(use_mmap=0, kv_type=kv_type)
 
-FOLLOW_S = 0.2                        # between two looks at how much of a model's file has been read
-
 def probe_read_bytes() -> int:
-    """What this process has had read from disks; 0 where that isn't counted so.
+    """Return what this process has had read from disks; 0 where that isn't counted so.
 
-    Linux counts blocks of 512 bytes in getrusage(2), as read_bytes in /proc/self/io; elsewhere they are operations."""
+    Linux counts blocks of 512 bytes in getrusage(2), as read_bytes in /proc/self/io; elsewhere they
+    are operations."""
     if not os.path.exists("/proc/self/io"):
         return 0
     import resource
@@ -6532,8 +6565,9 @@ def probe_read_bytes() -> int:
 class StopFlag:
     """A stop that llama.cpp sees in the middle of a batch.
 
-    llama.h's abort callback is any native f(ptr) -> nonzero. A Python function there would be called at every
-    graph node; libc's strlen over a two-byte buffer costs nothing: filling the buffer means "stop"."""
+    llama.h's abort callback is any native f(ptr) -> nonzero. A Python function there would be
+    called at every graph node; libc's strlen over a two-byte buffer costs nothing: filling the
+    buffer means "stop"."""
     def __init__(self) -> None:
         import ctypes
         self.buffer = ctypes.create_string_buffer(2)
@@ -6553,36 +6587,24 @@ class StopFlag:
         libc = ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
-def common_prefix(a: List[int], b: List[int]) -> int:
-    """How many tokens two lists have in common at their beginnings."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
 
-def file_checksum(file: Any, n_bytes: int) -> int:
-    """CRC-32 of a file's first n_bytes."""
-    import zlib
-    file.seek(0)
-    checksum = 0
-    while n_bytes > 0:
-        data = file.read(min(1 << 20, n_bytes))
-        if not data:
-            raise ValueError("the file is shorter than it says")
-        checksum, n_bytes = zlib.crc32(data, checksum), n_bytes - len(data)
-    return checksum
+# == 15b. PACE =====================================================================================
+# What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
+# tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
 class ThreadCount:
     """Decides how many threads compute: fewer while other programs want the CPU.
 
     Each step waits for its slowest thread. A thread that never waits uses as much CPU time as
     passes; what is missing, others have got. A change is kept if it makes tokens come faster, and
-    more threads are tried again now and then. What was found goes on in the next reading or reply."""
+    more threads are tried again now and then. What was found begins the next reading or reply."""
 
     WINDOW, WINDOW_S = 10, 1.0            # tokens and seconds between decisions
     FIGHT = 3                             # times the pace: threads wait for each other in turn
-    PATIENCE, MOST_PATIENCE = 4, 32       # windows between two trials; twice as many after each vain one
-    TRIAL_PIECE = 8                       # tokens that are read before a trial is known to be no fight
+    # windows between two trials; twice as many after each vain one
+    PATIENCE, MOST_PATIENCE = 4, 32
+    # tokens that are read before a trial is known to be no fight
+    TRIAL_PIECE = 8
 
     def __init__(self, n_most: int, set_threads: Any) -> None:
         self.n = self.n_most = n_most
@@ -6593,7 +6615,8 @@ class ThreadCount:
 
     def begin(self) -> None:
         """Begin a reading or a reply, which has a pace of its own."""
-        if self.before:                   # the trial has no result: fewer threads lose least if that is wrong
+        # the trial has no result: fewer threads lose least if that is wrong
+        if self.before:
             self.use(min(self.n, self.before[0]))
             self.before = None
         if self.n == self.n_most:
@@ -6616,7 +6639,8 @@ class ThreadCount:
         self.n_tokens += n_tokens
         self.wall_s += wall_s
         self.cpu_s += cpu_s
-        n_fair = n_tokens if n_tokens == 1 else n_tokens + self.TRIAL_PIECE    # short pieces take longer
+        # short pieces take longer
+        n_fair = n_tokens if n_tokens == 1 else n_tokens + self.TRIAL_PIECE
         fights = self.before and wall_s > self.FIGHT * self.before[1] * n_fair
         is_full = self.n_tokens >= self.WINDOW or self.wall_s >= self.WINDOW_S
         if self.n_most == 1 or not (is_full or fights):
@@ -6657,105 +6681,719 @@ class ThreadCount:
         return wanted
 
     def piece(self, n_tokens: int) -> int:
-        """Return how many of these tokens are to be read at once: few at the beginning of a trial."""
+        """Return how many of these tokens to read at once: few at the beginning of a trial."""
         return min(n_tokens, self.TRIAL_PIECE) if self.before and not self.n_tokens else n_tokens
 
 class WritingRate:
-    """How fast all threads write, as long as no other program takes the CPU from them."""
+    """Measures how fast all threads write, while no other program takes the CPU from them.
 
-    LEAST_TOKENS, LEAST_SHARE = 24, 0.9   # a thread that never waits has a share of 1: spinning at barriers counts
+    A thread that never waits has a share of 1: spinning at barriers counts."""
+
+    LEAST_TOKENS, LEAST_SHARE = 24, 0.9
 
     def __init__(self, n_threads: int) -> None:
-        self.n_threads, self.tokens, self.wall_s, self.cpu_s = n_threads, 0, 0.0, 0.0
+        self.n_threads = n_threads
+        self.start()
+
+    def start(self) -> None:
+        self.n_tokens = 0
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
 
     def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
         """One token took so long, and so much CPU time of so many threads."""
         if n_threads != self.n_threads:   # others are there, so some have been sent away
             return
-        self.tokens += 1
+        self.n_tokens += 1
         self.wall_s += wall_s
         self.cpu_s += cpu_s
 
     def take(self) -> float:
-        """Tokens/s since this was asked last; 0 = the machine was busy, or there were too few."""
-        enough = self.tokens >= self.LEAST_TOKENS and self.cpu_s >= self.LEAST_SHARE * self.wall_s * self.n_threads
-        rate = self.tokens / self.wall_s if enough and self.wall_s else 0.0
-        self.tokens, self.wall_s, self.cpu_s = 0, 0.0, 0.0
+        """Return tokens/s since the start; 0 = the machine was busy, or there were too few."""
+        rate = 0.0
+        is_idle = self.cpu_s >= self.LEAST_SHARE * self.wall_s * self.n_threads
+        if is_idle and self.wall_s and self.n_tokens >= self.LEAST_TOKENS:
+            rate = self.n_tokens / self.wall_s
+        self.start()
         return rate
 
-class Drafter:
-    """Guesses the next tokens from what stood in the context before (prompt lookup), as long as that saves time.
+class PromptLookup:
+    """Guesses the next tokens from what stood in the context before, as long as that saves time.
 
-    Several tokens in one decode cost more than one but less than each by itself. A guess is made only while a wrong one
-    would leave the loss under 2 % of the time spent writing; what comes out is what would have come without."""
+    Several tokens in one decode cost more than one but less than each by itself. A guess is made
+    only while a wrong one would leave the loss under 2 % of the time spent writing; what comes out
+    is what would have come without."""
 
-    KEY, SIZES = 3, (4, 8, 16)            # tokens that must match; tokens in a decode (kernels work in fours)
+    # tokens that must match; tokens in a decode (kernels work in fours)
+    KEY, SIZES = 3, (4, 8, 16)
 
     def __init__(self) -> None:
-        self.token_s = self.spent_s = self.gain_s = 0.0    # one plain token; all writing; what guesses have saved
-        self.batch_s: Dict[int, float] = {}
+        self.token_s = 0.0                # one plain token
+        self.spent_s = 0.0                # all writing
+        self.gain_s = 0.0                 # what guesses have saved
+        self.batch_s: Dict[int, float] = {}    # a decode of so many tokens
         self.size = self.SIZES[0]
         self.forget()
 
     def forget(self) -> None:
         """The context is another one."""
-        self.places: Dict[Tuple[int, ...], int] = {}       # KEY tokens -> the index after them, where they stood last
+        # KEY tokens -> the index after them, where they stood last
+        self.places: Dict[Tuple[int, ...], int] = {}
         self.n_known = 0
 
     def guess(self, tokens: List[int], n_most: int) -> List[int]:
-        """What may follow these tokens, at most n_most."""
+        """Return what may follow these tokens, at most n_most."""
         place = 0
         for end in range(max(self.n_known + 1, self.KEY), len(tokens) + 1):
             key = tuple(tokens[end - self.KEY:end])
-            place, self.places[key] = self.places.get(key, 0), end
+            place = self.places.get(key, 0)
+            self.places[key] = end
         self.n_known = len(tokens)
-        extra_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4)) - self.token_s
-        pays = self.token_s and (self.gain_s + 0.02 * self.spent_s >= extra_s or not self.batch_s)
-        return tokens[place:place + min(self.size - 1, n_most)] if place and pays else []
+        if not (place and self.pays()):
+            return []
+        return tokens[place:place + min(self.size - 1, n_most)]
+
+    def pays(self) -> bool:
+        """Whether a guess may be wrong without costing too much."""
+        if not self.token_s:
+            return False
+        batch_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4))
+        return not self.batch_s or self.gain_s + 0.02 * self.spent_s >= batch_s - self.token_s
 
     def add(self, n_guessed: int, n_right: int, took_s: float) -> None:
-        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed ones were right."""
+        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed were right."""
         self.spent_s += took_s
         if n_guessed == 0:
             self.token_s = 0.9 * self.token_s + 0.1 * took_s if self.token_s else took_s
             return
-        self.gain_s = min(self.gain_s + (1 + n_right) * self.token_s - took_s, 20 * self.token_s)
+        gain_s = self.gain_s + (1 + n_right) * self.token_s - took_s
+        self.gain_s = min(gain_s, 20 * self.token_s)
         if n_guessed == self.size - 1:
             self.batch_s[self.size] = took_s
-        at = self.SIZES.index(self.size)
-        self.size = self.SIZES[min(at + 1, len(self.SIZES) - 1)] if n_right == n_guessed else self.SIZES[0]
+        if n_right < n_guessed:
+            self.size = self.SIZES[0]
+        else:
+            self.size = next((size for size in self.SIZES if size > self.size), self.size)
+
+
+# == 15c. TOKENS ===================================================================================
+# A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
+# TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
+# tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
+
+MOST_FRAGMENT_CHARS = 1 << 22             # of texts whose tokens are remembered
+
+class Tokenizer:
+    """The vocabulary and the chat template of one model."""
+
+    def __init__(self, api: Any, model: Any, emit: Any) -> None:
+        self.api, self.emit = api, emit
+        self.vocab = api.llama_model_get_vocab(model)
+        self.replies: Dict[str, List[int]] = {}    # what the model wrote, text -> its own tokens
+        self.fragments: Dict[Tuple[str, bool, bool], List[int]] = {}    # remembered tokens of texts
+        self.n_fragment_chars = 0
+        self.told: Set[str] = set()       # what has been said of the template
+        self.template: Any = None
+        self.marks: Set[int] = set()      # control tokens that must be seen
+        self.splits = True                # texts can be cut at control tokens
+        # what ends a reply, beside the end-of-generation tokens
+        self.end_tokens: Set[int] = set()
+        self.end_texts: Tuple[str, ...] = ()
+        # the template's marks of thinking -> ours
+        self.mark_names: Tuple[Tuple[str, str], ...] = ()
+        first = self.tokenize("a", False)
+        self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
+        source = (api.llama_model_chat_template(model, None) or b"").decode("utf-8", "replace")
+        self.controls = ControlTexts(self.find_controls(source or CHATML))
+        self.choose_template(source)
+
+    # -- the vocabulary --
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return the bytes of one token; control tokens have none unless `special`."""
+        import ctypes
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = self.api.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def tokenize(self, text: str, special: bool) -> List[int]:
+        """Return the tokens of a text; `special` = control tokens written in it count as such."""
+        raw = text.encode("utf-8", "replace")
+        size = 0
+        n = -(len(raw) + 2)
+        while n < 0:                      # too small an array: -n is the size it takes
+            if -n <= size or n == -2 ** 31:
+                raise ModelError("The tokenizer refused this text.")
+            size = -n
+            tokens = (self.api.llama_token * size)()
+            n = self.api.llama_tokenize(self.vocab, raw, len(raw), tokens, size, False, special)
+        return tokens[:n]
+
+    def find_controls(self, source: str) -> List[str]:
+        """Find the texts of all control tokens, and of others that the template uses as marks.
+
+        To ask for each token's kind would take 300 ms for a vocabulary of 262,144. Written out
+        without control tokens a range of tokens is shorter if it has any: halving such ranges finds
+        17 of 49,152 in 10 ms."""
+        api = self.api
+        n_vocab = api.llama_vocab_n_tokens(self.vocab)
+        tokens = (api.llama_token * n_vocab)(*range(n_vocab))
+
+        def count_bytes(start: int, end: int, special: bool) -> int:
+            n_tokens = end - start
+            part = (api.llama_token * n_tokens).from_buffer(tokens, 4 * start)    # of 4 bytes each
+            return -api.llama_detokenize(self.vocab, part, n_tokens, b"", 0, False, special)
+
+        found: List[int] = []
+        ranges = [(0, n_vocab)]
+        while ranges:
+            start, end = ranges.pop()
+            n_plain = count_bytes(start, end, False)
+            if n_plain == count_bytes(start, end, True):
+                continue
+            if n_plain == 0:
+                found += range(start, end)
+                continue
+            middle = (start + end) // 2
+            ranges += [(start, middle), (middle, end)]
+        texts = [api.llama_vocab_get_text(self.vocab, token) for token in found]
+        marks = set(re.findall(MARK_FORM, source))
+        return [text.decode("utf-8", "replace") for text in texts] + [
+            mark for mark in marks if len(self.tokenize(mark, False)) == 1]
+
+    # -- the chat template --
+
+    def choose_template(self, source: str) -> None:
+        """Use the model's own chat template, or a substitute where it has none or it fails."""
+        # a base model whose vocabulary lacks ChatML's marks says nothing after them
+        has_marks = "<|im_end|>" in self.controls.texts
+        try:
+            self.use_template(source or (CHATML if has_marks else DIALOGUE))
+        except Exception as error:        # templates are programs: any error may come
+            self.use_chatml(error)
+            return
+        if not source:
+            name = "ChatML" if has_marks else "questions and answers"
+            self.warn("This model has no chat template; using %s. If it answers oddly it is a base "
+                      "model: choose an instruct or chat one." % name)
+
+    def warn(self, text: str) -> None:
+        self.emit("log", level="warn", text=text)
+
+    def use_template(self, source: str) -> None:
+        """Raises whatever a template may raise."""
+        bos = self.special_text(self.api.llama_vocab_bos(self.vocab))
+        eos = self.special_text(self.api.llama_vocab_eos(self.vocab))
+        template = ChatTemplate(source, bos, eos, list(self.controls.texts))
+        template.try_out()
+        template.switch_thinking(None)
+        self.template = template
+        self.fragments = {}
+        self.n_fragment_chars = 0
+        self.find_thinking_marks()
+        self.splits = self.can_split()
+        self.find_turn_marks()
+
+    def special_text(self, token: int) -> str:
+        """Return the text of a control token; "" where the vocabulary has none (-1)."""
+        return self.piece(token, True).decode("utf-8", "replace") if token >= 0 else ""
+
+    def use_chatml(self, error: Exception) -> None:
+        """Replace the model's own template, which can't be used (any more)."""
+        think = self.template.think if self.template else None
+        self.use_template(CHATML)
+        self.template.let_think(think)
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        self.warn("The model's chat template doesn't work (%s); using ChatML." % reason)
+
+    def find_thinking_marks(self) -> None:
+        """Find the control tokens that stand for thinking, and this template's own words for it."""
+        tokens = set()
+        for pair in THINKING:
+            for mark in pair:
+                tokens.update(self.tokenize(mark, True))
+        self.marks = {token for token in tokens if not self.piece(token)}
+        names: List[Tuple[str, str]] = []
+        for pair in self.template.marks:
+            if pair not in THINKING:
+                names += zip(pair, THINKING[0])
+        self.mark_names = tuple(names)
+
+    def render(self, *said: Tuple[str, str]) -> str:
+        """Render some turns of (role, content); "" where the template refuses them."""
+        messages = [{"role": role, "content": content} for role, content in said]
+        with suppress(Exception):
+            return self.template.render_any(messages)[0]
+        return ""
+
+    def can_split(self) -> bool:
+        """Whether texts can be cut at control tokens: no mark swallows the space around it."""
+        self.splits = True
+        text = self.render(("user", "a b "), ("assistant", "a b "), ("user", "a b "))
+        return self.joined_tokens(text, True) == self.continue_tokens(text, True, True)
+
+    def find_turn_marks(self) -> None:
+        """Take what stands between a reply and the next message as the end of a reply.
+
+        Control tokens, and texts where there are none: not every model knows when to end. A base
+        model that gets ChatML spells its marks, others begin the user's turn."""
+        text = self.render(("user", "Q1x"), ("assistant", "A2x"), ("user", "Q3x"))
+        between = text.partition("A2x")[2].partition("Q3x")[0]
+        tokens = set(self.tokenize(between, True))
+        self.end_tokens = {token for token in tokens if not self.piece(token)} - self.marks
+        if self.template.source in (CHATML, DIALOGUE):
+            marks = ["<|im_end|>", "<|im_start|>"]
+        else:
+            found = re.findall(MARK_FORM, between)
+            marks = [mark for mark in found if len(self.tokenize(mark, True)) > 1]
+        header = (between.strip().splitlines() or [""])[-1].strip()
+        is_spelled = not self.end_tokens and not re.search(MARK_FORM, header)
+        if is_spelled and re.search(r"^\W*\w{2,}.*:$", header):
+            marks.append("\n" + header)   # such as "User:" in a line of its own
+        known = sum(THINKING, ())
+        self.end_texts = tuple(mark for mark in marks if mark not in known)
+
+    def may_think(self) -> bool:
+        """Whether this model may end thoughts that it hasn't begun, as far as can be told."""
+        ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
+        if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
+            return False
+        source = self.template.source
+        return any(end in source or len(self.tokenize(end, True)) == 1 for end in ends)
+
+    # -- prompts --
+
+    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
+        """Return the whole chat as tokens."""
+        return self.piece_tokens(self.prompt_pieces(messages))
+
+    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
+        """Return what is certain of the next prompt: the chat, the header, and the draft so far."""
+        pieces = self.prompt_pieces(messages + [{"role": "user", "content": draft or "x"}])
+        while pieces and not pieces[-1][1]:
+            pieces.pop()                  # what follows the user's text
+        if not draft and pieces:
+            pieces.pop()
+        return self.piece_tokens(pieces)[:-1]    # the last token may still grow
+
+    def begun_tokens(self, begun: str) -> List[int]:
+        """Return a reply's beginning as tokens, after what the template has opened.
+
+        Only the marks of thinking are markup."""
+        if begun in self.replies:
+            return self.replies[begun]
+        joined = ""
+        for kind, text in thinking_parts(begun):
+            if kind != "mark":
+                text = self.template.hide(text)
+            else:
+                for mark, name in self.mark_names:
+                    text = text.replace(name, mark)
+            joined += text
+        if joined.startswith(self.template.opened):
+            joined = joined[len(self.template.opened):]
+        return self.joined_tokens(joined, False)
+
+    def prompt_pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+        """Render the whole chat in pieces, by ChatML where the model's template fails at it."""
+        tidy = tidy_messages(messages)
+        try:
+            pieces = self.template.pieces(tidy)
+        except ModelError:
+            raise
+        except Exception as error:
+            self.use_chatml(error)
+            pieces = self.template.pieces(tidy)
+        for note in self.template.notes:
+            if note not in self.told:
+                self.told.add(note)
+                self.warn(note)
+        return pieces
+
+    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
+        """Return pieces of a prompt as tokens.
+
+        pieces: markup of the template, and (True) people's text, which is never markup, and
+        replies, which are as they were written."""
+        tokens: List[int] = []
+        joined = ""                       # tokenized in one go, as the model was trained
+        for text, is_own in pieces:
+            if not is_own:
+                joined += text
+            elif text in self.replies:
+                tokens += self.joined_tokens(joined, not tokens)
+                tokens += self.replies[text]
+                joined = ""
+            else:
+                joined += self.template.hide(text)
+        tokens += self.joined_tokens(joined, not tokens)
+        bos = self.api.llama_vocab_bos(self.vocab)
+        if self.api.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    def joined_tokens(self, joined: str, is_first: bool) -> List[int]:
+        """Return the tokens of a text in which people's own signs are in disguise.
+
+        A control token that has such a sign is none. Fragments from one control token to the next
+        don't depend on each other, so those of old turns are remembered."""
+        text = self.template.show(joined)
+        fragments: List[Tuple[str, bool]] = []
+        begin = 0
+        for start, end in self.controls.find(text):
+            is_forged = joined[start:end] != text[start:end]
+            if is_forged or self.splits:
+                fragments.append((text[begin:start], True))
+                begin = start
+            if is_forged:
+                fragments.append((text[start:end], False))
+                begin = end
+        fragments.append((text[begin:], True))
+        tokens: List[int] = []
+        for fragment, special in fragments:
+            if fragment:
+                tokens += self.fragment_tokens(fragment, special, is_first and not tokens)
+        return tokens
+
+    def fragment_tokens(self, text: str, special: bool, is_first: bool) -> List[int]:
+        """The same for one fragment, which is remembered."""
+        key = (text, special, is_first)
+        if key in self.fragments:
+            return self.fragments[key]
+        tokens = self.continue_tokens(text, special, is_first)
+        if not special and len(tokens) == 1 and len(text) > 1:    # no control token, but one token
+            tokens = self.continue_tokens(text[:1], False, is_first)
+            tokens += self.continue_tokens(text[1:], False, False)
+        if self.n_fragment_chars > MOST_FRAGMENT_CHARS:
+            self.fragments.clear()
+            self.n_fragment_chars = 0
+        self.fragments[key] = tokens
+        self.n_fragment_chars += len(text)
+        return tokens
+
+    def continue_tokens(self, text: str, special: bool, is_first: bool) -> List[int]:
+        """Tokenize the middle of a prompt: some vocabularies put a space before a text."""
+        if is_first or not self.adds_space or not text:
+            return self.tokenize(text, special)
+        if text[0] == " ":
+            return self.tokenize(text[1:], special)
+        tokens = self.tokenize(text, special)
+        return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
+
+
+# == 15d. KV CACHE =================================================================================
+# What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
+# parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
+
+def common_prefix(a: List[int], b: List[int]) -> int:
+    """Count the tokens that two lists have in common at their beginnings."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+def file_checksum(file: Any, n_bytes: int) -> int:
+    """Compute the CRC-32 of a file's first n_bytes."""
+    import zlib
+    file.seek(0)
+    checksum = 0
+    while n_bytes > 0:
+        data = file.read(min(1 << 20, n_bytes))
+        if not data:
+            raise ValueError("the file is shorter than it says")
+        checksum = zlib.crc32(data, checksum)
+        n_bytes -= len(data)
+    return checksum
+
+class KVCache:
+    """The KV cache of one context. `tokens` is what it holds, position by position."""
+
+    def __init__(self, api: Any, model: Any, context: Any, checkpoints_bytes: int) -> None:
+        self.api, self.context = api, context
+        self.memory = api.llama_get_memory(context)
+        self.n_ctx: int = api.llama_n_ctx(context)
+        self.recurrent = is_recurrent(api, model)
+        self.n_swa = api.llama_model_n_swa(model)
+        self.cuts_badly = bool(self.recurrent or self.n_swa)
+        self.checkpoints_bytes = checkpoints_bytes    # planned for them
+        self.tokens: List[int] = []
+        # (how many tokens, the state of what can't be cut)
+        self.checkpoints: List[Tuple[int, Any]] = []
+        self.has_moved = False            # moved entries are only rotated at the next decode
+
+    def decode(self, tokens: List[int], all_logits: bool = False) -> int:
+        """Compute at most n_batch tokens; returns llama_decode's status: 0 = done, 2 = stopped."""
+        import ctypes
+        # the batch holds a bare pointer to it
+        array = (self.api.llama_token * len(tokens))(*tokens)
+        batch = self.api.llama_batch_get_one(array, len(tokens))
+        if all_logits:
+            batch.logits = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
+        status = self.api.llama_decode(self.context, batch)
+        if status:
+            self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
+            return status
+        self.tokens += tokens
+        self.has_moved = False
+        return 0
+
+    def clear(self) -> None:
+        self.api.llama_memory_clear(self.memory, True)
+        self.tokens = []
+
+    def truncate(self, n_keep: int) -> None:
+        """Forget all but the first n_keep tokens.
+
+        Where the memory can't be cut there (recurrent layers, sliding windows), go back to the last
+        checkpoint before, or to nothing: self.tokens says what is left."""
+        self.checkpoints = [c for c in self.checkpoints if c[0] <= n_keep]
+        if n_keep == len(self.tokens):
+            return
+        # a sliding window forgets: what is left must reach back far enough for the next token
+        # (llama.h, n_swa)
+        first = self.api.llama_memory_seq_pos_min(self.memory, 0)
+        forgot = self.n_swa and first > max(0, n_keep - self.n_swa)
+        if not forgot and self.api.llama_memory_seq_rm(self.memory, 0, n_keep, -1):
+            self.tokens = self.tokens[:n_keep]
+        elif not self.restore_checkpoint():
+            self.clear()
+
+    def keep_prefix(self, prompt: List[int]) -> int:
+        """Drop what isn't a prefix of the prompt; returns how many tokens stay.
+
+        At least one is left to read."""
+        self.truncate(common_prefix(self.tokens, prompt[:-1]))
+        return len(self.tokens)
+
+    def shift(self, prompt: List[int]) -> None:
+        """Where the prompt is what the cache holds less some tokens in the middle, move the rest.
+
+        That spares reading it again. The moved entries were computed with the dropped text in view:
+        only for a context that is full."""
+        if self.n_swa or not self.api.llama_memory_can_shift(self.memory):
+            # sliding windows: 0.3.36 says it can and aborts (all layers in one of two caches)
+            return
+        start = common_prefix(self.tokens, prompt)
+        at = self.find_tokens(prompt[start:start + 32], start + 1)
+        if at and self.api.llama_memory_seq_rm(self.memory, 0, start, at):
+            self.api.llama_memory_seq_add(self.memory, 0, at, -1, start - at)
+            self.tokens = self.tokens[:start] + self.tokens[at:]
+            self.checkpoints = []
+            self.has_moved = True
+
+    def find_tokens(self, wanted: List[int], start: int) -> int:
+        """Find where these tokens stand, from start on; 0 = nowhere."""
+        if wanted:
+            for at in range(start, len(self.tokens) - len(wanted) + 1):
+                if self.tokens[at:at + len(wanted)] == wanted:
+                    return at
+        return 0
+
+    # -- checkpoints --
+
+    def save_checkpoint(self) -> None:
+        """Remember the part of the memory that can't be cut as it is now."""
+        n = len(self.tokens)
+        if not (self.cuts_badly and n) or any(at == n for at, _ in self.checkpoints):
+            return
+        import ctypes
+        api = self.api
+        size = api.llama_state_seq_get_size_ext(self.context, 0, PARTIAL_ONLY)
+        data = (ctypes.c_uint8 * size)()
+        n_bytes = api.llama_state_seq_get_data_ext(self.context, data, size, 0, PARTIAL_ONLY)
+        if not size or n_bytes != size:
+            return
+        self.checkpoints.append((n, data))
+        # what a header doesn't tell, of a new kind of model, can't have been planned
+        room = max(self.checkpoints_bytes, LEAST_CHECKPOINTS * size)
+        room = min(room, CHECKPOINT_MB << 20)
+        while len(self.checkpoints) > 1 and count_bytes(self.checkpoints) > room:
+            # the first is that of the system prompt, to which each new chat goes back
+            del self.checkpoints[min(1, len(self.checkpoints) - 2)]
+
+    def restore_checkpoint(self) -> bool:
+        """Go back to the newest checkpoint; False where there is none that works."""
+        api = self.api
+        while self.checkpoints:
+            n, data = self.checkpoints[-1]
+            done = api.llama_state_seq_set_data_ext(self.context, data, len(data), 0, PARTIAL_ONLY)
+            if done and api.llama_memory_seq_rm(self.memory, 0, n, -1):
+                self.tokens = self.tokens[:n]
+                return True
+            del self.checkpoints[-1]
+        return False
+
+    def least_checkpoints(self) -> List[Tuple[int, Any]]:
+        """Choose the checkpoint of the system prompt and the newest: SD cards wear out."""
+        if len(self.checkpoints) <= LEAST_CHECKPOINTS:
+            return self.checkpoints
+        return self.checkpoints[:1] + self.checkpoints[1 - LEAST_CHECKPOINTS:]
+
+    # -- on disk --
+
+    def count_state_bytes(self) -> int:
+        """Tell how large a file save() would write, but for some kilobytes."""
+        n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
+        return n_bytes + count_bytes(self.least_checkpoints())
+
+    def save(self, path: str, about: Dict[str, Any]) -> bool:
+        """Write all to a file, renamed into place and readable for its owner only.
+
+        As llama_state_seq_save_file writes it, then the checkpoints that matter most, then `about`
+        as JSON, its length and a checksum. False where it could not be written."""
+        if self.has_moved:
+            return False
+        temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
+        try:
+            make_private(os.path.dirname(path))
+            self.write_file(temporary, about)
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                os.remove(temporary)
+            return False
+        return True
+
+    def write_file(self, path: str, about: Dict[str, Any]) -> None:
+        """Raises OSError."""
+        import json
+        import struct
+        tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
+        kept = self.least_checkpoints()
+        sizes = [(n, len(data)) for n, data in kept]
+        raw = json.dumps(dict(about, checkpoints=sizes)).encode()
+        open(path, "xb", opener=open_private).close()    # llama.cpp keeps the mode
+        raw_path = os.fsencode(path)
+        if not self.api.llama_state_seq_save_file(self.context, raw_path, 0, tokens, len(tokens)):
+            raise OSError
+        with open(path, "ab+") as file:
+            for _, data in kept:
+                file.write(data)
+            file.write(raw)
+            file.write(struct.pack("<Q", len(raw)))
+            file.write(struct.pack("<I", file_checksum(file, file.tell())))
+
+    def load(self, path: str, identity: List[Any]) -> Optional[Dict[str, Any]]:
+        """Bring back what save() wrote for the same model and context, and return its `about`.
+
+        None = it is of another one or damaged, and then removed."""
+        import ctypes
+        import struct
+        if not os.path.exists(path):
+            return None
+        try:
+            about, checkpoints = read_state_file(path, identity)
+        except (OSError, ValueError, struct.error):
+            with suppress(OSError):
+                os.remove(path)
+            return None
+        if not about:
+            return None
+        self.clear()
+        tokens = (self.api.llama_token * self.n_ctx)()
+        n = ctypes.c_size_t()
+        raw_path, n_ref = os.fsencode(path), ctypes.byref(n)
+        load = self.api.llama_state_seq_load_file
+        if not load(self.context, raw_path, 0, tokens, self.n_ctx, n_ref):
+            self.clear()
+            self.checkpoints = []
+            return None
+        self.tokens = tokens[:n.value]
+        self.checkpoints = checkpoints
+        return about
+
+PARTIAL_ONLY = 1                          # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: what can't be cut
+
+def is_recurrent(api: Any, model: Any) -> bool:
+    return api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
+
+def count_bytes(checkpoints: List[Tuple[int, Any]]) -> int:
+    return sum(len(data) for _, data in checkpoints)
+
+def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], List[Tuple[int, Any]]]:
+    """Read what stands behind llama.cpp's own part: ({}, []) if it is of another model or context.
+
+    Raises OSError, ValueError or struct.error where the file is damaged."""
+    import ctypes
+    import json
+    import struct
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size - 12
+        file.seek(max(0, end))
+        n_bytes, checksum = struct.unpack("<QI", file.read(12))
+        if checksum != file_checksum(file, end + 8):
+            raise ValueError
+        file.seek(end - n_bytes)
+        about = json.loads(file.read(n_bytes))
+        if about["identity"] != identity:
+            return {}, []
+        file.seek(end - n_bytes - sum(size for _, size in about["checkpoints"]))
+        checkpoints = []
+        for n, size in about["checkpoints"]:
+            data = (ctypes.c_uint8 * size).from_buffer_copy(file.read(size))
+            checkpoints.append((n, data))
+        return about, checkpoints
+
+
+# == 15e. ENGINE ===================================================================================
+# LlamaEngine: one model loaded and running. It loads, reads a chat's prompt, reads ahead, writes.
+# It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
+# Another engine (a server, say) is another class with load(), chat() and close() and the same events.
+
+# between two looks at how much of a model's file has been read
+FOLLOW_S = 0.2
+# ggml_log_level -> style; 1 debug, 2 info, 5 = the last line goes on
+LOG_STYLES = {3: "warn", 4: "error"}
+LOG_DEBUG, LOG_CONTINUES = 1, 5
 
 class LlamaEngine:
-    """One model in memory. `tokens` is what its KV cache holds, position by position.
+    """One model in memory.
 
     emit(event, **fields) reports; `stop` may be set from another thread at any time."""
+
     def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
         self.api, self.emit, self.stop = api, emit, stop
-        self.model = self.context = self.template = None
-        self.tokens: List[int] = []
-        self.checkpoints: List[Tuple[int, Any]] = []    # (how many tokens, the state of what can't be cut)
-        self.read_token_s = 0.0           # seconds that reading a token took the last time; 0 = not known
-        self.ahead: List[int] = []                # tokens to read while nothing else is to do
-        self.replies: Dict[str, List[int]] = {}   # what the model wrote, text -> its own tokens
-        self.errors: List[str] = []               # llama.cpp's last error lines
-        self.caution, self.key = 0, ""            # see LoadOptions, and engine_key()
-        self.unproven: set = set()                # what hasn't worked yet: to decode several tokens (True), and one (False)
-        self._callbacks = [api.llama_log_callback(self._on_log), api.llama_progress_callback(self._on_progress),
-                           stop.callback(api)]    # C holds bare pointers to them
-        api.llama_log_set(self._callbacks[0], None)
-        self._log_level, self._log_text = 2, ""
+        self.model: Any = None
+        self.context: Any = None
+        self.cache: KVCache               # these come with a model
+        self.tokenizer: Tokenizer
+        self.ahead: List[int] = []        # tokens to read while nothing else is to do
+        # (how many tokens the system prompt has, where to save its state)
+        self.system_mark = (0, "")
+        # seconds that reading a token took the last time; 0 = not known
+        self.read_token_s = 0.0
+        self.errors: List[str] = []       # llama.cpp's last error lines
+        self.caution = 0                  # see LoadOptions
+        self.key = ""                     # see engine_key()
+        # what hasn't worked yet: to decode several tokens (True), and one (False)
+        self.unproven: Set[bool] = set()
+        self._log_level = 2
+        self._log_text = ""
+        self._percent = -1
+        # C holds bare pointers to them
+        self._on_log_c = api.llama_log_callback(self._on_log)
+        self._on_progress_c = api.llama_progress_callback(self._on_progress)
+        self._stop_c = stop.callback(api)
+        api.llama_log_set(self._on_log_c, None)
 
     # -- callbacks from llama.cpp --
 
     def _on_log(self, level: int, text: bytes, _: Any) -> None:
-        """ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 = the last line goes on."""
-        if level == 1 or level in (3, 4) and self.stop.is_set():
-            return                        # after a stop llama.cpp complains of the batch that it gave up, as it should
-        self._log_level = self._log_level if level == 5 else level
+        if level == LOG_DEBUG:
+            return
+        if level in LOG_STYLES and self.stop.is_set():
+            # llama.cpp complains of the batch that it gave up, as it should
+            return
+        if level != LOG_CONTINUES:
+            self._log_level = level
         self._log_text += text.decode("utf-8", "replace")
         *lines, self._log_text = self._log_text.split("\n")
+        style = LOG_STYLES.get(self._log_level, "dim")
         for line in filter(None, lines):
-            style = {3: "warn", 4: "error"}.get(self._log_level, "dim")
             if style == "error":
                 self.errors = self.errors[-20:] + [line]
             self.emit("log", level=style, text=line)
@@ -6773,14 +7411,18 @@ class LlamaEngine:
 
     @contextmanager
     def _following(self, n_bytes: int) -> Iterator[None]:
-        """Tell how much of the file the system has read: on Linux llama.cpp maps all of it in one call
-        (MAP_POPULATE), during which it says nothing."""
+        """Tell how much of the file the system has read.
+
+        On Linux llama.cpp maps all of it in one call (MAP_POPULATE) and says nothing meanwhile."""
         import threading
-        ended, before = threading.Event(), probe_read_bytes()
+        ended = threading.Event()
+        before = probe_read_bytes()
+
         def follow() -> None:
             while not ended.wait(FOLLOW_S):
                 share = (probe_read_bytes() - before) / max(1, n_bytes)
                 self._tell_progress(min(share, 0.99))    # the last step is llama.cpp's
+
         follower = threading.Thread(target=follow, daemon=True)
         self._percent = -1
         follower.start()
@@ -6793,37 +7435,50 @@ class LlamaEngine:
     # -- loading --
 
     def load(self, path: str, options: LoadOptions) -> None:
-        """Load a model: emits "hardware", "plan", "loading" …, "loaded". Raises ModelError with a sentence for the user."""
+        """Load a model: emits "hardware", "plan", "loading" …, "loaded".
+
+        Raises ModelError with a sentence for the user."""
         import threading
-        # jinja2 takes as long to import as a small model to load: both at once
-        warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        header = read_gguf_header(path, full=bool(self.context))    # its vocabulary takes 26 ms; a damaged file must not cost the model
+        # its vocabulary takes 26 ms; a damaged file must not cost the model
+        header = read_gguf_header(path, full=bool(self.context))
         check_text_generator(header)
         hardware = probe_engine_hardware(self.api)
         self.key = engine_key(self.api, hardware)
         options = careful(tune(options, tuning_key(options, header, hardware)), self.key)
-        self.caution, self.unproven = options.caution, {True, False}
+        self.caution = options.caution
+        self.unproven = {True, False}
+        # jinja2 takes as long to import as a small model to load: both at once
+        warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
         warm.start()
         self.close()
-        plan = self._load_plan(header, hardware, options)
-        self.header, self.hardware, self.plan = header, hardware, plan
-        self.identity = [os.path.realpath(header.path), header.file_bytes, os.stat(header.path).st_mtime, plan.n_ctx, plan.kv_type,
-                         hardware.llama_version]
+        self.plan = self._load_plan(header, hardware, options)
+        self.header, self.hardware = header, hardware
+        mtime_s = os.stat(header.path).st_mtime
+        self.identity = [os.path.realpath(header.path), header.file_bytes, mtime_s,
+                         self.plan.n_ctx, self.plan.kv_type, hardware.llama_version]
         warm.join()
-        self._make_template()
-        on, off, as_it_is = map(self.template.switch_thinking, (True, False, None))
-        is_slow = 0 < plan.rate < THINKING_TOKENS_PER_S
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path, description=model_summary(header),
-                  ram_bytes=probe_ram_bytes(), can_switch=on != off, may_think=self._may_think(),
-                  is_base=not self.api.llama_model_chat_template(self.model, None),
-                  think=False if is_slow and as_it_is != off else None)
+        self.tokenizer = Tokenizer(self.api, self.model, self.emit)
+        self.ahead = []
+        self.system_mark = (0, "")
+        self._tell_loaded()
+
+    def _tell_loaded(self) -> None:
+        header, template = self.header, self.tokenizer.template
+        on, off, as_it_is = map(template.switch_thinking, (True, False, None))
+        is_slow = 0 < self.plan.rate < THINKING_TOKENS_PER_S
+        think = False if is_slow and as_it_is != off else None
+        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path,
+                  description=model_summary(header), ram_bytes=probe_ram_bytes(),
+                  can_switch=on != off, may_think=self.tokenizer.may_think(), think=think,
+                  is_base=not self.api.llama_model_chat_template(self.model, None))
 
     def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
-        """Load as planned; when memory runs out, with the next smaller plan, until nothing is left to try."""
+        """Load as planned; when memory runs out, with the next smaller plan, until none is left."""
         plan = plan_load(header, hardware, options)
         self.emit("hardware", lines=describe_hardware(hardware))
         lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
-        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback, next=plan.next, caution=options.caution)
+        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
+                  next=plan.next, caution=options.caution)
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, options)
@@ -6832,172 +7487,89 @@ class LlamaEngine:
         except ModelError:
             lower = options._replace(fallback=options.fallback + 1)
             model_stays = plan_load(header, hardware, lower).n_gpu_layers == plan.n_gpu_layers
+            memory_ran_out = re.search(OUT_OF_MEMORY, "\n".join(self.errors))
             # smaller contexts don't help where the weights themselves have no room
-            if not plan.next or not re.search(OUT_OF_MEMORY, "\n".join(self.errors)) or not self.model and model_stays:
+            helps = self.model or not model_stays
+            if not (plan.next and memory_ran_out and helps):
                 self.close()
                 raise
-        self.emit("lowered", text="Memory ran out while loading. Trying again with %s." % plan.next)
+        self.emit("lowered",
+                  text="Memory ran out while loading. Trying again with %s." % plan.next)
         if not model_stays:
             self.close()
         return self._load_plan(header, hardware, lower)
 
     def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
-        api, params = self.api, self.api.llama_model_default_params()
+        api = self.api
+        params = api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
-        if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x; since then llama_load_mode: 0 none, 1 mmap, 2 mlock, 3 both
-            params.use_mmap, params.use_mlock = bool(options.use_mmap), bool(options.use_mlock)
-        elif (options.use_mmap, options.use_mlock) != (1, 0):    # or else llama.cpp chooses, by what the devices can
+        if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x
+            params.use_mmap = bool(options.use_mmap)
+            params.use_mlock = bool(options.use_mlock)
+        # or else llama.cpp chooses, by what the devices can
+        elif (options.use_mmap, options.use_mlock) != (1, 0):
+            # llama_load_mode: 0 none, 1 mmap, 2 mlock, 3 both
             params.load_mode = options.use_mmap + 2 * options.use_mlock
         if options.caution:
             params.use_extra_bufts = False
-        params.progress_callback = self._callbacks[1]
+        params.progress_callback = self._on_progress_c
         self.errors = []
         with self._following(plan.memory.weights):
             self.model = self._load_parts(plan_split_paths(path), params)
+        if not self.model and self.stop.is_set():
+            raise ModelError("Loading was stopped.")
         if not self.model:
-            raise ModelError("Loading was stopped." if self.stop.is_set() else
-                             explain_load_failure(path, "\n".join(self.errors), hardware))
+            raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware))
         if not api.llama_model_has_decoder(self.model) or api.llama_model_has_encoder(self.model):
-            raise ModelError("%s has an encoder and can't chat by itself. Choose a chat or instruct model." % os.path.basename(path))
-        self.vocab = api.llama_model_get_vocab(self.model)
+            raise ModelError("%s has an encoder and can't chat by itself. Choose a chat or "
+                             "instruct model." % os.path.basename(path))
 
     def _load_parts(self, paths: Sequence[str], params: Any) -> Any:
-        """llama.cpp's model, from one file or the parts of a split one."""
+        """Load llama.cpp's model, from one file or the parts of a split one."""
         raw = [os.fsencode(path) for path in paths]
         if len(raw) == 1:
             return self.api.llama_model_load_from_file(raw[0], params)
-        import ctypes                     # from_file() knows parts by their names, but not with .GGUF
-        return self.api.llama_model_load_from_splits((ctypes.c_char_p * len(raw))(*raw), len(raw), params)
+        # from_file() knows parts by their names, but not with .GGUF
+        import ctypes
+        array = (ctypes.c_char_p * len(raw))(*raw)
+        return self.api.llama_model_load_from_splits(array, len(raw), params)
 
     def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
-        api, params = self.api, self.api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = plan.n_ctx, plan.n_ubatch, plan.n_ubatch
+        api = self.api
+        params = api.llama_context_default_params()
+        params.n_ctx = plan.n_ctx
+        params.n_batch = params.n_ubatch = plan.n_ubatch
         params.n_threads = params.n_threads_batch = plan.n_threads
-        params.n_seq_max, params.swa_full, params.no_perf = 1, False, True
-        params.n_outputs_max = MAX_OUTPUTS    # by default logits of the whole batch: 70 MB for a vocabulary of 150,000
+        params.n_seq_max = 1
+        params.swa_full = False
+        params.no_perf = True
+        # by default logits of the whole batch: 70 MB for a vocabulary of 150,000
+        params.n_outputs_max = MAX_OUTPUTS
         params.type_k = params.type_v = KV_TYPES[plan.kv_type][0]
-        params.flash_attn_type = -1 if plan.kv_type in FLOAT_KV_TYPES else 1    # auto; quantised V needs it
+        # -1 = where it is known to work; quantised V needs it
+        params.flash_attn_type = -1 if plan.kv_type in FLOAT_KV_TYPES else 1
         if self.caution == len(CAUTIONS) - 1:
             params.flash_attn_type = 0
+        # an interrupted batch would leave its states half changed
+        if not is_recurrent(api, self.model):
+            params.abort_callback = self._stop_c
+            params.abort_callback_data = self.stop.address
         self.errors = []
-        self.recurrent = api.llama_model_is_recurrent(self.model) or api.llama_model_is_hybrid(self.model)
-        self.n_swa = api.llama_model_n_swa(self.model)
-        self.cuts_badly = bool(self.recurrent or self.n_swa)
-        if not self.recurrent:            # an interrupted batch would leave recurrent states half changed
-            params.abort_callback, params.abort_callback_data = self._callbacks[2], self.stop.address
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
             self.errors = self.errors or ["failed to allocate"]
-            raise ModelError(explain_load_failure(path, "\n".join(self.errors), hardware, plan.n_ctx))
-        self.threads = ThreadCount(1 if plan.n_gpu_layers else plan.n_threads, lambda n:
-                                   api.llama_set_n_threads(self.context, n, n))
+            reason = explain_load_failure(path, "\n".join(self.errors), hardware, plan.n_ctx)
+            raise ModelError(reason)
+        n_most = 1 if plan.n_gpu_layers else plan.n_threads
+        self.threads = ThreadCount(n_most, self._set_threads)
         self.writing = WritingRate(plan.n_threads)
-        self.drafter = Drafter()
-        self.memory = api.llama_get_memory(self.context)
-        self.n_ctx, self.n_batch = api.llama_n_ctx(self.context), api.llama_n_batch(self.context)
+        self.lookup = PromptLookup()
+        self.cache = KVCache(api, self.model, self.context, plan.memory.checkpoints)
+        self.n_ctx: int = self.cache.n_ctx
+        self.n_batch: int = api.llama_n_batch(self.context)
 
-    def _make_template(self) -> None:
-        source = self.api.llama_model_chat_template(self.model, None)
-        source = source.decode("utf-8", "replace") if source else ""
-        first = self.tokenize("a", False)
-        self.adds_space = bool(first) and self.piece(first[0]).startswith(b" ")
-        self.controls = ControlTexts(self._find_controls(source or CHATML))
-        # a base model whose vocabulary lacks ChatML's marks says nothing after them, but answers here
-        substitute = CHATML if "<|im_end|>" in self.controls.texts else DIALOGUE
-        try:
-            self._use_template(source or substitute)
-            if not source:
-                name = "ChatML" if substitute == CHATML else "questions and answers"
-                self.emit("log", level="warn", text="This model has no chat template; using %s. "
-                          "If it answers oddly it is a base model: choose an instruct or chat one." % name)
-        except Exception as error:        # templates are programs: any error may come
-            self._use_chatml(error)
-        self.tokens, self.replies, self.checkpoints, self.ahead = [], {}, [], []
-        self.told: List[str] = []         # what has been said of the template
-        self.system_mark, self.shifting = (0, ""), False    # shifting: moved entries are only rotated at the next decode
-
-    def _use_template(self, source: str) -> None:
-        """Raises whatever a template may raise."""
-        vocab = self.vocab
-        ends = (self.api.llama_vocab_bos(vocab), self.api.llama_vocab_eos(vocab))
-        special = [self.piece(t, True).decode("utf-8", "replace") if t >= 0 else "" for t in ends]
-        template = ChatTemplate(source, *special, self.controls.texts)
-        template.try_out()
-        template.switch_thinking(None)
-        self.template, self.fragments, self.splits = template, {}, True
-        self.n_fragment_chars = 0
-        marks = (token for pair in THINKING for mark in pair for token in self.tokenize(mark, True))
-        self.marks = {token for token in marks if not self.piece(token)}    # control tokens that must be seen
-        said = [{"role": role, "content": "a b "} for role in ("user", "assistant", "user")]
-        with suppress(Exception):
-            text, _ = template.render_any(said)
-            # not where a mark swallows the space around it
-            self.splits = self._joined_tokens(text, True) == self._continue_tokens(text, True, True)
-        self.end_tokens, self.end_texts = self._find_turn_marks()
-        names = [(mark, name) for pair in template.marks if pair not in THINKING for mark, name in zip(pair, THINKING[0])]
-        self.mark_names = tuple(names)    # this template's own marks of thinking, and ours for them
-
-    def _find_turn_marks(self) -> Tuple[Set[int], Tuple[str, ...]]:
-        """What stands between a reply and the next message ends a reply: control tokens, and texts where there are none.
-
-        Not every model knows when to end: a base model that gets ChatML spells its marks, others begin the user's turn."""
-        said = [("user", "Q1x"), ("assistant", "A2x"), ("user", "Q3x")]
-        text = ""
-        with suppress(Exception):
-            text, _ = self.template.render_any([{"role": role, "content": words} for role, words in said])
-        between = text.partition("A2x")[2].partition("Q3x")[0]
-        tokens = set(self.tokenize(between, True))
-        controls = {token for token in tokens if not self.piece(token)} - self.marks
-        substitute = self.template.source in (CHATML, DIALOGUE)
-        marks = ["<|im_end|>", "<|im_start|>"] if substitute else [
-            mark for mark in re.findall(MARK_FORM, between) if len(self.tokenize(mark, True)) > 1]
-        header = (between.strip().splitlines() or [""])[-1].strip()
-        if not controls and not re.search(MARK_FORM, header) and re.search(r"^\W*\w{2,}.*:$", header):
-            marks.append("\n" + header)   # such as "User:" in a line of its own
-        known = {mark for pair in THINKING for mark in pair}
-        return controls, tuple(mark for mark in marks if mark not in known)
-
-    def _may_think(self) -> bool:
-        """Whether this model may end thoughts that it hasn't begun, as far as template and vocabulary tell."""
-        ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
-        if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
-            return False
-        return any(end in self.template.source or len(self.tokenize(end, True)) == 1 for end in ends)
-
-    def _use_chatml(self, error: Exception) -> None:
-        """The model's own template can't be used (any more)."""
-        think = self.template.think if self.template else None
-        self._use_template(CHATML)
-        self.template.let_think(think)
-        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        self.emit("log", level="warn", text="The model's chat template doesn't work (%s); using ChatML." % reason)
-
-    def _find_controls(self, source: str) -> List[str]:
-        """The texts of all control tokens, and of others that the template uses as marks.
-
-        To ask for each token's kind would take 300 ms for a vocabulary of 262,144. Written out without control tokens
-        a range of tokens is shorter if it has any: halving such ranges finds 17 of 49,152 in 10 ms."""
-        api, size = self.api, 4
-        n_vocab = api.llama_vocab_n_tokens(self.vocab)
-        tokens = (api.llama_token * n_vocab)(*range(n_vocab))
-        def n_bytes(start: int, end: int, special: bool) -> int:
-            part = (api.llama_token * (end - start)).from_buffer(tokens, start * size)
-            return -api.llama_detokenize(self.vocab, part, end - start, b"", 0, False, special)
-        found: List[int] = []
-        ranges = [(0, n_vocab)]
-        while ranges:
-            start, end = ranges.pop()
-            plain = n_bytes(start, end, False)
-            if plain == n_bytes(start, end, True):
-                continue
-            if plain == 0:
-                found += range(start, end)
-                continue
-            middle = (start + end) // 2
-            ranges += [(start, middle), (middle, end)]
-        texts = [api.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace") for token in found]
-        marks = set(re.findall(MARK_FORM, source))
-        return texts + [mark for mark in marks if len(self.tokenize(mark, False)) == 1]
+    def _set_threads(self, n: int) -> None:
+        self.api.llama_set_n_threads(self.context, n, n)
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -7007,206 +7579,26 @@ class LlamaEngine:
             self.api.llama_model_free(self.model)
         self.model = self.context = None
 
-    # -- text and tokens --
-
-    def piece(self, token: int, special: bool = False) -> bytes:
-        """The bytes of one token; control tokens have none unless `special`."""
-        import ctypes
-        size = 64
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = self.api.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n
-
-    def tokenize(self, text: str, special: bool) -> List[int]:
-        """Tokens of a text; `special` = control tokens written in it count as such."""
-        raw = text.encode("utf-8", "replace")
-        n, size = -(len(raw) + 2), 0
-        while n < 0:                      # too small an array: -n is the size it takes
-            if -n <= size or n == -2 ** 31:
-                raise ModelError("The tokenizer refused this text.")
-            size = -n
-            tokens = (self.api.llama_token * size)()
-            n = self.api.llama_tokenize(self.vocab, raw, len(raw), tokens, size, False, special)
-        return tokens[:n]
-
-    def _continue_tokens(self, text: str, special: bool, first: bool) -> List[int]:
-        """Tokens of a piece in the middle of a prompt: without the space that some vocabularies put before a text."""
-        if first or not self.adds_space or not text:
-            return self.tokenize(text, special)
-        if text[0] == " ":
-            return self.tokenize(text[1:], special)
-        tokens = self.tokenize(text, special)
-        return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
-
-    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
-        """The whole chat as tokens."""
-        return self.piece_tokens(self._pieces(messages))
-
-    def _pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
-        """The whole chat in pieces, by ChatML where the model's template fails at it."""
-        tidy = tidy_messages(messages)
-        try:
-            pieces = self.template.pieces(tidy)
-        except ModelError:
-            raise
-        except Exception as error:
-            self._use_chatml(error)
-            pieces = self.template.pieces(tidy)
-        for note in self.template.notes:
-            if note not in self.told:
-                self.told.append(note)
-                self.emit("log", level="warn", text=note)
-        return pieces
-
-    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
-        """Pieces of a prompt as tokens: the template's markup, people's text (never markup), and replies as they were written."""
-        tokens: List[int] = []
-        joined = ""                       # markup and texts, tokenized in one go as the model was trained
-        for text, own in pieces:
-            reply = self.replies.get(text) if own else None
-            if reply is None:
-                joined += self.template.hide(text) if own else text
-                continue
-            tokens += self._joined_tokens(joined, not tokens)
-            tokens += reply
-            joined = ""
-        tokens += self._joined_tokens(joined, not tokens)
-        bos = self.api.llama_vocab_bos(self.vocab)
-        if self.api.llama_vocab_get_add_bos(self.vocab) and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        return tokens
-
-    def _joined_tokens(self, joined: str, first: bool) -> List[int]:
-        """Tokens of a text in which people's own signs are in disguise: a control token that has one is none.
-
-        Fragments from one control token to the next don't depend on each other, so those of old turns are remembered."""
-        text = self.template.show(joined)
-        fragments: List[Tuple[str, bool]] = []
-        begin = 0
-        for start, end in self.controls.find(text):
-            forged = joined[start:end] != text[start:end]
-            if forged or self.splits:
-                fragments.append((text[begin:start], True))
-                begin = start
-            if forged:
-                fragments.append((text[start:end], False))
-                begin = end
-        fragments.append((text[begin:], True))
-        tokens: List[int] = []
-        for fragment, special in fragments:
-            if fragment:
-                tokens += self._fragment_tokens(fragment, special, first and not tokens)
-        return tokens
-
-    def _fragment_tokens(self, text: str, special: bool, first: bool) -> List[int]:
-        key = (text, special, first)
-        tokens = self.fragments.get(key)
-        if tokens is not None:
-            return tokens
-        tokens = self._continue_tokens(text, special, first)
-        if not special and len(tokens) == 1 and len(text) > 1:    # a mark that is no control token: spell it
-            tokens = self._continue_tokens(text[:1], False, first) + self._continue_tokens(text[1:], False, False)
-        if self.n_fragment_chars > 1 << 22:
-            self.fragments.clear()
-            self.n_fragment_chars = 0
-        self.fragments[key] = tokens
-        self.n_fragment_chars += len(text)
-        return tokens
-
-    # -- reading and writing --
-
-    def _truncate(self, n_keep: int) -> None:
-        """Forget all but the first n_keep tokens. Where the memory can't be cut there (recurrent layers, sliding windows),
-        go back to the last checkpoint before, or to nothing: self.tokens says what is left."""
-        api = self.api
-        self.checkpoints = [c for c in self.checkpoints if c[0] <= n_keep]
-        if n_keep == len(self.tokens):
-            return
-        # a sliding window forgets: what is left must reach back far enough for the next token (llama.h, n_swa)
-        forgot = self.n_swa and api.llama_memory_seq_pos_min(self.memory, 0) > max(0, n_keep - self.n_swa)
-        if not forgot and api.llama_memory_seq_rm(self.memory, 0, n_keep, -1):
-            self.tokens = self.tokens[:n_keep]
-        elif not self._restore_checkpoint():
-            api.llama_memory_clear(self.memory, True)
-            self.tokens = []
-
-    def _save_checkpoint(self) -> None:
-        """Remember the part of the memory that can't be cut (LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) as it is now."""
-        n, api = len(self.tokens), self.api
-        if not (self.cuts_badly and n) or any(at == n for at, _ in self.checkpoints):
-            return
-        import ctypes
-        size = api.llama_state_seq_get_size_ext(self.context, 0, 1)
-        data = (ctypes.c_uint8 * size)()
-        if size and api.llama_state_seq_get_data_ext(self.context, data, size, 0, 1) == size:
-            self.checkpoints.append((n, data))
-        # what a header doesn't tell, of a new kind of model, can't have been planned
-        room = max(self.plan.memory.checkpoints, LEAST_CHECKPOINTS * size)
-        room = min(room, CHECKPOINT_MB << 20)
-        while len(self.checkpoints) > 1 and sum(len(data) for _, data in self.checkpoints) > room:
-            # the first is that of the system prompt, to which each new chat goes back
-            del self.checkpoints[min(1, len(self.checkpoints) - 2)]
-
-    def _restore_checkpoint(self) -> bool:
-        """Go back to the newest checkpoint; False where there is none that works."""
-        api = self.api
-        while self.checkpoints:
-            n, data = self.checkpoints[-1]
-            if api.llama_state_seq_set_data_ext(self.context, data, len(data), 0, 1) and \
-                    api.llama_memory_seq_rm(self.memory, 0, n, -1):
-                self.tokens = self.tokens[:n]
-                return True
-            del self.checkpoints[-1]
-        return False
-
-    def _keep_prefix(self, prompt: List[int]) -> int:
-        """Drop from the KV cache what isn't a prefix of the prompt; returns how many tokens stay (at least one is left to read)."""
-        self._truncate(common_prefix(self.tokens, prompt[:-1]))
-        return len(self.tokens)
-
-    def _shift(self, prompt: List[int]) -> None:
-        """Where the prompt is what the cache holds less some tokens in the middle, move the rest instead of reading it again.
-
-        The moved entries were computed with the dropped text in view: only for a context that is full."""
-        start = common_prefix(self.tokens, prompt)
-        rest = prompt[start:start + 32]
-        if not rest or self.n_swa or not self.api.llama_memory_can_shift(self.memory):
-            return                        # sliding windows: 0.3.36 says it can and aborts (all layers in one of two caches)
-        for at in range(start + 1, len(self.tokens) - len(rest) + 1):
-            if self.tokens[at:at + len(rest)] == rest:
-                break
-        else:
-            return
-        if self.api.llama_memory_seq_rm(self.memory, 0, start, at):
-            self.api.llama_memory_seq_add(self.memory, 0, at, -1, start - at)
-            self.tokens = self.tokens[:start] + self.tokens[at:]
-            self.checkpoints, self.shifting = [], True
+    # -- decoding --
 
     def _decode(self, tokens: List[int], all_logits: bool = False) -> bool:
-        """Read tokens (at most n_batch) into the KV cache; False when stopped. Raises ModelError."""
-        import ctypes
-        array = (self.api.llama_token * len(tokens))(*tokens)    # the batch holds a bare pointer to it
-        batch = self.api.llama_batch_get_one(array, len(tokens))
-        if all_logits:
-            batch.logits = (ctypes.c_int8 * len(tokens))(*[1] * len(tokens))
-        status = self.api.llama_decode(self.context, batch)
+        """Read at most n_batch tokens into the KV cache; False when stopped. Raises ModelError."""
+        status = self.cache.decode(tokens, all_logits)
         if status == 0:
-            self.tokens += tokens
-            self.shifting = False
             if self.unproven:
                 self._prove(len(tokens) > 1)
             return True
-        self.api.llama_memory_seq_rm(self.memory, 0, len(self.tokens), -1)
         if status == 2:
             return False
-        raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s" % (status, " ".join(self.errors[-1:])))
+        reason = " ".join(self.errors[-1:])
+        raise ModelError("llama.cpp could not process the text (llama_decode: %d). %s"
+                         % (status, reason))
 
     def _prove(self, several: bool) -> None:
-        """A decode has worked. After one of several tokens and one of a single one, which are different kernels, the
-        model runs here: that is told, and the caution that it took is remembered."""
+        """A decode has worked.
+
+        After one of several tokens and one of a single one, which are different kernels, the model
+        runs here: that is told, and the caution that it took is remembered."""
         self.unproven.discard(several)
         if self.unproven:
             return
@@ -7234,41 +7626,50 @@ class LlamaEngine:
         return True
 
     def _learn(self) -> None:
-        """Remember how much faster or slower than reckoned this machine writes, if that could be seen."""
+        """Remember how much faster or slower than reckoned this machine writes, if it was seen."""
         rate = self.writing.take()
         if not rate or self.plan.n_gpu_layers:
             return
-        with suppress(ModelError, OSError):    # the file has gone, or the disk is full: then another time
-            self.header = self.header if self.header.tensors else read_gguf_header(self.header.path, full=True)
-            reckoned = reckon_rate(self.header, self.hardware, self.plan.n_threads, self.plan.kv_type)
+        # the file has gone, or the disk is full: then another time
+        with suppress(ModelError, OSError):
+            if not self.header.tensors:
+                self.header = read_gguf_header(self.header.path, full=True)
+            plan = self.plan
+            reckoned = reckon_rate(self.header, self.hardware, plan.n_threads, plan.kv_type)
             if reckoned:
                 save_pace(self.hardware, main_type(self.header), rate / reckoned)
 
-    def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
-        """Read the rest of the prompt in pieces of about half a second, with progress; False when stopped, or until() says so.
+    # -- reading --
 
-        Recurrent layers can't be left in the middle of a piece, so there the pieces are short and the stop waits for their end."""
+    def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
+        """Read the rest of the prompt in pieces of about half a second, with progress.
+
+        False when stopped, or until() says so. Recurrent layers can't be left in the middle of a
+        piece, so there the pieces are short and the stop waits for their end."""
         import time
-        piece_s, size = 0.05 if self.recurrent else 0.4, min(16, self.n_batch)
-        start, began_s = len(self.tokens), time.monotonic()
-        told_s = began_s
+        cache = self.cache
+        piece_s = 0.05 if cache.recurrent else 0.4
+        size = min(16, self.n_batch)
+        start = len(cache.tokens)
+        began_s = told_s = time.monotonic()
         self.threads.begin()
-        self._save_checkpoint()           # to come back to when this turn is undone or edited
+        cache.save_checkpoint()           # to come back to when this turn is undone or edited
         # the first time the last token goes alone, so that a crash comes before a word of the reply
-        last = len(prompt) - 1 if self.cuts_badly or self.unproven else len(prompt)
-        stops = (self.system_mark[0], last, len(prompt))
-        while len(self.tokens) < len(prompt):
-            at, now_s = len(self.tokens), time.monotonic()
+        last = len(prompt) - 1 if cache.cuts_badly or self.unproven else len(prompt)
+        while len(cache.tokens) < len(prompt):
+            at = len(cache.tokens)
+            now_s = time.monotonic()
             if at == last:
-                self._save_checkpoint()   # to come back to when the answer is to be another one
+                cache.save_checkpoint()   # to come back to when the answer is to be another one
             if now_s - told_s > 0.1:
-                told_s, rate = now_s, (at - start) / (now_s - began_s)
-                self.emit(event, done=at, total=len(prompt), rate=rate, left_s=(len(prompt) - at) / rate if rate else 0)
+                told_s = now_s
+                self._tell_reading(event, at, len(prompt), (at - start) / (now_s - began_s))
+            stops = (self.system_mark[0], last, len(prompt))
             end = min(at + self.threads.piece(size), min(stop for stop in stops if stop > at))
             if self.stop.is_set() or until and until() or not self._decode_paced(prompt[at:end]):
                 return False
             if end == self.system_mark[0]:
-                self._save_checkpoint()
+                cache.save_checkpoint()
                 self.save_state(self.system_mark[1])
                 self.system_mark = (0, "")
             spent_s = max(1e-6, time.monotonic() - now_s)
@@ -7277,336 +7678,366 @@ class LlamaEngine:
             self.read_token_s = (time.monotonic() - began_s) / (len(prompt) - start)
         return True
 
-    # -- reading ahead --
+    def _tell_reading(self, event: str, n_done: int, n_all: int, rate: float) -> None:
+        left_s = (n_all - n_done) / rate if rate else 0
+        self.emit(event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
     def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
-        """What is certain of the next prompt: the chat, the template's header, and the draft so far."""
-        pieces = self._pieces(messages + [{"role": "user", "content": draft or "x"}])
-        while pieces and not pieces[-1][1]:
-            pieces.pop()                  # what follows the user's text
-        if not draft and pieces:
-            pieces.pop()
-        tokens = self.piece_tokens(pieces)
-        return tokens[:-1] if len(tokens) < self.n_ctx * 7 // 8 else []    # the last token may still grow
+        """Return what is certain of the next prompt, if that leaves room for an answer."""
+        tokens = self.tokenizer.certain_tokens(messages, draft)
+        return tokens if len(tokens) < self.n_ctx * 7 // 8 else []
 
     def read_ahead(self, until: Any) -> None:
         """Read `ahead`; stops at once when until() is true or the stop flag is set."""
-        ahead, self.ahead = self.ahead, []
-        kept = common_prefix(self.tokens, ahead)
-        if kept == len(ahead):
+        ahead = self.ahead
+        self.ahead = []
+        n_kept = common_prefix(self.cache.tokens, ahead)
+        if n_kept == len(ahead):
             return
-        self._truncate(kept)
+        self.cache.truncate(n_kept)
         if self._read(ahead, "ahead", until):
-            self.emit("ahead", done=len(ahead), total=len(ahead), rate=0, left_s=0)
+            self._tell_reading("ahead", len(ahead), len(ahead), 0)
         elif not self.stop.is_set():
             self.ahead = ahead
 
-    # -- the state on disk --
-
     def save_state(self, path: str) -> bool:
-        """Write the KV cache to a file: as llama_state_seq_save_file does, then the checkpoints that matter most, then
-        JSON about them, its length and a checksum. Renamed into place, readable for its owner only; False where it could
-        not be written."""
-        import json, struct
-        if self.shifting:
-            return False
-        temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
-        tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
-        kept = self._least_checkpoints()
-        about = {"identity": self.identity, "replies": self.replies, "checkpoints": [(n, len(data)) for n, data in kept]}
-        raw = json.dumps(about).encode()
-        try:
-            make_private(os.path.dirname(path))
-            open(temporary, "xb", opener=open_private).close()    # llama.cpp keeps the mode
-            if not self.api.llama_state_seq_save_file(self.context, os.fsencode(temporary), 0, tokens, len(tokens)):
-                raise OSError
-            with open(temporary, "ab+") as file:
-                for data in [data for _, data in kept] + [raw, struct.pack("<Q", len(raw))]:
-                    file.write(data)
-                file.write(struct.pack("<I", file_checksum(file, file.tell())))
-            os.replace(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                os.remove(temporary)
-            return False
-        return True
-
-    def _least_checkpoints(self) -> List[Tuple[int, Any]]:
-        """The checkpoint of the system prompt and the newest ones: disks are slow, and SD cards wear out."""
-        if len(self.checkpoints) <= LEAST_CHECKPOINTS:
-            return self.checkpoints
-        return self.checkpoints[:1] + self.checkpoints[1 - LEAST_CHECKPOINTS:]
-
-    def count_state_bytes(self) -> int:
-        """How large a file save_state() would write, but for some kilobytes."""
-        n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
-        return n_bytes + sum(len(data) for _, data in self._least_checkpoints())
+        """Write what is in memory of a chat to a file; False where it could not be written."""
+        about = {"identity": self.identity, "replies": self.tokenizer.replies}
+        return self.cache.save(path, about)
 
     def load_state(self, path: str) -> bool:
-        """Bring back what save_state() wrote for the same model and context; a damaged file is removed."""
-        import ctypes, json, struct
-        if not os.path.exists(path):
+        """Bring back what save_state() wrote for the same model and context."""
+        about = self.cache.load(path, self.identity)
+        if not about:
             return False
-        try:
-            with open(path, "rb") as file:
-                end = os.fstat(file.fileno()).st_size - 12
-                file.seek(max(0, end))
-                n_bytes, checksum = struct.unpack("<QI", file.read(12))
-                if checksum != file_checksum(file, end + 8):
-                    raise ValueError
-                file.seek(end - n_bytes)
-                about = json.loads(file.read(n_bytes))
-                if about["identity"] != self.identity:
-                    return False
-                file.seek(end - n_bytes - sum(size for _, size in about["checkpoints"]))
-                checkpoints = [(n, (ctypes.c_uint8 * size).from_buffer_copy(file.read(size))) for n, size in about["checkpoints"]]
-        except (OSError, ValueError, struct.error):
-            with suppress(OSError):
-                os.remove(path)
-            return False
-        tokens, n = (self.api.llama_token * self.n_ctx)(), ctypes.c_size_t()
-        self.api.llama_memory_clear(self.memory, True)
-        done = self.api.llama_state_seq_load_file(self.context, os.fsencode(path), 0, tokens, self.n_ctx, ctypes.byref(n))
-        self.tokens, self.checkpoints = (tokens[:n.value], checkpoints) if done else ([], [])
-        self.replies.update(about["replies"])
-        if not done:
-            self.api.llama_memory_clear(self.memory, True)
-        return bool(done)
+        self.tokenizer.replies.update(about["replies"])
+        return True
 
     # -- an answer --
 
     def make_sampler(self, s: Sampling) -> Any:
-        """llama.cpp's sampler chain in its usual order (common/sampling.cpp); greedy at temperature 0. Free it."""
+        """Make llama.cpp's sampler chain in its usual order (common/sampling.cpp). Free it.
+
+        Greedy at temperature 0."""
         api = self.api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         penalties = api.llama_sampler_init_penalties
-        n_vocab = [api.llama_vocab_n_tokens(self.vocab)] * (len(penalties.argtypes) - 4)    # newer llama.cpp asks for it
+        n_vocab = [api.llama_vocab_n_tokens(self.tokenizer.vocab)]
+        n_vocab *= len(penalties.argtypes) - 4    # newer llama.cpp asks for it
         samplers = [penalties(*n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)]
         if s.temperature <= 0:
-            samplers += [api.llama_sampler_init_greedy()]
+            samplers.append(api.llama_sampler_init_greedy())
         else:
             seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
-            samplers += [api.llama_sampler_init_top_k(s.top_k), api.llama_sampler_init_typical(s.typical_p, 1),
-                         api.llama_sampler_init_top_p(s.top_p, 1), api.llama_sampler_init_min_p(s.min_p, 1),
-                         api.llama_sampler_init_temp(s.temperature), api.llama_sampler_init_dist(seed & 0xffffffff)]
+            samplers += [
+                api.llama_sampler_init_top_k(s.top_k),
+                api.llama_sampler_init_typical(s.typical_p, 1),
+                api.llama_sampler_init_top_p(s.top_p, 1),
+                api.llama_sampler_init_min_p(s.min_p, 1),
+                api.llama_sampler_init_temp(s.temperature),
+                api.llama_sampler_init_dist(seed & 0xffffffff)]
         for sampler in samplers:
             api.llama_sampler_chain_add(chain, sampler)
         return chain
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "", once: bool = False) -> None:
-        """Answer a chat: emits "reading" …, "text" …, "done". Raises ModelError before anything is lost.
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
+             once: bool = False) -> None:
+        """Answer a chat: emits "reading" …, "text" …, "done".
 
         messages: [{"role": …, "content": …}], as OpenAI's.
         begun: how the reply begins; the model goes on from there.
-        once: nobody watches, so the reply ends when it has as many tokens as the context."""
+        once: nobody watches, so the reply ends when it has as many tokens as the context.
+        Raises ModelError before anything is lost."""
         import time
-        began = time.monotonic()
-        begun_tokens = self.replies.get(begun) or self._begun_tokens(begun)
+        began_s = time.monotonic()
+        begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
         kept, prompt = self._fit_messages(messages, len(begun_tokens))
         prompt = prompt + begun_tokens
         if kept is not messages:
-            self._shift(prompt)
+            self.cache.shift(prompt)
         if len(prompt) >= self.n_ctx:
-            raise ModelError("This message is too long: with the system prompt it takes %s tokens, but the model's context holds "
-                             "%s. Shorten it, or start with a larger context (-c)." % (format(len(prompt), ","), format(self.n_ctx, ",")))
-        n_reused = self._keep_prefix(prompt)
-        self.emit("reading", done=n_reused, total=len(prompt), rate=0, left_s=0)
-        reply = Reply(self, began, len(prompt) - n_reused, n_reused, begun_tokens)
+            raise ModelError(
+                "This message is too long: with the system prompt it takes {:,} tokens, but the "
+                "model's context holds {:,}. Shorten it, or start with a larger context "
+                "(-c).".format(len(prompt), self.n_ctx))
+        n_reused = self.cache.keep_prefix(prompt)
+        reply = Reply(self, began_s, n_reused, begun_tokens)
+        self._tell_reading("reading", n_reused, len(prompt), 0)
         is_read = self._read(prompt)
-        reply.read_s = time.monotonic() - began
+        reply.read_s = time.monotonic() - began_s
+        reply.n_read = max(0, self.count_used() - n_reused)
         if not is_read:
-            reply.n_read = max(0, len(self.tokens) - n_reused)
-            return reply.end("stopped")
+            reply.end("stopped")
+            return
         reply.text = begun
         if not begun:
-            reply.release(self.template.opened)
+            reply.release(self.tokenizer.template.opened)
+        self._sample_reply(reply, prompt, sampling, kept, once)
+        self._learn()
+
+    def _sample_reply(self, reply: "Reply", prompt: List[int], sampling: Sampling,
+                      messages: List[Dict[str, str]], once: bool) -> None:
+        """Write the reply and end it; what the model wrote is remembered as tokens."""
+        import time
+        n_most = sampling.max_tokens or (self.n_ctx if once else 0)
         sampler = self.make_sampler(sampling)
         try:
-            for token in prompt[-max(0, sampling.repeat_last_n):] if sampling.repeat_penalty != 1 else ():
-                self.api.llama_sampler_accept(sampler, token)
-            reason = self._write(reply, sampler, sampling.max_tokens or (self.n_ctx if once else 0), kept)
-            reply.end("full" if reason == "length" and not sampling.max_tokens else reason)
+            if sampling.repeat_penalty != 1:
+                for token in prompt[-max(0, sampling.repeat_last_n):]:
+                    self.api.llama_sampler_accept(sampler, token)
+            reason = self._write(reply, sampler, n_most, messages)
+            is_full = reason == "length" and not sampling.max_tokens
+            reply.end("full" if is_full else reason)
         finally:
             self.api.llama_sampler_free(sampler)
             if reply.unsent:              # it failed in mid-reply
                 reply.flush(time.monotonic())
-            if reply.tokens and not reply.is_over and not self.mark_names:    # else the text isn't that of the tokens
-                self.replies[reply.text] = begun_tokens + reply.tokens
-        self._learn()
+            # where a mark was cut off or renamed, the text isn't that of the tokens
+            if reply.tokens and not reply.is_over and not self.tokenizer.mark_names:
+                self.tokenizer.replies[reply.text] = reply.begun + reply.tokens
 
-    def _begun_tokens(self, begun: str) -> List[int]:
-        """Tokens of a reply's beginning, after what the template has opened; only the marks of thinking are markup."""
-        joined = ""
-        for kind, text in thinking_parts(begun):
-            if kind != "mark":
-                text = self.template.hide(text)
-            for mark, name in self.mark_names if kind == "mark" else ():
-                text = text.replace(name, mark)
-            joined += text
-        opened = self.template.opened
-        return self._joined_tokens(joined[len(opened):] if joined.startswith(opened) else joined, False)
+    def count_used(self) -> int:
+        """Count the tokens of the context that are taken."""
+        return len(self.cache.tokens)
 
-    def _fit_messages(self, messages: List[Dict[str, str]], n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
-        """The messages and their tokens, with the oldest turns left out where they and n_more tokens don't fit.
+    def _fit_messages(self, messages: List[Dict[str, str]],
+                      n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
+        """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
 
-        Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last message stay.
-        Emits "forgot" with the number of messages left out; _shift() then spares reading the others again."""
-        prompt = self.prompt_tokens(messages)
+        Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the
+        last message stay. Emits "forgot" with the number of messages left out; KVCache.shift() then
+        spares reading the others again."""
+        prompt_tokens = self.tokenizer.prompt_tokens
+        prompt = prompt_tokens(messages)
         if len(prompt) + n_more < self.n_ctx:
             return messages, prompt
         head = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(head):]
-        starts = [i for i, m in enumerate(turns) if m["role"] == "user" and i] or [0]    # where the chat may begin anew
-        room, low, high = int(self.n_ctx * (1 - CONTEXT_FREE_SHARE)) - n_more, 0, len(starts) - 1
+        # where the chat may begin anew
+        starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
+        room = self._most_tokens() - n_more
+        low = 0
+        high = len(starts) - 1
         while low < high:                 # the first start that leaves enough room
             middle = (low + high) // 2
-            fits = len(self.prompt_tokens(head + turns[starts[middle]:])) <= room
-            low, high = (low, middle) if fits else (middle + 1, high)
-        if starts[low]:
-            messages = head + turns[starts[low]:]
-            self.emit("forgot", n=starts[low])
-            prompt = self.prompt_tokens(messages)
-        return messages, prompt
+            if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
+                high = middle
+            else:
+                low = middle + 1
+        if starts[low] == 0:
+            return messages, prompt
+        self.emit("forgot", n=starts[low])
+        messages = head + turns[starts[low]:]
+        return messages, prompt_tokens(messages)
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens may stay when the context was full."""
+        return int(self.n_ctx * (1 - CONTEXT_FREE_SHARE))
 
     def _make_room(self, messages: List[Dict[str, str]], reply: "Reply") -> List[Dict[str, str]]:
-        """The context is full in the middle of a reply: forget the oldest turns, then the beginning of the reply itself."""
+        """The context is full in the middle of a reply: forget the oldest turns.
+
+        Then the beginning of the reply itself."""
         written = (reply.begun + reply.tokens)[:-1]    # the last token isn't in the KV cache yet
         messages, prompt = self._fit_messages(messages, len(written) + 1)
-        room = max(1, int(self.n_ctx * (1 - CONTEXT_FREE_SHARE)) - len(prompt))
         if len(prompt) + len(written) + 1 >= self.n_ctx:
+            room = max(1, self._most_tokens() - len(prompt))
             written = written[-room:]
-        self._shift(prompt + written)
-        self._keep_prefix(prompt + written + [0])
+        self.cache.shift(prompt + written)
+        self.cache.keep_prefix(prompt + written + [0])
         self._read(prompt + written)
+        self.lookup.forget()
         return messages
 
-    def _write(self, reply: "Reply", sampler: Any, max_tokens: int, messages: List[Dict[str, str]]) -> str:
-        """Generate until something ends it; returns what: "end", "length", "repeats" or "stopped"."""
+    def _write(self, reply: "Reply", sampler: Any, n_most: int,
+               messages: List[Dict[str, str]]) -> str:
+        """Generate until something ends it; returns what: "end", "length", "repeats" or "stopped".
+
+        n_most: tokens of the reply; 0 = as many as come."""
         tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
-        self.drafter.forget()
+        self.lookup.forget()
         self.threads.begin()
         while tokens and not self.stop.is_set():
             for token in tokens:
-                if self.api.llama_vocab_is_eog(self.vocab, token) or token in self.end_tokens:
-                    return "end"
-                reply.add(token, self.piece(token, token in self.marks))
-                if reply.is_over:
-                    return "end"
-                if len(reply.tokens) == max_tokens:
-                    return "length"
-                if len(reply.tokens) % 16 == 0 and reply.repeats():
-                    return "repeats"
-            if len(self.tokens) >= self.n_ctx:
+                reason = self._add_token(reply, token, n_most)
+                if reason:
+                    return reason
+            if self.count_used() >= self.n_ctx:
                 messages = self._make_room(messages, reply)
-                self.drafter.forget()
-            n_most = min(self.n_batch, self.n_ctx - len(self.tokens), max_tokens - len(reply.tokens) if max_tokens else self.n_ctx) - 1
-            tokens = self._next_tokens(sampler, token, 0 if self.cuts_badly else n_most)
+            n_guessed = min(self.n_batch, self.n_ctx - self.count_used()) - 1
+            if n_most:
+                n_guessed = min(n_guessed, n_most - len(reply.tokens) - 1)
+            if self.cache.cuts_badly:
+                n_guessed = 0
+            tokens = self._next_tokens(sampler, token, n_guessed)
         return "stopped"
 
-    def _next_tokens(self, sampler: Any, token: int, n_most: int) -> List[int]:
-        """Decode the last token and a guess of up to n_most after it; the tokens sampled from that, [] when stopped.
+    def _add_token(self, reply: "Reply", token: int, n_most: int) -> str:
+        """Add a token to the reply; returns why the reply ends here, or ""."""
+        tokenizer = self.tokenizer
+        if self._is_end(token) or token in tokenizer.end_tokens:
+            return "end"
+        reply.add(token, tokenizer.piece(token, token in tokenizer.marks))
+        if reply.is_over:
+            return "end"
+        if len(reply.tokens) == n_most:
+            return "length"
+        if len(reply.tokens) % 16 == 0 and reply.repeats():
+            return "repeats"
+        return ""
 
-        Sampling goes position by position and ends where it differs from the guess, so the guess changes nothing but the speed."""
+    def _is_end(self, token: int) -> bool:
+        return self.api.llama_vocab_is_eog(self.tokenizer.vocab, token)
+
+    def _next_tokens(self, sampler: Any, token: int, n_most: int) -> List[int]:
+        """Decode the last token and a guess of up to n_most after it; [] when stopped.
+
+        Returns the tokens sampled from that. Sampling goes position by position and ends where it
+        differs from the guess, so the guess changes nothing but the speed."""
         import time
-        api, n_before = self.api, len(self.tokens)
-        guess = self.drafter.guess(self.tokens + [token], n_most) if n_most > 0 else []
-        guess = guess[:next((i for i, t in enumerate(guess) if api.llama_vocab_is_eog(self.vocab, t)), len(guess))]
+        n_before = self.count_used()
+        guess: List[int] = []
+        if n_most > 0:
+            guess = self.lookup.guess(self.cache.tokens + [token], n_most)
+        for i, guessed in enumerate(guess):
+            if self._is_end(guessed):
+                guess = guess[:i]
+                break
         began_s = time.monotonic()
-        if not (self._decode([token] + guess, True) if guess else self._decode_paced([token])):
+        if guess:
+            done = self._decode([token] + guess, True)
+        else:
+            done = self._decode_paced([token])
+        if not done:
             return []
-        sampled = [api.llama_sampler_sample(sampler, self.context, 0 if guess else -1)]
+        sample = self.api.llama_sampler_sample
+        sampled = [sample(sampler, self.context, 0 if guess else -1)]
         while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:
-            sampled.append(api.llama_sampler_sample(sampler, self.context, len(sampled)))
-        self.drafter.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
-        self._truncate(n_before + len(sampled))
+            sampled.append(sample(sampler, self.context, len(sampled)))
+        self.lookup.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
+        self.cache.truncate(n_before + len(sampled))
         return sampled
 
+
+# == 15f. REPLY ====================================================================================
+# A reply in the making: from the pieces that the model writes to the text that is sent, where it
+# ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
+
 def half_mark(text: str, marks: Sequence[str]) -> int:
-    """How many characters at a text's end may be the beginning of a mark."""
+    """Count the characters at a text's end that may be the beginning of a mark."""
     for n in range(min(len(text), max(map(len, marks)) - 1), 0, -1):
         if any(mark.startswith(text[-n:]) for mark in marks):
             return n
     return 0
 
 class Reply:
-    """A reply in the making: its tokens, its text (only whole characters are sent), its times."""
-    EMIT_S = 1 / 30                       # text is sent at most this often; slow models' tokens go out at once
-    def __init__(self, engine: LlamaEngine, began_s: float, n_read: int, n_reused: int, begun: List[int]) -> None:
+    """A reply's tokens, its text (only whole characters are sent) and its times."""
+
+    # text is sent at most this often; slow models' tokens go out at once
+    EMIT_S = 1 / 30
+
+    def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int,
+                 begun: List[int]) -> None:
         import codecs
-        self.engine, self.began_s, self.n_read, self.n_reused, self.begun = engine, began_s, n_read, n_reused, begun
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.engine, self.began_s = engine, began_s
+        self.n_reused = n_reused          # tokens of the prompt that were known
+        self.n_read = 0                   # the others
+        self.begun = begun                # the reply's tokens before these
         self.tokens: List[int] = []
-        self.text = self.unsent = self.withheld = ""    # sent; to be sent; what may be half of a mark
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text = ""                    # sent
+        self.unsent = ""                  # to be sent
+        self.withheld = ""                # what may be half of a mark
         self.is_over = False              # a text that ends replies has come
         self.has_answered = False
-        self.read_s = self.first_s = self.sent_s = 0.0
+        self.read_s = 0.0
+        self.first_s = 0.0                # when the first token came
+        self.sent_s = 0.0                 # when text was sent last
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
     def add(self, token: int, piece: bytes) -> None:
         import time
-        now = time.monotonic()
-        self.first_s = self.first_s or now
+        now_s = time.monotonic()
+        self.first_s = self.first_s or now_s
         self.tokens.append(token)
         text = self.decoder.decode(piece)
-        starts = len(self.tokens) == 1 and not self.begun
-        self.release(text[1:] if starts and text[:1] == " " else text)    # SentencePiece's space before a text
-        self.watch_thinking(now)
-        if self.unsent and now - self.sent_s >= self.EMIT_S:
-            self.sent_s = now
-            self.flush(now)
+        if len(self.tokens) == 1 and not self.begun and text[:1] == " ":
+            text = text[1:]               # SentencePiece's space before a text
+        self.release(text)
+        self.watch_thinking(now_s)
+        if self.unsent and now_s - self.sent_s >= self.EMIT_S:
+            self.sent_s = now_s
+            self.flush(now_s)
 
     def release(self, text: str, is_last: bool = False) -> None:
-        """Let text go to the user, save what may be half of a mark. A turn's mark ends the reply, and is nobody's words."""
+        """Let text go to the user, save what may be half of a mark.
+
+        A turn's mark ends the reply, and is nobody's words."""
         text = self.withheld + text
-        engine = self.engine
-        ends = [at for at in map(text.find, engine.end_texts) if at >= 0]
+        tokenizer = self.engine.tokenizer
+        ends = [at for at in map(text.find, tokenizer.end_texts) if at >= 0]
         if ends:
             text = text[:min(ends)]
             self.is_over = is_last = True
-        for mark, name in engine.mark_names:
+        marks = list(tokenizer.end_texts)
+        for mark, name in tokenizer.mark_names:
             text = text.replace(mark, name)
-        marks = (*engine.end_texts, *(mark for mark, _ in engine.mark_names))
+            marks.append(mark)
         n_half = 0 if is_last or not marks else half_mark(text, marks)
         self.unsent += text[:len(text) - n_half]
         self.withheld = text[len(text) - n_half:]
 
     def watch_thinking(self, now_s: float) -> None:
-        """How long it thinks. A mark that only ends thinking makes it of all that was said before."""
-        tail = self.text[-48:] + self.unsent
-        if self.has_answered and (self.thought or not any(end in tail for _, end in THINKING if end)):
-            return
+        """Measure how long it thinks.
+
+        A mark that only ends thinking makes it of all that was said before."""
+        if self.has_answered:
+            tail = self.text[-48:] + self.unsent
+            if self.thought or not any(end in tail for _, end in THINKING if end):
+                return
         thinking, answer = split_thinking(self.text + self.unsent)
         self.has_answered = answer is not None
         if answer is None or thinking and not self.thought:
             self.thought = (len(self.tokens), now_s - self.first_s)
 
     def repeats(self) -> bool:
-        """The last 200 tokens are one short piece again and again, or the last five lines are one line."""
+        """Whether the last 200 tokens are one short piece again and again, or five lines one."""
         recent = self.tokens[-200:]
         if len(recent) == 200 and any(recent[n:] == recent[:-n] for n in range(1, 67)):
             return True
         rows = (self.text + self.unsent)[-4000:].split("\n")[:-1]
-        bare = [re.sub(r"^\W*(\d+\W+)?", "", row).rstrip() for row in rows if row.strip()][-5:]    # without numbers
+        rows = [row for row in rows if row.strip()][-5:]
+        bare = [re.sub(r"^\W*(\d+\W+)?", "", row).rstrip() for row in rows]    # without numbers
         return len(bare) == 5 and len(set(bare)) == 1 and len(re.findall(r"\w", bare[0])) >= 10
 
     def rate(self, now_s: float) -> float:
-        """Tokens per second since the first one."""
-        return (len(self.tokens) - 1) / (now_s - self.first_s) if len(self.tokens) > 1 else 0.0
+        """Return tokens per second since the first one."""
+        if len(self.tokens) < 2:
+            return 0.0
+        return (len(self.tokens) - 1) / (now_s - self.first_s)
 
     def flush(self, now_s: float) -> None:
-        text, self.text, self.unsent = self.unsent, self.text + self.unsent, ""
-        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=len(self.engine.tokens), thought=self.thought or None)
+        text = self.unsent
+        self.text += text
+        self.unsent = ""
+        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=self.engine.count_used(),
+                         thought=self.thought or None)
 
     def end(self, reason: str) -> None:
+        """Send what is left, and "done" with all figures."""
         import time
-        now = time.monotonic()
+        now_s = time.monotonic()
         self.release("" if self.is_over else self.decoder.decode(b"", True), True)
         if self.unsent and self.tokens:
-            self.flush(now)
-        self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
-                         rate=self.rate(now), read_s=self.read_s, n_used=len(self.engine.tokens), n_ctx=self.engine.n_ctx,
-                         first_s=self.first_s - self.began_s if self.first_s else 0.0,
-                         write_s=now - self.first_s if self.first_s else 0.0, ram_bytes=probe_ram_bytes())
+            self.flush(now_s)
+        first_s = write_s = 0.0
+        if self.first_s:
+            first_s = self.first_s - self.began_s
+            write_s = now_s - self.first_s
+        self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused,
+                         n_written=len(self.tokens), n_used=self.engine.count_used(),
+                         n_ctx=self.engine.n_ctx, rate=self.rate(now_s), read_s=self.read_s,
+                         first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
 # == 16. TEMPLATE SANDBOX ==========================================================================
@@ -8349,16 +8780,16 @@ class StateCache:
         self.draft = ""                   # typed since: read ahead, not stored before it is sent
 
     def has_news(self) -> bool:
-        if not self.chat or not self.engine.context or self.engine.tokens == self.saved:
+        if not self.chat or not self.engine.context or self.engine.cache.tokens == self.saved:
             return False
         return any(message["role"] != "system" for message in self.messages)
 
     def pays(self) -> bool:
         """Tell whether reading again what no file holds would take long, for so large a file."""
-        tokens = self.engine.tokens
+        tokens = self.engine.cache.tokens
         n_new = len(tokens) - common_prefix(self.saved, tokens)
         spared_s = n_new * self.engine.read_token_s
-        return spared_s * (STATE_MB_PER_S << 20) >= self.engine.count_state_bytes()
+        return spared_s * (STATE_MB_PER_S << 20) >= self.engine.cache.count_state_bytes()
 
     def save(self) -> None:
         engine = self.engine
@@ -8367,9 +8798,9 @@ class StateCache:
         if self.messages[-1]["role"] == "assistant":
             # else a reply to it is in memory, and no draft
             certain = engine.certain_tokens(self.messages, "")
-            engine._truncate(common_prefix(engine.tokens, certain))
-        if engine.tokens != self.saved and engine.save_state(self.path(self.chat)):
-            self.saved = list(engine.tokens)
+            engine.cache.truncate(common_prefix(engine.cache.tokens, certain))
+        if engine.cache.tokens != self.saved and engine.save_state(self.path(self.chat)):
+            self.saved = list(engine.cache.tokens)
             with suppress(OSError):       # another window may be removing files at the same time
                 self.trim()
 
@@ -8402,11 +8833,11 @@ class StateCache:
         if not is_another:
             return
         self.chat = chat
-        self.engine.replies = {}
+        self.engine.tokenizer.replies = {}
         self.engine.system_mark = (0, "")
         if chat and not self.load(chat):
             self.enter_system(messages)
-        self.saved = list(self.engine.tokens)
+        self.saved = list(self.engine.cache.tokens)
 
     def enter_system(self, messages: List[Dict[str, str]]) -> None:
         """Fetch the state of a new chat's system prompt, or have it written when it is read."""
@@ -8414,7 +8845,7 @@ class StateCache:
         engine = self.engine
         system = [message for message in messages[:1] if message["role"] == "system"]
         tokens = engine.certain_tokens(system, "")
-        if len(tokens) < 16 or common_prefix(engine.tokens, tokens) == len(tokens):
+        if len(tokens) < 16 or common_prefix(engine.cache.tokens, tokens) == len(tokens):
             return
         digest = hashlib.sha1(repr((engine.identity, tokens)).encode()).hexdigest()
         if not self.load("system-" + digest):
@@ -8425,7 +8856,7 @@ class StateCache:
             return False
         with suppress(OSError):
             os.utime(self.path(name))     # now the most recently used
-        n = len(self.engine.tokens)
+        n = len(self.engine.cache.tokens)
         self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
         text = "{:,} tokens of this chat need not be read again.".format(n)
         self.engine.emit("log", level="good", text=text)
@@ -8668,9 +9099,9 @@ class EngineProcess:
         self.messages = command.get("messages", self.messages)
         if not engine.context:
             return
-        engine.template.let_think(command.get("think"))
+        engine.tokenizer.template.let_think(command.get("think"))
         if command.get("files"):
-            self.emit("counted", n=len(engine.tokenize(command["files"], False)))
+            self.emit("counted", n=len(engine.tokenizer.tokenize(command["files"], False)))
         if READ_AHEAD:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
@@ -8680,7 +9111,7 @@ class EngineProcess:
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         messages = command["messages"]
-        self.engine.template.let_think(command.get("think"))
+        self.engine.tokenizer.template.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
         sampling = read_tuple(Sampling, command["sampling"])
         self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
@@ -9319,7 +9750,7 @@ FLOAT_KV_TYPES = ("f32", "f16", "bf16")
 PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
 VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
 GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
-MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what Drafter guesses at once
+MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what PromptLookup guesses at once
 LEAST_CTX = 256  # tokens; llama.cpp rounds up to it (llama-context.cpp)
 MOST_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
 MOST_UBATCH = 4096
@@ -14037,7 +14468,7 @@ class Bench:
         self.hardware = probe_engine_hardware(self.api)
         plan = plan_load(header, self.hardware, options)
         self.engine.load(path, options)
-        self.tokens = self.engine.tokenize(BENCH_TEXT, False)
+        self.tokens = self.engine.tokenizer.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
         read_rate = 16 / self.median_s(lambda: self.read(16))
         for n in self.thread_counts(plan):
@@ -14073,13 +14504,11 @@ class Bench:
 
     def renew(self, plan: Plan) -> None:
         self.api.llama_free(self.engine.context)
-        self.engine.context = None
-        self.engine.tokens = []
         self.engine._make_context("", plan, self.hardware)
 
     def read(self, n: int) -> None:
         """Read n tokens in one batch, into an empty KV cache."""
-        self.engine._truncate(0)
+        self.engine.cache.truncate(0)
         self.engine._decode(self.tokens[:n])
 
     def read_rate(self, plan: Plan) -> float:
@@ -14088,7 +14517,7 @@ class Bench:
         return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
 
     def write(self) -> None:
-        self.engine._decode([self.tokens[len(self.engine.tokens)]])
+        self.engine._decode([self.tokens[len(self.engine.cache.tokens)]])
 
     def write_rate(self, plan: Plan) -> float:
         self.renew(plan)
