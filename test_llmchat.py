@@ -2635,7 +2635,7 @@ class ReplyEndTest(unittest.TestCase):
         self.assertEqual((done["reason"], done["n_written"]), ("full", 512))
 
     def test_repetition(self):
-        reply = llmchat.Reply(mock.Mock(), 0.0, 1, 0, [])
+        reply = llmchat.Reply(mock.Mock(), 0.0, 0, [])
         for tokens, wanted in (
             ([1, 2, 3] * 70, True),
             ([7] * 200, True),
