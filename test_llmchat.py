@@ -2464,7 +2464,8 @@ class TemplateTest(unittest.TestCase):
             "[calls.clear(), e.tokenizer.prompt_tokens(%r), len(calls)][2]"
             % (more + [assistant("x"), user("y")]),
             "e.tokenizer.prompt_tokens(%r)[1:] == "
-            "e.tokenizer.tokenize(''.join(text for text, _ in e.tokenizer.prompt_pieces(%r)), True)" % (more, more),
+            "e.tokenizer.tokenize(''.join(text for text, _ in e.tokenizer.prompt_pieces(%r)), True)"
+            % (more, more),
             before="calls, tokenize = [], e.tokenizer.tokenize\n"
             "e.tokenizer.tokenize = lambda *a: calls.append(a) or tokenize(*a)",
         )
@@ -3106,7 +3107,7 @@ class CacheTest(unittest.TestCase):
                     e, chat = engine(), [{"role": "system", "content": "be brief " * 6}]
                     plan = e.plan
                     planned = llmchat.checkpoint_bytes(e.header, plan.n_ctx, plan.kv_type)
-                    e.plan = plan._replace(memory=plan.memory._replace(checkpoints=5 * planned))
+                    e.cache.checkpoints_bytes = 5 * planned
                     e.ahead = e.certain_tokens(chat, "")
                     n_system = len(e.ahead)
                     e.read_ahead(lambda: False)
