@@ -461,14 +461,12 @@ class Hardware(NamedTuple):
     core_speed: float = 1.0  # see time_core()
     paces: Tuple[Tuple[int, float], ...] = ()    # (ggml type, measured / expected speed of writing)
     fast_cores: int = 0      # 0 = all are alike
-    numa_nodes: int = 1
     container_cores: int = 0 # what a container grants, 0 = no limit
     container_bytes: int = 0 # of RAM that a container grants
     swap_total_bytes: int = 0
     swap_free_bytes: int = 0
     seen_gpus: Tuple[Gpu, ...] = ()  # that the system has; backend: the word for --install --gpu
     disk_free_bytes: int = 0 # in the data directory; this and the next only in --info and --doctor
-    battery: str = ""
 
 class Header(NamedTuple):
     """What a GGUF file, or all parts of a split one, says of itself."""
@@ -9077,7 +9075,7 @@ class EngineProcess:
             self.emit("failed", during=name, text=text)
 
     def on_info(self, command: Dict[str, Any]) -> None:
-        hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk, probe_battery)
+        hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk)
         self.emit("machine", hardware=hardware._asdict())
 
     def on_load(self, command: Dict[str, Any]) -> None:
@@ -9188,26 +9186,48 @@ def probe_hardware(*more: Any) -> Hardware:
 
 def probe_linux_cpu() -> dict:
     name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
-    threads = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    core_of = {n: read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n) or core_ids.get(n, n) for n in threads}
+    threads = range(os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        threads = os.sched_getaffinity(0)
+    core_of = {}
+    for n in threads:
+        siblings = read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n)
+        core_of[n] = siblings or core_ids.get(n, n)
     n_cores, n_fast = count_cores(probe_linux_speeds(threads), core_of)
     quotas = probe_cgroup_quotas()
-    system = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
-    return {"os_name": "Android" if "ANDROID_ROOT" in os.environ else system.group(1) if system else os.uname().sysname,
-            "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
-            "instruction_sets": instruction_sets, "physical_cores": n_cores, "logical_cores": len(threads),
-            "fast_cores": n_fast % n_cores, "usable_cores": min([n_fast] + quotas), "container_cores": min(quotas, default=0),
-            "numa_nodes": len(parse_range(read_text("/sys/devices/system/node/online"))) or 1}
+    return {
+        "os_name": probe_linux_name(),
+        "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
+        "instruction_sets": instruction_sets,
+        "physical_cores": n_cores,
+        "logical_cores": len(threads),
+        "fast_cores": n_fast % n_cores,
+        "usable_cores": min([n_fast] + quotas),
+        "container_cores": min(quotas, default=0),
+    }
+
+def probe_linux_name() -> str:
+    if "ANDROID_ROOT" in os.environ:
+        return "Android"
+    found = re.search(r"(?m)^PRETTY_NAME=[\"']?([^\"'\n]+)", read_text("/etc/os-release"))
+    return found.group(1) if found else os.uname().sysname
 
 def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
-    """How much each thread's core does, in any unit: the kernel's word, else guessed from its highest clock."""
-    read = lambda name: {n: int((re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name))) or [0])[0]) for n in threads}
-    slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))    # Intel's efficiency cores, which llama.cpp itself leaves out
+    """Measure each thread's core, in any unit: the kernel's word, else guessed from its highest clock."""
+    # Intel's efficiency cores, which llama.cpp itself leaves out
+    slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))
     if set(threads) - set(slow) and slow:
         return {n: float(n not in slow) for n in threads}
-    told = read("cpu_capacity")
+    told = {n: probe_cpu_number(n, "cpu_capacity") for n in threads}
+    if any(told.values()):
+        return told
     # the square, as a core made for a lower clock also does less in each cycle
-    return told if any(told.values()) else {n: clock ** 2 for n, clock in read("cpufreq/cpuinfo_max_freq").items()}
+    return {n: probe_cpu_number(n, "cpufreq/cpuinfo_max_freq") ** 2 for n in threads}
+
+def probe_cpu_number(n: int, name: str) -> float:
+    """Read a number that Linux tells of its CPU n; 0 = it doesn't."""
+    digits = re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name)))
+    return float(digits.group()) if digits else 0.0
 
 def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
@@ -9262,17 +9282,24 @@ def probe_linux_ram() -> dict:
             "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
 
 def probe_seen_gpus() -> dict:
-    """The GPUs that the system knows of, with memory of their own where that is told."""
-    has_nvidia = any(map(os.path.exists, ("/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1", "C:/Windows/System32/nvcuda.dll")))
-    backends = {"0x10de": ("NVIDIA GPU", "cuda" if has_nvidia else "vulkan"), "0x8086": ("Intel GPU", "vulkan"),
-                "0x1002": ("AMD GPU", "rocm" if os.path.exists("/dev/kfd") else "vulkan")}
+    """Find the GPUs that the system knows of, with memory of their own where that is told."""
+    drivers = "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1", "C:/Windows/System32/nvcuda.dll"
+    has_nvidia = any(map(os.path.exists, drivers))
+    vendors = {                           # PCI number -> name, word for --install --gpu
+        "0x10de": ("NVIDIA GPU", "cuda" if has_nvidia else "vulkan"),
+        "0x8086": ("Intel GPU", "vulkan"),
+        "0x1002": ("AMD GPU", "rocm" if os.path.exists("/dev/kfd") else "vulkan"),
+    }
     seen = []
     for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
-        name, backend = backends.get(read_text(folder + "vendor").strip(), ("", ""))
-        n_bytes, n_used = (sum(map(int, re.findall(r"^\d+", read_text(folder + "mem_info_vram_" + which)))) for which in ("total", "used"))
-        seen += [Gpu(name, backend, n_bytes, max(0, n_bytes - n_used))] if name else []
-    cuda = [Gpu("NVIDIA GPU", "cuda", 0, 0)] * (has_nvidia and "cuda" not in [gpu.backend for gpu in seen])
-    return {"seen_gpus": tuple(seen + cuda)}
+        vendor = read_text(folder + "vendor").strip()
+        if vendor in vendors:
+            total = sum(parse_range(read_text(folder + "mem_info_vram_total"))[:1])
+            used = sum(parse_range(read_text(folder + "mem_info_vram_used"))[:1])
+            seen.append(Gpu(*vendors[vendor], total, max(0, total - used)))
+    if has_nvidia and not any(gpu.backend == "cuda" for gpu in seen):
+        seen.append(Gpu("NVIDIA GPU", "cuda", 0, 0))
+    return {"seen_gpus": tuple(seen)}
 
 def probe_nvidia() -> dict:
     """The NVIDIA GPUs by name, from their driver, which may take its time."""
@@ -9288,10 +9315,6 @@ def probe_disk() -> dict:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return {"disk_free_bytes": shutil.disk_usage(folder).free}
-
-def probe_battery() -> dict:
-    in_use, percent = probe_power()
-    return {"battery": percent and "%s %%%s" % (percent, ", in use" if in_use else "")}
 
 def probe_macos() -> dict:
     import platform
@@ -9363,40 +9386,58 @@ def probe_power() -> Tuple[bool, str]:
             "".join(re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))[:1]))
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
+    """Describe the machine in lines; advice comes first, as the window may cut the end off."""
     cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
-    cores += ", %d fast" % h.fast_cores if h.fast_cores else ""
-    cores += ", the container grants %d" % h.container_cores if h.container_cores else ""
-    cores += ", %d used" % h.usable_cores if h.usable_cores != h.physical_cores else ""
-    cores += ", %d NUMA nodes" % h.numa_nodes if h.numa_nodes > 1 else ""
-    ram = "%s, %s free%s" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes), ", as the container grants" * bool(h.container_bytes))
+    if h.fast_cores:
+        cores += ", %d fast" % h.fast_cores
+    if h.usable_cores != h.physical_cores:
+        cores += ", %d used" % h.usable_cores
+    cpu = " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets))))
+    ram = "not known"
+    if h.ram_total_bytes:
+        ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
     gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
             for g in h.gpus]
-    llama = ", llama-cpp-python " + h.llama_version if h.llama_version else ""
-    return (*(text for _, text in plan_upgrade(h)),    # first, as the window may cut the end off
-            " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)))),
-            "RAM  " + (ram if h.ram_total_bytes else "not known"),
-            *(gpus or ["GPU  none that this llama.cpp can use"]),
-            "OS   %s, Python %s%s" % (h.os_name, h.python_version, llama))
+    system = "OS   %s, Python %s" % (h.os_name, h.python_version)
+    if h.llama_version:
+        system += ", llama-cpp-python " + h.llama_version
+    advice = [text for _, text in plan_upgrade(h)]
+    return (*advice, cpu, "RAM  " + ram, *(gpus or ["GPU  none that this llama.cpp can use"]), system)
 
 def describe_details(h: Hardware) -> Tuple[str, ...]:
-    """What --info shows below that."""
-    swap = "%s, %s free" % (format_bytes(h.swap_total_bytes), format_bytes(h.swap_free_bytes)) if h.swap_total_bytes else "none"
-    seen = "; ".join("%s (%s) %s" % (g.name, g.backend, format_bytes(g.total_bytes) if g.total_bytes else "") for g in h.seen_gpus)
-    uses = " ".join(h.build) + " (llama.cpp as it was built)" if h.build else ""
-    rows = (("GPU", seen and "in this machine: " + seen.strip()), ("SWAP", swap), ("BAT", h.battery), ("USES", uses),
-            ("DISK", h.disk_free_bytes and "%s free for %s" % (format_bytes(h.disk_free_bytes), data_dir())))
-    return tuple("%-5s%s" % row for row in rows if row[1])
+    """Describe what --info shows below that."""
+    lines = []
+    if h.seen_gpus:
+        lines.append("GPU  in this machine: " + "; ".join(map(describe_gpu, h.seen_gpus)))
+    if h.build:
+        lines.append("USES %s (llama.cpp as it was built)" % " ".join(h.build))
+    if h.disk_free_bytes:
+        lines.append("DISK %s free for %s" % (format_bytes(h.disk_free_bytes), data_dir()))
+    return tuple(lines)
+
+def describe_gpu(gpu: Gpu) -> str:
+    text = "%s (%s)" % (gpu.name, gpu.backend)
+    return "%s %s" % (text, format_bytes(gpu.total_bytes)) if gpu.total_bytes else text
 
 def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
-    """(level, sentence) about what the installed llama.cpp makes of this machine, where it could be better. Pure."""
+    """List (level, sentence) about what the installed llama.cpp could make more of. Pure."""
     lacking = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build and name not in h.instruction_sets]
     if lacking and h.instruction_sets:
         return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
                           "python3 llmchat.py --install" % ", ".join(lacking))]
-    unused = [name for name in h.instruction_sets if name not in h.build and name not in (*OLD_SETS, "AMX")] if h.build and not h.gpus else []
-    cards = [] if h.gpus else [gpu for gpu in h.seen_gpus if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30]    # no laptop's graphics
-    return [("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s" % (gpu.name, gpu.backend)) for gpu in cards[:1]] + [
-        ("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install" % " and ".join(unused))] * bool(unused)
+    advice: List[Tuple[str, str]] = []
+    if h.gpus:
+        return advice
+    for gpu in h.seen_gpus:
+        if not advice and (gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30):    # no laptop's graphics
+            advice.append(("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s"
+                           % (gpu.name, gpu.backend)))
+    known = {*h.build, *OLD_SETS, "AMX"}
+    unused = [name for name in h.instruction_sets if name not in known]
+    if h.build and unused:
+        advice.append(("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install"
+                       % " and ".join(unused)))
+    return advice
 
 
 # == 19. GGUF ======================================================================================
@@ -14234,7 +14275,7 @@ def probe_machine() -> Tuple[Hardware, str]:
                 return h._replace(gpus=tuple(Gpu(*g) for g in h.gpus), seen_gpus=tuple(Gpu(*g) for g in h.seen_gpus)), ""
     except ModelError as error:
         problem = str(error)
-    return probe_hardware(probe_nvidia, probe_disk, probe_battery), problem
+    return probe_hardware(probe_nvidia, probe_disk), problem
 
 def show_info(state: State, as_json: bool) -> int:
     """--info: this machine, and what a model would need on it."""
@@ -14317,18 +14358,26 @@ def check_folder() -> List[Tuple[str, str, str]]:
     except OSError as error:
         return [("error", "folder", "%s can't be written (%s), so no chats and settings are kept and no engine can be installed: "
                                     "make it yours, or choose another with XDG_DATA_HOME" % (data_dir(), error.strerror))]
-    is_open = os.name != "nt" and bool(os.stat(data_dir()).st_mode & 0o077)
     if distrust():
         return [("error", "folder", distrust())]
+    findings = []
+    if os.name != "nt" and os.stat(data_dir()).st_mode & 0o077:
+        findings.append(("warn", "folder", "others may look into %s: chmod 700 it" % data_dir()))
     free = probe_disk()["disk_free_bytes"]
-    level = "error" if free < 50 << 20 else "warn" if free < INSTALL_BYTES else "good"
-    return [("warn", "folder", "others may look into %s: chmod 700 it" % data_dir())] * is_open + [
-        (level, "disk", "%s free for %s%s" % (format_bytes(free), data_dir(), ": make room, an install takes 0.4 GB" * (level != "good")))]
+    text = "%s free for %s" % (format_bytes(free), data_dir())
+    level = "good"
+    if free < INSTALL_BYTES:
+        level = "error" if free < 50 << 20 else "warn"
+        text += ": make room, an install takes 0.4 GB"
+    return findings + [(level, "disk", text)]
 
 def check_settings() -> List[Tuple[str, str, str]]:
-    paths = [os.path.join(data_dir(), name) for name in ("settings.json", "machine.json")]
-    bad = [path for path in paths if os.path.exists(path) and parse_object(read_text(path)) is None]
-    return [("warn", "settings", "%s can't be read and counts for nothing: delete it" % path) for path in bad] or [("good", "settings", "readable")]
+    findings = []
+    for name in ("settings.json", "machine.json"):
+        path = os.path.join(data_dir(), name)
+        if os.path.exists(path) and parse_object(read_text(path)) is None:
+            findings.append(("warn", "settings", "%s can't be read and counts for nothing: delete it" % path))
+    return findings or [("good", "settings", "readable")]
 
 def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
     """Ask a fresh engine process with this model; return 8 tokens, the likeliest. Raises ModelError."""
