@@ -1288,12 +1288,13 @@ def wrap_spans(spans: Line, width: int) -> Tuple[Line, ...]:
 @lru_cache(maxsize=256)
 def inline_spans(text: str, base: str) -> Line:
     """Style bold, italic, code and links in a text of style `base`; formulas stay as they are."""
-    spans: Line = ()
+    spans: List[Span] = []
     at = 0
     for found in re.finditer(INLINE, text):
-        spans += ((text[at:found.start()], base),) + marked_spans(found, base)
+        spans.append((text[at:found.start()], base))
+        spans += marked_spans(found, base)
         at = found.end()
-    spans += ((text[at:], base),)
+    spans.append((text[at:], base))
     return tuple(span for span in spans if span[0])
 
 def marked_spans(found: Any, base: str) -> Line:
@@ -4570,11 +4571,16 @@ LOGO = (r" _ _              _         _   ",
 def fit(line: Line, width: int, style: str = "text") -> Line:
     """Cut a line to exactly `width` columns, or fill it with spaces."""
     fitting = []
-    for text, span_style in line + ((" " * width, style),):
-        text = take_cells(text, width)
-        width -= cells(text)
+    for text, span_style in line:
+        n = cells(text)
+        if n > width:
+            text = take_cells(text, width)
+            n = cells(text)
         if text:
             fitting.append((text, span_style))
+        width -= n
+    if width:
+        fitting.append((" " * width, style))
     return tuple(fitting)
 
 def view_bar(state: State, share: float, n: int) -> str:
