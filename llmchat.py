@@ -13862,7 +13862,7 @@ class DiskWorker:
 
 # So long an answer is printed into a pipe before its end, if the model isn't known to think.
 SURE_CHARS = 800
-SILENT_S = 120                    # an engine that loads, and neither speaks nor reads so long, hangs
+SILENT_S = 120                    # a loading engine that neither speaks nor reads so long hangs
 HUNG_ENGINE = ("The engine has done nothing for %d s while it was loading, so it was ended: try "
                "again, or see what --doctor says.")
 FULL_CONTEXT = "The model no longer sees the beginning of this chat: its context is full."
