@@ -7346,7 +7346,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], Lis
 # == 15e. ENGINE ===================================================================================
 # LlamaEngine: one model loaded and running. It loads, reads a chat's prompt, reads ahead, writes.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
-# Another engine (a server, say) is another class with load(), chat() and close() and the same events.
+# Another engine (a server, say) is another class with load(), chat(), close() and the same events.
 
 # between two looks at how much of a model's file has been read
 FOLLOW_S = 0.2
@@ -7538,9 +7538,9 @@ class LlamaEngine:
         array = (ctypes.c_char_p * len(raw))(*raw)
         return self.api.llama_model_load_from_splits(array, len(raw), params)
 
-    def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
-        api = self.api
-        params = api.llama_context_default_params()
+    def _context_params(self, plan: Plan) -> Any:
+        """Fill llama.cpp's llama_context_params as planned."""
+        params = self.api.llama_context_default_params()
         params.n_ctx = plan.n_ctx
         params.n_batch = params.n_ubatch = plan.n_ubatch
         params.n_threads = params.n_threads_batch = plan.n_threads
@@ -7555,9 +7555,14 @@ class LlamaEngine:
         if self.caution == len(CAUTIONS) - 1:
             params.flash_attn_type = 0
         # an interrupted batch would leave its states half changed
-        if not is_recurrent(api, self.model):
+        if not is_recurrent(self.api, self.model):
             params.abort_callback = self._stop_c
             params.abort_callback_data = self.stop.address
+        return params
+
+    def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
+        api = self.api
+        params = self._context_params(plan)
         self.errors = []
         self.context = api.llama_init_from_model(self.model, params)
         if not self.context:
@@ -7652,7 +7657,6 @@ class LlamaEngine:
         piece, so there the pieces are short and the stop waits for their end."""
         import time
         cache = self.cache
-        piece_s = 0.05 if cache.recurrent else 0.4
         size = min(16, self.n_batch)
         start = len(cache.tokens)
         began_s = told_s = time.monotonic()
@@ -7668,19 +7672,32 @@ class LlamaEngine:
             if now_s - told_s > 0.1:
                 told_s = now_s
                 self._tell_reading(event, at, len(prompt), (at - start) / (now_s - began_s))
-            stops = (self.system_mark[0], last, len(prompt))
-            end = min(at + self.threads.piece(size), min(stop for stop in stops if stop > at))
+            end = self._piece_end(at, size, last, len(prompt))
             if self.stop.is_set() or until and until() or not self._decode_paced(prompt[at:end]):
                 return False
+            size = self._next_size(size, end - at, time.monotonic() - now_s)
             if end == self.system_mark[0]:
-                cache.save_checkpoint()
-                self.save_state(self.system_mark[1])
-                self.system_mark = (0, "")
-            spent_s = max(1e-6, time.monotonic() - now_s)
-            size = max(1, min(self.n_batch, 4 * size, int((end - at) * piece_s / spent_s)))
+                self._save_system_prompt()
         if len(prompt) - start >= 16:     # fewer tell little
             self.read_token_s = (time.monotonic() - began_s) / (len(prompt) - start)
         return True
+
+    def _piece_end(self, at: int, size: int, *stops: int) -> int:
+        """Return where a piece ends that begins at `at`: not behind the next of the stops."""
+        n_left = min(stop for stop in (self.system_mark[0], *stops) if stop > at) - at
+        return at + min(n_left, self.threads.piece(size))
+
+    def _next_size(self, size: int, n_read: int, spent_s: float) -> int:
+        """Return the size of the next piece: what this machine reads in the time for one."""
+        piece_s = 0.05 if self.cache.recurrent else 0.4
+        n_fit = int(n_read * piece_s / max(1e-6, spent_s))
+        return max(1, min(self.n_batch, 4 * size, n_fit))
+
+    def _save_system_prompt(self) -> None:
+        """Keep what is read now, the system prompt, for all chats that begin with it."""
+        self.cache.save_checkpoint()
+        self.save_state(self.system_mark[1])
+        self.system_mark = (0, "")
 
     def _tell_reading(self, event: str, n_done: int, n_all: int, rate: float) -> None:
         left_s = (n_all - n_done) / rate if rate else 0
