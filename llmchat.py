@@ -9700,9 +9700,17 @@ def skip_strings(file: BinaryIO, count: int) -> None:
         file.seek(start + at)
 
 def tensor_part(name: str) -> str:
-    """What a tensor is for: "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or "" = read for each token."""
+    """Tell what a tensor is for.
+
+    "experts", "token_embd", "output", "rows" (a table of which a token reads one row), or
+    "" = it is read for each token.
+    """
+    if "_exps." in name:
+        return "experts"
     first = name.partition(".")[0]
-    return "experts" if "_exps." in name else "rows" if first == "per_layer_token_embd" else first if first in ("token_embd", "output") else ""
+    if first == "per_layer_token_embd":
+        return "rows"
+    return first if first in ("token_embd", "output") else ""
 
 def read_tensors(file: BinaryIO, header: Header) -> Header:
     """The header with the size of all after it, and that of its tensors, which must be there, where their types are known."""
@@ -9775,13 +9783,19 @@ def model_quant(header: Header) -> str:
     return kind if kind != "-" else names[-1].upper() if names else ""
 
 def model_size(header: Header) -> str:
-    """Such as "0.5B": what the file says, else an estimate from its shape."""
-    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
+    """Give the number of weights, such as "0.5B": what the file says, else an estimate from its shape."""
+    told = string(header, "general.size_label")
+    if told:
+        return told
+    n_embd = number(header, ".embedding_length")
+    n_ff = number(header, ".feed_forward_length")
     n_experts = number(header, ".expert_count")
-    n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts if n_experts else n_ff
+    if n_experts:
+        n_ff = number(header, ".expert_feed_forward_length", n_ff) * n_experts
     n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
-    return string(header, "general.size_label") or (
-        "~%.1fB" % (n_weights / 1e9) if n_weights >= 95e6 else "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else "")
+    if n_weights >= 95e6:
+        return "~%.1fB" % (n_weights / 1e9)
+    return "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else ""
 
 def model_summary(header: Header) -> str:
     """One line: what kind of model it is, how large, how long its memory."""
@@ -9879,13 +9893,19 @@ def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
     return k, 0 if number(header, ".attention.key_length_mla") else v    # DeepSeek's latent attention keeps one vector, in K
 
 def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
-    """Bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
-    pad = lambda n: n + -n % 256
-    window = number(header, ".attention.sliding_window")
-    cells = {False: pad(n_ctx), True: pad(min(pad(n_ctx), window + n_ubatch))}
-    sizes = {slides: cells[slides] * sum(head_lengths(header, "_swa" * slides)) for slides in cells}
-    layers = attention_layers(header)
-    return int(sum(n_heads * sizes[slides] for n_heads, slides in layers) * KV_TYPES[kv_type][1]) + recurrent_bytes(header)
+    """Count the bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
+    n_all = pad_cells(n_ctx)
+    n_window = pad_cells(min(n_all, number(header, ".attention.sliding_window") + n_ubatch))
+    values = 0
+    for n_heads, slides in attention_layers(header):
+        if slides:
+            values += n_heads * n_window * sum(head_lengths(header, "_swa"))
+        else:
+            values += n_heads * n_all * sum(head_lengths(header))
+    return int(values * KV_TYPES[kv_type][1]) + recurrent_bytes(header)
+
+def pad_cells(n: int) -> int:
+    return n + -n % 256
 
 def recurrent_bytes(header: Header) -> int:
     """Bytes of all recurrent layers' states: of those without attention, and in falcon-h1 of each."""
@@ -14285,28 +14305,45 @@ def probe_machine() -> Tuple[Hardware, str]:
     return probe_hardware(probe_nvidia, probe_disk), problem
 
 def show_info(state: State, as_json: bool) -> int:
-    """--info: this machine, and what a model would need on it."""
+    """--info: tell of this machine, and what a model would need on it."""
     import json
-    hardware, problem = probe_machine()
-    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware), problem]
-    facts: Dict[str, Any] = {"version": VERSION, "engine_problem": problem, "hardware": dict(hardware._asdict(), **{
-        name: [gpu._asdict() for gpu in getattr(hardware, name)] for name in ("gpus", "seen_gpus")})}
-    try:
-        if state.wanted or state.settings.model_path:
+    hardware, engine_problem = probe_machine()
+    facts: Dict[str, Any] = {
+        "version": VERSION, "engine_problem": engine_problem, "hardware": hardware_facts(hardware)}
+    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware), engine_problem]
+    problem = ""
+    if state.wanted or state.settings.model_path:
+        try:
             settings = named_settings(state)
             header = read_gguf_header(settings.model_path, full=True)
-            plan = plan_load(header, hardware, tune(settings.options, tuning_key(settings.options, header, hardware)))
-            lines += (model_summary(header),) + plan.lines
-            facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model={
-                "path": header.path, "name": model_name(header), "architecture": string(header, "general.architecture"),
-                "size": model_size(header), "quant": model_quant(header), "bytes": header.file_bytes,
-                "n_layers": model_layers(header), "n_ctx_trained": number(header, ".context_length")})
-    except ModelError as error:
-        facts["model_problem"] = str(error)
+            key = tuning_key(settings.options, header, hardware)
+            plan = plan_load(header, hardware, tune(settings.options, key))
+            facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model=model_facts(header))
+            lines += [model_summary(header), *plan.lines]
+        except ModelError as error:
+            problem = facts["model_problem"] = str(error)
     print(json.dumps(facts) if as_json else clean("\n".join(filter(None, lines))), flush=True)
-    if "model_problem" in facts:
-        print(clean(facts["model_problem"]), file=sys.stderr)
-    return int("model_problem" in facts)
+    if problem:
+        print(clean(problem), file=sys.stderr)
+    return int(bool(problem))
+
+def hardware_facts(hardware: Hardware) -> Dict[str, Any]:
+    facts = hardware._asdict()
+    for name in ("gpus", "seen_gpus"):
+        facts[name] = [gpu._asdict() for gpu in getattr(hardware, name)]
+    return facts
+
+def model_facts(header: Header) -> Dict[str, Any]:
+    return {
+        "path": header.path,
+        "name": model_name(header),
+        "architecture": string(header, "general.architecture"),
+        "size": model_size(header),
+        "quant": model_quant(header),
+        "bytes": header.file_bytes,
+        "n_layers": model_layers(header),
+        "n_ctx_trained": number(header, ".context_length"),
+    }
 
 # The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: list it in run_doctor().
 
