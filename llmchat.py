@@ -1818,7 +1818,8 @@ def reply_lines(text: str, thought: Any, options: RenderOptions, ended: bool) ->
     lines: List[Line] = []
     if (thinking or answer is None) and options.thoughts != "hidden":
         dots = "…" if options.unicode else "..."
-        title = take_cells("thinking%s %s" % (dots, describe_thought(thought)), max(1, options.width - 3))
+        title = "thinking%s %s" % (dots, describe_thought(thought))
+        title = take_cells(title, max(1, options.width - 3))
         lines = [(("  ", "dim"), (title, "dim"))]
         if options.thoughts == "open":
             dim = options._replace(raw=True, style="dim")
@@ -1966,7 +1967,7 @@ def keep_undo(before: Draft, draft: Draft) -> Draft:
         return draft
     return draft._replace(undo=before.undo[-200:] + ((before.text, before.cursor),))
 
-CHIP = 0x10e000    # the character for the first of draft.pastes; it is for private use, as those after it
+CHIP = 0x10e000    # the character for the first of draft.pastes, for private use as those after it
 
 def chip_label(paste: str) -> str:
     n_lines = paste.strip("\n").count("\n") + 1
@@ -2038,10 +2039,12 @@ EDITS = {  # name: (help line, draft -> draft)
     "backspace":  ("delete the character before the cursor", edit_backspace),
     "delete":     ("delete the character under the cursor",
                    lambda d: edit_cut(d, d.cursor, char_step(d, 1))),
-    "kill_word":  ("cut the word before the cursor", lambda d: edit_kill(d, word_start(d), d.cursor)),
+    "kill_word":  ("cut the word before the cursor",
+                   lambda d: edit_kill(d, word_start(d), d.cursor)),
     "kill_word_right": ("cut the word after the cursor",
                    lambda d: edit_kill(d, d.cursor, word_end(d))),
-    "kill_to_start": ("cut to the start of the line", lambda d: edit_kill(d, line_start(d), d.cursor)),
+    "kill_to_start": ("cut to the start of the line",
+                   lambda d: edit_kill(d, line_start(d), d.cursor)),
     "kill_to_end": ("cut to the end of the line, or what ends it", edit_kill_to_end),
     "yank":       ("insert what was cut last", lambda d: edit_insert(d, d.killed)),
     "undo":       ("undo the last change", edit_undo),
@@ -2079,7 +2082,7 @@ def clean_draft(text: str) -> str:
 
 
 # == 7. LAYOUT =====================================================================================
-# Which part of the window belongs to which pane, what stands in it, and how far it is scrolled. Pure.
+# Which part of the window belongs to which pane, what stands in it, how far it is scrolled. Pure.
 # A new pane: a row of PANES, and its name in SIDE_PANES.
 
 class Area(NamedTuple):
@@ -2108,7 +2111,7 @@ class Pane(NamedTuple):
     head: Any                     # (state, area) -> lines that stay above the others
     items: Any                    # (state, width) -> Items, which scroll
 
-SIDE_PANES = ("system",)          # beside the chat, from top to bottom; F2 brings the first in front
+SIDE_PANES = ("system",)          # beside the chat, from top to bottom; F2 shows the first
 FAR = 10 ** 9                     # lines
 
 def plan_layout(state: State) -> Layout:
@@ -2200,7 +2203,7 @@ def chat_head(state: State, area: Area) -> List[Line]:
     return []
 
 def system_head(state: State, area: Area) -> List[Line]:
-    """Show machine and plan, in at most 40 % of the pane, how fast the last replies were, a line."""
+    """Show machine and plan, in at most 40 % of the pane, and the speed of the last replies."""
     lines: List[Line] = []
     for entry in state.summary:
         lines += log_lines(entry, area.width)
@@ -2259,7 +2262,7 @@ def versions(chat: Chat, turn: Turn) -> List[int]:
     return [kid for kid in kids if chat.nodes[kid].role == turn.role]
 
 def turn_note(chat: Chat, i: int, dot: str) -> str:
-    """Write the dim line under turn i. The keys first turn the versions of the last turn with some."""
+    """Write the dim line under turn i. The keys turn the versions of the last turn with some."""
     turn = chat.turns[i]
     numbers = versions(chat, turn)
     parts = [describe_ending(turn.note)]
@@ -2295,7 +2298,7 @@ ENDS = {
     "full": ", cut at the length of the context"}
 
 def describe_ending(ending: Any) -> str:
-    """The statistics of a reply and why it ended. A text, as older files have it, stays as it is."""
+    """Describe a reply in numbers and why it ended. A text, as in older files, stays as it is."""
     if not isinstance(ending, Ending):
         return ending
     count = "%d more tokens" if ending.continued else "%d tokens"
@@ -2386,14 +2389,15 @@ def format_left(seconds: float) -> str:
 
 def read_progress(message: Dict[str, Any]) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
-    return Progress(message["done"], message["total"], message.get("rate", 0.0), message.get("left_s", 0.0))
+    rate = message.get("rate", 0.0)
+    return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0))
 
 def read_step(message: Dict[str, Any]) -> Progress:
     """The same of the installer."""
     return read_progress(message)._replace(doing=message.get("doing", "compiling"))
 
 def describe_progress(progress: Progress) -> str:
-    """Such as "512/2,048 tokens, 100/s, 15 s left"; of the installer "compiling 35/83, 1:10 left"."""
+    """Describe such as "512/2,048 tokens, 100/s, 15 s left" or "compiling 35/83, 1:10 left"."""
     if not progress.total:
         return ""
     if progress.doing:
@@ -4545,8 +4549,8 @@ ENGINE_EVENTS: Dict[str, Any] = {
 
 
 # == 11. VIEW ======================================================================================
-# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure: the
-# same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
+# view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
+# the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
 class Frame(NamedTuple):
     """Hold what the window shows."""
@@ -4636,7 +4640,7 @@ def add_frame(state: State, layout: Layout, left: List[Line]) -> List[Line]:
     return [top + ((box["tr"], "frame"),)] + lines + [((bottom + box["br"], "frame"),)]
 
 def view_border(state: State, area: Area, corner: str) -> Line:
-    """Draw the border over a pane, from its corner on, with its title; that of the focus is marked."""
+    """Draw the border over a pane, from its corner on, with its title; the focus is marked."""
     box = BOX[state.settings.unicode]
     is_alone = state.pane != "beside" or not can_be_beside(state)
     style = "title" if is_alone or state.focus == area.name else "dim"
@@ -4645,7 +4649,7 @@ def view_border(state: State, area: Area, corner: str) -> Line:
     return ((box[corner] + box["h"], "frame"), (title, style), (rest, "frame"))
 
 def view_pane(state: State, area: Area) -> Tuple[List[Line], bool]:
-    """Show a pane: its lines, filling its area, and whether there is more below. Faults are shown."""
+    """Show a pane, or its fault: lines that fill its area, and whether there is more below."""
     try:
         lines, more = view_inside(state, area)
     except Exception:
@@ -4709,7 +4713,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 def view_over(state: State, area: Area) -> List[Line]:
-    """Show over the end of the chat: a menu of commands or themes, or the progress of a first start."""
+    """Show over the end of the chat: a menu of commands or themes, or a first start's progress."""
     if is_open(state, "theme"):           # what they change is seen
         lines = view_dialog(state, area.width, min(area.height, len(THEMES) + 2))
     elif state.dialog:
@@ -4766,7 +4770,7 @@ def view_progress(state: State, width: int) -> List[Line]:
     return lines
 
 def view_rule(state: State, width: int, more: bool) -> Line:
-    """Draw the line over the input box: attached files and their cost, whether there is more below."""
+    """Draw the line over the input box: attached files, their cost, whether there is more below."""
     box = BOX[state.settings.unicode]
     dot = dot_between(state.settings.unicode)
     text = ""
