@@ -2102,7 +2102,7 @@ class Layout(NamedTuple):
 
 class Items(NamedTuple):
     """Hold things that are lines when asked for: only what is on the screen is ever wrapped."""
-    count: int
+    n: int
     lines: Any                    # index -> lines
 
 class Pane(NamedTuple):
@@ -2312,7 +2312,7 @@ def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
     """Take up to `height` lines from a place on."""
     lines: List[Line] = []
     skip = top.line
-    for i in range(top.item, items.count):
+    for i in range(top.item, items.n):
         lines += items.lines(i)[skip:]
         skip = 0
         if len(lines) >= height:
@@ -2332,14 +2332,14 @@ def move_on(items: Items, place: Scroll, n: int) -> Scroll:
     """Find the place `n` lines below."""
     item, line = place
     line += n
-    while item < items.count and line >= len(items.lines(item)):
+    while item < items.n and line >= len(items.lines(item)):
         line -= len(items.lines(item))
         item += 1
     return Scroll(item, line)
 
 def last_page(items: Items, height: int) -> Scroll:
     """Find where the window stands when it follows the end."""
-    return move_back(items, Scroll(items.count, 0), height)
+    return move_back(items, Scroll(items.n, 0), height)
 
 def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) -> Optional[Scroll]:
     """Scroll by lines (negative = up, FAR = all the way); None = the end is followed again."""
@@ -2356,7 +2356,7 @@ def move_scroll(items: Items, scroll: Optional[Scroll], by: int, height: int) ->
 
 def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
     """Find a place that exists, after the window's width or the list has changed."""
-    if scroll is None or scroll.item >= items.count:
+    if scroll is None or scroll.item >= items.n:
         return None
     last = max(0, len(items.lines(scroll.item)) - 1)
     return Scroll(scroll.item, min(scroll.line, last))
@@ -2756,7 +2756,7 @@ def find_on(state: State, by: int) -> State:
     """Scroll to the next line that holds state.find, up (by = -1) or down."""
     turns = state.chat.turns
     items = chat_items(state, plan_layout(state).main.width)
-    here = clamp_scroll(items, state.chat_scroll) or Scroll(items.count, 0)
+    here = clamp_scroll(items, state.chat_scroll) or Scroll(items.n, 0)
     i = min(here.item, len(turns) - 1)
     while 0 <= i < len(turns):
         for line in found_lines(state.find, turns[i].text, items.lines(i))[::by]:
@@ -4666,7 +4666,7 @@ def view_inside(state: State, area: Area) -> Tuple[List[Line], bool]:
     items = pane.items(state, area.width)
     if area.name == "chat" and state.dialog and not is_open(state, "theme"):
         return view_dialog(state, area.width, area.height), False
-    if area.name == "chat" and not items.count:
+    if area.name == "chat" and not items.n:
         return view_welcome(state, area.width, area.height), False
     height = scrolled_height(state, area)
     lines, more = pane_lines(items, pane_scroll(state, area.name), height)
