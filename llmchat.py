@@ -14298,15 +14298,22 @@ def named_settings(state: State) -> Settings:
 # --info tells of a machine or a model, --doctor checks all that the program needs.
 
 def probe_machine() -> Tuple[Hardware, str]:
-    """The machine in depth, and what is wrong with the engine, which knows a part of it."""
+    """Probe the machine in depth; and say what is wrong with the engine, which knows a part of it."""
+    problem = ""
     try:
         for message in ask_engine(engine_python(), {"cmd": "info"}, limit_s=60):
             if message["event"] == "machine":
-                h = Hardware(**{name: tuple(value) if isinstance(value, list) else value for name, value in message["hardware"].items()})
-                return h._replace(gpus=tuple(Gpu(*g) for g in h.gpus), seen_gpus=tuple(Gpu(*g) for g in h.seen_gpus)), ""
+                return parse_hardware(message["hardware"]), ""
     except ModelError as error:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk), problem
+
+def parse_hardware(fields: Dict[str, Any]) -> Hardware:
+    """Make Hardware of the engine's JSON, which has lists for tuples."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    for name in ("gpus", "seen_gpus"):
+        values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
+    return Hardware(**values)
 
 def show_info(state: State, as_json: bool) -> int:
     """--info: tell of this machine, and what a model would need on it."""
@@ -14523,21 +14530,32 @@ def check_machine() -> List[Tuple[str, str, str]]:
 
 def run_doctor() -> int:
     """--doctor: check all that the program needs. Returns 0, or 1 when something stops it from working."""
-    import shutil
-    terminal, worst = sys.stdout.isatty(), 0
-    color = "\033[3%dm%s\033[m" if terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb" else "%.0s%s"
+    levels = []
     for check in (check_python, check_window, check_folder, check_settings, check_engine, check_machine):
         try:
             findings = check()
         except Exception as error:        # a doctor must not fall ill
-            findings = [("error", check.__name__[6:], "This could not be checked: %s: %s" % (type(error).__name__, error))]
+            text = "This could not be checked: %s: %s" % (type(error).__name__, error)
+            findings = [("error", check.__name__[6:], text)]
         for level, what, text in findings:
-            word = {"good": "ok", "warn": "warning", "error": "problem"}[level]
-            rows = wrap(clean(text), max(20, shutil.get_terminal_size().columns - 19)) if terminal else [clean(text)]
-            print(color % (parse_color(THEMES["green"][level]).fg8, word.ljust(9)) + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
-            worst = max(worst, ("good", "warn", "error").index(level))
-    print(("All is well.", "It works, but see the warnings.", "See the problems above; llmchat can't work well before they are solved.")[worst])
-    return int(worst == 2)
+            print_finding(level, what, text)
+            levels.append(level)
+    if "error" in levels:
+        print("See the problems above; llmchat can't work well before they are solved.")
+        return 1
+    print("It works, but see the warnings." if "warn" in levels else "All is well.")
+    return 0
+
+def print_finding(level: str, what: str, text: str) -> None:
+    """Print one finding of the doctor; on a terminal wrapped, and with colour if it has any."""
+    import shutil
+    word = {"good": "ok", "warn": "warning", "error": "problem"}[level].ljust(9)
+    rows = [clean(text)]
+    if sys.stdout.isatty():
+        rows = wrap(rows[0], max(20, shutil.get_terminal_size().columns - 19))
+        if not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb":
+            word = "\033[3%dm%s\033[m" % (parse_color(THEMES["green"][level]).fg8, word)
+    print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
 # == 40. BENCH =====================================================================================
