@@ -9876,25 +9876,42 @@ F32_RATE = 12e9  # bytes/s that a core works through, of any kind: nothing is to
 LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token, at time_core() = 1
 
 def attention_layers(header: Header) -> List[Tuple[int, bool]]:
-    """(KV heads, sees only a window) of each layer that has a KV cache.
+    """List (KV heads, sees only a window) of each layer that has a KV cache.
 
-    Layers without attention (head_count_kv 0, or all but every n-th) have none, nor do those that share another layer's."""
-    arch, n_layers = string(header, "general.architecture"), max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
+    Layers without attention (head_count_kv 0, or all but every n-th) have none, nor do those that
+    share another layer's.
+    """
+    n_layers = max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
     heads = numbers(header, ".attention.head_count_kv") or [number(header, ".attention.head_count")]
-    heads = heads * n_layers if len(heads) == 1 else heads
-    pattern = numbers(header, ".attention.sliding_window_pattern") or [FULL_EVERY.get(arch, 1)]
+    if len(heads) == 1:
+        heads = heads * n_layers
     window = number(header, ".attention.sliding_window")
-    windowed = pattern if len(pattern) > 1 else [(n + 1) % max(1, pattern[0]) for n in range(n_layers)]
+    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed_layers(header, n_layers))]
+    n_own = max(0, n_layers - number(header, ".attention.shared_kv_layers"))
     every = number(header, ".full_attention_interval") or 1
-    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed)]
-    layers = layers[: max(0, n_layers - number(header, ".attention.shared_kv_layers"))][every - 1:: every]
-    return [layer for layer in layers if layer[0]]
+    return [layer for layer in layers[:n_own][every - 1:: every] if layer[0]]
+
+def windowed_layers(header: Header, n_layers: int) -> Sequence[int]:
+    """Tell of each layer whether it sees only a window, if the model has one: 0 = all of the context."""
+    pattern = numbers(header, ".attention.sliding_window_pattern")
+    if len(pattern) > 1:
+        return pattern
+    every = FULL_EVERY.get(string(header, "general.architecture"), 1)
+    if pattern:
+        every = max(1, pattern[0])
+    return [(n + 1) % every for n in range(n_layers)]
 
 def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
-    """Values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
+    """Count values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
     head = number(header, ".embedding_length") // max(1, number(header, ".attention.head_count"))
-    k, v = (number(header, ".attention.%s_length%s" % (name, suffix), number(header, ".attention.%s_length" % name, head)) for name in ("key", "value"))
-    return k, 0 if number(header, ".attention.key_length_mla") else v    # DeepSeek's latent attention keeps one vector, in K
+    k = number(header, ".attention.key_length", head)
+    v = number(header, ".attention.value_length", head)
+    if suffix:
+        k = number(header, ".attention.key_length" + suffix, k)
+        v = number(header, ".attention.value_length" + suffix, v)
+    if number(header, ".attention.key_length_mla"):
+        v = 0                             # DeepSeek's latent attention keeps one vector, in K
+    return k, v
 
 def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
     """Count the bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
