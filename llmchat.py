@@ -4631,7 +4631,8 @@ def add_frame(state: State, layout: Layout, left: List[Line]) -> List[Line]:
     if layout.side:
         side: List[Line] = []
         for area in layout.side:
-            if side:
+            if side:                      # its corner takes the place of the bar
+                lines[len(side)] = lines[len(side)][:-1]
                 side.append(view_border(state, area, "l") + ((box["r"], "frame"),))
             side += [line + bar for line in view_pane(state, area)[0]]
         lines = [a + b for a, b in zip(lines, side)]

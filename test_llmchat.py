@@ -12832,6 +12832,23 @@ class ViewTest(unittest.TestCase):
                 failures |= {(problem, i)} if problem else set()
         self.assertEqual(failures, set())
 
+    def test_a_third_pane(self):
+        """A row of PANES and a name in SIDE_PANES: it has a title, the focus and a scroll."""
+        third = llmchat.PANES["system"]._replace(
+            title=lambda state: "third",
+            items=lambda state, columns: llmchat.Items(50, lambda i: [(("row %d" % i, "text"),)]),
+        )
+        with mock.patch.dict(llmchat.PANES, third=third), mock.patch(
+            "llmchat.SIDE_PANES", ("system", "third")
+        ):
+            state = play(ready(columns=100, rows=18), "[f3]", "[f3]", "[pgup]")[0]
+            rows = rows_of(state)
+            self.assertEqual({width(row) for row in rows}, {100})
+            self.assertEqual(state.focus, "third")
+            self.assertIn("├─ third ─", rows[8])
+            self.assertIn("│row 37 ", rows[9])
+            self.assertEqual(play(state, "[f3]")[0].focus, "chat")
+
     def test_literal_screens(self):
         framed = ready(
             Turn("user", "Hi there"),
