@@ -1859,7 +1859,7 @@ def marked_lines(mark: str, text: str, width: int, style: str) -> List[Line]:
     return lines
 
 def lay_columns(text: str, width: int) -> str:
-    """Lay out a notice: a tab separates the two columns of a line, which are made for this width."""
+    """Lay out a notice for this width: a tab separates the two columns of a line."""
     if "\t" not in text:
         return text
     lines: List[str] = []
@@ -2419,9 +2419,9 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
 
 # == 8. COMMANDS ===================================================================================
 # What keys and /slash commands do: cmd_NAME(state, argument) returns the new State, or (state,
-# effects). The docstring is the help line; one that begins with a slash makes a /command, the others
-# are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has to wait
-# for the end of a reply: F1, /help and Tab know it at once.
+# effects). The docstring is the help line; one that begins with a slash makes a /command, the
+# others are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has
+# to wait for the end of a reply: F1, /help and Tab know it at once.
 
 IDLE_COMMANDS = (                 # those that have to wait for the end of a reply
     "new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue",
@@ -3284,7 +3284,7 @@ def send_command(state: State, text: str) -> Change:
     return run_slash(empty_draft(state), text)
 
 def empty_draft(state: State) -> State:
-    """Empty the input box, remember what stood there, and show the pane in which the answer will be."""
+    """Empty the input box, remember what stood there, and show where the answer will be."""
     draft = state.draft
     history = draft.history
     # The words of a private chat must not come up in another one.
@@ -3434,17 +3434,20 @@ def take_back(state: State) -> State:
     chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
     taken = state._replace(chat=chat)
     if state.chat.stops_slowly:           # the input box is in use by now
-        return taken._replace(hint="It was stopped before a word of the answer came; /retry asks again")
+        return taken._replace(hint="It was stopped before the answer began; /retry asks again")
     if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
         return taken
-    if state.chat.continued or chat.kids.get(last_turn_id(chat)):    # the reply before is there still
+    if state.chat.continued or chat.kids.get(last_turn_id(chat)):
+        # The reply before is there still.
         return run_command(taken, "redo")[0]
     asked = last_index(chat, "user")
     turn = chat.turns[asked]
     turns = chat.turns[:asked] + chat.turns[asked + 1:]
     chat = drop_turn(chat._replace(turns=turns), turn.id)
-    hint = "Your message is back in the input box; Ctrl-U clears it" if state.settings.window else ""
-    return put_in_draft(state, turn)._replace(chat=chat, hint=hint)
+    taken = put_in_draft(state, turn)._replace(chat=chat, hint="")
+    if not state.settings.window:
+        return taken
+    return taken._replace(hint="Your message is back in the input box; Ctrl-U clears it")
 
 def cmd_interrupt(state: State, argument: str) -> Outcome:
     """stop the reply; with nothing running: quit, after asking once"""
@@ -4916,7 +4919,7 @@ def query_end(query: str, width: int) -> str:
     return text
 
 def view_dialog(state: State, width: int, height: int) -> List[Line]:
-    """What stands in front of the chat; a question about a row of a list is asked over that list."""
+    """View what stands in front of the chat; a question about a row is asked over its list."""
     dialog = state.dialog
     if isinstance(dialog, Sheet):
         return view_sheet(dialog, width, height)
@@ -4927,11 +4930,12 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
         return view_choice(asked, width, height)
     if dialog.name == "setup":
         return view_setup(state, width, height)
-    lines: List[Line] = [(("  " + row, "text"),) for row in wrap(dialog.text.rstrip("\n"), width - 4)]
+    rows = wrap(dialog.text.rstrip("\n"), width - 4)
+    lines: List[Line] = [(("  " + row, "text"),) for row in rows]
     return lines + [()] + [(("  " + row, "good"),) for row in dialog.answers]
 
 def view_choice(choice: Choice, width: int, height: int) -> List[Line]:
-    """A list, whose chosen row stays in the middle. Its note stands below, as a row seldom has room for it."""
+    """View a list, whose chosen row stays in the middle; the row's note stands below."""
     chosen = chosen_row(choice)
     note: List[str] = []
     if chosen and chosen.note and height > 9:
@@ -12521,8 +12525,8 @@ def probe_index() -> str:
 
 # == 31. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
-# in a file with a checksum (Python's own has none, so a damaged one could do anything). One that isn't
-# right in every way is made anew.
+# in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
+# isn't right in every way is made anew.
 
 # In: path of llmchat.py, cache = folder of the compiled form. Out: module.
 BOOT = """import marshal, os, zlib
@@ -14718,13 +14722,13 @@ FLAGS = {  # of the command line
     "info": "show this machine, and what MODEL would need; then end",
     "bench": "measure this machine with MODEL and keep the best thread and batch counts; then end",
     "list": "list the models of this machine, the ones that fit first; then end",
-    "json": "with --info, --list, --bench, --download and --install: what they have to say as JSON, "
-            "for scripts",
+    "json": "with --info, --list, --bench, --download and --install: what they have to say as "
+            "JSON, for scripts",
     "setup": "get what a first chat needs, the engine and a small model, without asking; then chat",
     "install": "get the engine (llama-cpp-python) that suits this machine; then end",
     "upgrade": "with --install: only if there is a newer one",
-    "uninstall": "remove the engine and the command llmchat, and your chats and models if you say so; "
-                 "then end",
+    "uninstall": "remove the engine and the command llmchat, and your chats and models if you say "
+                 "so; then end",
     "doctor": "check everything the program needs, and say what to do about it; then end",
 }
 
@@ -14760,7 +14764,8 @@ def make_parser() -> Any:
         prog="llmchat.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Chat with a GGUF model in the terminal. "
                     "All defaults stand at the top of the file, to be edited.",
-        epilog='examples:\n  llmchat.py model.gguf\n  llmchat.py model.gguf -s "You are a pirate."\n'
+        epilog='examples:\n  llmchat.py model.gguf\n'
+               '  llmchat.py model.gguf -s "You are a pirate."\n'
                '  git diff | llmchat.py model.gguf -p "explain this"\n  llmchat.py --demo')
     error = parser.error
     # It repeats what may be a file's name.
@@ -14777,22 +14782,28 @@ def make_parser() -> Any:
     add("--download", nargs="?", const="", metavar="NAME",
         help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print its "
              "path (no NAME: show what is suggested); then end")
-    add("--gpu", choices=[row[0] for row in GPU_BUILDS] + ["none"], default="",
+    add("--gpu", choices=[build.name for build in GPU_BUILDS] + ["none"], default="",
         help="with --install: what the engine is to use; without it, what is found")
     for name, text in FLAGS.items():
         add("--" + name.replace("_", "-"), action="store_true", help=text)
-    add("--mlock", dest="use_mlock", action="store_const", const="1",
-        help="keep the model in RAM, whatever other programs want")
-    add("--no-mmap", dest="use_mmap", action="store_const", const="0",
-        help="read the model's file at the start, not when it is needed")
-    for name, (default, _, _, meaning) in SETTINGS.items():
-        if not name.startswith("use_"):
-            names = SHORT_NAMES.get(name, ["--" + name.replace("_", "-")])
-            add(*names, dest=name, metavar="X", help="%s (default: %s)" % (meaning, default))
-    add("--keep-trying", action="store_true", help=argparse.SUPPRESS)
-    add("--check-engine", action="store_true", help=argparse.SUPPRESS)
+    add_settings(parser)
+    for name in ("--keep-trying", "--check-engine"):    # between our own processes
+        add(name, action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
     return parser
+
+def add_settings(parser: Any) -> None:
+    """Add --NAME for each of SETTINGS."""
+    parser.add_argument("--mlock", dest="use_mlock", action="store_const", const="1",
+                        help="keep the model in RAM, whatever other programs want")
+    parser.add_argument("--no-mmap", dest="use_mmap", action="store_const", const="0",
+                        help="read the model's file at the start, not when it is needed")
+    for name, (default, _, _, meaning) in SETTINGS.items():
+        if name.startswith("use_"):
+            continue
+        names = SHORT_NAMES.get(name, ["--" + name.replace("_", "-")])
+        text = "%s (default: %s)" % (meaning, default)
+        parser.add_argument(*names, dest=name, metavar="X", help=text)
 
 def initial_state(arguments: Any) -> State:
     name = arguments.model
@@ -14837,7 +14848,7 @@ def run_install(arguments: Any) -> int:
     """Do --install. Returns the exit status of install_engine()."""
     n_printed = 0                         # tenths of the steps
     def show(event: str, text: str = "", **step: Any) -> None:
-        """Tell people: sentences on stdout; steps in a status line, or a tenth of them on stdout."""
+        """Tell people: sentences on stdout; steps in a status line, or some of them on stdout."""
         nonlocal n_printed
         if event != "step":
             draw_status("")
@@ -15004,7 +15015,9 @@ def let_streams_spell() -> None:
         sys.stderr.reconfigure(errors="spell")    # type: ignore[union-attr]
 
 def open_streams() -> None:
-    """Streams that are closed (as by 2>&-) lead nowhere, or what is opened first would be taken for them."""
+    """Let closed streams (as by 2>&-) lead nowhere.
+
+    Else the files that are opened first would be taken for them."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
