@@ -14544,11 +14544,15 @@ def run_trial() -> int:
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
-    lines = describe_hardware(h._replace(build=(), seen_gpus=())) + describe_details(h._replace(disk_free_bytes=0))
-    findings = [("good", line[:5].strip(), line[5:]) for line in lines]    # without the advice, which comes below
+    lines = describe_hardware(h._replace(build=(), seen_gpus=()))    # without the advice, which comes below
+    lines += describe_details(h._replace(disk_free_bytes=0))
+    findings = [("good", line[:5].strip(), line[5:]) for line in lines]
     if 0 < h.ram_free_bytes < 1 << 30:
-        findings += [("warn", "RAM", "%s free is enough for the smallest models only: close other programs" % format_bytes(h.ram_free_bytes))]
-    return findings + [(level, "engine", text) for level, text in plan_upgrade(h)]
+        text = "%s free is enough for the smallest models only: close other programs"
+        findings.append(("warn", "RAM", text % format_bytes(h.ram_free_bytes)))
+    for level, text in plan_upgrade(h):
+        findings.append((level, "engine", text))
+    return findings
 
 def run_doctor() -> int:
     """--doctor: check all that the program needs. Returns 0, or 1 when something stops it from working."""
