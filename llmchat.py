@@ -187,6 +187,8 @@ DOWNLOAD_RETRY_S = 1          # the first pause between; each is twice as long, 
 
 # What /set NAME and --NAME change, and what can be kept for each model.
 # NAME: (default, lowest, highest, meaning), or of a word: (default, all words, None, meaning).
+# A default without a point takes whole numbers only. A new way of choosing tokens is a row of
+# SAMPLING, and a line in make_sampler().
 SAMPLING: Dict[str, Any] = {  # how the next token is chosen
     "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
     "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
@@ -265,7 +267,7 @@ THINKING = (
 # Terminals without colours show only these.
 ROLES = {
     "text":    "",
-    "user":    "b",       # what you wrote
+    "user":    "b",       # what you write: in the chat, the input box, searches
     "prompt":  "b",       # the ❯ before it
     "dim":     "d",       # statistics, information in the log
     "good":    "",        # ready, fits, plans
@@ -428,7 +430,7 @@ else:
         n_ubatch=0,                       # tokens read at once; 0 = choose for this machine
         tuned_rate=0.0,  # tokens/s that --bench measured with these; 0 = not measured
         fallback=0,                       # how many fallback steps were taken, since memory ran out
-        caution=0)  # an index into CAUTIONS, or REMEMBERED: llama.cpp crashed with less
+        caution=0)                        # an index into CAUTIONS, or REMEMBERED
 
 REMEMBERED = -1              # as much caution as this engine has needed before, see careful()
 CAUTIONS = (                 # what loading leaves out
@@ -739,7 +741,7 @@ class State(NamedTuple):
     ahead: Any = None         # what the engine was last asked to read ahead
     ahead_progress: Progress = Progress()    # how far it has come; total 0 = done
     wanted: Optional[str] = None  # the model's name that is being looked up; "" = the whole list
-    hint: str = ""            # for the status line until the next key
+    hint: str = ""            # shown instead of the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
     fetch: Optional[Fetch] = None
@@ -750,7 +752,7 @@ class State(NamedTuple):
     next_fallback: str = ""   # the next one in words, see Plan.next
     caution: int = REMEMBERED  # with which the model is loaded, see LoadOptions
     next_caution: int = 0     # what is left to try when llama.cpp crashes; 0 = nothing
-    before: Settings = Settings()  # those of the model before, to which a failed load leads back
+    before: Settings = Settings()  # of the model before; they come back if a load fails
 
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
@@ -764,7 +766,8 @@ class ChildSaid(NamedTuple):
     message: Dict[str, Any]
 
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
-StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])  # and it was to stop
+# AwaitStop has waited: this request was to stop, and nothing was heard of it
+StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])
 EngineMissing = NamedTuple("EngineMissing", [])  # no Python with llama_cpp was found
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
 BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # it suits this machine better
@@ -817,7 +820,7 @@ class StartChild(NamedTuple):
     which: str                # as in ChildSaid
     name: str = ""            # of what to download, as parse_download() takes it
 
-# The engine at once, whatever it does; of a download what has come stays
+# End a child process: the engine at once, whatever it does; what has come of a download stays.
 StopChild = NamedTuple("StopChild", [("which", str)])
 SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
@@ -2083,7 +2086,7 @@ def clean_draft(text: str) -> str:
 
 # == 7. LAYOUT =====================================================================================
 # Which part of the window belongs to which pane, what stands in it, how far it is scrolled. Pure.
-# A new pane: a row of PANES, and its name in SIDE_PANES.
+# A new pane: a row of PANES, and its name in SIDE_PANES, which share the rows beside the chat.
 
 class Area(NamedTuple):
     """Say where the inside of a pane stands in the window, in columns and rows."""
@@ -2427,7 +2430,7 @@ IDLE_COMMANDS = (                 # those that have to wait for the end of a rep
     "new", "private", "load", "unload", "install", "chats", "open", "import", "retry", "continue",
     "edit", "undo", "redo", "fork", "version", "version_back", "version_forward")
 
-WINDOW_COMMANDS = ("find", "theme", "raw", "editor")    # plain mode has nothing for them to change
+WINDOW_ONLY = ("find", "theme", "raw", "editor")    # not in the help of plain mode
 
 def preset_meaning(values: Dict[str, Any]) -> str:
     return ", ".join("%s %s" % item for item in values.items())
@@ -2589,14 +2592,19 @@ def cmd_help(state: State, argument: str) -> Outcome:
     rows = tuple(help_rows(state.settings.window))
     return state._replace(dialog=Sheet("help", HELP_TITLE, rows, back=state.dialog))
 
+HELP_COLUMN = 22                          # where meanings begin
+
 def help_lines(left: str, right: str, width: int) -> List[str]:
     """Lay out a row of the help; what is too long for the left column gets a line of its own."""
-    rows = [" " * 22 + part for part in wrap(right, max(10, width - 25))]
     if not right:
         return [left]
-    if len(left) >= 20:
-        return ["  " + left] + rows
-    return [("  " + left).ljust(22) + rows[0][22:]] + rows[1:]
+    left = "  " + left
+    first, *more = wrap(right, max(10, width - HELP_COLUMN - 3))
+    margin = " " * HELP_COLUMN
+    rows = [margin + row for row in more]
+    if len(left) >= HELP_COLUMN:
+        return [left, margin + first] + rows
+    return [left.ljust(HELP_COLUMN) + first] + rows
 
 def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
     """Yield all that F1 shows: (command or keys, meaning); headings have no meaning.
@@ -2607,7 +2615,7 @@ def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
         usage, _, meaning = command_help(name).partition(": ")
         if window:
             yield usage, meaning
-        elif name not in WINDOW_COMMANDS:
+        elif name not in WINDOW_ONLY:
             yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
     if window:
         yield from key_rows("KEYS", KEYS, command_help)
@@ -3175,9 +3183,11 @@ def cmd_set(state: State, argument: str) -> Outcome:
 
 def settings_table(state: State) -> str:
     """List the settings, to be laid out by lay_columns()."""
+    width = max(map(len, SETTINGS))
     lines = []
     for name, (_, _, _, meaning) in SETTINGS.items():
-        lines.append("%-14s %s\t%s" % (name, setting_value(state.settings, name), meaning))
+        value = setting_value(state.settings, name)
+        lines.append("%-*s %s\t%s" % (width, name, value, meaning))
     return "\n".join(lines)
 
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
@@ -3801,7 +3811,8 @@ def sheet_room(height: int) -> int:
 # == 9. UPDATE =====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
-# that returns a State or (State, effects), and a row in HANDLERS.
+# that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
+# starts a timer, whose event comes later: see AwaitStop and StopLate.
 
 def update(state: State, event: Any) -> Change:
     before = state
@@ -4198,8 +4209,8 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
 
 
 # == 10. ENGINE NEWS ===============================================================================
-# The same for the engine's messages and its end. A new message: a row of ENGINE_EVENTS, and of
-# ENGINE_SAYS.
+# What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
+# and of ENGINE_SAYS.
 
 def on_engine_said(state: State, event: ChildSaid) -> Outcome:
     message, chat = event.message, state.chat
@@ -4256,9 +4267,10 @@ def on_loaded(state: State, message: Dict[str, Any]) -> Change:
 
 def tell_loaded(state: State, model: ModelInfo) -> State:
     text = "Ready: " + model.name
-    kept = state.settings.kept.get(os.path.basename(state.settings.model_path))
-    if kept:
-        text += ", with what you chose for it: " + ", ".join(kept)
+    kept = state.settings.kept.get(os.path.basename(state.settings.model_path), {})
+    chosen = [name for name in kept if name in SETTINGS or name == "system_prompt"]
+    if chosen:
+        text += ", with what you chose for it: " + ", ".join(chosen)
     state = add_log(state, LogLine("good", text))
     if model.think is not False or state.settings.think is not None:
         return state
@@ -4553,7 +4565,8 @@ ENGINE_EVENTS: Dict[str, Any] = {
 
 # == 11. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
-# the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
+# the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT. The status line:
+# view_status(), which is doing_parts() on the left and view_gauges() on the right.
 
 class Frame(NamedTuple):
     """Hold what the window shows."""
