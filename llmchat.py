@@ -14228,8 +14228,6 @@ class Plain:
     def chat(self) -> int:
         """Read lines until the end of input. Returns the exit status."""
         is_terminal = sys.stdin.isatty()
-        if is_terminal:
-            load_line_editing()
         self.note("Type a message and press Enter; /help shows commands, Ctrl-D ends.")
         self.settle()
         while not self.runner.quit:
@@ -14267,14 +14265,6 @@ class Plain:
         self.tell_end(())
         has_reply = any(turn.role == "assistant" for turn in self.state.chat.turns)
         return self.status or int(not has_reply)
-
-def load_line_editing() -> None:
-    """Let input() edit lines and recall them, where a letter of more than one byte isn't cut by
-    that."""
-    with suppress(ImportError, AttributeError):    # Windows' consoles edit lines themselves
-        import locale
-        if locale.nl_langinfo(locale.CODESET).upper() == "UTF-8":
-            __import__("readline")        # input() finds it
 
 def run_setup(arguments: Any, terminal: bool) -> int:
     """Do --setup: the engine and a small model, tried out; then the window, or the answer to -p.

@@ -5755,16 +5755,6 @@ class PlainTest(unittest.TestCase):
                 self.assertEqual((plain.wait(), plain.wait()), ([], []), "it reads")
                 self.assertEqual(plain.wait()[0].message["event"], "failed")
 
-    def test_lines_are_edited_where_letters_survive_that(self):
-        code = (
-            "import locale, llmchat, sys\nlocale.setlocale(locale.LC_CTYPE, '')\n"
-            "llmchat.load_line_editing()\nprint('readline' in sys.modules)"
-        )
-        for name, edited in (("C.UTF-8", POSIX), ("C", False)):
-            env = dict(ENV, LC_ALL=name, PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-            out = subprocess.check_output([sys.executable, "-c", code], env=env, timeout=LIMIT_S)
-            self.assertEqual(out.split(), [str(edited).encode()])
-
     @unittest.skipUnless(POSIX, "Windows has no SIGPIPE")
     def test_closed_pipe_ends_it_quietly(self):
         child = self.start(TOUR, "-p", "a long story")
