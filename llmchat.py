@@ -9231,10 +9231,10 @@ def probe_hardware(*more: Any) -> Hardware:
 
 def probe_linux_cpu() -> dict:
     name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
-    threads = range(os.cpu_count() or 1)
+    threads: Iterable[int] = range(os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):
         threads = os.sched_getaffinity(0)
-    core_of = {}
+    core_of: Dict[int, Any] = {}
     for n in threads:
         siblings = read_text("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list" % n)
         core_of[n] = siblings or core_ids.get(n, n)
@@ -9245,7 +9245,7 @@ def probe_linux_cpu() -> dict:
         "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
         "instruction_sets": instruction_sets,
         "physical_cores": n_cores,
-        "logical_cores": len(threads),
+        "logical_cores": len(core_of),
         "fast_cores": n_fast % n_cores,
         "usable_cores": min([n_fast] + quotas),
         "container_cores": min(quotas, default=0),
@@ -9274,7 +9274,7 @@ def probe_cpu_number(n: int, name: str) -> float:
     digits = re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name)))
     return float(digits.group()) if digits else 0.0
 
-def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
+def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, Tuple[str, str]]]:
     """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
     pairs = re.findall(r"(?m)^(\w[\w ]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text)
     first = dict(reversed(pairs))
@@ -10380,7 +10380,7 @@ def time_copying(half: int) -> Tuple[float, float]:
 # STORES. It must not know State or the terminal.
 
 FAR_S = 1.0                           # how long FAR_FOLDERS may take; a network's dead disk hangs for ever
-TEMPLATES_S = 0.3                     # so long the list looks for chat templates, which stand far into a file
+TEMPLATES_S = 0.05                    # so long the list looks for chat templates, which stand far into a file
 MAX_DEPTH = 3                         # folders below the one that is searched
 MAX_ENTRIES = 10_000                  # of one search, so that a huge folder doesn't keep us busy for minutes
 
@@ -14335,7 +14335,9 @@ def probe_machine() -> Tuple[Hardware, str]:
 
 def parse_hardware(fields: Dict[str, Any]) -> Hardware:
     """Make Hardware of the engine's JSON, which has lists for tuples."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    values: Dict[str, Any] = {}
+    for name, value in fields.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
     for name in ("gpus", "seen_gpus"):
         values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
     return Hardware(**values)

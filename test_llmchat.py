@@ -9141,7 +9141,8 @@ class FindModelsTest(unittest.TestCase):
         late = b"tokenizer.chat_template"
         base = gguf(dict(SHAPE, **VOCAB))
         self.put("mine", "late.gguf", data=base + bytes((1 << 20) - len(base) - 9) + late)
-        notes = {entry.name: entry.note for entry in llmchat.find_models()}
+        with mock.patch.object(llmchat, "TEMPLATES_S", LIMIT_S):
+            notes = {entry.name: entry.note for entry in llmchat.find_models()}
         self.assertEqual(notes, {"base": "base: it has no chat template", "chat": "", "late": ""})
         with mock.patch.object(llmchat, "TEMPLATES_S", -1):  # no time to look for them
             self.assertEqual({entry.note for entry in llmchat.find_models()}, {""})
