@@ -56,6 +56,7 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     21 MEASURED        what is remembered of this machine
   IV Getting things
     22 MODELS HERE     those of this machine, also other programs'
+   22b MODEL NAMES     which of them a name may mean
     23 SUGGESTED       models to fetch that suit this machine
     24 HUGGING FACE    names of models there, its answers
    24b DOWNLOAD        a model's files into its cache
@@ -2988,61 +2989,6 @@ def cmd_models(state: State, argument: str) -> Outcome:
     """/models: choose among the models of this machine"""
     return look_up(state, "")
 
-def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
-    """The entries that a name may mean: a path or folder, a whole name, a repository, words in names; the first of these that fits any."""
-    path, low, repo = os.path.abspath(os.path.expanduser(wanted)), wanted.lower(), parse_repo(wanted)
-    here = [entry for entry in entries if not entry.to_fetch]
-    names = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
-    for among, fits in ((here, lambda entry: entry.path == path or entry.path.startswith(os.path.join(path, ""))),
-                        (here, lambda entry: names & {entry.name.lower(), *entry.note.lower().replace("also ", "", 1).split(", ")}),
-                        (entries, lambda entry: entry.name.lower() in names),
-                        (here, lambda entry: repo and is_of_repo(entry, *repo)),
-                        (here, lambda entry: all(word in entry.name.lower() for word in low.split()))):
-        found = tuple(filter(fits, among))
-        if found:                         # copies of one file are the same model
-            return tuple({(entry.name, entry.n_bytes): entry for entry in reversed(found)}.values())[::-1]
-    return ()
-
-def is_of_repo(entry: ModelEntry, repo: str, quant: str) -> bool:
-    """Whether a file is of this repository of Hugging Face, as its path says, and has this quantisation or name."""
-    path, repo, quant = entry.path.replace("\\", "/").lower(), repo.lower(), quant.lower()
-    places = "models--%s/" % repo.replace("/", "--"), "/%s/" % repo, "/%s_" % repo.replace("/", "_")
-    return any(place in path for place in places) and (
-        not quant or has_quant(os.path.basename(path), quant) or quant == entry.quant.lower() or path.endswith("/" + quant))
-
-def explain_match(entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
-    """Why a name doesn't mean one model of this machine, in a sentence or two."""
-    here = [entry for entry in found if not entry.to_fetch]
-    here = [entry for entry in here if entry.verdict] or here    # a damaged one is no advice
-    if here:                              # of two with the same name, the paths tell
-        names = [entry.name for entry in here]
-        names = [entry.path if names.count(entry.name) > 1 else entry.name for entry in here]
-        return "%s one of these: %s." % ("Several models fit %s; name" % wanted if wanted else "Name a model,", ", ".join(names))
-    if found and wanted:
-        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (wanted, found[0].path)
-    if not wanted:
-        return ("No model was found here, in %s or in other programs' folders. Put a .gguf file there, start with its path "
-                "(python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py --download), or try a small one: "
-                "python3 llmchat.py --setup" % " or ".join(MODEL_FOLDERS[1:]))
-    import difflib
-    known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
-    near = [known[name] for name in difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)]
-    return "There is no file or model called %s. %s" % (wanted, "The nearest: %s." % ", ".join(near) if near else "/models and --list show what there is.")
-
-MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
-    ("model", str.ljust, lambda entry: clean_row(entry.name)),
-    ("verdict", str.ljust, lambda entry: ", ".join(filter(None, (entry.verdict, entry.to_fetch and entry.source)))),    # shown however narrow it is
-    ("tokens/s", str.rjust, lambda entry: "%.*f" % (entry.rate < 10, entry.rate) if entry.rate else ""),
-    ("on disk", str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
-    ("quant", str.ljust, lambda entry: clean_row(entry.quant)),
-    ("size", str.rjust, lambda entry: clean_row(entry.size)),
-    ("from", str.ljust, lambda entry: "" if entry.to_fetch else entry.source),
-    ("context", str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""))
-
-def model_rows(entries: Sequence[ModelEntry], width: int) -> List[str]:
-    """Lay out the list of models: the titles and a row for each."""
-    return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
-
 def cmd_download(state: State, argument: str) -> Outcome:
     """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from
     a list; also: pause, cancel)"""
@@ -3648,12 +3594,40 @@ FETCHABLE_TITLE = "Models to fetch: Enter gets one, d or Tab tells more, Esc clo
 FETCH_TITLE = "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't"
 DETAILS_TITLE = "Enter takes it, d or Esc goes back"
 
+def verdict_text(entry: ModelEntry) -> str:
+    return entry.verdict + ", to fetch" if entry.to_fetch else entry.verdict
+
+def rate_text(entry: ModelEntry) -> str:
+    """Return tokens/s as they are shown; below ten a decimal makes a difference."""
+    if not entry.rate:
+        return ""
+    return format(entry.rate, ".1f" if entry.rate < 10 else ".0f")
+
+def store_text(entry: ModelEntry) -> str:
+    return "" if entry.to_fetch else entry.source
+
+MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
+    ("model",    str.ljust, lambda entry: clean_row(entry.name)),
+    ("verdict",  str.ljust, verdict_text),                        # shown however narrow it is
+    ("tokens/s", str.rjust, rate_text),
+    ("on disk",  str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
+    ("quant",    str.ljust, lambda entry: clean_row(entry.quant)),
+    ("size",     str.rjust, lambda entry: clean_row(entry.size)),
+    ("from",     str.ljust, store_text),
+    ("context",  str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""),
+)
+
+def model_rows(entries: Iterable[ModelEntry], width: int) -> List[str]:
+    """Lay out the list of models: the titles and a row for each."""
+    return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
+
 def model_row(entry: ModelEntry, in_use: bool = False) -> Row:
+    note = entry.note
     if in_use:
-        entry = entry._replace(note=("in use, " + entry.note).rstrip(", "))
+        note = "in use, " + note if note else "in use"
     texts = tuple(text(entry) for _, _, text in MODEL_COLUMNS)
-    words = " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note)).lower()
-    return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), entry.note)
+    words = " ".join((entry.name, entry.source, entry.size, entry.quant, note)).lower()
+    return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), note)
 
 def show_models(state: State, entries: Sequence[ModelEntry],
                 query: str = "", title: str = "") -> State:
@@ -10376,34 +10350,43 @@ def time_copying(half: int) -> Tuple[float, float]:
 
 
 # == 22. MODELS HERE ===============================================================================
-# In our own folders, and in the stores of other programs, which are only read; another program is another row of
-# STORES. It must not know State or the terminal.
+# In our own folders, and in the stores of other programs, which are only read; another program is
+# another row of STORES. It must not know State or the terminal.
 
-FAR_S = 1.0                           # how long FAR_FOLDERS may take; a network's dead disk hangs for ever
-TEMPLATES_S = 0.05                    # so long the list looks for chat templates, which stand far into a file
+FAR_S = 1.0                           # for FAR_FOLDERS: a network's dead disk hangs for ever
+TEMPLATES_S = 0.05                    # to look for chat templates, which stand far into their files
 MAX_DEPTH = 3                         # folders below the one that is searched
-MAX_ENTRIES = 10_000                  # of one search, so that a huge folder doesn't keep us busy for minutes
+MAX_ENTRIES = 10_000                  # of one search, so that a huge folder doesn't take minutes
 
 def walk_files(folder: str) -> Iterable[str]:
     """List the files in a folder and below it, the upper ones first.
 
     Links that lead in circles and huge trees come to an end.
     """
-    import itertools
-    todo, been, room = [(folder, 0)], set(), MAX_ENTRIES
+    todo = [(folder, 0)]
+    been = set()
+    room = MAX_ENTRIES
     for place, depth in todo:             # which grows meanwhile
-        entries, real = [], os.path.realpath(place)
-        with suppress(OSError), os.scandir(place) as scan:
-            few = itertools.islice(scan, 0 if real in been else room)
-            entries = sorted(few, key=lambda entry: entry.name)
-        room -= len(entries)
+        real = os.path.realpath(place)
+        if real in been:
+            continue
         been.add(real)
+        entries = list_folder(place, room)
+        room -= len(entries)
         for entry in entries:
             with suppress(OSError):       # a link to itself
                 if entry.is_file():
                     yield entry.path
                 elif depth < MAX_DEPTH and not entry.name.startswith(".") and entry.is_dir():
                     todo.append((entry.path, depth + 1))
+
+def list_folder(folder: str, n_most: int) -> List[Any]:
+    """List so many entries of a folder at most, in order."""
+    import itertools
+    entries: List[Any] = []
+    with suppress(OSError), os.scandir(folder) as scan:
+        entries += itertools.islice(scan, n_most)
+    return sorted(entries, key=lambda entry: entry.name)
 
 def read_small(path: str) -> str:
     """Read a file of another program; "" where there is none, or something else in its place."""
@@ -10422,8 +10405,8 @@ def name_model(path: str, folder: str = "") -> ModelEntry:
     """Make the entry of a file in this folder or below."""
     # llama.cpp's cache has the repository before the name: ORG_REPO-GGUF_NAME
     name = re.sub(r"(?i)^[^_]+_.*?gguf_(?=.)", "", file_label(path))
-    place = os.path.dirname(path)         # Jan calls each file model.gguf, in a folder with the model's name
-    if name == "model" and place != folder:
+    place = os.path.dirname(path)
+    if name == "model" and place != folder:    # Jan's: the folder has the model's name
         name = os.path.basename(place)
     return ModelEntry(path, suggested_name(path) or name, "")
 
@@ -10456,11 +10439,14 @@ def scan_ollama(folder: str) -> Iterable[ModelEntry]:
                 yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=quant)
 
 def read_manifest(text: str, blobs: str) -> Tuple[str, str]:
-    """Find the model's file and its quantisation in a manifest of Ollama's; raises all sorts of errors."""
+    """Find a model's file and quantisation in a manifest of Ollama's.
+
+    Raises all sorts of errors where the text is no manifest.
+    """
     import json
     manifest = json.loads(text)
-    digest, = [layer["digest"] for layer in manifest["layers"]
-               if layer["mediaType"] == "application/vnd.ollama.image.model"]
+    kind = "application/vnd.ollama.image.model"
+    digest, = [layer["digest"] for layer in manifest["layers"] if layer["mediaType"] == kind]
     config = read_small(blob_path(blobs, manifest["config"]["digest"]))
     return blob_path(blobs, digest), str(json.loads(config or "{}").get("file_type", ""))
 
@@ -10470,7 +10456,8 @@ def blob_path(blobs: str, digest: str) -> str:
         raise ValueError
     return os.path.join(blobs, "sha256-" + match.group(1))
 
-STORES = [  # whose, how it is read, where; a $NAME that isn't set leads nowhere, a file to the folder that it names
+# Whose, how it is read, where. A $NAME that isn't set leads nowhere, a file to the folder it names.
+STORES = [
     ("Hugging Face", scan_hub, (
         "$HF_HUB_CACHE", "$HUGGINGFACE_HUB_CACHE", "$HF_HOME/hub",
         "$XDG_CACHE_HOME/huggingface/hub", "~/.cache/huggingface/hub")),
@@ -10478,7 +10465,8 @@ STORES = [  # whose, how it is read, where; a $NAME that isn't set leads nowhere
         "$LLAMA_CACHE", "$XDG_CACHE_HOME/llama.cpp", "~/.cache/llama.cpp",
         "~/Library/Caches/llama.cpp", "$LOCALAPPDATA/llama.cpp")),
     ("Ollama", scan_ollama, (
-        "$OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama")),
+        "$OLLAMA_MODELS", "~/.ollama/models", "/usr/share/ollama/.ollama/models",
+        "/var/lib/ollama")),
     ("LM Studio", scan_folder, (
         "~/.lmstudio-home-pointer/models", "~/.lmstudio/models", "~/.cache/lm-studio/models")),
     ("GPT4All", scan_folder, (
@@ -10498,41 +10486,47 @@ STORES = [  # whose, how it is read, where; a $NAME that isn't set leads nowhere
         "~/textgen/user_data/models", "~/textgen/models")),
 ]
 
-class Reading(NamedTuple):
-    """What the list knows of a model's file. Neither header nor fault: it has gone meanwhile."""
-    header: Optional[Header] = None
-    fault: str = ""                       # why it can't be loaded
-    is_base: bool = False                 # it has no chat template, as far as that was looked for
-
-def find_models(*folders: str, hardware: Optional[Hardware] = None) -> Tuple[ModelEntry, ...]:
+def find_models(
+        *folders: str, hardware: Optional[Hardware] = None) -> Tuple[ModelEntry, ...]:
     """Find the models in these folders; without any, all of this machine, our own folders first.
 
     Those that fit (this machine, or the one given) come first.
     """
     import time
     hardware = hardware or known_hardware()
-    entries = scan_places([("", scan_folder, folders)] if folders else own_stores() + STORES)
-    readings: Dict[str, Reading] = {}
-    if not folders:
-        readings = scan_far()
-        entries += [name_model(path) for path in readings]
+    known: List[ModelEntry] = []          # what has been read already
+    if folders:
+        entries = scan_places([("", scan_folder, folders)])
+    else:
+        known = scan_far(hardware)
+        entries = scan_places(own_stores() + STORES) + known
     end_s = time.monotonic() + TEMPLATES_S
     models = []
     for same in group_links(entries):
-        path = same[0].path
-        reading = readings.get(path) or read_model(path, end_s)
-        if reading.fault:
-            models.append(same[0]._replace(note=reading.fault))
-        elif reading.header and not other_kind(reading.header):
-            models.append(describe_entry(same, reading.header, reading.is_base, hardware))
+        entry: Optional[ModelEntry] = same[0]
+        if entry not in known:
+            entry = read_entry(same[0], hardware, end_s)
+        if entry:
+            models.append(add_other_names(entry, same))
     return tuple(sorted(models, key=model_rank))
 
 def group_links(entries: Iterable[ModelEntry]) -> Iterable[List[ModelEntry]]:
     """Group the entries by file, as links make several paths of one."""
     found: Dict[Any, List[ModelEntry]] = {}
     for entry in entries:
-        found.setdefault(tuple(probe_stamp(entry.path)[2:]) or entry.path, []).append(entry)
+        file = tuple(probe_stamp(entry.path)[2:])
+        found.setdefault(file or entry.path, []).append(entry)
     return found.values()
+
+ALSO = "also "                            # what a note has before the model's other names
+
+def add_other_names(entry: ModelEntry, entries: Iterable[ModelEntry]) -> ModelEntry:
+    """Add to a model's note what its file is called by other paths. entries: one for each path."""
+    others = sorted({other.name for other in entries} - {entry.name})
+    if not others or not entry.verdict:
+        return entry
+    note = entry.note + ", " if entry.note else ""
+    return entry._replace(note=note + ALSO + ", ".join(others))
 
 VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
 
@@ -10548,56 +10542,87 @@ def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
     """List the entries of these STORES; a split model once, as its first part."""
     entries = []
     for source, scan, places in stores:
-        for place in map(os.path.expanduser, map(os.path.expandvars, places)):
-            home, tail = os.path.split(os.path.normpath(place))
+        for place in places:
+            home, tail = os.path.split(os.path.normpath(expand_path(place)))
             for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
                 path = split_part(os.path.abspath(entry.path), 1)
                 entries.append(entry._replace(path=path, source=source))
     return entries
 
-def scan_far() -> Dict[str, Reading]:
-    """Read the models in FAR_FOLDERS, by path. What isn't there after FAR_S is left to its thread."""
-    import glob, threading, time
+def expand_path(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
+
+def scan_far(hardware: Hardware) -> List[ModelEntry]:
+    """Read the models in FAR_FOLDERS. What isn't there after FAR_S is left to its thread."""
+    import glob
+    import threading
+    import time
     end_s = time.monotonic() + FAR_S
-    found: Dict[str, Reading] = {}
+    found: List[ModelEntry] = []
     def search(place: str) -> None:
         for entry in scan_places([("", scan_folder, (place,))]):
-            found[entry.path] = read_model(entry.path, end_s)
+            model = read_entry(entry, hardware, end_s)
+            if model:
+                found.append(model)
     threads = []
     for pattern in FAR_FOLDERS:
-        for place in glob.glob(os.path.expanduser(os.path.expandvars(pattern))):
-            if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk there
+        for place in glob.glob(expand_path(pattern)):
+            if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk
                 threads.append(threading.Thread(target=search, args=(place,), daemon=True))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, end_s - time.monotonic()))
-    return found.copy()                   # at one go, as a late thread may still add to it
+    return found.copy()                   # as a late thread may still add to it
 
 def probe_stamp(path: str) -> List[int]:
-    """Ask for size, time, device and number of a file; the last two are the same for all links to it. [] = none is there."""
+    """Ask for a file's size, time, device and number; [] = none is there.
+
+    Device and number are the same for all links to it.
+    """
     with suppress(OSError):
         status = os.stat(path)
         return [status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino]
     return []
 
-def read_model(path: str, end_s: float) -> Reading:
-    """Read as much of a model's header as the list shows. end_s: until when its template is looked for."""
+def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[ModelEntry]:
+    """Describe a model by as much of its header as the list shows, or say why it can't be loaded.
+
+    end_s: until when its chat template is looked for.
+    Returns None for what is no chat model, or has gone meanwhile.
+    """
     import time
-    paths = plan_split_paths(path)
+    paths = plan_split_paths(entry.path)
     for n, part in enumerate(paths, 1):
-        if not probe_stamp(part):
-            return Reading(fault="part %d of %d is missing" % (n, len(paths)) if len(paths) > 1 else "")
+        if probe_stamp(part):
+            continue
+        if len(paths) == 1:
+            return None
+        return entry._replace(note="part %d of %d is missing" % (n, len(paths)))
     try:
-        header = read_gguf_header(path)
-        if not other_kind(header):
-            check_text_generator(header)
+        header = read_gguf_header(entry.path)
+        if other_kind(header):
+            return None
+        check_text_generator(header)
     except ModelError as error:
-        return Reading(fault=str(error).replace(os.path.basename(path) + " ", "", 1))
-    return Reading(header, is_base=time.monotonic() < end_s and not has_template(path))
+        fault = str(error).replace(os.path.basename(entry.path) + " ", "", 1)
+        return entry._replace(note=fault)
+    plan = plan_load(header, hardware)
+    is_base = time.monotonic() < end_s and not has_template(entry.path)
+    return entry._replace(
+        size=model_size(header),
+        quant=entry.quant or model_quant(header),
+        n_bytes=header.file_bytes,
+        n_ctx=number(header, ".context_length"),
+        verdict=plan.verdict,
+        rate=plan.rate,
+        note="base: it has no chat template" if is_base else "")
 
 def has_template(path: str) -> bool:
-    """Look for a chat template, without parsing the vocabulary before it; True also if that can't be read."""
+    """Look for a chat template in a file, without parsing the vocabulary before it.
+
+    Returns True also where that can't be read.
+    """
     before = b""
     try:
         with open(path, "rb") as file:
@@ -10612,20 +10637,6 @@ def has_template(path: str) -> bool:
     except OSError:
         return True
     return False
-
-def describe_entry(entries: Sequence[ModelEntry], header: Header, is_base: bool, hardware: Hardware) -> ModelEntry:
-    """Make one entry of those of one file, with what its header says."""
-    entry = entries[0]
-    others = sorted({other.name for other in entries} - {entry.name})
-    plan = plan_load(header, hardware)
-    notes = []
-    if is_base:
-        notes.append("base: it has no chat template")
-    if others:
-        notes.append("also " + ", ".join(others))
-    return entry._replace(
-        size=model_size(header), quant=entry.quant or model_quant(header), n_bytes=header.file_bytes,
-        n_ctx=number(header, ".context_length"), verdict=plan.verdict, rate=plan.rate, note=", ".join(notes))
 
 def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
     """Resolve a path or folder; otherwise list every model found and those on offer."""
@@ -10669,32 +10680,137 @@ def describe_model(path: str) -> Tuple[str, ...]:
     return tuple(lines)
 
 
+# == 22b. MODEL NAMES ==============================================================================
+# Which models a name may mean: match_models() is the one way for the window, the command line and
+# plain mode. Another meaning is another row there. It must not know State or the terminal.
+
+def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
+    """Find the models that a name may mean, by the surest of its meanings that fits any."""
+    here = [entry for entry in entries if not entry.to_fetch]
+    to_fetch = [entry for entry in entries if entry.to_fetch]
+    meanings = (
+        (here, is_at),
+        (here, is_called),
+        (to_fetch, is_called),
+        (here, is_of_repo),
+        (here, has_words_in_name),
+    )
+    for among, fits in meanings:
+        found: Dict[Any, ModelEntry] = {}
+        for entry in among:
+            if fits(entry, wanted):       # copies of one file are the same model
+                found.setdefault((entry.name, entry.n_bytes), entry)
+        if found:
+            return tuple(found.values())
+    return ()
+
+def is_at(entry: ModelEntry, path: str) -> bool:
+    """Tell whether a path leads to this file, or to a folder above it."""
+    path = os.path.abspath(os.path.expanduser(path))
+    return entry.path == path or entry.path.startswith(os.path.join(path, ""))
+
+def is_called(entry: ModelEntry, name: str) -> bool:
+    """Tell whether this is a whole name of a model, also without ":latest" or with ".gguf"."""
+    low = name.lower()
+    names = [entry.name.lower()]
+    if not entry.to_fetch:
+        names += entry.note.lower().rpartition(ALSO)[2].split(", ")
+    return any(form in names for form in (low, low + ":latest", re.sub(r"\.gguf$", "", low)))
+
+def is_of_repo(entry: ModelEntry, name: str) -> bool:
+    """Tell whether a file is of the repository of Hugging Face that this names, as its path says.
+
+    Where the name has a quantisation or a file too, it must be that.
+    """
+    repo, wanted = parse_repo(name.lower()) or ("", "")
+    path = entry.path.replace(os.sep, "/").lower()
+    folders = ("/models--%s/" % repo.replace("/", "--"), "/%s/" % repo,
+               "/%s_" % repo.replace("/", "_"))
+    if not repo or not any(folder in path for folder in folders):
+        return False
+    if not wanted or wanted == entry.quant.lower() or path.endswith("/" + wanted):
+        return True
+    return has_quant(os.path.basename(path), wanted)
+
+def has_words_in_name(entry: ModelEntry, words: str) -> bool:
+    return all(word in entry.name.lower() for word in words.lower().split())
+
+def explain_match(
+        entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
+    """Say why a name doesn't mean one model of this machine, in a sentence or two."""
+    here = [entry for entry in found if not entry.to_fetch]
+    if here:
+        sound = [entry for entry in here if entry.verdict]    # a damaged one is no advice
+        which = "Several models fit %s; name" % wanted if wanted else "Name a model,"
+        return "%s one of these: %s." % (which, ", ".join(distinct_names(sound or here)))
+    if not wanted:
+        return (
+            "No model was found here, in %s or in other programs' folders. Put a .gguf file there, "
+            "start with its path (python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py "
+            "--download), or try a small one: python3 llmchat.py --setup"
+            % " or ".join(MODEL_FOLDERS[1:]))
+    if found:
+        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (
+            wanted, found[0].path)
+    near = near_names(entries, wanted)
+    advice = "/models and --list show what there is."
+    if near:
+        advice = "The nearest: %s." % ", ".join(near)
+    return "There is no file or model called %s. %s" % (wanted, advice)
+
+def distinct_names(entries: Sequence[ModelEntry]) -> List[str]:
+    """List what tells these apart: their names, and the paths of those with the same name."""
+    names = [entry.name for entry in entries]
+    return [entry.path if names.count(entry.name) > 1 else entry.name for entry in entries]
+
+def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
+    """List the names of models that are spelt nearly like this."""
+    import difflib
+    known = {entry.name.lower(): entry.name for entry in entries if entry.verdict}
+    near = difflib.get_close_matches(os.path.basename(wanted).lower(), known, 3, 0.3)
+    return [known[name] for name in near]
+
+
 # == 23. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
-    """SUGGESTED_MODELS that aren't here yet: the best fit, then the others that fit, the ablest first."""
+    """List SUGGESTED_MODELS that aren't here yet.
+
+    The best fit comes first, then the others that fit, the ablest first.
+    """
     rates = {row.name: suggestion_rate(row, hardware) for row in SUGGESTED_MODELS}
     best = best_suggestion(hardware, rates)
-    entries = [suggestion_entry(row, hardware, rates[row.name]) for row in reversed(SUGGESTED_MODELS) if not is_fetched(row)]
-    fitting = [entry for entry in entries if entry.verdict == "fits"]
-    fitting.sort(key=lambda entry: entry.name != best)
-    others = [entry for entry in reversed(entries) if entry.verdict != "fits"]
-    if fitting and fitting[0].name == best:
-        fitting[0] = fitting[0]._replace(note="best fit, " + fitting[0].note)
-    return tuple(fitting + others)
+    first: List[ModelEntry] = []
+    fitting: List[ModelEntry] = []
+    others: List[ModelEntry] = []
+    for row in SUGGESTED_MODELS:
+        if is_fetched(row):
+            continue
+        entry = suggestion_entry(row, hardware, rates[row.name])
+        if entry.verdict != "fits":
+            others.append(entry)
+        elif entry.name == best:
+            first.append(entry._replace(note="best fit, " + entry.note))
+        else:
+            fitting.insert(0, entry)
+    return (*first, *fitting, *others)
 
 def suited(row: Suggestion, hardware: Hardware) -> Suggestion:
-    """The row with the quantisation for this machine. All these repositories have a file of each; see find_suited()."""
+    """Return the row with the quantisation for this machine.
+
+    All these repositories have a file of each; see find_suited().
+    """
     quant = best_quant(hardware)
     if quant == "Q4_K_M" or "Q4_K_M" not in row.file:
         return row
-    return row._replace(file=row.file.replace("Q4_K_M", quant), n_bytes=int(Q4_0_SHARE * row.n_bytes))
+    n_bytes = int(Q4_0_SHARE * row.n_bytes)
+    return row._replace(file=row.file.replace("Q4_K_M", quant), n_bytes=n_bytes)
 
 Q4_0_SHARE = 0.94                     # of Q4_K_M's size
 
 def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
-    """Tokens/s to expect, 0 = not known."""
+    """Return the tokens/s to expect; 0 = not known."""
     if hardware.gpus:
         return 0.0
     row = suited(row, hardware)
@@ -10702,7 +10818,7 @@ def suggestion_rate(row: Suggestion, hardware: Hardware) -> float:
     return plan_rate(header, hardware, hardware.usable_cores, "f16")
 
 def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
-    """The ablest model that this machine has the memory and the pace for; "" = none."""
+    """Find the ablest model that this machine has the memory and the pace for; "" = none."""
     best = ""
     for row in SUGGESTED_MODELS:
         slowest = THINKING_TOKENS_PER_S if row.thinks else READING_TOKENS_PER_S
@@ -10714,14 +10830,18 @@ def best_suggestion(hardware: Hardware, rates: Dict[str, float]) -> str:
 
 def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelEntry:
     row = suited(row, hardware)
-    is_package = row.repo.startswith("pypi:")
-    path = row.repo if is_package else "hf:%s:%s" % (row.repo, row.file)
-    quant = model_quant(Header(row.file, 0, 0, {}, 0))
+    path = row.repo if row.repo.startswith("pypi:") else "hf:%s:%s" % (row.repo, row.file)
     note = "%d GB RAM, %s: %s" % (row.ram_gb, row.licence, row.character)
     if row.thinks:
         note += ", thinks first"
-    return ModelEntry(path, row.name, "to fetch", row.name.partition(":")[2].upper(), quant, row.n_bytes, 0,
-                      guess_verdict(row.n_bytes, hardware), rate, note)
+    return ModelEntry(
+        path, row.name, "to fetch",
+        size=row.name.partition(":")[2].upper(),
+        quant=model_quant(Header(row.file, 0, 0, {}, 0)),
+        n_bytes=row.n_bytes,
+        verdict=guess_verdict(row.n_bytes, hardware),
+        rate=rate,
+        note=note)
 
 def is_fetched(row: Suggestion) -> bool:
     import glob
