@@ -52,7 +52,9 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
   III The machine
     18 HARDWARE        what this machine has
     19 GGUF            what stands in a model's file
-    20 WHAT FITS       memory, speed, settings of a model here
+    20 MEMORY          bytes that a model takes
+   20b SPEED           tokens/s to expect of it here
+   20c WHAT FITS       the settings for a model on this machine
     21 MEASURED        what is remembered of this machine
   IV Getting things
     22 MODELS HERE     those of this machine, also other programs'
@@ -9817,55 +9819,31 @@ def check_text_generator(header: Header) -> None:
         raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 20. WHAT FITS =================================================================================
-# What a model needs of this machine: memory, time for a token, and the settings that bring the two together. Pure.
+# == 20. MEMORY ====================================================================================
+# What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
+# compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
-FLOAT_KV_TYPES = ("f32", "f16", "bf16")
-PROCESS_BYTES = 33_000_000  # Python with llama.cpp, measured with 0.3.36
-VOCAB_ENTRY_BYTES = 150  # llama.cpp's tables for a token and its merges: 23 MB for 152,000
-GPU_RESERVE_BYTES = 400_000_000  # the driver's context and the desktop
-MAX_OUTPUTS = 16  # tokens of a batch whose logits are wanted: what PromptLookup guesses at once
-LEAST_CTX = 256  # tokens; llama.cpp rounds up to it (llama-context.cpp)
-MOST_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h
-MOST_UBATCH = 4096
-N_CTX_STEPS = (8192, 4096, 2048, 1024)  # tokens of context, the best that fits
-LEAST_N_CTX = 512  # … and what is left to those who ask for it
-KV_GAIN = 0.1  # the share of all memory that a quantised KV cache must save: reading is up to 2.4 times slower with one
-SMALL_UBATCH = 32  # tokens; smaller ones save nothing any more
-LEAST_CHECKPOINTS = 3  # the system prompt's, the one before the last message, and the one before its answer
-CHECKPOINT_SHARE = 0.125  # of the memory that a model leaves free, for more of them
-COMFORT = 0.85  # the share of free memory up to which a plan "fits"; the rest keeps the desktop alive
-TYPICAL_DEPTH = 512  # tokens of the chat that are in the KV cache while a reply is written
-FULL_EVERY = {  # architecture -> every so manieth layer sees all of the context, the others a window; the files don't say it (llama.cpp's src/models)
+PROCESS_BYTES = 33_000_000                # Python with llama.cpp, measured with 0.3.36
+VOCAB_ENTRY_BYTES = 150                   # llama.cpp's tables for a token: 23 MB for 152,000
+MAX_OUTPUTS = 16                          # tokens of a batch with logits: PromptLookup's guesses
+LEAST_CHECKPOINTS = 3                     # of the system prompt, the last message, and its answer
+CHECKPOINT_SHARE = 0.125                  # of the memory that a model leaves free, for more of them
+
+# Architecture -> every so manieth layer sees all of the context, the others only a window. The
+# files don't say it (llama.cpp's src/models).
+FULL_EVERY = {
     "gemma2": 2, "gpt-oss": 2, "gemma3": 6, "gemma3n": 5, "plamo3": 8,
-    **dict.fromkeys("cohere2 exaone4 exaone-moe olmo2 smallthinker afmoe mellum".split(), 4)}
-REPACKED = {  # instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's repack.cpp and amx)
-    "AVX2": (2, 12, 20, 39), "AVX-512": (10,), "AMX": (2, 3, 8, 12, 13, 14, 23), "dot product": (2, 8, 12, 13, 14, 20, 39)}
+    "cohere2": 4, "exaone4": 4, "exaone-moe": 4, "olmo2": 4, "smallthinker": 4, "afmoe": 4,
+    "mellum": 4}
 
-class CpuKind(NamedTuple):
-    """What llama.cpp makes of a CPU whose best instruction set is this one."""
-    best: str
-    q4_0: float          # bytes/s of weights in Q4_0 that a core works through while writing …
-    q8_0: float
-    f16: float           # … also of BF16
-    others: float        # … of K-quants
-    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
-
-# Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python 0.3.36 compiled for each kind.
-# At the end: tokens/s of a 1.2B with one thread in Q4_0 and in Q4_K_M, writing; reading 64 tokens.
-CPU_KINDS = (
-    CpuKind("AVX-512 VNNI", 7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # 11.2, 11.4; 54, 62
-    CpuKind("AVX-VNNI",     7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
-    CpuKind("dot product",  7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
-    CpuKind("AVX2",         6.4e9, 8.0e9, 10e9, 6.8e9, "Q4_K_M"),    # 10.7, 10.5; 34, 46 (Haswell)
-    CpuKind("AVX",          4.5e9, 4.6e9, 1.8e9, 5.9e9, "Q4_K_M"),   # 8.2, 9.0; 15, 24 (Sandy Bridge)
-    CpuKind("SSE4.2",       4.5e9, 3.4e9, 2.3e9, 2.7e9, "Q4_0"),     # 8.2, 4.3; 11, 5.3 (Nehalem)
-    CpuKind("SSSE3",        3.5e9, 3.8e9, 2.5e9, 0.8e9, "Q4_0"),     # 5.4, 1.3; 9.1, 1.4 (Core 2)
-    CpuKind("NEON",         2.2e9, 2.2e9, 3.0e9, 2.2e9, "Q4_K_M"),   # not measured
-    CpuKind("",             1.0e9, 1.8e9, 0.7e9, 0.7e9, "Q4_0"),     # 1.8, 1.1; 2.0, 1.4 (Athlon 64)
-)
-F32_RATE = 12e9  # bytes/s that a core works through, of any kind: nothing is to be unpacked
-LAYER_S = 1e-4  # what a layer takes besides that, waiting and handing on, of each token, at time_core() = 1
+# Instruction set -> ggml types that llama.cpp copies into a layout made for it (ggml-cpu's
+# repack.cpp and amx).
+REPACKED = {
+    "AVX2": (2, 12, 20, 39),
+    "AVX-512": (10,),
+    "AMX": (2, 3, 8, 12, 13, 14, 23),
+    "dot product": (2, 8, 12, 13, 14, 20, 39)}
+GUESSED_TYPES = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}    # others: Q4_K
 
 def attention_layers(header: Header) -> List[Tuple[int, bool]]:
     """List (KV heads, sees only a window) of each layer that has a KV cache.
@@ -9874,17 +9852,20 @@ def attention_layers(header: Header) -> List[Tuple[int, bool]]:
     share another layer's.
     """
     n_layers = max(0, model_layers(header) - number(header, ".nextn_predict_layers"))
-    heads = numbers(header, ".attention.head_count_kv") or [number(header, ".attention.head_count")]
+    heads = numbers(header, ".attention.head_count_kv")
+    if not heads:
+        heads = [number(header, ".attention.head_count")]
     if len(heads) == 1:
         heads = heads * n_layers
     window = number(header, ".attention.sliding_window")
-    layers = [(n_heads, bool(slides and window)) for n_heads, slides in zip(heads, windowed_layers(header, n_layers))]
+    slides = [bool(n and window) for n in windowed_layers(header, n_layers)]
     n_own = max(0, n_layers - number(header, ".attention.shared_kv_layers"))
     every = number(header, ".full_attention_interval") or 1
-    return [layer for layer in layers[:n_own][every - 1:: every] if layer[0]]
+    layers = list(zip(heads, slides))[:n_own]
+    return [layer for layer in layers[every - 1:: every] if layer[0]]
 
 def windowed_layers(header: Header, n_layers: int) -> Sequence[int]:
-    """Tell of each layer whether it sees only a window, if the model has one: 0 = all of the context."""
+    """Tell of each layer whether it sees only a window, if the model has one: 0 = all."""
     pattern = numbers(header, ".attention.sliding_window_pattern")
     if len(pattern) > 1:
         return pattern
@@ -9894,7 +9875,10 @@ def windowed_layers(header: Header, n_layers: int) -> Sequence[int]:
     return [(n + 1) % every for n in range(n_layers)]
 
 def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
-    """Count values per head and token in the K and the V cache; suffix "_swa": of layers that see only a window."""
+    """Count values per head and token in the K and the V cache.
+
+    suffix: "_swa" = of layers that see only a window.
+    """
     head = number(header, ".embedding_length") // max(1, number(header, ".attention.head_count"))
     k = number(header, ".attention.key_length", head)
     v = number(header, ".attention.value_length", head)
@@ -9906,7 +9890,7 @@ def head_lengths(header: Header, suffix: str = "") -> Tuple[int, int]:
     return k, v
 
 def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
-    """Count the bytes of the KV cache and of recurrent layers' states, as llama.cpp allocates them for one chat."""
+    """Count the bytes of the KV cache and of recurrent layers' states, for one chat."""
     n_all = pad_cells(n_ctx)
     n_window = pad_cells(min(n_all, number(header, ".attention.sliding_window") + n_ubatch))
     values = 0
@@ -9921,229 +9905,356 @@ def pad_cells(n: int) -> int:
     return n + -n % 256
 
 def recurrent_bytes(header: Header) -> int:
-    """Bytes of all recurrent layers' states: of those without attention, and in falcon-h1 of each."""
+    """Count the bytes of all recurrent states: one per layer without attention.
+
+    falcon-h1 has one in each layer.
+    """
     n_layers = model_layers(header)
     if string(header, "general.architecture") != "falcon-h1":
         n_layers -= len(attention_layers(header))
     return n_layers * state_bytes(header)
 
 def state_bytes(header: Header) -> int:
-    """Of one recurrent layer (Mamba, Qwen3.5, Kimi, LFM2): 32-bit numbers, whatever the context."""
-    inner, state, head, n_embd = (number(header, key) for key in (".ssm.inner_size", ".ssm.state_size", ".kda.head_dim", ".embedding_length"))
-    kernel = max(0, number(header, ".ssm.conv_kernel") - 1)
-    kda = number(header, ".attention.head_count") * head * (head + 3 * kernel)
-    return 4 * (kda or inner * state + kernel * (inner + 2 * number(header, ".ssm.group_count") * state)
-                + n_embd * max(0, number(header, ".shortconv.l_cache") - 1))
+    """Count the bytes of one layer's state (Mamba, Qwen3.5, Kimi, LFM2), for any context."""
+    n_conv = max(0, number(header, ".ssm.conv_kernel") - 1)
+    head = number(header, ".kda.head_dim")
+    kda = number(header, ".attention.head_count") * head * (head + 3 * n_conv)
+    if kda:
+        return 4 * kda                    # 32-bit numbers
+    inner = number(header, ".ssm.inner_size")
+    state = number(header, ".ssm.state_size")
+    grouped = number(header, ".ssm.group_count") * state
+    mamba = inner * state + n_conv * (inner + 2 * grouped)
+    n_short = max(0, number(header, ".shortconv.l_cache") - 1)
+    return 4 * (mamba + n_short * number(header, ".embedding_length"))
 
 def checkpoint_bytes(header: Header, n_ctx: int, kv_type: str) -> int:
-    """Of one checkpoint: what a model with sliding windows or recurrent layers can't forget by halves; 0 = it has none."""
+    """Count the bytes of one checkpoint; 0 = the model needs none.
+
+    It holds what sliding windows and recurrent layers can't forget by halves.
+    """
     n_heads = sum(n_heads for n_heads, slides in attention_layers(header) if slides)
     n_cells = min(n_ctx, number(header, ".attention.sliding_window"))
     cell = n_heads * sum(head_lengths(header, "_swa")) * KV_TYPES[kv_type][1]
     return int(n_cells * cell) + recurrent_bytes(header)
 
 def plan_checkpoints(checkpoint: int, room: float) -> int:
-    """How many checkpoints of so many bytes to keep, where the model leaves so much room."""
+    """Count the bytes for checkpoints of this size, where the model leaves so much room."""
     if not checkpoint:
         return 0
     n_most = (CHECKPOINT_MB << 20) // checkpoint
-    return min(n_most, max(LEAST_CHECKPOINTS, int(CHECKPOINT_SHARE * room / checkpoint)))
+    n_wanted = max(LEAST_CHECKPOINTS, int(CHECKPOINT_SHARE * room / checkpoint))
+    return checkpoint * min(n_most, n_wanted)
 
 def weights_used(header: Header) -> List[Tuple[int, int, float]]:
-    """(ggml type, bytes, the share of them that is multiplied for each token); a guess if the header wasn't read in full.
+    """List (ggml type, bytes, the share of them that is multiplied for each token).
 
-    Of the table of tokens that is nothing, unless it is the output too; of experts, those that are chosen."""
-    chosen = min(1.0, number(header, ".expert_used_count") / max(1, number(header, ".expert_count")))
-    if header.tensors:
-        shares = {"experts": chosen, "rows": 0.0, "token_embd": float(all(part != "output" for part, _ in header.tensors))}
-        return [(kind, n_bytes, shares.get(part, 1.0)) for (part, kind), n_bytes in header.tensors.items()]
-    n_embd, n_layers = number(header, ".embedding_length"), model_layers(header)
-    kind = {"F32": 0, "F16": 1, "BF16": 30, "Q8_0": 8, "Q4_0": 2}.get(model_quant(header), 12)
-    experts = 3 * n_layers * number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length")) * number(header, ".expert_count")
-    guess = int(header.weight_bytes * experts / max(1, experts + 2 * model_vocab(header) + 3 * n_layers * n_embd))
-    return [(kind, header.weight_bytes - guess, 1.0), (kind, guess, chosen)]
+    Of the table of tokens that is nothing, unless it is the output too; of experts, the chosen
+    ones. Guessed if the header wasn't read in full.
+    """
+    n_experts = number(header, ".expert_count")
+    chosen = min(1.0, number(header, ".expert_used_count") / max(1, n_experts))
+    if not header.tensors:
+        return guess_weights(header, n_experts, chosen)
+    shares = {"experts": chosen, "rows": 0.0}
+    if any(part == "output" for part, _ in header.tensors):
+        shares["token_embd"] = 0.0
+    return [(kind, n_bytes, shares.get(part, 1.0))
+            for (part, kind), n_bytes in header.tensors.items()]
 
-def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
-    """Tokens/s to expect of the CPU while writing, 0 = not known: what is reckoned, corrected by what this machine has done."""
-    return known_pace(header, hardware) * reckon_rate(header, hardware, n_threads, kv_type)
-
-def known_pace(header: Header, hardware: Hardware) -> float:
-    """How many times as fast as reckoned this machine has written with models of this type, or else with others."""
-    paces = dict(hardware.paces)
-    if not paces:
-        return 1.0
-    product = 1.0
-    for pace in paces.values():
-        product *= pace
-    return paces.get(main_type(header), product ** (1 / len(paces)))
-
-def main_type(header: Header) -> int:
-    """The ggml type of most of what is multiplied for a token."""
-    used: Dict[int, float] = {}
-    for kind, n_bytes, share in weights_used(header):
-        used[kind] = used.get(kind, 0) + share * n_bytes
-    return max(used, key=lambda kind: used[kind])
-
-def reckon_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
-    """Tokens/s, 0 = not known: reading the weights takes the time, or working them through."""
-    if not hardware.bytes_per_s:
-        return 0.0
-    most = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
-    seconds = LAYER_S * (5 + model_layers(header)) / hardware.core_speed
-    seconds += kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / most
-    for kind, n_bytes, share in weights_used(header):
-        seconds += share * n_bytes / min(most, n_threads * core_rate(hardware, kind))
-    return 1 / seconds
+def guess_weights(header: Header, n_experts: int, chosen: float) -> List[Tuple[int, int, float]]:
+    """Split the file's bytes into experts and the rest, by the model's shape."""
+    n_layers = model_layers(header)
+    n_ff = number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length"))
+    experts = 3 * n_layers * n_ff * n_experts
+    others = 2 * model_vocab(header) + 3 * n_layers * number(header, ".embedding_length")
+    expert_bytes = int(header.weight_bytes * experts / max(1, experts + others))
+    kind = GUESSED_TYPES.get(model_quant(header), 12)
+    return [(kind, header.weight_bytes - expert_bytes, 1.0), (kind, expert_bytes, chosen)]
 
 def used_sets(hardware: Hardware) -> Set[str]:
-    """The instruction sets that llama.cpp uses: those that it was built for, as far as that is known."""
+    """Name the instruction sets that llama.cpp uses: those that it was built for, if known."""
     has = set(hardware.instruction_sets)
-    if not hardware.build:                # so it is as --install makes it for this CPU, without AMX (see NO_AMX)
+    if not hardware.build:    # so it is as --install makes it for this CPU, without AMX (NO_AMX)
         return has - {"AMX"} | {"REPACK"}
     return has & {*OLD_SETS, *hardware.build} | {"REPACK"} & set(hardware.build)
+
+def repacked_kinds(hardware: Hardware) -> Set[int]:
+    """Name the ggml types that llama.cpp copies."""
+    sets = used_sets(hardware)
+    if "REPACK" not in sets:
+        sets &= {"AMX"}                   # which has a layout of its own
+    return {kind for name in sets for kind in REPACKED.get(name, ())}
+
+def compute_bytes(header: Header, n_ctx: int, n_ubatch: int) -> int:
+    """Count llama.cpp's compute buffer: a layer's work or the logits, and the attention's mask."""
+    n_embd = number(header, ".embedding_length")
+    n_chosen = number(header, ".expert_used_count")
+    n_ff = max(number(header, ".feed_forward_length"),
+               number(header, ".expert_feed_forward_length") * n_chosen)
+    layer = n_ubatch * (3 * n_ff + 4 * n_embd)
+    logits = MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd
+    return 4 * max(layer, logits) + 2 * n_ubatch * n_ctx
+
+def plan_memory(
+        header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
+    """Count what the model takes on the CPU.
+
+    Its file's pages stay when llama.cpp has copied them, until the system wants the room.
+    """
+    kinds = repacked_kinds(hardware)
+    used = weights_used(header)
+    return Memory(
+        weights=header.weight_bytes,
+        kv=kv_bytes(header, n_ctx, n_ubatch, kv_type),
+        compute=compute_bytes(header, n_ctx, n_ubatch),
+        process=PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header),
+        copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
+
+
+# == 20b. SPEED ====================================================================================
+# Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
+# to work them through, corrected by what this machine has done before. Pure.
+
+TYPICAL_DEPTH = 512                       # tokens of the chat in the KV cache while a reply is made
+F32_RATE = 12e9                           # bytes/s of a core of any kind: nothing to unpack
+LAYER_S = 1e-4                            # for waiting and handing on, a token; at time_core() = 1
+
+class CpuKind(NamedTuple):
+    """What llama.cpp makes of a CPU whose best instruction set is this one."""
+    best: str
+    q4_0: float          # bytes/s of weights in Q4_0 that a core works through while writing
+    q8_0: float
+    f16: float           # and BF16
+    others: float        # K-quants
+    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
+
+# Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python
+# 0.3.36 compiled for each kind. At the end: tokens/s of a 1.2B with one thread in Q4_0 and in
+# Q4_K_M, writing; reading 64 tokens.
+CPU_KINDS = (
+    CpuKind("AVX-512 VNNI", 7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # 11.2, 11.4; 54, 62
+    CpuKind("AVX-VNNI",     7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("dot product",  7.2e9, 7.4e9, 10e9, 7.4e9, "Q4_K_M"),    # not measured
+    CpuKind("AVX2",         6.4e9, 8.0e9, 10e9, 6.8e9, "Q4_K_M"),    # 10.7, 10.5; 34, 46 (Haswell)
+    CpuKind("AVX",          4.5e9, 4.6e9, 1.8e9, 5.9e9, "Q4_K_M"),   # 8.2, 9.0; 15, 24 (Sandy B.)
+    CpuKind("SSE4.2",       4.5e9, 3.4e9, 2.3e9, 2.7e9, "Q4_0"),     # 8.2, 4.3; 11, 5.3 (Nehalem)
+    CpuKind("SSSE3",        3.5e9, 3.8e9, 2.5e9, 0.8e9, "Q4_0"),     # 5.4, 1.3; 9.1, 1.4 (Core 2)
+    CpuKind("NEON",         2.2e9, 2.2e9, 3.0e9, 2.2e9, "Q4_K_M"),   # not measured
+    CpuKind("",             1.0e9, 1.8e9, 0.7e9, 0.7e9, "Q4_0"),     # 1.8, 1.1; 2.0, 1.4 (Athlon)
+)
 
 def cpu_kind(hardware: Hardware) -> CpuKind:
     sets = used_sets(hardware)
     return next(kind for kind in CPU_KINDS if kind.best in sets or not kind.best)
 
 def core_rate(hardware: Hardware, ggml_type: int) -> float:
-    """Bytes/s of weights of this type that one core works through."""
+    """Tell how many bytes/s of weights of this type one core works through."""
     kind = cpu_kind(hardware)
     rates = {0: F32_RATE, 1: kind.f16, 30: kind.f16, 8: kind.q8_0, 2: kind.q4_0}
     return hardware.core_speed * rates.get(ggml_type, kind.others)
 
 def best_quant(hardware: Hardware) -> str:
-    """The quantisation to fetch for this machine."""
+    """Name the quantisation to fetch for this machine."""
     return "Q4_K_M" if hardware.gpus else cpu_kind(hardware).quant
 
-def repacked_kinds(hardware: Hardware) -> Set[int]:
-    """The ggml types that llama.cpp copies."""
-    sets = used_sets(hardware)
-    if "REPACK" not in sets:
-        sets &= {"AMX"}                   # which has a layout of its own
-    return {kind for name in sets for kind in REPACKED.get(name, ())}
+def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Tell the tokens/s to expect of the CPU while writing; 0 = not known."""
+    reckoned = reckon_rate(header, hardware, n_threads, kv_type)
+    return reckoned * known_pace(header, hardware)
 
-def plan_memory(header: Header, hardware: Hardware, n_ctx: int, n_ubatch: int, kv_type: str) -> Memory:
-    """What the model takes on the CPU. Its file's pages stay when llama.cpp has copied them, until the system wants the room."""
-    n_embd, n_ff = number(header, ".embedding_length"), number(header, ".feed_forward_length")
-    n_ff = max(n_ff, number(header, ".expert_feed_forward_length") * number(header, ".expert_used_count"))
-    # llama.cpp's compute buffer: the wider of a layer's work and the logits; and the attention's mask
-    compute = 4 * max(n_ubatch * (3 * n_ff + 4 * n_embd), MAX_OUTPUTS * model_vocab(header) + 2 * n_ubatch * n_embd) + 2 * n_ubatch * n_ctx
-    kinds = repacked_kinds(hardware)
-    copied = sum(n_bytes for kind, n_bytes, share in weights_used(header) if kind in kinds and share)
-    return Memory(header.weight_bytes, kv_bytes(header, n_ctx, n_ubatch, kv_type), compute,
-                  PROCESS_BYTES + VOCAB_ENTRY_BYTES * model_vocab(header), copied)
+def reckon_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
+    """Reckon plan_rate() from the machine's speeds alone."""
+    if not hardware.bytes_per_s:
+        return 0.0
+    ram_rate = hardware.bytes_per_s * min(1, n_threads / hardware.usable_cores)
+    seconds = LAYER_S * (5 + model_layers(header)) / hardware.core_speed
+    seconds += kv_bytes(header, TYPICAL_DEPTH, SMALL_UBATCH, kv_type) / ram_rate
+    for kind, n_bytes, share in weights_used(header):
+        seconds += share * n_bytes / min(ram_rate, n_threads * core_rate(hardware, kind))
+    return 1 / seconds
 
-def plan_load(header: Header, hardware: Hardware, options: LoadOptions = LoadOptions()) -> Plan:
-    """Choose the settings for this model on this machine: the options, and where there are none the best that fits."""
+def known_pace(header: Header, hardware: Hardware) -> float:
+    """Tell how many times as fast as reckoned this machine writes with models of this type.
+
+    Other types' geometric mean is better than nothing.
+    """
+    from math import prod
+    paces = dict(hardware.paces)
+    if not paces:
+        return 1.0
+    mean = prod(paces.values()) ** (1 / len(paces))
+    return paces.get(main_type(header), mean)
+
+def main_type(header: Header) -> int:
+    """Name the ggml type of most of what is multiplied for a token."""
+    used: Dict[int, float] = {}
+    for kind, n_bytes, share in weights_used(header):
+        used[kind] = used.get(kind, 0) + share * n_bytes
+    return max(used, key=lambda kind: used[kind])
+
+
+# == 20c. WHAT FITS ================================================================================
+# Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
+# try, from the best to the smallest that still makes sense; plan_settings() says of each what it
+# takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
+# fall back on if memory runs out all the same. Pure.
+
+FLOAT_KV_TYPES = ("f32", "f16", "bf16")
+GPU_RESERVE_BYTES = 400_000_000           # the driver's context and the desktop
+LEAST_CTX = 256                           # tokens; llama.cpp rounds up to it (llama-context.cpp)
+MOST_THREADS = 512                        # GGML_MAX_N_THREADS of ggml.h
+MOST_UBATCH = 4096
+N_CTX_STEPS = (8192, 4096, 2048, 1024)    # tokens of context, the best that fits
+LEAST_N_CTX = 512                         # what is advised when 1024 is too much
+KV_GAIN = 0.1    # share of all memory a quantised KV cache must save: reading is 2.4 times slower
+SMALL_UBATCH = 32                         # tokens; smaller ones save nothing any more
+COMFORT = 0.85   # share of free memory up to which a plan "fits"; the rest is for the desktop
+NO_WISHES = LoadOptions()
+
+def plan_load(header: Header, hardware: Hardware, options: LoadOptions = NO_WISHES) -> Plan:
+    """Choose the settings: those in the options, and else the best that fit. Raises ModelError."""
     options = sane_options(options)
-    sizes = plan_sizes(header, hardware, options)
-    ladder = plan_ladder(sizes, options)
-    at = min(options.fallback, len(ladder) - 1)
-    plan = ladder[at]
-    if ladder[at + 1:]:
-        plan = plan._replace(next=plan_step(plan, ladder[at + 1]))
-    if options.tuned_rate:
-        plan = plan._replace(rate=options.tuned_rate)
-    elif not plan.n_gpu_layers and plan.verdict != "too big":
-        plan = plan._replace(rate=plan_rate(header, hardware, plan.n_threads, plan.kv_type))
-    memory = memory_line(plan, header) + plan_advice(plan, sizes[-1], header, hardware, options)
-    return plan._replace(lines=(memory, settings_line(plan, sizes[0], header, options)))
-
-def plan_ladder(sizes: List[Plan], options: LoadOptions) -> List[Plan]:
-    """List the best of these plans and those to fall back on, each smaller than the one before."""
-    at = choose_size(sizes)
-    best = sizes[at]
-    smaller = sizes[at + 1:]
-    if not best.n_gpu_layers or options.n_gpu_layers >= 0:
-        return [best] + smaller
-    ladder = [best]
-    if best.n_gpu_layers > 1:
-        ladder.append(best._replace(n_gpu_layers=best.n_gpu_layers // 2))
-    return ladder + [plan._replace(n_gpu_layers=0) for plan in [best] + smaller]
-
-def choose_size(sizes: List[Plan]) -> int:
-    """Find the first plan that fits, else is tight, else the last before the KV type changes, as that is slow."""
-    for verdict in ("fits", "tight"):
-        for i, plan in enumerate(sizes):
-            if plan.verdict == verdict:
-                return i
-    return sum(plan.kv_type == sizes[0].kv_type for plan in sizes) - 1
+    check_options(header, hardware, options)
+    plans = list_plans(header, hardware, options)
+    steps = list_steps(plans, options)
+    at = min(options.fallback, len(steps) - 1)
+    plan = steps[at]
+    if steps[at + 1:]:
+        plan = plan._replace(next=describe_step(plan, steps[at + 1]))
+    rate = options.tuned_rate
+    if not (rate or plan.n_gpu_layers or plan.verdict == "too big"):
+        rate = plan_rate(header, hardware, plan.n_threads, plan.kv_type)
+    plan = plan._replace(rate=rate)
+    advice = plan_advice(plan, plans[-1], header, hardware, options)
+    settings = settings_line(plan, plans[0], header, options)
+    return plan._replace(lines=(memory_line(plan, header) + advice, settings))
 
 def clamp(n: int, low: int, high: int) -> int:
     return max(low, min(n, high))
 
 def sane_options(options: LoadOptions) -> LoadOptions:
-    """Within what llama.cpp takes without an abort: the numbers may also come from CONFIG, as it was edited, or a file."""
-    return options._replace(
-        n_ctx=max(LEAST_CTX, options.n_ctx) if options.n_ctx > 0 else 0,
-        n_threads=clamp(options.n_threads, 0, MOST_THREADS),
-        n_ubatch=clamp(options.n_ubatch, MAX_OUTPUTS, MOST_UBATCH) if options.n_ubatch > 0 else 0,
-        n_gpu_layers=max(-1, options.n_gpu_layers),
-        use_mmap=int(bool(options.use_mmap)), use_mlock=int(bool(options.use_mlock)))
+    """Keep the options within what llama.cpp takes without an abort.
 
-def check_context(header: Header, hardware: Hardware, n_ctx: int, kv_type: str) -> None:
-    """Raises ModelError where the context that is wished for could never be."""
-    total = hardware.ram_total_bytes + hardware.swap_total_bytes
-    total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
-    needed = kv_bytes(header, n_ctx, SMALL_UBATCH, kv_type)
-    if hardware.ram_total_bytes and needed > total:
-        raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: choose a smaller one.".format(
-            n_ctx, format_bytes(needed), format_bytes(total)))
-
-def plan_sizes(header: Header, hardware: Hardware, options: LoadOptions) -> List[Plan]:
-    """List the plans to try, each smaller than the one before: context, then batch, then KV type.
-
-    What is in the options stays. Raises ModelError.
+    They may come from CONFIG, as it was edited, or from a file.
     """
-    n_ubatch = options.n_ubatch or 128    # it reads at 95 % of 512's speed and stops sooner
-    if hardware.gpus and options.n_gpu_layers and not options.n_ubatch:
-        n_ubatch = 512
-    n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
-    n_most = options.n_ctx or max(LEAST_CTX, min(n_trained, N_CTX_STEPS[0]))
+    n_ctx = n_ubatch = 0
+    if options.n_ctx > 0:
+        n_ctx = max(LEAST_CTX, options.n_ctx)
+    if options.n_ubatch > 0:
+        n_ubatch = clamp(options.n_ubatch, MAX_OUTPUTS, MOST_UBATCH)
+    return options._replace(
+        n_ctx=n_ctx,
+        n_ubatch=n_ubatch,
+        n_threads=clamp(options.n_threads, 0, MOST_THREADS),
+        n_gpu_layers=max(-1, options.n_gpu_layers))
+
+def check_options(header: Header, hardware: Hardware, options: LoadOptions) -> None:
+    """Raise ModelError where what is wished for could never be."""
     kv_type = options.kv_type or "f16"
     if kv_type not in KV_TYPES:
-        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s." % (kv_type, ", ".join(KV_TYPES)))
-    if options.n_ctx:
-        check_context(header, hardware, n_most, kv_type)
-    contexts = [n_most]
-    if not options.n_ctx:
-        contexts += [n for n in N_CTX_STEPS if n < n_most]
-    sizes = [plan_settings(header, hardware, options, n, n_ubatch, kv_type) for n in contexts]
-    few = n_ubatch
-    if not options.n_ubatch or options.tuned_rate:    # --bench's batch is no user's wish
-        few = min(n_ubatch, SMALL_UBATCH)
-    if few < n_ubatch:
-        sizes.append(plan_settings(header, hardware, options, contexts[-1], few, kv_type))
-    if options.kv_type or any(n % 32 for n in head_lengths(header)):    # quantised types come in blocks of 32
-        return sizes
-    most = (1 - KV_GAIN) * min(plan.memory.needed() for plan in sizes)
-    for name in ("q8_0", "q4_0"):
-        plan = plan_settings(header, hardware, options, contexts[-1], few, name)
-        if plan.memory.needed() <= most:
-            sizes.append(plan)
-    return sizes
+        raise ModelError("The KV type %r is none of llama.cpp's; take one of %s."
+                         % (kv_type, ", ".join(KV_TYPES)))
+    total = hardware.ram_total_bytes + hardware.swap_total_bytes
+    total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    needed = kv_bytes(header, options.n_ctx, SMALL_UBATCH, kv_type)
+    if options.n_ctx and hardware.ram_total_bytes and needed > total:
+        raise ModelError("A context of {:,} tokens takes {}, more than the {} of this machine: "
+                         "choose a smaller one.".format(
+                             options.n_ctx, format_bytes(needed), format_bytes(total)))
 
-def plan_settings(
-        header: Header, hardware: Hardware, options: LoadOptions, n_ctx: int, n_ubatch: int, kv_type: str) -> Plan:
-    """Make the plan with these settings: how much of it the GPUs take, and whether the rest fits."""
+def list_settings(header: Header, hardware: Hardware, options: LoadOptions) -> List[LoadOptions]:
+    """List what to try, each smaller than the one before: context, then batch, then KV type.
+
+    What is in the options stays.
+    """
+    best = options._replace(kv_type=options.kv_type or "f16")
+    if not options.n_ubatch:
+        on_gpu = hardware.gpus and options.n_gpu_layers
+        # 128 read at 95 % of 512's speed on a CPU, and stop sooner
+        best = best._replace(n_ubatch=512 if on_gpu else 128)
+    tries = [best]
+    if not options.n_ctx:
+        n_trained = number(header, ".context_length") or N_CTX_STEPS[0]
+        n_most = clamp(n_trained, LEAST_CTX, N_CTX_STEPS[0])
+        smaller = [n for n in N_CTX_STEPS if n < n_most]
+        tries = [best._replace(n_ctx=n) for n in [n_most] + smaller]
+    least = tries[-1]
+    is_wish = options.n_ubatch and not options.tuned_rate    # --bench's batch is no user's wish
+    if not is_wish and least.n_ubatch > SMALL_UBATCH:
+        least = least._replace(n_ubatch=SMALL_UBATCH)
+        tries.append(least)
+    in_blocks = not any(n % 32 for n in head_lengths(header))    # as quantised types need it
+    if in_blocks and not options.kv_type:
+        tries += [least._replace(kv_type=kv_type) for kv_type in ("q8_0", "q4_0")]
+    return tries
+
+def list_plans(header: Header, hardware: Hardware, options: LoadOptions) -> List[Plan]:
+    """Plan each of list_settings(), but another KV type only where it saves enough."""
+    tries = list_settings(header, hardware, options)
+    plans = [plan_settings(header, hardware, settings) for settings in tries]
+    kv_type = tries[0].kv_type
+    needed = min(plan.memory.needed() for plan in plans if plan.kv_type == kv_type)
+    return [plan for plan in plans
+            if plan.kv_type == kv_type or plan.memory.needed() <= (1 - KV_GAIN) * needed]
+
+def list_steps(plans: List[Plan], options: LoadOptions) -> List[Plan]:
+    """List the best of these plans and those to fall back on, each smaller than the one before."""
+    at = choose_plan(plans)
+    best = plans[at]
+    smaller = plans[at + 1:]
+    if not best.n_gpu_layers or options.n_gpu_layers >= 0:
+        return [best] + smaller
+    steps = [best]
+    if best.n_gpu_layers > 1:
+        steps.append(best._replace(n_gpu_layers=best.n_gpu_layers // 2))
+    return steps + [plan._replace(n_gpu_layers=0) for plan in [best] + smaller]
+
+def choose_plan(plans: List[Plan]) -> int:
+    """Find the first plan that fits, else is tight, else the last with the first's KV type."""
+    for verdict in ("fits", "tight"):
+        for i, plan in enumerate(plans):
+            if plan.verdict == verdict:
+                return i
+    # another KV type is slow, and wouldn't help
+    return sum(plan.kv_type == plans[0].kv_type for plan in plans) - 1
+
+def plan_settings(header: Header, hardware: Hardware, settings: LoadOptions) -> Plan:
+    """Make the plan with these settings: what it takes, what of it the GPUs hold, whether it fits.
+
+    settings: one of list_settings().
+    """
+    memory = plan_memory(
+        header, hardware, settings.n_ctx, settings.n_ubatch, settings.kv_type)
+    n_gpu_layers = plan_gpu_layers(header, hardware, settings, memory)
+    free = free_bytes(hardware, settings)
+    on_cpu = 0.0                          # the share of the weights that is copied there
+    if settings.use_mmap and not settings.caution:
+        on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
+    memory = memory._replace(copied=int(memory.copied * on_cpu))
+    checkpoint = checkpoint_bytes(header, settings.n_ctx, settings.kv_type)
+    room = COMFORT * free - memory.needed()
+    memory = memory._replace(checkpoints=plan_checkpoints(checkpoint, room))
+    # locked pages can't be taken
+    needed = sum(memory) if settings.use_mlock else memory.needed()
+    return Plan(
+        n_ctx=settings.n_ctx,
+        n_ubatch=min(settings.n_ubatch, settings.n_ctx),
+        n_threads=settings.n_threads or hardware.usable_cores,
+        n_gpu_layers=n_gpu_layers,
+        kv_type=settings.kv_type,
+        memory=memory,
+        free_bytes=free,
+        verdict=judge(needed, free) or "fits")
+
+def free_bytes(hardware: Hardware, options: LoadOptions) -> int:
     free = hardware.ram_free_bytes
     if options.n_gpu_layers:
         free += sum(gpu.free_bytes for gpu in hardware.gpus if not gpu.shared)
-    memory = plan_memory(header, hardware, n_ctx, n_ubatch, kv_type)
-    n_gpu_layers = plan_gpu_layers(header, hardware, options, memory)
-    on_cpu = max(0.0, 1 - n_gpu_layers / (model_layers(header) + 1))
-    copies = options.use_mmap and not options.caution
-    memory = memory._replace(copied=int(memory.copied * on_cpu) if copies else 0)
-    checkpoint = checkpoint_bytes(header, n_ctx, kv_type)
-    room = COMFORT * free - memory.needed()
-    memory = memory._replace(checkpoints=checkpoint * plan_checkpoints(checkpoint, room))
-    needed = sum(memory) if options.use_mlock else memory.needed()    # locked pages can't be taken
-    n_threads = options.n_threads or hardware.usable_cores
-    return Plan(n_ctx, min(n_ubatch, n_ctx), n_threads, n_gpu_layers, memory, free,
-                judge(needed / free if free else 0), kv_type=kv_type)
+    return free
 
-def plan_gpu_layers(header: Header, hardware: Hardware, options: LoadOptions, memory: Memory) -> int:
+def plan_gpu_layers(
+        header: Header, hardware: Hardware, options: LoadOptions, memory: Memory) -> int:
     """Count the layers for the GPUs: those of the options, or as many as fit."""
     gpu_bytes = sum(gpu.free_bytes for gpu in hardware.gpus)
     if options.n_gpu_layers >= 0 or not gpu_bytes:
@@ -10152,13 +10263,21 @@ def plan_gpu_layers(header: Header, hardware: Hardware, options: LoadOptions, me
     room = gpu_bytes - GPU_RESERVE_BYTES - memory.compute
     return clamp(int(room * n_all / max(1, memory.weights + memory.kv)), 0, n_all)
 
-def judge(share: float) -> str:
-    """Give the verdict on what takes this share of the free memory."""
-    if share <= COMFORT:
+def judge(needed_bytes: float, free_bytes: float) -> str:
+    """Give the verdict on what takes so much of the free memory; "" = that isn't known."""
+    if not free_bytes:
+        return ""
+    if needed_bytes <= COMFORT * free_bytes:
         return "fits"
-    return "tight" if share <= 1 else "too big"
+    return "tight" if needed_bytes <= free_bytes else "too big"
 
-def plan_step(now: Plan, then: Plan) -> str:
+def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
+    """Judge a file that isn't here yet: by all the memory, not by what is free at this minute."""
+    room = 0.75 * hardware.ram_total_bytes    # the system and other programs need the rest
+    room += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    return judge(1.1 * n_bytes + 5 * PROCESS_BYTES, room)    # about a tenth for the context
+
+def describe_step(now: Plan, then: Plan) -> str:
     """Say what is smaller in the second plan."""
     if then.n_gpu_layers < now.n_gpu_layers:
         return "%s on the GPU" % format_count(then.n_gpu_layers, "layer")
@@ -10168,26 +10287,30 @@ def plan_step(now: Plan, then: Plan) -> str:
         return "batches of %d tokens" % then.n_ubatch
     return "the KV cache in %s, which is slower" % then.kv_type
 
-def plan_advice(plan: Plan, least: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> str:
-    """Say what to do when it doesn't fit."""
+def plan_advice(
+        plan: Plan, least: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> str:
+    """Say what to do when it doesn't fit. least: the smallest plan that was thought of."""
     if plan.verdict == "fits":
         return ""
-    if options[:4] != LoadOptions()[:4] or options.n_ubatch:
-        free = plan_load(header, hardware, LoadOptions())
+    if options.n_ctx or options.kv_type or options.n_gpu_layers >= 0:
+        free = plan_load(header, hardware)
         if free.verdict == "fits":
-            return ("; what you set is too much: it would fit with a context of {:,} tokens and the KV cache in {}"
-                    .format(free.n_ctx, free.kv_type))
+            return ("; what you set is too much: it would fit with a context of {:,} tokens "
+                    "and the KV cache in {}".format(free.n_ctx, free.kv_type))
     if plan.verdict == "tight":
         return "; close other programs if it gets slow"
-    room = int(COMFORT * plan.free_bytes) - least.memory.needed() + least.memory.weights
+    besides = least.memory.needed() - least.memory.weights
+    room = int(COMFORT * plan.free_bytes) - besides
     if room <= 0:
         return ": would swap, so close other programs"
-    return ": would swap, so take a smaller model or quantisation: a file of at most %s would fit" % format_bytes(room)
+    return (": would swap, so take a smaller model or quantisation: a file of at most %s would fit"
+            % format_bytes(room))
 
 def memory_line(plan: Plan, header: Header) -> str:
     """Say what the plan takes of the memory."""
     needed = plan.memory.needed()
-    text = "reads %s, needs about %s" % (format_bytes(plan.memory.weights), format_bytes(needed))
+    weights = format_bytes(plan.memory.weights)
+    text = "reads %s, needs about %s" % (weights, format_bytes(needed))
     with_copies = sum(plan.memory)
     if header.tensors and 1.1 * needed < with_copies <= plan.free_bytes:
         text += " (%s while there is room)" % format_bytes(with_copies)
@@ -10202,9 +10325,10 @@ def settings_line(plan: Plan, most: Plan, header: Header, options: LoadOptions) 
         threads = "tuned: %s, %.1f tokens/s" % (threads, plan.rate)
     elif plan.rate:
         threads += ", about %.*f tokens/s" % (plan.rate < 10, plan.rate)
-    settings = [threads, "context {:,} tokens".format(plan.n_ctx)]
+    context = "context {:,} tokens".format(plan.n_ctx)
     if plan.n_ctx != most.n_ctx:
-        settings[1] = "context lowered from {:,} to {:,} tokens to fit".format(most.n_ctx, plan.n_ctx)
+        context = "context lowered from {:,} to {:,} tokens to fit".format(most.n_ctx, plan.n_ctx)
+    settings = [threads, context]
     if plan.n_ubatch < min(most.n_ubatch, plan.n_ctx):
         settings.append("batch lowered to %d tokens" % plan.n_ubatch)
     if plan.kv_type != most.kv_type:
@@ -10213,139 +10337,171 @@ def settings_line(plan: Plan, most: Plan, header: Header, options: LoadOptions) 
         settings.append("KV cache in %s" % plan.kv_type)
     if options.caution > 0:
         settings.append(CAUTIONS[options.caution])
-    n_layers = model_layers(header)
-    if plan.n_gpu_layers == 0:
-        settings.append("all on the CPU")
-    elif plan.n_gpu_layers > n_layers:
-        settings.append("all on the GPU")
-    else:
-        settings.append("%d of %d layers on the GPU" % (plan.n_gpu_layers, n_layers))
+    settings.append(describe_layers(plan.n_gpu_layers, model_layers(header)))
     return ", ".join(settings)
 
-def guess_verdict(n_bytes: int, hardware: Hardware) -> str:
-    """As in Plan, of a file that isn't here yet; "" = not known. It goes by all the memory, not by what is free at this minute."""
-    room = 0.75 * hardware.ram_total_bytes    # the system and other programs need the rest
-    room += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
-    needed = 1.1 * n_bytes + 5 * PROCESS_BYTES    # about a tenth for the context
-    return judge(needed / room) if room else ""
-
-def tuning_key(options: LoadOptions, header: Header, hardware: Hardware) -> str:
-    """What --bench's result depends on."""
-    return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
-        machine_key(hardware), len(hardware.gpus), options.n_gpu_layers, model_name(header), header.file_bytes)
-
-def machine_key(hardware: Hardware) -> str:
-    return "%s, %d of %d cores" % (hardware.cpu_name, hardware.usable_cores, hardware.logical_cores)
-
-def tune(options: LoadOptions, key: str) -> LoadOptions:
-    """The options with what --bench found for this key, unless a number of threads is wished for."""
-    with suppress(KeyError, ValueError, TypeError, OverflowError):    # nothing, or the file is damaged
-        found = read_kept("machine.json")[key] if not options.n_threads else {}
-        return options._replace(n_threads=int(found["n_threads"]), n_ubatch=options.n_ubatch or int(found["n_ubatch"]),
-                               tuned_rate=float(found["tokens_per_s"]))
-    return options
+def describe_layers(n_on_gpu: int, n_layers: int) -> str:
+    if n_on_gpu == 0:
+        return "all on the CPU"
+    if n_on_gpu > n_layers:
+        return "all on the GPU"
+    return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
 # == 21. MEASURED ==================================================================================
-# What can only be measured, or told by an engine, is kept in machine.json, for those who don't run one.
+# Remembers in machine.json what can only be measured or told by an engine, for those who don't run
+# one.
+
+MOST_PACE = 20                        # times as fast or slow as reckoned: beyond is another cause
+PACE_STEP = 0.05                      # smaller changes aren't written to the disk
+N_MEASUREMENTS = 3                    # of the RAM and a core, of which the best counts
 
 class Found(NamedTuple):
     """What engines have found of this machine."""
     gpus: Tuple[Gpu, ...] = ()
-    bytes_per_s: Tuple[float, ...] = ()    # of the first three measurements
-    core_speeds: Tuple[float, ...] = ()    # … of time_core()
+    bytes_per_s: Tuple[float, ...] = ()    # of the first measurements
+    core_speeds: Tuple[float, ...] = ()    # of time_core(), likewise
     build: Tuple[str, ...] = ()            # this and the next as in Hardware
     paces: Tuple[Tuple[int, float], ...] = ()
 
-def read_machine(hardware: Hardware) -> Found:
-    """What is kept of this machine; what is damaged of it is left out."""
-    kept = read_kept("machine.json").get(machine_key(hardware), {})
-    return Found(*(read_found(kept, name) for name in Found._fields))
+def machine_key(hardware: Hardware) -> str:
+    cores = "%d of %d cores" % (hardware.usable_cores, hardware.logical_cores)
+    return "%s, %s" % (hardware.cpu_name, cores)
 
-def read_found(kept: Dict[str, Any], name: str) -> Tuple[Any, ...]:
-    values = kept.get(name, ())
+def tuning_key(options: LoadOptions, header: Header, hardware: Hardware) -> str:
+    """Name all that --bench's result depends on."""
+    return "%s, %d GPUs, %d layers on them: %s, %d bytes" % (
+        machine_key(hardware), len(hardware.gpus), options.n_gpu_layers,
+        model_name(header), header.file_bytes)
+
+def tune(options: LoadOptions, key: str) -> LoadOptions:
+    """Add what --bench found for this tuning_key(), unless a number of threads is wished for."""
+    found = read_kept("machine.json").get(key)
+    if options.n_threads or not found:
+        return options
+    try:
+        return options._replace(
+            n_threads=int(found["n_threads"]),
+            n_ubatch=options.n_ubatch or int(found["n_ubatch"]),
+            tuned_rate=float(found["tokens_per_s"]))
+    except (KeyError, ValueError, TypeError, OverflowError):    # the file is damaged
+        return options
+
+def read_machine(hardware: Hardware) -> Found:
+    """Read what is kept of this machine; what is damaged of it is left out."""
+    kept = read_kept("machine.json").get(machine_key(hardware), {})
+    return Found(*(read_found(name, kept.get(name, ())) for name in Found._fields))
+
+def read_found(name: str, values: Any) -> Tuple[Any, ...]:
+    """Read one of Found's fields; () = it is damaged."""
     try:
         if name == "gpus":
             return tuple(Gpu(*gpu) for gpu in values if 0 <= gpu[3] <= gpu[2])
         if name == "build":
             return tuple(word for word in values if isinstance(word, str))
-        if name in ("bytes_per_s", "core_speeds"):
-            return tuple(float(rate) for rate in values if 0 < rate < 1e15)
-        return tuple((int(kind), float(pace)) for kind, pace in values if 1 / MOST_PACE <= pace <= MOST_PACE)
+        if name == "paces":
+            return tuple((int(kind), float(pace)) for kind, pace in values if is_pace(pace))
+        return tuple(float(rate) for rate in values if 0 < rate < 1e15)
     except (TypeError, ValueError, IndexError, OverflowError):
         return ()
 
+def is_pace(pace: float) -> bool:
+    return 1 / MOST_PACE <= pace <= MOST_PACE
+
 def known_hardware() -> Hardware:
-    """This machine, with what only an engine can find out as the last one found it."""
+    """Probe this machine, and add what only an engine can find out, as the last one found it."""
     hardware = probe_hardware()
     found = read_machine(hardware)
-    return measure_machine(hardware._replace(gpus=found.gpus, build=found.build), 3)
+    hardware = hardware._replace(gpus=found.gpus, build=found.build)
+    return measure_machine(hardware, N_MEASUREMENTS)
 
 def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
-    """With the RAM's and a core's speed: the best of so many measurements, which are made once and remembered.
+    """Add the RAM's and a core's speed: the best of so many measurements, which are remembered.
 
-    What a busy machine shows counts for this time only, and only where nothing better is known."""
+    What a busy machine shows counts for this time only, and only where nothing better is known.
+    """
     before = read_machine(hardware)
-    n_more = max(0, n_wanted - len(before.bytes_per_s))
-    measured = [(*probe_bytes_per_s(hardware), time_core()) for _ in range(n_more)]
-    idle = [row for row in measured if row[1]]
-    rates = before.bytes_per_s + tuple(rate for rate, _, _ in idle)
-    speeds = before.core_speeds + tuple(speed for _, _, speed in idle)
-    paces = before.paces if hardware.build == before.build else ()    # another build has another speed
-    now = Found(hardware.gpus, rates, speeds, hardware.build, paces)
+    rates = list(before.bytes_per_s)
+    speeds = list(before.core_speeds)
+    busy = [(0.0, 0.0)]
+    for _ in range(n_wanted - len(rates)):
+        rate, is_idle = probe_bytes_per_s(hardware)
+        speed = time_core()
+        if is_idle:
+            rates.append(rate)
+            speeds.append(speed)
+        else:
+            busy.append((rate, speed))
+    paces = before.paces
+    if hardware.build != before.build:
+        paces = ()                        # another build has another speed
+    now = Found(hardware.gpus, tuple(rates), tuple(speeds), hardware.build, paces)
+    save_found(hardware, before, now)
+    return hardware._replace(
+        bytes_per_s=max(rates or [rate for rate, _ in busy]),
+        core_speed=max(speeds or [speed for _, speed in busy]) or 1.0,
+        paces=paces)
+
+def save_found(hardware: Hardware, before: Found, now: Found) -> None:
     if without_free(now) != without_free(before):
         with suppress(OSError):           # then the next one does it again
             save_kept("machine.json", machine_key(hardware), now._asdict())
-    best_rate = max(rates or [rate for rate, _, _ in measured], default=0.0)
-    best_speed = max(speeds or [speed for _, _, speed in measured], default=1.0)
-    return hardware._replace(bytes_per_s=best_rate, core_speed=best_speed, paces=paces)
 
 def without_free(found: Found) -> Found:
-    """Without what differs from one minute to the next."""
+    """Leave out what differs from one minute to the next."""
     return found._replace(gpus=tuple(gpu._replace(free_bytes=0) for gpu in found.gpus))
 
-MOST_PACE = 20                        # times as fast or slow as reckoned; what is beyond was something else
-PACE_STEP = 0.05                      # smaller changes aren't written to the disk
-
 def save_pace(hardware: Hardware, kind: int, pace: float) -> None:
-    """A model of this ggml type wrote so many times as fast as reckoned. The last replies count most. Raises OSError."""
+    """Remember that a model of this ggml type wrote so many times as fast as reckoned.
+
+    The last replies count most. Raises OSError.
+    """
     paces = dict(read_machine(hardware).paces)
-    now = (paces[kind] + pace) / 2 if kind in paces else pace
-    if 1 / MOST_PACE <= now <= MOST_PACE and abs(now / paces.get(kind, FAR) - 1) > PACE_STEP:
+    before = paces.get(kind)
+    now = (before + pace) / 2 if before else pace
+    is_news = not before or abs(now / before - 1) > PACE_STEP
+    if is_news and is_pace(now):
         paces[kind] = round(now, 3)
         save_kept("machine.json", machine_key(hardware), {"paces": sorted(paces.items())})
 
 def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
-    """(how fast the used cores together read the RAM, whether they were free for it); 0 = not known.
+    """Measure (how fast the used cores together read the RAM, whether they were free for it).
 
-    Each copies (reads and writes) for 30 ms, more than most caches hold."""
+    Each copies (reads and writes) for 30 ms, more than most caches hold. 0 = not known.
+    """
     import threading
-    n = hardware.usable_cores
-    n_bytes = min(max((128 << 20) // n, 16 << 20), (hardware.ram_free_bytes or 1 << 30) // 8 // n)
+    n_cores = hardware.usable_cores
+    most_bytes = (hardware.ram_free_bytes or 1 << 30) // 8 // n_cores
+    n_bytes = min(max((128 << 20) // n_cores, 16 << 20), most_bytes)
     results: List[Tuple[float, float]] = []
     def measure() -> None:
         with suppress(MemoryError):
             results.append(time_copying(n_bytes // 2))
-    threads = [threading.Thread(target=measure) for _ in range(n)]
+    threads = [threading.Thread(target=measure) for _ in range(n_cores)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    is_idle = len(results) == n and all(share > 0.9 for _, share in results)
+    is_idle = len(results) == n_cores and all(share > 0.9 for _, share in results)
     return sum(rate for rate, _ in results), is_idle
 
 def time_copying(half: int) -> Tuple[float, float]:
-    """(bytes read and written per second of work, the share of the time in which this thread had a core)."""
-    import ctypes, time
-    buffer, n_copies = ctypes.create_string_buffer(2 * half), 0
+    """Measure (bytes read and written per second of work, this thread's share of a core)."""
+    import ctypes
+    import time
+    buffer = ctypes.create_string_buffer(2 * half)
     ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
     here = ctypes.addressof(buffer)
-    clock = time.perf_counter if os.name == "nt" else time.thread_time    # Windows counts in steps of 16 ms
-    began_s, worked_s = time.perf_counter(), clock()
+    # Windows counts a thread's time in steps of 16 ms
+    clock = time.perf_counter if os.name == "nt" else time.thread_time
+    n_copies = 0
+    began_s = time.perf_counter()
+    began_work_s = clock()
     while not n_copies or time.perf_counter() < began_s + 0.03:
         ctypes.memmove(here + half, here, half)    # without the GIL
         n_copies += 1
-    worked_s, passed_s = clock() - worked_s, time.perf_counter() - began_s
+    worked_s = clock() - began_work_s
+    passed_s = time.perf_counter() - began_s
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 

@@ -7079,13 +7079,13 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             )
             self.assertEqual({plan.n_threads for plan in plans}, {where.usable_cores})
 
-    def test_ladder(self):
+    def test_fallback_steps(self):
         """Each step below a plan is smaller, is said, and the last one says that it is the last."""
         model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
-        plans, rung = [], 0
+        plans, step = [], 0
         while not plans or plans[-1].next:
-            plans.append(plan_load(model, where, LoadOptions(fallback=rung)))
-            rung += 1
+            plans.append(plan_load(model, where, LoadOptions(fallback=step)))
+            step += 1
         self.assertEqual(
             [(p.n_gpu_layers, p.n_ctx, p.n_ubatch, p.kv_type) for p in plans][1:],
             [
@@ -7114,8 +7114,8 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         )
         self.assertEqual(plan_load(model, where, LoadOptions(fallback=99))[:4], plans[-1][:4])
         long = [
-            plan_load(model, machine(16, 12), LoadOptions(n_ctx=16384, fallback=rung))
-            for rung in range(4)
+            plan_load(model, machine(16, 12), LoadOptions(n_ctx=16384, fallback=step))
+            for step in range(4)
         ]
         self.assertEqual(
             [(p.n_ubatch, p.kv_type) for p in long],
