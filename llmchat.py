@@ -10292,7 +10292,7 @@ def plan_advice(
     """Say what to do when it doesn't fit. least: the smallest plan that was thought of."""
     if plan.verdict == "fits":
         return ""
-    if options.n_ctx or options.kv_type or options.n_gpu_layers >= 0:
+    if options.n_ctx or options.kv_type or options.n_gpu_layers >= 0 or options.use_mlock:
         free = plan_load(header, hardware)
         if free.verdict == "fits":
             return ("; what you set is too much: it would fit with a context of {:,} tokens "

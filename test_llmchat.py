@@ -4554,10 +4554,10 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             window = Headless(self, MIND, self.fake(script % (log, log, last)))
             window.handle(llmchat.Submitted("hello"))
             window.wait(*conditions)
-            rungs = [
+            steps = [
                 json.loads(line)["options"]["fallback"] for line in read_bytes(log).splitlines()
             ]
-            self.assertEqual(rungs, [0, 1, 2])
+            self.assertEqual(steps, [0, 1, 2])
             self.assertEqual(len(window.said("notice")), n_notices)
             self.assertEqual(
                 window.said("notice")[0],
