@@ -3628,8 +3628,9 @@ def model_row(entry: ModelEntry, in_use: bool = False) -> Row:
     if in_use:
         note = "in use, " + note if note else "in use"
     texts = tuple(text(entry) for _, _, text in MODEL_COLUMNS)
-    words = " ".join((entry.name, entry.source, entry.size, entry.quant, note)).lower()
-    return Row(entry, texts, words, VERDICT_STYLES.get(entry.verdict, "error"), note)
+    searched = (entry.name, entry.source, entry.size, entry.quant, note)
+    style = VERDICT_STYLES.get(entry.verdict, "error")
+    return Row(entry, texts, " ".join(searched).lower(), style, note)
 
 def show_models(state: State, entries: Sequence[ModelEntry],
                 query: str = "", title: str = "") -> State:
@@ -10585,19 +10586,25 @@ def scan_hub(folder: str) -> Iterable[ModelEntry]:
 def scan_ollama(folder: str) -> Iterable[ModelEntry]:
     """List Ollama's store: manifests/REGISTRY/NAMESPACE/MODEL/TAG says which blobs a model has."""
     root = os.path.join(folder, "manifests")
+    blobs = os.path.join(folder, "blobs")
     for path in walk_files(root):
-        tag = os.path.relpath(path, root).replace(os.sep, "/")
-        name = re.sub(r"^registry\.ollama\.ai/(library/)?", "", tag)
-        # what is no manifest, whatever it is, isn't listed
-        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            model, quant = read_manifest(read_small(path), os.path.join(folder, "blobs"))
+        with suppress(*NO_MANIFEST):
+            model, quant = read_manifest(read_small(path), blobs)
             if os.path.isfile(model):
-                yield ModelEntry(model, ":".join(name.rsplit("/", 1)), "", quant=quant)
+                yield ModelEntry(model, ollama_name(os.path.relpath(path, root)), "", quant=quant)
+
+def ollama_name(path: str) -> str:
+    """Return what Ollama calls the model of a manifest: "qwen3:0.6b", "hf.co/org/repo:Q4_0"."""
+    name = re.sub(r"^registry\.ollama\.ai/(library/)?", "", path.replace(os.sep, "/"))
+    return ":".join(name.rsplit("/", 1))
+
+# What read_manifest() raises for a file that is something else.
+NO_MANIFEST = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 def read_manifest(text: str, blobs: str) -> Tuple[str, str]:
     """Find a model's file and quantisation in a manifest of Ollama's.
 
-    Raises all sorts of errors where the text is no manifest.
+    Raises NO_MANIFEST where the text is none.
     """
     import json
     manifest = json.loads(text)
@@ -10868,10 +10875,12 @@ def is_at(entry: ModelEntry, path: str) -> bool:
 def is_called(entry: ModelEntry, name: str) -> bool:
     """Tell whether this is a whole name of a model, also without ":latest" or with ".gguf"."""
     low = name.lower()
-    names = [entry.name.lower()]
+    forms = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
+    names = {entry.name.lower()}
     if not entry.to_fetch:
-        names += entry.note.lower().rpartition(ALSO)[2].split(", ")
-    return any(form in names for form in (low, low + ":latest", re.sub(r"\.gguf$", "", low)))
+        others = entry.note.lower().rpartition(ALSO)[2]
+        names.update(others.split(", "))
+    return bool(forms & names)
 
 def is_of_repo(entry: ModelEntry, name: str) -> bool:
     """Tell whether a file is of the repository of Hugging Face that this names, as its path says.

@@ -8846,7 +8846,7 @@ class FindModelsTest(unittest.TestCase):
         return os.path.join(self.home, *parts)
 
     def put(self, *parts, data=CHAT):
-        """A file in the home; returns its path. Each model is a little longer than the one before: copies are known by their size."""
+        """Write a file in the home; returns its path."""
         path = self.path(*parts)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
@@ -8854,7 +8854,7 @@ class FindModelsTest(unittest.TestCase):
         return path
 
     def put_ollama(self, root, name, number, **manifest):
-        """Two tags of a number are one model."""
+        """Write a model's manifest and blobs; two tags of a number are one model."""
         digest, config = ("sha256:" + "%064x" % (number + add) for add in (0, 1 << 80))
         self.put(root, "blobs", digest.replace(":", "-"), data=self.CHAT)
         self.put(root, "blobs", config.replace(":", "-"), data={"file_type": "Q4_K_M"})
@@ -8872,8 +8872,8 @@ class FindModelsTest(unittest.TestCase):
     def names(self):
         return sorted((entry.source, entry.name) for entry in llmchat.find_models())
 
-    @unittest.skipIf(os.name == "nt", "making links needs rights there")
-    def test_every_store(self):
+    def fill_stores(self):
+        """Put models into all stores; returns the list of them."""
         self.put("first", "mine-Q4_K_M.gguf")
         self.put("mine", "org", "deep", "other.gguf")
         for commit, ref in (("old", ""), ("new", "main")):
@@ -8903,44 +8903,46 @@ class FindModelsTest(unittest.TestCase):
             LLAMA_CACHE=self.path("llama"),
             OLLAMA_MODELS=self.path("ollama"),
         ):
-            entries = llmchat.find_models()
-            self.assertEqual(
-                self.names(),
-                [
-                    ("", "mine-Q4_K_M"),
-                    ("", "other"),
-                    ("GPT4All", "four"),
-                    ("Hugging Face", "a-Q8_0"),
-                    ("Hugging Face", "new-Q4_0"),
-                    ("Hugging Face", "old-Q4_0"),
-                    ("Jan", "Jan-v1"),
-                    ("LM Studio", "older"),
-                    ("LM Studio", "studio-Q4_K_M"),
-                    ("Ollama", "hf.co/org/repo:Q4_0"),
-                    ("Ollama", "hhao/coder:7b"),
-                    ("Ollama", "qwen3:0.6b"),
-                    ("Ollama", "qwen3:8b"),
-                    ("llama.cpp", "Other-Q4_0"),
-                    ("text-generation-webui", "webui"),
-                ],
-            )
+            return llmchat.find_models()
+
+    @unittest.skipIf(os.name == "nt", "making links needs rights there")
+    def test_every_store(self):
+        entries = self.fill_stores()
+        expected = [
+            ("", "mine-Q4_K_M"),
+            ("", "other"),
+            ("GPT4All", "four"),
+            ("Hugging Face", "a-Q8_0"),
+            ("Hugging Face", "new-Q4_0"),
+            ("Hugging Face", "old-Q4_0"),
+            ("Jan", "Jan-v1"),
+            ("LM Studio", "older"),
+            ("LM Studio", "studio-Q4_K_M"),
+            ("Ollama", "hf.co/org/repo:Q4_0"),
+            ("Ollama", "hhao/coder:7b"),
+            ("Ollama", "qwen3:0.6b"),
+            ("Ollama", "qwen3:8b"),
+            ("llama.cpp", "Other-Q4_0"),
+            ("text-generation-webui", "webui"),
+        ]
+        self.assertEqual(sorted((entry.source, entry.name) for entry in entries), expected)
+        sources = [entry.source for entry in entries]
+        self.assertEqual(sources[:3], ["", "", "Hugging Face"], "our own first")
         by_name = {entry.name: entry for entry in entries}
-        self.assertIn(
-            os.path.join("snapshots", "new"),
-            by_name["a-Q8_0"].path,
-            "the version that refs/main names",
-        )
-        self.assertEqual(
-            (by_name["qwen3:8b"].note, by_name["qwen3:8b"].quant), ("also qwen3:latest", "Q4_K_M")
-        )
-        self.assertEqual(
-            [entry.source for entry in entries[:3]], ["", "", "Hugging Face"], "our own first"
-        )
+        main = os.path.join("snapshots", "new")
+        self.assertIn(main, by_name["a-Q8_0"].path, "the version that refs/main names")
+        self.assertEqual(by_name["qwen3:8b"].note, "also qwen3:latest")
+        self.assertEqual(by_name["qwen3:8b"].quant, "Q4_K_M")
         mine = by_name["mine-Q4_K_M"]
-        self.assertEqual(
-            (mine.quant, mine.n_ctx, mine.n_bytes, mine.verdict),
-            ("Q4_K_M", 32768, len(self.CHAT), "fits"),
-        )
+        self.assertEqual(mine.quant, "Q4_K_M")
+        self.assertEqual(mine.n_ctx, 32768)
+        self.assertEqual(mine.n_bytes, len(self.CHAT))
+        self.assertEqual(mine.verdict, "fits")
+
+    @unittest.skipIf(os.name == "nt", "making links needs rights there")
+    def test_what_a_name_means(self):
+        entries = self.fill_stores()
+        mine = self.path("first", "mine-Q4_K_M.gguf")
         for wanted, name in (
             ("qwen3", "qwen3:8b"),
             ("QWEN3:0.6B", "qwen3:0.6b"),
@@ -8953,13 +8955,12 @@ class FindModelsTest(unittest.TestCase):
             ("Jan-v1.gguf", "Jan-v1"),
             ("other", "other"),
             ("q8", "a-Q8_0"),
-            (os.path.dirname(mine.path), "mine-Q4_K_M"),
-            (mine.path, "mine-Q4_K_M"),
+            (os.path.dirname(mine), "mine-Q4_K_M"),
+            (mine, "mine-Q4_K_M"),
             ("hf.co/org/repo:Q4_0", "hf.co/org/repo:Q4_0"),
         ):
-            self.assertEqual(
-                [entry.name for entry in llmchat.match_models(entries, wanted)], [name], wanted
-            )
+            found = llmchat.match_models(entries, wanted)
+            self.assertEqual([entry.name for entry in found], [name], wanted)
         for wanted, n in (
             ("org/repo", 3),
             ("Q4_K_M", 2),
@@ -9148,7 +9149,10 @@ class FindModelsTest(unittest.TestCase):
             self.assertEqual({entry.note for entry in llmchat.find_models()}, {""})
 
     def test_far_folders(self):
-        """Downloads, the program's folder and what is plugged in are searched too; a dead disk doesn't hold up the others."""
+        """Downloads, the program's folder and what is plugged in are searched too.
+
+        A dead disk doesn't hold up the others.
+        """
         for name in ("Downloads", "media/me/stick", "media/me/dead"):
             self.put(*name.split("/"), "deep", os.path.basename(name) + ".gguf")
         self.put("first", "own.gguf")
@@ -9253,13 +9257,12 @@ class FindModelsTest(unittest.TestCase):
         with open(TALK, "rb") as file:
             talk = file.read()
         self.put("models", "sub", "Talker-F32.gguf", data=talk)
-        ask = lambda name, **more: run_plain(
-            *[name] * bool(name),
-            "-p",
-            "hi",
-            cwd=folder,
-            env=dict(env, LLMCHAT_MODELS=self.path("mine"), **more),
-        )
+
+        def ask(name, **more):
+            arguments = [name, "-p", "hi"] if name else ["-p", "hi"]
+            variables = dict(env, LLMCHAT_MODELS=self.path("mine"), **more)
+            return run_plain(*arguments, cwd=folder, env=variables)
+
         for name in (
             "Talker-F32",
             "talk",
