@@ -42,8 +42,10 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
    15b PACE            threads and speeds beside other programs, guessing tokens
    15c TOKENS          a chat as tokens
    15d KV CACHE        what is computed: forget, go back, keep in a file
-   15e ENGINE          load, read the prompt, generate
-   15f REPLY           tokens as text, and where a reply ends
+   15e ENGINE          load a model and compute with it
+   15f READING         read the prompt
+   15g WRITING         write a reply
+   15h REPLY           tokens as text, and where a reply ends
     16 TEMPLATE SANDBOX bounds of time and memory for a model's template
    16b CHAT TEMPLATES  a chat as the model's own prompt
     17 PROTOCOL        the messages between window and engine
@@ -5226,7 +5228,7 @@ class Keyboard:
         events: List[Any] = []
         if self._wants_out(data):
             events = self.give_up()
-        text = self.text + self._decode(data)
+        text = self.text + self.decode(data)
         self.text = ""
         self.by_hand = self.by_hand and len(text) == 1
         self._resume(text)
@@ -5270,7 +5272,7 @@ class Keyboard:
             return [Typed(text)]
         return [Pressed("alt-" + text[1])] if len(text) == 2 else []
 
-    def _decode(self, data: bytes) -> str:
+    def decode(self, data: bytes) -> str:
         """Decode UTF-8, whatever the locale says; else by the locale, or as lone surrogates."""
         import codecs
         data = self.raw + data
@@ -7343,7 +7345,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], Lis
 
 
 # == 15e. ENGINE ===================================================================================
-# LlamaEngine: one model loaded and running. It loads, reads a chat's prompt, reads ahead, writes.
+# LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
 
@@ -7485,7 +7487,7 @@ class LlamaEngine:
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, options)
-            self._make_context(header.path, plan, hardware)
+            self.make_context(header.path, plan, hardware)
             return plan
         except ModelError:
             lower = options._replace(fallback=options.fallback + 1)
@@ -7559,7 +7561,7 @@ class LlamaEngine:
             params.abort_callback_data = self.stop.address
         return params
 
-    def _make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
+    def make_context(self, path: str, plan: Plan, hardware: Hardware) -> None:
         api = self.api
         params = self._context_params(plan)
         self.errors = []
@@ -7589,7 +7591,7 @@ class LlamaEngine:
 
     # -- decoding --
 
-    def _decode(self, tokens: List[int], all_logits: bool = False) -> bool:
+    def decode(self, tokens: List[int], all_logits: bool = False) -> bool:
         """Read at most n_batch tokens into the KV cache; False when stopped. Raises ModelError."""
         status = self.cache.decode(tokens, all_logits)
         if status == 0:
@@ -7615,14 +7617,14 @@ class LlamaEngine:
             with suppress(OSError):       # then the next start finds it out again
                 save_kept("machine.json", self.key, {"caution": self.caution})
 
-    def _decode_paced(self, tokens: List[int]) -> bool:
+    def decode_paced(self, tokens: List[int]) -> bool:
         """Decode by as many threads as the machine's load allows."""
         import time
         began_s = time.monotonic()
         began_cpu_s = time.process_time()
         waits_for_disk = bool(self.unproven)    # the first time the weights are still to come
         n_threads = self.threads.n
-        if not self._decode(tokens):
+        if not self.decode(tokens):
             return False
         if waits_for_disk:
             return True
@@ -7647,60 +7649,47 @@ class LlamaEngine:
             if reckoned:
                 save_pace(self.hardware, main_type(self.header), rate / reckoned)
 
-    # -- reading --
+    # -- a chat --
 
-    def _read(self, prompt: List[int], event: str = "reading", until: Any = None) -> bool:
-        """Read the rest of the prompt in pieces of about half a second, with progress.
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
+             once: bool = False) -> None:
+        """Answer a chat: emits "reading" …, "text" …, "done".
 
-        False when stopped, or until() says so. Recurrent layers can't be left in the middle of a
-        piece, so there the pieces are short and the stop waits for their end."""
+        messages: [{"role": …, "content": …}], as OpenAI's.
+        begun: how the reply begins; the model goes on from there.
+        once: nobody watches, so the reply ends when it has as many tokens as the context.
+        Raises ModelError before anything is lost."""
         import time
-        cache = self.cache
-        size = min(16, self.n_batch)
-        start = len(cache.tokens)
-        began_s = told_s = time.monotonic()
-        self.threads.begin()
-        cache.save_checkpoint()           # to come back to when this turn is undone or edited
-        # the first time the last token goes alone, so that a crash comes before a word of the reply
-        last = len(prompt) - 1 if cache.cuts_badly or self.unproven else len(prompt)
-        while len(cache.tokens) < len(prompt):
-            at = len(cache.tokens)
-            now_s = time.monotonic()
-            if at == last:
-                cache.save_checkpoint()   # to come back to when the answer is to be another one
-            if now_s - told_s > 0.1:
-                told_s = now_s
-                self._tell_reading(event, at, len(prompt), (at - start) / (now_s - began_s))
-            end = self._piece_end(at, size, last, len(prompt))
-            if self.stop.is_set() or until and until() or not self._decode_paced(prompt[at:end]):
-                return False
-            size = self._next_size(size, end - at, time.monotonic() - now_s)
-            if end == self.system_mark[0]:
-                self._save_system_prompt()
-        if len(prompt) - start >= 16:     # fewer tell little
-            self.read_token_s = (time.monotonic() - began_s) / (len(prompt) - start)
-        return True
+        began_s = time.monotonic()
+        begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
+        kept, prompt = fit_messages(self, messages, len(begun_tokens))
+        prompt = prompt + begun_tokens
+        if kept is not messages:
+            self.cache.shift(prompt)
+        if len(prompt) >= self.n_ctx:
+            raise ModelError(
+                "This message is too long: with the system prompt it takes {:,} tokens, but the "
+                "model's context holds {:,}. Shorten it, or start with a larger context "
+                "(-c).".format(len(prompt), self.n_ctx))
+        n_reused = self.cache.keep_prefix(prompt)
+        reply = Reply(self, began_s, n_reused, begun_tokens)
+        reading = PromptReader(self, prompt)
+        reading.tell(0)
+        is_read = reading.run()
+        reply.read_s = time.monotonic() - began_s
+        reply.n_read = max(0, self.count_used() - n_reused)
+        if not is_read:
+            reply.end("stopped")
+            return
+        reply.text = begun
+        if not begun:
+            reply.release(self.tokenizer.template.opened)
+        Writer(self, reply, kept, sampling, once).run(prompt)
+        self._learn()
 
-    def _piece_end(self, at: int, size: int, *stops: int) -> int:
-        """Return where a piece ends that begins at `at`: not behind the next of the stops."""
-        n_left = min(stop for stop in (self.system_mark[0], *stops) if stop > at) - at
-        return at + min(n_left, self.threads.piece(size))
-
-    def _next_size(self, size: int, n_read: int, spent_s: float) -> int:
-        """Return the size of the next piece: what this machine reads in the time for one."""
-        piece_s = 0.05 if self.cache.recurrent else 0.4
-        n_fit = int(n_read * piece_s / max(1e-6, spent_s))
-        return max(1, min(self.n_batch, 4 * size, n_fit))
-
-    def _save_system_prompt(self) -> None:
-        """Keep what is read now, the system prompt, for all chats that begin with it."""
-        self.cache.save_checkpoint()
-        self.save_state(self.system_mark[1])
-        self.system_mark = (0, "")
-
-    def _tell_reading(self, event: str, n_done: int, n_all: int, rate: float) -> None:
-        left_s = (n_all - n_done) / rate if rate else 0
-        self.emit(event, done=n_done, total=n_all, rate=rate, left_s=left_s)
+    def count_used(self) -> int:
+        """Count the tokens of the context that are taken."""
+        return len(self.cache.tokens)
 
     def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
         """Return what is certain of the next prompt, if that leaves room for an answer."""
@@ -7715,8 +7704,9 @@ class LlamaEngine:
         if n_kept == len(ahead):
             return
         self.cache.truncate(n_kept)
-        if self._read(ahead, "ahead", until):
-            self._tell_reading("ahead", len(ahead), len(ahead), 0)
+        reading = PromptReader(self, ahead, "ahead")
+        if reading.run(until):
+            reading.tell(0)
         elif not self.stop.is_set():
             self.ahead = ahead
 
@@ -7733,213 +7723,281 @@ class LlamaEngine:
         self.tokenizer.replies.update(about["replies"])
         return True
 
-    # -- an answer --
 
-    def make_sampler(self, s: Sampling) -> Any:
-        """Make llama.cpp's sampler chain in its usual order (common/sampling.cpp). Free it.
+# == 15f. READING ==================================================================================
+# From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
+# piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
-        Greedy at temperature 0."""
-        api = self.api
-        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        penalties = api.llama_sampler_init_penalties
-        n_vocab = [api.llama_vocab_n_tokens(self.tokenizer.vocab)]
-        n_vocab *= len(penalties.argtypes) - 4    # newer llama.cpp asks for it
-        samplers = [penalties(*n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)]
-        if s.temperature <= 0:
-            samplers.append(api.llama_sampler_init_greedy())
+def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
+                 n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
+    """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
+
+    Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last
+    message stay. Emits "forgot" with the number of messages left out; KVCache.shift() then spares
+    reading the others again."""
+    prompt_tokens = engine.tokenizer.prompt_tokens
+    prompt = prompt_tokens(messages)
+    if len(prompt) + n_more < engine.n_ctx:
+        return messages, prompt
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(head):]
+    # where the chat may begin anew
+    starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
+    room = most_tokens(engine) - n_more
+    low = 0
+    high = len(starts) - 1
+    while low < high:                     # the first start that leaves enough room
+        middle = (low + high) // 2
+        if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
+            high = middle
         else:
-            seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
-            samplers += [
-                api.llama_sampler_init_top_k(s.top_k),
-                api.llama_sampler_init_typical(s.typical_p, 1),
-                api.llama_sampler_init_top_p(s.top_p, 1),
-                api.llama_sampler_init_min_p(s.min_p, 1),
-                api.llama_sampler_init_temp(s.temperature),
-                api.llama_sampler_init_dist(seed & 0xffffffff)]
-        for sampler in samplers:
-            api.llama_sampler_chain_add(chain, sampler)
-        return chain
+            low = middle + 1
+    if starts[low] == 0:
+        return messages, prompt
+    engine.emit("forgot", n=starts[low])
+    messages = head + turns[starts[low]:]
+    return messages, prompt_tokens(messages)
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
-             once: bool = False) -> None:
-        """Answer a chat: emits "reading" …, "text" …, "done".
+def most_tokens(engine: LlamaEngine) -> int:
+    """Return how many tokens may stay when the context was full."""
+    return int(engine.n_ctx * (1 - CONTEXT_FREE_SHARE))
 
-        messages: [{"role": …, "content": …}], as OpenAI's.
-        begun: how the reply begins; the model goes on from there.
-        once: nobody watches, so the reply ends when it has as many tokens as the context.
-        Raises ModelError before anything is lost."""
+class PromptReader:
+    """Reads what the KV cache lacks of a prompt, in pieces of about half a second.
+
+    Recurrent layers can't be left in the middle of a piece, so there the pieces are short and a
+    stop waits for their end."""
+
+    TELL_S = 0.1                          # between two reports of progress
+    LEAST_TOKENS = 16                     # fewer tell little of the speed
+
+    def __init__(self, engine: LlamaEngine, prompt: List[int], event: str = "reading") -> None:
         import time
-        began_s = time.monotonic()
-        begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
-        kept, prompt = self._fit_messages(messages, len(begun_tokens))
-        prompt = prompt + begun_tokens
-        if kept is not messages:
-            self.cache.shift(prompt)
-        if len(prompt) >= self.n_ctx:
-            raise ModelError(
-                "This message is too long: with the system prompt it takes {:,} tokens, but the "
-                "model's context holds {:,}. Shorten it, or start with a larger context "
-                "(-c).".format(len(prompt), self.n_ctx))
-        n_reused = self.cache.keep_prefix(prompt)
-        reply = Reply(self, began_s, n_reused, begun_tokens)
-        self._tell_reading("reading", n_reused, len(prompt), 0)
-        is_read = self._read(prompt)
-        reply.read_s = time.monotonic() - began_s
-        reply.n_read = max(0, self.count_used() - n_reused)
-        if not is_read:
-            reply.end("stopped")
-            return
-        reply.text = begun
-        if not begun:
-            reply.release(self.tokenizer.template.opened)
-        self._sample_reply(reply, prompt, sampling, kept, once)
-        self._learn()
+        self.engine = engine
+        self.cache = engine.cache
+        self.prompt = prompt
+        self.event = event                # reports progress
+        self.start = len(self.cache.tokens)
+        self.began_s = time.monotonic()
+        self.told_s = self.began_s
+        self.size = min(16, engine.n_batch)    # of the next piece
+        # the first time the last token goes alone, so that a crash comes before a word of the reply
+        is_last_alone = self.cache.cuts_badly or bool(engine.unproven)
+        self.last = len(prompt) - is_last_alone
 
-    def _sample_reply(self, reply: "Reply", prompt: List[int], sampling: Sampling,
-                      messages: List[Dict[str, str]], once: bool) -> None:
+    def run(self, until: Any = None) -> bool:
+        """Read all, with progress; False when stopped, or until() says so. Raises ModelError."""
+        import time
+        engine = self.engine
+        engine.threads.begin()
+        self.cache.save_checkpoint()      # to come back to when this turn is undone or edited
+        while len(self.cache.tokens) < len(self.prompt):
+            if len(self.cache.tokens) == self.last:
+                # to come back to when the answer is to be another one
+                self.cache.save_checkpoint()
+            if time.monotonic() - self.told_s > self.TELL_S:
+                self.tell(self.rate())
+            if engine.stop.is_set() or until and until() or not self.read_piece():
+                return False
+        if len(self.prompt) - self.start >= self.LEAST_TOKENS:
+            engine.read_token_s = 1 / self.rate()
+        return True
+
+    def read_piece(self) -> bool:
+        """Read the next piece, and choose the size of the one after; False when stopped."""
+        import time
+        engine = self.engine
+        began_s = time.monotonic()
+        at = len(self.cache.tokens)
+        end = self.piece_end(at)
+        if not engine.decode_paced(self.prompt[at:end]):
+            return False
+        piece_s = 0.05 if self.cache.recurrent else 0.4
+        n_fit = int((end - at) * piece_s / max(1e-6, time.monotonic() - began_s))
+        self.size = max(1, min(engine.n_batch, 4 * self.size, n_fit))
+        n_system, path = engine.system_mark
+        if end == n_system:               # kept for all chats that begin with it
+            self.cache.save_checkpoint()
+            engine.save_state(path)
+            engine.system_mark = (0, "")
+        return True
+
+    def piece_end(self, at: int) -> int:
+        """Return where the piece ends that begins at `at`: not behind the next stop."""
+        stops = (self.engine.system_mark[0], self.last, len(self.prompt))
+        next_stop = min(stop for stop in stops if stop > at)
+        return at + min(next_stop - at, self.engine.threads.piece(self.size))
+
+    def rate(self) -> float:
+        """Return tokens read per second since the beginning."""
+        import time
+        passed_s = max(1e-6, time.monotonic() - self.began_s)
+        return (len(self.cache.tokens) - self.start) / passed_s
+
+    def tell(self, rate: float) -> None:
+        """Report the progress; rate: tokens per second, 0 = nothing is known of it."""
+        import time
+        self.told_s = time.monotonic()
+        n_done = len(self.cache.tokens)
+        n_all = len(self.prompt)
+        left_s = (n_all - n_done) / rate if rate else 0
+        self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
+
+
+# == 15g. WRITING ==================================================================================
+# Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
+# which REPLY makes text of. Knows the engine, but neither loading nor the window.
+
+def make_sampler(api: Any, vocab: Any, s: Sampling) -> Any:
+    """Make llama.cpp's sampler chain in its usual order (common/sampling.cpp). Free it.
+
+    Greedy at temperature 0."""
+    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+    penalties = api.llama_sampler_init_penalties
+    n_vocab = [api.llama_vocab_n_tokens(vocab)]
+    n_vocab *= len(penalties.argtypes) - 4    # newer llama.cpp asks for it
+    samplers = [penalties(*n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)]
+    if s.temperature <= 0:
+        samplers.append(api.llama_sampler_init_greedy())
+    else:
+        seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
+        samplers += [
+            api.llama_sampler_init_top_k(s.top_k),
+            api.llama_sampler_init_typical(s.typical_p, 1),
+            api.llama_sampler_init_top_p(s.top_p, 1),
+            api.llama_sampler_init_min_p(s.min_p, 1),
+            api.llama_sampler_init_temp(s.temperature),
+            api.llama_sampler_init_dist(seed & 0xffffffff)]
+    for sampler in samplers:
+        api.llama_sampler_chain_add(chain, sampler)
+    return chain
+
+class Writer:
+    """Writes one reply to a prompt that the KV cache holds."""
+
+    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Dict[str, str]],
+                 sampling: Sampling, once: bool) -> None:
+        self.engine = engine
+        self.api = engine.api
+        self.cache = engine.cache
+        self.reply = reply
+        self.messages = messages          # what the context has room for
+        self.sampling = sampling
+        # tokens of the reply; 0 = as many as come
+        self.n_most = sampling.max_tokens or (engine.n_ctx if once else 0)
+        self.sampler = make_sampler(self.api, engine.tokenizer.vocab, sampling)
+
+    def run(self, prompt: List[int]) -> None:
         """Write the reply and end it; what the model wrote is remembered as tokens."""
         import time
-        n_most = sampling.max_tokens or (self.n_ctx if once else 0)
-        sampler = self.make_sampler(sampling)
+        reply = self.reply
+        tokenizer = self.engine.tokenizer
         try:
-            if sampling.repeat_penalty != 1:
-                for token in prompt[-max(0, sampling.repeat_last_n):]:
-                    self.api.llama_sampler_accept(sampler, token)
-            reason = self._write(reply, sampler, n_most, messages)
-            is_full = reason == "length" and not sampling.max_tokens
-            reply.end("full" if is_full else reason)
+            if self.sampling.repeat_penalty != 1:
+                for token in prompt[-max(0, self.sampling.repeat_last_n):]:
+                    self.api.llama_sampler_accept(self.sampler, token)
+            reply.end(self.write())
         finally:
-            self.api.llama_sampler_free(sampler)
+            self.api.llama_sampler_free(self.sampler)
             if reply.unsent:              # it failed in mid-reply
                 reply.flush(time.monotonic())
             # where a mark was cut off or renamed, the text isn't that of the tokens
-            if reply.tokens and not reply.is_over and not self.tokenizer.mark_names:
-                self.tokenizer.replies[reply.text] = reply.begun + reply.tokens
+            if reply.tokens and not reply.is_over and not tokenizer.mark_names:
+                tokenizer.replies[reply.text] = reply.begun + reply.tokens
 
-    def count_used(self) -> int:
-        """Count the tokens of the context that are taken."""
-        return len(self.cache.tokens)
-
-    def _fit_messages(self, messages: List[Dict[str, str]],
-                      n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
-        """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
-
-        Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the
-        last message stay. Emits "forgot" with the number of messages left out; KVCache.shift() then
-        spares reading the others again."""
-        prompt_tokens = self.tokenizer.prompt_tokens
-        prompt = prompt_tokens(messages)
-        if len(prompt) + n_more < self.n_ctx:
-            return messages, prompt
-        head = messages[:1] if messages[0]["role"] == "system" else []
-        turns = messages[len(head):]
-        # where the chat may begin anew
-        starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
-        room = self._most_tokens() - n_more
-        low = 0
-        high = len(starts) - 1
-        while low < high:                 # the first start that leaves enough room
-            middle = (low + high) // 2
-            if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
-                high = middle
-            else:
-                low = middle + 1
-        if starts[low] == 0:
-            return messages, prompt
-        self.emit("forgot", n=starts[low])
-        messages = head + turns[starts[low]:]
-        return messages, prompt_tokens(messages)
-
-    def _most_tokens(self) -> int:
-        """Return how many tokens may stay when the context was full."""
-        return int(self.n_ctx * (1 - CONTEXT_FREE_SHARE))
-
-    def _make_room(self, messages: List[Dict[str, str]], reply: "Reply") -> List[Dict[str, str]]:
-        """The context is full in the middle of a reply: forget the oldest turns.
-
-        Then the beginning of the reply itself."""
-        written = (reply.begun + reply.tokens)[:-1]    # the last token isn't in the KV cache yet
-        messages, prompt = self._fit_messages(messages, len(written) + 1)
-        if len(prompt) + len(written) + 1 >= self.n_ctx:
-            room = max(1, self._most_tokens() - len(prompt))
-            written = written[-room:]
-        self.cache.shift(prompt + written)
-        self.cache.keep_prefix(prompt + written + [0])
-        self._read(prompt + written)
-        self.lookup.forget()
-        return messages
-
-    def _write(self, reply: "Reply", sampler: Any, n_most: int,
-               messages: List[Dict[str, str]]) -> str:
-        """Generate until something ends it; returns what: "end", "length", "repeats" or "stopped".
-
-        n_most: tokens of the reply; 0 = as many as come."""
-        tokens = [self.api.llama_sampler_sample(sampler, self.context, -1)]
-        self.lookup.forget()
-        self.threads.begin()
-        while tokens and not self.stop.is_set():
+    def write(self) -> str:
+        """Generate until something ends it; returns what, as "done" tells it."""
+        engine = self.engine
+        tokens = [self.sample(-1)]
+        engine.lookup.forget()
+        engine.threads.begin()
+        while tokens and not engine.stop.is_set():
             for token in tokens:
-                reason = self._add_token(reply, token, n_most)
+                reason = self.add(token)
                 if reason:
                     return reason
-            if self.count_used() >= self.n_ctx:
-                messages = self._make_room(messages, reply)
-            n_guessed = min(self.n_batch, self.n_ctx - self.count_used()) - 1
-            if n_most:
-                n_guessed = min(n_guessed, n_most - len(reply.tokens) - 1)
-            if self.cache.cuts_badly:
-                n_guessed = 0
-            tokens = self._next_tokens(sampler, token, n_guessed)
+            if engine.count_used() >= engine.n_ctx:
+                self.make_room()
+            tokens = self.next_tokens(token)
         return "stopped"
 
-    def _add_token(self, reply: "Reply", token: int, n_most: int) -> str:
+    def sample(self, at: int) -> int:
+        """Choose the token that follows the one at this place of the last batch; -1 = its end."""
+        return self.api.llama_sampler_sample(self.sampler, self.engine.context, at)
+
+    def ends(self, token: int) -> bool:
+        return self.api.llama_vocab_is_eog(self.engine.tokenizer.vocab, token)
+
+    def add(self, token: int) -> str:
         """Add a token to the reply; returns why the reply ends here, or ""."""
-        tokenizer = self.tokenizer
-        if self._is_end(token) or token in tokenizer.end_tokens:
+        reply = self.reply
+        tokenizer = self.engine.tokenizer
+        if self.ends(token) or token in tokenizer.end_tokens:
             return "end"
         reply.add(token, tokenizer.piece(token, token in tokenizer.marks))
         if reply.is_over:
             return "end"
-        if len(reply.tokens) == n_most:
-            return "length"
+        if len(reply.tokens) == self.n_most:
+            return "length" if self.sampling.max_tokens else "full"
         if len(reply.tokens) % 16 == 0 and reply.repeats():
             return "repeats"
         return ""
 
-    def _is_end(self, token: int) -> bool:
-        return self.api.llama_vocab_is_eog(self.tokenizer.vocab, token)
-
-    def _next_tokens(self, sampler: Any, token: int, n_most: int) -> List[int]:
-        """Decode the last token and a guess of up to n_most after it; [] when stopped.
+    def next_tokens(self, token: int) -> List[int]:
+        """Decode the last token and a guess of what follows it; [] when stopped.
 
         Returns the tokens sampled from that. Sampling goes position by position and ends where it
         differs from the guess, so the guess changes nothing but the speed."""
         import time
-        n_before = self.count_used()
-        guess: List[int] = []
-        if n_most > 0:
-            guess = self.lookup.guess(self.cache.tokens + [token], n_most)
-        for i, guessed in enumerate(guess):
-            if self._is_end(guessed):
-                guess = guess[:i]
-                break
+        engine = self.engine
+        n_before = engine.count_used()
+        guess = self.guess(token)
         began_s = time.monotonic()
         if guess:
-            done = self._decode([token] + guess, True)
+            # ThreadCount isn't told: several tokens have another pace than one. Guesses that others
+            # make slow don't pay, and the plain tokens that follow then tell it.
+            done = engine.decode([token] + guess, True)
         else:
-            done = self._decode_paced([token])
+            done = engine.decode_paced([token])
         if not done:
             return []
-        sample = self.api.llama_sampler_sample
-        sampled = [sample(sampler, self.context, 0 if guess else -1)]
+        sampled = [self.sample(0 if guess else -1)]
         while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:
-            sampled.append(sample(sampler, self.context, len(sampled)))
-        self.lookup.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
+            sampled.append(self.sample(len(sampled)))
+        engine.lookup.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
         self.cache.truncate(n_before + len(sampled))
         return sampled
 
+    def guess(self, token: int) -> List[int]:
+        """Guess what follows this token; [] = nothing, or a wrong guess couldn't be forgotten."""
+        if self.cache.cuts_badly:
+            return []
+        engine = self.engine
+        n_most = min(engine.n_batch, engine.n_ctx - engine.count_used()) - 1
+        if self.n_most:
+            n_most = min(n_most, self.n_most - len(self.reply.tokens) - 1)
+        if n_most < 1:
+            return []
+        guess = engine.lookup.guess(self.cache.tokens + [token], n_most)
+        end = next((i for i, guessed in enumerate(guess) if self.ends(guessed)), len(guess))
+        return guess[:end]
 
-# == 15f. REPLY ====================================================================================
+    def make_room(self) -> None:
+        """Forget the oldest turns, then the beginning of the reply itself: the context is full."""
+        engine = self.engine
+        # the last token isn't in the KV cache yet
+        written = (self.reply.begun + self.reply.tokens)[:-1]
+        self.messages, prompt = fit_messages(engine, self.messages, len(written) + 1)
+        if len(prompt) + len(written) + 1 >= engine.n_ctx:
+            room = max(1, most_tokens(engine) - len(prompt))
+            written = written[-room:]
+        self.cache.shift(prompt + written)
+        self.cache.keep_prefix(prompt + written + [0])
+        PromptReader(engine, prompt + written).run()
+        engine.lookup.forget()
+
+
+# == 15h. REPLY ====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -14935,12 +14993,12 @@ class Bench:
 
     def renew(self, plan: Plan) -> None:
         self.api.llama_free(self.engine.context)
-        self.engine._make_context("", plan, self.hardware)
+        self.engine.make_context("", plan, self.hardware)
 
     def read(self, n: int) -> None:
         """Read n tokens in one batch, into an empty KV cache."""
         self.engine.cache.truncate(0)
-        self.engine._decode(self.tokens[:n])
+        self.engine.decode(self.tokens[:n])
 
     def read_rate(self, plan: Plan) -> float:
         self.renew(plan._replace(n_ctx=1024))
@@ -14948,7 +15006,7 @@ class Bench:
         return plan.n_ubatch / self.median_s(lambda: self.read(plan.n_ubatch), 5)
 
     def write(self) -> None:
-        self.engine._decode([self.tokens[len(self.engine.cache.tokens)]])
+        self.engine.decode([self.tokens[len(self.engine.cache.tokens)]])
 
     def write_rate(self, plan: Plan) -> float:
         self.renew(plan)

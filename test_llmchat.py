@@ -3209,8 +3209,8 @@ class CacheTest(unittest.TestCase):
         guessing = """if True:
             def run(guess, n_ctx, turns, **sampling):
                 e, decodes, chat = engine(n_ctx), [], []
-                decode = e._decode
-                e._decode = lambda *tokens: decodes.append(1) or decode(*tokens)
+                decode = e.decode
+                e.decode = lambda *tokens: decodes.append(1) or decode(*tokens)
                 if not guess:
                     e.lookup.guess = lambda tokens, n_most: []
                 else:
@@ -3883,7 +3883,7 @@ class BadModelTest(unittest.TestCase):
 
     def test_nothing_stays_of_a_model_without_room(self):
         engine = mock.Mock(model=None, errors=["failed to allocate"])
-        engine._make_context.side_effect = ModelError("No room.")
+        engine.make_context.side_effect = ModelError("No room.")
         with self.assertRaises(ModelError):
             llmchat.LlamaEngine._load_plan(
                 engine, header(), machine(4, 3), LoadOptions(fallback=99)
