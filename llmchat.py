@@ -53,6 +53,7 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
    17c ENGINE PROCESS  the child: JSON lines in, JSON lines out
   III The machine
     18 HARDWARE        what this machine has
+   18b HARDWARE IN WORDS  … as lines, and what could make more of it
     19 GGUF            what stands in a model's file
     20 MEMORY          bytes that a model takes
    20b SPEED           tokens/s to expect of it here
@@ -9209,55 +9210,83 @@ class EngineProcess:
 
 
 # == 18. HARDWARE ==================================================================================
-# What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can be invented in a
-# test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that llama.cpp reports. To support another
-# system, write probes that return Hardware fields and list them in probe_hardware.
+# What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
+# be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
+# llama.cpp reports. To support another system, write probes that return Hardware fields and list
+# them in probe_hardware.
 
-CPU_FLAGS = (  # /proc/cpuinfo's, macOS's, Windows' and llama.cpp's word for it -> ours; those that llama.cpp has faster code for
-    ("ssse3 win36", "SSSE3"), ("sse4_2 sse4.2 win38", "SSE4.2"), ("avx avx1.0 win39", "AVX"), ("f16c win40", "F16C"), ("fma win40", "FMA"),
-    ("bmi2 win40", "BMI2"), ("avx2 win40", "AVX2"), ("avx_vnni", "AVX-VNNI"), ("avx512f win41 avx512", "AVX-512"),
-    ("avx512_vnni avx512vnni", "AVX-512 VNNI"), ("amx_int8", "AMX"), ("neon asimd arm64 win19", "NEON"),
-    ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"), ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
-    ("sve", "SVE"), ("repack aarch64_repack", "REPACK"))
+CPU_FLAGS = (    # words of /proc/cpuinfo, macOS, Windows and llama.cpp -> ours
+    ("ssse3 win36", "SSSE3"),
+    ("sse4_2 sse4.2 win38", "SSE4.2"),
+    ("avx avx1.0 win39", "AVX"),
+    ("f16c win40", "F16C"),
+    ("fma win40", "FMA"),
+    ("bmi2 win40", "BMI2"),
+    ("avx2 win40", "AVX2"),
+    ("avx_vnni", "AVX-VNNI"),
+    ("avx512f win41 avx512", "AVX-512"),
+    ("avx512_vnni avx512vnni", "AVX-512 VNNI"),
+    ("amx_int8", "AMX"),
+    ("neon asimd arm64 win19", "NEON"),
+    ("asimddp hw.optional.arm.feat_dotprod win43 dotprod", "dot product"),
+    ("i8mm hw.optional.arm.feat_i8mm matmul_int8", "I8MM"),
+    ("sve", "SVE"),
+    ("repack aarch64_repack", "REPACK"))
 OLD_SETS = ("SSSE3", "SSE4.2")  # that all CPUs with more have, too
-WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU and, with NEON, all that they use
+WHEEL_SETS = ("AVX", "AVX2", "FMA", "F16C", "BMI2")  # what ready-made packages want of an x86 CPU
+SYSCTL_KEYS = (                 # of macOS; perflevel0 is Apple's performance cores
+    "machdep.cpu.brand_string", "machdep.cpu.features", "machdep.cpu.leaf7_features",
+    "hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_I8MM", "hw.physicalcpu",
+    "hw.logicalcpu", "hw.perflevel0.physicalcpu", "hw.memsize", "vm.swapusage")
 
 def wanted_sets(machine: str) -> Tuple[str, ...]:
-    """What ready-made packages want of a CPU. machine: as uname has it, such as "x86_64", "i686", "armv7l"."""
+    """Name what ready-made packages want of a CPU.
+
+    machine: as uname has it, such as "x86_64", "i686", "armv7l".
+    """
     if re.match(r"(?i)x86|amd64|i\d86", machine):
         return WHEEL_SETS
     return ("NEON",) if re.match(r"(?i)arm|aarch", machine) else ()
 
 def read_command(*argv: str, limit_s: float = 2) -> str:
-    """What a system command prints; "" where it doesn't work."""
+    """Return what a system command prints; "" where it doesn't work."""
     from subprocess import DEVNULL, PIPE, SubprocessError, run
     try:
-        return run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s).stdout.decode("utf-8", "replace")
+        done = run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s)
     except (OSError, SubprocessError):
         return ""
+    return done.stdout.decode("utf-8", "replace")
 
 def parse_numbers(text: str) -> Dict[str, int]:
-    """The numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "active_file 12"."""
+    """Find the numbers in lines such as "MemFree: 12 kB", "Pages free:  12." and "file 12"."""
     return {name: int(digits) for name, digits in re.findall(r"(?m)^([\w ]+?):?\s+(\d+)", text)}
 
 def parse_range(text: str) -> List[int]:
-    """The numbers of Linux's lists of CPUs and nodes, such as "0-3,8"."""
-    return [n for first, last in re.findall(r"(\d+)(?:-(\d{1,5}))?", text) for n in range(int(first), int(last or first) + 1)]
+    """Find the numbers of Linux's lists of CPUs and nodes, such as "0-3,8"."""
+    numbers: List[int] = []
+    for first, last in re.findall(r"(\d+)(?:-(\d{1,5}))?", text):
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 def parse_build(system_info: str) -> Tuple[str, ...]:
-    """Our words for what stands in llama_print_system_info(), "CPU : SSE3 = 1 | AVX2 = 1 | …"."""
+    """Translate llama_print_system_info(), "CPU : SSE3 = 1 | AVX2 = 1 | …", into our words."""
     return parse_flags(re.findall(r"(\w+) = 1", system_info.lower()))
 
 def parse_flags(flags: Iterable[str]) -> Tuple[str, ...]:
-    return tuple(ours for theirs, ours in CPU_FLAGS if set(theirs.split()) & set(flags))
+    has = set(flags)
+    return tuple(ours for theirs, ours in CPU_FLAGS if has.intersection(theirs.split()))
 
 def probe_hardware(*more: Any) -> Hardware:
-    """This machine, without the GPUs that llama.cpp reports; never raises. more: probes that take longer."""
+    """Probe this machine, without the GPUs that llama.cpp reports; never raises.
+
+    more: probes that take longer.
+    """
     n_cores = os.cpu_count() or 1
     hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
                         "%d.%d.%d" % sys.version_info[:3])
-    probes = {"darwin": (probe_macos,), "win32": (probe_windows_cpu, probe_windows_ram)}
-    for probe in (*probes.get(sys.platform, (probe_linux_cpu, probe_linux_ram)), probe_seen_gpus, *more):
+    probes = {"darwin": [probe_macos], "win32": [probe_windows_cpu, probe_windows_ram]}
+    own = probes.get(sys.platform, [probe_linux_cpu, probe_linux_ram])
+    for probe in (*own, probe_seen_gpus, *more):
         try:
             hardware = hardware._replace(**probe())
         except Exception:
@@ -9266,6 +9295,7 @@ def probe_hardware(*more: Any) -> Hardware:
 
 def probe_linux_cpu() -> dict:
     name, instruction_sets, core_ids = parse_cpuinfo(read_text("/proc/cpuinfo"))
+    name = name or read_text("/proc/device-tree/model").strip("\0\n ")
     threads: Iterable[int] = range(os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):
         threads = os.sched_getaffinity(0)
@@ -9277,7 +9307,7 @@ def probe_linux_cpu() -> dict:
     quotas = probe_cgroup_quotas()
     return {
         "os_name": probe_linux_name(),
-        "cpu_name": name or read_text("/proc/device-tree/model").strip("\0\n ") or os.uname().machine,
+        "cpu_name": name or os.uname().machine,
         "instruction_sets": instruction_sets,
         "physical_cores": n_cores,
         "logical_cores": len(core_of),
@@ -9293,7 +9323,7 @@ def probe_linux_name() -> str:
     return found.group(1) if found else os.uname().sysname
 
 def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
-    """Measure each thread's core, in any unit: the kernel's word, else guessed from its highest clock."""
+    """Tell each thread's speed, in any unit: the kernel's word, else by its highest clock."""
     # Intel's efficiency cores, which llama.cpp itself leaves out
     slow = parse_range(read_text("/sys/devices/cpu_atom/cpus"))
     if set(threads) - set(slow) and slow:
@@ -9309,31 +9339,37 @@ def probe_cpu_number(n: int, name: str) -> float:
     digits = re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name)))
     return float(digits.group()) if digits else 0.0
 
-def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, Tuple[str, str]]]:
-    """Name, instruction sets and {thread: (package, core)} from /proc/cpuinfo, in its x86 and ARM forms."""
+def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
+    """Find name, instruction sets and {thread: (package, core)} in an x86 or ARM /proc/cpuinfo."""
     pairs = re.findall(r"(?m)^(\w[\w ]*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text)
+    packages = [value for key, value in pairs if key == "physical id"]
+    cores = [value for key, value in pairs if key == "core id"]
     first = dict(reversed(pairs))
-    packages, cores = ([value for key, value in pairs if key == wanted] for wanted in ("physical id", "core id"))
-    name = first.get("Model") or first.get("Hardware") or first.get("model name") or first.get("Processor", "")
+    names = [first.get(key) for key in ("Model", "Hardware", "model name", "Processor")]
+    name = next(filter(None, names), "")
     flags = first.get("flags") or first.get("Features", "")
     return name, parse_flags(flags.split()), dict(enumerate(zip(packages, cores)))
 
 def count_cores(speeds: Dict[int, float], core_of: dict) -> Tuple[int, int]:
-    """All cores and those to use, of {thread: speed} and {thread: what its core's threads have in common}.
+    """Count (all cores, those to use).
 
-    Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than they bring.
+    speeds: of each thread's core. core_of: {thread: what its core's threads have in common}.
+    Every step of llama.cpp waits for its slowest thread, so a phone's little cores cost more than
+    they bring.
     """
-    count = lambda least: len({core_of.get(n, n) for n in speeds if speeds[n] >= least})
+    def count(least: float) -> int:
+        return len({core_of.get(n, n) for n in speeds if speeds[n] >= least})
     best = max(set(speeds.values()), key=lambda speed: (speed * count(speed), -speed))
     return count(0), count(best)
 
 def probe_cgroup_folders(controller: str) -> List[str]:
-    """Where the limits of this process may stand: its cgroups' folders and all above them, v1 and v2.
+    """List where limits may stand: this process' cgroups' folders and all above them, v1 and v2.
 
     A container often sees its own limits at the root while /proc/self/cgroup gives the host's path.
     """
     folders = []
-    for controllers, path in re.findall(r"(?m)^\d+:([^:\n]*):(.*)$", read_text("/proc/self/cgroup")):
+    cgroups = read_text("/proc/self/cgroup")
+    for controllers, path in re.findall(r"(?m)^\d+:([^:\n]*):(.*)$", cgroups):
         if not controllers or controller in controllers.split(","):
             root = "/sys/fs/cgroup/" + (controller + "/" if controllers else "")
             steps = [step + "/" for step in path.split("/") if step not in ("", "..")]
@@ -9341,25 +9377,49 @@ def probe_cgroup_folders(controller: str) -> List[str]:
     return folders
 
 def probe_cgroup_quotas() -> List[int]:
-    """The whole CPUs that cgroups grant, from "quota period" in microseconds; "max" and -1 mean no limit."""
-    texts = (read_text(folder + "cpu.max") or read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
-             for folder in probe_cgroup_folders("cpu"))
-    return [max(1, int(quota) // int(period)) for text in texts for quota, period in re.findall(r"\A(\d+)\s+([1-9]\d*)", text)]
+    """List the whole CPUs that cgroups grant, from "quota period" in microseconds.
+
+    "max" and -1 mean no limit.
+    """
+    quotas = []
+    for folder in probe_cgroup_folders("cpu"):
+        text = read_text(folder + "cpu.max")
+        if not text:
+            text = read_text(folder + "cpu.cfs_quota_us") + read_text(folder + "cpu.cfs_period_us")
+        found = re.match(r"(\d+)\s+([1-9]\d*)", text)
+        if found:
+            quotas.append(max(1, int(found.group(1)) // int(found.group(2))))
+    return quotas
 
 def probe_linux_ram() -> dict:
-    told = parse_numbers(read_text("/proc/meminfo"))  # kernels before 3.14 lack MemAvailable
-    free = 1024 * told.get("MemAvailable", sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached")))
-    total, granted = 1024 * told.get("MemTotal", 0), 0
+    told = parse_numbers(read_text("/proc/meminfo"))
+    free = told.get("MemAvailable")
+    if free is None:                      # kernels before 3.14
+        free = sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached"))
+    total_bytes = 1024 * told.get("MemTotal", 0)
+    free_bytes = 1024 * free
+    granted_bytes = 0
     for folder in probe_cgroup_folders("memory"):
-        limit, used = (read_text(folder + v2) or read_text(folder + v1) for v2, v1 in (
-            ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")))
-        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) <= total:
-            pages = parse_numbers(read_text(folder + "memory.stat"))
-            files = sum(pages.get("total_" + key, pages.get(key, 0)) for key in ("inactive_file", "active_file"))
-            total = granted = int(limit)
-            free = min(free, total, max(0, total - int(used) + files))  # file pages in use can be given back
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "container_bytes": granted,
-            "swap_total_bytes": 1024 * told.get("SwapTotal", 0), "swap_free_bytes": 1024 * told.get("SwapFree", 0)}
+        limit = read_text(folder + "memory.max") or read_text(folder + "memory.limit_in_bytes")
+        used = read_text(folder + "memory.current") or read_text(folder + "memory.usage_in_bytes")
+        is_told = limit.strip().isdigit() and used.strip().isdigit()
+        if is_told and int(limit) <= total_bytes:
+            total_bytes = granted_bytes = int(limit)
+            room = total_bytes - int(used) + probe_file_pages(folder)
+            free_bytes = min(free_bytes, total_bytes, max(0, room))
+    return {
+        "ram_total_bytes": total_bytes,
+        "ram_free_bytes": free_bytes,
+        "container_bytes": granted_bytes,
+        "swap_total_bytes": 1024 * told.get("SwapTotal", 0),
+        "swap_free_bytes": 1024 * told.get("SwapFree", 0),
+    }
+
+def probe_file_pages(folder: str) -> int:
+    """Count the bytes of a cgroup's file pages, which are in use but can be given back."""
+    pages = parse_numbers(read_text(folder + "memory.stat"))
+    return sum(pages.get("total_" + key, pages.get(key, 0))
+               for key in ("inactive_file", "active_file"))
 
 def probe_seen_gpus() -> dict:
     """Find the GPUs that the system knows of, with memory of their own where that is told."""
@@ -9382,12 +9442,15 @@ def probe_seen_gpus() -> dict:
     return {"seen_gpus": tuple(seen)}
 
 def probe_nvidia() -> dict:
-    """The NVIDIA GPUs by name, from their driver, which may take its time."""
-    rows = re.findall(r"(?m)^(.+), (\d+), (\d+)\s*$", read_command(
-        "nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"))
-    cards = tuple(Gpu(name, "cuda", int(total) << 20, int(free) << 20) for name, total, free in rows)
-    seen = probe_seen_gpus()["seen_gpus"]
-    return {"seen_gpus": cards + tuple(gpu for gpu in seen if gpu.backend != "cuda")} if cards else {}
+    """Find the NVIDIA GPUs by name, from their driver, which may take its time."""
+    told = read_command("nvidia-smi", "--query-gpu=name,memory.total,memory.free",
+                        "--format=csv,noheader,nounits")
+    cards = [Gpu(name, "cuda", int(total) << 20, int(free) << 20)
+             for name, total, free in re.findall(r"(?m)^(.+), (\d+), (\d+)\s*$", told)]
+    if not cards:
+        return {}
+    others = [gpu for gpu in probe_seen_gpus()["seen_gpus"] if gpu.backend != "cuda"]
+    return {"seen_gpus": (*cards, *others)}
 
 def probe_disk() -> dict:
     import shutil
@@ -9398,91 +9461,150 @@ def probe_disk() -> dict:
 
 def probe_macos() -> dict:
     import platform
-    keys = ("machdep.cpu.brand_string machdep.cpu.features machdep.cpu.leaf7_features hw.optional.arm.FEAT_DotProd "
-            "hw.optional.arm.FEAT_I8MM hw.physicalcpu hw.logicalcpu hw.perflevel0.physicalcpu hw.memsize vm.swapusage").split()
-    told = dict(re.findall(r"(?m)^(\S+): (.*)$", read_command("/usr/sbin/sysctl", "-i", *keys)))
-    vm_stat = read_command("/usr/bin/vm_stat")
-    page_bytes, pages = re.search(r"page size of (\d+)|$", vm_stat).group(1) or 4096, parse_numbers(vm_stat)
-    free = int(page_bytes) * sum(
-        pages.get("Pages " + key, 0) for key in ("free", "inactive", "speculative", "purgeable"))  # without swapping
-    flags = " ".join([*told.values(), *(key for key in told if told[key] == "1"), platform.machine()])
+    listed = read_command("/usr/sbin/sysctl", "-i", *SYSCTL_KEYS)
+    told = dict(re.findall(r"(?m)^(\S+): (.*)$", listed))
+    hw = {key[3:]: int(told[key]) for key in SYSCTL_KEYS if re.match(r"\d+$", told.get(key, ""))}
+    flags = [*told.values(), *(key for key in told if told[key] == "1"), platform.machine()]
     swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
-    # the last is Apple's performance cores, absent on Intel
-    total, n_cores, n_threads, n_fast = (int(told.get("hw." + key, 0)) for key in (
-        "memsize", "physicalcpu", "logicalcpu", "perflevel0.physicalcpu"))
-    return {"cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
-            "instruction_sets": parse_flags(flags.lower().split()), "os_name": "macOS " + platform.mac_ver()[0],
-            "physical_cores": n_cores or 1, "logical_cores": n_threads or 1, "usable_cores": n_fast or n_cores or 1,
-            "fast_cores": n_fast, "swap_total_bytes": int(swap.get("total", 0)) << 20, "swap_free_bytes": int(swap.get("free", 0)) << 20,
-            "ram_total_bytes": total, "ram_free_bytes": min(total, free or total // 2)}
+    total_bytes = hw.get("memsize", 0)
+    n_cores = hw.get("physicalcpu") or 1
+    n_fast = hw.get("perflevel0.physicalcpu", 0)    # absent on Intel
+    return {
+        "os_name": "macOS " + platform.mac_ver()[0],
+        "cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
+        "instruction_sets": parse_flags(" ".join(flags).lower().split()),
+        "physical_cores": n_cores,
+        "logical_cores": hw.get("logicalcpu") or 1,
+        "usable_cores": n_fast or n_cores,
+        "fast_cores": n_fast,
+        "swap_total_bytes": int(swap.get("total", 0)) << 20,
+        "swap_free_bytes": int(swap.get("free", 0)) << 20,
+        "ram_total_bytes": total_bytes,
+        "ram_free_bytes": min(total_bytes, probe_macos_free() or total_bytes // 2),
+    }
+
+def probe_macos_free() -> int:
+    """Count the bytes of RAM that can be had without swapping; 0 = not known."""
+    vm_stat = read_command("/usr/bin/vm_stat")
+    pages = parse_numbers(vm_stat)
+    kinds = ("free", "inactive", "speculative", "purgeable")
+    found = re.search(r"page size of (\d+)", vm_stat)
+    page_bytes = int(found.group(1)) if found else 4096
+    return page_bytes * sum(pages.get("Pages " + kind, 0) for kind in kinds)
 
 def probe_windows_cpu() -> dict:
-    import ctypes, winreg
-    kernel32, build = ctypes.windll.kernel32, sys.getwindowsversion().build
-    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD processors with it have
-    flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43) if kernel32.IsProcessorFeaturePresent(number)]
-    size, buffer = ctypes.c_ulong(1 << 16), ctypes.create_string_buffer(1 << 16)
-    done = kernel32.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size))    # 0 = RelationProcessorCore
-    n_cores, n_fast = parse_windows_cores(buffer.raw[: size.value] if done else b"") or (os.cpu_count() or 1,) * 2
-    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
+    import winreg
+    from ctypes import byref, c_ulong, create_string_buffer, windll
+    # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD
+    # processors with it have
+    flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43)
+             if windll.kernel32.IsProcessorFeaturePresent(number)]
+    size = c_ulong(1 << 16)
+    buffer = create_string_buffer(1 << 16)
+    relation = 0                          # RelationProcessorCore
+    done = windll.kernel32.GetLogicalProcessorInformationEx(relation, buffer, byref(size))
+    cores = parse_windows_cores(buffer.raw[: size.value] if done else b"")
+    n_cores, n_fast = cores or (os.cpu_count() or 1,) * 2
+    path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+    with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
         name = winreg.QueryValueEx(key, "ProcessorNameString")[0].strip()
-    windows = "11" if build >= 22000 else "10" if build >= 10240 else "before 10"  # 11 still calls itself 10
-    return {"cpu_name": name, "os_name": "Windows %s (build %d)" % (windows, build),
-            "instruction_sets": parse_flags(flags), "physical_cores": n_cores, "usable_cores": n_fast, "fast_cores": n_fast % n_cores}
+    return {
+        "os_name": probe_windows_name(),
+        "cpu_name": name,
+        "instruction_sets": parse_flags(flags),
+        "physical_cores": n_cores,
+        "usable_cores": n_fast,
+        "fast_cores": n_fast % n_cores,
+    }
+
+def probe_windows_name() -> str:
+    build = sys.getwindowsversion().build
+    version = "before 10"
+    if build >= 22000:                    # 11 still calls itself 10
+        version = "11"
+    elif build >= 10240:
+        version = "10"
+    return "Windows %s (build %d)" % (version, build)
 
 def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
-    """All cores and the fast ones, of SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX records: relationship, size, flags, EfficiencyClass …"""
+    """Count (all cores, the fast ones) in SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX records.
+
+    Each begins with relationship, size, flags and EfficiencyClass; a higher class is faster.
+    """
     import struct
     classes = []
     while len(raw) >= 10:
         relationship, size, _, efficiency = struct.unpack_from("<IIBB", raw)
-        classes += [efficiency] * (relationship == 0)
+        if relationship == 0:
+            classes.append(efficiency)
         raw = raw[max(10, size):]
-    return (len(classes), classes.count(max(classes))) if classes else None    # a higher class is faster
+    return (len(classes), classes.count(max(classes))) if classes else None
 
 def probe_windows_ram() -> dict:
-    import ctypes, struct
-    # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers
+    import ctypes
+    import struct
+    # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers; the commit
+    # limit is RAM and page file
     buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
     ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
-    total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)    # the commit limit: RAM and page file
-    return {"ram_total_bytes": total, "ram_free_bytes": free, "swap_total_bytes": max(0, commit - total),
-            "swap_free_bytes": max(0, min(commit - total, commit_free - free))}
+    total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)
+    return {
+        "ram_total_bytes": total,
+        "ram_free_bytes": free,
+        "swap_total_bytes": max(0, commit - total),
+        "swap_free_bytes": max(0, min(commit - total, commit_free - free)),
+    }
 
 def probe_power() -> Tuple[bool, str]:
-    """Whether the machine runs on its battery, and how full that is in percent or "", as far as the system tells."""
+    """Tell (the machine runs on its battery, how full that is in percent or "")."""
     if sys.platform == "win32":
         import ctypes
-        status = ctypes.create_string_buffer(b"\1\0\xff", 12)  # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
+        # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
+        status = ctypes.create_string_buffer(b"\1\0\xff", 12)
         ctypes.windll.kernel32.GetSystemPowerStatus(status)
-        return status.raw[0] == 0, str(status.raw[2]) if status.raw[2] <= 100 else ""
+        percent = status.raw[2]
+        return status.raw[0] == 0, str(percent) if percent <= 100 else ""
     if sys.platform == "darwin":
         told = read_command("/usr/bin/pmset", "-g", "batt")
         return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
     import glob
-    folders = [path[:-6] for path in glob.glob("/sys/class/power_supply/*/status")
-               if read_text(path[:-6] + "scope").strip() != "Device"]  # not a mouse's
-    return (any(read_text(folder + "status").strip() == "Discharging" for folder in folders),
-            "".join(re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))[:1]))
+    folders = [path[:-len("status")] for path in glob.glob("/sys/class/power_supply/*/status")]
+    # not a mouse's
+    folders = [folder for folder in folders if read_text(folder + "scope").strip() != "Device"]
+    states = [read_text(folder + "status").strip() for folder in folders]
+    percents = re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))
+    return "Discharging" in states, "".join(percents[:1])
+
+
+# == 18b. HARDWARE IN WORDS ========================================================================
+# What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
     """Describe the machine in lines; advice comes first, as the window may cut the end off."""
-    cores = "%s (%s)" % (format_count(h.physical_cores, "core"), format_count(h.logical_cores, "thread"))
+    advice = [text for _, text in plan_upgrade(h)]
+    ram = "RAM  not known"
+    if h.ram_total_bytes:
+        total = format_bytes(h.ram_total_bytes)
+        ram = "RAM  %s, %s free" % (total, format_bytes(h.ram_free_bytes))
+    gpus = ["GPU  %s (%s) · %s, %s free" % (
+        gpu.name, gpu.backend, format_bytes(gpu.total_bytes), format_bytes(gpu.free_bytes))
+        for gpu in h.gpus]
+    if not gpus:
+        gpus = ["GPU  none that this llama.cpp can use"]
+    system = "OS   %s, Python %s" % (h.os_name, h.python_version)
+    if h.llama_version:
+        system += ", llama-cpp-python " + h.llama_version
+    return (*advice, describe_cpu(h), ram, *gpus, system)
+
+def describe_cpu(h: Hardware) -> str:
+    n_cores = format_count(h.physical_cores, "core")
+    cores = "%s (%s)" % (n_cores, format_count(h.logical_cores, "thread"))
     if h.fast_cores:
         cores += ", %d fast" % h.fast_cores
     if h.usable_cores != h.physical_cores:
         cores += ", %d used" % h.usable_cores
-    cpu = " · ".join(filter(None, ("CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets))))
-    ram = "not known"
-    if h.ram_total_bytes:
-        ram = "%s, %s free" % (format_bytes(h.ram_total_bytes), format_bytes(h.ram_free_bytes))
-    gpus = ["GPU  %s (%s) · %s, %s free" % (g.name, g.backend, format_bytes(g.total_bytes), format_bytes(g.free_bytes))
-            for g in h.gpus]
-    system = "OS   %s, Python %s" % (h.os_name, h.python_version)
-    if h.llama_version:
-        system += ", llama-cpp-python " + h.llama_version
-    advice = [text for _, text in plan_upgrade(h)]
-    return (*advice, cpu, "RAM  " + ram, *(gpus or ["GPU  none that this llama.cpp can use"]), system)
+    parts = ["CPU  " + h.cpu_name, cores, " ".join(h.instruction_sets)]
+    return " · ".join(filter(None, parts))
 
 def describe_details(h: Hardware) -> Tuple[str, ...]:
     """Describe what --info shows below that."""
@@ -9497,26 +9619,31 @@ def describe_details(h: Hardware) -> Tuple[str, ...]:
 
 def describe_gpu(gpu: Gpu) -> str:
     text = "%s (%s)" % (gpu.name, gpu.backend)
-    return "%s %s" % (text, format_bytes(gpu.total_bytes)) if gpu.total_bytes else text
+    if gpu.total_bytes:
+        text += " " + format_bytes(gpu.total_bytes)
+    return text
 
 def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     """List (level, sentence) about what the installed llama.cpp could make more of. Pure."""
-    lacking = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build and name not in h.instruction_sets]
+    built = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build]
+    lacking = [name for name in built if name not in h.instruction_sets]
     if lacking and h.instruction_sets:
-        return [("error", "This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Make one for yours: "
-                          "python3 llmchat.py --install" % ", ".join(lacking))]
-    advice: List[Tuple[str, str]] = []
+        text = ("This llama.cpp was built for a newer CPU and will crash: yours lacks %s. "
+                "Make one for yours: python3 llmchat.py --install" % ", ".join(lacking))
+        return [("error", text)]
     if h.gpus:
-        return advice
+        return []
+    advice = []
     for gpu in h.seen_gpus:
-        if not advice and (gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30):    # no laptop's graphics
-            advice.append(("warn", "Your %s isn't used. To use it: python3 llmchat.py --install --gpu %s"
-                           % (gpu.name, gpu.backend)))
+        if gpu.backend == "cuda" or gpu.total_bytes >= 2 << 30:    # no laptop's graphics
+            advice.append(("warn", "Your %s isn't used. To use it: python3 llmchat.py --install "
+                                   "--gpu %s" % (gpu.name, gpu.backend)))
+            break
     known = {*h.build, *OLD_SETS, "AMX"}
     unused = [name for name in h.instruction_sets if name not in known]
     if h.build and unused:
         advice.append(("warn", "Your CPU's %s isn't used. To use it: python3 llmchat.py --install"
-                       % " and ".join(unused)))
+                               % " and ".join(unused)))
     return advice
 
 
