@@ -9493,6 +9493,7 @@ def probe_macos_free() -> int:
     return page_bytes * sum(pages.get("Pages " + kind, 0) for kind in kinds)
 
 def probe_windows_cpu() -> dict:
+    assert sys.platform == "win32"        # mypy skips the rest elsewhere
     import winreg
     from ctypes import byref, c_ulong, create_string_buffer, windll
     # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD
@@ -9518,6 +9519,7 @@ def probe_windows_cpu() -> dict:
     }
 
 def probe_windows_name() -> str:
+    assert sys.platform == "win32"        # mypy skips the rest elsewhere
     build = sys.getwindowsversion().build
     version = "before 10"
     if build >= 22000:                    # 11 still calls itself 10
@@ -9541,6 +9543,7 @@ def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
     return (len(classes), classes.count(max(classes))) if classes else None
 
 def probe_windows_ram() -> dict:
+    assert sys.platform == "win32"        # mypy skips the rest elsewhere
     import ctypes
     import struct
     # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers; the commit
