@@ -9493,9 +9493,8 @@ def probe_macos_free() -> int:
     return page_bytes * sum(pages.get("Pages " + kind, 0) for kind in kinds)
 
 def probe_windows_cpu() -> dict:
-    assert sys.platform == "win32"        # mypy skips the rest elsewhere
-    import winreg
-    from ctypes import byref, c_ulong, create_string_buffer, windll
+    winreg: Any = __import__("winreg")    # mypy knows it on Windows only
+    from ctypes import byref, c_ulong, create_string_buffer, windll    # type: ignore[attr-defined]
     # Windows tells of AVX2 (feature 40) but not of FMA, F16C and BMI2, which all Intel and AMD
     # processors with it have
     flags = ["win%d" % number for number in (19, 36, 38, 39, 40, 41, 43)
@@ -9519,8 +9518,7 @@ def probe_windows_cpu() -> dict:
     }
 
 def probe_windows_name() -> str:
-    assert sys.platform == "win32"        # mypy skips the rest elsewhere
-    build = sys.getwindowsversion().build
+    build = sys.getwindowsversion().build    # type: ignore[attr-defined]
     version = "before 10"
     if build >= 22000:                    # 11 still calls itself 10
         version = "11"
@@ -9543,13 +9541,12 @@ def parse_windows_cores(raw: bytes) -> Optional[Tuple[int, int]]:
     return (len(classes), classes.count(max(classes))) if classes else None
 
 def probe_windows_ram() -> dict:
-    assert sys.platform == "win32"        # mypy skips the rest elsewhere
     import ctypes
     import struct
     # MEMORYSTATUSEX: its own length, the load in percent, then seven 64-bit numbers; the commit
     # limit is RAM and page file
     buffer = ctypes.create_string_buffer(struct.pack("<I60x", 64), 64)
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(buffer)    # type: ignore[attr-defined]
     total, free, commit, commit_free = struct.unpack_from("<QQQQ", buffer.raw, 8)
     return {
         "ram_total_bytes": total,
