@@ -6073,14 +6073,16 @@ class HardwareTest(unittest.TestCase):
     def on_linux(self, probe, *args, **files):
         """What a probe finds where these files stand under /proc and /sys/fs/cgroup."""
         paths = {"/proc/meminfo": "meminfo", "/proc/self/cgroup": "cgroup"}
-        name = lambda path: paths.get(
-            path, path.replace("/sys/fs/cgroup/", "").replace("/", "_").replace(".", "_")
-        )
+
+        def name(path):
+            short = path.replace("/sys/fs/cgroup/", "").replace("/", "_").replace(".", "_")
+            return paths.get(path, short)
+
         with mock.patch.object(llmchat, "read_text", lambda path: files.get(name(path), "")):
             return probe(*args)
 
     def probe(self, n_threads, files, devices=()):
-        """probe_hardware() on a Linux machine of so many threads, whose /proc and /sys hold these files."""
+        """probe_hardware() on a Linux of so many threads, whose /proc and /sys hold these files."""
         files = dict({"/etc/os-release": "PRETTY_NAME='Linux'"}, **files)
         with mock.patch.object(
             llmchat, "read_text", lambda path: files.get(path, "")
@@ -6091,10 +6093,14 @@ class HardwareTest(unittest.TestCase):
 
     def test_machines(self):
         cpu = "/sys/devices/system/cpu/cpu%d/"
-        each = lambda name, values: {cpu % n + name: str(value) for n, value in enumerate(values)}
-        pairs = lambda n: each(
-            "topology/thread_siblings_list", ["%d-%d" % (k & ~1, k | 1) for k in range(n)]
-        )
+
+        def each(name, values):
+            return {cpu % n + name: str(value) for n, value in enumerate(values)}
+
+        def pairs(n):
+            siblings = ["%d-%d" % (k & ~1, k | 1) for k in range(n)]
+            return each("topology/thread_siblings_list", siblings)
+
         limits = {
             "/proc/self/cgroup": "0::/",
             "/sys/fs/cgroup/cpu.max": "200000 100000",
@@ -6102,7 +6108,14 @@ class HardwareTest(unittest.TestCase):
             "/sys/fs/cgroup/memory.current": "1048576",
             "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 1000000 kB\nSwapTotal: 8 kB\n",
         }
-        wanted = "physical_cores fast_cores usable_cores container_cores container_bytes swap_total_bytes".split()
+        wanted = (
+            "physical_cores",
+            "fast_cores",
+            "usable_cores",
+            "container_cores",
+            "container_bytes",
+            "swap_total_bytes",
+        )
         for name, n_threads, files, found in (
             ("Pi", 4, each("cpufreq/cpuinfo_max_freq", [1500000] * 4), (4, 0, 4, 0, 0, 0)),
             (
@@ -6226,14 +6239,17 @@ class HardwareTest(unittest.TestCase):
 
     def test_linux_memory(self):
         meminfo = "MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:   60 kB\nActive(anon): 7 kB\n"
-        limit = lambda limit, used, stat="", **more: dict(
-            cgroup="0::/app\n",
-            meminfo=meminfo,
-            app_memory_max=limit,
-            app_memory_current=used,
-            app_memory_stat=stat,
-            **more,
-        )
+
+        def limit(limit, used, stat="", **more):
+            return dict(
+                cgroup="0::/app\n",
+                meminfo=meminfo,
+                app_memory_max=limit,
+                app_memory_current=used,
+                app_memory_stat=stat,
+                **more,
+            )
+
         for files, kilobytes in (
             (dict(meminfo=meminfo), (100, 60)),
             (dict(meminfo="odd"), (0, 0)),
@@ -6300,14 +6316,20 @@ class HardwareTest(unittest.TestCase):
         )
 
     def test_macos(self):
-        vm_stat = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   40000.\nPages active: 9.\nPages inactive:  25536.\nPages wired down: 99.\n"
+        vm_stat = (
+            "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   40000.\n"
+            "Pages active: 9.\nPages inactive:  25536.\nPages wired down: 99.\n"
+        )
         m1 = (
-            "machdep.cpu.brand_string: Apple M1\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\nhw.physicalcpu: 8\n"
+            "machdep.cpu.brand_string: Apple M1\nhw.optional.arm.FEAT_DotProd: 1\n"
+            "hw.optional.arm.FEAT_I8MM: 0\nhw.physicalcpu: 8\n"
             "hw.logicalcpu: 8\nhw.perflevel0.physicalcpu: 4\nhw.memsize: 8589934592\n"
         )
         old = (
-            "machdep.cpu.brand_string: Intel(R) Core(TM) i5\nmachdep.cpu.features: FPU SSE4.2 AVX1.0 F16C FMA\n"
-            "machdep.cpu.leaf7_features: BMI2 AVX2\nhw.physicalcpu: 2\nhw.logicalcpu: 4\nhw.memsize: 8589934592\n"
+            "machdep.cpu.brand_string: Intel(R) Core(TM) i5\n"
+            "machdep.cpu.features: FPU SSE4.2 AVX1.0 F16C FMA\n"
+            "machdep.cpu.leaf7_features: BMI2 AVX2\n"
+            "hw.physicalcpu: 2\nhw.logicalcpu: 4\nhw.memsize: 8589934592\n"
         )
         for chip, sysctl, vm, want in (
             ("arm64", m1, vm_stat, ("Apple M1", ("NEON", "dot product"), 8, 8, 4, GB)),
@@ -6693,7 +6715,7 @@ class MeaningTest(unittest.TestCase):
 
 class PlanTest(unittest.TestCase):
     def test_memory_is_what_llama_cpp_takes(self):
-        """KV cache, states and compute buffer to the byte that its log rounds to, for each way in which models remember."""
+        """KV cache, states and compute buffer as its log tells, for each way in which models remember."""
         for arch, options in (
             ("llama", {}),
             ("llama", {"n_ctx": 3000, "n_ubatch": 64}),
@@ -6703,11 +6725,11 @@ class PlanTest(unittest.TestCase):
             path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
             write_random_model(path, arch)
             log = [e["text"] for e in Engine(self, path, **options).events if e["event"] == "log"]
-            took = lambda what: sum(
-                float(size)
-                for line in log
-                for size in re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, line)
-            )
+
+            def took(what, log="\n".join(log)):
+                sizes = re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, log)
+                return sum(map(float, sizes))
+
             plan = plan_load(
                 read_gguf_header(path, full=True), llmchat.probe_hardware(), LoadOptions(**options)
             )
@@ -6815,10 +6837,13 @@ class PlanTest(unittest.TestCase):
         moe = header(**{"llama.expert_count": 128, "llama.expert_used_count": 8})._replace(
             tensors=tensors
         )
-        read = lambda header: {
-            kind: sum(n * share for k, n, share in llmchat.weights_used(header) if k == kind)
-            for kind, _, _ in llmchat.weights_used(header)
-        }
+
+        def read(header):
+            n_bytes = {}
+            for kind, n, share in llmchat.weights_used(header):
+                n_bytes[kind] = n_bytes.get(kind, 0) + n * share
+            return n_bytes
+
         self.assertEqual(read(moe), {8: 0, 14: 80, 12: 900})
         tied = moe._replace(tensors={("token_embd", 8): 100, ("", 12): 400})
         self.assertEqual(read(tied), {8: 100, 12: 400})
@@ -6850,11 +6875,14 @@ class PlanTest(unittest.TestCase):
         )
 
     def test_rates(self):
-        """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs; nothing is said of what isn't known."""
+        """Expected tokens/s: bound by the RAM, by the cores, by the experts that a token needs.
+
+        Nothing is said of what isn't known."""
         fast = machine(64, 60)._replace(bytes_per_s=20e9, instruction_sets=("AVX2", "AVX-512 VNNI"))
-        rate = lambda header, hardware=fast, **options: (
-            plan_load(header, hardware, LoadOptions(**options)).rate
-        )
+
+        def rate(header, hardware=fast, **options):
+            return plan_load(header, hardware, LoadOptions(**options)).rate
+
         self.assertAlmostEqual(rate(header(4.0)), 4.4, delta=0.4)
         self.assertAlmostEqual(rate(header(4.0), n_threads=1), 1.2, delta=0.2)
         self.assertLess(rate(header(4.0), fast._replace(core_speed=0.25)), 0.5 * rate(header(4.0)))
@@ -6879,7 +6907,7 @@ class PlanTest(unittest.TestCase):
         self.assertIn(", about 4.", plan_load(header(4.0), fast).lines[1])
 
     def test_kinds_of_cpus(self):
-        """The best of what the CPU has and llama.cpp was built for counts; the figures themselves are in CPU_KINDS."""
+        """The best of what the CPU has and llama.cpp was built for counts."""
         every = tuple(ours for _, ours in llmchat.CPU_FLAGS)
         for sets, build, best, quant in (
             (every, (), "AVX-512 VNNI", "Q4_K_M"),
@@ -6929,11 +6957,12 @@ class PlanTest(unittest.TestCase):
 
     def test_what_this_machine_did_corrects_the_forecast(self):
         where = machine(64, 60)._replace(bytes_per_s=20e9)
-        rate = lambda header, **paces: llmchat.plan_rate(header, where._replace(**paces), 4, "f16")
-        k_quant, q4_0 = (
-            header(4.0),
-            header(4.0)._replace(tensors={("", 2): 4 * GB, ("output", 14): GB}),
-        )
+
+        def rate(header, **paces):
+            return llmchat.plan_rate(header, where._replace(**paces), 4, "f16")
+
+        k_quant = header(4.0)
+        q4_0 = header(4.0)._replace(tensors={("", 2): 4 * GB, ("output", 14): GB})
         for model, paces, factor in (
             (k_quant, (), 1),
             (k_quant, ((12, 0.5),), 0.5),
@@ -6976,7 +7005,7 @@ class PlanTest(unittest.TestCase):
             self.assertEqual(writing.take(), 0)  # each token counts once
 
     def test_replies_are_measured(self):
-        """The first load reckons with what it measures itself; a reply is remembered, by the file's own type."""
+        """The first load reckons with what it measures; a reply is remembered, by the file's type."""
         env, _ = new_home()
         code = """
 import json, os, llmchat
@@ -6985,7 +7014,9 @@ llmchat.WritingRate.LEAST_TOKENS = 4
 e = engine()
 e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
 e.learned = llmchat.read_machine(e.hardware)
-print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, e.learned.build, len(e.learned.bytes_per_s)]))
+is_measured = e.hardware.bytes_per_s > 0
+n_kept = len(e.learned.bytes_per_s)
+print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build, n_kept]))
 """
         with mock.patch.dict(ENV, env):
             measured, forecast, paces, build, n = run_engines(MIND, code)
@@ -7131,7 +7162,8 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
         )  # what is wished for stays
         self.assertEqual((asked.n_ctx, asked.kv_type, asked.verdict), (16384, "f16", "too big"))
         self.assertIn(
-            "what you set is too much: it would fit with a context of 8,192 tokens and the KV cache in f16",
+            "what you set is too much: it would fit with a context of 8,192 tokens "
+            "and the KV cache in f16",
             plan_load(header(3.5), machine(5, 4.5), LoadOptions(n_ctx=65536)).lines[0],
         )
         self.assertRegex(
@@ -7236,7 +7268,8 @@ print(json.dumps([e.hardware.bytes_per_s > 0, e.plan.rate > 0, e.learned.paces, 
             )
             self.assertEqual((advice or "-c") in full, bool(advice), full)
         self.assertIn(
-            "close other programs, take a smaller context (-c 512) or choose a smaller model. 3.0 GB of RAM are free.",
+            "close other programs, take a smaller context (-c 512) or choose a smaller model. "
+            "3.0 GB of RAM are free.",
             llmchat.explain_load_failure(MIND, "failed to allocate 9 MB", machine(4, 3), 1024),
         )
         killed = play(ready(), ChildEnded("engine", -9))[0]
