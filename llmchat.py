@@ -8796,7 +8796,8 @@ ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
              "write_s": float},
     "unloaded": {},
     "measured": {"group": str, "n": int, "rate": float},    # tokens/s with n threads, or the like
-    "benched": {"n_threads": int, "n_ubatch": int, "key": str, "model": str, "machine": [str]}}
+    "benched": {"n_threads": int, "n_ubatch": int, "cpu_share": float, "key": str, "model": str,
+                "machine": [str]}}
 COMMON_FIELDS = {"id?": int, "ram_bytes?": int}    # of the request; what the engine has of memory
 
 def has_fields(message: Dict[str, Any], kinds: Dict[str, Any]) -> bool:
@@ -15066,6 +15067,8 @@ def print_finding(level: str, what: str, text: str) -> None:
 WRITTEN = "tokens_per_s_written_by_threads"
 READ = "tokens_per_s_read_by_batch_size"
 BATCH_SIZES = (64, 128, 256, 512)
+# of the CPU time that threads which never wait could use; less = other programs are at work
+IDLE_SHARE = 0.9
 BENCH_TEXT = "The old machine reads what it is given, and answers one word at a time. " * 75
 
 class Bench:
@@ -15077,6 +15080,7 @@ class Bench:
         self.emit = emit
         self.stop = stop
         self.engine = LlamaEngine(api, lambda event, **fields: None, stop)
+        self.cpu_share = 1.0              # the least that other programs have left of the CPU
 
     def run(self, path: str, options: LoadOptions) -> None:
         """Raises ModelError, also when stopped."""
@@ -15088,7 +15092,10 @@ class Bench:
         self.read(8)                      # the first tokens wait for the disk
         read_rate = 16 / self.median_s(lambda: self.read(16))
         for n in self.thread_counts(plan):
-            rate = self.write_rate(plan._replace(n_threads=n))
+            rate, share = self.write_rate(plan._replace(n_threads=n))
+            # more threads than cores take turns, and a GPU's wait
+            if n <= plan.n_threads and not plan.n_gpu_layers:
+                self.cpu_share = min(share, self.cpu_share)
             self.emit("measured", group=WRITTEN, n=n, rate=rate)
         for n in BATCH_SIZES:
             other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
@@ -15096,8 +15103,8 @@ class Bench:
             if as_good and n < 18 * read_rate:    # else it takes half a minute
                 self.emit("measured", group=READ, n=n, rate=self.read_rate(other))
         self.emit("benched", n_threads=plan.n_threads, n_ubatch=plan.n_ubatch,
-                  key=tuning_key(options, header, self.hardware), model=model_summary(header),
-                  machine=describe_hardware(self.hardware))
+                  cpu_share=self.cpu_share, key=tuning_key(options, header, self.hardware),
+                  model=model_summary(header), machine=describe_hardware(self.hardware))
 
     def thread_counts(self, plan: Plan) -> List[int]:
         n = plan.n_threads
@@ -15135,10 +15142,17 @@ class Bench:
     def write(self) -> None:
         self.engine.decode([self.tokens[len(self.engine.cache.tokens)]])
 
-    def write_rate(self, plan: Plan) -> float:
+    def write_rate(self, plan: Plan) -> Tuple[float, float]:
+        """Measure tokens/s written, and which share of the CPU these threads got meanwhile."""
+        import time
         self.renew(plan)
         self.median_s(self.write, 50)     # a moment to get going
-        return 1 / self.median_s(self.write, 50)
+        began_s = time.perf_counter()
+        worked_before_s = time.process_time()
+        rate = 1 / self.median_s(self.write, 50)
+        worked_s = time.process_time() - worked_before_s
+        passed_s = time.perf_counter() - began_s
+        return rate, worked_s / (passed_s * plan.n_threads)
 
 def clearly_best(rates: Dict[int, float], default: int) -> int:
     """Give the count with the highest rate; the default unless that is 3 % better."""
@@ -15176,17 +15190,23 @@ def run_bench(state: State, as_json: bool) -> int:
         n_ubatch = clearly_best(results.get(READ, {}), done["n_ubatch"])
         rate = results[WRITTEN][n_threads]
         tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
-        if not settings.options.n_threads:
+        is_quiet = done["cpu_share"] >= IDLE_SHARE
+        is_kept = is_quiet and not settings.options.n_threads
+        if is_kept:
             save_kept("machine.json", done["key"], tuned)
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
-    text = "\ntuned: threads %d, batch size %d, %.1f tokens/s\n"
-    print(text % (n_threads, n_ubatch, rate), file=out)
+    found = "tuned" if is_quiet else "best"
+    text = "\n%s: threads %d, batch size %d, %.1f tokens/s\n"
+    print(text % (found, n_threads, n_ubatch, rate), file=out)
+    if not is_quiet:
+        print("Other programs were at work, so this isn't kept: try again when the machine is "
+              "quiet.", file=sys.stderr)
     print(clean("\n".join([done["model"]] + done["machine"])), file=out)
     if as_json:
         about = {"version": VERSION, "model": done["model"], "machine": done["machine"]}
-        print(json.dumps(dict(results, **about, tuned=tuned)))
+        print(json.dumps(dict(results, **about, tuned=tuned, is_kept=is_kept)))
     return 0
 
 
