@@ -55,6 +55,7 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     18 HARDWARE        what this machine has
    18b HARDWARE IN WORDS  … as lines, and what could make more of it
     19 GGUF            what stands in a model's file
+   19b WHAT A HEADER SAYS  a model's name, size, layers and kind
     20 MEMORY          bytes that a model takes
    20b SPEED           tokens/s to expect of it here
    20c WHAT FITS       the settings for a model on this machine
@@ -9649,78 +9650,113 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
 
 
 # == 19. GGUF ======================================================================================
-# Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they mean. The read_
-# functions take the file where it stands. They raise EOFError where it ends too soon or promises more than any header
-# has, and ModelError with the end of a sentence that begins with the file's name.
+# Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
+# mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
+# soon or promises more than any header has, and ModelError with the end of a sentence that begins
+# with the file's name.
 
-GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-GGUF_STRING, GGUF_ARRAY = 8, 9
-MAX_HEADER_BYTES = 1 << 26  # real headers reach 30 MB; a hostile one must not keep us busy for minutes …
-MAX_VALUE_BYTES = 1 << 24  # … or fill the memory
-MAX_TENSORS = 1 << 15  # real models have a few thousand …
-MAX_STRINGS = 1 << 21  # … and a few hundred thousand tokens and merges …
-MAX_KEYS = 1 << 12  # … and a hundred keys
-MAX_LAYERS = 4096  # longer lists aren't one number for each layer
-MAX_NAME_BYTES = 64  # of a tensor and of an architecture, as llama.cpp has it
+GGUF_NUMBERS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING = 8
+GGUF_ARRAY = 9
+MAX_HEADER_BYTES = 1 << 26            # real ones reach 30 MB; a hostile one must end in seconds
+MAX_TENSORS = 1 << 15                 # real models have a few thousand,
+MAX_STRINGS = 1 << 21                 # a few hundred thousand tokens and merges,
+MAX_KEYS = 1 << 12                    # a hundred keys,
+MAX_USED = 100                        # and less than fifty of those that are kept
+MAX_LAYERS = 4096                     # longer lists aren't one number for each layer
+MAX_NAME_BYTES = 64                   # of a tensor and of an architecture, as llama.cpp has it
 MAX_KEY_BYTES = 1 << 10
-MAX_TEXT_BYTES = 1 << 8  # of what is kept of a model's name and the like …
-MAX_TEMPLATE_BYTES = 1 << 20  # … and of its chat template
-MAX_PARTS = 1000  # of a split model
-USED_KEYS = frozenset(
-    "general.architecture general.type general.name general.size_label general.file_type general.license general.alignment "
-    "split.no split.count split.tensors.count tokenizer.ggml.tokens tokenizer.chat_template".split())
-USED_TAILS = frozenset(  # of keys that begin with the architecture
-    "block_count context_length embedding_length feed_forward_length vocab_size pooling_type attention.causal expert_count "
-    "expert_used_count expert_feed_forward_length full_attention_interval nextn_predict_layers shortconv.l_cache "
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length attention.key_length_swa "
-    "attention.value_length_swa attention.key_length_mla attention.shared_kv_layers attention.sliding_window "
-    "attention.sliding_window_pattern ssm.inner_size ssm.state_size ssm.conv_kernel ssm.group_count kda.head_dim".split())
-TENSOR_TYPES = {  # ggml type -> (weights per block, bytes per block), from gguf-py's GGML_QUANT_SIZES
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84),
-    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
-    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
-    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
-    40: (64, 36), 41: (128, 18), 42: (64, 18)}
-FIRST_BYTES = (  # of a file, as a regex; the first that matches tells what is wrong
+MAX_TEXT_BYTES = 1 << 8               # that are kept of a model's name and the like
+MAX_TEMPLATE_BYTES = 1 << 20          # that are kept of its chat template
+MAX_PARTS = 1000                      # of a split model
+USED_KEYS = frozenset("""
+    general.architecture general.type general.name general.size_label general.file_type
+    general.license general.alignment split.no split.count split.tensors.count
+    tokenizer.ggml.tokens tokenizer.chat_template""".split())
+USED_TAILS = frozenset("""
+    block_count context_length embedding_length feed_forward_length vocab_size pooling_type
+    expert_count expert_used_count expert_feed_forward_length full_attention_interval
+    nextn_predict_layers shortconv.l_cache kda.head_dim
+    attention.causal attention.head_count attention.head_count_kv attention.key_length
+    attention.value_length attention.key_length_swa attention.value_length_swa
+    attention.key_length_mla attention.shared_kv_layers attention.sliding_window
+    attention.sliding_window_pattern
+    ssm.inner_size ssm.state_size ssm.conv_kernel ssm.group_count""".split())    # behind "llama."
+TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes per block)
+    int(kind): (int(n_weights), int(n_bytes))    # gguf-py's GGML_QUANT_SIZES
+    for kind, n_weights, n_bytes in re.findall(r"(\d+) \w+ +(\d+)/(\d+)", """
+        0 F32        1/4      1 F16        1/2      2 Q4_0      32/18     3 Q4_1      32/20
+        6 Q5_0      32/22     7 Q5_1      32/24     8 Q8_0      32/34     9 Q8_1      32/36
+        10 Q2_K    256/84    11 Q3_K    256/110    12 Q4_K    256/144    13 Q5_K    256/176
+        14 Q6_K   256/210    15 Q8_K    256/292    16 IQ2_XXS  256/66    17 IQ2_XS   256/74
+        18 IQ3_XXS 256/98    19 IQ1_S    256/50    20 IQ4_NL    32/18    21 IQ3_S   256/110
+        22 IQ2_S   256/82    23 IQ4_XS  256/136    24 I8          1/1    25 I16         1/2
+        26 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
+        30 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
+        40 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
+FIRST_BYTES = (                       # a regex; the first that matches tells what is wrong
     (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
     (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
-    (rb"GGUF\x01\0\0\0", "has GGUF version 1, which llama.cpp no longer reads: find a newer version"),
-    (rb"GGUF", "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
+    (rb"GGUF\x01\0\0\0",
+     "has GGUF version 1, which llama.cpp no longer reads: find a newer version"),
+    (rb"GGUF",
+     "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
     (rb"$", "is empty: download it again"),
-    (rb"\0{16}", "begins with nothing but zeros: the download didn't finish, download it again"),
-    (rb"<", "is not a GGUF model but looks like a web page: use the download link of the file itself"),
-    (rb"version https:", "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
+    (rb"\0{16}",
+     "begins with nothing but zeros: the download didn't finish, download it again"),
+    (rb"<",
+     "is not a GGUF model but looks like a web page: use the download link of the file itself"),
+    (rb"version https:",
+     "is not a GGUF model but a Git LFS pointer: run `git lfs pull` or download the file itself"),
     (rb"PK\x03\x04|\x80|.{8}\{[\" ]",
-     "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: find a GGUF version of it"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "is compressed: unpack it first"),
-    (rb"tjgg|lmgg", "is not a GGUF model but an old GGML file, from before August 2023: find a GGUF version of it"),
+     "is not a GGUF model but looks like a PyTorch (zip, pickle) or safetensors file: "
+     "find a GGUF version of it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd",
+     "is compressed: unpack it first"),
+    (rb"tjgg|lmgg",
+     "is not a GGUF model but an old GGML file, from before August 2023: "
+     "find a GGUF version of it"),
     (rb"", "is not a GGUF model: it doesn't begin with the letters GGUF"))
+UNFINISHED_NAME = (
+    r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$")
+PIECE_NAME = r"""(?xi)                # the name of a piece of a file, such as m.gguf.part1of2
+    (?P<whole> \.gguf) (?P<mark> [-._] (?: part | split )? [-._]? )
+    (?: (?P<number> \d+) (?P<of> -?of-?) (?P<count> \d+) | \d{1,3} | a[a-z] | [a-j] ) $"""
+SPLIT_NAME = r"(?i)-([0-9]{5})-of-([0-9]{5})(?=\.gguf$)"
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
-    """What the file says of itself, in 2 ms; with full, its tensors too, checked against the file's size.
+    """Read what the file says of itself, in 2 ms; with full, its tensors too, and check its size.
 
     A split model may be named by any of its parts. Raises ModelError.
     """
     paths = plan_split_paths(path)
-    sizes = [probe_model_file(part, len(paths)) for part in paths]
-    headers = [read_one_header(part, full) for part in (paths if full else paths[:1])]
-    for n, header in enumerate(headers):
+    file_bytes = sum(probe_model_file(part, len(paths)) for part in paths)
+    headers = []
+    for n, part in enumerate(paths if full else paths[:1]):
+        header = read_one_header(part, full)
         check_part(header, n, len(paths))
+        headers.append(header)
     tensors: Dict[Tuple[str, int], int] = {}
     for header in headers:
-        tensors.update((kind, tensors.get(kind, 0) + n_bytes) for kind, n_bytes in header.tensors.items())
+        for kind, n_bytes in header.tensors.items():
+            tensors[kind] = tensors.get(kind, 0) + n_bytes
+    n_tensors = number(headers[0], "split.tensors.count")
     return headers[0]._replace(
-        file_bytes=sum(sizes), weight_bytes=sum(header.weight_bytes for header in headers) if full else sum(sizes), tensors=tensors,
-        n_tensors=number(headers[0], "split.tensors.count") or sum(header.n_tensors for header in headers))
+        file_bytes=file_bytes,
+        weight_bytes=sum(header.weight_bytes for header in headers) if full else file_bytes,
+        n_tensors=n_tensors or sum(header.n_tensors for header in headers),
+        tensors=tensors)
 
 def probe_model_file(path: str, n_parts: int) -> int:
-    """The file's size. Raises ModelError where there is no ordinary file."""
+    """Get the file's size. Raises ModelError where there is no ordinary file."""
     import stat
     try:
         status = os.stat(path)
-    except (OSError, ValueError):         # the latter of a name that holds a zero
+    except (OSError, ValueError) as error:    # the latter of a name that holds a zero
         what = " (one part of a model in several files)" if n_parts > 1 else ""
-        raise ModelError("There is no file %s%s: check its name and folder." % (path, what))
+        raise ModelError(
+            "There is no file %s%s: check its name and folder." % (path, what)) from error
     if stat.S_ISDIR(status.st_mode):
         raise ModelError("%s is a folder: name the .gguf file inside it." % path)
     if not stat.S_ISREG(status.st_mode):
@@ -9728,36 +9764,42 @@ def probe_model_file(path: str, n_parts: int) -> int:
     return status.st_size
 
 def check_part(header: Header, n: int, n_parts: int) -> None:
-    """Whether the file is the part of a split model that its name says: number n, from 0 on. Raises ModelError."""
-    name, told, n_told = os.path.basename(header.path), number(header, "split.no"), number(header, "split.count")
-    if n_told < 2 or (told, n_told) == (n, n_parts):
+    """Raise ModelError if the file isn't the part that its name says: number n, from 0 on."""
+    n_told = number(header, "split.no")
+    n_parts_told = number(header, "split.count")
+    if n_parts_told < 2 or (n_told, n_parts_told) == (n, n_parts):
         return
     if n_parts == 1:
-        read_one_header(header.path, True)    # which may know better
-    raise ModelError("%s is part %d of a model in %d files, but its name says otherwise: name all of them as NAME-%05d-of-%05d.gguf, in one folder."
-                     % (name, told + 1, n_told, told + 1, n_told))
+        read_one_header(header.path, True)    # raises where the parts were glued together
+    raise ModelError(
+        "%s is part %d of a model in %d files, but its name says otherwise: "
+        "name all of them as NAME-%05d-of-%05d.gguf, in one folder."
+        % (os.path.basename(header.path), n_told + 1, n_parts_told, n_told + 1, n_parts_told))
 
 def file_label(path: str) -> str:
-    """A file's name as a model's: without ".gguf" and what tells the parts of a split one."""
+    """Make a model's name of its file's, without ".gguf" and what tells parts of a split one."""
     return re.sub(r"(?i)(-\d{5}-of-\d{5})?\.gguf$", "", os.path.basename(path))
 
-def parse_split(path: str) -> Tuple[str, int, int, str]:
-    """(what the names of all parts begin with, this one's number, how many there are, what they end in); 0 parts = it isn't split."""
-    match = re.search(r"(?i)-(\d{5})-of-(\d{5})(\.gguf)$", path)
+def count_parts(path: str) -> int:
+    """Tell by its name how many files the model has that this one belongs to."""
+    match = re.search(SPLIT_NAME, path)
     if not match or not 0 < int(match.group(1)) <= int(match.group(2)) <= MAX_PARTS:
-        return path, 1, 0, ""
-    return path[:match.start()], int(match.group(1)), int(match.group(2)), match.group(3)
+        return 1
+    return int(match.group(2))
 
 def split_part(path: str, n: int) -> str:
-    """The path of part n, from 1 on, of the model that this file is a part of, or the whole."""
-    start, _, n_files, ending = parse_split(path)
-    return "%s-%05d-of-%05d%s" % (start, n, n_files, ending) if n_files else path
+    """Name the file of part n, from 1 on, of the model that this one is a part of, or the whole."""
+    n_parts = count_parts(path)
+    if n_parts == 1:
+        return path
+    return re.sub(SPLIT_NAME, "-%05d-of-%05d" % (n, n_parts), path)
 
 def plan_split_paths(path: str) -> List[str]:
-    """The files of a model, of which this is one."""
-    return [split_part(path, n + 1) for n in range(max(1, parse_split(path)[2]))]
+    """List the files of the model that this one belongs to."""
+    return [split_part(path, n + 1) for n in range(count_parts(path))]
 
 def read_one_header(path: str, full: bool) -> Header:
+    """Read one file's header. Raises ModelError."""
     try:
         with open(path, "rb") as file:
             return read_header(file, path, full)
@@ -9771,111 +9813,140 @@ def read_one_header(path: str, full: bool) -> Header:
     raise ModelError("%s %s." % (name, explain_name(name) or fault))
 
 def explain_name(name: str) -> str:
-    """Why a file that isn't whole isn't, where its name tells; else ""."""
+    """Tell why a file isn't whole, where its name says so; else ""."""
     import shlex
-    if re.search(r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$", name):
+    if re.search(UNFINISHED_NAME, name):
         return "is a download that hasn't finished: let it go on where it was begun"
-    match = re.search(r"(?i)(\.gguf)([-._](?:part|split)?[-._]?)(?:(\d+)(-?of-?)(\d+)|\d{1,3}|a[a-z]|[a-j])$", name)
+    match = re.search(PIECE_NAME, name)
     if not match:
         return ""
-    whole, start = name[:match.end(1)], name[:match.end(2)]
+    start = name[:match.end("mark")]
     pieces = [shlex.quote(start) + "*"]
-    if match.group(3) and int(match.group(5)) < 10:
-        pieces = [shlex.quote("%s%0*d%s%s" % (start, len(match.group(3)), n + 1, match.group(4), match.group(5))) for n in range(int(match.group(5)))]
-    command = "copy /b %s" % " + ".join(pieces) if os.name == "nt" else "cat %s >" % " ".join(pieces)
-    return "is a piece of a file: put the pieces together (%s %s), then load that" % (command, shlex.quote(whole))
+    if match["number"] and int(match["count"]) < 10:
+        n_digits = len(match["number"])
+        ending = match["of"] + match["count"]
+        pieces = [shlex.quote("%s%0*d%s" % (start, n_digits, n + 1, ending))
+                  for n in range(int(match["count"]))]
+    command = "cat %s >" % " ".join(pieces)
+    if os.name == "nt":
+        command = "copy /b %s" % " + ".join(pieces)
+    whole = shlex.quote(name[:match.end("whole")])
+    return "is a piece of a file: put the pieces together (%s %s), then load that" % (
+        command, whole)
 
 def read_header(file: BinaryIO, path: str, full: bool) -> Header:
+    """Read the header of an open file. Raises EOFError and ModelError, as all that follow."""
     start = file.read(16)
     fault = next(fault for pattern, fault in FIRST_BYTES if re.match(pattern, start, re.DOTALL))
     if fault:
-        raise ModelError(fault.replace("%d", str(int.from_bytes(start[4:8], "little"))))
+        version = int.from_bytes(start[4:8], "little")
+        raise ModelError(fault.replace("%d", str(version)))
     file.seek(8)
     n_tensors, n_keys = read_numbers(file, "QQ")
     if n_keys > MAX_KEYS or n_tensors > MAX_TENSORS:
         raise ModelError("is damaged (it claims %d tensors): download it again" % n_tensors)
-    header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, read_metadata(file, n_keys, full), 0)
+    metadata = read_metadata(file, n_keys, full)
+    header = Header(path, os.fstat(file.fileno()).st_size, n_tensors, metadata, 0)
     if len(string(header, "general.architecture")) > MAX_NAME_BYTES:
         raise ModelError("is damaged (no architecture has such a long name): download it again")
     return read_tensors(file, header) if full else header
 
-def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
-    if n_bytes > min(MAX_VALUE_BYTES, bytes_left(file)):    # before memory is taken for them
-        raise EOFError
-    return file.read(n_bytes)
+def bytes_left(file: BinaryIO) -> int:
+    """Count the bytes that follow in the file, and in what any header has."""
+    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
 
 def skip_bytes(file: BinaryIO, n_bytes: int) -> None:
+    """Leave out bytes that must be there."""
     if n_bytes > bytes_left(file):
         raise EOFError
     file.seek(n_bytes, os.SEEK_CUR)
 
-def bytes_left(file: BinaryIO) -> int:
-    """Of the file, and of what any header has."""
-    return min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size) - file.tell()
+def read_bytes(file: BinaryIO, n_bytes: int) -> bytes:
+    """Read a few bytes that must be there."""
+    data = file.read(n_bytes)
+    if len(data) < n_bytes:
+        raise EOFError
+    return data
 
 def read_numbers(file: BinaryIO, code: str) -> tuple:
+    """Read a few numbers, whose types are given as struct names them."""
     import struct
-    return struct.unpack("<" + code, read_bytes(file, struct.calcsize("<" + code)))
+    code = "<" + code
+    return struct.unpack(code, read_bytes(file, struct.calcsize(code)))
 
-def read_string(file: BinaryIO, n_most: int) -> str:
-    """A name; no real one has more than so many bytes."""
-    n_bytes, = read_numbers(file, "Q")
-    if n_bytes > n_most:
+def read_string(file: BinaryIO, max_bytes: int, can_be_cut: bool = False) -> str:
+    """Read a string. A longer one is damaged, or else only its beginning is kept."""
+    (n_bytes,) = read_numbers(file, "Q")
+    n_kept = min(n_bytes, max_bytes)
+    if n_kept < n_bytes and not can_be_cut:
         raise EOFError
-    return read_bytes(file, n_bytes).decode("utf-8", "replace")
-
-def read_text_value(file: BinaryIO, n_most: int) -> str:
-    """A text, of which so many bytes are kept."""
-    n_bytes, = read_numbers(file, "Q")
-    text = read_bytes(file, min(n_bytes, n_most)).decode("utf-8", "replace")
-    skip_bytes(file, max(0, n_bytes - n_most))
+    text = read_bytes(file, n_kept).decode("utf-8", "replace")
+    if n_kept < n_bytes:
+        skip_bytes(file, n_bytes - n_kept)
     return text
 
 def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
-    """The keys that are used, and their values. Without full it ends at the vocabulary, if the model's shape came before, as it does."""
-    metadata, shape_seen, n_strings = {}, False, 0
+    """Read the keys that are used, and their values.
+
+    Without full it ends at the vocabulary, if the model's shape came before, as it does.
+    """
+    metadata: Dict[str, Any] = {}
+    n_strings = 0
+    shape_seen = False
     for _ in range(n_keys):
-        key, (kind,), count = read_string(file, MAX_KEY_BYTES), read_numbers(file, "I"), 1
+        key = read_string(file, MAX_KEY_BYTES)
+        (kind,) = read_numbers(file, "I")
         is_list = kind == GGUF_ARRAY
+        count = 1
         if is_list:
             kind, count = read_numbers(file, "IQ")
+            if shape_seen and not full and key.startswith("tokenizer."):
+                metadata[key] = range(min(count, MAX_STRINGS))
+                return metadata
         elif key.endswith(".block_count"):
             shape_seen = True
-        if is_list and not full and shape_seen and key.startswith("tokenizer."):
-            return dict(metadata, **{key: range(min(count, MAX_STRINGS))})
-        if kind != GGUF_STRING and kind not in GGUF_NUMBERS:  # arrays in arrays too: llama.cpp refuses them as well
-            raise ModelError("is damaged (it has a value of unknown type %d): download it again" % kind)
-        n_strings += count if kind == GGUF_STRING else 0
-        if n_strings > MAX_STRINGS:
+        if kind == GGUF_STRING:
+            n_strings += count
+        elif kind not in GGUF_NUMBERS:    # arrays in arrays too: llama.cpp refuses them as well
+            raise ModelError(
+                "is damaged (it has a value of unknown type %d): download it again" % kind)
+        if n_strings > MAX_STRINGS or len(metadata) > MAX_USED:
             raise EOFError
         if key not in USED_KEYS and key.partition(".")[2] not in USED_TAILS:
             skip_values(file, kind, count)
-            continue
-        values = read_values(file, key, kind, count)
-        metadata[key] = values if is_list else values[0]
+        elif is_list:
+            metadata[key] = read_list(file, kind, count)
+        else:
+            metadata[key] = read_value(file, key, kind)
     return metadata
 
-def read_values(file: BinaryIO, key: str, kind: int, count: int) -> Any:
-    """A tuple of so many values; of lists of strings, and of more numbers than layers, a range, for its length only."""
-    if kind == GGUF_STRING and count == 1:
-        return (read_text_value(file, MAX_TEMPLATE_BYTES if key == "tokenizer.chat_template" else MAX_TEXT_BYTES),)
-    if kind == GGUF_STRING or count > MAX_LAYERS:
-        skip_values(file, kind, count)
-        return range(count)
-    return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
+def read_value(file: BinaryIO, key: str, kind: int) -> Any:
+    """Read a single value: a text, of which as much is kept as is used, or a number."""
+    if kind == GGUF_STRING:
+        is_template = key == "tokenizer.chat_template"
+        max_bytes = MAX_TEMPLATE_BYTES if is_template else MAX_TEXT_BYTES
+        return read_string(file, max_bytes, can_be_cut=True)
+    (value,) = read_numbers(file, GGUF_NUMBERS[kind])
+    return value
+
+def read_list(file: BinaryIO, kind: int, count: int) -> Sequence:
+    """Read a tuple; of strings, or of more numbers than layers, a range as long as the list."""
+    if kind in GGUF_NUMBERS and count <= MAX_LAYERS:
+        return read_numbers(file, "%d%s" % (count, GGUF_NUMBERS[kind]))
+    skip_values(file, kind, count)
+    return range(count)
 
 def skip_values(file: BinaryIO, kind: int, count: int) -> None:
+    """Leave out values of one kind, up to 500,000 strings: so their loop only adds lengths."""
     import struct
     if kind != GGUF_STRING:
-        return skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
-    skip_strings(file, count)
-
-def skip_strings(file: BinaryIO, count: int) -> None:
-    """Up to 500,000 of them, so the inner loop does nothing but add their lengths."""
-    import struct
+        skip_bytes(file, count * struct.calcsize("<" + GGUF_NUMBERS[kind]))
+        return
     length_at = struct.Struct("<Q").unpack_from
     while count:
-        start, data, at = file.tell(), file.read(max(0, min(1 << 20, bytes_left(file)))), 0
+        start = file.tell()
+        data = file.read(max(0, min(1 << 20, bytes_left(file))))
+        at = 0
         with suppress(struct.error, OverflowError):    # the next length isn't in these bytes
             while count:
                 at += 8 + length_at(data, at)[0]
@@ -9897,75 +9968,122 @@ def tensor_part(name: str) -> str:
         return "rows"
     return first if first in ("token_embd", "output") else ""
 
-def read_tensors(file: BinaryIO, header: Header) -> Header:
-    """The header with the size of all after it, and that of its tensors, which must be there, where their types are known."""
+def read_tensor(file: BinaryIO) -> Tuple[str, int, int, int]:
+    """Read a tensor's name, type, place behind the header, and bytes (0 of unknown types)."""
     import math
-    last_end, tensors = 0, {}
+    name = read_string(file, MAX_NAME_BYTES)
+    (n_dims,) = read_numbers(file, "I")
+    if n_dims > 4:
+        raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
+    *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
+    per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
+    return name, kind, offset, math.prod(dims) // per_block * block_bytes
+
+def read_tensors(file: BinaryIO, header: Header) -> Header:
+    """Add the tensors' sizes to the header. All of them must be in the file."""
+    last_end = 0
+    tensors: Dict[Tuple[str, int], int] = {}
     for _ in range(header.n_tensors):
-        name, (n_dims,) = read_string(file, MAX_NAME_BYTES), read_numbers(file, "I")
-        if n_dims > 4:
-            raise ModelError("is damaged (a tensor of %d dimensions): download it again" % n_dims)
-        *dims, kind, offset = read_numbers(file, "%dQIQ" % n_dims)
-        per_block, block_bytes = TENSOR_TYPES.get(kind, (1, 0))
-        n_bytes = math.prod(dims) // per_block * block_bytes
+        name, kind, offset, n_bytes = read_tensor(file)
         last_end = max(last_end, offset + n_bytes)
         part = tensor_part(name), kind
         tensors[part] = tensors.get(part, 0) + n_bytes
     data_offset = file.tell() + -file.tell() % (number(header, "general.alignment") or 32)
-    if header.n_tensors and data_offset + last_end > header.file_bytes:
-        raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; download it again".format(
-            header.file_bytes, data_offset + last_end))
-    file.seek(data_offset + last_end + -last_end % 32)
-    if number(header, "split.count") > 1 and file.read(4) == b"GGUF":
-        raise ModelError("holds the parts of a model one after the other, which can't be loaded: take the parts as they were, or join them "
-                         "with llama.cpp's llama-gguf-split --merge")
-    return header._replace(weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
+    end = data_offset + last_end
+    if header.n_tensors and end > header.file_bytes:
+        raise ModelError("is cut short: it has {:,} bytes but its header promises {:,}; "
+                         "download it again".format(header.file_bytes, end))
+    if number(header, "split.count") > 1:
+        check_single(file, end + -last_end % 32)
+    return header._replace(
+        weight_bytes=max(0, header.file_bytes - data_offset), tensors=tensors)
 
-QUANT_NAMES = dict(enumerate((  # general.file_type, llama.h's llama_ftype
-    "F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS "
-    "Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16 - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 "
-    "Q2_0").split()))
-CANNOT_CHAT = {  # general.architecture (llama-arch.cpp) or general.type -> what such a file is
-    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
-    "llama-embed t5encoder": "an embedding model: it turns text into numbers", "vocab": "a vocabulary without a model",
-    "clip mmproj": "the eyes or ears of another model", "adapter": "a LoRA adapter, a change to another model,",
-    "imatrix": "a quantisation aid", "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
-    "t5": "a translation-style model (T5)", "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
+def check_single(file: BinaryIO, end: int) -> None:
+    """Raise ModelError if the next part of a split model follows in the same file."""
+    if end >= os.fstat(file.fileno()).st_size:
+        return
+    file.seek(end)
+    if file.read(4) == b"GGUF":
+        raise ModelError(
+            "holds the parts of a model one after the other, which can't be loaded: "
+            "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
+
+
+# == 19b. WHAT A HEADER SAYS =======================================================================
+# A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
+# Pure: any key may be missing or have a value of any type.
+
+QUANT_NAMES = dict(enumerate("""
+    F32 F16 Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M
+    Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M BF16
+    - - - TQ1_0 TQ2_0 MXFP4 NVFP4 Q1_0 Q2_0""".split()))    # general.file_type: llama_ftype
+CANNOT_CHAT = {                       # general.architecture (llama-arch.cpp) or general.type
+    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "
+    "gemma-embedding llama-embed t5encoder": "an embedding model: it turns text into numbers",
+    "vocab": "a vocabulary without a model",
+    "clip mmproj": "the eyes or ears of another model",
+    "adapter": "a LoRA adapter, a change to another model,",
+    "imatrix": "a quantisation aid",
+    "eagle3 dflash gemma4-assistant": "a helper that drafts for a bigger model",
+    "t5": "a translation-style model (T5)",
+    "wavtokenizer-dec qwen3tts pockettts whisper": "a speech model",
     "dream llada llada-moe rnd1": "a diffusion language model",
     "flux sd1 sdxl sd3 wan ltxv qwen_image": "a picture or video model"}
 
 def string(header: Header, key: str) -> str:
+    """Get a key's text, else ""."""
     value = header.metadata.get(key)
     return value if isinstance(value, str) else ""
 
 def numbers(header: Header, key: str) -> List[int]:
-    """A key's whole numbers >= 0: none, one, or one for each layer; a leading "." stands for the architecture."""
-    value = header.metadata.get(string(header, "general.architecture") + key if key.startswith(".") else key)
+    """Get a key's whole numbers >= 0: none, one, or one for each layer.
+
+    A leading "." stands for the architecture.
+    """
+    if key.startswith("."):
+        key = string(header, "general.architecture") + key
+    value = header.metadata.get(key)
     values = value if type(value) is tuple else (value,)
     return [int(n) for n in values if isinstance(n, (int, float)) and 0 <= n < 1 << 64]
 
 def number(header: Header, key: str, default: int = 0) -> int:
+    """Get the largest of a key's numbers."""
     return max(numbers(header, key), default=default)
 
 def suggested_name(path: str) -> str:
-    """Of a file that is one of SUGGESTED_MODELS, "" = it isn't. Everywhere it is called so, whatever its header says."""
-    return next((row.name for row in SUGGESTED_MODELS if row.file == os.path.basename(path)), "")
+    """Name a file of SUGGESTED_MODELS as it is called everywhere; "" for any other file."""
+    for row in SUGGESTED_MODELS:
+        if row.file == os.path.basename(path):
+            return row.name
+    return ""
 
 def model_name(header: Header) -> str:
-    return suggested_name(header.path) or string(header, "general.name") or os.path.basename(header.path)
+    """Name the model; its own name counts less than ours for it."""
+    name = suggested_name(header.path) or string(header, "general.name")
+    return name or os.path.basename(header.path)
 
 def model_layers(header: Header) -> int:
+    """Count the model's layers."""
     return min(number(header, ".block_count"), MAX_LAYERS)
 
 def model_vocab(header: Header) -> int:
+    """Count the tokens that the model knows."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if tokens and type(tokens) is range else min(number(header, ".vocab_size", 32000), 1 << 24)
+    if type(tokens) is range and tokens:
+        return len(tokens)
+    return min(number(header, ".vocab_size", 32000), 1 << 24)
 
 def model_quant(header: Header) -> str:
-    """Such as "Q4_K_M": llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner."""
+    """Tell the quantisation, such as "Q4_K_M", else "".
+
+    llama-quantize writes it after the vocabulary, so mostly the file's name tells it sooner.
+    """
     kind = QUANT_NAMES.get(number(header, "general.file_type", -1), "-")
-    names = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", os.path.basename(header.path))
-    return kind if kind != "-" else names[-1].upper() if names else ""
+    if kind != "-":
+        return kind
+    name = os.path.basename(header.path)
+    kinds = re.findall(r"(?i)(?<![a-z])([IT]?Q\d\w*|B?F16|F32|MXFP4)(?=[-.]|$)", name)
+    return kinds[-1].upper() if kinds else ""
 
 def model_size(header: Header) -> str:
     """Give the number of weights, such as "0.5B": what the file says, else an estimate from its shape."""
@@ -9980,30 +10098,47 @@ def model_size(header: Header) -> str:
     n_weights = n_embd * (model_vocab(header) + model_layers(header) * (3 * n_ff + 3 * n_embd))
     if n_weights >= 95e6:
         return "~%.1fB" % (n_weights / 1e9)
-    return "~%dM" % (n_weights / 1e6) if n_weights >= 1e6 else ""
+    if n_weights >= 1e6:
+        return "~%dM" % (n_weights / 1e6)
+    return ""
 
 def model_summary(header: Header) -> str:
-    """One line: what kind of model it is, how large, how long its memory."""
-    arch = string(header, "general.architecture")
-    kind = " ".join(filter(None, (arch, model_size(header), model_quant(header))))
+    """Describe a model in one line: what kind it is, how large, how long its memory."""
+    kind = string(header, "general.architecture"), model_size(header), model_quant(header)
+    parts = [
+        " ".join(filter(None, kind)),
+        format_count(model_layers(header), "layer"),
+        format_bytes(header.file_bytes)]
     n_trained = number(header, ".context_length")
-    trained = ", trained for {:,} tokens".format(n_trained) if n_trained else ""
-    return "%s: %s, %s, %s%s" % (model_name(header), kind, format_count(model_layers(header), "layer"),
-                                 format_bytes(header.file_bytes), trained)
+    if n_trained:
+        parts.append("trained for {:,} tokens".format(n_trained))
+    return "%s: %s" % (model_name(header), ", ".join(parts))
 
 def other_kind(header: Header) -> str:
-    """What the file is, where llama.cpp may load it but nobody can chat with it, else ""."""
+    """Tell what a file is that llama.cpp may load but nobody can chat with, else ""."""
     arch = string(header, "general.architecture")
-    is_embedding = number(header, ".pooling_type") or header.metadata.get(arch + ".attention.causal") is False
-    kinds = (string(header, "general.type"), arch, "bert" * bool(is_embedding), "vocab" * (header.n_tensors == 0))
-    return next((what for kind in kinds for names, what in CANNOT_CHAT.items() if kind in names.split()), "")
+    kinds = [string(header, "general.type"), arch]
+    is_causal = header.metadata.get(arch + ".attention.causal")
+    if number(header, ".pooling_type") or is_causal is False:
+        kinds.append("bert")
+    if header.n_tensors == 0:
+        kinds.append("vocab")
+    for kind in kinds:
+        for names, what in CANNOT_CHAT.items():
+            if kind in names.split():
+                return what
+    return ""
 
 def check_text_generator(header: Header) -> None:
+    """Raise ModelError if nobody can chat with the model."""
     name = os.path.basename(header.path)
-    if other_kind(header):
-        raise ModelError("%s is %s and can't chat. Choose a chat or instruct model." % (name, other_kind(header)))
+    what = other_kind(header)
+    if what:
+        raise ModelError(
+            "%s is %s and can't chat. Choose a chat or instruct model." % (name, what))
     if not string(header, "general.architecture"):
-        raise ModelError("%s doesn't say what kind of model it is: download it again or choose another." % name)
+        raise ModelError(
+            "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
 # == 20. MEMORY ====================================================================================
@@ -11316,7 +11451,7 @@ def group_models(files: Iterable[HubFile]) -> Dict[str, List[HubFile]]:
         if file.path.lower().endswith(".gguf") and not re.search("(?i)mmproj|imatrix", file.path):
             groups.setdefault(split_part(file.path, 1), []).append(file)
     return {path: group for path, group in groups.items()
-            if len(group) == max(1, parse_split(path)[2])}
+            if len(group) == count_parts(path)}
 
 def match_files(paths: Iterable[str], wanted: str) -> List[str]:
     """Find the paths that a quantisation or a file's name may mean; "" means all."""

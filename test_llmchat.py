@@ -6644,6 +6644,18 @@ class HeaderTest(unittest.TestCase):
         )
         self.assertFalse({"general.description", "odd", "other"} & set(kept))
 
+    def test_keys_of_many_architectures(self):
+        """No real file has more than a hundred keys that are used; so many would fill the memory."""
+        layers = {"x%d.block_count" % n: 1 for n in range(200)}
+        self.assertIn("damaged inside its header", self.fault(gguf(layers)))
+
+    def test_odd_alignment(self):
+        """The place of the tensors may be told to be behind any file's end."""
+        pair = gguf_text("general.alignment") + struct.pack("<IQ", 10, 1 << 63)
+        count = gguf_text("split.count") + struct.pack("<IQ", 10, 5)
+        data = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + pair + count
+        self.assertIn("is part 1 of a model in 5 files", self.fault(data, full=True))
+
     def test_all_keys_that_are_asked_for_are_kept(self):
         with open(SCRIPT, encoding="utf-8") as file:
             text = file.read()
