@@ -10086,7 +10086,7 @@ def model_quant(header: Header) -> str:
     return kinds[-1].upper() if kinds else ""
 
 def model_size(header: Header) -> str:
-    """Give the number of weights, such as "0.5B": what the file says, else an estimate from its shape."""
+    """Give the number of weights, such as "0.5B": what the file says, else a guess by its shape."""
     told = string(header, "general.size_label")
     if told:
         return told
