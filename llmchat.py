@@ -10286,10 +10286,11 @@ def weights_used(header: Header) -> List[Tuple[int, int, float]]:
 
 def guess_weights(header: Header, n_experts: int, chosen: float) -> List[Tuple[int, int, float]]:
     """Split the file's bytes into experts and the rest, by the model's shape."""
-    n_layers = model_layers(header)
-    n_ff = number(header, ".expert_feed_forward_length", number(header, ".feed_forward_length"))
-    experts = 3 * n_layers * n_ff * n_experts
-    others = 2 * model_vocab(header) + 3 * n_layers * number(header, ".embedding_length")
+    n_ff = number(header, ".feed_forward_length")
+    n_ff = number(header, ".expert_feed_forward_length", n_ff)
+    n_matrices = 3 * model_layers(header)
+    experts = n_matrices * n_ff * n_experts
+    others = 2 * model_vocab(header) + n_matrices * number(header, ".embedding_length")
     expert_bytes = int(header.weight_bytes * experts / max(1, experts + others))
     kind = GUESSED_TYPES.get(model_quant(header), 12)
     return [(kind, header.weight_bytes - expert_bytes, 1.0), (kind, expert_bytes, chosen)]

@@ -6088,7 +6088,10 @@ class HardwareTest(unittest.TestCase):
         )
         name, flags, places = llmchat.parse_cpuinfo("model name\t: Old CPU\n" + x86)
         self.assertEqual((name, flags, len(set(places.values()))), ("Old CPU", ("AVX", "FMA"), 4))
-        arm = "processor\t: 0\nmodel name\t: ARMv7 rev 4\nFeatures\t: neon vfpv4\n\nHardware\t: BCM2835\nModel\t\t: Raspberry Pi 3\n"
+        arm = (
+            "processor\t: 0\nmodel name\t: ARMv7 rev 4\nFeatures\t: neon vfpv4\n\n"
+            "Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 3\n"
+        )
         windows = b"".join(
             struct.pack("<IIBB38x", kind, 48, 1, speed)
             for kind, speed in ((0, 1), (2, 9), (0, 0), (0, 1), (3, 0))
@@ -6797,7 +6800,7 @@ class MeaningTest(unittest.TestCase):
 
 class PlanTest(unittest.TestCase):
     def test_memory_is_what_llama_cpp_takes(self):
-        """KV cache, states and compute buffer as its log tells, for each way in which models remember."""
+        """KV cache, states and compute buffer as its log tells, for all kinds of memory."""
         for arch, options in (
             ("llama", {}),
             ("llama", {"n_ctx": 3000, "n_ubatch": 64}),
@@ -7087,7 +7090,7 @@ class PlanTest(unittest.TestCase):
             self.assertEqual(writing.take(), 0)  # each token counts once
 
     def test_replies_are_measured(self):
-        """The first load reckons with what it measures; a reply is remembered, by the file's type."""
+        """The first load reckons with what it measures; a reply is remembered, by type."""
         env, _ = new_home()
         code = """
 import json, os, llmchat
