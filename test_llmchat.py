@@ -6534,11 +6534,14 @@ class HeaderTest(unittest.TestCase):
 
     def test_renamed_glued_and_cut_parts(self):
         """What is wrong is said, and what to do, instead of llama.cpp's words."""
-        part = lambda n, count, **more: gguf(
-            dict({} if n else SHAPE, **{"split.no": n, "split.count": count}), **more
-        )
+
+        def part(n, count):
+            shape = {} if n else SHAPE
+            return gguf(dict(shape, **{"split.no": n, "split.count": count}))
+
         self.assertIn(
-            "is part 1 of a model in 3 files, but its name says otherwise: name all of them as NAME-00001-of-00003.gguf",
+            "is part 1 of a model in 3 files, but its name says otherwise: "
+            "name all of them as NAME-00001-of-00003.gguf",
             self.fault(part(0, 3), name="mine.gguf"),
         )
         self.assertIn(
@@ -6596,7 +6599,10 @@ class HeaderTest(unittest.TestCase):
         self.assertEqual(llmchat.file_label("/a/m-00002-of-00003.GGUF"), "m")
 
     def test_lengths(self):
-        """What is longer than any real one's is refused, or cut where it is only shown; what isn't used isn't kept."""
+        """What is longer than any real one's is refused, or cut where it is only shown.
+
+        What isn't used isn't kept.
+        """
         long = "x" * 200000
         self.assertIn(
             "no architecture has such a long name",
@@ -6674,7 +6680,10 @@ class HeaderTest(unittest.TestCase):
         )
 
     def test_fuzz(self):
-        """Whatever stands in a file, there is a header or a sentence, and no more memory is taken than for the file and a few keys."""
+        """Whatever stands in a file, there is a header or a sentence.
+
+        No more memory is taken than for the file and a few keys.
+        """
         tensors = tuple((256, 8, kind) for kind in (0, 1, 8, 12))
         base = gguf(
             dict(
