@@ -6654,7 +6654,7 @@ class HeaderTest(unittest.TestCase):
         self.assertFalse({"general.description", "odd", "other"} & set(kept))
 
     def test_keys_of_many_architectures(self):
-        """No real file has more than a hundred keys that are used; so many would fill the memory."""
+        """No real file has a hundred keys that are used; very many would fill the memory."""
         layers = {"x%d.block_count" % n: 1 for n in range(200)}
         self.assertIn("damaged inside its header", self.fault(gguf(layers)))
 
