@@ -6841,7 +6841,15 @@ class Tokenizer:
         return tokens[:n]
 
     def find_controls(self, source: str) -> List[str]:
-        """Find the texts of all control tokens, and of others that the template uses as marks.
+        """Find the texts of all control tokens, and of others that the template uses as marks."""
+        text_of = self.api.llama_vocab_get_text
+        texts = [text_of(self.vocab, token) for token in self.control_tokens()]
+        marks = set(re.findall(MARK_FORM, source))
+        return [text.decode("utf-8", "replace") for text in texts] + [
+            mark for mark in marks if len(self.tokenize(mark, False)) == 1]
+
+    def control_tokens(self) -> List[int]:
+        """Find all control tokens.
 
         To ask for each token's kind would take 300 ms for a vocabulary of 262,144. Written out
         without control tokens a range of tokens is shorter if it has any: halving such ranges finds
@@ -6867,10 +6875,7 @@ class Tokenizer:
                 continue
             middle = (start + end) // 2
             ranges += [(start, middle), (middle, end)]
-        texts = [api.llama_vocab_get_text(self.vocab, token) for token in found]
-        marks = set(re.findall(MARK_FORM, source))
-        return [text.decode("utf-8", "replace") for text in texts] + [
-            mark for mark in marks if len(self.tokenize(mark, False)) == 1]
+        return found
 
     # -- the chat template --
 
