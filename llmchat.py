@@ -1428,13 +1428,7 @@ def render_text(markdown: MarkdownState, text: str, options: RenderOptions,
         block = plain_block(text, options, options.style)
     else:
         block = parse_block(text, options, options.style)
-    begun = ""
-    if markdown.fence:
-        spans, begun = color_code(block.words, markdown.language, markdown.begun)
-    elif options.raw:
-        spans = ((block.words, block.style),)
-    else:
-        spans = inline_spans(block.words, block.style)
+    spans, begun = render_block(markdown, block, options)
     spans = markdown.last_row + spans
     width = max(1, options.width - cells(block.rest))
     rows = wrap_spans(spans, width)
@@ -1449,6 +1443,14 @@ def render_text(markdown: MarkdownState, text: str, options: RenderOptions,
     last_row = split_spans(spans, last_start)[1]
     last_row = split_spans(last_row, 2 * PIECE)[0]    # combining marks without an end take no room
     return markdown._replace(block=block, last_row=last_row), lines[:-1]
+
+def render_block(markdown: MarkdownState, block: Any, options: RenderOptions) -> Tuple[Line, str]:
+    """Style the words of a block; return also what a line of code leaves open, e.g. a comment."""
+    if markdown.fence:
+        return color_code(block.words, markdown.language, markdown.begun)
+    if options.raw:
+        return ((block.words, block.style),), ""
+    return inline_spans(block.words, block.style), ""
 
 def render_row(markdown: MarkdownState, text: str,
                options: RenderOptions) -> Tuple[MarkdownState, List[Line]]:
@@ -4628,16 +4630,21 @@ def add_frame(state: State, layout: Layout, left: List[Line]) -> List[Line]:
     top = view_border(state, layout.main, "tl")
     bottom = box["bl"] + box["h"] * layout.main.width
     if layout.side:
-        side: List[Line] = []
-        for area in layout.side:
-            if side:                      # its corner takes the place of the bar
-                lines[len(side)] = lines[len(side)][:-1]
-                side.append(view_border(state, area, "l") + ((box["r"], "frame"),))
-            side += [line + bar for line in view_pane(state, area)[0]]
-        lines = [a + b for a, b in zip(lines, side)]
+        lines = add_side(state, layout, lines)
         top += view_border(state, layout.side[0], "t")
         bottom += box["b"] + box["h"] * layout.side[0].width
     return [top + ((box["tr"], "frame"),)] + lines + [((bottom + box["br"], "frame"),)]
+
+def add_side(state: State, layout: Layout, lines: List[Line]) -> List[Line]:
+    """Put the panes at the side behind lines that end with a bar."""
+    box = BOX[state.settings.unicode]
+    side: List[Line] = []
+    for area in layout.side:
+        if side:                          # its corner takes the place of the bar
+            lines[len(side)] = lines[len(side)][:-1]
+            side.append(view_border(state, area, "l") + ((box["r"], "frame"),))
+        side += [line + ((box["v"], "frame"),) for line in view_pane(state, area)[0]]
+    return [a + b for a, b in zip(lines, side)]
 
 def view_border(state: State, area: Area, corner: str) -> Line:
     """Draw the border over a pane, from its corner on, with its title; the focus is marked."""
@@ -8275,6 +8282,18 @@ class TemplateBounds:
                 if isinstance(value, (list, tuple, dict)):
                     self.spell(value)
 
+    def before_call(self, called: Any, values: Any, named: Any) -> Any:
+        """Ask for the bounds of a call; return its positional arguments. Raises TemplateRunaway."""
+        name = getattr(called, "__name__", "")
+        owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+        if name == "join" and isinstance(owner, str) and len(values) == 1:
+            values = (self.parts(values[0], owner),)
+        everything = (*values, *named.values())
+        self.arguments(everything)
+        if isinstance(owner, str):
+            self.call(name, (owner, *everything))
+        return values
+
     def arguments(self, values: Iterable[Any]) -> None:
         """Pay for a call, and for numbers in it, which may be widths or counts."""
         self.step()
@@ -8349,14 +8368,7 @@ def sandbox_class(bounds: TemplateBounds) -> Any:
             return super().call_binop(context, operator, left, right)
 
         def call(self, context: Any, called: Any, *values: Any, **named: Any) -> Any:
-            name = getattr(called, "__name__", "")
-            owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
-            if name == "join" and isinstance(owner, str) and len(values) == 1:
-                values = (bounds.parts(values[0], owner),)
-            everything = (*values, *named.values())
-            bounds.arguments(everything)
-            if isinstance(owner, str):
-                bounds.call(name, (owner, *everything))
+            values = bounds.before_call(called, values, named)
             return bounds.made(super().call(context, called, *values, **named))
 
         def concat(self, parts: Any) -> str:
