@@ -10647,6 +10647,9 @@ def plan_advice(
     besides = least.memory.needed() - least.memory.weights
     room = int(COMFORT * plan.free_bytes) - besides
     if room <= 0:
+        ram_bytes = hardware.ram_total_bytes
+        if 0 < ram_bytes < least.memory.needed() and not hardware.gpus:
+            return ": this machine's %s are too little for it" % format_bytes(ram_bytes)
         return ": would swap, so close other programs"
     return (": would swap, so take a smaller model or quantisation: a file of at most %s would fit"
             % format_bytes(room))

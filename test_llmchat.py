@@ -7382,9 +7382,14 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
 
     def test_advice_is_what_can_be_done(self):
         self.assertTrue(
-            plan_load(header(0.3), machine(0.2, 0.05))
+            plan_load(header(0.3), machine(0.6, 0.05))
             .lines[0]
             .endswith(": would swap, so close other programs")
+        )
+        self.assertTrue(
+            plan_load(header(0.3), machine(0.2, 0.05))
+            .lines[0]
+            .endswith(": this machine's 205 MB are too little for it")
         )
         self.assertIn(
             "would swap, so take a smaller model",
