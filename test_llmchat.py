@@ -572,10 +572,10 @@ def ask_engine(model, *expressions, before=""):
     return json.loads(out.stdout)
 
 
-def run_plain(*args, **options):
+def run_plain(*args, program=None, **options):
     """llmchat.py as in a pipe: (exit status, stdout, stderr)."""
     done = subprocess.run(
-        [ENGINE, SCRIPT] + list(args),
+        [*(program or (ENGINE, SCRIPT)), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -4361,21 +4361,10 @@ class AsideTest(unittest.TestCase):
 
 class CurrentFolderTest(unittest.TestCase):
     def test_nothing_of_the_current_folder_is_run(self):
-        folder = folder_with_traps()
         # -S and -I would change what is tested: the program is started as people start it
         env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
-        done = subprocess.run(
-            [ENGINE, SCRIPT, TALK, "-p", "hi"],
-            cwd=folder,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            timeout=LIMIT_S,
-        )
-        self.assertEqual(
-            (done.returncode, done.stdout.decode().strip()), (0, REPLIES["greet"]), done.stderr
-        )
+        status, out, err = run_plain(TALK, "-p", "hi", cwd=folder_with_traps(), env=env)
+        self.assertEqual((status, out.strip()), (0, REPLIES["greet"]), err)
 
 
 class BootTest(unittest.TestCase):
@@ -4487,19 +4476,9 @@ class SurroundingsTest(unittest.TestCase):
                 file.write("raise SystemExit('mine')")
         env = {k: v for k, v in ENV.items() if k != "PYTHONPATH"}
         for flags in ([], ["-I"]):
-            argv = [ENGINE] + flags + [os.path.join(folder, "llmchat.py")]
-            done = subprocess.run(
-                argv + [TALK, "-p", "hi"],
-                cwd=folder,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                timeout=LIMIT_S,
-            )
-            self.assertEqual(
-                (done.returncode, done.stdout.decode().strip()), (0, REPLIES["greet"]), done.stderr
-            )
+            program = [ENGINE, *flags, os.path.join(folder, "llmchat.py")]
+            status, out, err = run_plain(TALK, "-p", "hi", program=program, cwd=folder, env=env)
+            self.assertEqual((status, out.strip()), (0, REPLIES["greet"]), err)
 
     def test_python_without_docstrings(self):
         status, out, err = run_plain(
