@@ -104,7 +104,7 @@ To change a colour, a key or a default: CONFIG. To understand the rest: main(), 
 # "cmake.define.LLAVA_BUILD" = "OFF"
 # ///
 
-# mypy: ignore-missing-imports, no-strict-optional
+# mypy: no-strict-optional
 
 # Only what the first frame needs is imported here; all else inside the function that uses it:
 # on an old machine each import on the way to the first frame is felt.
@@ -6480,7 +6480,7 @@ def import_llama() -> Any:
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules["llama_cpp"] = package
     try:
-        import llama_cpp.llama_cpp as api
+        import llama_cpp.llama_cpp as api  # type: ignore[import-not-found]
     except (ImportError, AttributeError, NameError):
         del sys.modules["llama_cpp"]    # another layout of the package: import it the slow way
         import llama_cpp.llama_cpp as api
@@ -8306,7 +8306,7 @@ class TemplateBounds:
 
 def add_bounds(tree: Any) -> Any:
     """Lead a template's loops, lists and texts made of texts through filters that ask for them."""
-    from jinja2 import nodes, visitor
+    from jinja2 import nodes, visitor  # type: ignore[import-not-found]
 
     def through(name: str, node: Any) -> Any:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -8356,7 +8356,8 @@ def template_json(value: Any, ensure_ascii: bool = False, indent: Optional[int] 
 
 def sandbox_class(bounds: TemplateBounds) -> Any:
     """Make the class of environments whose operations and calls ask for the bounds."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import (  # type: ignore[import-not-found]
+        ImmutableSandboxedEnvironment)
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(("+", "*", "**", "%"))
