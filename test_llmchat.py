@@ -1262,7 +1262,7 @@ class CompileClockTest(unittest.TestCase):
 
     def test_a_large_download_tells_how_much_has_come(self):
         steps = []
-        clock = llmchat.FetchClock(lambda event, **step: steps.append(step), 100)
+        clock = llmchat.DownloadClock(lambda event, **step: steps.append(step), 100)
         for now_s, line in (
             (0, "Collecting x"),
             (1, "Progress 0 of 20000000"),
@@ -1276,7 +1276,8 @@ class CompileClockTest(unittest.TestCase):
             [(0, 20, 100), (5, 20, 106)],
         )
         self.assertEqual(
-            llmchat.describe_progress(llmchat.read_step(steps[-1])), "fetching 5/20 MB, 1:46 left"
+            llmchat.describe_progress(llmchat.read_step(steps[-1])),
+            "downloading 5/20 MB, 1:46 left",
         )
 
     def test_time_left_is_learnt(self):
@@ -2041,7 +2042,7 @@ class ReuseTest(unittest.TestCase):
 
 @lru_cache(maxsize=None)
 def smollm2():
-    """The path of SmolLM2-135M-Instruct, which the script's own --download fetches where the variable names none."""
+    """The path of SmolLM2-135M-Instruct, which --download gets where the variable names none."""
     path = os.environ.get("LLMCHAT_SMOLLM2", "")
     if not os.path.isfile(path):
         done = subprocess.run(
@@ -2053,7 +2054,7 @@ def smollm2():
         )
         path = done.stdout.strip()
         if done.returncode:
-            raise AssertionError("the real model could not be fetched: " + done.stderr)
+            raise AssertionError("the real model could not be downloaded: " + done.stderr)
     return path
 
 
@@ -5233,7 +5234,7 @@ class PipesTest(unittest.TestCase):
         for line in (
             '{"event": "begun", "parts": [1], "total": 1}',
             '{"event": "done"}',
-            '{"event": "fetching", "done": "x"}',
+            '{"event": "downloading", "done": "x"}',
         ):
             self.assertIsInstance(llmchat.parse_line("download", line), EngineLogged)
         window = ready(engine=Condition.LOADING)
@@ -7435,7 +7436,7 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
         self.assertEqual((plan[:4], plan.verdict), ((65536, 64, 3, 0), "too big"))
 
 
-# -- fetching models: a hub on this machine --
+# -- downloading models: a hub on this machine --
 
 
 class LoopbackHub:
@@ -7595,7 +7596,7 @@ class LoopbackHub:
         return os.path.join(self.home, "hub", "models--org--repo", *path)
 
 
-class FetchTest(unittest.TestCase):
+class DownloadTest(unittest.TestCase):
     DATA = random.Random(3).getrandbits(8 * 300000).to_bytes(300000, "little")
 
     def setUp(self):
@@ -7615,9 +7616,9 @@ class FetchTest(unittest.TestCase):
             },
         )
 
-    def fetch(self, name="org/repo"):
+    def download(self, name="org/repo"):
         self.told = []
-        return llmchat.fetch_model(
+        return llmchat.download_model(
             name, lambda event, **fields: self.told.append(dict(fields, event=event))
         )
 
@@ -7629,7 +7630,7 @@ class FetchTest(unittest.TestCase):
 
     def fails(self, words, name="org/repo"):
         with self.assertRaisesRegex(ModelError, words):
-            self.fetch(name)
+            self.download(name)
 
     def part(self, hub, data, commit="c" * 40):
         """What an earlier run left."""
@@ -7641,7 +7642,7 @@ class FetchTest(unittest.TestCase):
 
     def test_layout_and_token(self):
         hub = self.hub()
-        path = self.fetch("hf:org/repo:q4_k_m")
+        path = self.download("hf:org/repo:q4_k_m")
         self.assertEqual(path, hub.cached("snapshots", hub.commit, "m-Q4_K_M.gguf"))
         self.assertEqual(read_bytes(path), self.DATA)
         self.assertEqual(llmchat.read_text(hub.cached("refs", "main")), hub.commit)
@@ -7658,7 +7659,7 @@ class FetchTest(unittest.TestCase):
             {headers["User-Agent"] for _, _, headers in hub.requests},
             {"llmchat/" + llmchat.VERSION},
         )
-        self.assertEqual((self.fetch(), len(hub.asked("other"))), (path, 1))  # it is there
+        self.assertEqual((self.download(), len(hub.asked("other"))), (path, 1))  # it is there
 
     def test_token_from_its_file_and_a_renamed_repository(self):
         hub = self.hub(org__repo={"m-Q4_K_M.gguf": self.DATA}, org__new={})
@@ -7668,7 +7669,7 @@ class FetchTest(unittest.TestCase):
         hub.faults = [
             ("api", (307, {"Location": hub.address + "/api/models/org/new/revision/main"}))
         ]
-        self.fetch()
+        self.download()
         tokens = [headers.get("Authorization") for _, headers in hub.asked("api")]
         self.assertEqual(tokens[0], "Bearer hf_kept")
 
@@ -7681,7 +7682,7 @@ class FetchTest(unittest.TestCase):
             ("resolve", (503, {})),
             ("resolve", (429, {"Retry_After": 0})),
         ]
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         self.assertEqual(self.ranges(hub)[0], "")
         self.assertEqual(self.ranges(hub)[-1], "bytes=225000-")
         self.assertEqual(len(self.events("waiting")), 5)
@@ -7689,23 +7690,23 @@ class FetchTest(unittest.TestCase):
     def test_goes_on_with_an_earlier_part(self):
         hub = self.hub()
         self.part(hub, self.DATA[:100000])
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         self.assertEqual(self.ranges(hub), ["bytes=100000-"])
         self.part(hub, self.DATA)  # all was there, but not its check
         os.remove(hub.cached("blobs", hub.hash("", self.DATA)))
-        self.assertEqual((read_bytes(self.fetch()), len(self.ranges(hub))), (self.DATA, 1))
+        self.assertEqual((read_bytes(self.download()), len(self.ranges(hub))), (self.DATA, 1))
 
     def test_begins_anew_where_the_part_is_of_no_use(self):
         hub = self.hub()
         self.part(hub, b"x" * 1000)
         hub.faults = [("other", "whole")]
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         self.assertEqual(self.ranges(hub), ["bytes=1000-"])
 
     def test_gives_up_on_a_server_that_always_begins_anew(self):
         hub = self.hub()
         hub.faults = [("other", "break")] + [("other", "whole"), ("other", "break")] * 50
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         hub = self.hub()
         with mock.patch.object(
             hub,
@@ -7722,7 +7723,7 @@ class FetchTest(unittest.TestCase):
         hub = self.hub()
         self.part(hub, self.DATA[:100000])
         hub.faults = [("other", (200, {})), ("other", "elsewhere")]
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         self.assertEqual(self.ranges(hub), ["bytes=100000-"] * 3)
 
     def test_no_more_is_taken_than_the_listing_says(self):
@@ -7734,12 +7735,12 @@ class FetchTest(unittest.TestCase):
             request.wfile.write(data + b"more")
 
         with mock.patch.object(hub, "send_file", send_file):
-            self.assertEqual(read_bytes(self.fetch()), self.DATA)
+            self.assertEqual(read_bytes(self.download()), self.DATA)
 
     def test_listing_that_breaks_off(self):
         hub = self.hub()
         hub.faults = [("api", (200, {"length": 99}))]
-        self.assertEqual(read_bytes(self.fetch()), self.DATA)
+        self.assertEqual(read_bytes(self.download()), self.DATA)
         self.assertIn("it broke off", self.events("waiting")[0]["text"])
 
     def test_names_of_files(self):
@@ -7770,13 +7771,13 @@ class FetchTest(unittest.TestCase):
             "known_hardware",
             lambda: small._replace(gpus=(llmchat.Gpu("GPU", "cuda", 24 * GB, 24 * GB),)),
         ):
-            self.fetch()
+            self.download()
         self.assertEqual(
             {entry.verdict for entry in self.events("choices")[0]["entries"]}, {"fits"}
         )
 
     @unittest.skipUnless(POSIX, "locks of one process exclude each other on POSIX")
-    def test_cancel_leaves_the_part_that_another_fetches(self):
+    def test_cancel_leaves_the_part_that_another_downloads(self):
         hub, told = self.hub(), []
         part = self.part(hub, b"x")
         store = llmchat.DiskWorker(told.append)
@@ -7858,7 +7859,7 @@ class FetchTest(unittest.TestCase):
         hub = self.hub(
             "m-Q6_K.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf", "big/m-F16-00001-of-00002.gguf"
         )
-        self.assertEqual(self.fetch(), "")
+        self.assertEqual(self.download(), "")
         entries = [llmchat.ModelEntry(*entry) for entry in self.events("choices")[0]["entries"]]
         self.assertEqual(
             [(entry.path, entry.n_bytes) for entry in entries],
@@ -7867,7 +7868,7 @@ class FetchTest(unittest.TestCase):
         self.assertEqual({entry.verdict for entry in entries}, {"fits"})
         self.fails("org/repo has no Q5_K. It has: Q6_K, Q8_0", "org/repo:Q5_K")
         self.assertEqual(hub.asked("other"), [])
-        self.assertEqual(os.path.basename(self.fetch(entries[1].path)), "m-Q8_0.gguf")
+        self.assertEqual(os.path.basename(self.download(entries[1].path)), "m-Q8_0.gguf")
         self.fails("holds no GGUF", self.hub("model.safetensors") and "org/repo")
 
     def test_the_quantisation_for_this_cpu(self):
@@ -7921,7 +7922,7 @@ class FetchTest(unittest.TestCase):
             ({".incomplete"}, False),
         )
         hub.wrong, hub.requests = {}, []
-        path = self.fetch()
+        path = self.download()
         self.assertEqual(
             [read_bytes(part) for part in llmchat.plan_split_paths(path)],
             [self.DATA[n:] for n in range(3)],
@@ -8052,7 +8053,7 @@ class FetchTest(unittest.TestCase):
             hub.address + "/api/models/org/repo/revision/main",
         ):
             hub.faults = [("api", (302, {"Location": place}))] * 20
-            self.fails("leads to where nothing can be fetched")
+            self.fails("leads to where nothing can be downloaded")
             self.assertEqual(self.events("waiting"), [], place)
         for place in ("http://[x/", "http://a b/\x7f", "http://\xad/"):
             hub.faults = [("resolve", (302, {"Location": place}))] * 20
@@ -8061,7 +8062,7 @@ class FetchTest(unittest.TestCase):
             llmchat.Hub("org/repo", print).open("https://a/b")
             redirect = build.call_args[0][0]().redirect_request
         request = urllib.request.Request("https://a/b")
-        with self.assertRaisesRegex(ModelError, "nothing can be fetched"):
+        with self.assertRaisesRegex(ModelError, "nothing can be downloaded"):
             redirect(request, None, 302, "", {}, "http://a/b")  # in the clear
 
     def test_what_it_asks_to_wait(self):
@@ -8076,7 +8077,7 @@ class FetchTest(unittest.TestCase):
             if words:
                 self.fails(words)
             else:
-                self.fetch()
+                self.download()
                 self.assertEqual(len(self.events("waiting")), 1, told)
 
     def test_names_of_too_many_files(self):
@@ -8111,7 +8112,7 @@ class FetchTest(unittest.TestCase):
             )
             self.assertEqual((status, out, err.count("\n")), (1, "", 1))
             self.assertRegex(err, r"It can't be written \(File too large\): make room")
-            self.fetch()
+            self.download()
             self.assertEqual(self.ranges(hub)[1:], ["bytes=100000-"])
 
     def test_cache_that_cannot_be_written(self):
@@ -8126,9 +8127,9 @@ class FetchTest(unittest.TestCase):
     def test_two_at_once(self):
         hub = self.hub()
         with llmchat.lock_repo(hub.cached()):
-            self.fails("Another window or program is fetching this model")
+            self.fails("Another window or program is downloading this model")
             self.assertEqual(hub.asked("other"), [])
-        self.fetch()
+        self.download()
 
     def test_proxy_and_no_links(self):
         hub = self.hub()
@@ -8137,7 +8138,7 @@ class FetchTest(unittest.TestCase):
             http_proxy=hub.address, no_proxy="127.0.0.1", HF_ENDPOINT="http://hub.invalid"
         )
         with mock.patch("os.symlink", side_effect=OSError):
-            path = self.fetch()
+            path = self.download()
         self.assertEqual({headers["Host"] for _, headers in hub.asked("api")}, {"hub.invalid"})
         self.assertEqual(
             (os.path.islink(path), read_bytes(path), os.listdir(hub.cached("blobs"))),
@@ -8247,7 +8248,7 @@ class FetchTest(unittest.TestCase):
             input="/download org/repo\n",
             env=dict(ENV, HF_ENDPOINT="http://127.0.0.1:9", no_proxy="*"),
         )
-        self.assertIn("/download smollm2:135m fetches a small model", err)
+        self.assertIn("/download smollm2:135m downloads a small model", err)
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:x"
         self.fails("HF_ENDPOINT is 'http://127.0.0.1:x': it must be an address such as")
         os.environ["HF_ENDPOINT"], tries = hub.address, []
@@ -8261,7 +8262,7 @@ class FetchTest(unittest.TestCase):
         answers = [OSError("no")] * 20 + [ModelError("reached")]
         with mock.patch.object(llmchat.Hub, "read_json", side_effect=answers):
             with self.assertRaisesRegex(ModelError, "reached"):
-                llmchat.fetch_model("org/repo", tell)
+                llmchat.download_model("org/repo", tell)
         self.assertEqual(tries, ["unreachable"])
 
     def test_name_server_that_hangs(self):
@@ -8276,7 +8277,7 @@ class FetchTest(unittest.TestCase):
     def test_offer_where_it_is_unreachable(self):
         state = ready(
             Turn("user", "q"),
-            fetch=llmchat.Fetch("org/repo", True),
+            download=llmchat.Download("org/repo", True),
             columns=100,
             model=None,
             engine=Condition.OFF,
@@ -8287,20 +8288,21 @@ class FetchTest(unittest.TestCase):
         self.assertIn("It goes on trying; /download cancel gives up", notices(has_one)[-1])
         offered, effects = play(state, said)
         self.assertEqual(
-            (offered.dialog.name, effects, offered.fetch.doing), ("unreachable", (), "unreachable")
+            (offered.dialog.name, effects, offered.download.doing),
+            ("unreachable", (), "unreachable"),
         )
         self.assertRegex(
             "\n".join(rows_of(offered)),
-            r"(?s)goes on trying.*SmolLM2.*\[Enter\] fetch it.*\[r\] try again.*\[f\] take a file",
+            r"(?s)goes on trying.*SmolLM2.*\[Enter\] download it.*\[r\] try again.*\[f\] take a file",
         )
         self.assertIn("/download smollm2:135m", notices(offered)[-1])  # for those without a window
-        for key, fetch, effects in (
+        for key, download, effects in (
             ("[enter]", ("smollm2:135m", True), (StartChild("download", "smollm2:135m"),)),
             ("r", ("org/repo", True), (StartChild("download", "org/repo"),)),
             ("[esc]", ("org/repo", True), ()),
         ):
             after, done = play(state, said, key)
-            self.assertEqual((after.dialog, after.fetch[:2], done), (None, fetch, effects))
+            self.assertEqual((after.dialog, after.download[:2], done), (None, download, effects))
         self.assertEqual(play(state, said, "f")[0].draft.text, "/load ")
         self.assertEqual(play(state, said, "x")[0].draft.text, "x")
         begun = ChildSaid("download", {"event": "begun", "total": 9, "parts": []})
@@ -8321,7 +8323,7 @@ class FetchTest(unittest.TestCase):
         before = window.runner.children["download"].process
         os.environ["HF_ENDPOINT"] = hub.address
         window.handle(Typed("r"))
-        self.wait(window, lambda: not window.state.fetch)
+        self.wait(window, lambda: not window.state.download)
         self.assertNotEqual(before.returncode, None)
         self.assertIn("no repository org/none", window.said("notice")[-1])
 
@@ -8353,8 +8355,8 @@ class FetchTest(unittest.TestCase):
         with mock.patch.object(
             llmchat, "draw_status"
         ) as draw:  # how far it is must be seen beside a long name, too
-            llmchat.show_fetch(llmchat.Fetch("n" * 99, False, "waiting", 1, 4), "\x1b[2J")
-            llmchat.show_fetch(llmchat.Fetch("n" * 99, False, "fetching", 1, 4))
+            llmchat.show_download(llmchat.Download("n" * 99, False, "waiting", 1, 4), "\x1b[2J")
+            llmchat.show_download(llmchat.Download("n" * 99, False, "downloading", 1, 4))
         texts = [call[0][0] for call in draw.call_args_list]
         self.assertEqual(
             ([text.isprintable() for text in texts], texts[1][:9]), ([True, True], "25 % of 0")
@@ -8365,14 +8367,17 @@ class FetchTest(unittest.TestCase):
         )  # asks nobody
 
     def test_events(self):
-        fetch = llmchat.Fetch("org/repo", True, "fetching", GB, 4 * GB, 2e7, ("/nowhere/part",))
-        state = ready(Turn("user", "q"), fetch=fetch, columns=120)
+        download = llmchat.Download(
+            "org/repo", True, "downloading", GB, 4 * GB, 2e7, ("/nowhere/part",)
+        )
+        state = ready(Turn("user", "q"), download=download, columns=120)
         self.assertIn(
-            " ready · fetching ██░░░░░░ 25 % of 4.0 GB, 20.0 MB/s, 2 min left", rows_of(state)[-1]
+            " ready · downloading ██░░░░░░ 25 % of 4.0 GB, 20.0 MB/s, 2 min left",
+            rows_of(state)[-1],
         )
         self.assertTrue(
             rows_of(state._replace(columns=40))[-1].startswith(
-                " ready · fetching 25 % of 4.0 GB, 20.0"
+                " ready · downloading 25 % of 4.0 GB"
             )
         )
         self.assertIn(
@@ -8387,7 +8392,7 @@ class FetchTest(unittest.TestCase):
             state, ChildSaid("download", {"event": "waiting", "text": "No connection."})
         )
         self.assertEqual(
-            (waits.log[-1].text, waits.fetch.doing, waits.fetch.done),
+            (waits.log[-1].text, waits.download.doing, waits.download.done),
             ("No connection.", "waiting", GB),
         )
         done = ChildSaid("download", {"event": "done", "path": "/m.gguf"})
@@ -8395,20 +8400,22 @@ class FetchTest(unittest.TestCase):
             sent(play(state, done)[1], "load")[0]["path"], "/m.gguf"
         )  # it was chosen from the list
         for other, text in (
-            (state._replace(fetch=fetch._replace(load=False)), ": /load m"),
+            (state._replace(download=download._replace(load=False)), ": /load m"),
             (state._replace(engine=Condition.WRITING), "It is loaded when the reply has ended."),
         ):
             after, effects = play(other, done, ChildEnded("download", 0))
-            self.assertEqual((sent(effects, "load"), after.fetch), ([], None))
+            self.assertEqual((sent(effects, "load"), after.download), ([], None))
             self.assertTrue(notices(after)[-1].endswith(text))
-        self.assertEqual(play(state, ChildEnded("download", 130))[0].fetch.stop, "paused")
+        self.assertEqual(play(state, ChildEnded("download", 130))[0].download.stop, "paused")
         after, _ = play(state, ChildEnded("download", -9))
         self.assertRegex(
             notices(after)[-1], "ended by itself .exit status -9.*/download org/repo goes on"
         )
-        paused = state._replace(fetch=fetch._replace(stop="paused"))
+        paused = state._replace(download=download._replace(stop="paused"))
         after, effects = llmchat.cmd_download(paused, "cancel")
-        self.assertEqual((after.fetch, effects), (None, (DiskJob("drop_parts", (fetch.parts,)),)))
+        self.assertEqual(
+            (after.download, effects), (None, (DiskJob("drop_parts", (download.parts,)),))
+        )
         self.assertIn("/download org/repo goes on", llmchat.cmd_download(paused, "pause").hint)
         self.assertEqual(
             llmchat.cmd_download(paused, "org/repo")[1], (StartChild("download", "org/repo"),)
@@ -8434,11 +8441,11 @@ class FetchTest(unittest.TestCase):
         hub = self.hub(org__repo={"talk-F32.gguf": read_bytes(TALK)})
         window = self.window(hub)
         window.handle(Submitted("/download org/repo"))
-        self.assertEqual(window.state.fetch.name, "org/repo")
+        self.assertEqual(window.state.download.name, "org/repo")
         window.wait(Condition.READY)
-        told = [line.text for line in window.state.log if line.text.startswith("Fetched: ")]
+        told = [line.text for line in window.state.log if line.text.startswith("Downloaded: ")]
         self.assertEqual(
-            (window.state.fetch, [os.path.basename(text) for text in told]),
+            (window.state.download, [os.path.basename(text) for text in told]),
             (None, ["talk-F32.gguf"]),
         )
         window.ask("hi", Condition.WRITING, Condition.READING).wait(Condition.READY)
@@ -8457,19 +8464,19 @@ class FetchTest(unittest.TestCase):
         def half():
             return any(
                 os.path.exists(part) and os.path.getsize(part) == len(self.DATA) // 2
-                for part in window.state.fetch.parts
+                for part in window.state.download.parts
             )
 
         self.wait(window, half)
         window.handle(Submitted("/download qwen3:4b"))
-        self.assertIn("org/repo is being fetched", window.said("notice")[-1])
+        self.assertIn("org/repo is being downloaded", window.said("notice")[-1])
         window.handle(Submitted("/download pause"))
-        self.wait(window, lambda: window.state.fetch.stop == "paused")
+        self.wait(window, lambda: window.state.download.stop == "paused")
         self.assertIn("/download org/repo goes on", window.state.hint)
         self.assertIn("paused", rows_of(window.state._replace(hint=""))[-1])
         hub.gate.set()
         window.handle(Submitted("/download org/repo"))
-        self.wait(window, lambda: not window.state.fetch)
+        self.wait(window, lambda: not window.state.download)
         self.assertEqual(self.ranges(hub), ["", "bytes=150000-"])
         self.assertIn(
             "It can be used now: /load ", window.said("notice")[-1]
@@ -8478,10 +8485,10 @@ class FetchTest(unittest.TestCase):
         hub.commit, hub.repos["org__repo"] = "d" * 40, {"m-Q4_K_M.gguf": self.DATA[::-1]}
         window.handle(Submitted("/download org/repo"))
         self.wait(window, half)
-        part = window.state.fetch.parts[0]
+        part = window.state.download.parts[0]
         window.handle(Submitted("/download cancel"))
         self.wait(
-            window, lambda: not window.state.fetch and "cancelled" in window.said("notice")[-1]
+            window, lambda: not window.state.download and "cancelled" in window.said("notice")[-1]
         )
         self.assertFalse(os.path.exists(part))
 
@@ -8489,19 +8496,19 @@ class FetchTest(unittest.TestCase):
         hub = self.hub()
         window = self.window(hub)
         window.handle(Submitted("/download org/none"))
-        self.wait(window, lambda: not window.state.fetch)
+        self.wait(window, lambda: not window.state.download)
         self.assertIn("no repository org/none", window.said("notice")[-1])
         window.handle(Submitted("/download -nothing"))
-        self.wait(window, lambda: not window.state.fetch)
+        self.wait(window, lambda: not window.state.download)
         self.assertIn("-nothing names no model", window.said("notice")[-1])
         window.handle(Submitted("/download pause"))
-        self.assertEqual(window.state.hint, "Nothing is being fetched")
+        self.assertEqual(window.state.hint, "Nothing is being downloaded")
         window.handle(Submitted("/download"))
         self.wait(window, lambda: window.state.dialog)
         window.handle(Pressed("down"))
         state, effects = update(window.state, Pressed("enter"))
         self.assertEqual(
-            (effects, state.fetch.load),
+            (effects, state.download.load),
             ((StartChild("download", window.state.dialog.rows[1].item.path),), True),
         )
 
@@ -8521,8 +8528,8 @@ class FetchTest(unittest.TestCase):
             input="/download org/repo\n/download cancel\n",
             env=dict(ENV, **hub.env),
         )
-        self.assertIn("Fetched. It can be used now: /load", err)
-        self.assertIn("Nothing is being fetched", err)
+        self.assertIn("Downloaded. It can be used now: /load", err)
+        self.assertIn("Nothing is being downloaded", err)
 
     def test_no_connection_unless_asked(self):
         folder = tempfile.mkdtemp(dir=FOLDER)
@@ -8828,7 +8835,7 @@ class SmallModelTest(unittest.TestCase):
     def left(self):
         return sorted(set(os.listdir(self.folder)) - {".lock"})
 
-    def test_fetch(self):
+    def test_download(self):
         status, out, err = self.run_program("--download", "smollm2:135m", "--json")
         events = [json.loads(line) for line in out.splitlines()]
         self.assertEqual(
@@ -8901,8 +8908,8 @@ class SmallModelTest(unittest.TestCase):
                 "ERROR: No matching distribution found",
                 "can't be reached",
             ),
-            ("one\nERROR: odd\nlast", "pip couldn't fetch it: ERROR: odd"),
-            ("", "pip couldn't fetch it"),
+            ("one\nERROR: odd\nlast", "pip couldn't download it: ERROR: odd"),
+            ("", "pip couldn't download it"),
         ):
             self.assertIn(words, llmchat.explain_pip(said.split("\n")))
 
@@ -8936,16 +8943,16 @@ class SmallModelTest(unittest.TestCase):
             """Ends with the index's own limit."""
             while True:
                 event = json.loads(child.stdout.readline())
-                if event["event"] == "fetching" and event["done"] >= half - (1 << 18):
+                if event["event"] == "downloading" and event["done"] >= half - (1 << 18):
                     return
 
         wait_for_half()
         self.assertNotIn("SmolLM2", self.run_program("--list")[1])
         status, _, err = self.run_program("--download", "smollm2:135m", **env)
         self.assertEqual(
-            (status, "Another window or program is fetching this model" in err), (1, True), err
+            (status, "Another window or program is downloading this model" in err), (1, True), err
         )
-        self.assertEqual([name[:7] for name in self.left()], [".fetch-"])
+        self.assertEqual([name[:10] for name in self.left()], [".download-"])
         if POSIX:
             child.send_signal(signal.SIGINT)
             self.assertEqual((child.wait(LIMIT_S), self.left()), (130, []))
@@ -11742,7 +11749,7 @@ class UpdateTest(unittest.TestCase):
     def test_setup_of_engine_and_model(self):
         """Nothing is here: one screen, one key, both at once; what was written is answered."""
         small = llmchat.SMALL_MODEL.name
-        offered = (a_model("hf:org/repo:m.gguf", "better", source="to fetch"),)
+        offered = (a_model("hf:org/repo:m.gguf", "better", source="to download"),)
         state, effects = play(State(wanted="", columns=110), ModelsFound(offered, ""))
         self.assertEqual(state.dialog.name, "setup")
         self.assertEqual(effects, (llmchat.ProbeNeeds(False),))
@@ -11778,8 +11785,8 @@ class UpdateTest(unittest.TestCase):
         state, effects = play(state, "hello", "[enter]")
         self.assertTrue(state.chat.waiting)
         self.assertEqual(effects, ())
-        fetching = said_by_download("fetching", done=30, total=100, rate=1.0)
-        state, _ = play(state, said_by_download("begun", total=100, parts=["x"]), fetching)
+        downloading = said_by_download("downloading", done=30, total=100, rate=1.0)
+        state, _ = play(state, said_by_download("begun", total=100, parts=["x"]), downloading)
         self.assertRegex(screen_text(state), r"(?s)engine +░+.*model +█+░+ +30 %")
         self.assertEqual(play(state, "[esc]")[1], (StopChild("install"), StopChild("download")))
         done = said_by_download("done", path="/models/small.gguf")
@@ -11811,7 +11818,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(effects, (llmchat.ProbeNeeds(False),))
 
     def test_better_model_is_named_once(self):
-        """Under the small model's first answer; F5 fetches it, it is loaded when the reply ends."""
+        """Under the small model's first answer; F5 downloads it, it is loaded when the reply ends."""
         state = llmchat.with_storage(
             ready(settings=Settings("/models/" + llmchat.SMALL_MODEL.file))
         )
@@ -11833,12 +11840,12 @@ class UpdateTest(unittest.TestCase):
         )
         self.assertIn(DiskJob("find_better", ()), effects)
         entry = a_model(
-            "hf:org/repo:m.gguf", "better:4b", source="to fetch", rate=11.0, n_bytes=2 << 30
+            "hf:org/repo:m.gguf", "better:4b", source="to download", rate=11.0, n_bytes=2 << 30
         )
         state, effects = play(state, llmchat.BetterFound(entry))
         self.assertRegex(
             state.chat.turns[-1].text,
-            r"better:4b \(about 11 tokens/s here, 2.0 GB to fetch\)\. F5 fetches it",
+            r"better:4b \(about 11 tokens/s here, 2.0 GB to download\)\. F5 downloads it",
         )
         self.assertEqual(effects[0].arguments[2]["better"], "better:4b")
         state, effects = play(state, "[f5]")
@@ -11916,9 +11923,9 @@ class ModelListTest(unittest.TestCase):
             note="also giant",
         ),
         a_model(
-            "hf:org/fetch:F.gguf",
-            "fetch",
-            source="to fetch",
+            "hf:org/download:F.gguf",
+            "download",
+            source="to download",
             size="0.6B",
             n_bytes=GB // 2,
             note="small and quick",
@@ -11955,7 +11962,7 @@ class ModelListTest(unittest.TestCase):
         self.assertTrue("in use, also giant" in "\n".join(rows_of(state)[-6:]))
         needs = llmchat.Needs(False, True)  # the first screen has been seen
         only = play(State(columns=120, rows=24, needs=needs), ModelsFound(self.ENTRIES[3:4], ""))[0]
-        self.assertIn("Models to fetch: Enter gets one", rows_of(only)[1])
+        self.assertIn("Models to download: Enter gets one", rows_of(only)[1])
 
     def test_columns_follow_the_width(self):
         self.assertEqual(
@@ -11965,7 +11972,7 @@ class ModelListTest(unittest.TestCase):
                 ["*alpha-Q8_0", "fits", "12", "1.0 GB", "Q8_0", "1B", "4,096"],
                 ["dolphin:8b", "tight", "3.2", "5.0 GB", "Q4_K_M", "8B", "Ollama"],
                 ["huge", "too big", "40.0 GB", "Q4_K_M", "70B", "also giant"],
-                ["fetch", "fits, to fetch", "512 MB", "0.6B", "small and quick"],
+                ["download", "fits, download", "512 MB", "0.6B", "small and quick"],
                 ["bad", "is empty: download it again."],
             ],
         )
@@ -11973,10 +11980,10 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual(
             rows[:2], [["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]]
         )
-        self.assertEqual(rows[4], ["fetch", "fits, to fetch", "small and"])
+        self.assertEqual(rows[4], ["download", "fits, download", "small and"])
         for columns, title in (
             (80, "d tells more, Esc closes"),
-            (52, "Models: type to filter, Enter loads or fetches"),
+            (52, "Models: type to filter, Enter loads or downloads"),
             (40, "Models: type to filter"),
         ):
             self.assertEqual(
@@ -12032,7 +12039,7 @@ class ModelListTest(unittest.TestCase):
             ("down,down,up", "dolphin"),
             ("end", "bad"),
             ("pgdn", "bad"),
-            ("end,up", "fetch"),
+            ("end,up", "download"),
             ("end,home", "alpha"),
             ("up", "alpha"),
         ):
@@ -12041,7 +12048,7 @@ class ModelListTest(unittest.TestCase):
             )
         self.assertEqual(
             self.open("[end]", "[up]", "[enter]")[1],
-            (StartChild("download", "hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
+            (StartChild("download", "hf:org/download:F.gguf"), llmchat.ProbeNeeds(True)),
         )
         busy = play(ready(), "hello", "[enter]")[0]
         state, effects = play(busy, ModelsFound(self.ENTRIES, ""), "[enter]")
@@ -12081,9 +12088,10 @@ class ModelListTest(unittest.TestCase):
             self.open("hu", "d")[0].dialog.query, "hud", "only while there is no filter"
         )
         self.assertEqual(self.open("hu", "[tab]")[1], (DiskJob("describe", ("/m/huge.gguf",)),))
-        fetch = "\n".join(rows_of(self.open("fetch", "[tab]")[0]))
+        download = "\n".join(rows_of(self.open("download", "[tab]")[0]))
         self.assertRegex(
-            fetch, r"(?s)Model: fetch.*small and quick.*Enter fetches it from org/fetch:F.gguf"
+            download,
+            r"(?s)Model: download.*small and quick.*Enter downloads it from org/download:F.gguf",
         )
         self.assertNotIn("Traceback", "\n".join(rows_of(play(shown, Resized(24, 8))[0])))
 
@@ -12149,11 +12157,11 @@ class ModelListTest(unittest.TestCase):
             (StartChild("download", "hf:org/other:Q4_0"), llmchat.ProbeNeeds(True)),
         )
         self.assertEqual(
-            play(State(), ModelsFound(self.ENTRIES, "fetch"))[1],
-            (StartChild("download", "hf:org/fetch:F.gguf"), llmchat.ProbeNeeds(True)),
+            play(State(), ModelsFound(self.ENTRIES, "download"))[1],
+            (StartChild("download", "hf:org/download:F.gguf"), llmchat.ProbeNeeds(True)),
         )
         self.assertIn(
-            "Not on this machine: Enter fetches it",
+            "Not here: Enter downloads it",
             "\n".join(rows_of(play(asks, Resized(40, 12))[0])),
         )
         self.assertIsNone(play(asks, "[esc]")[0].dialog)
@@ -12164,8 +12172,8 @@ class ModelListTest(unittest.TestCase):
             (self.ENTRIES[3:4], "", "No model was found"),
             (
                 self.ENTRIES[3:4],
-                "fetch",
-                "fetch isn't on this machine. To fetch it: python3 llmchat.py --download hf:org/",
+                "download",
+                "download isn't on this machine. To download it: python3 llmchat.py --download hf:org/",
             ),
         ):
             self.assertIn(words, llmchat.explain_match(self.ENTRIES, found, wanted))
