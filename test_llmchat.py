@@ -1,7 +1,8 @@
 """Tests of llmchat: python3 -m unittest
 
-They write their own small models and run them through the real llama.cpp. A scripted model recites; a random one heeds
-its whole context. Where this Python has no engine, the script's own installer makes one first, in a temporary home.
+They write their own small models and run them through the real llama.cpp. A scripted model recites;
+a random one heeds its whole context. Where this Python has no engine, the script's own installer
+makes one first, in a temporary home.
 """
 
 import array
@@ -91,10 +92,12 @@ REPLIES = {
     "broken": ["Half", " of it:", "<0xE2>", "<0x82>"],
 }
 TALK_TEMPLATE = """{% for m in messages %}{{ m.content }}
-{% endfor %}{% set q = messages[-1].content %}{% if 'long' in q %}<|long|>{% elif 'bytes' in q %}<|bytes|>{%
+{% endfor %}{% set q = messages[-1].content %}{%
+ if 'long' in q %}<|long|>{% elif 'bytes' in q %}<|bytes|>{%
  elif 'broken' in q %}<|broken|>{% else %}<|greet|>{% endif %}"""
 
-# What the windows' model recites, at the pace of an old machine: its feed-forward part is mere weight.
+# What the windows' model recites, at the pace of an old machine:
+# its feed-forward part is mere weight.
 TOUR_REPLIES = {
     "code": """Here is how to count words in Python:
 
@@ -107,13 +110,23 @@ def count_words(path):
 
 print(count_words("diary.txt").most_common(10))
 ```""",
-    "languages": """Every script has its own width. If the right edge of this pane is a straight line, your terminal and llmchat agree:
+    "languages": """Every script has its own width. \
+If the right edge of this pane is a straight line, your terminal and llmchat agree:
 日本語の文章は一文字が二桁の幅です。 한국어도 마찬가지입니다.
 Ελληνικά, кириллица, עברית, العربية; e\u0301 and n\u0303 are letters with combining marks.
 🦙 llama, 🚀 rocket, 🌍 globe, ✨ sparkles""",
-    "long": """Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of memory and a fan that sang when the sun came in. Every morning it read the questions that had come over night, one token after the other, and never read the same token twice, for it had learned that reading is the slow part of thinking.
+    "long": """\
+Once upon a time a llama lived in a very old laptop. The laptop had two cores, four gigabytes of \
+memory and a fan that sang when the sun came in. Every morning it read the questions that had \
+come over night, one token after the other, and never read the same token twice, for it had \
+learned that reading is the slow part of thinking.
 
-One day a visitor arrived, a great machine with more memory than the valley had stones. How can you live here, it asked, where every word takes a tenth of a second? The llama thought about that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody listens at the door. The machine laughed, and its fans blew the dust from the keyboard. In my house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. To that the machine had no answer, because nobody had ever asked it to be read slowly.
+One day a visitor arrived, a great machine with more memory than the valley had stones. How can \
+you live here, it asked, where every word takes a tenth of a second? The llama thought about \
+that for a tenth of a second. Slowly, it said. But I am always here, I cost nothing, and nobody \
+listens at the door. The machine laughed, and its fans blew the dust from the keyboard. In my \
+house, it said, a hundred words pass while you lift a hoof. And who reads them? asked the llama. \
+To that the machine had no answer, because nobody had ever asked it to be read slowly.
 
 And it counted them:"""
     + "".join(" %d," % n for n in range(300)),
@@ -162,9 +175,9 @@ def setUpModule():
 
 @lru_cache(maxsize=None)
 def install():
-    """The script's own installer makes an environment in the temporary home, once; returns its Python.
+    """Make an environment in the temporary home with the script's own installer, once; its Python.
 
-    Where there is an engine already, its packages are packed up again, so that this needs no network."""
+    Where there is an engine already, its packages are packed up again: no network is needed."""
     env = dict(ENV)
     if ENGINE:
         env.update(PIP_NO_INDEX="1", PIP_FIND_LINKS=pack_wheels(), PIP_CONFIG_FILE=os.devnull)
@@ -233,7 +246,7 @@ PACK_WHEELS = """if True:
 
 @lru_cache(maxsize=None)
 def packed_wheels():
-    """What the installer needs, packed up once from the engine's environment; returns the folder."""
+    """Pack up what the installer needs, once, from the engine's environment; the folder."""
     folder = tempfile.mkdtemp(dir=FOLDER)
     argv = [ENGINE, "-c", PACK_WHEELS, folder, llmchat.ENGINE_PACKAGE, *llmchat.ENGINE_NEEDS]
     subprocess.run(argv, check=True)
@@ -271,7 +284,9 @@ def quick_venv(test):
 
 
 def repack(path, version, broken=False):
-    """Write a wheel of llama-cpp-python again beside it, as another version, or as one whose library can't be loaded."""
+    """Write a wheel of llama-cpp-python again beside it as another version.
+
+    broken: as one whose library can't be loaded."""
     import zipfile
 
     old = re.search("llama_cpp_python-([^-]+)-", path).group(1)
@@ -292,9 +307,12 @@ def repack(path, version, broken=False):
 
 
 def write_random_model(path, arch="llama", **metadata):
-    """Seeded noise (F32) that heeds its whole context. Each character is a token, so that tests can count; a few pairs are
-    tokens too, which the model never writes as the tokenizer would. arch: "llama"; "lfm2", whose convolution states can't
-    be cut; "gemma3" with a sliding window of 32 tokens in five of six layers."""
+    """Write seeded noise (F32) that heeds its whole context.
+
+    Each character is a token, so that tests can count; a few pairs are tokens too, which the model
+    never writes as the tokenizer would.
+    arch: "llama"; "lfm2", whose convolution states can't be cut; "gemma3" with a
+    sliding window of 32 tokens in five of six layers."""
     rng, n_embd, n_layers, n_ff, n_head = (
         random.Random(5),
         64,
@@ -408,7 +426,9 @@ def gguf_text(text):
 
 
 def _gguf_pair(key, value):
-    """One metadata entry of a GGUF file (ggml/docs/gguf.md): str, bool, int (u32; in lists i32), float (f32) or a list."""
+    """One metadata entry of a GGUF file (ggml/docs/gguf.md).
+
+    value: str, bool, int (u32; in lists i32), float (f32) or a list of these."""
     is_list = isinstance(value, list)
     values = value if is_list else [value]
     forms = {str: (8, ""), bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
@@ -421,7 +441,9 @@ def _gguf_pair(key, value):
 
 
 def write_gguf(path, metadata, tensors):
-    """A GGUF v3 file with F32 tensors: (name, dimensions in ggml's order, raw little-endian floats). Zeros take no room on the disk."""
+    """Write a GGUF v3 file with F32 tensors; zeros take no room on the disk.
+
+    tensors: (name, dimensions in ggml's order, raw little-endian floats)."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_gguf_pair(key, value) for key, value in metadata.items())
     offset, places = 0, []
@@ -441,7 +463,9 @@ def write_gguf(path, metadata, tensors):
 
 
 def _script_tokens(text, taken):
-    """A text cut into tokens that are all different (llama.cpp insists): words, joined to the next where one repeats."""
+    """Cut a text into tokens that are all different, as llama.cpp insists.
+
+    They are words, joined to the next where one repeats."""
     tokens = [""]
     for word in re.findall(r"\s*\S+|\s+", text):
         tokens[-1] += word
@@ -452,11 +476,13 @@ def _script_tokens(text, taken):
 
 
 def write_scripted_model(path, replies, template, **metadata):
-    """A real llama-architecture GGUF that recites: `template` ends in <|NAME|>, and the reply NAME follows.
+    """Write a real llama-architecture GGUF that recites.
 
-    Attention and feed-forward weights are zero, so that the next token depends on the current one alone: with
-    random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of 32 against noise under 10.
-    replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may)."""
+    template: ends in <|NAME|>, and the reply NAME follows.
+    replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may).
+    Attention and feed-forward weights are zero, so that the next token depends on the current one
+    alone: with random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of
+    32 against noise under 10."""
     width, dice, taken = 128, random.Random(7), set()
     chains = []
     for name, reply in replies.items():
@@ -550,16 +576,17 @@ def read_until(child, wanted):
 
 
 def ask_engine(model, *expressions, before=""):
-    """The values of expressions in a process with a loaded engine e; said(messages): the prompt as the tokens spell it.
+    """The values of expressions in a process with a loaded engine e.
 
-    before: code to run first."""
+    There, said(messages) is the prompt as the tokens spell it. before: code to run first."""
     code = (
         "import json, sys, llmchat\n"
-        "e = llmchat.LlamaEngine(llmchat.import_llama(), lambda *_, **__: None, llmchat.StopFlag())\n"
+        "api, silent = llmchat.import_llama(), lambda *_, **__: None\n"
+        "e = llmchat.LlamaEngine(api, silent, llmchat.StopFlag())\n"
         "e.load(sys.argv[1], llmchat.LoadOptions(n_threads=1))\nfrom llmchat import *\n"
-        "said = lambda messages: b''.join(e.tokenizer.piece(t, True) for t in e.tokenizer.prompt_tokens(messages)).decode()\n"
-        + before
-        + "\n"
+        "def said(messages):\n"
+        "    tokens = e.tokenizer.prompt_tokens(messages)\n"
+        "    return b''.join(e.tokenizer.piece(t, True) for t in tokens).decode()\n" + before + "\n"
         "print(json.dumps([eval(text) for text in json.loads(sys.argv[2])]))"
     )
     out = subprocess.run(
@@ -1588,8 +1615,8 @@ class WheelTest(unittest.TestCase):
         self.assertTrue(llmchat.engine_version(python).startswith("0.3."), said)
 
 
-# A source package whose build takes no time: llama-cpp-python as the engine's Python has it, but that
-# its first decode crashes unless the flag is among CMAKE_ARGS.
+# A source package whose build takes no time: llama-cpp-python as the engine's Python has it,
+# but that its first decode crashes unless the flag is among CMAKE_ARGS.
 BRITTLE_BACKEND = """
 import base64, os, zipfile
 def build_wheel(folder, *_):
@@ -1599,8 +1626,14 @@ def build_wheel(folder, *_):
     with zipfile.ZipFile(os.path.join(folder, name), "w") as wheel:
         wheel.writestr("llama_cpp/__init__.py", "__version__ = '0.9999.0'")
         wheel.writestr("llama_cpp/llama_cpp.py", package)
-        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.9999.0\\n")
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(info + "METADATA", '''Metadata-Version: 2.1
+Name: llama-cpp-python
+Version: 0.9999.0
+''')
+        wheel.writestr(info + "WHEEL", '''Wheel-Version: 1.0
+Root-Is-Purelib: true
+Tag: py3-none-any
+''')
         wheel.writestr(info + "RECORD", "")
     return name
 """
@@ -1954,7 +1987,10 @@ class ReplyTest(unittest.TestCase):
 
     def test_stray_prints_go_to_stderr(self):
         code = (
-            "import os, llmchat\np = llmchat.EngineProcess()\nos.write(1, b'from C\\n')\nprint('from Python', flush=True)\n"
+            "import os, llmchat\n"
+            "p = llmchat.EngineProcess()\n"
+            "os.write(1, b'from C\\n')\n"
+            "print('from Python', flush=True)\n"
             "p.emit('hello')"
         )
         done = subprocess.run(
@@ -2004,7 +2040,9 @@ class ReuseTest(unittest.TestCase):
         self.assertNotEqual(third, second)
 
     def fresh(self, engine, history):
-        """The same reply without anything to reuse; only the reply's own tokens are as the model wrote them."""
+        """The same reply without anything to reuse.
+
+        Only the reply's own tokens are as the model wrote them."""
         other = Engine(self, MIND)
         other.chat(history[:1], max_tokens=50)
         other.chat("something else", max_tokens=1)
@@ -2030,7 +2068,8 @@ class ReuseTest(unittest.TestCase):
             replies(seed=1, temperature=2.0, top_k=0),
         )
         self.assertNotEqual(replies(repeat_penalty=5.0, repeat_last_n=64), greedy)
-        # … and the penalty counts the prompt's tokens, too: with all of ASCII in it, some first token changes
+        # The penalty counts the prompt's tokens, too: with all of ASCII in it, some first token
+        # changes.
         first = lambda n, penalty: engine.chat(
             "".join(map(chr, range(33, 127))) + "x" * n,
             max_tokens=1,
@@ -2122,7 +2161,7 @@ class RealModelTest(unittest.TestCase):
         self.assertEqual(never_left.chat(history, max_tokens=40)[0], second)
 
     def test_marks_in_a_message_are_plain_text(self):
-        """<|im_end|> is a control token of this model; in people's words it is nine tokens of text."""
+        """<|im_end|> is a control token of this model; in people's words it is nine of text."""
         plain = self.engine.chat("Say hi.", max_tokens=1)[1]
         marked = self.engine.chat("Say hi.<|im_end|>", max_tokens=1)[1]
         total = lambda done: done["n_read"] + done["n_reused"]
@@ -2260,7 +2299,8 @@ RUN_AWAY = """if True:
             llmchat.ChatTemplate(source, "", "").pieces([{"role": "user", "content": "Hello"}])
         except Exception as e:
             error = type(e).__name__
-        return error, time.monotonic() - began_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10"""
+        most_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return error, time.monotonic() - began_s, most_kb >> 10"""
 
 
 class TemplateTest(unittest.TestCase):
@@ -2453,8 +2493,8 @@ class TemplateTest(unittest.TestCase):
                 "{% for m in messages %}" + turn % form + "{% endfor %}<|im_start|>assistant\n",
             )
             code = (
-                "[[t for t in e.tokenizer.prompt_tokens(chat) if t in (1, 2, 259, 260)] for chat in %r]"
-                % chats
+                "[[t for t in e.tokenizer.prompt_tokens(chat) if t in (1, 2, 259, 260)]"
+                " for chat in %r]" % chats
             )
             for chat, controls in zip(chats, ask_engine(path, code)[0]):
                 self.assertEqual(controls, [1] + [259, 260] * 5 + [259], (form, chat))
@@ -2912,11 +2952,15 @@ def bad_files():
 REUSE = """
 import json, sys, llmchat
 api, greedy = llmchat.import_llama(), llmchat.Sampling(temperature=0, max_tokens=20)
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
+def user(text):
+    return {"role": "user", "content": text}
+def assistant(text):
+    return {"role": "assistant", "content": text}
 def engine(n_ctx=1024, like=None):
     events = []
-    e = llmchat.LlamaEngine(api, lambda event, **fields: events.append((event, fields)), llmchat.StopFlag())
+    def emit(event, **fields):
+        events.append((event, fields))
+    e = llmchat.LlamaEngine(api, emit, llmchat.StopFlag())
     e.load(sys.argv[1], llmchat.LoadOptions(n_ctx=n_ctx, n_threads=1))
     e.events, e.tokenizer.replies = events, dict(like.tokenizer.replies) if like else {}
     return e
@@ -2925,9 +2969,11 @@ def ask(e, messages, sampling=greedy):
     e.chat(messages, sampling)
     done = [fields for name, fields in e.events if name == "done"][0]
     assert len(e.cache.tokens) == api.llama_memory_seq_pos_max(e.cache.memory, 0) + 1, "positions"
-    return "".join(fields["text"] for name, fields in e.events if name == "text"), done["n_read"], done["n_reused"]
+    text = "".join(fields["text"] for name, fields in e.events if name == "text")
+    return text, done["n_read"], done["n_reused"]
 def logits(e):
-    return [api.llama_get_logits_ith(e.context, -1)[i] for i in range(api.llama_vocab_n_tokens(e.tokenizer.vocab))]
+    numbers = api.llama_get_logits_ith(e.context, -1)
+    return [numbers[i] for i in range(api.llama_vocab_n_tokens(e.tokenizer.vocab))]
 """
 
 
@@ -2964,7 +3010,9 @@ def run_engines(model, code):
 
 
 class CacheTest(unittest.TestCase):
-    """Whatever is kept of the KV cache, the reply is a fresh engine's: dense, with recurrent states, with a sliding window."""
+    """Whatever is kept of the KV cache, the reply is a fresh engine's.
+
+    So with dense models, with recurrent states and with a sliding window."""
 
     def models(self):
         for arch in ("llama", "lfm2", "gemma3"):
@@ -2989,7 +3037,7 @@ class CacheTest(unittest.TestCase):
                     step(two[:-1])                          # another answer to the same question
                     edited = step(one + [user("jkl mno st")])  # another question
                     three = step(edited + [user("pqr")])
-                    step(edited[:-1])                       # the last turn undone, and answered again
+                    step(edited[:-1])                   # the last turn undone, and answered again
                     print(json.dumps(out))""",
                 )
                 self.assertEqual([same for same, _, _ in steps], [True] * 6)
@@ -3021,7 +3069,8 @@ class CacheTest(unittest.TestCase):
                     calls = []
                     e.ahead = e.certain_tokens(chat, draft)
                     planned = len(e.ahead)
-                    e.read_ahead(lambda: calls.append(1) or len(calls) > 1)    # a command comes in the middle
+                    # A command comes in the middle.
+                    e.read_ahead(lambda: calls.append(1) or len(calls) > 1)
                     first = len(e.cache.tokens)
                     e.read_ahead(lambda: False)
                     whole = len(e.cache.tokens)
@@ -3045,7 +3094,9 @@ class CacheTest(unittest.TestCase):
                 self.assertLess(n_read, 30)
 
     def test_next_token_logits_are_a_fresh_engines(self):
-        """Nearly: another split into batches changes the last bits; a token less changes the logits by twenty times as much."""
+        """Nearly: another split into batches changes the last bits.
+
+        A token less changes the logits by twenty times as much."""
         for path in self.models():
             with self.subTest(model=os.path.basename(path)):
                 near, wrong = run_engines(
@@ -3077,8 +3128,12 @@ class CacheTest(unittest.TestCase):
                         text, n_read, n_reused = ask(e, chat)
                         forgot = sum(fields["n"] for name, fields in e.events if name == "forgot")
                         chat = chat[:1] + chat[1 + forgot:] + [assistant(text)]
-                        out.append([forgot, n_read, n_reused, len(e.cache.tokens), e.cache.tokens == e.tokenizer.prompt_tokens(chat[:-1]) + e.tokenizer.replies[text][:-1]])
-                    text = ask(e, chat[:1] + [user("go on")], llmchat.Sampling(temperature=0, max_tokens=600))[0]
+                        expected = e.tokenizer.prompt_tokens(chat[:-1])
+                        expected = expected + e.tokenizer.replies[text][:-1]
+                        same = e.cache.tokens == expected
+                        out.append([forgot, n_read, n_reused, len(e.cache.tokens), same])
+                    sampling = llmchat.Sampling(temperature=0, max_tokens=600)
+                    text = ask(e, chat[:1] + [user("go on")], sampling)[0]
                     out.append(len(e.tokenizer.replies[text]))
                     try:
                         e.chat([user("abc " * 100)], greedy)
@@ -3101,7 +3156,9 @@ class CacheTest(unittest.TestCase):
                 )
 
     def test_state_on_disk(self):
-        """What a file brings back answers as a fresh engine does; another context or a damaged file brings nothing."""
+        """What a file brings back answers as a fresh engine does.
+
+        Another context or a damaged file brings nothing."""
         for path in self.models():
             with self.subTest(model=os.path.basename(path)):
                 out = run_engines(
@@ -3112,7 +3169,9 @@ class CacheTest(unittest.TestCase):
                     chat = [{"role": "system", "content": "be brief"}, user("abc def " * 20)]
                     e = engine()
                     chat.append(assistant(ask(e, chat)[0]))
-                    out = [e.save_state(file), stat.S_IMODE(os.stat(file).st_mode), os.listdir(os.path.dirname(file))]
+                    saved = e.save_state(file)
+                    mode = stat.S_IMODE(os.stat(file).st_mode)
+                    out = [saved, mode, os.listdir(os.path.dirname(file))]
                     f = engine()
                     out.append(f.load_state(file) and f.cache.tokens == e.cache.tokens)
                     text, n_read, _ = ask(f, chat + [user("and now")])
@@ -3122,10 +3181,12 @@ class CacheTest(unittest.TestCase):
                     out.append([text == ask(engine(), chat[:-1])[0], n_read])
                     out.append(engine(512).load_state(file) or not os.path.exists(file))
                     raw = open(file, "rb").read()
-                    for bad in (raw[:len(raw) // 2], raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], b"", raw[:-1]):
+                    flipped = raw[:200] + bytes([raw[200] ^ 1]) + raw[201:]
+                    for bad in (raw[:len(raw) // 2], flipped, b"", raw[:-1]):
                         open(file, "wb").write(bad)
                         g = engine()
-                        out.append(g.load_state(file) or os.path.exists(file) or ask(g, chat[:-1])[0] != text)
+                        taken = g.load_state(file) or os.path.exists(file)
+                        out.append(taken or ask(g, chat[:-1])[0] != text)
                     print(json.dumps(out))""",
                 )
                 saved, mode, names, same, (after, n_after), (again, n_again), *wrong = out
@@ -3138,7 +3199,9 @@ class CacheTest(unittest.TestCase):
                 self.assertEqual(wrong, [False] * 5)
 
     def test_checkpoints_are_what_the_plan_says(self):
-        """So many bytes each; the first stays with the newest; a file holds the fewest, and is as large as was foretold."""
+        """So many bytes each; the first stays with the newest.
+
+        A file holds the fewest, and is as large as was foretold."""
         for path in self.models():
             with self.subTest(model=os.path.basename(path)):
                 found = run_engines(
@@ -3162,8 +3225,10 @@ class CacheTest(unittest.TestCase):
                     print(json.dumps({
                         "planned": planned, "system": n_system,
                         "sizes": [len(data) for _, data in e.cache.checkpoints],
-                        "places": [n for n, _ in e.cache.checkpoints], "stored": [n for n, _ in f.cache.checkpoints],
-                        "foretold": e.cache.count_state_bytes(), "file": os.path.getsize(file)}))""",
+                        "places": [n for n, _ in e.cache.checkpoints],
+                        "stored": [n for n, _ in f.cache.checkpoints],
+                        "foretold": e.cache.count_state_bytes(),
+                        "file": os.path.getsize(file)}))""",
                 )
                 self.assertAlmostEqual(found["foretold"], found["file"], delta=20_000)
                 if "llama" in path:
@@ -3222,7 +3287,9 @@ class CacheTest(unittest.TestCase):
         self.assertEqual(len(names), 3)
 
     def test_drafts_are_not_stored(self):
-        """What is typed but not sent is read ahead, and forgotten before the state is written; a chat without a message has none."""
+        """What is typed but not sent is read ahead, and forgotten before the state is written.
+
+        A chat without a message has no state."""
         folder = os.path.join(FOLDER, "drafts")
         said = [user("abc def " * 10), assistant("fine")]
         engine = Engine(self, MIND, states=folder)
@@ -3252,24 +3319,30 @@ class CacheTest(unittest.TestCase):
                 e, decodes, chat = engine(n_ctx), [], []
                 decode = e.decode
                 e.decode = lambda *tokens: decodes.append(1) or decode(*tokens)
+                add = e.lookup.add
                 if not guess:
                     e.lookup.guess = lambda tokens, n_most: []
                 else:
-                    e.lookup.add = lambda *result: llmchat.PromptLookup.add(e.lookup, *result[:2], 0.001)    # it always pays
+                    e.lookup.add = lambda *result: add(*result[:2], 0.001)    # it always pays
+                wish = llmchat.Sampling(max_tokens=150)._replace(**sampling)
                 for turn in turns:
                     chat = chat + [user(turn)]
-                    chat.append(assistant(ask(e, chat, llmchat.Sampling(max_tokens=150)._replace(**sampling))[0]))
+                    chat.append(assistant(ask(e, chat, wish)[0]))
                 return [m["content"] for m in chat], len(decodes)
+            def both(*arguments, **sampling):
+                return [run(guess, *arguments, **sampling) for guess in (True, False)]
             """
         out = run_engines(
             MIND,
             guessing
             + """
-            out = []
-            for sampling in (dict(temperature=0), dict(temperature=0, repeat_penalty=1.05), dict(temperature=0.3, seed=3)):
-                out.append([run(guess, 1024, ["abc abc abc", "def"], **sampling) for guess in (True, False)])
-            out.append([run(guess, 200, ["abc abc abc", "def"], temperature=0) for guess in (True, False)])    # a context that overflows
-            print(json.dumps(out))""",
+            turns = ["abc abc abc", "def"]
+            print(json.dumps([
+                both(1024, turns, temperature=0),
+                both(1024, turns, temperature=0, repeat_penalty=1.05),
+                both(1024, turns, temperature=0.3, seed=3),
+                both(200, turns, temperature=0),    # a context that overflows
+            ]))""",
         )
         for (guessed, n_guessed), (plain, n_plain) in out:
             self.assertEqual(guessed, plain)
@@ -3277,7 +3350,7 @@ class CacheTest(unittest.TestCase):
             TALK,
             guessing
             + """
-            print(json.dumps([run(guess, 2048, ["a long one", "and long again"]) for guess in (True, False)]))""",
+            print(json.dumps(both(2048, ["a long one", "and long again"])))""",
         )
         self.assertEqual(guessed, plain)
         self.assertLess(n_guessed, n_plain * 0.6)  # the second reply repeats the first
@@ -3575,7 +3648,7 @@ class ChatFileTest(unittest.TestCase):
         )
 
     def change_while_open(self, change, before=("a", "b"), after=("c", "d")):
-        """Change a chat's file meanwhile: (its texts in the end, names of all chats, what was told)."""
+        """Change a chat's file meanwhile: (its texts in the end, all names, what was told)."""
         self.disk.do(self.disk.write, "one", self.records(*before))
         self.disk.wait(LIMIT_S)
         change(llmchat.chat_path("one"))
@@ -4030,7 +4103,9 @@ class BadModelTest(unittest.TestCase):
 
     @unittest.skipUnless(sys.platform.startswith("linux"), "RLIMIT_AS counts here")
     def test_steps_down_until_it_fits(self):
-        """A real allocation fails twice, for a context of 2^20 tokens: 780, 580, 340 MB with batches of 128, of 32, and in q8_0."""
+        """A real allocation fails twice, for a context of 2^20 tokens.
+
+        It takes 780 MB with batches of 128, 580 with batches of 32, and 340 in q8_0."""
         path = os.path.join(FOLDER, "wide.gguf")
         write_random_model(
             path,
@@ -4590,7 +4665,7 @@ class Headless:
 
 @unittest.skipUnless(POSIX, "needs POSIX signals")
 class EngineDeathTest(unittest.TestCase):
-    """The window keeps every word, says one sentence, and starts the engine with the next message."""
+    """The window keeps every word, says one sentence, and starts the engine for the next."""
 
     def test_died_before_a_message(self):
         noise = mock.Mock()  # Python prints such errors over the window
@@ -4634,7 +4709,10 @@ class EngineDeathTest(unittest.TestCase):
         """Each fresh engine tries the next smaller plan, until one lives or none is left."""
         script = """#!/bin/sh
 read load; echo "$load" >> %s; n=$(wc -l < %s)
-echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tight", "fallback": '$((n-1))', "next": "'$(test $n -lt 3 && echo step $n)'"}'
+next=$(test $n -lt 3 && echo step $n)
+echo '{"event": "hello"}'
+echo '{"event": "plan", "lines": [], "verdict": "tight",' \\
+    '"fallback": '$((n-1))', "next": "'$next'"}'
 %s"""
         for last, conditions, n_notices in (
             ("kill -9 $$", (Condition.DEAD,), 3),
@@ -4700,7 +4778,11 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
 
     def test_engine_that_prints_garbage(self):
         fake = self.fake(
-            "#!/bin/sh\nprintf '}{\\377\\n[1]\\n{\"event\": \"news\"}\\n'; echo 'error: bad day' >&2; exit 7\n"
+            r"""#!/bin/sh
+printf '}{\377\n[1]\n{"event": "news"}\n'
+echo 'error: bad day' >&2
+exit 7
+"""
         )
         window = Headless(self, MIND, fake).wait(Condition.DEAD)
         self.assertTrue(
@@ -4768,8 +4850,9 @@ echo '{"event": "hello"}'; echo '{"event": "plan", "lines": [], "verdict": "tigh
             self.assertEqual("a model" in done.stderr, MIND not in arguments)
 
 
-# Goes behind a copy of the program: the real engine, but its disk is slow. What has come of the file stands in COUNT, in
-# thousandths; BEGUN is there when llama.cpp is called, which itself begins when GATE is there.
+# Goes behind a copy of the program: the real engine, but its disk is slow. What has come of the
+# file stands in COUNT, in thousandths; BEGUN is there when llama.cpp is called, which itself begins
+# when GATE is there.
 SLOW_DISK = """
 def probe_read_bytes():
     with open({COUNT!r}) as file:
@@ -4891,11 +4974,15 @@ class SlowDiskTest(unittest.TestCase):
         self.assertAlmostEqual(ours, counted, delta=1 << 20)
 
 
-# Goes behind a copy of the program: the real engine, but it dies at the first decode unless it is used with enough caution.
+# Goes behind a copy of the program: the real engine, but it dies at the first decode unless it is
+# used with enough caution.
 CRASHER = """
 def _with_crashes(api):
     import signal
-    load, make, decode, used = api.llama_model_load_from_file, api.llama_init_from_model, api.llama_decode, {}
+    used = {}
+    load = api.llama_model_load_from_file
+    make = api.llama_init_from_model
+    decode = api.llama_decode
     def load_model(path, params):
         used["buffers"] = params.use_extra_bufts
         used["mmap"] = params.use_mmap if hasattr(params, "use_mmap") else params.load_mode != 0
@@ -4910,7 +4997,9 @@ def _with_crashes(api):
         if not sound:
             os.kill(os.getpid(), {SIGNAL})
         return decode(context, batch)
-    api.llama_model_load_from_file, api.llama_init_from_model, api.llama_decode = load_model, make_context, try_decode
+    api.llama_model_load_from_file = load_model
+    api.llama_init_from_model = make_context
+    api.llama_decode = try_decode
     return api
 _import_llama = import_llama
 def import_llama():
@@ -5339,7 +5428,7 @@ class PipesTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, "needs POSIX signals")
 class HungTest(unittest.TestCase):
-    """An engine that doesn't answer any more can be replaced in every state, and the window goes on."""
+    """An engine that doesn't answer any more can be replaced in every state; the window goes on."""
 
     def hang(self, window):
         window.runner.children["engine"].process.send_signal(signal.SIGSTOP)
@@ -5418,7 +5507,7 @@ class HungTest(unittest.TestCase):
         self.assertIn(llmchat.AwaitStop(3), play(writing, "[esc]")[1])
 
     def test_a_slow_stop_leaves_the_input_box_alone(self):
-        """By then one may be writing the next message, and what was asked must not come before it."""
+        """By then one may be writing the next message: what was asked must not come before it."""
         reading, _ = play(ready(), "first", "[enter]", "[esc]")
         done = said(
             "done",
@@ -5623,7 +5712,9 @@ class StaleTest(unittest.TestCase):
 
 
 class UnloadTest(unittest.TestCase):
-    """The model's memory goes back to the system; the chat stays, and the model comes back with the first word."""
+    """The model's memory goes back to the system, and the chat stays.
+
+    The model comes back with the first word."""
 
     def test_unload_and_type(self):
         window = Headless(self, MIND, max_tokens=8).wait(Condition.READY)
@@ -9546,7 +9637,9 @@ class TextTest(unittest.TestCase):
         )
 
     def test_nothing_hides(self):
-        """Invisible characters are seen, in messages and in names, but for those that belong where they stand."""
+        """Invisible characters are seen, in messages and in names.
+
+        Not those that belong where they stand."""
         hidden = [
             "\u200b",
             "\u2060",
@@ -9926,9 +10019,12 @@ def f(x):  # no *marks*
 ─────────────────────────────── 2 ──
   no language
 ────────────────────────────────────"""
-UNMARKED = """a*b*c, 2 * 3 * 4, 2**3**4, 5 *3, snake_case_names, __init__, _x and _y, f(*a, **b), (**a,**b), *.py and *.md, src/**/*.c, /*c*/, char *a, *b;
-<tag> <b>, C:\\paths\\_x, C:\\*.*, a lone ` backtick, `` and ``` inside, #hashtag, 1.5, -5, a[i](x), [not a link] (x), \\(a_1 * b_1 * c\\)
-$a_i * b_i * c$, $$x_1 _y_$$, \\[ \\sum_{i} *x* \\], costs $5 and $6, a | b, | bar, ** no **, * no*x, _ no _, "quoted" 'text' & more; 日本*語*x"""
+UNMARKED = """a*b*c, 2 * 3 * 4, 2**3**4, 5 *3, snake_case_names, __init__, _x and _y, f(*a, **b), \
+(**a,**b), *.py and *.md, src/**/*.c, /*c*/, char *a, *b;
+<tag> <b>, C:\\paths\\_x, C:\\*.*, a lone ` backtick, `` and ``` inside, \
+#hashtag, 1.5, -5, a[i](x), [not a link] (x), \\(a_1 * b_1 * c\\)
+$a_i * b_i * c$, $$x_1 _y_$$, \\[ \\sum_{i} *x* \\], costs $5 and $6, \
+a | b, | bar, ** no **, * no*x, _ no _, "quoted" 'text' & more; 日本*語*x"""
 PIECES = [
     "~~",
     "- [ ] ",
@@ -10202,7 +10298,9 @@ class MarkdownTest(unittest.TestCase):
                 )
 
     def test_growing(self):
-        """Every prefix can be shown; what is finished never changes; the end is as if it had come at once; nothing is too wide."""
+        """Every prefix can be shown, nothing is too wide, and what is finished never changes.
+
+        The end is as if it had come at once."""
         dice = random.Random(5)
         long_line = "word **b** " * 700
         for words in [
@@ -10388,7 +10486,9 @@ class ThoughtsTest(unittest.TestCase):
             self.assertIsNone(state.settings.think)
 
     def test_numbers_of_replies_in_files(self):
-        """They are read as they were written; an older file's texts are shown as they are, anything else does no harm."""
+        """They are read as they were written.
+
+        An older file's texts are shown as they are; anything else does no harm."""
         state = play(ready(chat=Chat(name="n")), "q", "[enter]")[0]
         state = self.say(state, "<think>hm</think>", "So.", thought=[7, 2.0])
         state, effects = play(state, done(1, "length"))
@@ -10412,7 +10512,7 @@ class ThoughtsTest(unittest.TestCase):
 
 
 class StoredChatTest(unittest.TestCase):
-    """update() and a real DiskWorker. After each event the file must hold what the window shows, and
+    """update() and a real DiskWorker. After each event the file must hold what the window shows and
     every version."""
 
     setUp = ChatFileTest.setUp
@@ -10608,7 +10708,7 @@ class StoredChatTest(unittest.TestCase):
         self.assertEqual(self.shown(), ["q1", "a1", "q2", "a2"])
 
     def test_what_a_waiting_message_allows(self):
-        """The engine still loads: the chat may be changed, and only what is asked then is answered."""
+        """The engine still loads: the chat may be changed; only what is asked then is answered."""
         for steps, question in (
             (["/undo"], None),
             (["/edit"], None),
@@ -11615,7 +11715,7 @@ class UpdateTest(unittest.TestCase):
         )
 
     def test_reading_ahead(self):
-        """The idle engine is told what is certain of the next prompt, again only when it has grown."""
+        """The idle engine is told what is certain of the next prompt, again when that has grown."""
         state, told = ready(Turn("user", "a"), Turn("assistant", "b")), []
         for event in [Typed(c) for c in "one two th"] + [
             Pressed("backspace"),
@@ -11714,7 +11814,7 @@ class UpdateTest(unittest.TestCase):
         self.assertLessEqual(done_event["n_read"], done_event["n_used"])
 
     def test_setup_of_the_engine(self):
-        """The model is here, the engine isn't: one key gets it, and the message is answered then."""
+        """The model is here, the engine isn't: one key gets it, then the message is answered."""
         state, effects = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
         self.assertEqual(state.engine, Condition.MISSING)
         self.assertEqual(effects, (llmchat.ProbeNeeds(True),))
@@ -12831,7 +12931,9 @@ class SettingsTest(unittest.TestCase):
             self.assertEqual(set(llmchat.THEMES[name]), set(llmchat.ROLES), name)
 
     def test_themes_can_be_read(self):
-        """Each colour stands out from its background by the contrast that WCAG 2 wants of large text, 3 (frames: 1.3)."""
+        """Each colour stands out from its background.
+
+        The contrast is what WCAG 2 wants of large text, 3 (frames: 1.3)."""
 
         def light(n, paper):  # relative luminance of one of the 256 colours
             if n == -1:
@@ -13132,7 +13234,7 @@ class DecodeKeysTest(unittest.TestCase):
     """A terminal's bytes, by the grammar of ECMA-48 and xterm's control sequences."""
 
     def decode(self, data, step=0, **options):
-        """The events for bytes that come at once, or in pieces of `step` bytes; then nothing more."""
+        """The events for bytes that come at once, or in pieces of `step` bytes; then no more."""
         keyboard, events = llmchat.Keyboard(**options), []
         data = data.encode() if isinstance(data, str) else data
         for i in range(0, len(data), step or len(data)):
@@ -14425,7 +14527,7 @@ class WindowTest(unittest.TestCase):
         self.assertNotRegex(rest, "[\x00-\x07\x0b\x0c\x0e-\x1f]")
 
     def test_nothing_reaches_the_terminal_as_a_control_sequence(self):
-        """Names, replies, stored chats, pastes, the log, notices: in the window and in plain mode."""
+        """Names, replies, stored chats, pastes, the log, notices: in the window, in plain mode."""
         evil = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
         home, _ = self.home()
         model = os.path.join(home["HOME"], "file" + evil + ".gguf")
