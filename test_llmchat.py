@@ -313,13 +313,11 @@ def write_random_model(path, arch="llama", **metadata):
     never writes as the tokenizer would.
     arch: "llama"; "lfm2", whose convolution states can't be cut; "gemma3" with a
     sliding window of 32 tokens in five of six layers."""
-    rng, n_embd, n_layers, n_ff, n_head = (
-        random.Random(5),
-        64,
-        {"llama": 2, "lfm2": 3, "gemma3": 6}[arch],
-        128,
-        4,
-    )
+    rng = random.Random(5)
+    n_embd = 64
+    n_layers = {"llama": 2, "lfm2": 3, "gemma3": 6}[arch]
+    n_ff = 128
+    n_head = 4
     texts = (
         ["<unk>", "<s>", "</s>"]
         + ["<0x%02X>" % n for n in range(256)]
@@ -434,7 +432,8 @@ def _gguf_pair(key, value):
     forms = {str: (8, ""), bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
     kind, form = forms[type(values[0])]
     if is_list and kind == 4:  # llama.cpp wants its lists of token types signed
-        kind, form = 5, "<i"
+        kind = 5
+        form = "<i"
     start = gguf_text(key)
     start += struct.pack("<IIQ", 9, kind, len(values)) if is_list else struct.pack("<I", kind)
     return start + b"".join(struct.pack(form, v) if form else gguf_text(v) for v in values)
@@ -446,7 +445,8 @@ def write_gguf(path, metadata, tensors):
     tensors: (name, dimensions in ggml's order, raw little-endian floats)."""
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
     head += b"".join(_gguf_pair(key, value) for key, value in metadata.items())
-    offset, places = 0, []
+    offset = 0
+    places = []
     for name, shape, raw in tensors:
         head += gguf_text(name) + struct.pack("<I", len(shape))
         head += struct.pack("<%dQ" % len(shape), *shape) + struct.pack("<IQ", 0, offset)
@@ -483,7 +483,9 @@ def write_scripted_model(path, replies, template, **metadata):
     Attention and feed-forward weights are zero, so that the next token depends on the current one
     alone: with random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of
     32 against noise under 10."""
-    width, dice, taken = 128, random.Random(7), set()
+    width = 128
+    dice = random.Random(7)
+    taken = set()
     chains = []
     for name, reply in replies.items():
         tokens = _script_tokens(reply, taken) if isinstance(reply, str) else reply
@@ -523,7 +525,8 @@ def write_scripted_model(path, replies, template, **metadata):
 def scripted_tensors(embeddings, output, n_ff):
     floats = lambda rows: array.array("f", [number for row in rows for number in row]).tobytes()
     width = 128
-    ones, table = floats([[1.0] * width]), (width, len(embeddings))
+    ones = floats([[1.0] * width])
+    table = (width, len(embeddings))
     tensors = [
         ("token_embd.weight", table, floats(embeddings.values())),
         ("output.weight", table, floats(output.values())),
@@ -563,7 +566,8 @@ def read_bytes(path):
 
 def read_until(child, wanted):
     """Read a child's lines up to one that holds `wanted`; its end is a failure."""
-    watchdog, seen = threading.Timer(LIMIT_S, child.kill), []
+    watchdog = threading.Timer(LIMIT_S, child.kill)
+    seen = []
     watchdog.start()
     try:
         for line in iter(child.stdout.readline, ""):
@@ -639,7 +643,9 @@ class Engine:
             env=ENV,
             preexec_fn=before,
         )
-        self.lines, self.events, self.request = queue.Queue(), [], 0
+        self.lines = queue.Queue()
+        self.events = []
+        self.request = 0
         threading.Thread(target=self._read, daemon=True).start()
         test.addCleanup(self.close)
         self.wait_for("hello")
@@ -733,10 +739,8 @@ def wait_until(true):
 
 # -- the installer --
 
-AVX2_CPU, AVX512_CPU = (
-    ("SSE4.2", *llmchat.WHEEL_SETS),
-    ("SSE4.2", *llmchat.WHEEL_SETS, "AVX-512", "AVX-512 VNNI"),
-)
+AVX2_CPU = ("SSE4.2", *llmchat.WHEEL_SETS)
+AVX512_CPU = ("SSE4.2", *llmchat.WHEEL_SETS, "AVX-512", "AVX-512 VNNI")
 PLAIN_MACHINE = llmchat.InstallProbe(
     platform="apt",
     machine="x86_64",
@@ -1403,14 +1407,14 @@ class InstallTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "copies an environment with its links")
     def test_upgrade(self):
-        (home, folder), wheels = new_home(), pack_wheels()
+        home, folder = new_home()
+        wheels = pack_wheels()
         place = os.path.join(folder, "engine")
         shutil.copytree(os.path.dirname(os.path.dirname(install())), place, symlinks=True)
         env = dict(ENV, PIP_NO_INDEX="1", PIP_FIND_LINKS=wheels, PIP_CONFIG_FILE=os.devnull, **home)
-        before, argv = (
-            os.stat(place).st_ino,
-            [llmchat.env_python(place), SCRIPT, "--install", "--upgrade"],
-        )  # by the one that it replaces
+        before = os.stat(place).st_ino
+        python = llmchat.env_python(place)  # it is upgraded by the one that it replaces
+        argv = [python, SCRIPT, "--install", "--upgrade"]
 
         def upgrade():
             return subprocess.run(
@@ -1942,7 +1946,8 @@ class ReplyTest(unittest.TestCase):
         self.assertEqual((text, done["reason"]), (TOUR_REPLIES["code"], "end"))
 
     def test_stop_while_reading(self):
-        engine, prompt = Engine(self, MIND), "abcdefgh " * 800
+        engine = Engine(self, MIND)
+        prompt = "abcdefgh " * 800
         for wait in (
             True,
             False,
@@ -2011,7 +2016,8 @@ class ReuseTest(unittest.TestCase):
     ASK = 1 + len("assistant\n")  # <|im_start|>assistant\n
 
     def test_only_what_is_new_is_read(self):
-        engine, history = Engine(self, MIND), [user("first")]
+        engine = Engine(self, MIND)
+        history = [user("first")]
         first, done = engine.chat(history, max_tokens=50)
         self.assertEqual(
             (done["n_read"], done["n_reused"], done["n_written"]),
@@ -2416,7 +2422,8 @@ class TemplateTest(unittest.TestCase):
         )
         system_needed = "{% if messages[0].role != 'system' %}" + refuse + "{% endif %}" + each % ""
         single = "{% if messages | length > 1 %}" + refuse + "{% endif %}" + each % ""
-        system, chat = user("Be brief.", "system"), [user("a"), assistant("b"), user("c")]
+        system = user("Be brief.", "system")
+        chat = [user("a"), assistant("b"), user("c")]
         cases = (
             (no_system, [system] + chat, "[u:Be brief.\n\na][a:b][u:c]"),
             (no_system, chat, "[u:a][a:b][u:c]"),
@@ -2745,7 +2752,8 @@ class ReplyEndTest(unittest.TestCase):
 
     def test_base_model_without_marks_gets_questions_and_answers(self):
         """A base model without ChatML's marks gets a dialogue, with which it goes on."""
-        model, system = self.scripted("Never said.", ""), user("Be brief.", "system")
+        model = self.scripted("Never said.", "")
+        system = user("Be brief.", "system")
         chat = [system, user("One?"), assistant("Yes."), user("Two?")]
         prompt, ends = ask_engine(model, "said(%r)" % chat, "e.tokenizer.end_texts")
         self.assertEqual(
@@ -3141,7 +3149,9 @@ class CacheTest(unittest.TestCase):
                         out.append(str(error))
                     print(json.dumps(out))""",
                 )
-                turns, long, error = out[:-2], out[-2], out[-1]
+                turns = out[:-2]
+                long = out[-2]
+                error = out[-1]
                 self.assertTrue(any(forgot for forgot, *_ in turns), turns)
                 self.assertTrue(
                     all(tokens <= 256 and exact for _, _, _, tokens, exact in turns), turns
@@ -3356,7 +3366,9 @@ class CacheTest(unittest.TestCase):
         self.assertLess(n_guessed, n_plain * 0.6)  # the second reply repeats the first
 
     def test_guessing_ends_where_it_does_not_pay(self):
-        drafter, tokens, n_guessed = llmchat.PromptLookup(), list(range(50)) * 2, 0
+        drafter = llmchat.PromptLookup()
+        tokens = list(range(50)) * 2
+        n_guessed = 0
         for n in range(2000):
             guess = drafter.guess(tokens, 100)
             drafter.add(len(guess), 0, 0.1 * (1 + 0.25 * len(guess)))  # always wrong
@@ -3525,7 +3537,8 @@ class ChatFileTest(unittest.TestCase):
             self.texts(bytes(raw))
 
     def test_one_damaged_byte_costs_one_message_at_most(self):
-        lines, texts = [b'{"chat": 1}'], []
+        lines = [b'{"chat": 1}']
+        texts = []
         for n in range(1, 9):
             texts.append('message %d: \\ "said" \n here\x01 ü' % n)
             record = {
@@ -3538,7 +3551,9 @@ class ChatFileTest(unittest.TestCase):
                 {"model": "M", "note": "9 tokens, 3/s"} if n % 2 == 0 else {}, time=1732290000
             )
             lines.append(json.dumps(record, ensure_ascii=False).encode())
-        whole, dice, hidden = b"\n".join(lines) + b"\n", random.Random(4), 0
+        whole = b"\n".join(lines) + b"\n"
+        dice = random.Random(4)
+        hidden = 0
         for at in range(len(whole)):
             for new in dice.sample(
                 (
@@ -4175,7 +4190,8 @@ class DataFolderTest(unittest.TestCase):
             self.assertIn("isn't yours", llmchat.distrust())
 
     def test_a_planted_engine_is_not_run_and_the_user_is_told(self):
-        place, ran = llmchat.make_data_dir(), os.path.join(self.home["HOME"], "ran")
+        place = llmchat.make_data_dir()
+        ran = os.path.join(self.home["HOME"], "ran")
         python = llmchat.env_python(os.path.join(place, "engine"))
         os.makedirs(os.path.dirname(python))
         os.makedirs(os.path.join(place, "engine/lib/python3.0/site-packages/llama_cpp"))
@@ -4406,7 +4422,8 @@ class AsideTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "needs named pipes")
     def test_only_ordinary_files_are_opened(self):
-        pipe, folder = os.path.join(self.home, "pipe"), os.path.join(self.home, "folder")
+        pipe = os.path.join(self.home, "pipe")
+        folder = os.path.join(self.home, "folder")
         os.mkfifo(pipe)
         os.mkdir(folder)
         for path, reason in (
@@ -5014,13 +5031,12 @@ class HealTest(unittest.TestCase):
     def home(self, condition, number=signal.SIGSEGV):
         """Variables that lead to a home with such an engine, sound while the condition holds."""
         env, folder = new_home()
-        bin_folder, packages = (
-            os.path.join(folder, "engine", "bin"),
-            os.path.join(folder, "engine", "lib", "python3", "site-packages"),
-        )
+        bin_folder = os.path.join(folder, "engine", "bin")
+        packages = os.path.join(folder, "engine", "lib", "python3", "site-packages")
         os.makedirs(bin_folder)
         os.makedirs(os.path.join(packages, "llama_cpp"))
-        self.python, self.log = os.path.join(bin_folder, "python"), os.path.join(folder, "decodes")
+        self.python = os.path.join(bin_folder, "python")
+        self.log = os.path.join(folder, "decodes")
         self.make_engine(condition, number)
         return dict(ENV, **env)
 
@@ -5228,7 +5244,8 @@ class FakeEngine:
 
     def __init__(self, code):
         env, folder = new_home()
-        self.env, self.python = dict(ENV, **env), os.path.join(folder, "engine", "bin", "python")
+        self.env = dict(ENV, **env)
+        self.python = os.path.join(folder, "engine", "bin", "python")
         os.makedirs(os.path.dirname(self.python))
         os.makedirs(os.path.join(folder, "engine", "lib", "python3", "site-packages", "llama_cpp"))
         program = write(("import os, sys, time\n" + code).encode(), "fake.py")
@@ -5359,7 +5376,8 @@ class PipesTest(unittest.TestCase):
         """… for room: the mailbox stays small, and nothing of it is lost."""
         _, mailbox = self.child("for n in range(20000): print(n)")
         wait_until(mailbox.is_full)
-        most, n = 0, 0
+        most = 0
+        n = 0
         for event in self.events(mailbox):
             n += isinstance(event, EngineLogged)
             most = max(most, len(mailbox.events))
@@ -5906,7 +5924,8 @@ class PlainTest(unittest.TestCase):
         os.killpg(child.pid, signal.SIGINT)  # as a terminal does, to all of them
         out, err = child.communicate(timeout=LIMIT_S)
         self.assertEqual((child.returncode, err), (130, b""))
-        said, story = (begun + out).decode().strip(), TOUR_REPLIES["long"]
+        said = (begun + out).decode().strip()
+        story = TOUR_REPLIES["long"]
         self.assertTrue(story.startswith(said) and 0 < len(said) < len(story), said)
 
     @unittest.skipUnless(POSIX, "needs a shell")
@@ -6131,7 +6150,8 @@ VOCAB = {
 
 def gguf(keys=dict(SHAPE, **VOCAB), tensors=((32, 2, 8), (256, 1, 12)), version=3, cut=0):
     """A GGUF file's bytes; tensors are (columns, rows, ggml type)."""
-    infos, data = b"", b""
+    infos = b""
+    data = b""
     for n, (columns, rows, kind) in enumerate(tensors):
         infos += struct.pack("<Q2sIQQIQ", 2, b"t%d" % n, 2, columns, rows, kind, len(data))
         block, n_bytes = llmchat.TENSOR_TYPES.get(kind, (1, 1))
@@ -6363,7 +6383,8 @@ class HardwareTest(unittest.TestCase):
             card % 1 + "mem_info_vram_total": "17179869184\n",
             card % 1 + "mem_info_vram_used": "0",
         }
-        intel, nvidia = {card % 0 + "vendor": "0x8086\n"}, {card % 2 + "vendor": "0x10de"}
+        intel = {card % 0 + "vendor": "0x8086\n"}
+        nvidia = {card % 2 + "vendor": "0x10de"}
         for files, devices, found in (
             (intel, (), [("Intel GPU", "vulkan", 0)]),
             (dict(intel, **amd), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
@@ -6399,11 +6420,9 @@ class HardwareTest(unittest.TestCase):
         h = machine(8, 4)._replace(
             instruction_sets=("SSE4.2", "AVX", "AVX2", "AVX-512"), build=("AVX", "AVX2")
         )
-        nvidia, amd, intel = (
-            llmchat.Gpu("RTX", "cuda", 0, 0),
-            llmchat.Gpu("AMD GPU", "rocm", 8 * GB, 0),
-            llmchat.Gpu("Intel GPU", "vulkan", 0, 0),
-        )
+        nvidia = llmchat.Gpu("RTX", "cuda", 0, 0)
+        amd = llmchat.Gpu("AMD GPU", "rocm", 8 * GB, 0)
+        intel = llmchat.Gpu("Intel GPU", "vulkan", 0, 0)
         for facts, words in (
             (dict(build=()), []),
             (dict(build=h.instruction_sets[1:]), []),
@@ -6469,7 +6488,8 @@ class HardwareTest(unittest.TestCase):
             )
 
     def test_linux_cgroups(self):
-        root, v1 = "/sys/fs/cgroup/", "4:cpu,cpuacct:/box\n5:memory:/\nodd"
+        root = "/sys/fs/cgroup/"
+        v1 = "4:cpu,cpuacct:/box\n5:memory:/\nodd"
         for text, folders in (
             ("0::/../app/x\n", [root + "app/x/", root + "app/", root]),
             (v1, [root + "cpu/box/", root + "cpu/"]),
@@ -6560,7 +6580,8 @@ class HeaderTest(unittest.TestCase):
 
     def test_quick_and_full(self):
         path = write(gguf())
-        quick, full = read_gguf_header(path), read_gguf_header(path, full=True)
+        quick = read_gguf_header(path)
+        full = read_gguf_header(path, full=True)
         self.assertEqual(
             (quick.n_tensors, quick.weight_bytes, llmchat.model_vocab(quick)),
             (2, full.file_bytes, 3000),
@@ -6722,7 +6743,8 @@ class HeaderTest(unittest.TestCase):
             self.fault(gguf(dict(SHAPE, **{"general.architecture": long}))),
         )
         self.assertIn("damaged inside its header", self.fault(gguf(dict(SHAPE, **{long: 1}))))
-        head, infos = gguf(), struct.pack("<Q", 65) + b"t" * 65
+        head = gguf()
+        infos = struct.pack("<Q", 65) + b"t" * 65
         self.assertIn(
             "damaged inside its header",
             self.fault(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + infos + bytes(99), full=True),
@@ -6812,7 +6834,10 @@ class HeaderTest(unittest.TestCase):
             ),
             tensors,
         )
-        rng, path, outcomes, most = random.Random(7), write(b""), set(), 0
+        rng = random.Random(7)
+        path = write(b"")
+        outcomes = set()
+        most = 0
         self.addCleanup(tracemalloc.stop)
         for n in range(10000):
             data = bytearray(base)
@@ -6899,7 +6924,8 @@ class MeaningTest(unittest.TestCase):
         )  # in steps of 256 tokens
 
     def test_load_failures_are_explained(self):
-        path, h = write(gguf()), machine(4, 3)
+        path = write(gguf())
+        h = machine(4, 3)
         for log, words in (
             (
                 "ggml_aligned_malloc: failed to allocate CPU buffer of size 99",
@@ -7319,8 +7345,10 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
 
     def test_fallback_steps(self):
         """Each step below a plan is smaller, is said, and the last one says that it is the last."""
-        model, where = header(4.0, n_embd=4096, n_layers=32), machine(16, 12, 6)
-        plans, step = [], 0
+        model = header(4.0, n_embd=4096, n_layers=32)
+        where = machine(16, 12, 6)
+        plans = []
+        step = 0
         while not plans or plans[-1].next:
             plans.append(plan_load(model, where, LoadOptions(fallback=step)))
             step += 1
@@ -7538,18 +7566,17 @@ class LoopbackHub:
     def __init__(self, test, **repos):
         from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-        self.repos, self.commit, self.wrong, self.requests, self.faults = (
-            repos,
-            "c" * 40,
-            {},
-            [],
-            [],
-        )
+        self.repos = repos
+        self.commit = "c" * 40
+        self.wrong = {}
+        self.requests = []
+        self.faults = []
         self.gate = threading.Event()
         self.gate.set()
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version, hub = "HTTP/1.1", self
+            protocol_version = "HTTP/1.1"
+            hub = self
 
             def do_GET(self):
                 self.hub.answer(self)
@@ -7596,7 +7623,8 @@ class LoopbackHub:
         request.wfile.write(body)
 
     def answer(self, request):
-        is_other, path = request.server is self.servers[1], request.path.partition("?")[0]
+        is_other = request.server is self.servers[1]
+        path = request.path.partition("?")[0]
         place = "other" if is_other else "api" if "/api/" in path else "resolve"
         self.requests.append((place, request.path, dict(request.headers)))
         fault = next((i for i, (where, _) in enumerate(self.faults) if where == place), None)
@@ -7636,7 +7664,8 @@ class LoopbackHub:
 
     def send_tree(self, request, repo):
         """Two files a page."""
-        start, names = int((re.findall(r"start=(\d+)", request.path) or [0])[0]), sorted(repo)
+        start = int((re.findall(r"start=(\d+)", request.path) or [0])[0])
+        names = sorted(repo)
         items = [
             {
                 "type": "file",
@@ -7656,10 +7685,8 @@ class LoopbackHub:
         )
 
     def send_file(self, request, data, fault):
-        begin, total = (
-            int((re.findall(r"bytes=(\d+)-", request.headers.get("Range", "")) or [0])[0]),
-            len(data),
-        )
+        begin = int((re.findall(r"bytes=(\d+)-", request.headers.get("Range", "")) or [0])[0])
+        total = len(data)
         if fault == "whole":
             begin = 0
         rest = data[begin:]
@@ -7891,7 +7918,8 @@ class DownloadTest(unittest.TestCase):
         )
 
     def test_faults_are_told(self):
-        gated, hub = {"X_Error_Code": "GatedRepo"}, self.hub()
+        gated = {"X_Error_Code": "GatedRepo"}
+        hub = self.hub()
         for where, fault, words in (
             (
                 "api",
@@ -7930,7 +7958,8 @@ class DownloadTest(unittest.TestCase):
         self.fails("No connection")  # no TLS there
         os.environ["HF_ENDPOINT"] = "example"
         self.fails("HF_ENDPOINT is 'example'")
-        os.environ["HF_HUB_OFFLINE"], n = "1", len(hub.requests)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        n = len(hub.requests)
         self.fails("HF_HUB_OFFLINE is set")
         self.assertEqual(len(hub.requests), n)
         self.fails("names no model", "nonsense")
@@ -7968,10 +7997,8 @@ class DownloadTest(unittest.TestCase):
             machine(8, 6)._replace(instruction_sets=sets)
             for sets in (("SSSE3", "SSE4.2"), ("SSE4.2", "AVX", "AVX2"))
         )
-        files, row = (
-            ["m-Q4_0.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf"],
-            llmchat.SUGGESTED_MODELS[1],
-        )
+        files = ["m-Q4_0.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf"]
+        row = llmchat.SUGGESTED_MODELS[1]
         models = {name: [llmchat.HubFile(name, 1000, "")] for name in files}
 
         def find(wanted, where, models=models, repo="org/repo"):
@@ -8117,7 +8144,8 @@ class DownloadTest(unittest.TestCase):
 
     def test_answers_that_trickle(self):
         """A byte now and then, in the body or before it."""
-        hub, gate = self.hub(), threading.Event()
+        hub = self.hub()
+        gate = threading.Event()
         self.addCleanup(gate.set)
 
         def answer(request, head):
@@ -8283,10 +8311,8 @@ class DownloadTest(unittest.TestCase):
                 ([name],) * 2,
                 "what is free at this minute doesn't count",
             )
-        quick, slow = (
-            entries(15.6, 12e9),
-            entries(15.6, 8e9),
-        )  # all fit, but the large ones write too slowly
+        quick = entries(15.6, 12e9)
+        slow = entries(15.6, 8e9)  # all fit, but the large ones write too slowly
         self.assertEqual((quick[0].name, slow[0].name), ("lfm2.5:8b", "lfm2.5:1.2b"))
         self.assertIn("thinks first", quick[0].note)
         rates = {entry.name: entry.rate for entry in slow}
@@ -8342,7 +8368,8 @@ class DownloadTest(unittest.TestCase):
         self.assertIn("/download smollm2:135m downloads a small model", err)
         os.environ["HF_ENDPOINT"] = "http://127.0.0.1:x"
         self.fails("HF_ENDPOINT is 'http://127.0.0.1:x': it must be an address such as")
-        os.environ["HF_ENDPOINT"], tries = hub.address, []
+        os.environ["HF_ENDPOINT"] = hub.address
+        tries = []
 
         def tell(
             event, **fields
@@ -8573,7 +8600,8 @@ class DownloadTest(unittest.TestCase):
             "It can be used now: /load ", window.said("notice")[-1]
         )  # another model is in use
         hub.gate.clear()
-        hub.commit, hub.repos["org__repo"] = "d" * 40, {"m-Q4_K_M.gguf": self.DATA[::-1]}
+        hub.commit = "d" * 40
+        hub.repos["org__repo"] = {"m-Q4_K_M.gguf": self.DATA[::-1]}
         window.handle(Submitted("/download org/repo"))
         self.wait(window, half)
         part = window.state.download.parts[0]
@@ -8812,7 +8840,9 @@ class LoopbackIndex:
     def __init__(self, test, wheel):
         from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-        self.gate, name, data = threading.Event(), os.path.basename(wheel), read_bytes(wheel)
+        self.gate = threading.Event()
+        name = os.path.basename(wheel)
+        data = read_bytes(wheel)
         self.gate.set()
 
         class Handler(BaseHTTPRequestHandler):
@@ -8950,7 +8980,8 @@ class SmallModelTest(unittest.TestCase):
 
     def test_demo_answers(self):
         """From nothing to the first answer."""
-        self.script, python = self.program(self.wheel), sys.executable
+        self.script = self.program(self.wheel)
+        python = sys.executable
         with mock.patch.object(sys, "executable", ENGINE):
             for _ in range(2):
                 status, out, err = self.run_program("--demo", "-p", "hi")
@@ -9353,7 +9384,8 @@ class FindModelsTest(unittest.TestCase):
         self.put("mine", "part-00002-of-00003.gguf")
         for n in range(20):
             self.put("mine", "m%d-00001-of-99999.gguf" % n, data=self.CHAT + bytes(n))
-        stats, probe = [], llmchat.probe_stamp
+        stats = []
+        probe = llmchat.probe_stamp
         with mock.patch.object(
             llmchat, "probe_stamp", lambda path: stats.append(path) or probe(path)
         ):
@@ -9373,7 +9405,8 @@ class FindModelsTest(unittest.TestCase):
             ("llmchat.read_header", llmchat.read_header),
         ):
             for n_before in range(6):  # at the first such call, the second …
-                path, calls = self.put("mine", "gone.gguf", data=self.CHAT + b"x"), []
+                path = self.put("mine", "gone.gguf", data=self.CHAT + b"x")
+                calls = []
 
                 def vanish(asked, *more, **options):
                     if "gone.gguf" in str(getattr(asked, "name", asked)):
@@ -9407,7 +9440,8 @@ class FindModelsTest(unittest.TestCase):
         for name in ("Downloads", "media/me/stick", "media/me/dead"):
             self.put(*name.split("/"), "deep", os.path.basename(name) + ".gguf")
         self.put("first", "own.gguf")
-        gate, scan = threading.Event(), llmchat.scan_folder
+        gate = threading.Event()
+        scan = llmchat.scan_folder
         self.addCleanup(gate.set)
         far = (
             "~/Downloads",
@@ -9608,9 +9642,11 @@ class TextTest(unittest.TestCase):
                 self.assertEqual(function(*arguments), expected)
 
     def test_wrap_is_never_too_wide_and_loses_only_white_space(self):
-        dice, bare = random.Random(1), lambda string: "".join(string.split())
+        dice = random.Random(1)
+        bare = lambda string: "".join(string.split())
         for _ in range(3000):
-            string, columns = random_text(dice, 30, SCRIPTS), dice.randint(1, 40)
+            string = random_text(dice, 30, SCRIPTS)
+            columns = dice.randint(1, 40)
             lines = llmchat.wrap(string, columns)
             widest = max(
                 map(width, string), default=0
@@ -9705,7 +9741,8 @@ class TextTest(unittest.TestCase):
         before = locale.setlocale(locale.LC_CTYPE)
         self.addCleanup(locale.setlocale, locale.LC_CTYPE, before)
         self.assertEqual(llmchat.probe_encoding(), "utf-8")
-        libc.wcwidth.argtypes, unlike = [ctypes.c_wchar], []
+        libc.wcwidth.argtypes = [ctypes.c_wchar]
+        unlike = []
         changed = {
             *range(0x1D300, 0x1D377),
             0x1734,
@@ -9726,7 +9763,8 @@ class TextTest(unittest.TestCase):
 
     def test_layout_is_linear(self):
         """However long a line is, its characters are looked at a few times."""
-        words, marks = "word " * 9000, "e" + "\u0301" * 30000
+        words = "word " * 9000
+        marks = "e" + "\u0301" * 30000
         for text in (
             "x" * 40000,
             "日" * 20000,
@@ -9751,7 +9789,9 @@ class TextTest(unittest.TestCase):
                     ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
                 ),
             ):
-                seen, cells, clean = [0], llmchat.cells, llmchat.make_harmless
+                seen = [0]
+                cells = llmchat.cells
+                clean = llmchat.make_harmless
 
                 def count(function, string, *rest):
                     seen[0] += len(string)
@@ -9766,8 +9806,10 @@ class TextTest(unittest.TestCase):
     def test_draft_rows_hold_every_character(self):
         dice = random.Random(5)
         for _ in range(2000):
-            string, columns = random_text(dice, 30), dice.randint(2, 20)
-            rows, at = llmchat.draft_rows(string, columns), 0
+            string = random_text(dice, 30)
+            columns = dice.randint(2, 20)
+            rows = llmchat.draft_rows(string, columns)
+            at = 0
             for start, row in rows:
                 if start > at:
                     self.assertEqual((start, string[at]), (at + 1, "\n"))
@@ -10311,8 +10353,11 @@ class MarkdownTest(unittest.TestCase):
             "> " + long_line,
             "|a|b|\n|-|-|\n" + "|cc|`d`|\n" * 90 + "x",
         ] + [random_text(dice, 60, PIECES) for _ in range(300)]:
-            columns, raw, step = dice.randint(5, 97), dice.random() < 0.2, max(1, len(words) // 100)
-            page, done = self.page(columns, raw=raw), []
+            columns = dice.randint(5, 97)
+            raw = dice.random() < 0.2
+            step = max(1, len(words) // 100)
+            page = self.page(columns, raw=raw)
+            done = []
             for end in list(range(0, len(words), step)) + [len(words)]:
                 lines = page.show(words[:end])
                 self.assertEqual(lines[: len(done)], done)
@@ -10356,15 +10401,13 @@ class MarkdownTest(unittest.TestCase):
             (80, "<think>\n", "It *is*.\n"),
             (80, "<think>" + "Well.\n" * 2000 + "</think>", "Some **words**.\n"),
         ):
-            words, state = (
-                begin + block * 2000,
-                ready(
-                    Turn("user", "hi"),
-                    engine=Condition.WRITING,
-                    columns=columns,
-                    rows=24,
-                    settings=Settings("m.gguf", thoughts="open"),
-                ),
+            words = begin + block * 2000
+            state = ready(
+                Turn("user", "hi"),
+                engine=Condition.WRITING,
+                columns=columns,
+                rows=24,
+                settings=Settings("m.gguf", thoughts="open"),
             )
             for end in range(200, len(words), 200):
                 view(state._replace(chat=state.chat._replace(reply=words[:end])))
@@ -10775,7 +10818,8 @@ class StoredChatTest(unittest.TestCase):
             self.assertEqual((self.state.chat.name, self.files()), ("", set()))
         self.begin()
         self.ask("q", "a")
-        name, before = self.state.chat.name, ChatFileTest.raw(self, self.state.chat.name)
+        name = self.state.chat.name
+        before = ChatFileTest.raw(self, self.state.chat.name)
         self.do("/new")
         self.state = self.state._replace(settings=Settings("m.gguf"))
         self.ask("/open")
@@ -10966,7 +11010,8 @@ class StoredChatTest(unittest.TestCase):
     def test_a_reply_cut_by_a_kill_goes_on(self):
         self.begin()
         self.do("q", text(1, "once upon"))  # and here it is killed
-        name, raw = self.state.chat.name, ChatFileTest.raw(self, self.state.chat.name)
+        name = self.state.chat.name
+        raw = ChatFileTest.raw(self, self.state.chat.name)
         self.do("[esc]", done(1, "stopped"), "/new")
         with open(llmchat.chat_path(name), "wb") as file:
             file.write(raw)
@@ -11049,7 +11094,8 @@ class StoredChatTest(unittest.TestCase):
                     chat, ("user", "assistant")[n % 2], "turn %d of this chat" % n
                 )
             state = update(ready(chat=chat), Resized(100, 30))[0]
-            state, costs = update(state, Typed("x"))[0], []
+            state = update(state, Typed("x"))[0]
+            costs = []
             streams = [text(1, "word ")] * 5
             for event in [
                 Typed("a "),
@@ -11167,10 +11213,8 @@ class StoredChatTest(unittest.TestCase):
     def test_what_a_last_turn_asks_for(self):
         self.begin()
         self.do("q", text(1, "once"), "[esc]", done(1, "stopped"))
-        name, shown = (
-            self.state.chat.name,
-            lambda: "\n".join(rows_of(self.state._replace(pane="hidden", columns=100, rows=40))),
-        )
+        name = self.state.chat.name
+        shown = lambda: "\n".join(rows_of(self.state._replace(pane="hidden", columns=100, rows=40)))
         self.assertIn("stopped · /continue goes on", shown())
         self.do("/new", "/open " + name)
         self.assertEqual(self.state.hint, "This chat goes on; /continue goes on")
@@ -11225,7 +11269,8 @@ class StoredChatTest(unittest.TestCase):
         self.do(Typed("another"), "[enter]", text(4, "yes"), done(4))
         self.assertEqual(read_bytes(self.disk.history).count(b"secret"), 3)
         self.do("/chats secret")
-        name, states = items_of(self.state)[0].name, llmchat.make_data_dir("states")
+        name = items_of(self.state)[0].name
+        states = llmchat.make_data_dir("states")
         for left in (
             llmchat.chat_path(name) + ".0123.new",
             os.path.join(states, name + ".state"),
@@ -11567,10 +11612,8 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(log, (LogLine("error", "load failed"), LogLine("dim", "llama")))
 
     def test_slash_commands(self):
-        start, busy = (
-            ready(Turn("user", "a"), Turn("assistant", "b")),
-            play(ready(), "hello", "[enter]")[0],
-        )
+        start = ready(Turn("user", "a"), Turn("assistant", "b"))
+        busy = play(ready(), "hello", "[enter]")[0]
 
         def run(line, state=start):
             return play(state, line, "[enter]")
@@ -11716,7 +11759,8 @@ class UpdateTest(unittest.TestCase):
 
     def test_reading_ahead(self):
         """The idle engine is told what is certain of the next prompt, again when that has grown."""
-        state, told = ready(Turn("user", "a"), Turn("assistant", "b")), []
+        state = ready(Turn("user", "a"), Turn("assistant", "b"))
+        told = []
         for event in [Typed(c) for c in "one two th"] + [
             Pressed("backspace"),
             Typed("x y"),
@@ -12411,7 +12455,8 @@ class CopyTest(unittest.TestCase):
 
     def copy(self, text, sent, programs=(), **environment):
         """Copy with these clipboard programs, (name, shell commands); return what is told of it."""
-        folder, told = tempfile.mkdtemp(dir=FOLDER), []
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        told = []
         for name, commands in programs:
             with open(os.path.join(folder, name), "w") as file:
                 file.write("#!/bin/sh\nPATH=/bin:/usr/bin\n%s\n" % commands)
@@ -12428,7 +12473,8 @@ class CopyTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "writes shell scripts")
     def test_clipboard_programs(self):
-        take, fail = "cat > ${0%/*}/took", "cat > /dev/null; exit 1"
+        take = "cat > ${0%/*}/took"
+        fail = "cat > /dev/null; exit 1"
         self.assertEqual(
             self.copy("état", False, [("wl-copy", fail), ("xclip", take)]),
             ("Copied it (4 characters) to xclip.", "état"),
@@ -12952,7 +12998,8 @@ class SettingsTest(unittest.TestCase):
             paper, ink = (1, 0) if theme == "light" else (0, 1)
             for role, text in (colors or {}).items():
                 color = llmchat.parse_color(text)
-                a, b = light(color.fg, ink), light(color.bg, paper)
+                a = light(color.fg, ink)
+                b = light(color.bg, paper)
                 self.assertGreater(
                     (max(a, b) + 0.05) / (min(a, b) + 0.05),
                     1.3 if role == "frame" else 3,
@@ -13001,11 +13048,9 @@ class SettingsTest(unittest.TestCase):
 
 class ViewTest(unittest.TestCase):
     def random_state(self, dice, columns, rows):
-        words, draft, choose = (
-            lambda n: random_text(dice, n),
-            random_text(dice, dice.choice((3, 90))),
-            dice.choice,
-        )
+        words = lambda n: random_text(dice, n)
+        draft = random_text(dice, dice.choice((3, 90)))
+        choose = dice.choice
         turns = tuple(
             Turn(choose(("user", "assistant", "notice")), words(60), words(9))
             for _ in range(dice.randrange(6))
@@ -13053,7 +13098,8 @@ class ViewTest(unittest.TestCase):
         )
 
     def test_frame_fills_the_window_exactly(self):
-        dice, failures = random.Random(3), set()
+        dice = random.Random(3)
+        failures = set()
         sizes = [
             (20, 6),
             (21, 7),
@@ -13073,7 +13119,8 @@ class ViewTest(unittest.TestCase):
                 else (dice.randint(20, 200), dice.randint(6, 60))
             )
             state = self.random_state(dice, columns, rows)
-            frame, lines = view(state), rows_of(state)
+            frame = view(state)
+            lines = rows_of(state)
             y, x = frame.cursor
             for problem in (
                 len(lines) != rows and "rows",
@@ -13235,7 +13282,8 @@ class DecodeKeysTest(unittest.TestCase):
 
     def decode(self, data, step=0, **options):
         """The events for bytes that come at once, or in pieces of `step` bytes; then no more."""
-        keyboard, events = llmchat.Keyboard(**options), []
+        keyboard = llmchat.Keyboard(**options)
+        events = []
         data = data.encode() if isinstance(data, str) else data
         for i in range(0, len(data), step or len(data)):
             events += keyboard.feed(data[i : i + (step or len(data))])
@@ -13430,7 +13478,8 @@ class DecodeKeysTest(unittest.TestCase):
     def test_unfinished_paste(self):
         def play(*pieces):
             """None: a silence."""
-            keyboard, events = llmchat.Keyboard(), []
+            keyboard = llmchat.Keyboard()
+            events = []
             for piece in pieces:
                 events += keyboard.feed(piece.encode()) if piece else keyboard.give_up()
             return events
@@ -13490,7 +13539,8 @@ class DecodeKeysTest(unittest.TestCase):
 
     def test_long_input_is_linear(self):
         """What comes in many pieces is looked at once."""
-        keyboard, piece = llmchat.Keyboard(), b"x" * 4096
+        keyboard = llmchat.Keyboard()
+        piece = b"x" * 4096
         for begin in (b"\x1b[200~", b"\x1b]52;c;", b""):
             seen = keyboard.feed(begin)
             with mock.patch("llmchat.re.compile", side_effect=re.compile) as patterns:
@@ -13636,19 +13686,24 @@ class TerminalScreen:
     )
 
     def __init__(self, columns, rows):
-        self.decoder, self.pending = codecs.getincrementaldecoder("utf-8")("replace"), ""
-        self.grid, self.x, self.y, self.last, self.modes = [], 0, 0, " ", {25}
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.pending = ""
+        self.grid = []
+        self.x = 0
+        self.y = 0
+        self.last = " "
+        self.modes = {25}
         self.resize(columns, rows)
 
     def resize(self, columns, rows):
-        self.columns, self.rows, self.top, self.bottom = (
-            columns,
-            rows,
-            0,
-            rows,
-        )  # from top to before bottom lines scroll
+        self.columns = columns
+        self.rows = rows
+        # Lines scroll from top to before bottom.
+        self.top = 0
+        self.bottom = rows
         self.grid = [(row + [" "] * columns)[:columns] for row in (self.grid + [[]] * rows)[:rows]]
-        self.x, self.y = min(self.x, columns - 1), min(self.y, rows - 1)
+        self.x = min(self.x, columns - 1)
+        self.y = min(self.y, rows - 1)
 
     def lines(self):
         return ["".join(row) for row in self.grid]
@@ -13657,10 +13712,12 @@ class TerminalScreen:
         return "\n".join(line.rstrip() for line in self.lines())
 
     def feed(self, data):
-        stream, at = self.pending + self.decoder.decode(data), 0
+        stream = self.pending + self.decoder.decode(data)
+        at = 0
         while self.TOKEN.match(stream, at):
             found = self.TOKEN.match(stream, at)
-            at, (parameters, final, escape, control, char) = found.end(), found.groups()
+            at = found.end()
+            parameters, final, escape, control, char = found.groups()
             if char:
                 self.put(char)
             elif final != "m" and (escape or control or final or "c")[0] not in "()*+=>78c":
@@ -13675,7 +13732,9 @@ class TerminalScreen:
         if n and self.x + n > self.columns:
             self.x = 0
             self.control("\n")
-        row, x, end = self.grid[self.y], self.x, self.x + n
+        row = self.grid[self.y]
+        x = self.x
+        end = self.x + n
         if n == 0:
             row[x - 1 - (row[x - 1] == "")] += char
             return
@@ -13683,7 +13742,9 @@ class TerminalScreen:
             row[x - 1] = " "  # half of a wide character is overwritten
         if end < self.columns and row[end] == "":
             row[end] = " "
-        row[x:end], self.x, self.last = [char] + [""] * (n - 1), end, char
+        row[x:end] = [char] + [""] * (n - 1)
+        self.x = end
+        self.last = char
 
     def control(self, code):
         self.x = {
@@ -13699,15 +13760,20 @@ class TerminalScreen:
 
     def shift(self, first, by):
         """Move the lines from `first` to the end of the scroll region down (by > 0) or up."""
-        blank, kept = [[" "] * self.columns for _ in range(abs(by))], self.grid[first : self.bottom]
+        blank = [[" "] * self.columns for _ in range(abs(by))]
+        kept = self.grid[first : self.bottom]
         self.grid[first : self.bottom] = (
             (blank + kept)[: len(kept)] if by > 0 else (kept + blank)[-len(kept) :]
         )
 
     def sequence(self, parameters, final):
         numbers = [int(n) for n in re.findall(r"\d+", parameters)]
-        n, m, row, x = (numbers + [0])[0], (numbers + [0, 0])[1], self.grid[self.y], self.x
-        one, blank = max(1, n), lambda count: [" "] * count
+        n = (numbers + [0])[0]
+        m = (numbers + [0, 0])[1]
+        row = self.grid[self.y]
+        x = self.x
+        one = max(1, n)
+        blank = lambda count: [" "] * count
         if final in "hl" and parameters[:1] == "?":
             self.modes = self.modes | set(numbers) if final == "h" else self.modes - set(numbers)
             self.grid = [blank(self.columns) for _ in self.grid] if n == 1049 else self.grid
@@ -13721,7 +13787,8 @@ class TerminalScreen:
                 "H": (m - 1, one - 1),
                 "f": (m - 1, one - 1),
             }.get(final, (one - 1, self.y))
-            self.x, self.y = min(max(x, 0), self.columns - 1), min(max(y, 0), self.rows - 1)
+            self.x = min(max(x, 0), self.columns - 1)
+            self.y = min(max(y, 0), self.rows - 1)
         elif final in "JK":
             start, end = {0: (x, self.columns), 1: (0, x + 1)}.get(n, (0, self.columns))
             row[start:end] = blank(end - start)
@@ -13732,7 +13799,8 @@ class TerminalScreen:
             ):
                 self.grid[y] = blank(self.columns)
         elif final in "X@P":
-            cut, rest = min(one, self.columns - x), row[x:]
+            cut = min(one, self.columns - x)
+            rest = row[x:]
             row[x:] = {
                 "X": blank(cut) + rest[cut:],
                 "@": (blank(cut) + rest)[: len(rest)],
@@ -13741,7 +13809,10 @@ class TerminalScreen:
         elif final in "LMST":
             self.shift(self.top if final in "ST" else self.y, one if final in "LT" else -one)
         elif final == "r":
-            self.top, self.bottom, self.x, self.y = one - 1, m or self.rows, 0, 0
+            self.top = one - 1
+            self.bottom = m or self.rows
+            self.x = 0
+            self.y = 0
         elif final == "b":
             for _ in range(one):
                 self.put(self.last)
@@ -13767,7 +13838,8 @@ class TerminalScreenTest(unittest.TestCase):
             ("ab\r\ncd\x1b[1;1r\n", "\ncd"),
         ):
             for step in (1, 99):  # a byte at a time, too
-                screen, raw = TerminalScreen(4, 2), data.encode()
+                screen = TerminalScreen(4, 2)
+                raw = data.encode()
                 for i in range(0, len(raw), step):
                     screen.feed(raw[i : i + step])
                 self.assertEqual(screen.text(), shown, data)
@@ -13784,19 +13856,22 @@ class Window:
         import pty
         import termios
 
-        self.process, self.screen, self.raw = None, TerminalScreen(columns, rows), b""
-        (self.master, self.slave), self.text = pty.openpty(), self.screen.text
+        self.process = None
+        self.screen = TerminalScreen(columns, rows)
+        self.raw = b""
+        self.master, self.slave = pty.openpty()
+        self.text = self.screen.text
         self.resize(columns, rows)
-        self.bytes_per_s, self.budget, self.read_s = baud / 10, 0.0, time.monotonic()
+        self.bytes_per_s = baud / 10
+        self.budget = 0.0
+        self.read_s = time.monotonic()
         if baud:
             attributes = termios.tcgetattr(self.slave)
             attributes[4:6] = [getattr(termios, "B%d" % baud)] * 2
             termios.tcsetattr(self.slave, termios.TCSANOW, attributes)
         self.attributes = lambda: termios.tcgetattr(self.slave)
-        self.attributes_before, folder = (
-            self.attributes(),
-            os.path.dirname(os.path.abspath(llmchat.__file__)),
-        )
+        self.attributes_before = self.attributes()
+        folder = os.path.dirname(os.path.abspath(llmchat.__file__))
         program = ["-c", code] if code else [os.path.join(folder, "llmchat.py")]
         variables = {
             k: v for k, v in ENV.items() if k not in ("NO_COLOR", "LINES", "COLUMNS", "ESCDELAY")
@@ -13854,10 +13929,8 @@ class Window:
 
     def wait_for(self, wanted):
         """Read until a regular expression is on the screen, or a function is true; its result."""
-        check, end_s = (
-            wanted if callable(wanted) else lambda: re.search(wanted, self.text(), re.S),
-            time.monotonic() + LIMIT_S,
-        )
+        check = wanted if callable(wanted) else lambda: re.search(wanted, self.text(), re.S)
+        end_s = time.monotonic() + LIMIT_S
         while not check():
             if (
                 not self.read(0.05)
@@ -14057,17 +14130,15 @@ class SlowLineTest(unittest.TestCase):
         self.assertEqual(window.end(), 0)
 
 
-ESC, CTRL_C, CTRL_L, CTRL_Q, UP, PGUP, END, F1, F2 = (
-    "\x1b",
-    "\x03",
-    "\x0c",
-    "\x11",
-    "\x1bOA",
-    "\x1b[5~",
-    "\x1bOF",
-    "\x1bOP",
-    "\x1bOQ",
-)
+ESC = "\x1b"
+CTRL_C = "\x03"
+CTRL_L = "\x0c"
+CTRL_Q = "\x11"
+UP = "\x1bOA"
+PGUP = "\x1b[5~"
+END = "\x1bOF"
+F1 = "\x1bOP"
+F2 = "\x1bOQ"
 
 
 @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
@@ -14107,7 +14178,8 @@ class WindowTest(unittest.TestCase):
         def n_used():
             return int(window.wait_for(r"(\d+)/[\d,]+ tokens").group(1))
 
-        before, start = window.screen.lines()[1:12], n_used()
+        before = window.screen.lines()[1:12]
+        start = n_used()
         window.wait_for(lambda: n_used() > start + 20)
         self.assertEqual(window.screen.lines()[1:12], before)
         window.type(END)
@@ -14139,11 +14211,9 @@ class WindowTest(unittest.TestCase):
                 else r"─\n❯[^\n]*\n ready"
             )
             window.settle()
-            seen, fresh, start = (
-                window.screen.lines(),
-                TerminalScreen(columns, rows),
-                len(window.raw),
-            )
+            seen = window.screen.lines()
+            fresh = TerminalScreen(columns, rows)
+            start = len(window.raw)
             window.type(CTRL_L)  # paints every cell: what it shows must have been there before
 
             def is_repainted():
@@ -14207,7 +14277,8 @@ class WindowTest(unittest.TestCase):
         window.wait_for("❯ line 0.*line 11.*Answered")
 
     def test_history_of_earlier_runs(self):
-        home, model = tempfile.mkdtemp(dir=FOLDER), self.model()
+        home = tempfile.mkdtemp(dir=FOLDER)
+        model = self.model()
         path = os.path.join(home, "llmchat", "history")
         for message, options in (
             ("first words", ()),
@@ -14232,10 +14303,8 @@ class WindowTest(unittest.TestCase):
         window.wait_for("├─.*❯ second words")
 
     def test_editor(self):
-        path, editor = (
-            os.path.join(FOLDER, "editor"),
-            '#!/bin/sh\necho edits; cat "$2"; read key; echo $1 >>"$2"; exit $key\n',
-        )
+        path = os.path.join(FOLDER, "editor")
+        editor = '#!/bin/sh\necho edits; cat "$2"; read key; echo $1 >>"$2"; exit $key\n'
         with open(path, "w") as file:
             file.write(editor)
         os.chmod(path, 0o700)
@@ -14422,7 +14491,8 @@ class WindowTest(unittest.TestCase):
         home, _ = self.home()
         if sys.platform == "darwin":
             home = dict(home, XDG_DATA_HOME=home["HOME"])
-        mine, other = self.model("Mine."), os.path.join(FOLDER, "other.gguf")
+        mine = self.model("Mine.")
+        other = os.path.join(FOLDER, "other.gguf")
         write_scripted_model(other, {"it": "Other."}, "<|it|>", **{"general.name": "the other"})
         for model, question, reply in (
             (mine, "first question", "Mine"),
@@ -14488,7 +14558,9 @@ class WindowTest(unittest.TestCase):
     def test_killed_windows(self):
         """kill -9 at random moments: every complete message is there, and the last's beginning."""
         home, chats = self.home()
-        reply, dice, before = " ".join("w%d" % n for n in range(1500)), random.Random(1), []
+        reply = " ".join("w%d" % n for n in range(1500))
+        dice = random.Random(1)
+        before = []
         model = self.model(reply)
         for n in range(10):
             child = subprocess.Popen(
@@ -14503,7 +14575,8 @@ class WindowTest(unittest.TestCase):
             self.addCleanup(child.stdin.close)
             child.stdin.write(b"question %d\n" % n)
             child.stdin.flush()
-            wanted, got = dice.randrange(1, 8000), b""
+            wanted = dice.randrange(1, 8000)
+            got = b""
             while len(got) < wanted and not got.endswith(b"\n"):
                 got += os.read(child.stdout.fileno(), 100)
             os.killpg(child.pid, signal.SIGKILL)
