@@ -18,7 +18,6 @@ import re
 import select
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import tracemalloc
 import unicodedata
 import unittest
 import urllib.request
-from functools import lru_cache
+from functools import lru_cache, partial
 from unittest import mock
 
 import llmchat
@@ -324,9 +323,16 @@ def write_random_model(path, arch="llama", **metadata):
         + ["<|im_start|>", "<|im_end|>", "\u2581"]
     )
     texts += [chr(n) for n in range(97, 123)] + ["qx", "xq", "zq", "qz", "xz"]
-    noise = lambda n, scale: array.array("f", (rng.gauss(0, scale) for _ in range(n))).tobytes()
-    ones = lambda n: ((n,), array.array("f", [1.0] * n).tobytes())
-    matrix = lambda *shape: (shape, noise(shape[0] * shape[1], 0.2))
+
+    def noise(n, scale):
+        return array.array("f", (rng.gauss(0, scale) for _ in range(n))).tobytes()
+
+    def ones(n):
+        return ((n,), array.array("f", [1.0] * n).tobytes())
+
+    def matrix(*shape):
+        return (shape, noise(shape[0] * shape[1], 0.2))
+
     table = (n_embd, len(texts))
     tensors = {
         "token_embd.weight": (
@@ -523,7 +529,9 @@ def write_scripted_model(path, replies, template, **metadata):
 
 
 def scripted_tensors(embeddings, output, n_ff):
-    floats = lambda rows: array.array("f", [number for row in rows for number in row]).tobytes()
+    def floats(rows):
+        return array.array("f", [number for row in rows for number in row]).tobytes()
+
     width = 128
     ones = floats([[1.0] * width])
     table = (width, len(embeddings))
@@ -630,7 +638,9 @@ class Engine:
         if limit_bytes:
             import resource
 
-            before = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit_bytes,) * 2)
+            def before():
+                resource.setrlimit(resource.RLIMIT_AS, (limit_bytes,) * 2)
+
         self.errors = tempfile.TemporaryFile()
         with mock.patch.dict(os.environ, ENV):
             argv = [script if part == SCRIPT else part for part in llmchat.engine_argv(ENGINE)]
@@ -675,7 +685,8 @@ class Engine:
             try:
                 line = self.lines.get(timeout=max(0.01, end_s - time.monotonic()))
             except queue.Empty:
-                raise AssertionError("no %s came; the last events: %r" % (names, self.events[-5:]))
+                told = (names, self.events[-5:])
+                raise AssertionError("no %s came; the last events: %r" % told) from None
             if not line:
                 self.errors.seek(0)
                 raise AssertionError("the engine ended: %r" % self.errors.read()[-2000:])
@@ -756,12 +767,13 @@ class StyleTest(unittest.TestCase):
     """What a reader may rely on: see .ruff.toml and the `# mypy:` line of llmchat.py."""
 
     def check(self, *argv):
+        """This tool finds nothing to say about the files that argv names."""
         tool = shutil.which(argv[0])
         if not tool:
             self.skipTest("%s is not installed" % argv[0])
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
-            [tool, *argv[1:], SCRIPT],
+            [tool, *argv[1:]],
             cwd=os.path.dirname(SCRIPT),
             env=env,
             stdout=subprocess.PIPE,
@@ -772,18 +784,19 @@ class StyleTest(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stdout)
 
     def test_ruff(self):
-        self.check("ruff", "check", "--no-cache")
+        self.check("ruff", "check", "--no-cache", SCRIPT, os.path.abspath(__file__))
 
     def test_mypy(self):
-        self.check("mypy", "--cache-dir", os.devnull, "--python-version", "3.10")
+        self.check("mypy", "--cache-dir", os.devnull, "--python-version", "3.10", SCRIPT)
 
     def test_no_conditional_stands_in_another(self):
         import ast
 
-        for node in ast.walk(ast.parse(read_bytes(SCRIPT))):
-            inner = [one for one in ast.walk(node) if isinstance(one, ast.IfExp)]
-            if isinstance(node, ast.IfExp):
-                self.assertEqual(inner, [node], "line %d" % node.lineno)
+        for path in (SCRIPT, os.path.abspath(__file__)):
+            for node in ast.walk(ast.parse(read_bytes(path))):
+                inner = [one for one in ast.walk(node) if isinstance(one, ast.IfExp)]
+                if isinstance(node, ast.IfExp):
+                    self.assertEqual(inner, [node], "%s:%d" % (path, node.lineno))
 
     def test_the_header_lists_every_section(self):
         source = read_bytes(SCRIPT).decode()
@@ -1755,7 +1768,8 @@ class TrialTest(unittest.TestCase):
 
     def brittle(self, flag):
         """A folder with the package that crashes without this flag, and what else is needed."""
-        import io, tarfile
+        import io
+        import tarfile
 
         code = "import llmchat; print(llmchat.import_llama().__file__)"
         real = subprocess.check_output([ENGINE, "-c", code], env=ENV, encoding="utf-8").strip()
@@ -2059,7 +2073,10 @@ class ReuseTest(unittest.TestCase):
 
     def test_sampler_settings_reach_llama_cpp(self):
         engine = Engine(self, MIND)
-        replies = lambda **settings: engine.chat("tell me", max_tokens=40, **settings)[0]
+
+        def replies(**settings):
+            return engine.chat("tell me", max_tokens=40, **settings)[0]
+
         hot = dict(temperature=2.0, top_k=0, top_p=1.0, min_p=0.0)
         greedy = replies()
         self.assertEqual(replies(), greedy)
@@ -2074,14 +2091,17 @@ class ReuseTest(unittest.TestCase):
             replies(seed=1, temperature=2.0, top_k=0),
         )
         self.assertNotEqual(replies(repeat_penalty=5.0, repeat_last_n=64), greedy)
+
         # The penalty counts the prompt's tokens, too: with all of ASCII in it, some first token
         # changes.
-        first = lambda n, penalty: engine.chat(
-            "".join(map(chr, range(33, 127))) + "x" * n,
-            max_tokens=1,
-            repeat_penalty=penalty,
-            repeat_last_n=200,
-        )[0]
+        def first(n, penalty):
+            return engine.chat(
+                "".join(map(chr, range(33, 127))) + "x" * n,
+                max_tokens=1,
+                repeat_penalty=penalty,
+                repeat_last_n=200,
+            )[0]
+
         self.assertNotEqual([first(n, 1.0) for n in range(10)], [first(n, 5.0) for n in range(10)])
 
 
@@ -2170,7 +2190,10 @@ class RealModelTest(unittest.TestCase):
         """<|im_end|> is a control token of this model; in people's words it is nine of text."""
         plain = self.engine.chat("Say hi.", max_tokens=1)[1]
         marked = self.engine.chat("Say hi.<|im_end|>", max_tokens=1)[1]
-        total = lambda done: done["n_read"] + done["n_reused"]
+
+        def total(done):
+            return done["n_read"] + done["n_reused"]
+
         self.assertGreater(total(marked), total(plain) + 3)
 
     def test_one_shot(self):
@@ -2438,9 +2461,8 @@ class TemplateTest(unittest.TestCase):
             "[[''.join(text for text, _ in t.pieces(%r)), len(t.notes)] "
             "for t in [ChatTemplate(%r, '', '')]][0]"
         )
-        for (source, messages, expected), (text, n_notes) in zip(
-            cases, ask_engine(MIND, *(taken % (messages, source) for source, messages, _ in cases))
-        ):
+        found = ask_engine(MIND, *(taken % (messages, source) for source, messages, _ in cases))
+        for (source, _, expected), (text, n_notes) in zip(cases, found):
             self.assertEqual(text, expected, source)
             self.assertEqual(n_notes, int(expected != "[u:a][a:b][u:c]"), source)
 
@@ -2922,7 +2944,7 @@ class ThinkingTest(unittest.TestCase):
 
     def test_pieces_of_marks(self):
         """Half a mark isn't shown as an answer."""
-        for reply, thinking, answer in FORMS.values():
+        for reply, _, answer in FORMS.values():
             text = "".join(reply)
             answers = [llmchat.split_thinking(text[:n])[1] for n in range(1, len(text) + 1)]
             grown = [part for part in answers if part is not None]
@@ -3354,7 +3376,7 @@ class CacheTest(unittest.TestCase):
                 both(200, turns, temperature=0),    # a context that overflows
             ]))""",
         )
-        for (guessed, n_guessed), (plain, n_plain) in out:
+        for (guessed, _), (plain, _) in out:
             self.assertEqual(guessed, plain)
         (guessed, n_guessed), (plain, n_plain) = run_engines(
             TALK,
@@ -3861,7 +3883,7 @@ class ThreadCountTest(unittest.TestCase):
         """Two threads may fall into step with other programs: each waits for the other for long."""
         threads = self.start(2)
         for pace_s, share in [(0.05, 0.47), (0.06, 0.7), *[(0.05, 0.47)] * 3]:
-            self.write(threads, lambda n: (pace_s, share), threads.WINDOW)
+            self.write(threads, lambda n, found=(pace_s, share): found, threads.WINDOW)
         self.write(threads, lambda n: (0.25, 0.5), 4)  # a second of it
         self.assertEqual(self.chosen, [1, 2, 1])
 
@@ -3886,7 +3908,10 @@ class ThreadCountTest(unittest.TestCase):
     def test_reading_is_protected(self):
         """A thousand tokens beside a busy process take hardly longer than with the best number."""
         threads = self.start(2)
-        busy = lambda n: (0.3, 0.67) if n == 2 else (0.04, 1.0)
+
+        def busy(n):
+            return (0.3, 0.67) if n == 2 else (0.04, 1.0)
+
         spent_s = self.read(threads, busy, 1000)
         self.assertEqual(threads.n, 1)
         self.assertLess(spent_s, 1.6 * 1000 * 0.04)
@@ -3997,11 +4022,13 @@ class BenchTest(unittest.TestCase):
                     mock.Mock(), lambda event, **fields: events.append(fields), None
                 )
                 plan = mock.Mock(n_threads=2, n_gpu_layers=n_gpu_layers)
-                plan._replace = lambda n_threads: mock.Mock(n_threads=n_threads)
+                plan._replace = mock.Mock
                 llmchat.plan_load.return_value = plan
                 bench.read = mock.Mock()
-                bench.median_s = lambda *_: 10.0
-                bench.write_rate = lambda plan: (5.0, {1: 0.95, 2: 0.7, 4: 0.4}[plan.n_threads])
+                bench.median_s = mock.Mock(return_value=10.0)
+                bench.write_rate = mock.Mock(
+                    side_effect=lambda plan: (5.0, {1: 0.95, 2: 0.7, 4: 0.4}[plan.n_threads])
+                )
                 bench.run(MIND, LoadOptions())
                 self.assertEqual(events[-1]["cpu_share"], wanted)
 
@@ -4521,7 +4548,6 @@ class BootTest(unittest.TestCase):
     @unittest.skipUnless(POSIX, "needs POSIX modes")
     def test_folder_of_somebody_else(self):
         (kept,) = self.start()
-        good = read_bytes(kept)
         os.chmod(os.path.dirname(kept), 0o777)
         with open(kept, "wb") as file:
             file.write(b"planted")
@@ -5167,17 +5193,14 @@ class HealTest(unittest.TestCase):
 
     def test_the_trial_does_not_heal(self):
         with mock.patch.dict(os.environ, self.home('not used["buffers"]')):
+            load = {"cmd": "load", "path": TALK, "options": LoadOptions(n_ctx=512)._asdict()}
+            chat = {"cmd": "chat", "messages": [user("hi")], "sampling": Sampling()._asdict()}
             with self.assertRaises(llmchat.EngineCrash):
-                for message in llmchat.ask_engine(
-                    self.python,
-                    {"cmd": "load", "path": TALK, "options": LoadOptions(n_ctx=512)._asdict()},
-                    {"cmd": "chat", "messages": [user("hi")], "sampling": Sampling()._asdict()},
-                ):
-                    pass
+                list(llmchat.ask_engine(self.python, load, chat))
             self.assertEqual(self.crashes(), 1)
 
     def test_a_file_that_is_damaged_is_blamed(self):
-        env = self.home('not used["buffers"]')
+        self.home('not used["buffers"]')
         model = write(read_bytes(TALK))
         os.truncate(model, os.path.getsize(TALK) - 5000)
         self.assertRegex(
@@ -5324,7 +5347,7 @@ class PipesTest(unittest.TestCase):
         self.assertEqual({message["cmd"] for message in messages}, {"load", "ahead", "chat"})
         for message in messages:
             self.assertTrue(llmchat.is_message(message, llmchat.ENGINE_HEARS, "cmd"), message)
-            for name, value in message.items():
+            for name in message:
                 known = dict(llmchat.ENGINE_HEARS[message["cmd"]], **llmchat.COMMON_FIELDS, cmd=1)
                 self.assertTrue({name, name + "?"} & set(known), (message["cmd"], name))
             damaged = dict(message, chat=5, path=5)
@@ -5406,10 +5429,10 @@ class PipesTest(unittest.TestCase):
 
     def test_nothing_blocks_where_nothing_is_read(self):
         child, mailbox = self.child("time.sleep(%d)" % LIMIT_S)
-        for n in range(child.MAX_PENDING):
+        for _ in range(child.MAX_PENDING):
             child.send({"cmd": "chat", "text": "x" * 100000})
         self.assertTrue(child.is_alive())
-        for n in range(3):
+        for _ in range(3):
             child.send({"cmd": "load"})
         self.assertEqual(list(self.events(mailbox)), [ChildEnded("engine", -9)])
 
@@ -5710,8 +5733,13 @@ class NumbersTest(unittest.TestCase):
 class StaleTest(unittest.TestCase):
     def test_only_the_newest_draft_is_read_ahead(self):
         process = mock.Mock(commands=queue.Queue())
-        newest = lambda: llmchat.EngineProcess.newest(process, *process.commands.get())
-        put = lambda n, **command: process.commands.put((n, command))
+
+        def newest():
+            return llmchat.EngineProcess.newest(process, *process.commands.get())
+
+        def put(n, **command):
+            return process.commands.put((n, command))
+
         put(1, cmd="ahead", messages=["m"], draft="a")
         put(2, cmd="ahead", draft="b")
         put(3, cmd="load")
@@ -6034,14 +6062,9 @@ class DoctorTest(unittest.TestCase):
         rows = [re.match(r"(ok|warning|problem) +(\w+) +(.+)$", line) for line in lines]
         self.assertTrue(all(rows) and len(rows) > 8, out)
         levels = {row.group(1) for row in rows}
-        self.assertIn(
-            "problems"
-            if "problem" in levels
-            else "warnings"
-            if "warning" in levels
-            else "All is well",
-            summary,
-        )
+        words = {"ok": "All is well", "warning": "warnings", "problem": "problems"}
+        worst = max(levels, key=list(words).index)
+        self.assertIn(words[worst], summary)
         return status, {row.group(2): row.groups() for row in rows[::-1]}
 
     def test_good_surroundings(self):
@@ -6096,13 +6119,16 @@ class DoctorTest(unittest.TestCase):
 
     def test_no_engine_and_a_broken_one(self):
         home, place = new_home()
-        doctor = lambda: subprocess.run(
-            [sys.executable, "-S", SCRIPT, "--doctor"],
-            env=dict(ENV, **home),
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            timeout=LIMIT_S,
-        )  # -S: this Python may itself have llama_cpp
+
+        def doctor():
+            return subprocess.run(
+                [sys.executable, "-S", SCRIPT, "--doctor"],
+                env=dict(ENV, **home),
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                timeout=LIMIT_S,
+            )
+
         done = doctor()
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stdout, "problem +engine +The engine is not installed: .*--install")
@@ -6148,8 +6174,9 @@ VOCAB = {
 }
 
 
-def gguf(keys=dict(SHAPE, **VOCAB), tensors=((32, 2, 8), (256, 1, 12)), version=3, cut=0):
+def gguf(keys=None, tensors=((32, 2, 8), (256, 1, 12)), version=3, cut=0):
     """A GGUF file's bytes; tensors are (columns, rows, ggml type)."""
+    keys = dict(SHAPE, **VOCAB) if keys is None else keys
     infos = b""
     data = b""
     for n, (columns, rows, kind) in enumerate(tensors):
@@ -6521,6 +6548,14 @@ class HardwareTest(unittest.TestCase):
             [3],
         )
 
+    def on_macos(self, chip, sysctl, vm_stat):
+        """What is found on a Mac whose commands print so."""
+        commands = {"/usr/sbin/sysctl": sysctl, "/usr/bin/vm_stat": vm_stat}
+        with mock.patch("platform.machine", return_value=chip), mock.patch.object(
+            llmchat, "read_command", lambda *argv: commands[argv[0]]
+        ):
+            return llmchat.probe_macos()
+
     def test_macos(self):
         vm_stat = (
             "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   40000.\n"
@@ -6554,11 +6589,7 @@ class HardwareTest(unittest.TestCase):
             ),
             ("x86_64", "", "", ("x86_64", (), 1, 1, 1, 0)),
         ):
-            commands = {"/usr/sbin/sysctl": sysctl, "/usr/bin/vm_stat": vm}
-            with mock.patch.object(
-                llmchat, "read_command", lambda *argv: commands[argv[0]]
-            ), mock.patch("platform.machine", lambda: chip):
-                h = llmchat.probe_macos()
+            h = self.on_macos(chip, sysctl, vm)
             self.assertEqual(
                 (
                     h["cpu_name"],
@@ -6743,7 +6774,6 @@ class HeaderTest(unittest.TestCase):
             self.fault(gguf(dict(SHAPE, **{"general.architecture": long}))),
         )
         self.assertIn("damaged inside its header", self.fault(gguf(dict(SHAPE, **{long: 1}))))
-        head = gguf()
         infos = struct.pack("<Q", 65) + b"t" * 65
         self.assertIn(
             "damaged inside its header",
@@ -6947,6 +6977,11 @@ class MeaningTest(unittest.TestCase):
 
 
 class PlanTest(unittest.TestCase):
+    def took(self, log, what):
+        """MiB of all buffers of this kind, as llama.cpp's log tells."""
+        sizes = re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, log)
+        return sum(map(float, sizes))
+
     def test_memory_is_what_llama_cpp_takes(self):
         """KV cache, states and compute buffer as its log tells, for all kinds of memory."""
         for arch, options in (
@@ -6957,22 +6992,24 @@ class PlanTest(unittest.TestCase):
         ):
             path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
             write_random_model(path, arch)
-            log = [e["text"] for e in Engine(self, path, **options).events if e["event"] == "log"]
-
-            def took(what, log="\n".join(log)):
-                sizes = re.findall(r"(?:%s) buffer size = +([\d.]+) MiB" % what, log)
-                return sum(map(float, sizes))
-
+            events = Engine(self, path, **options).events
+            log = "\n".join(event["text"] for event in events if event["event"] == "log")
             plan = plan_load(
                 read_gguf_header(path, full=True), llmchat.probe_hardware(), LoadOptions(**options)
             )
             self.assertAlmostEqual(
-                plan.memory.kv / 2**20, took("KV|RS"), delta=0.02, msg=(arch, options, log)
+                plan.memory.kv / 2**20,
+                self.took(log, "KV|RS"),
+                delta=0.02,
+                msg=(arch, options, log),
             )
             self.assertAlmostEqual(
-                plan.memory.compute / 2**20, took("compute"), delta=0.4, msg=(arch, options)
+                plan.memory.compute / 2**20,
+                self.took(log, "compute"),
+                delta=0.4,
+                msg=(arch, options),
             )
-            self.assertAlmostEqual(plan.memory.weights / 2**20, took("model"), delta=0.1)
+            self.assertAlmostEqual(plan.memory.weights / 2**20, self.took(log, "model"), delta=0.1)
 
     def test_kv_cache_of_other_models(self):
         windowed = {
@@ -7532,8 +7569,8 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
             ("armv6l", old, ("NEON",)),
             ("riscv64", old, ()),
         ):
-            with mock.patch.object(llmchat, "probe_hardware", lambda: has), mock.patch(
-                "platform.machine", lambda: name
+            with mock.patch("platform.machine", return_value=name), mock.patch.object(
+                llmchat, "probe_hardware", return_value=has
             ):
                 self.assertEqual(llmchat.probe_end("engine", -4).lacking, lacking)
 
@@ -7625,7 +7662,9 @@ class LoopbackHub:
     def answer(self, request):
         is_other = request.server is self.servers[1]
         path = request.path.partition("?")[0]
-        place = "other" if is_other else "api" if "/api/" in path else "resolve"
+        place = "api" if "/api/" in path else "resolve"
+        if is_other:
+            place = "other"
         self.requests.append((place, request.path, dict(request.headers)))
         fault = next((i for i, (where, _) in enumerate(self.faults) if where == place), None)
         fault = None if fault is None else self.faults.pop(fault)[1]
@@ -8159,7 +8198,7 @@ class DownloadTest(unittest.TestCase):
             (b"Content-Length: 9999999\r\n\r\n", "HUB_ANSWER_S", "takes too long to answer"),
             (b"X-Odd: ", "HUB_CONNECT_S", "No connection to .*no answer within 0.2 seconds"),
         ):
-            hub.answer = lambda request, head=head: answer(request, head)
+            hub.answer = partial(answer, head=head)
             with mock.patch.object(llmchat, limit, 0.2):
                 self.fails(words)
 
@@ -8981,7 +9020,6 @@ class SmallModelTest(unittest.TestCase):
     def test_demo_answers(self):
         """From nothing to the first answer."""
         self.script = self.program(self.wheel)
-        python = sys.executable
         with mock.patch.object(sys, "executable", ENGINE):
             for _ in range(2):
                 status, out, err = self.run_program("--demo", "-p", "hi")
@@ -9158,7 +9196,7 @@ class FindModelsTest(unittest.TestCase):
         """Put models into all stores; returns the list of them."""
         self.put("first", "mine-Q4_K_M.gguf")
         self.put("mine", "org", "deep", "other.gguf")
-        for commit, ref in (("old", ""), ("new", "main")):
+        for commit in ("old", "new"):
             for file in ("a-Q8_0.gguf", commit + "-Q4_0.gguf"):
                 blob = self.put("hub", "models--org--repo", "blobs", commit + file)
                 os.makedirs(
@@ -9395,6 +9433,20 @@ class FindModelsTest(unittest.TestCase):
         self.assertEqual(entries["part"].note, "part 1 of 3 is missing")
         self.assertLess(len(stats), 400)
 
+    def vanishing(self, path, real, n_before):
+        """The function `real`; after so many calls with this file the file is gone."""
+        calls = []
+
+        def vanish(asked, *more, **options):
+            if os.path.basename(path) in str(getattr(asked, "name", asked)):
+                calls.append(asked)
+            if len(calls) > n_before:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+            return real(asked, *more, **options)
+
+        return vanish
+
     def test_what_goes_away_meanwhile(self):
         """At any step of making the list, a file or its folder may vanish."""
         self.put("mine", "one.gguf")
@@ -9406,17 +9458,7 @@ class FindModelsTest(unittest.TestCase):
         ):
             for n_before in range(6):  # at the first such call, the second …
                 path = self.put("mine", "gone.gguf", data=self.CHAT + b"x")
-                calls = []
-
-                def vanish(asked, *more, **options):
-                    if "gone.gguf" in str(getattr(asked, "name", asked)):
-                        calls.append(asked)
-                    if len(calls) > n_before:
-                        with contextlib.suppress(FileNotFoundError):
-                            os.remove(path)
-                    return real(asked, *more, **options)
-
-                with mock.patch(name, vanish):
+                with mock.patch(name, self.vanishing(path, real, n_before)):
                     found = [entry.name for entry in llmchat.find_models() if entry.verdict]
                 self.assertIn("one", found, name)
 
@@ -9643,7 +9685,10 @@ class TextTest(unittest.TestCase):
 
     def test_wrap_is_never_too_wide_and_loses_only_white_space(self):
         dice = random.Random(1)
-        bare = lambda string: "".join(string.split())
+
+        def bare(string):
+            return "".join(string.split())
+
         for _ in range(3000):
             string = random_text(dice, 30, SCRIPTS)
             columns = dice.randint(1, 40)
@@ -9720,10 +9765,9 @@ class TextTest(unittest.TestCase):
             ("\u1112\u1161\u11ab글", "한글", "한글", None),
         ):
             with self.subTest(ascii(text)):
-                self.assertEqual(llmchat.clean(text), text if shown is None else shown)
-                self.assertEqual(
-                    llmchat.clean_row(text), text if shown is None else row if row else shown
-                )
+                shown = text if shown is None else shown
+                self.assertEqual(llmchat.clean(text), shown)
+                self.assertEqual(llmchat.clean_row(text), row or shown)
                 self.assertEqual(
                     len(llmchat.clean_draft(text)), len(text), "the cursor counts on it"
                 )
@@ -9761,47 +9805,49 @@ class TextTest(unittest.TestCase):
         llmchat.char_cells.cache_clear()
         self.assertEqual(unlike, [])
 
+    def count_looks(self, lay, text):
+        """How many characters are measured or cleaned while this text is laid out."""
+        cells = llmchat.cells
+        clean = llmchat.make_harmless
+        looks = []
+
+        def count(function, string, *rest):
+            looks.append(len(string))
+            return function(string, *rest)
+
+        with mock.patch("llmchat.cells", side_effect=lambda *a: count(cells, *a)), mock.patch(
+            "llmchat.make_harmless", side_effect=lambda *a: count(clean, *a)
+        ):
+            lay(text)
+        return sum(looks)
+
     def test_layout_is_linear(self):
         """However long a line is, its characters are looked at a few times."""
-        words = "word " * 9000
-        marks = "e" + "\u0301" * 30000
-        for text in (
+        options = llmchat.RenderOptions(80, True, False)
+        texts = (
             "x" * 40000,
             "日" * 20000,
             "xé" * 20000,
-            words,
-            marks,
+            "word " * 9000,
+            "e" + "\u0301" * 30000,
             " " * 40000,
             "a\xad\u200b" * 9000,
             "**b** | `c` " * 3000,
-        ):
-            for lay in (
-                lambda: llmchat.wrap(text, 77),
-                lambda: llmchat.draft_cursor(Draft(text, len(text)), 40),
-                lambda: llmchat.log_lines(LogLine("dim", text), 40),
-                lambda: llmchat.turn_lines(
-                    Turn("user", text), llmchat.RenderOptions(80, True, False)
-                ),
-                lambda: llmchat.StreamedReply(llmchat.RenderOptions(80, True, False)).show(
-                    text, True
-                ),
-                lambda: view(
-                    ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
-                ),
-            ):
-                seen = [0]
-                cells = llmchat.cells
-                clean = llmchat.make_harmless
-
-                def count(function, string, *rest):
-                    seen[0] += len(string)
-                    return function(string, *rest)
-
-                with mock.patch(
-                    "llmchat.cells", side_effect=lambda *a: count(cells, *a)
-                ), mock.patch("llmchat.make_harmless", side_effect=lambda *a: count(clean, *a)):
-                    lay()
-                self.assertLess(seen[0], 9 * len(text) + 9999, ascii(text[:9]))
+        )
+        layouts = (
+            lambda text: llmchat.wrap(text, 77),
+            lambda text: llmchat.draft_cursor(Draft(text, len(text)), 40),
+            lambda text: llmchat.log_lines(LogLine("dim", text), 40),
+            lambda text: llmchat.turn_lines(Turn("user", text), options),
+            lambda text: llmchat.StreamedReply(options).show(text, True),
+            lambda text: view(
+                ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
+            ),
+        )
+        for text in texts:
+            for lay in layouts:
+                n_looks = self.count_looks(lay, text)
+                self.assertLess(n_looks, 9 * len(text) + 9999, ascii(text[:9]))
 
     def test_draft_rows_hold_every_character(self):
         dice = random.Random(5)
@@ -9969,11 +10015,14 @@ class TextTest(unittest.TestCase):
 
     def test_sent_messages_are_remembered(self):
         stored = llmchat.begin_chat(ready(), Chat(), "")._replace(chat=Chat(name="c"))
-        kept = lambda effects: [
-            e.arguments
-            for e in effects
-            if isinstance(e, llmchat.DiskJob) and e.job == "append_history"
-        ]
+
+        def kept(effects):
+            return [
+                e.arguments
+                for e in effects
+                if isinstance(e, llmchat.DiskJob) and e.job == "append_history"
+            ]
+
         self.assertEqual(kept(play(stored, Pasted("x\n" * 9), "[enter]")[1]), [("x\n" * 9,)])
         stored = stored._replace(settings=stored.settings._replace(session="s"))
         private, effects = play(
@@ -10379,7 +10428,9 @@ class MarkdownTest(unittest.TestCase):
             )
 
     def test_nothing_is_lost(self):
-        letters = lambda lines: "".join(re.findall(r"[a-z0-9]", "".join(lines)))
+        def letters(lines):
+            return "".join(re.findall(r"[a-z0-9]", "".join(lines)))
+
         self.assertEqual(letters(self.shown("x " + "word " * 3000, 31)), "x" + "word" * 3000)
         code = "    deep" + "abc " * 900 + "x" * 5000
         self.assertEqual(letters(self.shown("```\n" + code + "\n```", 31)), "1" + letters([code]))
@@ -10463,23 +10514,16 @@ class ThoughtsTest(unittest.TestCase):
             thought=[214, 9.4],
         )
         self.assertEqual(self.rows(state), ["thinking… 214 tokens, 9 s", "Hello you▌"])
-        for state in (state, play(state, done(1))[0]):
-            after = "▌" * (state.chat.reply is not None)
-            note = [] if after else ["3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2"]
-            shown, _ = play(state, "[ctrl-t]")
-            self.assertEqual(
-                self.rows(shown),
-                ["thinking… 214 tokens, 9 s", "The *user* says hi.", "Hello you" + after] + note,
-            )
+        note = "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2"
+        ended = play(state, done(1))[0]
+        for now, answer in ((state, ["Hello you▌"]), (ended, ["Hello you", note])):
+            shown, _ = play(now, "[ctrl-t]")
+            thoughts = ["thinking… 214 tokens, 9 s", "The *user* says hi."]
+            self.assertEqual(self.rows(shown), thoughts + answer)
             dim = [span for line in view(shown).lines for span in line if "says hi" in span[0]]
             self.assertEqual([style for _, style in dim], ["dim"])
-            self.assertEqual(
-                self.rows(play(shown, "[ctrl-t]")[0]),
-                ["thinking… 214 tokens, 9 s", "Hello you" + after] + note,
-            )
-            self.assertEqual(
-                self.rows(play(state, "/think hide", "[enter]")[0]), ["Hello you" + after] + note
-            )
+            self.assertEqual(self.rows(play(shown, "[ctrl-t]")[0]), thoughts[:1] + answer)
+            self.assertEqual(self.rows(play(now, "/think hide", "[enter]")[0]), answer)
 
     def test_empty_thinking_isnt_shown(self):
         self.assertEqual(
@@ -10514,7 +10558,10 @@ class ThoughtsTest(unittest.TestCase):
         state, effects = play(ready(), "/think off", "[enter]", "hi", "[enter]")
         self.assertIs(sent(effects)[0]["think"], False)
         self.assertIsNone(sent(play(ready(), "hi", "[enter]")[1])[0]["think"])
-        ahead = lambda state: sent(update(state, Resized(80, 24))[1], "ahead")
+
+        def ahead(state):
+            return sent(update(state, Resized(80, 24))[1], "ahead")
+
         on = update(ready(), Resized(80, 24))[0]
         self.assertEqual(ahead(on), [])
         on = update(on._replace(draft=Draft("/think on", 9)), Pressed("enter"))
@@ -10568,13 +10615,9 @@ class StoredChatTest(unittest.TestCase):
 
     def do(self, *events):
         for event in events:
-            event = (
-                event
-                if not isinstance(event, str)
-                else Pressed(event[1:-1])
-                if re.match(r"\[.+\]$", event)
-                else Submitted(event)
-            )
+            if isinstance(event, str):
+                is_key = re.match(r"\[.+\]$", event)
+                event = Pressed(event[1:-1]) if is_key else Submitted(event)
             self.state, effects = update(self.state, event)
             for effect in effects:
                 if isinstance(effect, llmchat.DiskJob):
@@ -10988,7 +11031,6 @@ class StoredChatTest(unittest.TestCase):
             llmchat.read_text(path("chat.md"))[:39],
             "## System\n\nBe brief.\n\n## You\n\nq ü\nmore\n",
         )
-        before = self.state.chat.name
         self.begin()
         self.do("/import " + path("chat.json"))
         self.assertEqual(
@@ -11214,7 +11256,10 @@ class StoredChatTest(unittest.TestCase):
         self.begin()
         self.do("q", text(1, "once"), "[esc]", done(1, "stopped"))
         name = self.state.chat.name
-        shown = lambda: "\n".join(rows_of(self.state._replace(pane="hidden", columns=100, rows=40)))
+
+        def shown():
+            return "\n".join(rows_of(self.state._replace(pane="hidden", columns=100, rows=40)))
+
         self.assertIn("stopped · /continue goes on", shown())
         self.do("/new", "/open " + name)
         self.assertEqual(self.state.hint, "This chat goes on; /continue goes on")
@@ -13012,7 +13057,9 @@ class SettingsTest(unittest.TestCase):
         write_scripted_model(path, {"it": "Answered."}, "<|it|>")
         home, folder = new_home()
         file = os.path.join(folder, "settings.json")
-        window = lambda *options: WindowTest.open(self, path, *options, **home)
+
+        def window(*options):
+            return WindowTest.open(self, path, *options, **home)
 
         def choose(window, *commands):
             window.wait_for("\n ready")
@@ -13048,7 +13095,9 @@ class SettingsTest(unittest.TestCase):
 
 class ViewTest(unittest.TestCase):
     def random_state(self, dice, columns, rows):
-        words = lambda n: random_text(dice, n)
+        def words(n):
+            return random_text(dice, n)
+
         draft = random_text(dice, dice.choice((3, 90)))
         choose = dice.choice
         turns = tuple(
@@ -13773,7 +13822,10 @@ class TerminalScreen:
         row = self.grid[self.y]
         x = self.x
         one = max(1, n)
-        blank = lambda count: [" "] * count
+
+        def blank(count):
+            return [" "] * count
+
         if final in "hl" and parameters[:1] == "?":
             self.modes = self.modes | set(numbers) if final == "h" else self.modes - set(numbers)
             self.grid = [blank(self.columns) for _ in self.grid] if n == 1049 else self.grid
@@ -13869,7 +13921,7 @@ class Window:
             attributes = termios.tcgetattr(self.slave)
             attributes[4:6] = [getattr(termios, "B%d" % baud)] * 2
             termios.tcsetattr(self.slave, termios.TCSANOW, attributes)
-        self.attributes = lambda: termios.tcgetattr(self.slave)
+        self.attributes = partial(termios.tcgetattr, self.slave)
         self.attributes_before = self.attributes()
         folder = os.path.dirname(os.path.abspath(llmchat.__file__))
         program = ["-c", code] if code else [os.path.join(folder, "llmchat.py")]
@@ -14186,47 +14238,44 @@ class WindowTest(unittest.TestCase):
         window.wait_for(lambda: "more below" not in window.text())
         self.assertNotEqual(window.screen.lines()[1:12], before)
 
+    def repainted(self, window, columns, rows):
+        """The lines of the window; painting every cell must show the same."""
+        window.settle()
+        seen = window.screen.lines()
+        start = len(window.raw)
+        window.type(CTRL_L)
+
+        def is_repainted():
+            fresh = TerminalScreen(columns, rows)
+            fresh.feed(window.raw[start:])
+            return fresh.lines() == seen
+
+        window.wait_for(is_repainted)
+        return seen
+
     def test_resize(self):
         window = self.open(TOUR, "--no-save", columns=80)
         window.ask("languages", "first after")
-        for columns, rows in (
-            (120, 30),
-            (60, 20),
-            (31, 9),
-            (20, 6),
-            (19, 5),
-            (90, 12),
-            (3, 2),
-            (200, 50),
-            (32, 10),
-            (89, 24),
+        framed = r"^┌─[^\n]{%d}┐\n.*\n ready"
+        bare = r"─\n❯[^\n]*\n ready"
+        for columns, rows, wanted in (
+            (120, 30, framed % 117),
+            (60, 20, framed % 57),
+            (31, 9, bare),
+            (20, 6, bare),
+            (19, 5, "^win"),
+            (90, 12, framed % 87),
+            (3, 2, "^win"),
+            (200, 50, framed % 197),
+            (32, 10, framed % 29),
+            (89, 24, framed % 86),
         ):
             window.resize(columns, rows)
-            framed = columns >= 32 and rows >= 10
-            window.wait_for(
-                "^win"
-                if columns < 20
-                else r"^┌─[^\n]{%d}┐\n.*\n ready" % (columns - 3)
-                if framed
-                else r"─\n❯[^\n]*\n ready"
-            )
-            window.settle()
-            seen = window.screen.lines()
-            fresh = TerminalScreen(columns, rows)
-            start = len(window.raw)
-            window.type(CTRL_L)  # paints every cell: what it shows must have been there before
-
-            def is_repainted():
-                fresh.__init__(columns, rows)
-                fresh.feed(window.raw[start:])
-                return fresh.lines() == seen
-
-            window.wait_for(is_repainted)
-            if framed:
-                self.assertLessEqual(
-                    {line[0] for line in seen[:-1]} | {line[-1] for line in seen[:-1]},
-                    set("┌│├└┐┤┘"),
-                )
+            window.wait_for(wanted)
+            *lines, _ = self.repainted(window, columns, rows)
+            if wanted not in (bare, "^win"):
+                edges = {line[0] for line in lines} | {line[-1] for line in lines}
+                self.assertLessEqual(edges, set("┌│├└┐┤┘"))
         for i in range(30):  # faster than it can draw
             window.resize(40 + i, 12 + i)
         window.wait_for(r"^┌─[^\n]{66}┐\n([^\n]*\n){38}└─{67}┘\n ready")
@@ -14838,8 +14887,8 @@ class WindowTest(unittest.TestCase):
             "import sys, llmchat\nllmchat.SCROLLBACK_LINES = 0\n"
             "sys.exit(llmchat.main(['%s', '--no-save']))" % TOUR
         )
-        for code, stays in ((code, False), (code.replace("= 0", "= 1"), True)):
-            window = self.open(code=code)
+        for program, stays in ((code, False), (code.replace("= 0", "= 1"), True)):
+            window = self.open(code=program)
             window.ask("/nonsense", "no command /nonsense")
             window.type(CTRL_Q)
             self.assert_ends_well(window)
