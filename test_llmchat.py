@@ -7935,7 +7935,8 @@ class DownloadTest(unittest.TestCase):
 
     @unittest.skipUnless(POSIX, "locks of one process exclude each other on POSIX")
     def test_cancel_leaves_the_part_that_another_downloads(self):
-        hub, told = self.hub(), []
+        hub = self.hub()
+        told = []
         part = self.part(hub, b"x")
         store = llmchat.DiskWorker(told.append)
         with llmchat.lock_repo(hub.cached()):
@@ -8078,7 +8079,8 @@ class DownloadTest(unittest.TestCase):
             ),
             ({".incomplete"}, False),
         )
-        hub.wrong, hub.requests = {}, []
+        hub.wrong = {}
+        hub.requests = []
         path = self.download()
         self.assertEqual(
             [read_bytes(part) for part in llmchat.plan_split_paths(path)],
@@ -8450,7 +8452,8 @@ class DownloadTest(unittest.TestCase):
         )
         self.assertRegex(
             "\n".join(rows_of(offered)),
-            r"(?s)goes on trying.*SmolLM2.*\[Enter\] download it.*\[r\] try again.*\[f\] take a file",
+            r"(?s)goes on trying.*SmolLM2.*\[Enter\] download it"
+            r".*\[r\] try again.*\[f\] take a file",
         )
         self.assertIn("/download smollm2:135m", notices(offered)[-1])  # for those without a window
         for key, download, effects in (
@@ -12007,7 +12010,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(effects, (llmchat.ProbeNeeds(False),))
 
     def test_better_model_is_named_once(self):
-        """Under the small model's first answer; F5 downloads it, it is loaded when the reply ends."""
+        """Under the small model's first answer; F5 downloads it; loaded when the reply ends."""
         state = llmchat.with_storage(
             ready(settings=Settings("/models/" + llmchat.SMALL_MODEL.file))
         )
@@ -12362,7 +12365,8 @@ class ModelListTest(unittest.TestCase):
             (
                 self.ENTRIES[3:4],
                 "download",
-                "download isn't on this machine. To download it: python3 llmchat.py --download hf:org/",
+                "download isn't on this machine. "
+                "To download it: python3 llmchat.py --download hf:org/",
             ),
         ):
             self.assertIn(words, llmchat.explain_match(self.ENTRIES, found, wanted))
