@@ -11077,13 +11077,32 @@ def own_stores() -> List[Any]:
 def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
     """List the entries of these STORES; a split model once, as its first part."""
     entries = []
+    roots = store_roots()
     for source, scan, places in stores:
         for place in places:
-            home, tail = os.path.split(os.path.normpath(expand_path(place)))
-            for entry in scan(os.path.join(read_small(home).strip() or home, tail)):
+            for entry in scan(store_folder(place)):
                 path = split_part(os.path.abspath(entry.path), 1)
-                entries.append(entry._replace(path=path, source=source))
+                whose = source or find_store(path, roots)
+                entries.append(entry._replace(path=path, source=whose))
     return entries
+
+def store_folder(place: str) -> str:
+    """Find the folder that a place of STORES means."""
+    home, tail = os.path.split(os.path.normpath(expand_path(place)))
+    return os.path.join(read_small(home).strip() or home, tail)
+
+def store_roots() -> Dict[str, str]:
+    """Find whose store begins at which folder, without links."""
+    roots = {}
+    for source, _, places in STORES:
+        for place in places:
+            roots[os.path.join(os.path.realpath(store_folder(place)), "")] = source
+    return roots
+
+def find_store(path: str, roots: Dict[str, str]) -> str:
+    """Tell in whose store a file of our folders lies: one of them may hold the store, or "."."""
+    folder = os.path.join(os.path.realpath(os.path.dirname(path)), "")
+    return next((source for root, source in roots.items() if folder.startswith(root)), "")
 
 def expand_path(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path))

@@ -9356,6 +9356,22 @@ class FindModelsTest(unittest.TestCase):
             (entry.source, entry.name, entry.note), ("", "link", "also folder, real, zlink")
         )
 
+    @unittest.skipIf(os.name == "nt", "making links needs rights there")
+    def test_a_model_is_called_by_the_store_that_it_lies_in(self):
+        """Our own folders, which come first, may hold a store, lie in one, or lead to it."""
+        self.put(".lmstudio", "models", "org", "studio-Q4_0.gguf")
+        self.put_ollama(".ollama/models", "registry.ollama.ai/library/qwen3/8b", 1)
+        self.put("mine.gguf")
+        expected = [("", "mine"), ("LM Studio", "studio-Q4_0"), ("Ollama", "qwen3:8b")]
+        inside = os.path.join(self.path(".lmstudio"), "models", "org")
+        link = self.path("link")
+        os.symlink(self.path(".lmstudio"), link)
+        for folders in ([self.home, inside], [inside, self.home], [self.home, link]):
+            with mock.patch.object(llmchat, "MODEL_FOLDERS", folders):
+                self.assertEqual(self.names(), expected)
+        named = llmchat.find_models(inside)
+        self.assertEqual([entry.source for entry in named], ["LM Studio"])
+
     @unittest.skipUnless(POSIX, "needs links")
     def test_hostile_stores(self):
         self.put("first", "good.gguf")
