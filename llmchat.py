@@ -482,7 +482,7 @@ class Hardware(NamedTuple):
     swap_total_bytes: int = 0
     swap_free_bytes: int = 0
     seen_gpus: Tuple[Gpu, ...] = ()  # that the system has; backend: the word for --install --gpu
-    disk_free_bytes: int = 0 # in the data directory; this and the next only in --info and --doctor
+    disk_free_bytes: int = 0 # in the data directory; this and the next only in --info
 
 class Header(NamedTuple):
     """What a GGUF file, or all parts of a split one, says of itself."""
@@ -9658,14 +9658,12 @@ def describe_cpu(h: Hardware) -> str:
     return " · ".join(filter(None, parts))
 
 def describe_details(h: Hardware) -> Tuple[str, ...]:
-    """Describe what --info shows below that."""
+    """Describe what --info and --doctor show below that."""
     lines = []
     if h.seen_gpus:
         lines.append("GPU  in this machine: " + "; ".join(map(describe_gpu, h.seen_gpus)))
     if h.build:
         lines.append("USES %s (llama.cpp as it was built)" % " ".join(h.build))
-    if h.disk_free_bytes:
-        lines.append("DISK %s free for %s" % (format_bytes(h.disk_free_bytes), data_dir()))
     return tuple(lines)
 
 def describe_gpu(gpu: Gpu) -> str:
@@ -13173,6 +13171,77 @@ def write_trial_model(path: str) -> None:
         for part in [head] + [data for _, _, _, data in tensors]:
             file.write(part + bytes(-len(part) % 32))
 
+def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
+    """Ask a fresh engine process; return the 8 likeliest tokens. Raises ModelError."""
+    reply = ""
+    chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
+            "sampling": Sampling(temperature=0, max_tokens=8)._asdict()}
+    options = LoadOptions(n_ctx=512, caution=caution)
+    load = {"cmd": "load", "path": path, "options": options._asdict()}
+    for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
+        if message["event"] == "text":
+            reply += message["text"]
+        if message["event"] == "done":
+            break
+    return reply
+
+def name_death(code: int) -> str:
+    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
+    import signal
+    for number in signal.Signals:
+        if number == -code:
+            return number.name
+    return "exit status %#x" % code
+
+def try_engine(python: str, caution: int = 0) -> str:
+    """Put an engine to the trial; return the sentence that it has passed.
+
+    Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
+    import tempfile
+    import time
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "trial.gguf")
+        write_trial_model(path)
+        try:
+            reply = try_model(python, path, TRIAL_PROMPT, caution)
+        except EngineCrash as error:
+            if error.code in NO_SUCH_INSTRUCTION:    # which is well explained
+                raise
+            text = "The engine crashes when it computes with a quantised model (%s)."
+            raise EngineCrash(text % name_death(error.code), error.code) from error
+    if reply != TRIAL_REPLY:
+        text = "llama.cpp computes nonsense on this machine: it replied %r, not %r."
+        raise EngineCrash(text % (reply, TRIAL_REPLY), 0)
+    text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
+    if small_model_path():
+        text += "; " + try_real_model(python, small_model_path(), caution)
+    return text
+
+def try_real_model(python: str, path: str, caution: int) -> str:
+    """Say how the small real model fares. Only a crash is the engine's fault: EngineCrash."""
+    try:
+        reply = try_model(python, path, "Name the capital of France.", caution)
+        return "SmolLM2 said \"%s\"" % reply.strip()
+    except EngineCrash:
+        raise
+    except ModelError as error:
+        return "SmolLM2 could not be tried: %s" % error
+
+def run_trial() -> int:
+    """Do --check-engine, for --install: try this Python's engine.
+
+    Returns 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""
+    try:
+        print(clean("Good: %s." % try_engine(sys.executable)))
+        return 0
+    except EngineCrash as error:
+        print(clean(str(error)))
+        return TRIAL_CRASHED
+    except (ModelError, OSError) as error:
+        print(clean(str(error)))
+        return 1
+
 
 # == 60. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
@@ -14993,7 +15062,8 @@ def named_settings(state: State) -> Settings:
 
 
 # == 69. INFO ======================================================================================
-# --info tells of a machine or a model, --doctor checks all that the program needs.
+# --doctor checks all that the program needs; --info is its part about the machine and a model.
+# Another check: a function, and its name in run_doctor().
 
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
@@ -15015,31 +15085,42 @@ def parse_hardware(fields: Dict[str, Any]) -> Hardware:
         values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
     return Hardware(**values)
 
-def show_info(state: State, as_json: bool) -> int:
-    """Do --info: tell of this machine, and what a model would need on it."""
-    import json
+class Facts(NamedTuple):
+    """What the engine says of the machine, and the file of the model that is named."""
+    hardware: Hardware
+    engine_problem: str               # "" = it answers
+    header: Optional[Header] = None
+    plan: Optional[Plan] = None
+    model_problem: str = ""
+
+def gather_facts(state: State) -> Facts:
     hardware, problem = probe_machine()
-    facts: Dict[str, Any] = {
-        "version": VERSION, "engine_problem": problem, "hardware": hardware_facts(hardware)}
-    lines = ["llmchat " + VERSION, *describe_hardware(hardware), *describe_details(hardware)]
-    lines.append(problem)
-    problem = ""
-    if state.wanted or state.settings.model_path:
-        try:
-            settings = named_settings(state)
-            header = read_gguf_header(settings.model_path, full=True)
-            key = tuning_key(settings.options, header, hardware)
-            plan = plan_load(header, hardware, tune(settings.options, key))
-            facts["plan"] = {**plan._asdict(), "memory": plan.memory._asdict()}
-            facts["model"] = model_facts(header)
-            lines += [model_summary(header), *plan.lines]
-        except ModelError as error:
-            problem = facts["model_problem"] = str(error)
-    text = json.dumps(facts) if as_json else clean("\n".join(filter(None, lines)))
-    print(text, flush=True)
-    if problem:
-        print(clean(problem), file=sys.stderr)
-    return int(bool(problem))
+    facts = Facts(hardware, problem)
+    if not (state.wanted or state.settings.model_path):
+        return facts
+    try:
+        settings = named_settings(state)
+        header = read_gguf_header(settings.model_path, full=True)
+        key = tuning_key(settings.options, header, hardware)
+        plan = plan_load(header, hardware, tune(settings.options, key))
+        return facts._replace(header=header, plan=plan)
+    except ModelError as error:
+        return facts._replace(model_problem=str(error))
+
+def print_facts(facts: Facts) -> None:
+    """Print them as JSON, for scripts."""
+    import json
+    told: Dict[str, Any] = {
+        "version": VERSION,
+        "engine_problem": facts.engine_problem,
+        "hardware": hardware_facts(facts.hardware)}
+    if facts.plan:
+        told["plan"] = {**facts.plan._asdict(), "memory": facts.plan.memory._asdict()}
+        told["model"] = model_facts(facts.header)
+    if facts.model_problem:
+        told["model_problem"] = facts.model_problem
+        print(clean(facts.model_problem), file=sys.stderr)
+    print(json.dumps(told), flush=True)
 
 def hardware_facts(hardware: Hardware) -> Dict[str, Any]:
     facts = hardware._asdict()
@@ -15059,17 +15140,19 @@ def model_facts(header: Header) -> Dict[str, Any]:
         "n_ctx_trained": number(header, ".context_length"),
     }
 
-# The doctor's checks: each gives (level, what, sentence), levels as in LogLine. Another one: a row
-# of CHECKS.
+# The checks: each yields (level, what, sentence), levels as in LogLine.
 
-def check_python() -> List[Tuple[str, str, str]]:
+Findings = Iterator[Tuple[str, str, str]]
+
+def check_python() -> Findings:
     text = "%d.%d.%d in %s" % (*sys.version_info[:3], sys.executable)
-    if sys.maxsize >= 1 << 32:
-        return [("good", "Python", text)]
-    text += ": a 32-bit one, which can use 2 to 4 GB of memory"
-    if not is_64_bit():
-        return [("good", "Python", text)]
-    return [("warn", "Python", text + ". Install a 64-bit Python")]
+    level = "good"
+    if sys.maxsize < 1 << 32:
+        text += ": a 32-bit one, which can use 2 to 4 GB of memory"
+        if is_64_bit():
+            text += ". Install a 64-bit Python"
+            level = "warn"
+    yield level, "Python", text
 
 def is_64_bit() -> bool:
     """Tell whether the CPU is, whatever the Python."""
@@ -15081,35 +15164,34 @@ def is_64_bit() -> bool:
 NO_CURSES = ("This Python has no curses, so there is only the plain mode. On Windows: pip install "
              "windows-curses; elsewhere install your system's package of it, or another Python")
 
-def check_window() -> List[Tuple[str, str, str]]:
+def check_window() -> Findings:
     try:
         import curses
         Screen.check_terminal()
-    except ImportError:
-        return [("error", "window", NO_CURSES)]
-    except OSError as error:
-        return [("error", "window", "%s There is only the plain mode" % error)]
+    except (ImportError, OSError) as error:
+        text = "%s There is only the plain mode" % error
+        yield "error", "window", NO_CURSES if isinstance(error, ImportError) else text
+        return
     encoding = probe_encoding()
     n_colors = 256 if os.name == "nt" else max(0, curses.tigetnum("colors"))
     term = os.environ.get("TERM", "")
-    findings = [("good", "window", "TERM=%s, %d colours, %s" % (term, n_colors, encoding))]
+    yield "good", "window", "TERM=%s, %d colours, %s" % (term, n_colors, encoding)
     if n_colors < 8:
         text = "there are none; if your terminal has them: export TERM=xterm-256color"
-        findings.append(("warn", "colours", text))
+        yield "warn", "colours", text
     letters = advise_locale(os.environ, encoding)
     if letters:
-        findings.append(("warn", "letters", letters))
+        yield "warn", "letters", letters
     columns, rows = os.get_terminal_size() if sys.stdout.isatty() else (80, 24)
     if columns < 40 or rows < 12:
         text = "%d columns and %d rows: 40 and 12 are the least that is pleasant" % (columns, rows)
-        findings.append(("warn", "size", text))
-    return findings
+        yield "warn", "size", text
 
 NO_FOLDER = ("%s can't be written (%s), so no chats and settings are kept and no engine can be "
              "installed: make it yours, or choose another with XDG_DATA_HOME")
 
 def advise_locale(env: Any, encoding: str) -> str:
-    """What to do about the locale, "" = nothing. encoding: that of probe_encoding()."""
+    """Say what to do about the locale, "" = nothing. encoding: that of probe_encoding()."""
     variable = locale_variable(env)
     if encoding != "utf-8" and named_charset(env) == "utf-8":
         return ("only those of ASCII: this machine has no locale with UTF-8. Install one "
@@ -15122,158 +15204,113 @@ def advise_locale(env: Any, encoding: str) -> str:
                 "So that other programs do too: export %s=C.UTF-8" % (variable, name, variable))
     return ""
 
-def check_folder() -> List[Tuple[str, str, str]]:
+def check_folder() -> Findings:
     import tempfile
     try:
         tempfile.TemporaryFile(dir=make_data_dir()).close()
     except OSError as error:
-        return [("error", "folder", NO_FOLDER % (data_dir(), error.strerror))]
+        yield "error", "folder", NO_FOLDER % (data_dir(), error.strerror)
+        return
     if distrust():
-        return [("error", "folder", distrust())]
-    findings = []
+        yield "error", "folder", distrust()
+        return
     if os.name != "nt" and os.stat(data_dir()).st_mode & 0o077:
-        findings.append(("warn", "folder", "others may look into %s: chmod 700 it" % data_dir()))
+        yield "warn", "folder", "others may look into %s: chmod 700 it" % data_dir()
     free = probe_disk()["disk_free_bytes"]
     text = "%s free for %s" % (format_bytes(free), data_dir())
     level = "good"
     if free < INSTALL_BYTES:
         level = "error" if free < 50 << 20 else "warn"
         text += ": make room, an install takes 0.4 GB"
-    return findings + [(level, "disk", text)]
+    yield level, "disk", text
 
-def check_settings() -> List[Tuple[str, str, str]]:
-    findings = []
+def check_settings() -> Findings:
     for name in ("settings.json", "machine.json"):
         path = os.path.join(data_dir(), name)
         if os.path.exists(path) and parse_object(read_text(path)) is None:
-            text = "%s can't be read and counts for nothing: delete it" % path
-            findings.append(("warn", "settings", text))
-    return findings or [("good", "settings", "readable")]
-
-def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
-    """Ask a fresh engine process; return the 8 likeliest tokens. Raises ModelError."""
-    reply = ""
-    chat = {"cmd": "chat", "messages": [{"role": "user", "content": question}],
-            "sampling": Sampling(temperature=0, max_tokens=8)._asdict()}
-    options = LoadOptions(n_ctx=512, caution=caution)
-    load = {"cmd": "load", "path": path, "options": options._asdict()}
-    for message in ask_engine(python, load, chat, limit_s=TRIAL_LIMIT_S):
-        if message["event"] == "text":
-            reply += message["text"]
-        if message["event"] == "done":
-            break
-    return reply
-
-def name_death(code: int) -> str:
-    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
-    import signal
-    for number in signal.Signals:
-        if number == -code:
-            return number.name
-    return "exit status %#x" % code
-
-def try_engine(python: str, caution: int = 0) -> str:
-    """Put an engine to the trial; return the sentence that it has passed.
-
-    Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
-    import tempfile
-    import time
-    began_s = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "trial.gguf")
-        write_trial_model(path)
-        try:
-            reply = try_model(python, path, TRIAL_PROMPT, caution)
-        except EngineCrash as error:
-            if error.code in NO_SUCH_INSTRUCTION:    # which is well explained
-                raise
-            text = "The engine crashes when it computes with a quantised model (%s)."
-            raise EngineCrash(text % name_death(error.code), error.code) from error
-    if reply != TRIAL_REPLY:
-        text = "llama.cpp computes nonsense on this machine: it replied %r, not %r."
-        raise EngineCrash(text % (reply, TRIAL_REPLY), 0)
-    text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
-    if small_model_path():
-        text += "; " + try_real_model(python, small_model_path(), caution)
-    return text
-
-def try_real_model(python: str, path: str, caution: int) -> str:
-    """Say how the small real model fares. Only a crash is the engine's fault: EngineCrash."""
-    try:
-        reply = try_model(python, path, "Name the capital of France.", caution)
-        return "SmolLM2 said \"%s\"" % reply.strip()
-    except EngineCrash:
-        raise
-    except ModelError as error:
-        return "SmolLM2 could not be tried: %s" % error
+            yield "warn", "settings", "%s can't be read and counts for nothing: delete it" % path
 
 WITH_CARE = ("%s It works with care, and so it is used here: %s (%s). Made anew, it may be faster: "
              "python3 llmchat.py --install")
 
-def check_engine(python: str = "") -> List[Tuple[str, str, str]]:
-    python = python or engine_python()
+def judge_engine(python: str) -> Tuple[str, str]:
+    """Put an engine to the trial: (level, sentence)."""
     try:
-        return [("good", "engine", "%s (%s)" % (try_engine(python), python))]
+        return "good", "%s (%s)" % (try_engine(python), python)
     except ModelError as error:
-        problem = str(error)
         if isinstance(error, EngineCrash):    # with the caution that it has been found to need
             with suppress(ModelError):
-                text = WITH_CARE % (problem, try_engine(python, REMEMBERED), python)
-                return [("warn", "engine", text)]
-        if "--install" not in problem:
-            problem += " Make it anew: python3 llmchat.py --install"
-        return [("error", "engine", problem)]
+                return "warn", WITH_CARE % (error, try_engine(python, REMEMBERED), python)
+        return "error", advise_install(str(error))
     except OSError as error:
-        problem = "It could not be tried, as the trial's model can't be written (%s)" % error
-        return [("error", "engine", problem)]
+        return "error", "It could not be tried, as the trial's model can't be written (%s)" % error
 
-def run_trial() -> int:
-    """Do --check-engine, for --install: try this Python's engine.
+def advise_install(problem: str) -> str:
+    if "--install" in problem:
+        return problem
+    return problem + " Make it anew: python3 llmchat.py --install"
 
-    Returns 0 = it has passed, TRIAL_CRASHED, 1 = something else is wrong."""
-    try:
-        print(clean("Good: %s." % try_engine(sys.executable)))
-        return 0
-    except EngineCrash as error:
-        print(clean(str(error)))
-        return TRIAL_CRASHED
-    except (ModelError, OSError) as error:
-        print(clean(str(error)))
-        return 1
+def check_trial(facts: Facts) -> Findings:
+    if not facts.engine_problem:
+        level, text = judge_engine(engine_python())
+        yield level, "engine", text
 
-def check_machine() -> List[Tuple[str, str, str]]:
-    h, _ = probe_machine()
-    lines = describe_machine(h)           # the advice comes below
-    lines += describe_details(h._replace(disk_free_bytes=0))
-    findings = [("good", line[:5].strip(), line[5:]) for line in lines]
+def check_machine(facts: Facts) -> Findings:
+    h = facts.hardware
+    if facts.engine_problem:
+        yield "error", "engine", advise_install(facts.engine_problem)
+    for line in describe_machine(h) + describe_details(h):
+        yield "good", line[:5].strip(), line[5:]
     if 0 < h.ram_free_bytes < 1 << 30:
         text = "%s free is enough for the smallest models only: close other programs"
-        findings.append(("warn", "RAM", text % format_bytes(h.ram_free_bytes)))
+        yield "warn", "RAM", text % format_bytes(h.ram_free_bytes)
     for level, text in plan_upgrade(h):
-        findings.append((level, "engine", text))
-    return findings
+        yield level, "engine", text
 
-CHECKS = (check_python, check_window, check_folder, check_settings, check_engine, check_machine)
+def check_model(facts: Facts) -> Findings:
+    if facts.model_problem:
+        yield "error", "model", facts.model_problem
+    if facts.plan:
+        memory, settings = facts.plan.lines
+        yield "good", "model", model_summary(facts.header)
+        yield "good" if facts.plan.verdict == "fits" else "warn", "memory", memory
+        yield "good", "plan", settings
 
-def run_doctor() -> int:
+def show_info(state: State, as_json: bool) -> int:
+    """Do --info: what --doctor says of this machine and of MODEL, without a trial."""
+    facts = gather_facts(state)
+    if as_json:
+        print_facts(facts)
+    else:
+        print_findings((check_machine, check_model), facts)
+    return int(bool(facts.model_problem))
+
+def run_doctor(state: State) -> int:
     """Do --doctor: check all that the program needs.
 
     Returns 0, or 1 when something stops it from working."""
+    levels = print_findings((check_python, check_window, check_folder, check_settings))
+    facts = gather_facts(state)
+    levels += print_findings((check_trial, check_machine, check_model), facts)
+    if "error" in levels:
+        print("See the problems above; llmchat can't work well before they are solved.")
+        return 1
+    print("It works, but see the warnings." if "warn" in levels else "All is well.")
+    return 0
+
+def print_findings(checks: Iterable[Any], *about: Any) -> List[str]:
+    """Make these checks and print what they find; returns the levels."""
     levels = []
-    for check in CHECKS:
+    for check in checks:
         try:
-            findings = check()
+            findings = list(check(*about))
         except Exception as error:        # a doctor must not fall ill
             text = "This could not be checked: %s: %s" % (type(error).__name__, error)
             findings = [("error", check.__name__[6:], text)]
         for level, what, text in findings:
             print_finding(level, what, text)
             levels.append(level)
-    if "error" in levels:
-        print("See the problems above; llmchat can't work well before they are solved.")
-        return 1
-    print("It works, but see the warnings." if "warn" in levels else "All is well.")
-    return 0
+    return levels
 
 def print_finding(level: str, what: str, text: str) -> None:
     """Print one finding of the doctor; on a terminal wrapped, and with colour if it has any."""
@@ -15443,7 +15480,7 @@ FLAGS = {  # of the command line
     "resume": "choose among your chats",
     "plain": "line by line, without the window",
     "demo": "try the program with a small model, downloaded if need be",
-    "info": "show this machine, and what MODEL would need; then end",
+    "info": "the part of --doctor about this machine and MODEL, at once; then end",
     "bench": "measure this machine with MODEL and keep the best thread and batch counts; then end",
     "list": "list the models of this machine, the ones that fit first; then end",
     "json": "with --info, --list, --bench, --download and --install: what they have to say as "
@@ -15453,7 +15490,8 @@ FLAGS = {  # of the command line
     "upgrade": "with --install: only if there is a newer one",
     "uninstall": "remove the engine and the command llmchat, and your chats and models if you say "
                  "so; then end",
-    "doctor": "check everything the program needs, and say what to do about it; then end",
+    "doctor": "check everything the program needs, and what MODEL would need, and say what to do "
+              "about it; then end",
 }
 
 SHORT_NAMES = {  # of settings; all others are --NAME, as in SETTINGS
@@ -15705,7 +15743,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     if arguments.uninstall:
         return uninstall(lambda line: print(clean(line)), ask_yes)
     if arguments.doctor:
-        return run_doctor()
+        return run_doctor(initial_state(arguments))
     if arguments.list:
         return show_list(arguments.json)
     if arguments.info:

@@ -1888,7 +1888,7 @@ class TrialTest(unittest.TestCase):
             )
             with self.assertRaisesRegex(llmchat.EngineCrash, "nonsense"):
                 llmchat.try_engine(wrong)
-            level, _, text = llmchat.check_engine(self.stand_in("kill -SEGV $$"))[0]
+            level, text = llmchat.judge_engine(self.stand_in("kill -SEGV $$"))
             self.assertEqual(level, "error")
             self.assertRegex(text, "--install$")
 
@@ -4010,7 +4010,7 @@ class BenchTest(unittest.TestCase):
         self.assertTrue(
             self.plan(n_threads=0).startswith("tuned: 3 threads, 11.2 tokens/s, context")
         )
-        self.assertIn("\ntuned: 3 threads", run_plain("--info", MIND)[1])
+        self.assertIn(" plan      tuned: 3 threads", run_plain("--info", MIND)[1])
         self.assertRegex(self.plan(n_threads=2), r"^2 threads, (about \d+ tokens/s, )?context")
 
     def test_the_least_share_of_the_cpu_counts(self):
@@ -6017,7 +6017,7 @@ class PlainTest(unittest.TestCase):
         self.assertEqual(
             (
                 status,
-                [line for line in ("CPU  ", "RAM  ", "DISK ", "needs about") if line not in out],
+                [line for line in ("CPU  ", "RAM  ", "needs about") if line not in out],
             ),
             (0, []),
         )
@@ -6050,13 +6050,13 @@ class PlainTest(unittest.TestCase):
 
 
 class DoctorTest(unittest.TestCase):
-    def doctor(self, **surroundings):
+    def doctor(self, *arguments, **surroundings):
         """(exit status, {what: (level, text)})."""
         env = dict(
             {k: v for k, v in ENV.items() if not k.startswith("LC_")},
             **dict(dict(TERM="xterm-256color", LANG="C.UTF-8"), **surroundings),
         )
-        status, out, err = run_plain("--doctor", env=env)
+        status, out, err = run_plain("--doctor", *arguments, env=env)
         self.assertEqual(err, "")
         *lines, summary = out.splitlines()
         rows = [re.match(r"(ok|warning|problem) +(\w+) +(.+)$", line) for line in lines]
@@ -6071,12 +6071,24 @@ class DoctorTest(unittest.TestCase):
         status, found = self.doctor()
         self.assertEqual((status, [row for row in found.values() if row[0] == "problem"]), (0, []))
         self.assertEqual(
-            {found[what][0] for what in ("Python", "window", "disk", "settings", "engine", "CPU")},
+            {found[what][0] for what in ("Python", "window", "disk", "engine", "CPU")},
             {"ok"},
             found,
         )
         self.assertIn("replied", found["engine"][2])
         self.assertTrue(not POSIX or "256 colours" in found["window"][2], found)
+
+    def test_a_model(self):
+        """--info says the same of the machine and the model, and nothing else."""
+        status, found = self.doctor(TALK)
+        self.assertEqual((status, found["model"][0], found["memory"][0]), (0, "ok", "ok"))
+        rows = [line.split()[1] for line in run_plain("--info", TALK)[1].splitlines()]
+        self.assertEqual(rows[:2] + rows[-3:], ["CPU", "RAM", "model", "memory", "plan"])
+        self.assertEqual(set(rows) - set(found), set())
+        self.assertEqual(set(found) & {"engine", "window"} - set(rows), {"engine", "window"})
+        status, found = self.doctor(TALK + "x")
+        self.assertEqual((status, found["model"][0], found["engine"][0]), (1, "problem", "ok"))
+        self.assertIn("There is no file", found["model"][2])
 
     @unittest.skipUnless(POSIX, "terminfo and locales")
     def test_bad_surroundings(self):
@@ -6151,7 +6163,7 @@ class DoctorTest(unittest.TestCase):
                 doctor().stdout, "problem +engine +The engine, .*, can't be started .*--install"
             )
             self.assertRegex(
-                run_plain("--info", env=dict(ENV, **home))[1], "(?s)RAM .*can't be started"
+                run_plain("--info", env=dict(ENV, **home))[1], "(?s)can't be started.*RAM "
             )
 
 
@@ -9555,7 +9567,7 @@ class FindModelsTest(unittest.TestCase):
         self.assertEqual([entry.verdict for entry in llmchat.find_models()], ["fits", "fits"])
         self.assertIn("is cut short", "\n".join(llmchat.describe_model(cut)))
         self.assertIn("is cut short", run_plain(cut, "-p", "hi")[2])
-        self.assertIn("is cut short", run_plain("--info", cut)[2])
+        self.assertIn("is cut short", run_plain("--info", cut)[1])
 
     def test_list(self):
         env = dict(
@@ -9627,7 +9639,7 @@ class FindModelsTest(unittest.TestCase):
             self.assertEqual((status, out, err.count("\n"), words in err), (1, "", 1, True), err)
         self.assertEqual(run_plain("--info", "f32", cwd=folder, env=env)[0], 0)
         self.assertIn(
-            "no file or model called f33", run_plain("--info", "f33", cwd=folder, env=env)[2]
+            "no file or model called f33", run_plain("--info", "f33", cwd=folder, env=env)[1]
         )
         status, out, err = run_plain(
             "--plain",
