@@ -957,21 +957,23 @@ class PlanInstallTest(unittest.TestCase):
             "Metal", self.plan(platform="macos", gpu_tools=("metal",), gpus=("metal",)).notes[0]
         )
 
+    MEMORIES = (
+        (dict(), 4, ""),
+        (dict(free_memory_bytes=0), 4, ""),
+        (dict(free_memory_bytes=1_000_000_000), 2, "2 jobs at a time"),
+        (dict(free_memory_bytes=500_000_000), 1, "1 job at a time"),
+        (dict(free_memory_bytes=500_000_000, n_cpus=1), 1, ""),
+        (
+            dict(free_memory_bytes=3_000_000_000, wanted_gpu="cuda", gpu_tools=("cuda",)),
+            3,
+            "3 jobs",
+        ),
+        (dict(free_memory_bytes=100_000_000, platform="macos"), 4, ""),
+        (dict(free_memory_bytes=100_000_000, user_jobs="3"), 3, ""),
+    )
+
     def test_memory_for_compilers(self):
-        for facts, jobs, words in (
-            (dict(), 4, ""),
-            (dict(free_memory_bytes=0), 4, ""),
-            (dict(free_memory_bytes=1_000_000_000), 2, "2 jobs at a time"),
-            (dict(free_memory_bytes=500_000_000), 1, "1 job at a time"),
-            (dict(free_memory_bytes=500_000_000, n_cpus=1), 1, ""),
-            (
-                dict(free_memory_bytes=3_000_000_000, wanted_gpu="cuda", gpu_tools=("cuda",)),
-                3,
-                "3 jobs",
-            ),
-            (dict(free_memory_bytes=100_000_000, platform="macos"), 4, ""),
-            (dict(free_memory_bytes=100_000_000, user_jobs="3"), 3, ""),
-        ):
+        for facts, jobs, words in self.MEMORIES:
             plan = self.plan(**facts)
             self.assertEqual(plan.jobs, jobs, facts)
             self.assertEqual(plan.problems, (), facts)
@@ -993,42 +995,44 @@ class PlanInstallTest(unittest.TestCase):
         self.assertEqual(plan.problems, ())
         self.assertIn("mkswap", plan.obstacle)  # … unless that won't do
 
+    OLD = ("SSE4.2", "AVX")
+    ARM = dict(machine="aarch64")
+    READY_MADE = (
+        (dict(), "", "uses your CPU's AVX-512, AVX-512 VNNI"),
+        (dict(instruction_sets=AVX2_CPU), "cpu", "all that your CPU can"),
+        (dict(has_compiler=False), "cpu", "looked for"),
+        (dict(instruction_sets=OLD), "", "lacks AVX2, FMA, F16C, BMI2"),
+        (dict(instruction_sets=()), "", "lacks"),
+        (dict(instruction_sets=(*AVX2_CPU, "AMX")), "cpu", "all that"),
+        (dict(ARM, instruction_sets=("NEON",)), "cpu", "all that"),
+        (dict(ARM, instruction_sets=("NEON", "dot product")), "", "dot product"),
+        (dict(ARM, instruction_sets=("NEON",), platform="termux"), "", ""),
+        (
+            dict(machine="armv7l", instruction_sets=()),
+            "",
+            "for this CPU (armv7l): the engine is compiled",
+        ),
+        (dict(machine="i686", instruction_sets=AVX2_CPU), "", "for this CPU (i686)"),
+        (
+            dict(
+                ARM,
+                instruction_sets=("NEON", "dot product"),
+                platform="macos",
+                gpu_tools=("metal",),
+                gpus=("metal",),
+            ),
+            "metal",
+            "looked for",
+        ),
+        (
+            dict(instruction_sets=AVX2_CPU, gpu_tools=("cuda",), gpus=("cuda",)),
+            "",
+            "will use it",
+        ),
+    )
+
     def test_ready_made_or_compiled(self):
-        old = ("SSE4.2", "AVX")
-        arm = dict(machine="aarch64")
-        for facts, wheel, words in (
-            (dict(), "", "uses your CPU's AVX-512, AVX-512 VNNI"),
-            (dict(instruction_sets=AVX2_CPU), "cpu", "all that your CPU can"),
-            (dict(has_compiler=False), "cpu", "looked for"),
-            (dict(instruction_sets=old), "", "lacks AVX2, FMA, F16C, BMI2"),
-            (dict(instruction_sets=()), "", "lacks"),
-            (dict(instruction_sets=(*AVX2_CPU, "AMX")), "cpu", "all that"),
-            (dict(arm, instruction_sets=("NEON",)), "cpu", "all that"),
-            (dict(arm, instruction_sets=("NEON", "dot product")), "", "dot product"),
-            (dict(arm, instruction_sets=("NEON",), platform="termux"), "", ""),
-            (
-                dict(machine="armv7l", instruction_sets=()),
-                "",
-                "for this CPU (armv7l): the engine is compiled",
-            ),
-            (dict(machine="i686", instruction_sets=AVX2_CPU), "", "for this CPU (i686)"),
-            (
-                dict(
-                    arm,
-                    instruction_sets=("NEON", "dot product"),
-                    platform="macos",
-                    gpu_tools=("metal",),
-                    gpus=("metal",),
-                ),
-                "metal",
-                "looked for",
-            ),
-            (
-                dict(instruction_sets=AVX2_CPU, gpu_tools=("cuda",), gpus=("cuda",)),
-                "",
-                "will use it",
-            ),
-        ):
+        for facts, wheel, words in self.READY_MADE:
             plan = self.plan(**facts)
             self.assertEqual(plan.wheel, wheel, facts)
             self.assertEqual(plan.problems, (), facts)
@@ -1092,52 +1096,54 @@ class PlanInstallTest(unittest.TestCase):
         self.assertIn("-DGGML_BLAS=ON", plan.notes[0])
         self.assertNotIn("CFLAGS", llmchat.build_variables(self.plan(), "slim.cmake", own))
 
+    AMX = (*AVX512_CPU, "AMX")
+    LEFT_OUT = (
+        (dict(), "weights", "", "", "-DGGML_CPU_REPACK=OFF", "-DGGML_AVX2=ON"),
+        (
+            dict(instruction_sets=("SSE4.2", "AVX")),
+            "weights",
+            "",
+            "",
+            "-DGGML_CPU_REPACK=OFF",
+            "-DGGML_AVX2=OFF",
+        ),
+        (dict(instruction_sets=AMX), "AMX", "", llmchat.NO_AMX, "", "-DGGML_NATIVE=OFF"),
+        (
+            dict(instruction_sets=AMX, amx_breaks=True),
+            "weights",
+            "",
+            llmchat.NO_AMX,
+            "-DGGML_LLAMAFILE=OFF",
+            "-DGGML_NATIVE=OFF",
+        ),
+        (
+            dict(gpu_tools=("cuda",), gpus=("cuda",)),
+            "the GPU",
+            "",
+            "",
+            "",
+            "-DGGML_CPU_REPACK=OFF",
+        ),
+        (
+            dict(gpu_tools=("cuda",), gpus=("cuda",), wanted_gpu="cuda"),
+            "weights",
+            "cuda",
+            "",
+            "-DGGML_CUDA=on",
+            "-DGGML_CUDA=on",
+        ),
+        (
+            dict(machine="aarch64", instruction_sets=("NEON", "SVE")),
+            "weights",
+            "",
+            "",
+            "REPACK=OFF",
+            "-DGGML_NATIVE=OFF",
+        ),
+    )
+
     def test_what_is_left_out_after_a_failed_trial(self):
-        amx = (*AVX512_CPU, "AMX")
-        for facts, words, gpu, c_flags, in_first, in_second in (
-            (dict(), "weights", "", "", "-DGGML_CPU_REPACK=OFF", "-DGGML_AVX2=ON"),
-            (
-                dict(instruction_sets=("SSE4.2", "AVX")),
-                "weights",
-                "",
-                "",
-                "-DGGML_CPU_REPACK=OFF",
-                "-DGGML_AVX2=OFF",
-            ),
-            (dict(instruction_sets=amx), "AMX", "", llmchat.NO_AMX, "", "-DGGML_NATIVE=OFF"),
-            (
-                dict(instruction_sets=amx, amx_breaks=True),
-                "weights",
-                "",
-                llmchat.NO_AMX,
-                "-DGGML_LLAMAFILE=OFF",
-                "-DGGML_NATIVE=OFF",
-            ),
-            (
-                dict(gpu_tools=("cuda",), gpus=("cuda",)),
-                "the GPU",
-                "",
-                "",
-                "",
-                "-DGGML_CPU_REPACK=OFF",
-            ),
-            (
-                dict(gpu_tools=("cuda",), gpus=("cuda",), wanted_gpu="cuda"),
-                "weights",
-                "cuda",
-                "",
-                "-DGGML_CUDA=on",
-                "-DGGML_CUDA=on",
-            ),
-            (
-                dict(machine="aarch64", instruction_sets=("NEON", "SVE")),
-                "weights",
-                "",
-                "",
-                "REPACK=OFF",
-                "-DGGML_NATIVE=OFF",
-            ),
-        ):
+        for facts, words, gpu, c_flags, in_first, in_second in self.LEFT_OUT:
             probe = PLAIN_MACHINE._replace(**facts)
             first, second = llmchat.plan_rebuilds(llmchat.plan_install(probe), probe)
             self.assertIn(words, first[0], facts)
@@ -6464,24 +6470,26 @@ class HardwareTest(unittest.TestCase):
         line = llmchat.describe_hardware(self.probe(64, dict(pairs(64), **limits)))[0]
         self.assertIn("32 cores (64 threads), 2 used", line)
 
+    CARD = "/sys/class/drm/card%d/device/"
+    AMD = {
+        CARD % 1 + "vendor": "0x1002\n",
+        CARD % 1 + "mem_info_vram_total": "17179869184\n",
+        CARD % 1 + "mem_info_vram_used": "0",
+    }
+    INTEL = {CARD % 0 + "vendor": "0x8086\n"}
+    NVIDIA = {CARD % 2 + "vendor": "0x10de"}
+    GPUS = (
+        (INTEL, (), [("Intel GPU", "vulkan", 0)]),
+        (dict(INTEL, **AMD), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
+        (AMD, ("/dev/kfd",), [("AMD GPU", "rocm", 16 * GB)]),
+        (NVIDIA, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
+        (NVIDIA, (), [("NVIDIA GPU", "vulkan", 0)]),
+        ({}, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
+        ({CARD % 0 + "vendor": "?"}, (), []),
+    )
+
     def test_gpus_of_the_system(self):
-        card = "/sys/class/drm/card%d/device/"
-        amd = {
-            card % 1 + "vendor": "0x1002\n",
-            card % 1 + "mem_info_vram_total": "17179869184\n",
-            card % 1 + "mem_info_vram_used": "0",
-        }
-        intel = {card % 0 + "vendor": "0x8086\n"}
-        nvidia = {card % 2 + "vendor": "0x10de"}
-        for files, devices, found in (
-            (intel, (), [("Intel GPU", "vulkan", 0)]),
-            (dict(intel, **amd), (), [("Intel GPU", "vulkan", 0), ("AMD GPU", "vulkan", 16 * GB)]),
-            (amd, ("/dev/kfd",), [("AMD GPU", "rocm", 16 * GB)]),
-            (nvidia, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
-            (nvidia, (), [("NVIDIA GPU", "vulkan", 0)]),
-            ({}, ("/dev/nvidia0",), [("NVIDIA GPU", "cuda", 0)]),
-            ({card % 0 + "vendor": "?"}, (), []),
-        ):
+        for files, devices, found in self.GPUS:
             self.assertEqual([gpu[:3] for gpu in self.probe(2, files, devices).seen_gpus], found)
 
     @unittest.skipUnless(POSIX, "a shell script plays nvidia-smi")
@@ -6706,22 +6714,24 @@ class HeaderTest(unittest.TestCase):
             ("m.gguf", range(9000)),
         )
 
+    NOT_MODELS = (
+        (b"PK\x03\x04 zip", "PyTorch"),
+        (b"\x80\x02}q", "pickle"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "LFS"),
+        (b'\x40\0\0\0\0\0\0\0{"a":1}', "safetensors"),
+        (bytes(99), "zeros"),
+        (gguf(version=1), "version 1"),
+        (b"GGUF\0\0\0\3", "big-endian"),
+        (b"GGUF", "cut short"),
+        (b"GGUF\3\0\0\0", "cut short"),
+        (gguf()[:200], "cut short"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40) + bytes(99), "damaged"),
+        (b"GGUF" + struct.pack("<IQQQII", 3, 0, 1, 0, 77, 0), "unknown type 77"),
+    )
+
     def test_not_a_model(self):
-        for data, words in (
-            (b"PK\x03\x04 zip", "PyTorch"),
-            (b"\x80\x02}q", "pickle"),
-            (b"<!DOCTYPE html>", "web page"),
-            (b"version https://git-lfs.github.com/spec/v1", "LFS"),
-            (b'\x40\0\0\0\0\0\0\0{"a":1}', "safetensors"),
-            (bytes(99), "zeros"),
-            (gguf(version=1), "version 1"),
-            (b"GGUF\0\0\0\3", "big-endian"),
-            (b"GGUF", "cut short"),
-            (b"GGUF\3\0\0\0", "cut short"),
-            (gguf()[:200], "cut short"),
-            (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 40) + bytes(99), "damaged"),
-            (b"GGUF" + struct.pack("<IQQQII", 3, 0, 1, 0, 77, 0), "unknown type 77"),
-        ):
+        for data, words in self.NOT_MODELS:
             self.assertIn(words, self.fault(data), data[:9])
         self.assertIn(
             "5 dimensions",
@@ -6982,6 +6992,17 @@ class MeaningTest(unittest.TestCase):
         with self.assertRaisesRegex(ModelError, "drafts for a bigger model"):
             llmchat.check_text_generator(header(**{"general.architecture": "gemma4-assistant"}))
 
+    NAMES_AND_SIZES = (
+        ({}, 16 * 8 * 128 * 2),
+        ({"llama.attention.head_count_kv": (8, 0) * 8}, 8 * 8 * 128 * 2),
+        ({"llama.full_attention_interval": 4}, 4 * 8 * 128 * 2),
+        ({"llama.attention.shared_kv_layers": 6}, 10 * 8 * 128 * 2),
+        (
+            {"llama.attention.key_length": 128, "llama.attention.value_length": 128},
+            16 * 8 * 256 * 2,
+        ),
+    )
+
     def test_names_and_sizes(self):
         for path, want in (
             ("a-Q4_K_M.gguf", "Q4_K_M"),
@@ -6994,16 +7015,7 @@ class MeaningTest(unittest.TestCase):
             [llmchat.model_size(header(**more)) for more in ({}, {"general.size_label": "1.2B"})],
             ["~1.1B", "1.2B"],
         )
-        for more, want in (
-            ({}, 16 * 8 * 128 * 2),
-            ({"llama.attention.head_count_kv": (8, 0) * 8}, 8 * 8 * 128 * 2),
-            ({"llama.full_attention_interval": 4}, 4 * 8 * 128 * 2),
-            ({"llama.attention.shared_kv_layers": 6}, 10 * 8 * 128 * 2),
-            (
-                {"llama.attention.key_length": 128, "llama.attention.value_length": 128},
-                16 * 8 * 256 * 2,
-            ),
-        ):
+        for more, want in self.NAMES_AND_SIZES:
             self.assertEqual(llmchat.kv_bytes(header(**more), 1024, 128, "f16"), 1024 * want, more)
         self.assertEqual(
             llmchat.kv_bytes(header(), 1000, 128, "q8_0"), 1024 * 16 * 8 * 128 * 34 / 32
@@ -7350,6 +7362,61 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
         self.assertTrue(0.05 <= paces[0][1] <= 20)
         self.assertIn("REPACK", build)
 
+    OLD = machine(4, 2.9)._replace(instruction_sets=("SSE4.2", "AVX"))
+    NUMA = machine(256, 250)._replace(usable_cores=64, physical_cores=64, logical_cores=128)
+    MODELS_ON_MACHINES = (
+        (
+            "1 GB Pi",
+            machine(0.9, 0.65),
+            [
+                "fits 8192 0",
+                "too big 1024 0",
+                "too big 1024 0",
+                "too big 1024 0",
+                "too big 1024 0",
+            ],
+        ),
+        (
+            "laptop without AVX2",
+            OLD,
+            [
+                "fits 8192 0",
+                "fits 8192 0",
+                "too big 1024 0",
+                "too big 1024 0",
+                "too big 1024 0",
+            ],
+        ),
+        (
+            "8 GB GPU",
+            machine(16, 12, 7.5),
+            [
+                "fits 8192 25",
+                "fits 8192 29",
+                "fits 8192 33",
+                "tight 8192 19",
+                "too big 1024 14",
+            ],
+        ),
+        (
+            "Apple, unified",
+            machine(16, 11, 10.6, "Metal"),
+            [
+                "fits 8192 25",
+                "fits 8192 29",
+                "fits 8192 33",
+                "too big 1024 28",
+                "too big 1024 20",
+            ],
+        ),
+        ("64 cores", NUMA, ["fits 8192 0"] * 5),
+        (
+            "container",
+            machine(6, 5.5),
+            ["fits 8192 0", "fits 8192 0", "tight 4096 0", "too big 1024 0", "too big 1024 0"],
+        ),
+    )
+
     def test_models_on_machines(self):
         """Verdict, context and GPU layers of five models on six machines, as tables."""
         models = [
@@ -7374,60 +7441,7 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
             ),
             header(39.6, 80, 8192, 64, 8, 28672, 131072),
         ]
-        old = machine(4, 2.9)._replace(instruction_sets=("SSE4.2", "AVX"))
-        numa = machine(256, 250)._replace(usable_cores=64, physical_cores=64, logical_cores=128)
-        for name, where, want in (
-            (
-                "1 GB Pi",
-                machine(0.9, 0.65),
-                [
-                    "fits 8192 0",
-                    "too big 1024 0",
-                    "too big 1024 0",
-                    "too big 1024 0",
-                    "too big 1024 0",
-                ],
-            ),
-            (
-                "laptop without AVX2",
-                old,
-                [
-                    "fits 8192 0",
-                    "fits 8192 0",
-                    "too big 1024 0",
-                    "too big 1024 0",
-                    "too big 1024 0",
-                ],
-            ),
-            (
-                "8 GB GPU",
-                machine(16, 12, 7.5),
-                [
-                    "fits 8192 25",
-                    "fits 8192 29",
-                    "fits 8192 33",
-                    "tight 8192 19",
-                    "too big 1024 14",
-                ],
-            ),
-            (
-                "Apple, unified",
-                machine(16, 11, 10.6, "Metal"),
-                [
-                    "fits 8192 25",
-                    "fits 8192 29",
-                    "fits 8192 33",
-                    "too big 1024 28",
-                    "too big 1024 20",
-                ],
-            ),
-            ("64 cores", numa, ["fits 8192 0"] * 5),
-            (
-                "container",
-                machine(6, 5.5),
-                ["fits 8192 0", "fits 8192 0", "tight 4096 0", "too big 1024 0", "too big 1024 0"],
-            ),
-        ):
+        for name, where, want in self.MODELS_ON_MACHINES:
             plans = [plan_load(model, where) for model in models]
             self.assertEqual(
                 ["%s %d %d" % (p.verdict, p.n_ctx, p.n_gpu_layers) for p in plans], want, name
@@ -7543,25 +7557,27 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
         )
         self.assertFalse(llmchat.probe_bytes_per_s(here)[1])
 
+    SMALL = dict(weight_gb=0.4, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
+    BIG = dict(weight_gb=4.6, n_layers=32, n_embd=4096, n_heads=32, n_kv=8, n_ff=14336)
+    MACHINES = (
+        (SMALL, machine(0.9, 0.65), 8192, "fits", "context 8,192"),  # 1 GB Pi
+        (
+            dict(SMALL, weight_gb=0.45),
+            machine(0.9, 0.63),
+            2048,
+            "fits",
+            "lowered from 8,192 to 2,048",
+        ),
+        (dict(weight_gb=0.8), machine(0.9, 0.6), 1024, "too big", "smaller model"),
+        (dict(weight_gb=2.0), machine(3.8, 2.8), 8192, "fits", "all on the CPU"),  # 4 GB laptop
+        (BIG, machine(3.8, 2.8), 1024, "too big", "of your 2.8 GB free"),
+        (dict(SMALL, train=2048), machine(16, 12), 2048, "fits", "context 2,048"),
+        (BIG, machine(0, 0), 8192, "fits", "needs about"),  # nothing known
+        (BIG, machine(16, 10, gpu_gb=7.5), 8192, "fits", "all on the GPU"),
+    )
+
     def test_machines(self):
-        small = dict(weight_gb=0.4, n_layers=24, n_embd=896, n_heads=14, n_kv=2, n_ff=4864)
-        big = dict(weight_gb=4.6, n_layers=32, n_embd=4096, n_heads=32, n_kv=8, n_ff=14336)
-        for shape, where, n_ctx, verdict, words in (
-            (small, machine(0.9, 0.65), 8192, "fits", "context 8,192"),  # 1 GB Pi
-            (
-                dict(small, weight_gb=0.45),
-                machine(0.9, 0.63),
-                2048,
-                "fits",
-                "lowered from 8,192 to 2,048",
-            ),
-            (dict(weight_gb=0.8), machine(0.9, 0.6), 1024, "too big", "smaller model"),
-            (dict(weight_gb=2.0), machine(3.8, 2.8), 8192, "fits", "all on the CPU"),  # 4 GB laptop
-            (big, machine(3.8, 2.8), 1024, "too big", "of your 2.8 GB free"),
-            (dict(small, train=2048), machine(16, 12), 2048, "fits", "context 2,048"),
-            (big, machine(0, 0), 8192, "fits", "needs about"),  # nothing known
-            (big, machine(16, 10, gpu_gb=7.5), 8192, "fits", "all on the GPU"),
-        ):
+        for shape, where, n_ctx, verdict, words in self.MACHINES:
             plan = plan_load(header(**shape), where)
             self.assertEqual(plan.n_ctx, n_ctx, plan.lines)
             self.assertEqual(plan.verdict, verdict, plan.lines)
@@ -8021,28 +8037,30 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(os.listdir(hub.cached("blobs")), [])
         self.assertFalse(os.path.exists(hub.cached("snapshots")))
 
+    GATED = {"X_Error_Code": "GatedRepo"}
+    FAULTS = (
+        (
+            "api",
+            (401, GATED),
+            "org/repo is for those who have accepted its licence: "
+            "do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN",
+        ),
+        ("resolve", (403, {}), "accepted its licence"),
+        ("api", (404, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
+        (
+            "api",
+            (401, {}),
+            "doesn't take your token .HF_TOKEN, or the file .*token.: "
+            "make a new one on http://127.0.0.1:.*/settings/tokens",
+        ),
+        ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"),
+        ("api", (200, {}), "log in"),
+        ("api", (418, {}), "answers: 418"),
+    )
+
     def test_faults_are_told(self):
-        gated = {"X_Error_Code": "GatedRepo"}
         hub = self.hub()
-        for where, fault, words in (
-            (
-                "api",
-                (401, gated),
-                "org/repo is for those who have accepted its licence: "
-                "do that on http://127.0.0.1:.*/org/repo.*HF_TOKEN",
-            ),
-            ("resolve", (403, {}), "accepted its licence"),
-            ("api", (404, {}), "no repository org/repo on 127.0.0.1:.*search=repo"),
-            (
-                "api",
-                (401, {}),
-                "doesn't take your token .HF_TOKEN, or the file .*token.: "
-                "make a new one on http://127.0.0.1:.*/settings/tokens",
-            ),
-            ("api", (429, {"Retry_After": 7200}), "asks to wait 7200 seconds"),
-            ("api", (200, {}), "log in"),
-            ("api", (418, {}), "answers: 418"),
-        ):
+        for where, fault, words in self.FAULTS:
             hub.faults = [(where, fault)]
             self.fails(words)
             self.assertEqual(hub.faults, [])
@@ -9796,6 +9814,22 @@ class TextTest(unittest.TestCase):
             llmchat.strip_ansi("\x1b[1;31mred\x1b[0m \x1b]0;title\x07\x1b]8;;x\x1b\\end"), "red end"
         )
 
+    SEEN_OR_HIDDEN = (  # as a message, as a name, in the input box
+        ("co\xadop", "coop", "co-op", "co-op"),
+        ("می\u200cخواهم", None, None, None),
+        ("क्\u200dष", None, None, None),
+        ("می\u200c\u200cخ", "می\ufffd\ufffdخ", None, None),
+        ("❤\ufe0f!", "❤!", "❤!", None),
+        ("❤\ufe0f\ufe0f", "❤\ufffd", "❤\ufffd", None),
+        ("1\ufe0f\u20e3", "1\u20e3", "1\u20e3", None),
+        ("a\ufe01", "a\ufffd", "a\ufffd", "a\ufffd"),
+        ("葛\U000e0100城", "葛城", "葛城", None),
+        ("👩🏽\u200d🚀 👍🏿", "👩🚀 👍", "👩🚀 👍", None),
+        ("\u200d🚀", "\ufffd🚀", "\ufffd🚀", "\ufffd🚀"),
+        ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "🏴", "🏴", None),
+        ("\u1112\u1161\u11ab글", "한글", "한글", None),
+    )
+
     def test_nothing_hides(self):
         """Invisible characters are seen, in messages and in names.
 
@@ -9828,21 +9862,7 @@ class TextTest(unittest.TestCase):
                 )
         smuggled = "".join(chr(0xE0000 + ord(c)) for c in "do harm")
         self.assertEqual(llmchat.clean("hi" + smuggled), "hi" + "\ufffd" * 7)
-        for text, shown, row, draft in (  # as a message, as a name, in the input box
-            ("co\xadop", "coop", "co-op", "co-op"),
-            ("می\u200cخواهم", None, None, None),
-            ("क्\u200dष", None, None, None),
-            ("می\u200c\u200cخ", "می\ufffd\ufffdخ", None, None),
-            ("❤\ufe0f!", "❤!", "❤!", None),
-            ("❤\ufe0f\ufe0f", "❤\ufffd", "❤\ufffd", None),
-            ("1\ufe0f\u20e3", "1\u20e3", "1\u20e3", None),
-            ("a\ufe01", "a\ufffd", "a\ufffd", "a\ufffd"),
-            ("葛\U000e0100城", "葛城", "葛城", None),
-            ("👩🏽\u200d🚀 👍🏿", "👩🚀 👍", "👩🚀 👍", None),
-            ("\u200d🚀", "\ufffd🚀", "\ufffd🚀", "\ufffd🚀"),
-            ("🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "🏴", "🏴", None),
-            ("\u1112\u1161\u11ab글", "한글", "한글", None),
-        ):
+        for text, shown, row, draft in self.SEEN_OR_HIDDEN:
             with self.subTest(ascii(text)):
                 shown = text if shown is None else shown
                 self.assertEqual(llmchat.clean(text), shown)
@@ -9948,70 +9968,74 @@ class TextTest(unittest.TestCase):
             ]
             self.assertEqual(places, sorted(places), (ascii(string), columns))
 
+    EDITS = (
+        ("backspace", "xe\u0301|", "x|"),
+        ("backspace", "日本|", "日|"),
+        ("delete", "|日本", "|本"),
+        ("word_left", "one cafe\u0301s|", "one |cafe\u0301s"),
+        ("word_right", "|cafe\u0301s x", "cafe\u0301s| x"),
+        ("up", "日本語\nab|c", "日|本語\nabc"),
+        ("up", "e\u0301e\u0301e\nab|", "e\u0301e\u0301|e\nab"),
+        ("down", "日|本\nabc", "日本\nab|c"),
+        ("down", "abc|\n日本", "abc\n日|本"),
+        ("up", "日\nab|", "日|\nab"),
+        ("first", "a\nb|c", "|a\nbc"),
+        ("last", "|a\nbc", "a\nbc|"),
+        ("newline", "a|b", "a\n|b"),
+        ("kill_to_end", "ab|", "ab|"),
+        ("kill_to_end", "a|\n", "a|"),
+        ("left", "ab|", "a|b"),
+        ("left", "|ab", "|ab"),
+        ("left", "e\u0301|x", "|e\u0301x"),
+        ("right", "|ab", "a|b"),
+        ("right", "ab|", "ab|"),
+        ("right", "|e\u0301x", "e\u0301|x"),
+        ("word_left", "one two  |", "one |two  "),
+        ("word_right", "| one two", " one| two"),
+        ("home", "a\nbc|d", "a\n|bcd"),
+        ("end", "a|b\nc", "ab|\nc"),
+        ("backspace", "ab|c", "a|c"),
+        ("backspace", "|a", "|a"),
+        ("delete", "a|bc", "a|c"),
+        ("delete", "|e\u0301x", "|x"),
+        ("delete", "a|", "a|"),
+        ("kill_word", "one two|", "one |"),
+        ("kill_word_right", "|one two", "| two"),
+        ("kill_to_start", "a\nbc|d", "a\n|d"),
+        ("kill_to_end", "a|bc\nd", "a|\nd"),
+        ("kill_to_end", "a|\nd", "a|d"),
+        ("up", "abc\nd|e", "a|bc\nde"),
+        ("up", "a\nbcd|", "a|\nbcd"),
+        ("up", "a|", "a|"),
+        ("down", "ab|c\nde", "abc\nde|"),
+        ("down", "abcd|\ne\nf", "abcd\ne|\nf"),
+        ("down", "a|", "a|"),
+    )
+
     def test_edit_functions(self):
-        for name, before, after in (
-            ("backspace", "xe\u0301|", "x|"),
-            ("backspace", "日本|", "日|"),
-            ("delete", "|日本", "|本"),
-            ("word_left", "one cafe\u0301s|", "one |cafe\u0301s"),
-            ("word_right", "|cafe\u0301s x", "cafe\u0301s| x"),
-            ("up", "日本語\nab|c", "日|本語\nabc"),
-            ("up", "e\u0301e\u0301e\nab|", "e\u0301e\u0301|e\nab"),
-            ("down", "日|本\nabc", "日本\nab|c"),
-            ("down", "abc|\n日本", "abc\n日|本"),
-            ("up", "日\nab|", "日|\nab"),
-            ("first", "a\nb|c", "|a\nbc"),
-            ("last", "|a\nbc", "a\nbc|"),
-            ("newline", "a|b", "a\n|b"),
-            ("kill_to_end", "ab|", "ab|"),
-            ("kill_to_end", "a|\n", "a|"),
-            ("left", "ab|", "a|b"),
-            ("left", "|ab", "|ab"),
-            ("left", "e\u0301|x", "|e\u0301x"),
-            ("right", "|ab", "a|b"),
-            ("right", "ab|", "ab|"),
-            ("right", "|e\u0301x", "e\u0301|x"),
-            ("word_left", "one two  |", "one |two  "),
-            ("word_right", "| one two", " one| two"),
-            ("home", "a\nbc|d", "a\n|bcd"),
-            ("end", "a|b\nc", "ab|\nc"),
-            ("backspace", "ab|c", "a|c"),
-            ("backspace", "|a", "|a"),
-            ("delete", "a|bc", "a|c"),
-            ("delete", "|e\u0301x", "|x"),
-            ("delete", "a|", "a|"),
-            ("kill_word", "one two|", "one |"),
-            ("kill_word_right", "|one two", "| two"),
-            ("kill_to_start", "a\nbc|d", "a\n|d"),
-            ("kill_to_end", "a|bc\nd", "a|\nd"),
-            ("kill_to_end", "a|\nd", "a|d"),
-            ("up", "abc\nd|e", "a|bc\nde"),
-            ("up", "a\nbcd|", "a|\nbcd"),
-            ("up", "a|", "a|"),
-            ("down", "ab|c\nde", "abc\nde|"),
-            ("down", "abcd|\ne\nf", "abcd\ne|\nf"),
-            ("down", "a|", "a|"),
-        ):
+        for name, before, after in self.EDITS:
             got = llmchat.EDITS[name][1](Draft(before.replace("|", ""), before.index("|")))
             self.assertEqual(
                 got.text[: got.cursor] + "|" + got.text[got.cursor :], after, (name, before)
             )
 
+    KEYS = (
+        (("one two", "[ctrl-w]", "[home]", "[ctrl-y]", "[ctrl-y]"), "twotwo|one "),
+        (("one", "[ctrl-u]", "[ctrl-k]", "[ctrl-y]"), "one|"),
+        (("new", "[up]"), "second|"),
+        (("new", "[up]", "[up]", "[up]"), "first|"),
+        (("new", "[up]", "[up]", "[down]"), "second|"),
+        (("new", "[up]", "[down]", "[down]"), "new|"),
+        (("/he", "[tab]"), "/help |"),
+        (("/s", "[tab]"), "/s|"),
+        (("/zz", "[tab]"), "/zz|"),
+        (("/set te", "[tab]"), "/set temperature |"),
+        (("/set to", "[tab]"), "/set top_|"),
+        (("a", "[ctrl-j]", "b", "[alt-enter]"), "a\nb\n|"),
+    )
+
     def test_keys_in_the_input_box(self):
-        for keys, expected in (
-            (("one two", "[ctrl-w]", "[home]", "[ctrl-y]", "[ctrl-y]"), "twotwo|one "),
-            (("one", "[ctrl-u]", "[ctrl-k]", "[ctrl-y]"), "one|"),
-            (("new", "[up]"), "second|"),
-            (("new", "[up]", "[up]", "[up]"), "first|"),
-            (("new", "[up]", "[up]", "[down]"), "second|"),
-            (("new", "[up]", "[down]", "[down]"), "new|"),
-            (("/he", "[tab]"), "/help |"),
-            (("/s", "[tab]"), "/s|"),
-            (("/zz", "[tab]"), "/zz|"),
-            (("/set te", "[tab]"), "/set temperature |"),
-            (("/set to", "[tab]"), "/set top_|"),
-            (("a", "[ctrl-j]", "b", "[alt-enter]"), "a\nb\n|"),
-        ):
+        for keys, expected in self.KEYS:
             with self.subTest(keys=keys):
                 draft = play(ready(draft=Draft(history=("first", "second"))), *keys)[0].draft
                 self.assertEqual(
@@ -10019,34 +10043,36 @@ class TextTest(unittest.TestCase):
                 )
         self.assertEqual(play(ready(), Pasted("a\r\nb\rc"))[0].draft.text, "a\nb\nc")
 
+    KILLED_AND_FOUND = (
+        (("one two three", "[ctrl-w]", "[ctrl-w]", "[ctrl-y]"), "one two three|"),
+        (("ab", "[left]", "[ctrl-k]", "[ctrl-u]", "[ctrl-y]"), "ab|"),
+        (("ab", "[left]", "[ctrl-k]", "[home]", "[ctrl-k]", "[ctrl-y]"), "a|"),
+        (("a", "[ctrl-u]", "[ctrl-k]", "x", "[ctrl-y]"), "xa|"),
+        (("one two", "[ctrl-w]", "[left]", "[ctrl-u]", "[ctrl-y]"), "one| "),
+        (("[ctrl-y]",), "|"),
+        ((*"one two", "[ctrl-_]"), "one |"),
+        ((*"one two", "[ctrl-z]", "[ctrl-z]", "[ctrl-z]"), "|"),
+        ((*"ab", "[backspace]", "c", "[ctrl-_]", "[ctrl-_]"), "ab|"),
+        (("abc", "[left]", "[ctrl-k]", "x", "[ctrl-_]", "[ctrl-_]"), "ab|c"),
+        (("new", "[up]", "[ctrl-_]", "[up]"), "open a window|"),
+        (("/he", "[tab]", "[ctrl-_]"), "/he|"),
+        (("a", Pasted("b"), "[ctrl-_]"), "a|"),
+        (("x", "[enter]", "[ctrl-_]"), "|"),
+        (("new", "[ctrl-r]", *"op"), "|open a window"),
+        (("new", "[ctrl-r]", *"op", "[ctrl-r]"), "|open the door"),
+        (("[ctrl-r]", *"the"), "open |the door"),
+        (("[ctrl-r]", *"open", "[ctrl-r]", "[ctrl-r]"), "|open the door"),
+        (("new", "[ctrl-r]", "it", "[ctrl-g]"), "new|"),
+        (("n", "[ctrl-r]", "?"), "n|"),
+        (("[ctrl-r]", *"open t", "[backspace]", "[esc]", "[end]", "!"), "open a window!|"),
+        (("new", "[ctrl-r]", "it", "[down]", "[down]"), "new|"),
+        (("[ctrl-r]", "it", "[ctrl-x]", "x"), "close x|it"),
+        (("[ctrl-r]", "[backspace]", "c"), "|close it"),
+    )
+
     def test_kill_undo_and_search(self):
         sent = Draft(history=("open the door", "close it", "open a window"))
-        for keys, expected in (
-            (("one two three", "[ctrl-w]", "[ctrl-w]", "[ctrl-y]"), "one two three|"),
-            (("ab", "[left]", "[ctrl-k]", "[ctrl-u]", "[ctrl-y]"), "ab|"),
-            (("ab", "[left]", "[ctrl-k]", "[home]", "[ctrl-k]", "[ctrl-y]"), "a|"),
-            (("a", "[ctrl-u]", "[ctrl-k]", "x", "[ctrl-y]"), "xa|"),
-            (("one two", "[ctrl-w]", "[left]", "[ctrl-u]", "[ctrl-y]"), "one| "),
-            (("[ctrl-y]",), "|"),
-            ((*"one two", "[ctrl-_]"), "one |"),
-            ((*"one two", "[ctrl-z]", "[ctrl-z]", "[ctrl-z]"), "|"),
-            ((*"ab", "[backspace]", "c", "[ctrl-_]", "[ctrl-_]"), "ab|"),
-            (("abc", "[left]", "[ctrl-k]", "x", "[ctrl-_]", "[ctrl-_]"), "ab|c"),
-            (("new", "[up]", "[ctrl-_]", "[up]"), "open a window|"),
-            (("/he", "[tab]", "[ctrl-_]"), "/he|"),
-            (("a", Pasted("b"), "[ctrl-_]"), "a|"),
-            (("x", "[enter]", "[ctrl-_]"), "|"),
-            (("new", "[ctrl-r]", *"op"), "|open a window"),
-            (("new", "[ctrl-r]", *"op", "[ctrl-r]"), "|open the door"),
-            (("[ctrl-r]", *"the"), "open |the door"),
-            (("[ctrl-r]", *"open", "[ctrl-r]", "[ctrl-r]"), "|open the door"),
-            (("new", "[ctrl-r]", "it", "[ctrl-g]"), "new|"),
-            (("n", "[ctrl-r]", "?"), "n|"),
-            (("[ctrl-r]", *"open t", "[backspace]", "[esc]", "[end]", "!"), "open a window!|"),
-            (("new", "[ctrl-r]", "it", "[down]", "[down]"), "new|"),
-            (("[ctrl-r]", "it", "[ctrl-x]", "x"), "close x|it"),
-            (("[ctrl-r]", "[backspace]", "c"), "|close it"),
-        ):
+        for keys, expected in self.KILLED_AND_FOUND:
             with self.subTest(keys=keys):
                 draft = play(ready(draft=sent), *keys)[0].draft
                 self.assertEqual(
@@ -10116,27 +10142,29 @@ class TextTest(unittest.TestCase):
             [],
         )
 
+    DRAFTS = (
+        ("|", [""], (0, 0)),
+        ("abc|", ["abc"], (0, 3)),
+        ("abcd|", ["abcd"], (0, 4)),
+        ("abcd|ef", ["abcd", "ef"], (1, 0)),
+        ("a\nb|\n", ["a", "b", ""], (1, 1)),
+        ("日|本語", ["日本", "語"], (0, 2)),
+        ("a日本|", ["a日", "本"], (1, 2)),
+        ("ab cd|", ["ab ", "cd"], (1, 2)),
+        ("ab |cd", ["ab ", "cd"], (1, 0)),
+        ("abcd |", ["abcd ", ""], (1, 0)),
+        ("abcd|  ef", ["abcd  ", "ef"], (0, 4)),
+        ("abcd  |ef", ["abcd  ", "ef"], (1, 0)),
+        ("abcd |  ef", ["abcd   ", "ef"], (0, 4)),
+        ("      abc|", ["      ", "abc"], (1, 3)),
+        ("|      \n", ["      ", "", ""], (0, 0)),
+        ("e\u0301ab cd\u0301|", ["e\u0301ab ", "cd\u0301"], (1, 2)),
+        ("\t\x07|", [" ␇"], (0, 2)),
+        ("abc \n|", ["abc ", ""], (1, 0)),
+    )
+
     def test_draft_rows_and_cursor(self):
-        for before, rows, place in (
-            ("|", [""], (0, 0)),
-            ("abc|", ["abc"], (0, 3)),
-            ("abcd|", ["abcd"], (0, 4)),
-            ("abcd|ef", ["abcd", "ef"], (1, 0)),
-            ("a\nb|\n", ["a", "b", ""], (1, 1)),
-            ("日|本語", ["日本", "語"], (0, 2)),
-            ("a日本|", ["a日", "本"], (1, 2)),
-            ("ab cd|", ["ab ", "cd"], (1, 2)),
-            ("ab |cd", ["ab ", "cd"], (1, 0)),
-            ("abcd |", ["abcd ", ""], (1, 0)),
-            ("abcd|  ef", ["abcd  ", "ef"], (0, 4)),
-            ("abcd  |ef", ["abcd  ", "ef"], (1, 0)),
-            ("abcd |  ef", ["abcd   ", "ef"], (0, 4)),
-            ("      abc|", ["      ", "abc"], (1, 3)),
-            ("|      \n", ["      ", "", ""], (0, 0)),
-            ("e\u0301ab cd\u0301|", ["e\u0301ab ", "cd\u0301"], (1, 2)),
-            ("\t\x07|", [" ␇"], (0, 2)),
-            ("abc \n|", ["abc ", ""], (1, 0)),
-        ):
+        for before, rows, place in self.DRAFTS:
             draft = Draft(before.replace("|", ""), before.index("|"))
             self.assertEqual([row for _, row in llmchat.draft_rows(draft.text, 4)], rows, before)
             self.assertEqual(llmchat.draft_cursor(draft, 4), place, before)
@@ -10270,113 +10298,115 @@ class MarkdownTest(unittest.TestCase):
             [row.rstrip() for row in llmchat.wrap(MARKDOWN, 36)][:-1],
         )
 
+    STYLES = (
+        ("a **b *c*** `d`", [("a ", "text"), ("b ", "bold"), ("c", "bold"), ("d", "code")]),
+        (
+            "**L**arge 这是**重点**内容 *i*, _i_",
+            [
+                ("L", "bold"),
+                ("arge 这是", "text"),
+                ("重点", "bold"),
+                ("内容 ", "text"),
+                ("i", "italic"),
+                (", ", "text"),
+                ("i", "italic"),
+            ],
+        ),
+        ("## A `b`", [("A ", "heading"), ("b", "code")]),
+        ("> q **b**", [("│ ", "mark"), ("q ", "quote"), ("b", "bold")]),
+        ("[x](http://y/)", [("x", "link"), (" (http://y/)", "dim")]),
+        ("[http://y/](http://y/)", [("http://y/", "link")]),
+        (
+            "- i\n  \\*x\\*",
+            [("• ", "mark"), ("i", "text"), ("*", "text"), ("x", "text"), ("*", "text")],
+        ),
+        ("a ~~b *c*~~ d", [("a ", "text"), ("b ", "strike"), ("c", "strike"), (" d", "text")]),
+        (
+            "a ~~~x~~~ ~~ a ~~ \\~~b~~",
+            [("a ~~~x~~~ ~~ a ~~ ", "text"), ("~", "text"), ("~b~~", "text")],
+        ),
+        (
+            "see <https://a.b/c_d>, <me@a.org>, <mailto:x@y.z>, a<b>c",
+            [
+                ("see ", "text"),
+                ("https://a.b/c_d", "link"),
+                (", ", "text"),
+                ("me@a.org", "link"),
+                (", ", "text"),
+                ("mailto:x@y.z", "link"),
+                (", a<b>c", "text"),
+            ],
+        ),
+        (
+            "- [ ] a\n- [x] b\n  * [X] c",
+            [
+                ("☐ ", "mark"),
+                ("a", "text"),
+                ("☑ ", "mark"),
+                ("b", "text"),
+                ("  ☑ ", "mark"),
+                ("c", "text"),
+            ],
+        ),
+        (
+            "1. [ ] a\n- [ ]\n- [y] b",
+            [
+                ("1. ☐ ", "mark"),
+                ("a", "text"),
+                ("• ", "mark"),
+                ("[ ]", "text"),
+                ("• ", "mark"),
+                ("[y] b", "text"),
+            ],
+        ),
+        (
+            '```py\nif 1: \'a\' # b\n"""c\nd""" + e',
+            [
+                ("if", "keyword"),
+                ("1", "number"),
+                (": ", "text"),
+                ("'a'", "string"),
+                ("# b", "comment"),
+                ('"""c', "string"),
+                ('d"""', "string"),
+                (" + ", "text"),
+                ("e", "text"),
+            ],
+        ),
+        (
+            '```c\n/* if\nif */ if\n#include "x" // y',
+            [
+                ("/* if", "comment"),
+                ("if */", "comment"),
+                ("if", "keyword"),
+                ("#include ", None),
+                ('"x"', "string"),
+                ("// y", "comment"),
+            ],
+        ),
+        (
+            "```sql\nSELECT 1 -- x",
+            [("SELECT", "keyword"), ("1", "number"), ("-- x", "comment")],
+        ),
+        ("```\nif **1**", [("if **1**", "text")]),
+        (
+            '```html\n<b class="c">if</b> <!-- d\n-->',
+            [
+                ("<b", "keyword"),
+                (" class=", "text"),
+                ('"c"', "string"),
+                (">", "keyword"),
+                ("if", "text"),
+                ("</b", "keyword"),
+                (">", "keyword"),
+                ("<!-- d", "comment"),
+                ("-->", "comment"),
+            ],
+        ),
+    )
+
     def test_styles(self):
-        for words, expected in (
-            ("a **b *c*** `d`", [("a ", "text"), ("b ", "bold"), ("c", "bold"), ("d", "code")]),
-            (
-                "**L**arge 这是**重点**内容 *i*, _i_",
-                [
-                    ("L", "bold"),
-                    ("arge 这是", "text"),
-                    ("重点", "bold"),
-                    ("内容 ", "text"),
-                    ("i", "italic"),
-                    (", ", "text"),
-                    ("i", "italic"),
-                ],
-            ),
-            ("## A `b`", [("A ", "heading"), ("b", "code")]),
-            ("> q **b**", [("│ ", "mark"), ("q ", "quote"), ("b", "bold")]),
-            ("[x](http://y/)", [("x", "link"), (" (http://y/)", "dim")]),
-            ("[http://y/](http://y/)", [("http://y/", "link")]),
-            (
-                "- i\n  \\*x\\*",
-                [("• ", "mark"), ("i", "text"), ("*", "text"), ("x", "text"), ("*", "text")],
-            ),
-            ("a ~~b *c*~~ d", [("a ", "text"), ("b ", "strike"), ("c", "strike"), (" d", "text")]),
-            (
-                "a ~~~x~~~ ~~ a ~~ \\~~b~~",
-                [("a ~~~x~~~ ~~ a ~~ ", "text"), ("~", "text"), ("~b~~", "text")],
-            ),
-            (
-                "see <https://a.b/c_d>, <me@a.org>, <mailto:x@y.z>, a<b>c",
-                [
-                    ("see ", "text"),
-                    ("https://a.b/c_d", "link"),
-                    (", ", "text"),
-                    ("me@a.org", "link"),
-                    (", ", "text"),
-                    ("mailto:x@y.z", "link"),
-                    (", a<b>c", "text"),
-                ],
-            ),
-            (
-                "- [ ] a\n- [x] b\n  * [X] c",
-                [
-                    ("☐ ", "mark"),
-                    ("a", "text"),
-                    ("☑ ", "mark"),
-                    ("b", "text"),
-                    ("  ☑ ", "mark"),
-                    ("c", "text"),
-                ],
-            ),
-            (
-                "1. [ ] a\n- [ ]\n- [y] b",
-                [
-                    ("1. ☐ ", "mark"),
-                    ("a", "text"),
-                    ("• ", "mark"),
-                    ("[ ]", "text"),
-                    ("• ", "mark"),
-                    ("[y] b", "text"),
-                ],
-            ),
-            (
-                '```py\nif 1: \'a\' # b\n"""c\nd""" + e',
-                [
-                    ("if", "keyword"),
-                    ("1", "number"),
-                    (": ", "text"),
-                    ("'a'", "string"),
-                    ("# b", "comment"),
-                    ('"""c', "string"),
-                    ('d"""', "string"),
-                    (" + ", "text"),
-                    ("e", "text"),
-                ],
-            ),
-            (
-                '```c\n/* if\nif */ if\n#include "x" // y',
-                [
-                    ("/* if", "comment"),
-                    ("if */", "comment"),
-                    ("if", "keyword"),
-                    ("#include ", None),
-                    ('"x"', "string"),
-                    ("// y", "comment"),
-                ],
-            ),
-            (
-                "```sql\nSELECT 1 -- x",
-                [("SELECT", "keyword"), ("1", "number"), ("-- x", "comment")],
-            ),
-            ("```\nif **1**", [("if **1**", "text")]),
-            (
-                '```html\n<b class="c">if</b> <!-- d\n-->',
-                [
-                    ("<b", "keyword"),
-                    (" class=", "text"),
-                    ('"c"', "string"),
-                    (">", "keyword"),
-                    ("if", "text"),
-                    ("</b", "keyword"),
-                    (">", "keyword"),
-                    ("<!-- d", "comment"),
-                    ("-->", "comment"),
-                ],
-            ),
-        ):
+        for words, expected in self.STYLES:
             with self.subTest(words):
                 got = [
                     span for span in self.styles(words) if span[1] != "mark" or "─" not in span[0]
@@ -10442,27 +10472,29 @@ class MarkdownTest(unittest.TestCase):
             "too narrow for columns",
         )
 
+    UNFINISHED = (
+        ("a **bold te", "a bold te▌"),
+        ("a **", "a▌"),
+        ("some `co", "some co▌"),
+        ("an *it", "an it▌"),
+        ("**a `b` c", "a b c▌"),
+        ("```py", "── py ────────────────────────── 1 ──▌"),
+        ("```\nx\n``", "▌"),
+        ("```\nx", "x▌"),
+        ("2 * 3", "2 * 3▌"),
+        ("a ~~wro", "a wro▌"),
+        ("a ~~", "a▌"),
+        ("- [", "• [▌"),
+        ("- [x] d", "☑ d▌"),
+        ("<http://a", "<http://a▌"),
+        ("- ", "- ▌"),
+        ("|a|b|\n", "──┼──▌"),
+        ("|a|b|\n|-", "──┼──▌"),
+        ("|a|b|\n|-|-|\n|**c", "c │▌"),
+    )
+
     def test_unfinished(self):
-        for words, expected in (
-            ("a **bold te", "a bold te▌"),
-            ("a **", "a▌"),
-            ("some `co", "some co▌"),
-            ("an *it", "an it▌"),
-            ("**a `b` c", "a b c▌"),
-            ("```py", "── py ────────────────────────── 1 ──▌"),
-            ("```\nx\n``", "▌"),
-            ("```\nx", "x▌"),
-            ("2 * 3", "2 * 3▌"),
-            ("a ~~wro", "a wro▌"),
-            ("a ~~", "a▌"),
-            ("- [", "• [▌"),
-            ("- [x] d", "☑ d▌"),
-            ("<http://a", "<http://a▌"),
-            ("- ", "- ▌"),
-            ("|a|b|\n", "──┼──▌"),
-            ("|a|b|\n|-", "──┼──▌"),
-            ("|a|b|\n|-|-|\n|**c", "c │▌"),
-        ):
+        for words, expected in self.UNFINISHED:
             with self.subTest(words):
                 last = "".join(part for part, _ in self.page().show(words)[-1])[2:]
                 self.assertEqual(
@@ -11658,16 +11690,18 @@ class UpdateTest(unittest.TestCase):
         for key in ("x", "[left]", "[esc]", "[f2]", "[f12]"):
             self.assertEqual(play(state, key, "[ctrl-c]")[1], (), "%s forgets the question" % key)
 
+    DEATHS = (
+        ((), -9, "memory"),
+        ((text(1, "so far"),), -6, "gave up"),
+        ((text(1, "so far"), "[esc]"), -11, "crashed"),
+        ((), -7, "disk"),
+        ((), -15, "memory"),
+        ((), -4, "AVX2"),
+        ((), 7, "status 7"),
+    )
+
     def test_engine_death(self):
-        for events, code, word in (
-            ((), -9, "memory"),
-            ((text(1, "so far"),), -6, "gave up"),
-            ((text(1, "so far"), "[esc]"), -11, "crashed"),
-            ((), -7, "disk"),
-            ((), -15, "memory"),
-            ((), -4, "AVX2"),
-            ((), 7, "status 7"),
-        ):
+        for events, code, word in self.DEATHS:
             state, _ = play(ready(), "hello", "[enter]", *events)
             state, effects = play(state, ChildEnded("engine", code, ("AVX2",)))
             self.assertEqual(state.engine, Condition.DEAD)
@@ -11696,18 +11730,20 @@ class UpdateTest(unittest.TestCase):
             "early",
         )
 
+    FAILURES = (
+        (Condition.READY, (), "chat", (Condition.READY, "hello", ["Oh."])),
+        (
+            Condition.READY,
+            (text(1, "half"),),
+            "chat",
+            (Condition.READY, "", ["hello", "half", "Oh."]),
+        ),
+        (Condition.LOADING, (), "load", (Condition.OFF, "hello", ["Oh."])),
+        (Condition.STARTING, (), "start", (Condition.MISSING, "hello", ["Oh."])),
+    )
+
     def test_failures(self):
-        for engine, events, during, expected in (
-            (Condition.READY, (), "chat", (Condition.READY, "hello", ["Oh."])),
-            (
-                Condition.READY,
-                (text(1, "half"),),
-                "chat",
-                (Condition.READY, "", ["hello", "half", "Oh."]),
-            ),
-            (Condition.LOADING, (), "load", (Condition.OFF, "hello", ["Oh."])),
-            (Condition.STARTING, (), "start", (Condition.MISSING, "hello", ["Oh."])),
-        ):
+        for engine, events, during, expected in self.FAILURES:
             state, _ = play(
                 ready(engine=engine),
                 "hello",
@@ -11830,27 +11866,29 @@ class UpdateTest(unittest.TestCase):
         self.assertGreater(len(narrow), len(HELP), "wrapped for the width")
         self.assertLessEqual(max(map(len, narrow[1:6])), 48)
 
+    MENUS = (
+        (
+            "/s",
+            [
+                "/system  how the model should behave, from the next message on (no TEXT: show",
+                "/set     change a setting",
+                "/stats   what",
+            ],
+        ),
+        ("/set top", ["top_k  choose among the K", "top_p  among"]),
+        ("/preset c", ["creative  temperature 1.2"]),
+        ("/load x", ["/load NAME  load another model"]),
+        ("/zz", [""]),
+        ("tell me of /s", [""]),
+        ("/s\nx", [""]),
+    )
+
     def test_menu_of_commands(self):
         def shown(text, **fields):
             state = play(ready(columns=80, **fields), text)[0]
             return [row[1:79].rstrip() for row in rows_of(state)[1:-4]]
 
-        for text, rows in (
-            (
-                "/s",
-                [
-                    "/system  how the model should behave, from the next message on (no TEXT: show",
-                    "/set     change a setting",
-                    "/stats   what",
-                ],
-            ),
-            ("/set top", ["top_k  choose among the K", "top_p  among"]),
-            ("/preset c", ["creative  temperature 1.2"]),
-            ("/load x", ["/load NAME  load another model"]),
-            ("/zz", [""]),
-            ("tell me of /s", [""]),
-            ("/s\nx", [""]),
-        ):
+        for text, rows in self.MENUS:
             menu = [row.strip() for row in shown(text)[-len(rows) :]]
             self.assertEqual([row[: len(want)] for row, want in zip(menu, rows)], rows, text)
         self.assertEqual(shown("/")[-7].strip(), "")
@@ -11967,7 +12005,8 @@ class UpdateTest(unittest.TestCase):
         engine.send("stop")
         done_event = engine.wait_for("done", reason="stopped")
         self.assertLess(done_event["n_read"], 6000)
-        self.assertIs((done_event["n_read"] > 0) <= (done_event["read_s"] > 0), True)
+        if done_event["n_read"]:
+            self.assertGreater(done_event["read_s"], 0)
         self.assertLessEqual(done_event["n_read"], done_event["n_used"])
 
     def test_setup_of_the_engine(self):
@@ -13400,43 +13439,45 @@ class DecodeKeysTest(unittest.TestCase):
             events += keyboard.give_up()
         return llmchat.join_typed(events)
 
+    KEYS = (
+        ("ab", [Typed("ab")]),
+        ("日本 🦙", [Typed("日本 🦙")]),
+        ("a\rb", [Typed("a"), *press("enter"), Typed("b")]),
+        ("\n\t\x7f\x08", press("ctrl-j", "tab", "backspace", "backspace")),
+        ("\x01\x11\x03\x1f", press("ctrl-a", "ctrl-q", "ctrl-c", "ctrl-_")),
+        ("\x00", []),
+        ("\x1b", press("esc")),
+        ("\x1b\x1b", press("esc", "esc")),
+        ("\x1b\x1b\x1b[A", press("esc", "alt-up")),
+        (
+            "\x1b\r\x1bb\x1b\x7f\x1b<\x1b\x18",
+            press("alt-enter", "alt-b", "alt-backspace", "alt-<", "alt-ctrl-x"),
+        ),
+        ("\x1b[A\x1bOB\x1b[C\x1bOD", press("up", "down", "right", "left")),
+        ("\x1b[H\x1b[F\x1bOH\x1bOF", press("home", "end") * 2),
+        ("\x1b[1~\x1b[4~\x1b[7~\x1b[8~", press("home", "end") * 2),  # vt220, rxvt
+        ("\x1b[3~\x1b[5~\x1b[6~", press("del", "pgup", "pgdn")),
+        (
+            "\x1b[1;3A\x1b[1;5D\x1b[1;2C\x1b[1;7D\x1b[3;5~",
+            press("alt-up", "ctrl-left", "right", "ctrl-alt-left", "ctrl-del"),
+        ),
+        ("\x1b\x1b[D\x1b\x1bOC", press("alt-left", "alt-right")),
+        ("\x1bOP\x1bOS\x1b[15~\x1b[17~\x1b[24~", press("f1", "f4", "f5", "f6", "f12")),
+        ("\x1b[[A\x1b[[E", press("f1", "f5")),
+        ("\x1b[11~\x1b[15;5~", press("f1", "ctrl-f5")),  # Linux's console, rxvt
+        (
+            "\x1bOa\x1bOd\x1b[a\x1b[7^\x1b[3$\x1b[3$x",
+            press("ctrl-up", "ctrl-left", "up", "ctrl-home", "del", "del") + [Typed("x")],
+        ),
+        (
+            "\x1bOM\x1bOp\x1bOy\x1bOk",
+            press("enter") + [Typed("09+")],
+        ),  # the keypad in application mode
+        ("\x1b[Z\x1b[1;2Z", press("shift-tab", "shift-tab")),
+    )
+
     def test_keys(self):
-        for data, events in (
-            ("ab", [Typed("ab")]),
-            ("日本 🦙", [Typed("日本 🦙")]),
-            ("a\rb", [Typed("a"), *press("enter"), Typed("b")]),
-            ("\n\t\x7f\x08", press("ctrl-j", "tab", "backspace", "backspace")),
-            ("\x01\x11\x03\x1f", press("ctrl-a", "ctrl-q", "ctrl-c", "ctrl-_")),
-            ("\x00", []),
-            ("\x1b", press("esc")),
-            ("\x1b\x1b", press("esc", "esc")),
-            ("\x1b\x1b\x1b[A", press("esc", "alt-up")),
-            (
-                "\x1b\r\x1bb\x1b\x7f\x1b<\x1b\x18",
-                press("alt-enter", "alt-b", "alt-backspace", "alt-<", "alt-ctrl-x"),
-            ),
-            ("\x1b[A\x1bOB\x1b[C\x1bOD", press("up", "down", "right", "left")),
-            ("\x1b[H\x1b[F\x1bOH\x1bOF", press("home", "end") * 2),
-            ("\x1b[1~\x1b[4~\x1b[7~\x1b[8~", press("home", "end") * 2),  # vt220, rxvt
-            ("\x1b[3~\x1b[5~\x1b[6~", press("del", "pgup", "pgdn")),
-            (
-                "\x1b[1;3A\x1b[1;5D\x1b[1;2C\x1b[1;7D\x1b[3;5~",
-                press("alt-up", "ctrl-left", "right", "ctrl-alt-left", "ctrl-del"),
-            ),
-            ("\x1b\x1b[D\x1b\x1bOC", press("alt-left", "alt-right")),
-            ("\x1bOP\x1bOS\x1b[15~\x1b[17~\x1b[24~", press("f1", "f4", "f5", "f6", "f12")),
-            ("\x1b[[A\x1b[[E", press("f1", "f5")),
-            ("\x1b[11~\x1b[15;5~", press("f1", "ctrl-f5")),  # Linux's console, rxvt
-            (
-                "\x1bOa\x1bOd\x1b[a\x1b[7^\x1b[3$\x1b[3$x",
-                press("ctrl-up", "ctrl-left", "up", "ctrl-home", "del", "del") + [Typed("x")],
-            ),
-            (
-                "\x1bOM\x1bOp\x1bOy\x1bOk",
-                press("enter") + [Typed("09+")],
-            ),  # the keypad in application mode
-            ("\x1b[Z\x1b[1;2Z", press("shift-tab", "shift-tab")),
-        ):
+        for data, events in self.KEYS:
             with self.subTest(data):
                 self.assertEqual(self.decode(data), events)
                 if "\x1b\x1b" not in data:
@@ -13560,21 +13601,23 @@ class DecodeKeysTest(unittest.TestCase):
                 self.assertEqual(llmchat.join_typed(events), self.decode(whole), (whole, cut))
                 self.assertIsNone(keyboard.patience_s())
 
+    PATIENCE = (
+        ("\x1b", llmchat.ESC_S, press("esc")),
+        ("\x1b\x1b", llmchat.ESC_S, press("esc", "esc")),
+        ("\x1b[", llmchat.SILENCE_S, press("alt-[")),
+        ("\x1bO", llmchat.SILENCE_S, press("alt-O")),
+        ("\x1b]", llmchat.SILENCE_S, press("alt-]")),
+        ("\x1b[1;", llmchat.SILENCE_S, []),
+        ("\x1b[200~a\rb", llmchat.SILENCE_S, [Pasted("a\rb")]),
+        ("\x1b[200~a\x1b[20", llmchat.SILENCE_S, [Pasted("a\x1b[20")]),
+        ("\x1b]11;x", llmchat.SILENCE_S, []),
+        ("a", None, []),
+        ("\x1b[A", None, []),
+    )
+
     def test_patience(self):
         """How long the rest of something is waited for, and what it is when nothing comes."""
-        for data, patience_s, events in (
-            ("\x1b", llmchat.ESC_S, press("esc")),
-            ("\x1b\x1b", llmchat.ESC_S, press("esc", "esc")),
-            ("\x1b[", llmchat.SILENCE_S, press("alt-[")),
-            ("\x1bO", llmchat.SILENCE_S, press("alt-O")),
-            ("\x1b]", llmchat.SILENCE_S, press("alt-]")),
-            ("\x1b[1;", llmchat.SILENCE_S, []),
-            ("\x1b[200~a\rb", llmchat.SILENCE_S, [Pasted("a\rb")]),
-            ("\x1b[200~a\x1b[20", llmchat.SILENCE_S, [Pasted("a\x1b[20")]),
-            ("\x1b]11;x", llmchat.SILENCE_S, []),
-            ("a", None, []),
-            ("\x1b[A", None, []),
-        ):
+        for data, patience_s, events in self.PATIENCE:
             keyboard = llmchat.Keyboard()
             keyboard.feed(data.encode())
             self.assertEqual(keyboard.patience_s(), patience_s, data)
@@ -13663,21 +13706,23 @@ class DecodeKeysTest(unittest.TestCase):
 
 
 class LocaleTest(unittest.TestCase):
+    DEBIAN = frozenset(map(chr, [*range(32, 127), *range(160, 256)])) | frozenset(
+        "─│┌┐└┘├┤┬┴┼█░▒‘’“”–—…•›▼☐☑■€\ufffd"
+    )
+    UNDRAWABLE = (
+        ("utf-8", "xterm-256color", None, "❯ ▌▁▇ é’…日🦙", "❯ ▌▁▇ é’…日🦙"),
+        ("utf-8", "linux", DEBIAN, "❯ ▌▁▂▃▄▅▆▇█ ░é’… ◦☐☑ 日 ж", "› █_.-=+*#█ ░é’… °☐☑ ?? ?"),
+        ("utf-8", "linux", None, "❯ ▌▁▄█ ░é’…• ☐☑ → 日 ж", "> █_=█ ░é'.• ox → 日 ж"),
+        ("utf-8", "linux", frozenset("ab"), "❯é▌─ß", ">e_-s"),
+        ("iso8859-1", "xterm", None, "é’… €ā日Ａ\u0301", "é'. Ea??A "),
+        ("ascii", "xterm", None, "Grüße, “x” – ½ ﬁ ø", 'Gruse, "x" - 1 f o'),
+        ("koi8-r", "xterm", None, "жук é", "жук e"),
+        ("euc_jp", "xterm", None, "日é", "日é"),
+    )
+
     def test_what_can_not_be_drawn(self):
         """In as many cells; Debian's font, one that holds little, unknown ones, encodings."""
-        debian = frozenset(map(chr, [*range(32, 127), *range(160, 256)])) | frozenset(
-            "─│┌┐└┘├┤┬┴┼█░▒‘’“”–—…•›▼☐☑■€\ufffd"
-        )
-        for encoding, term, font, text, shown in (
-            ("utf-8", "xterm-256color", None, "❯ ▌▁▇ é’…日🦙", "❯ ▌▁▇ é’…日🦙"),
-            ("utf-8", "linux", debian, "❯ ▌▁▂▃▄▅▆▇█ ░é’… ◦☐☑ 日 ж", "› █_.-=+*#█ ░é’… °☐☑ ?? ?"),
-            ("utf-8", "linux", None, "❯ ▌▁▄█ ░é’…• ☐☑ → 日 ж", "> █_=█ ░é'.• ox → 日 ж"),
-            ("utf-8", "linux", frozenset("ab"), "❯é▌─ß", ">e_-s"),
-            ("iso8859-1", "xterm", None, "é’… €ā日Ａ\u0301", "é'. Ea??A "),
-            ("ascii", "xterm", None, "Grüße, “x” – ½ ﬁ ø", 'Gruse, "x" - 1 f o'),
-            ("koi8-r", "xterm", None, "жук é", "жук e"),
-            ("euc_jp", "xterm", None, "日é", "日é"),
-        ):
+        for encoding, term, font, text, shown in self.UNDRAWABLE:
             glyphs = llmchat.Glyphs(llmchat.plan_glyphs(encoding, term, font), llmchat.char_cells)
             self.assertEqual(text.translate(glyphs), shown, (encoding, term))
             self.assertEqual(llmchat.cells(text.translate(glyphs)), llmchat.cells(text))
