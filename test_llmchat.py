@@ -4841,6 +4841,11 @@ echo '{"event": "plan", "lines": [], "verdict": "tight",' \\
                 (state.engine, code),
             )
             self.assertEqual(after.engine is Condition.STARTING, steps)
+
+    def test_a_step_down_answers_what_was_asked(self):
+        reading = play(ready(next_fallback="less"), "hi", "[enter]", text(1, ""))[0]._replace(
+            engine=Condition.READING
+        )
         after, _ = play(reading, ChildEnded("engine", -9))
         self.assertTrue(after.chat.waiting)
         self.assertIsNone(after.chat.reply)
@@ -6863,6 +6868,9 @@ class HeaderTest(unittest.TestCase):
             "claims 99999 tensors",
             self.fault(b"GGUF" + struct.pack("<IQQ", 3, 99999, 0) + bytes(99)),
         )
+
+    def test_long_texts_are_cut_and_what_is_not_used_is_not_kept(self):
+        long = "x" * 200000
         texts = {
             "general.name": long,
             "general.license": long,
@@ -7192,6 +7200,8 @@ class PlanTest(unittest.TestCase):
                 ).copied,
                 copied,
             )
+
+    def test_copies_are_in_the_plan(self):
         plan = plan_load(header(2.0), machine(8, 6))
         self.assertEqual(plan.memory.copied, int(2.0 * GB))
         self.assertNotIn(
@@ -7484,6 +7494,9 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
             plans[-1].lines[1],
         )
         self.assertEqual(plan_load(model, where, LoadOptions(fallback=99))[:4], plans[-1][:4])
+
+    def test_fallback_steps_of_the_kv_cache(self):
+        model = header(4.0, n_embd=4096, n_layers=32)
         long = [
             plan_load(model, machine(16, 12), LoadOptions(n_ctx=16384, fallback=step))
             for step in range(4)
@@ -7497,6 +7510,9 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
             ["the KV cache in q8_0, which is slower", "the KV cache in q4_0, which is slower", ""],
         )
         self.assertIn("batch lowered to 32 tokens, KV cache in q4_0 to fit", long[-1].lines[1])
+
+    def test_what_is_wished_for_stays(self):
+        model = header(4.0, n_embd=4096, n_layers=32)
         asked = plan_load(
             model, machine(5, 4.5), LoadOptions(n_ctx=16384, kv_type="f16")
         )  # what is wished for stays
@@ -8119,7 +8135,6 @@ class DownloadTest(unittest.TestCase):
             for sets in (("SSSE3", "SSE4.2"), ("SSE4.2", "AVX", "AVX2"))
         )
         files = ["m-Q4_0.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf"]
-        row = llmchat.SUGGESTED_MODELS[1]
         models = {name: [llmchat.HubFile(name, 1000, "")] for name in files}
 
         def find(wanted, where, models=models, repo="org/repo"):
@@ -8140,6 +8155,19 @@ class DownloadTest(unittest.TestCase):
             find("", new, {name: [llmchat.HubFile(name, 50 * GB, "")] for name in files}), files
         )
         self.assertEqual(find("", new._replace(gpus=machine(1, 1, 8).gpus), models), files[1:2])
+
+    def test_the_quantisation_of_a_suggested_model(self):
+        old, new = (
+            machine(8, 6)._replace(instruction_sets=sets)
+            for sets in (("SSSE3", "SSE4.2"), ("SSE4.2", "AVX", "AVX2"))
+        )
+        files = ["m-Q4_0.gguf", "m-Q4_K_M.gguf", "m-Q4_K_S.gguf", "m-Q8_0.gguf"]
+        row = llmchat.SUGGESTED_MODELS[1]
+        models = {name: [llmchat.HubFile(name, 1000, "")] for name in files}
+
+        def find(wanted, where, models=models, repo="org/repo"):
+            return llmchat.find_suited(models, repo, wanted, where)
+
         both = {row.file: [], row.file.replace("Q4_K_M", "Q4_0"): []}
         (path,) = {entry.path for entry in llmchat.suggested_entries(old) if entry.name == row.name}
         self.assertEqual(path, "hf:%s:%s" % (row.repo, row.file.replace("Q4_K_M", "Q4_0")))
@@ -8395,7 +8423,7 @@ class DownloadTest(unittest.TestCase):
                 self.assertEqual(llmchat.hub_folder(), folder)
 
     def test_suggestions(self):
-        hub = self.hub()
+        self.hub()
 
         def entries(gb, speed=0.0, free=0.1):
             return llmchat.suggested_entries(machine(gb, free)._replace(bytes_per_s=speed))
@@ -8424,11 +8452,18 @@ class DownloadTest(unittest.TestCase):
             (7.7, "qwen3.5:4b"),
             (15.6, "qwen3.5:9b"),
         ):
-            self.assertEqual(
-                (best(gb), best(gb, 0, gb)),
-                ([name],) * 2,
-                "what is free at this minute doesn't count",
-            )
+            self.assertEqual(best(gb), [name])
+            self.assertEqual(best(gb, 0, gb), [name], "what is free now doesn't count")
+
+    def test_suggestions_know_how_fast_the_machine_reads(self):
+        self.hub()
+
+        def entries(gb, speed=0.0, free=0.1):
+            return llmchat.suggested_entries(machine(gb, free)._replace(bytes_per_s=speed))
+
+        def best(*where):
+            return [entry.name for entry in entries(*where) if entry.note.startswith("best fit")]
+
         quick = entries(15.6, 12e9)
         slow = entries(15.6, 8e9)  # all fit, but the large ones write too slowly
         self.assertEqual(quick[0].name, "lfm2.5:8b")
@@ -8439,6 +8474,13 @@ class DownloadTest(unittest.TestCase):
             7 < rates["lfm2.5:8b"] < 10 < rates["lfm2.5:1.2b"], rates
         )  # it would do, but thinks
         self.assertEqual(best(15.6, 1e8), ["smollm2:135m"])
+
+    def test_what_is_here_is_not_suggested(self):
+        hub = self.hub()
+
+        def entries(gb, speed=0.0, free=0.1):
+            return llmchat.suggested_entries(machine(gb, free)._replace(bytes_per_s=speed))
+
         *_, row = llmchat.SUGGESTED_MODELS
         folder = os.path.join(
             hub.home, "hub", "models--" + row.repo.replace("/", "--"), "snapshots", hub.commit
@@ -8451,14 +8493,12 @@ class DownloadTest(unittest.TestCase):
             os.path.join(folder, row.file), os.path.join(folder, row.file.replace("Q4_K_M", "Q4_0"))
         )
         self.assertNotIn(row.name, [entry.name for entry in entries(15.6)])
+
+    def test_a_suggestion_is_found_by_name_and_file(self):
         for row in llmchat.SUGGESTED_MODELS[1:]:
-            self.assertEqual(
-                (
-                    llmchat.parse_download(row.name),
-                    llmchat.parse_download("hf:%s:%s" % (row.repo, row.file)),
-                ),
-                ((row.repo, row.file),) * 2,
-            )
+            path = "hf:%s:%s" % (row.repo, row.file)
+            for name in (row.name, path):
+                self.assertEqual(llmchat.parse_download(name), (row.repo, row.file))
 
     def test_unreachable(self):
         hub = self.hub()
@@ -8534,6 +8574,16 @@ class DownloadTest(unittest.TestCase):
             r".*\[r\] try again.*\[f\] take a file",
         )
         self.assertIn("/download smollm2:135m", notices(offered)[-1])  # for those without a window
+
+    def test_keys_where_it_is_unreachable(self):
+        state = ready(
+            Turn("user", "q"),
+            download=llmchat.Download("org/repo", True),
+            columns=100,
+            model=None,
+            engine=Condition.OFF,
+        )
+        said = ChildSaid("download", {"event": "unreachable", "text": "No connection."})
         for key, download, effects in (
             ("[enter]", ("smollm2:135m", True), (StartChild("download", "smollm2:135m"),)),
             ("r", ("org/repo", True), (StartChild("download", "org/repo"),)),
@@ -8588,9 +8638,12 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertEqual(out, "")
         self.assertEqual(err, "org/repo has no Q9. It has: Q6_K, Q8_0.\n")
-        place = os.path.join(
-            tempfile.mkdtemp(dir=FOLDER), "Łódź"
-        )  # a pipe gets UTF-8, whatever Windows' code page
+
+    def test_a_folder_with_letters_of_other_scripts_is_told_in_a_pipe(self):
+        hub = self.hub("m-Q6_K.gguf", "m-Q8_0.gguf")
+        env = dict(ENV, **hub.env)
+        # A pipe gets UTF-8, whatever Windows' code page.
+        place = os.path.join(tempfile.mkdtemp(dir=FOLDER), "Łódź")
         status, out, err = run_plain(
             "--download",
             "org/repo:Q8_0",
@@ -8599,16 +8652,19 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(status, 0)
         self.assertTrue(out.startswith(place), out)
         self.assertEqual(err, "")
-        with mock.patch.object(
-            llmchat, "draw_status"
-        ) as draw:  # how far it is must be seen beside a long name, too
+
+    def test_the_progress_is_seen_beside_a_long_name(self):
+        with mock.patch.object(llmchat, "draw_status") as draw:
             llmchat.show_download(llmchat.Download("n" * 99, False, "waiting", 1, 4), "\x1b[2J")
             llmchat.show_download(llmchat.Download("n" * 99, False, "downloading", 1, 4))
         texts = [call[0][0] for call in draw.call_args_list]
         self.assertEqual([text.isprintable() for text in texts], [True, True])
         self.assertEqual(texts[1][:9], "25 % of 0")
+
+    def test_the_list_asks_nobody(self):
+        hub = self.hub("m-Q6_K.gguf", "m-Q8_0.gguf")
+        env = dict(ENV, **hub.env)
         status, out, err = run_plain("--download", env=dict(env, HF_ENDPOINT="http://127.0.0.1:9"))
-        # Asks nobody.
         self.assertEqual(status, 0)
         self.assertEqual(len(out.splitlines()), len(llmchat.SUGGESTED_MODELS))
         self.assertEqual(err, "")
@@ -8641,6 +8697,12 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(waits.log[-1].text, "No connection.")
         self.assertEqual(waits.download.doing, "waiting")
         self.assertEqual(waits.download.done, GB)
+
+    def test_the_model_that_came_is_loaded_or_told(self):
+        download = llmchat.Download(
+            "org/repo", True, "downloading", GB, 4 * GB, 2e7, ("/nowhere/part",)
+        )
+        state = ready(Turn("user", "q"), download=download, columns=120)
         done = ChildSaid("download", {"event": "done", "path": "/m.gguf"})
         self.assertEqual(
             sent(play(state, done)[1], "load")[0]["path"], "/m.gguf"
@@ -8653,6 +8715,12 @@ class DownloadTest(unittest.TestCase):
             self.assertEqual(sent(effects, "load"), [])
             self.assertIsNone(after.download)
             self.assertTrue(notices(after)[-1].endswith(text))
+
+    def test_a_download_that_ended(self):
+        download = llmchat.Download(
+            "org/repo", True, "downloading", GB, 4 * GB, 2e7, ("/nowhere/part",)
+        )
+        state = ready(Turn("user", "q"), download=download, columns=120)
         self.assertEqual(play(state, ChildEnded("download", 130))[0].download.stop, "paused")
         after, _ = play(state, ChildEnded("download", -9))
         self.assertRegex(
@@ -9502,8 +9570,12 @@ class FindModelsTest(unittest.TestCase):
                 3,
                 "of a huge folder no more than so many entries are seen",
             )
+
+    @unittest.skipUnless(POSIX, "needs links")
+    def test_headers_that_say_anything(self):
+        self.put("first", "good.gguf")
         dice = random.Random(8)
-        for n in range(300):  # headers that say anything at all
+        for n in range(300):
             data = bytearray(self.CHAT[:600])
             for _ in range(3):
                 data[dice.randrange(24, 600)] = dice.randrange(256)
@@ -10078,6 +10150,9 @@ class TextTest(unittest.TestCase):
                 self.assertEqual(
                     draft.text[: draft.cursor] + "|" + draft.text[draft.cursor :], expected
                 )
+
+    def test_search_in_the_history(self):
+        sent = Draft(history=("open the door", "close it", "open a window"))
         state = ready(draft=sent)
         self.assertEqual(asked(play(state, "[ctrl-r]", "door", "[enter]")[1]), ["open the door"])
         self.assertIn("Search back: door  ", rows_of(play(state, "[ctrl-r]", "door")[0])[-1])
@@ -11643,6 +11718,12 @@ class UpdateTest(unittest.TestCase):
             "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2",
             llmchat.describe_ending(state.chat.turns[-1].note),
         )
+
+    def test_the_next_message_takes_all_before_it_along(self):
+        state, effects = play(ready(settings=Settings("m.gguf", "Be brief.")), "hello", "[enter]")
+        state, _ = play(state, said("reading", id=1, done=512, total=2048, rate=100.0, left_s=15.4))
+        state, _ = play(state, text(1, "Good "), text(1, "day"))
+        state, _ = play(state, done(1))
         state, effects = play(state, Submitted("and you?"))
         self.assertEqual(asked(effects), ["Be brief.", "hello", "Good day", "and you?"])
         self.assertEqual(sent(effects)[0]["id"], 2)
@@ -11716,6 +11797,8 @@ class UpdateTest(unittest.TestCase):
             self.assertEqual(effects[0], StartChild("engine"))
             self.assertEqual(sent(effects, "load")[0]["path"], "m.gguf")
             self.assertEqual(asked(play(state, said("hello"), LOADED)[1])[-1], "more")
+
+    def test_an_engine_that_dies_unasked(self):
         for condition in (Condition.STARTING, Condition.LOADING, Condition.READY):
             state, _ = play(
                 ready(Turn("user", "a"), Turn("assistant", "b"), engine=condition),
@@ -11762,7 +11845,6 @@ class UpdateTest(unittest.TestCase):
 
     def test_slash_commands(self):
         start = ready(Turn("user", "a"), Turn("assistant", "b"))
-        busy = play(ready(), "hello", "[enter]")[0]
 
         def run(line, state=start):
             return play(state, line, "[enter]")
@@ -11774,6 +11856,13 @@ class UpdateTest(unittest.TestCase):
             ("/set max_tokens  9 ", "max_tokens", 9),
         ):
             self.assertEqual(getattr(run(line)[0].settings.sampling, setting), value, line)
+
+    def test_commands_that_only_tell(self):
+        start = ready(Turn("user", "a"), Turn("assistant", "b"))
+
+        def run(line, state=start):
+            return play(state, line, "[enter]")
+
         for line, words in (
             ("/set temperature 9", "from 0 to 5"),
             ("/set temperature nan", "takes a number"),
@@ -11790,6 +11879,14 @@ class UpdateTest(unittest.TestCase):
             self.assertIn(words, notices(state)[0], line)
             self.assertEqual(state.settings, start.settings, line)
             self.assertEqual(effects, (), line)
+
+    def test_commands_that_change_what_is_shown(self):
+        start = ready(Turn("user", "a"), Turn("assistant", "b"))
+        busy = play(ready(), "hello", "[enter]")[0]
+
+        def run(line, state=start):
+            return play(state, line, "[enter]")
+
         kind = run("/system Be kind.")[0]
         self.assertEqual(
             [kind.settings.system_prompt, run("/system none", kind)[0].settings.system_prompt],
@@ -12024,6 +12121,11 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(effects, (StartChild("install"),))
         self.assertEqual(play(state, "[esc]")[1], (StopChild("install"),))
         self.assertEqual(play(state, ChildEnded("install", 1))[0].engine, Condition.MISSING)
+
+    def test_setup_tells_how_far_it_is(self):
+        state, effects = play(ready(engine=Condition.STARTING, model=None), EngineMissing())
+        state, effects = play(state, llmchat.NeedsProbed(llmchat.Needs(True, False, 130.0)))
+        state, effects = play(state, "[enter]")
         step = {"event": "step", "done": 35, "total": 70, "left_s": 70, "text": "ops.cpp"}
         busy = play(state, ChildSaid("install", step))[0]
         self.assertEqual(busy.progress, llmchat.Progress(35, 70, left_s=70, doing="compiling"))
@@ -12075,6 +12177,12 @@ class UpdateTest(unittest.TestCase):
             effects, (StartChild("install"), StartChild("download", "hf:org/repo:m.gguf"))
         )
 
+    def test_setup_gets_both_and_answers(self):
+        small = llmchat.SMALL_MODEL.name
+        offered = (a_model("hf:org/repo:m.gguf", "better", source="to download"),)
+        state, effects = play(State(wanted="", columns=110), ModelsFound(offered, ""))
+        needs = llmchat.Needs(True, True, 130.0, ("A C++ compiler is missing. To get one: get it",))
+        state, effects = play(state, llmchat.NeedsProbed(needs))
         state, effects = play(state, "[enter]")
         self.assertEqual(state.engine, Condition.INSTALLING)
         self.assertEqual(effects, (StartChild("install"), StartChild("download", small)))
@@ -12277,6 +12385,8 @@ class ModelListTest(unittest.TestCase):
             rows[:2], [["model", "verdict", "tokens/s"], ["*alpha-Q8_0", "fits", "12"]]
         )
         self.assertEqual(rows[4], ["download", "fits, download", "small and"])
+
+    def test_the_title_follows_the_width(self):
         for columns, title in (
             (80, "d tells more, Esc closes"),
             (52, "Models: type to filter, Enter loads or downloads"),
@@ -12285,6 +12395,8 @@ class ModelListTest(unittest.TestCase):
             self.assertEqual(
                 rows_of(self.open(columns=columns)[0])[1].strip("\u2502 ")[-len(title) :], title
             )
+
+    def test_columns_are_aligned(self):
         starts = {
             row.index(verdict)
             for row, verdict in zip(
@@ -12298,6 +12410,8 @@ class ModelListTest(unittest.TestCase):
             self.assertEqual(
                 len({llmchat.cells(row) for row in rows[1:]} - {llmchat.cells(rows[1]) - 1}), 1
             )
+
+    def test_verdicts_have_colours(self):
         styles = {
             item[1:5]: style for line in view(self.open("[end]")[0]).lines for item, style in line
         }
@@ -12370,6 +12484,14 @@ class ModelListTest(unittest.TestCase):
         self.assertIn(
             "line 39", "\n".join(rows_of(play(shown, "[end]")[0])), "a long text is scrolled"
         )
+
+    def test_keys_in_the_details(self):
+        state, effects = self.open("d")
+        told = ModelDescribed(
+            "/m/alpha-Q8_0.gguf",
+            ("Alpha", "File: /m/alpha-Q8_0.gguf") + tuple("line %d" % n for n in range(40)),
+        )
+        shown = play(state, told)[0]
         for key in ("d", "[esc]", "[tab]", "[backspace]"):
             self.assertEqual(play(shown, key)[0].dialog, self.open()[0].dialog, key)
         self.assertEqual(
@@ -12444,6 +12566,8 @@ class ModelListTest(unittest.TestCase):
                 play(State(), ModelsFound(self.ENTRIES, wanted))[1],
                 (StartChild("download", wanted),),
             )
+
+    def test_a_name_that_may_be_a_misspelt_path_is_asked_about(self):
         asks, effects = play(
             State(), ModelsFound(self.ENTRIES, "org/other:Q4_0")
         )  # it may be a misspelt path, which nobody else is to know
@@ -12462,6 +12586,8 @@ class ModelListTest(unittest.TestCase):
         )
         self.assertIsNone(play(asks, "[esc]")[0].dialog)
         self.assertEqual(asks.dialog.query, "org/other:Q4_0")
+
+    def test_names_that_fit_several_or_none(self):
         twins = (a_model("/a/t.gguf", "t", n_bytes=1), a_model("/b/t.gguf", "t", n_bytes=2))
         for found, wanted, words in (
             (twins, "t", "name one of these: /a/t.gguf, /b/t.gguf."),
@@ -12778,6 +12904,14 @@ class FilesTest(unittest.TestCase):
         self.assertEqual(notices(state), ["no."])
         self.assertIs(state.attaching, False)
         self.assertIn("─ [a.txt] [b.txt] ─", "\n".join(rows_of(state)))
+
+    def test_attached_files_are_read_ahead_and_counted(self):
+        state, effects = play(ready(), "/file 'b c.txt' a\\ b.txt", "[enter]")
+        state, _ = play(
+            state,
+            FilesRead((File("a.txt", "one"), File("b.txt", "two")), (), ""),
+            FilesRead((File("a.txt", "new"),), ("no.",), ""),
+        )
         counting, effects = update(state, Typed("x"))
         self.assertEqual(sent(effects, "ahead")[0]["files"], llmchat.join_files(state.files, ""))
         self.assertTrue(
@@ -12803,6 +12937,15 @@ class FilesTest(unittest.TestCase):
             )
         for keys, n in ((["[esc]"], 0), (["/file none", "[enter]"], 0), (["/file", "[enter]"], 2)):
             self.assertEqual(len(play(state, *keys)[0].files), n)
+
+    def test_files_go_with_the_question(self):
+        state, effects = play(ready(), "/file 'b c.txt' a\\ b.txt", "[enter]")
+        state, _ = play(
+            state,
+            FilesRead((File("a.txt", "one"), File("b.txt", "two")), (), ""),
+            FilesRead((File("a.txt", "new"),), ("no.",), ""),
+        )
+        state, _ = play(state, said("counted", n=1204))
         state, effects = play(state, "What?", "[enter]")
         self.assertEqual(
             asked(effects), ["File a.txt:\n```\nnew\n```\n\nFile b.txt:\n```\ntwo\n```\n\nWhat?"]
@@ -12840,6 +12983,8 @@ class FilesTest(unittest.TestCase):
         kept, effects = play(state, "!", FilesRead((), (), state.draft.text))
         self.assertEqual(effects, (), "it was changed meanwhile")
         self.assertEqual(kept.draft.text[-1], "!", "it was changed meanwhile")
+
+    def test_a_name_is_read_when_it_is_written(self):
         state, effects = play(ready(), "see @x.txt", Typed(" "))
         self.assertEqual(
             effects,
@@ -12851,6 +12996,8 @@ class FilesTest(unittest.TestCase):
         self.assertEqual(state.draft.text, "see @x.txt ")
         self.assertEqual(sent(effects), [])
         self.assertEqual(play(state, "more", Typed(" "))[1], ())
+
+    def test_what_names_no_file(self):
         for line in ("/nothing @x.txt", "a@b", "@ x"):
             self.assertFalse(
                 [e for e in play(ready(), line, "[enter]")[1] if isinstance(e, DiskJob)]
@@ -12881,6 +13028,8 @@ class FilesTest(unittest.TestCase):
             "see @nox",
             "it came too late",
         )
+
+    def test_paths_are_found_and_escaped(self):
         folder = os.path.join(tempfile.mkdtemp(dir=FOLDER), "a b")
         os.makedirs(os.path.join(folder, "sub dir"))
         open(os.path.join(folder, "sub[x"), "w").close()
