@@ -305,6 +305,111 @@ def repack(path, version, broken=False):
             wheel.writestr(name.replace(old, version), data)
 
 
+NOISE_TEXTS = [
+    *("<unk>", "<s>", "</s>"),
+    *("<0x%02X>" % n for n in range(256)),
+    *("<|im_start|>", "<|im_end|>", "\u2581"),
+    *map(chr, range(97, 123)),
+    *("qx", "xq", "zq", "qz", "xz"),
+]
+NOISE_TYPES = [2, 3, 3] + [6] * 256 + [3, 3] + [1] * (len(NOISE_TEXTS) - 261)
+NOISE_EMBD = 64
+NOISE_HEADS = 4
+NOISE_LAYERS = {"llama": 2, "lfm2": 3, "gemma3": 6}
+
+
+class Noise:
+    """Tensors of seeded noise: each is (dimensions in ggml's order, raw floats)."""
+
+    def __init__(self):
+        self.dice = random.Random(5)
+
+    def floats(self, n, scale):
+        return array.array("f", (self.dice.gauss(0, scale) for _ in range(n))).tobytes()
+
+    def matrix(self, *shape):
+        return (shape, self.floats(shape[0] * shape[1], 0.2))
+
+    def ones(self, n):
+        return ((n,), array.array("f", [1.0] * n).tobytes())
+
+    def tables(self):
+        """What leads from tokens to embeddings, and back; only letters are ever likely."""
+        shape = (NOISE_EMBD, len(NOISE_TEXTS))
+        n_letters = len(NOISE_TEXTS) - 262
+        embeddings = self.floats(NOISE_EMBD * len(NOISE_TEXTS), 1.0)
+        output = bytes(NOISE_EMBD * 262 * 4) + self.floats(NOISE_EMBD * n_letters, 1.0)
+        return {"token_embd": (shape, embeddings), "output": (shape, output)}
+
+    def feed_forward(self):
+        return {
+            "attn_norm": self.ones(NOISE_EMBD),
+            "ffn_norm": self.ones(NOISE_EMBD),
+            "ffn_gate": self.matrix(NOISE_EMBD, 128),
+            "ffn_up": self.matrix(NOISE_EMBD, 128),
+            "ffn_down": self.matrix(128, NOISE_EMBD),
+        }
+
+    def convolution(self):
+        return {
+            "shortconv.conv": self.matrix(3, NOISE_EMBD),
+            "shortconv.in_proj": self.matrix(NOISE_EMBD, 3 * NOISE_EMBD),
+            "shortconv.out_proj": self.matrix(NOISE_EMBD, NOISE_EMBD),
+        }
+
+    def attention(self, arch):
+        names = ("attn_q", "attn_k", "attn_v", "attn_output")
+        block = {name: self.matrix(NOISE_EMBD, NOISE_EMBD) for name in names}
+        if arch != "llama":
+            block["attn_q_norm"] = self.ones(NOISE_EMBD // NOISE_HEADS)
+            block["attn_k_norm"] = self.ones(NOISE_EMBD // NOISE_HEADS)
+        return block
+
+    def layer(self, arch, number):
+        block = self.feed_forward()
+        has_convolution = arch == "lfm2" and number < 2
+        block.update(self.convolution() if has_convolution else self.attention(arch))
+        if arch == "gemma3":
+            block["post_attention_norm"] = self.ones(NOISE_EMBD)
+            block["post_ffw_norm"] = self.ones(NOISE_EMBD)
+        return block
+
+
+def noise_metadata(arch):
+    """What the file of a random model says about itself."""
+    keys = {
+        "context_length": 8192,
+        "block_count": NOISE_LAYERS[arch],
+        "embedding_length": NOISE_EMBD,
+        "feed_forward_length": 128,
+        "attention.head_count": NOISE_HEADS,
+        "attention.head_count_kv": NOISE_HEADS,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "vocab_size": len(NOISE_TEXTS),
+    }
+    if arch == "lfm2":
+        keys["shortconv.l_cache"] = 3
+        keys["attention.head_count_kv"] = [0, 0, NOISE_HEADS]
+    if arch == "gemma3":
+        keys["attention.sliding_window"] = 32
+        keys["attention.key_length"] = 16
+        keys["attention.value_length"] = 16
+    return {
+        "general.architecture": arch,
+        "general.name": "noise",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": NOISE_TEXTS,
+        "tokenizer.ggml.scores": [-float(n) for n in range(len(NOISE_TEXTS))],
+        "tokenizer.ggml.token_type": NOISE_TYPES,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 260,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        **{arch + "." + key: value for key, value in keys.items()},
+    }
+
+
 def write_random_model(path, arch="llama", **metadata):
     """Write seeded noise (F32) that heeds its whole context.
 
@@ -312,117 +417,18 @@ def write_random_model(path, arch="llama", **metadata):
     never writes as the tokenizer would.
     arch: "llama"; "lfm2", whose convolution states can't be cut; "gemma3" with a
     sliding window of 32 tokens in five of six layers."""
-    rng = random.Random(5)
-    n_embd = 64
-    n_layers = {"llama": 2, "lfm2": 3, "gemma3": 6}[arch]
-    n_ff = 128
-    n_head = 4
-    texts = (
-        ["<unk>", "<s>", "</s>"]
-        + ["<0x%02X>" % n for n in range(256)]
-        + ["<|im_start|>", "<|im_end|>", "\u2581"]
-    )
-    texts += [chr(n) for n in range(97, 123)] + ["qx", "xq", "zq", "qz", "xz"]
-
-    def noise(n, scale):
-        return array.array("f", (rng.gauss(0, scale) for _ in range(n))).tobytes()
-
-    def ones(n):
-        return ((n,), array.array("f", [1.0] * n).tobytes())
-
-    def matrix(*shape):
-        return (shape, noise(shape[0] * shape[1], 0.2))
-
-    table = (n_embd, len(texts))
-    tensors = {
-        "token_embd.weight": (
-            table,
-            noise(n_embd * len(texts), 1.0),
-        ),  # only letters are ever likely
-        "output.weight": (table, bytes(n_embd * 262 * 4) + noise(n_embd * (len(texts) - 262), 1.0)),
-        "token_embd_norm.weight" if arch == "lfm2" else "output_norm.weight": ones(n_embd),
-    }
-    for layer in range(n_layers):
-        block = {
-            "attn_norm": ones(n_embd),
-            "ffn_norm": ones(n_embd),
-            "ffn_gate": matrix(n_embd, n_ff),
-            "ffn_up": matrix(n_embd, n_ff),
-            "ffn_down": matrix(n_ff, n_embd),
-        }
-        if arch == "lfm2" and layer < 2:
-            block.update(
-                {
-                    "shortconv.conv": matrix(3, n_embd),
-                    "shortconv.in_proj": matrix(n_embd, 3 * n_embd),
-                    "shortconv.out_proj": matrix(n_embd, n_embd),
-                }
-            )
-        else:
-            block.update(
-                (name, matrix(n_embd, n_embd))
-                for name in ("attn_q", "attn_k", "attn_v", "attn_output")
-            )
-            block.update(
-                {"attn_q_norm": ones(n_embd // n_head), "attn_k_norm": ones(n_embd // n_head)}
-                if arch != "llama"
-                else {}
-            )
-        block.update(
-            {"post_attention_norm": ones(n_embd), "post_ffw_norm": ones(n_embd)}
-            if arch == "gemma3"
-            else {}
-        )
-        tensors.update(
-            ("blk.%d.%s.weight" % (layer, name), tensor) for name, tensor in block.items()
-        )
-    own = {
-        "lfm2": {"lfm2.shortconv.l_cache": 3, "lfm2.attention.head_count_kv": [0, 0, n_head]},
-        "gemma3": {
-            "gemma3.attention.sliding_window": 32,
-            "gemma3.attention.key_length": 16,
-            "gemma3.attention.value_length": 16,
-        },
-    }
-    shape = {
-        "context_length": 8192,
-        "block_count": n_layers,
-        "embedding_length": n_embd,
-        "feed_forward_length": n_ff,
-        "attention.head_count": n_head,
-        "attention.head_count_kv": n_head,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "vocab_size": len(texts),
-    }
+    noise = Noise()
+    tensors = noise.tables()
+    last_norm = "token_embd_norm" if arch == "lfm2" else "output_norm"
+    tensors[last_norm] = noise.ones(NOISE_EMBD)
+    for number in range(NOISE_LAYERS[arch]):
+        for name, tensor in noise.layer(arch, number).items():
+            tensors["blk.%d.%s" % (number, name)] = tensor
     write_gguf(
         path,
-        dict(
-            dict(
-                {
-                    "general.architecture": arch,
-                    "general.name": "noise",
-                    "tokenizer.ggml.model": "llama",
-                    "tokenizer.ggml.tokens": texts,
-                    "tokenizer.ggml.scores": [-float(n) for n in range(len(texts))],
-                    "tokenizer.ggml.token_type": [2, 3, 3]
-                    + [6] * 256
-                    + [3, 3]
-                    + [1] * (len(texts) - 261),
-                    "tokenizer.ggml.bos_token_id": 1,
-                    "tokenizer.ggml.eos_token_id": 260,
-                    "tokenizer.ggml.unknown_token_id": 0,
-                    "tokenizer.ggml.add_bos_token": True,
-                    "tokenizer.ggml.add_space_prefix": False,
-                },
-                **{arch + "." + key: value for key, value in shape.items()},
-            ),
-            **dict(own.get(arch, {}), **metadata),
-        ),
-        [(name, dims, raw) for name, (dims, raw) in tensors.items()],
+        dict(noise_metadata(arch), **metadata),
+        [(name + ".weight", dims, raw) for name, (dims, raw) in tensors.items()],
     )
-
-
-# -- writing models --
 
 
 def gguf_text(text):
