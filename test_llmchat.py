@@ -7759,6 +7759,14 @@ class LoopbackHub:
         request.end_headers()
         request.wfile.write(body)
 
+    def take_fault(self, place):
+        """The next fault that is planned for this place, or None."""
+        for i, (where, fault) in enumerate(self.faults):
+            if where == place:
+                del self.faults[i]
+                return fault
+        return None
+
     def answer(self, request):
         is_other = request.server is self.servers[1]
         path = request.path.partition("?")[0]
@@ -7766,18 +7774,15 @@ class LoopbackHub:
         if is_other:
             place = "other"
         self.requests.append((place, request.path, dict(request.headers)))
-        fault = next((i for i, (where, _) in enumerate(self.faults) if where == place), None)
-        fault = None if fault is None else self.faults.pop(fault)[1]
+        fault = self.take_fault(place)
         if isinstance(fault, tuple):
             return self.send(request, fault[0], b"<html>", **fault[1])
         if is_other:
-            return self.send_file(
-                request,
-                self.repos[path[1 : path.index("/file/")].replace("/", "__")][
-                    path.partition("/file/")[2]
-                ],
-                fault,
-            )
+            repo, _, name = path[1:].partition("/file/")
+            return self.send_file(request, self.repos[repo.replace("/", "__")][name], fault)
+        self.answer_api(request, path, fault)
+
+    def answer_api(self, request, path, fault):
         match = re.search(
             r"(?:/api/models)?/([^/]+)/([^/]+)/(revision/main|tree/|resolve/)(?:[^/]+/)?(.*)$", path
         )
@@ -11059,16 +11064,20 @@ class StoredChatTest(unittest.TestCase):
         self.assertEqual(ChatFileTest.raw(self, name), before)
         self.assertEqual(len(self.files()), 1)
 
-    def test_picker(self):
+    def store_three(self):
+        """Begin, with three chats on the disk."""
         self.begin()
         for words in ("llamas eat grass", 'mountains are "high"', "user content"):
             self.ask(words, "Yes: " + words.split()[0])
             self.do("/new")
 
-        def titles():
-            around = r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$"
-            return [re.sub(around, "", row.texts[0]) for row in self.state.dialog.rows]
+    def titles(self):
+        """What stands in the list of chats, without times and sizes."""
+        around = r"^\S+ \S+ +| +\(Tiny, \d+ kB\)$"
+        return [re.sub(around, "", row.texts[0]) for row in self.state.dialog.rows]
 
+    def test_picker_finds_words(self):
+        self.store_three()
         for query, found in (
             ("", 3),
             ("GRASS", 1),
@@ -11080,21 +11089,22 @@ class StoredChatTest(unittest.TestCase):
             ("\\", 0),
         ):
             self.do("/chats " + query)
-            self.assertEqual(len(titles()), found, query)
+            self.assertEqual(len(self.titles()), found, query)
+
+    def test_picker_renames(self):
+        self.store_three()
         self.do("/chats", Typed("grass"), "[ctrl-r]")
         lines, cursor, _ = view(self.state)
         row = "".join(part for part, _ in lines[cursor[0]])
-        self.assertEqual(
-            (row[: cursor[1]].strip("\u2502 "), self.state.dialog.query),
-            ("llamas eat grass",) * 2,
-            "the cursor is behind the present title",
-        )
+        before_cursor = row[: cursor[1]].strip("\u2502 ")
+        self.assertEqual(before_cursor, "llamas eat grass", "it is behind the present title")
+        self.assertEqual(self.state.dialog.query, "llamas eat grass")
         self.do("[ctrl-r]", "[up]", "[down]", "[esc]")
-        self.assertEqual(titles(), ["llamas eat grass"], "Esc leads back to the list")
+        self.assertEqual(self.titles(), ["llamas eat grass"], "Esc leads back to the list")
         self.assertEqual(self.state.dialog.query, "grass", "Esc leads back to the list")
         self.assertEqual(self.state.dialog.name, "chats", "Esc leads back to the list")
         self.do("[ctrl-r]", *["[backspace]"] * 5, Typed("herbs"), "[enter]")
-        self.assertEqual(titles(), ["llamas eat herbs"])
+        self.assertEqual(self.titles(), ["llamas eat herbs"])
         self.do(
             "[ctrl-r]",
             "[ctrl-u]",
@@ -11105,20 +11115,21 @@ class StoredChatTest(unittest.TestCase):
             "[backspace]",
             "[enter]",
         )
-        self.assertEqual(titles(), ["food lla"], "the search stays")
+        self.assertEqual(self.titles(), ["food lla"], "the search stays")
         self.assertEqual(self.state.dialog.query, "grass", "the search stays")
         self.do("[ctrl-w]", Typed("high"), "[enter]")
         self.assertEqual(self.shown()[0], 'mountains are "high"')
         self.assertIsNone(self.state.dialog)
+
+    def test_picker_deletes_what_is_chosen(self):
+        self.store_three()
+        self.do("/chats", Typed("high"), "[enter]")
         own = self.state.chat.name
         with mock.patch.object(self.disk, "find"):  # the list is long in coming
             self.do("/chats", Typed("high"), "[enter]", "[del]", "[enter]")
-            self.assertEqual(
-                self.shown()[0], 'mountains are "high"', "nothing happens to what isn't found yet"
-            )
-            self.assertEqual(
-                self.state.dialog.name, "chats", "nothing happens to what isn't found yet"
-            )
+            # Nothing happens to what isn't found yet.
+            self.assertEqual(self.shown()[0], 'mountains are "high"')
+            self.assertEqual(self.state.dialog.name, "chats")
         self.do(
             "/chats",
             Typed("high"),
@@ -11137,9 +11148,9 @@ class StoredChatTest(unittest.TestCase):
             "a list that comes late doesn't change what is deleted",
         )
         self.do("[enter]")
-        self.assertEqual(titles(), [])
+        self.assertEqual(self.titles(), [])
         self.do("[ctrl-u]")
-        self.assertEqual(len(titles()), 2)
+        self.assertEqual(len(self.titles()), 2)
         self.assertEqual(self.shown(), [])
         self.assertFalse(os.path.exists(llmchat.chat_path(own)))
         self.ask("after", "it")
@@ -14074,54 +14085,26 @@ class TerminalScreen:
             (blank + kept)[: len(kept)] if by > 0 else (kept + blank)[-len(kept) :]
         )
 
+    def blank(self, count):
+        return [" "] * count
+
     def sequence(self, parameters, final):
         numbers = [int(n) for n in re.findall(r"\d+", parameters)]
         n = (numbers + [0])[0]
-        m = (numbers + [0, 0])[1]
-        row = self.grid[self.y]
-        x = self.x
         one = max(1, n)
-
-        def blank(count):
-            return [" "] * count
-
         if final in "hl" and parameters[:1] == "?":
-            self.modes = self.modes | set(numbers) if final == "h" else self.modes - set(numbers)
-            self.grid = [blank(self.columns) for _ in self.grid] if n == 1049 else self.grid
+            self.switch(final == "h", numbers)
         elif final in "ABCDG`dHf":
-            x, y = {
-                "C": (x + one, self.y),
-                "D": (x - one, self.y),
-                "A": (x, self.y - one),
-                "B": (x, self.y + one),
-                "d": (x, one - 1),
-                "H": (m - 1, one - 1),
-                "f": (m - 1, one - 1),
-            }.get(final, (one - 1, self.y))
-            self.x = min(max(x, 0), self.columns - 1)
-            self.y = min(max(y, 0), self.rows - 1)
+            self.move(final, one, (numbers + [0, 0])[1])
         elif final in "JK":
-            start, end = {0: (x, self.columns), 1: (0, x + 1)}.get(n, (0, self.columns))
-            row[start:end] = blank(end - start)
-            for y in (
-                {0: range(self.y + 1, self.rows), 1: range(self.y)}.get(n, range(self.rows))
-                if final == "J"
-                else ()
-            ):
-                self.grid[y] = blank(self.columns)
+            self.erase(final, n)
         elif final in "X@P":
-            cut = min(one, self.columns - x)
-            rest = row[x:]
-            row[x:] = {
-                "X": blank(cut) + rest[cut:],
-                "@": (blank(cut) + rest)[: len(rest)],
-                "P": rest[cut:] + blank(cut),
-            }[final]
+            self.change_row(final, one)
         elif final in "LMST":
             self.shift(self.top if final in "ST" else self.y, one if final in "LT" else -one)
         elif final == "r":
             self.top = one - 1
-            self.bottom = m or self.rows
+            self.bottom = (numbers + [0, 0])[1] or self.rows
             self.x = 0
             self.y = 0
         elif final == "b":
@@ -14129,6 +14112,48 @@ class TerminalScreen:
                 self.put(self.last)
         elif final not in "hltn":
             raise ValueError("unknown sequence: CSI %s %s" % (parameters, final))
+
+    def switch(self, on, modes):
+        self.modes = self.modes | set(modes) if on else self.modes - set(modes)
+        if modes[:1] == [1049]:
+            self.grid = [self.blank(self.columns) for _ in self.grid]
+
+    def move(self, final, one, column):
+        """Move the cursor: by `one` cells, to that column or row, or to (row `one`, column)."""
+        places = {
+            "A": (self.x, self.y - one),
+            "B": (self.x, self.y + one),
+            "C": (self.x + one, self.y),
+            "D": (self.x - one, self.y),
+            "d": (self.x, one - 1),
+            "H": (column - 1, one - 1),
+            "f": (column - 1, one - 1),
+        }
+        x, y = places.get(final, (one - 1, self.y))
+        self.x = min(max(x, 0), self.columns - 1)
+        self.y = min(max(y, 0), self.rows - 1)
+
+    def erase(self, final, which):
+        """Erase behind the cursor (which: 0), before it (1), all: in its row, or (J) the screen."""
+        cells = {0: (self.x, self.columns), 1: (0, self.x + 1)}
+        start, end = cells.get(which, (0, self.columns))
+        self.grid[self.y][start:end] = self.blank(end - start)
+        if final == "J":
+            rows = {0: range(self.y + 1, self.rows), 1: range(self.y)}
+            for y in rows.get(which, range(self.rows)):
+                self.grid[y] = self.blank(self.columns)
+
+    def change_row(self, final, one):
+        """Erase (X), insert (@) or delete (P) so many cells at the cursor."""
+        row = self.grid[self.y]
+        rest = row[self.x :]
+        cut = min(one, len(rest))
+        changed = {
+            "X": self.blank(cut) + rest[cut:],
+            "@": (self.blank(cut) + rest)[: len(rest)],
+            "P": rest[cut:] + self.blank(cut),
+        }
+        row[self.x :] = changed[final]
 
 
 class TerminalScreenTest(unittest.TestCase):
@@ -14903,91 +14928,103 @@ class WindowTest(unittest.TestCase):
         rest = re.sub("\x1b(\\[[?>0-9;]*[A-Za-z@]|[()][A-Z0-9]|[=>78M])", "", text)
         self.assertNotRegex(rest, "[\x00-\x07\x0b\x0c\x0e-\x1f]")
 
-    def test_nothing_reaches_the_terminal_as_a_control_sequence(self):
-        """Names, replies, stored chats, pastes, the log, notices: in the window, in plain mode."""
-        evil = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
+    EVIL = "\x1b]0;evil\x07\x1b[97;41m\x9b7m\x1bc\u202e\u2066\x7f\u2028\u200f\ufeff"
+
+    def write_evil_chat(self, name, *records):
+        path = llmchat.chat_path(name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def evil_home(self):
+        """(a home with chats, a model there): control sequences in names, replies and chats."""
+        evil = self.EVIL
         home, _ = self.home()
         model = os.path.join(home["HOME"], "file" + evil + ".gguf")
-        write_scripted_model(
-            model,
-            {"it": "REPLY" + evil + " \x90 ```" + evil + "\nCODE" + evil},
-            "<|it|>",
-            **{"general.name": "NAME" + evil},
-        )
+        reply = "REPLY" + evil + " \x90 ```" + evil + "\nCODE" + evil
+        write_scripted_model(model, {"it": reply}, "<|it|>", **{"general.name": "NAME" + evil})
+        question = {"turn": 1, "parent": 0, "role": "user"}
+        answer = {
+            "turn": 2,
+            "parent": 1,
+            "role": "assistant",
+            "content": "OLD" + evil + "\ud800",
+            "note": "NOTE" + evil,
+            "model": "M" + evil,
+        }
+        title = {"title": "TITLE" + evil + "\ud800\x00"}
         with mock.patch.dict(os.environ, home):
             for n, words in enumerate(("QUESTION", "TITLE")):
-                path = llmchat.chat_path("chat%d" % n)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "w", encoding="utf-8") as file:
-                    for record in (
-                        {
-                            "turn": 1,
-                            "parent": 0,
-                            "role": "user",
-                            "content": words + evil + "\ud800\x00",
-                        },
-                        {
-                            "turn": 2,
-                            "parent": 1,
-                            "role": "assistant",
-                            "content": "OLD" + evil + "\ud800",
-                            "note": "NOTE" + evil,
-                            "model": "M" + evil,
-                        },
-                        {"title": "TITLE" + evil + "\ud800\x00"},
-                    )[: n + 2]:
-                        file.write(json.dumps(record) + "\n")
-        paste = "\x1b[200~%s\x1b[201~"
-        for plain in (False, True):
-            window = self.open(model, *["--plain"] * plain, columns=120, **home)
-            window.wait_for(r"\n>\s*$" if plain else "NAME.*\n ready")
-            if not plain:
-                window.type(paste % ("PASTE" + evil))
-                window.wait_for("PASTE")
-                window.type("\r")
-                window.wait_for("PASTE.*REPLY.*CODE.*first after")
-                window.type(paste % ("/load " + "x" + evil) + "\r")
-                window.wait_for("There is no file or model called x")
-                window.type(paste % ("/no" + evil) + "\r")
-                window.wait_for("There is no command /no")
-                window.type(paste % ("/find NOWHERE" + evil) + "\r")
-                window.wait_for("nowhere.*isn't found")
-                window.type("\x0f")
-                window.wait_for("QUESTION.*TITLE|TITLE.*QUESTION")
-                window.type("\x1b[B" + paste % ("QUESTION" + evil))
-                window.wait_for("Enter opens.*QUESTION")
-                window.type(ESC)
-                window.wait_for(r"^(?!.*Enter opens)")
-            else:
-                window.type("hello\r")
-                window.wait_for("REPLY.*CODE.*>\\s*$")
-                window.type("/chats\r")
-                window.wait_for("TITLE.*Choose one with /open NAME\\s*>\\s*$")
-            window.type("/open chat0\r")
-            window.wait_for("This chat goes on\\s*>\\s*$" if plain else "QUESTION.*OLD.*NOTE")
-            window.type(
-                "/export %s/OUT.md\r" % home["HOME"]
-                if plain
-                else paste % ("/export %s/OUT%s.md" % (home["HOME"], evil)) + "\r"
+                asked = dict(question, content=words + evil + "\ud800\x00")
+                self.write_evil_chat("chat%d" % n, *(asked, answer, title)[: n + 2])
+        return home, model
+
+    def test_nothing_reaches_the_terminal_as_a_control_sequence(self):
+        """Names, replies, stored chats, pastes, the log, notices in the window."""
+        home, model = self.evil_home()
+        window = self.open(model, columns=120, **home)
+        window.wait_for("NAME.*\n ready")
+
+        def paste(words, end=""):
+            window.type("\x1b[200~%s%s%s\x1b[201~" % (words, self.EVIL, end))
+
+        paste("PASTE")
+        window.wait_for("PASTE")
+        window.type("\r")
+        window.wait_for("PASTE.*REPLY.*CODE.*first after")
+        for line, wanted in (
+            ("/load x", "There is no file or model called x"),
+            ("/no", "There is no command /no"),
+            ("/find NOWHERE", "nowhere.*isn't found"),
+        ):
+            paste(line)
+            window.type("\r")
+            window.wait_for(wanted)
+        window.type("\x0f")
+        window.wait_for("QUESTION.*TITLE|TITLE.*QUESTION")
+        window.type("\x1b[B")
+        paste("QUESTION")
+        window.wait_for("Enter opens.*QUESTION")
+        window.type(ESC)
+        window.wait_for(r"^(?!.*Enter opens)")
+        window.type("/open chat0\r")
+        window.wait_for("QUESTION.*OLD.*NOTE")
+        paste("/export %s/OUT" % home["HOME"], ".md")
+        window.type("\r")
+        window.wait_for("Written")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        self.assert_harmless(window.raw)
+
+    def test_nothing_reaches_the_terminal_in_plain_mode(self):
+        home, model = self.evil_home()
+        window = self.open(model, "--plain", columns=120, **home)
+        window.wait_for(r"\n>\s*$")
+        for line, wanted in (
+            ("hello", "REPLY.*CODE.*>\\s*$"),
+            ("/chats", "TITLE.*Choose one with /open NAME\\s*>\\s*$"),
+            ("/open chat0", "This chat goes on\\s*>\\s*$"),
+            ("/export %s/OUT.md" % home["HOME"], "Written"),
+        ):
+            window.type(line + "\r")
+            window.wait_for(wanted)
+        window.type("\x04")
+        self.assertEqual(window.end(), 0)
+        self.assert_harmless(window.raw)
+
+    def test_nothing_reaches_the_terminal_from_the_command_line(self):
+        home, model = self.evil_home()
+        for arguments in (("--info", model), (model, model)):
+            done = subprocess.run(
+                [ENGINE, SCRIPT, *arguments],
+                env=dict(ENV, **home),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                timeout=LIMIT_S,
             )
-            window.wait_for("Written")
-            window.type("\x04" if plain else CTRL_Q)
-            self.assertEqual(window.end(), 0)
-            self.assert_harmless(window.raw)
-        done = subprocess.run(
-            [ENGINE, SCRIPT, "--info", model],
-            env=dict(ENV, **home),
-            stdout=subprocess.PIPE,
-            timeout=LIMIT_S,
-        )
-        self.assert_harmless(done.stdout)
-        done = subprocess.run(
-            [ENGINE, SCRIPT, model, model],
-            env=dict(ENV, **home),
-            stderr=subprocess.PIPE,
-            timeout=LIMIT_S,
-        )
-        self.assert_harmless(done.stderr)
+            self.assertIn(b"evil", done.stdout + done.stderr)
+            self.assert_harmless(done.stdout)
+            self.assert_harmless(done.stderr)
 
     def test_help_and_panes(self):
         window = self.open(TOUR, "--no-save")
