@@ -13358,46 +13358,54 @@ class SettingsTest(unittest.TestCase):
 
 
 class ViewTest(unittest.TestCase):
-    def random_state(self, dice, columns, rows):
-        def words(n):
-            return random_text(dice, n)
-
-        draft = random_text(dice, dice.choice((3, 90)))
-        choose = dice.choice
-        turns = tuple(
-            Turn(choose(("user", "assistant", "notice")), words(60), words(9))
-            for _ in range(dice.randrange(6))
+    def random_model(self, dice, n):
+        return a_model(
+            random_text(dice, 9),
+            random_text(dice, 40),
+            quant=random_text(dice, 3),
+            rate=9 * dice.random(),
+            n_bytes=n << 28,
+            note=dice.choice(("", random_text(dice, 30))),
+            verdict=dice.choice(("fits", "tight", "")),
         )
+
+    def random_dialog(self, dice):
+        query = dice.choice(("", "chat", random_text(dice, 3)))
+        help_sheet = play(State(), "[f1]")[0].dialog
+        models = model_list(*(self.random_model(dice, n) for n in range(40)))
         dialogs = (
             None,
             None,
-            play(State(), "[f1]")[0].dialog._replace(
-                index=dice.randrange(60), query=choose(("", "chat", words(3)))
-            ),
+            help_sheet._replace(index=dice.randrange(60), query=query),
             llmchat.ask_setup(),
-            model_list(
-                *(
-                    a_model(
-                        words(9),
-                        words(40),
-                        quant=words(3),
-                        rate=9 * dice.random(),
-                        n_bytes=n << 28,
-                        note=choose(("", words(30))),
-                        verdict=choose(("fits", "tight", "")),
-                    )
-                    for n in range(40)
-                )
-            )._replace(index=dice.randrange(9), query=choose(("", "e"))),
+            models._replace(index=dice.randrange(9), query=dice.choice(("", "e"))),
         )
+        return dice.choice(dialogs)
+
+    def random_chat(self, dice):
+        turns = tuple(
+            Turn(
+                dice.choice(("user", "assistant", "notice")),
+                random_text(dice, 60),
+                random_text(dice, 9),
+            )
+            for _ in range(dice.randrange(6))
+        )
+        reply = dice.choice((None, "", random_text(dice, 200)))
+        return Chat(turns, reply, 1, dice.choice((True, False)))
+
+    def random_state(self, dice, columns, rows):
+        choose = dice.choice
+        draft = random_text(dice, choose((3, 90)))
+        model = ModelInfo(random_text(dice, 30), "llama", 4096)
         return State(
             settings=Settings("m.gguf", unicode=choose((True, False))),
             engine=choose(list(Condition)),
-            model=choose((None, ModelInfo(words(30), "llama", 4096))),
-            chat=Chat(turns, choose((None, "", words(200))), 1, choose((True, False))),
+            model=choose((None, model)),
+            chat=self.random_chat(dice),
             draft=Draft(draft, dice.randint(0, len(draft))),
-            dialog=choose(dialogs),
-            log=tuple(LogLine("dim", words(40)) for _ in range(9)),
+            dialog=self.random_dialog(dice),
+            log=tuple(LogLine("dim", random_text(dice, 40)) for _ in range(9)),
             columns=columns,
             rows=rows,
             pane=choose(("beside", "hidden", "full")),
@@ -13406,7 +13414,7 @@ class ViewTest(unittest.TestCase):
             side_scrolls={"system": choose((None, Scroll(3, 1)))},
             progress=choose((llmchat.Progress(), llmchat.Progress(12, 34))),
             speed=dice.random() * 99,
-            hint=choose(("", words(9))),
+            hint=choose(("", random_text(dice, 9))),
             quit_asked=choose((True, False)),
         )
 
