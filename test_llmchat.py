@@ -7346,8 +7346,12 @@ import json, os, llmchat
 llmchat.WritingRate.LEAST_SHARE = 0       # other tests may take the CPU
 llmchat.WritingRate.LEAST_TOKENS = 4
 e = engine()
-e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
 e.learned = llmchat.read_machine(e.hardware)
+for attempt in range(20):                 # a pace is out of bounds while much else is at work
+    if e.learned.paces:
+        break
+    e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
+    e.learned = llmchat.read_machine(e.hardware)
 is_measured = e.hardware.bytes_per_s > 0
 n_kept = len(e.learned.bytes_per_s)
 print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build, n_kept]))
