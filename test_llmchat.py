@@ -14992,8 +14992,9 @@ class WindowTest(unittest.TestCase):
         window.wait_for("❯ first words.*Search back: first ")
         window.type("\r")
         window.wait_for("❯ first words.*Answered.*❯  *│")
-        window.type(UP + UP)
-        window.wait_for("├─.*❯ second words")
+        for message in ("first words", "second words"):
+            window.type(UP)
+            window.wait_for("├─.*❯ " + message)
 
     def test_wheel(self):
         """Through the decoder and the loop, at any speed of the line; the mouse isn't asked for."""
