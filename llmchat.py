@@ -272,6 +272,7 @@ HISTORY_MESSAGES = 1000       # messages that Up and Ctrl-R find in later runs
 LOG_LINES = 2000              # lines kept in the system pane
 SCROLLBACK_LINES = 200        # of the chat's end that stay in the terminal after quitting; 0 = none
 THOUGHTS = "folded"           # a model's thinking: "folded" into a line, "open" or "hidden"
+STATISTICS = "speed"          # under a reply: its "speed", "all" or "none"
 
 # How replies begin that hold thinking, and what ends it. How templates say so: see SWITCHES.
 THINKING = (
@@ -287,6 +288,7 @@ THINKING = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"), ("◁think▷", "◁/think▷"),
     ("<|think|>", "<|end|><|begin|>assistant<|content|>"), ("<|content|>", ""),    # Solar
     ("<|inner_prefix|>", "<|inner_suffix|>"), ("", "[BEGIN FINAL RESPONSE]"))    # Apertus; Apriel
+EFFORTS = ("low", "medium", "high")       # /think WORD, where a model's template knows these
 
 # What there is to colour: role: attributes (b bold, d dim, i italic, u underline).
 # Terminals without colours show only these.
@@ -601,8 +603,10 @@ class Settings(NamedTuple):
     session: str = ""         # names of chats begin with it; "" = nothing is stored
     states: str = ""          # folder of the engine's states, "" = none are kept
     raw: bool = False         # show replies as they were written, Markdown and all
-    think: Optional[bool] = None  # whether the model is to think; None = as its template has it
+    think: Any = None         # whether the model is to think: True, False or one of EFFORTS;
+                              # None = as its template has it
     thoughts: str = THOUGHTS
+    statistics: str = STATISTICS
     theme: str = THEME
     given: Dict[str, Any] = {}  # what the command line says: names and values
     once: bool = False        # one answer without anybody watching, as with -p
@@ -619,13 +623,14 @@ class ModelInfo(NamedTuple):
     think: Optional[bool] = None  # where nobody said whether it is to think; False = too slow here
     proven: bool = False      # it has read and decoded, so it runs here
     may_think: bool = False   # it may end thoughts that it hasn't begun
+    efforts: Sequence[str] = ()   # those of EFFORTS that its template knows
+    is_base: bool = False     # it has no chat template: it goes on with a text
 
 class Turn(NamedTuple):
-    role: str                 # "user", "assistant"; "notice": from the program, for people only
+    role: str                 # "user" or "assistant"
     text: str
-    note: Any = ""            # a dim line under it: an Ending, or a text
-    style: str = "warn"       # of a notice
-    id: int = 0               # its number in the chat, from 1 on; 0 = a notice, which isn't stored
+    note: Any = ""            # what stands under it: an Ending, or a text
+    id: int = 0               # its number in the chat, from 1 on
     parent: int = 0           # the turn before it, 0 = none
     thought: Any = ()         # of a reply's thinking: (tokens, seconds); in older files a text
 
@@ -643,13 +648,14 @@ class Chat(NamedTuple):
     """A tree of turns, of which one path is shown.
 
     Another answer or an edited question is a new branch."""
-    turns: Tuple[Turn, ...] = ()  # the path, with the program's notices between
+    turns: Tuple[Turn, ...] = ()  # the path
     reply: Optional[str] = None  # the reply in progress
     request: int = 0          # number of the last request to the engine
     waiting: bool = False     # the last turn still has to be sent to the engine
     forgotten: int = 0        # the model no longer sees the turns before this one
     editing: Optional[int] = None  # index of the turn that the draft will take the place of
     name: str = ""            # of its file, "" = it isn't stored
+    title: str = ""           # "" = the first question is it
     nodes: Dict[int, Turn] = {}  # all turns by number; never changed in place
     kids: Dict[int, Tuple[int, ...]] = {}    # number -> those that follow it, oldest first
     last: int = 0             # the highest number
@@ -691,8 +697,10 @@ class Draft(NamedTuple):
 # The first visible line: line `line` of item `item` (a turn, or a line of the log)
 Scroll = NamedTuple("Scroll", [("item", int), ("line", int)])
 
-# level: a style, "dim", "text", "good", "warn" or "error"
-LogLine = NamedTuple("LogLine", [("level", str), ("text", str)])
+class LogLine(NamedTuple):
+    level: str                # a style, "dim", "text", "good", "warn" or "error"
+    text: str
+    source: str = ""          # who says it: "llama.cpp", "installer"; "" = we do
 
 class Needs(NamedTuple):
     """What is lacking before the first chat, as probe_needs() finds it."""
@@ -764,13 +772,15 @@ class Question(NamedTuple):
 
 class Sheet(NamedTuple):
     """Lines to read and to scroll."""
-    name: str                 # "help"
+    name: str                 # "help", which can be searched; "text"; or "message", which any key
+                              # closes
     title: str
     rows: Tuple[Any, ...]     # what, its meaning ("" = the line is one text), of help a HelpRow
     index: int = 0            # type: ignore[assignment]
                               # of the first line that is seen
-    query: str = ""           # what is searched for
+    query: Optional[str] = ""  # what is searched for; None: nothing can be
     back: Any = None
+    style: str = "text"
 
 class State(NamedTuple):
     settings: Settings = Settings()
@@ -934,13 +944,21 @@ def turns_to(chat: Chat, at: int, after: int = 0) -> Tuple[Turn, ...]:
 
 def last_turn_id(chat: Chat) -> int:
     """Return the number of the last turn, 0 in an empty chat."""
-    return next((turn.id for turn in reversed(chat.turns) if turn.id), 0)
+    return chat.turns[-1].id if chat.turns else 0
 
 def first_seen_id(chat: Chat) -> int:
     """Return the number of the first turn that the model sees, 0 = it sees all of them."""
-    if not chat.forgotten:
-        return 0
-    return next((turn.id for turn in chat.turns[chat.forgotten:] if turn.id), 0)
+    seen = chat.turns[chat.forgotten:]
+    return seen[0].id if chat.forgotten and seen else 0
+
+def title_of(chat: Chat) -> str:
+    """Return a chat's title: as it was named, or else its first question; "" = there is none."""
+    asked = [turn.text for turn in chat.turns[:1] if turn.role == "user"]
+    return chat.title or "".join(map(question_title, asked))
+
+@lru_cache(maxsize=64)
+def question_title(text: str) -> str:
+    return " ".join(split_files(text)[1].split())[:200]
 
 def add_turn(chat: Chat, role: str, text: str, note: Any = "", thought: Any = ()) -> Chat:
     """Add a turn to the path; one that was said at this place before is taken again."""
@@ -1176,7 +1194,7 @@ NEAREST = dict(pair.split(None, 1) for pair in """\
 ‹ <,› >,– -,— -,‐ -,‑ -,‒ -,− -,― -,→ »>,← «<,↑ ^,↓ v,⇒ >,⇐ <,× x,÷ /,≤ <,≥ >,≠ #,≈ ~,± ~,√ V
 ∞ 8,€ E,£ L,¥ Y,¢ c,© c,® r,™ t,° o,¿ ?,¡ !,§ S,¶ P,¦ |,ß s,æ a,Æ A,œ o,Œ O,ø o,Ø O,ł l,Ł L,đ d
 Đ D,ð d,Ð D,þ p,Þ P,ı i,ħ h,Ħ H,ŋ n,Ŋ N,ſ s,ƒ f,µ u,─ -,━ ─-,═ ─-,│ |,┃ │|,║ │|,┌ +,┐ +,└ +,┘ +
-├ +,┤ +,┬ +,┴ +,┼ +,╭ ┌+,╮ ┐+,╰ └+,╯ ┘+""".replace("\n", ",").split(","))
+├ +,┤ +,┬ +,┴ +,┼ +,╭ ┌+,╮ ┐+,╰ └+,╯ ┘+,▸ >,▾ ▼v""".replace("\n", ",").split(","))
 
 SPELLED = dict(pair.split() for pair in """\
 … ...,— --,→ ->,← <-,⇒ =>,⇐ <=,≤ <=,≥ >=,≠ !=,± +-,€ EUR,£ GBP,© (c),® (R),™ (TM),ß ss,æ ae,Æ AE
@@ -1283,6 +1301,7 @@ class RenderOptions(NamedTuple):
     raw: bool
     thoughts: str = THOUGHTS
     style: str = "text"           # of words that nothing marks
+    margin: str = "  "            # before each line of a reply
 
 class Block(NamedTuple):
     """Hold a line of Markdown without its mark: that of a heading, a quote or an item of a list."""
@@ -1716,12 +1735,11 @@ def code_blocks(text: str) -> List[str]:
 # Turns and log lines as styled lines. Thinking is told from the answer here. Pure, but that a reply
 # in progress keeps the lines that are finished. Another kind of thinking: a row of THINKING.
 
-MARGIN: Line = (("  ", "text"),)
-
 class StreamedReply:
     """Keep the lines of a reply while it grows: what is finished is laid out once."""
     def __init__(self, options: RenderOptions) -> None:
         self.options = options
+        self.margin: Line = ((options.margin, options.style),)
         self.clear()
 
     def clear(self) -> None:
@@ -1741,7 +1759,7 @@ class StreamedReply:
             self.text = text
             del self.lines[self.n_done:]
             self._finish_lines()
-            self.lines += [MARGIN + line for line in self._open_lines(ended)]
+            self.lines += [self.margin + line for line in self._open_lines(ended)]
         return self.lines
 
     def _finish_lines(self) -> None:
@@ -1752,7 +1770,7 @@ class StreamedReply:
             whole = piece.endswith("\n")
             self.markdown, lines = render_line(
                 self.markdown, piece.rstrip("\n"), self.options, whole)
-            self.lines += [MARGIN + line for line in lines]
+            self.lines += [self.margin + line for line in lines]
             self.at = end
             end = self._piece_end()
         self.n_done = len(self.lines)
@@ -1797,7 +1815,8 @@ class StreamedReply:
 @lru_cache(maxsize=4)
 def streamed_reply(options: RenderOptions) -> StreamedReply:
     """Keep the reply in progress, or its thinking."""
-    return StreamedReply(options._replace(width=max(1, options.width - 3)))
+    width = options.width - len(options.margin) - 1
+    return StreamedReply(options._replace(width=max(1, width)))
 
 # Marks of gpt-oss (OpenAI's Harmony format) around the words of a message. Its channel is final,
 # analysis or commentary.
@@ -1889,46 +1908,55 @@ def split_thinking(text: str) -> Tuple[str, Optional[str]]:
     return "\n".join(thoughts).strip(), answer.lstrip()
 
 def describe_thought(thought: Any) -> str:
-    """Such as "214 tokens, 9 s". A text, as older files have it, stays as it is."""
+    """Such as "9 s, 214 tokens". A text, as older files have it, stays as it is."""
     if not thought or isinstance(thought, str):
         return thought or ""
-    return "%s, %.0f s" % (format_count(thought[0], "token"), thought[1])
+    return "%.0f s, %s" % (thought[1], format_count(thought[0], "token"))
 
 def reply_lines(text: str, thought: Any, options: RenderOptions, ended: bool) -> List[Line]:
     """Lay out a reply: what it thought, as options.thoughts says, and its answer."""
-    def show(words: str, options: RenderOptions, is_complete: bool) -> List[Line]:
-        reply = streamed_reply(options)   # most of it is laid out, if it was in progress just now
-        if ended and not words.startswith(reply.text):
-            reply = StreamedReply(reply.options)    # another reply may be in progress
-        return reply.show(words, is_complete)
-
     thinking, answer = split_thinking(text)
     lines: List[Line] = []
     if (thinking or answer is None) and options.thoughts != "hidden":
-        dots = "…" if options.unicode else "..."
-        title = "thinking%s %s" % (dots, describe_thought(thought))
-        title = take_cells(title, max(1, options.width - 3))
-        lines = [(("  ", "dim"), (title, "dim"))]
+        is_over = ended or answer is not None
+        lines = [thought_line(thought, options, is_over)]
         if options.thoughts == "open":
-            dim = options._replace(raw=True, style="dim")
-            lines += show(thinking, dim, ended or answer is not None) + [()]
+            bar = "  │ " if options.unicode else "  | "
+            dim = options._replace(raw=True, style="dim", margin=bar)
+            lines += show_reply(thinking, dim, ended, is_over)
+            lines.append(())
         if answer is None:
             return lines
-    return lines + show(answer or "", options, ended)
+    return lines + show_reply(answer or "", options, ended, ended)
+
+def show_reply(words: str, options: RenderOptions, ended: bool, is_complete: bool) -> List[Line]:
+    """Lay out the answer of a reply, or its thinking, which may be complete before the reply is."""
+    reply = streamed_reply(options)       # most of it is laid out, if it was in progress just now
+    if ended and not words.startswith(reply.text):
+        reply = StreamedReply(reply.options)    # another reply may be in progress
+    return reply.show(words, is_complete)
+
+def thought_line(thought: Any, options: RenderOptions, is_over: bool) -> Line:
+    """Show the line that thinking is folded into, such as "▸ thought 9 s, 214 tokens"."""
+    marks = ("▸", "▾") if options.unicode else ("+", "-")
+    mark = marks[options.thoughts == "open"]
+    word = "thinking…" if options.unicode else "thinking..."
+    if is_over:
+        word = "thought"
+    title = "%s %s %s" % (mark, word, describe_thought(thought))
+    return (("  ", "dim"), (take_cells(title.rstrip(), max(1, options.width - 3)), "dim"))
 
 @lru_cache(maxsize=2048)
-def turn_lines(turn: Turn, options: RenderOptions) -> Tuple[Line, ...]:
-    """Lay out a turn of the chat, with an empty line after it."""
+def turn_lines(turn: Turn, note: Span, options: RenderOptions) -> Tuple[Line, ...]:
+    """Lay out a turn of the chat, with its note and an empty line after it."""
     width = options.width - 3
     if turn.role == "assistant":
         lines = reply_lines(turn.text, turn.thought, options, ended=True)
-    elif turn.role == "user":
+    else:
         mark = "❯ " if options.unicode else "> "
         lines = marked_lines(mark, question_text(turn.text, options.raw), width, "user")
-    else:
-        lines = marked_lines("  ", turn.text, width, turn.style)
-    for row in wrap(clean(turn.note), width) if turn.note else ():
-        lines.append((("  ", "dim"), (row, "dim")))
+    text, style = note
+    lines += [(("  ", "dim"), (row, style)) for row in wrap(clean(text), width) if text]
     return tuple(lines) + ((),)
 
 def question_text(text: str, raw: bool) -> str:
@@ -2185,7 +2213,7 @@ class Items(NamedTuple):
 
 class Pane(NamedTuple):
     """Say what a pane shows; see PANES."""
-    title: Any                    # state -> text
+    title: Any                    # (state, width) -> text
     head: Any                     # (state, area) -> lines that stay above the others
     items: Any                    # (state, width) -> Items, which scroll
 
@@ -2302,20 +2330,32 @@ def set_scroll(state: State, name: str, scroll: Optional[Scroll]) -> State:
 def dot_between(unicode: bool) -> str:
     return " · " if unicode else " - "
 
-def chat_title(state: State) -> str:
-    """Name the program, the model, and what is special about this chat."""
-    name = state.model.name if state.model else os.path.basename(state.settings.model_path)
-    parts = ("llmchat", name, "private" if is_private(state) else "")
-    return dot_between(state.settings.unicode).join(filter(None, parts))
+def chat_title(state: State, width: int) -> str:
+    """Name the chat, the model and what is special, such as "tides and moon · smollm2:135m".
 
-def main_title(state: State) -> str:
+    A long title leaves room for the model, which takes at most half."""
+    unicode = state.settings.unicode
+    dot = dot_between(unicode)
+    model = state.model.name if state.model else file_label(state.settings.model_path)
+    parts = [cut_name(model, width // 2, unicode), "private" if is_private(state) else ""]
+    rest = "".join(dot + part for part in parts if part)
+    return cut_name(title_of(state.chat) or "llmchat", width - cells(rest), unicode) + rest
+
+def cut_name(text: str, width: int, unicode: bool) -> str:
+    """Cut a name to this width, with dots where there is more of it."""
+    if cells(clean_name(text, width + 1)) <= width:
+        return clean_name(text, width)
+    dots = "…" if unicode else "..."
+    return clean_name(text, width - len(dots)).rstrip() + dots
+
+def main_title(state: State, width: int) -> str:
     """Name the list in front of the chat, or the chat."""
     choice = open_choice(state)
     if choice and choice.name != "theme":
         return choice.title.partition(":")[0]
-    return chat_title(state)
+    return chat_title(state, width)
 
-def details_title(state: State) -> str:
+def details_title(state: State, width: int) -> str:
     choice = open_choice(state)
     item = choice and chosen_item(choice)
     return LISTS[choice.name].name(item) if item else ""
@@ -2332,7 +2372,7 @@ def details_items(state: State, width: int) -> Items:
     shown = turns or facts
     return Items(len(shown), lambda i: fact_lines(state, shown[i], width))
 
-def system_title(state: State) -> str:
+def system_title(state: State, width: int) -> str:
     return "system"
 
 def chat_head(state: State, area: Area) -> List[Line]:
@@ -2372,8 +2412,7 @@ def chat_items(state: State, width: int) -> Items:
         if i == len(chat.turns):
             shown = reply_lines(chat.reply or "", chat.thought, options, ended=False)
         else:
-            note = turn_note(chat, i, dot_between(settings.unicode))
-            shown = turn_lines(chat.turns[i]._replace(note=note), options)
+            shown = turn_lines(chat.turns[i], turn_note(chat, i, settings), options)
         if i < chat.forgotten:
             shown = [tuple((text, "dim") for text, _ in line) for line in shown]
         if i == chat.forgotten - 1:
@@ -2398,21 +2437,22 @@ def versions(chat: Chat, turn: Turn) -> List[int]:
     kids = chat.kids.get(turn.parent, ())
     return [kid for kid in kids if chat.nodes[kid].role == turn.role]
 
-def turn_note(chat: Chat, i: int, dot: str) -> str:
-    """Write the dim line under turn i. The keys turn the versions of the last turn with some."""
+def turn_note(chat: Chat, i: int, settings: Settings) -> Span:
+    """Write what stands under turn i. The keys turn the versions of the last turn with some."""
     turn = chat.turns[i]
     numbers = versions(chat, turn)
-    parts = [describe_ending(turn.note)]
+    parts = [describe_ending(turn.note, settings.statistics)]
     if len(numbers) > 1:
         parts.append("version %d of %d" % (numbers.index(turn.id) + 1, len(numbers)))
         if not any(len(versions(chat, later)) > 1 for later in chat.turns[i + 1:]):
             parts.append("Alt-Left/Right")
     if turn.id and turn.id == last_turn_id(chat):
         parts.append(open_end(chat))
-    return dot.join(filter(None, parts))
+    style = "warn" if how_cut(turn) else "dim"
+    return dot_between(settings.unicode).join(filter(None, parts)), style
 
-# The end of the note of a reply that was cut
-CUT_NOTE = r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)$"
+# How the note of a reply tells that it was cut; of one that failed, the reason follows
+CUT_NOTE = r"(?:interrupted|not finished|stopped|the engine stopped here|cut at [^,]*)(?=: |$)"
 
 def open_end(chat: Chat) -> str:
     """What may be done about a last reply that was cut, or a question without an answer."""
@@ -2425,25 +2465,36 @@ def open_end(chat: Chat) -> str:
 
 def how_cut(turn: Turn) -> str:
     """Tell how a reply was cut, such as "stopped"; "" = it is whole."""
-    cut = re.search(CUT_NOTE, describe_ending(turn.note))
+    cut = re.search(CUT_NOTE, describe_ending(turn.note, "none"))
     return cut.group() if cut else ""
 
 ENDS = {
     "stopped": ", stopped",
+    "silent": ", only thought, without an answer",
     "length": ", cut at the token limit (/set max_tokens)",
     "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
     "full": ", cut at the length of the context"}
 
-def describe_ending(ending: Any) -> str:
-    """Describe a reply in numbers and why it ended. A text, as in older files, stays as it is."""
+def describe_ending(ending: Any, statistics: str) -> str:
+    """Describe a reply in numbers, "all", its "speed" or "none", and why it ended.
+
+    A text, as older files have it, stays as it is."""
     if not isinstance(ending, Ending):
         return ending
+    text = ""
+    if statistics == "all":
+        text = describe_reply(ending)
+    elif statistics == "speed" and ending.rate:
+        text = "%.1f tokens/s" % ending.rate
+    return (text + ENDS.get(ending.reason, "")).lstrip(", ")
+
+def describe_reply(ending: Ending) -> str:
     count = "%d more tokens" if ending.continued else "%d tokens"
     text = (count + ", %.1f/s, first after %.1f s, read %s") % (
         ending.n_written, ending.rate, ending.first_s, format(ending.n_read, ","))
     if ending.n_reused:
         text += ", reused %s" % format(ending.n_reused, ",")
-    return text + ENDS.get(ending.reason, "")
+    return text
 
 def lines_from(items: Items, top: Scroll, height: int) -> List[Line]:
     """Take up to `height` lines from a place on."""
@@ -2608,9 +2659,20 @@ def synonyms(name: str) -> List[str]:
     return SYNONYMS.get(name, "").split()
 
 def notice(state: State, text: str, style: str = "warn") -> State:
-    """Show a message from the program in the chat."""
-    turns = state.chat.turns + (Turn("notice", text, style=style),)
-    return state._replace(chat=state.chat._replace(turns=turns), chat_scroll=None)
+    """Tell what belongs to no turn: in the log, and as a hint; as a message if it is an error, or
+    too long for the bottom line. Plain mode prints the log."""
+    state = add_log(state, LogLine(style, text))
+    if not state.settings.window:
+        return state
+    is_message = is_open(state, "message")
+    is_short = style != "error" and "\n" not in text and cells(text) < state.columns - 1
+    if is_short or state.dialog and not is_message:
+        return state._replace(hint=text)
+    rows = ((text, ""),)
+    if is_message:                        # nobody has seen it yet
+        rows = state.dialog.rows + rows
+        style = "error" if state.dialog.style == "error" else style
+    return state._replace(dialog=Sheet("message", "", rows, query=None, style=style))
 
 def add_log(state: State, *lines: LogLine) -> State:
     log = state.log + lines
@@ -2656,14 +2718,13 @@ def chat_messages(state: State) -> List[Dict[str, str]]:
     chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
     for turn in chat.turns[chat.forgotten:chat.editing]:
-        if turn.role != "notice":
-            messages.append({"role": turn.role, "content": turn.text})
+        messages.append({"role": turn.role, "content": turn.text})
     return messages
 
-def shall_think(state: State) -> Optional[bool]:
+def shall_think(state: State) -> Any:
     """Tell whether the model is to think: as somebody chose, else as suits it on this machine.
 
-    None = as its template has it."""
+    True, False, one of EFFORTS, or None = as its template has it."""
     if state.settings.think is None and state.model:
         return state.model.think
     return state.settings.think
@@ -2841,7 +2902,13 @@ def cmd_title(state: State, argument: str) -> Outcome:
         return state._replace(hint="This chat isn't stored, so it has no title")
     if not argument or not chat.last:
         return state._replace(hint="Say something first; then /title TEXT names the chat")
-    return state._replace(hint="Named"), (DiskJob("rename", (chat.name, argument)),)
+    return rename(state, chat.name, argument)
+
+def rename(state: State, name: str, title: str) -> Change:
+    """Give a stored chat another title, which may be the one that is open."""
+    if name == state.chat.name:
+        state = state._replace(chat=state.chat._replace(title=title))
+    return state._replace(hint="Named"), (DiskJob("rename", (name, title)),)
 
 def cmd_export(state: State, argument: str) -> Outcome:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
@@ -3028,7 +3095,7 @@ def cmd_redo(state: State, argument: str) -> Outcome:
 
 def cmd_fork(state: State, argument: str) -> Outcome:
     """/fork: go on in a copy of this chat"""
-    copy = state.chat._replace(name="", stored=0, stored_at=(0, 0), system="")
+    copy = state.chat._replace(name="", title="", stored=0, stored_at=(0, 0), system="")
     hint = "This is a copy; the other chat stays as it was"
     return begin_chat(state, copy, hint, private=not state.chat.name)
 
@@ -3138,7 +3205,7 @@ def load_path(state: State, path: str) -> Change:
     settings = state.settings._replace(model_path=path)
     if path != state.settings.model_path:
         # What was chosen for the model before doesn't go for this one.
-        settings = settings._replace(sampling=Sampling(), options=LoadOptions())
+        settings = settings._replace(sampling=Sampling(), options=LoadOptions(), think=None)
         settings = recall_settings(settings)
     state = state._replace(
         settings=settings, before=state.settings, fallback=0, caution=REMEMBERED)
@@ -3195,8 +3262,8 @@ def cmd_system(state: State, argument: str) -> Outcome:
     """/system TEXT: how the model should behave, from the next message on (no TEXT: show it;
     "none": remove it)"""
     if not argument:
-        text = "System prompt: " + (state.settings.system_prompt or "(none)")
-        return notice(state, text, "dim")
+        text = state.settings.system_prompt or "(none)"
+        return state._replace(dialog=text_sheet("System prompt", [(text, "")]))
     if argument.lower() == "none":
         return choose(state, {"system_prompt": ""}, "System prompt removed")
     return choose(state, {"system_prompt": argument}, "System prompt set")
@@ -3301,7 +3368,8 @@ def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
 
     In a chat that isn't stored they count only now."""
     settings = with_values(state.settings, values)
-    model = "" if "theme" in values else os.path.basename(settings.model_path)
+    is_for_all = "theme" in values or "statistics" in values
+    model = "" if is_for_all else os.path.basename(settings.model_path)
     return keep_values(state._replace(settings=settings, hint=hint), model, values)
 
 def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
@@ -3324,17 +3392,19 @@ def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
     """Change settings. The values may come from a file: what no setting would take is left out."""
     sampling: Dict[str, Any] = {}
     loading: Dict[str, Any] = {}
-    texts: Dict[str, Any] = {}
+    others: Dict[str, Any] = {}
     for name, value in values.items():
         if name in ("system_prompt", "theme"):
-            texts[name] = str(value)
+            others[name] = str(value)
+        elif value in WORDS_OF.get(name, ()):
+            others[name] = value
         elif name in SETTINGS:
             checked = check_setting(name, str(value))[0]
             if checked is not None:
                 (sampling if name in SAMPLING else loading)[name] = checked
     return settings._replace(
         sampling=settings.sampling._replace(**sampling),
-        options=settings.options._replace(**loading), **texts)
+        options=settings.options._replace(**loading), **others)
 
 def recall_settings(settings: Settings) -> Settings:
     """Change the settings to what was chosen for their model; what the command line says wins."""
@@ -3451,35 +3521,48 @@ def cmd_raw(state: State, argument: str) -> Outcome:
     return state._replace(settings=state.settings._replace(raw=raw), hint=hint)
 
 def cmd_think(state: State, argument: str) -> Outcome:
-    """/think on|off|hide: let the model think or not, or don't show its thinking (without a word:
-    open or close it)"""
-    if argument in ("on", "off"):
-        if state.model and not state.model.can_switch:
-            return state._replace(hint="This model has no switch for thinking")
-        settings = state.settings._replace(think=argument == "on")
-        hint = "Thinking is %s from the next message on" % argument
-        return state._replace(settings=settings, hint=hint)
+    """/think on|off|low|medium|high|hide: let the model think or not, or how much, or don't show
+    its thinking (without a word: open or close it)"""
+    if argument in THINK_VALUES:
+        return choose_thinking(state, argument)
     if argument not in ("", "hide"):
-        return state._replace(hint="/think on, off or hide")
+        return state._replace(hint="/think on, off, low, medium, high or hide")
     shown = "hidden"
     if not argument:
         shown = "folded" if state.settings.thoughts == "open" else "open"
     settings = state.settings._replace(thoughts=shown)
     return state._replace(settings=settings, hint="Thinking is %s" % shown)
 
+# /think WORD: what is asked of a model's template
+THINK_VALUES = {"on": True, "off": False, **{word: word for word in EFFORTS}}
+# Settings that aren't of SETTINGS: what they may be
+WORDS_OF = {"think": tuple(THINK_VALUES.values()), "statistics": ("speed", "all", "none")}
+
+def choose_thinking(state: State, word: str) -> Outcome:
+    model = state.model
+    knows_word = not model or word in model.efforts
+    if word in EFFORTS and not knows_word:
+        return state._replace(hint="This model can't be told how much to think: /think on or off")
+    if model and not model.can_switch and not knows_word:
+        return state._replace(hint="This model has no switch for thinking")
+    hint = "Thinking is %s from the next message on" % word
+    return choose(state, {"think": THINK_VALUES[word]}, hint)
+
 def cmd_stats(state: State, argument: str) -> Outcome:
-    """/stats: what this session has read and written, how fast, and the engine's memory"""
+    """/stats: what this session has read and written, how fast, and the engine's memory (speed, all
+    or none: what stands under replies)"""
+    if argument in WORDS_OF["statistics"]:
+        return choose(state, {"statistics": argument}, "Under replies: %s" % argument)
     stats, model = state.stats, state.model
     speeds = sparkline(state.speeds[-40:], state.settings.unicode)
-    rows = (
+    return state._replace(dialog=text_sheet("Statistics of this session", (
         ("model", model.description if model else state.engine.value),
         ("context", "{:,} of {:,} tokens".format(state.n_used, model.n_ctx if model else 0)),
         ("memory", format_bytes(state.ram_bytes) + " in the engine"),
         ("replies", "%d %s" % (stats.replies, speeds)),
         ("read", describe_rate(stats.n_read, stats.read_s)),
         ("reused", "{:,} tokens that did not have to be read again".format(stats.n_reused)),
-        ("written", describe_rate(stats.n_written, stats.write_s)))
-    return notice(state, "\n".join("%-10s %s" % row for row in rows), "dim")
+        ("written", describe_rate(stats.n_written, stats.write_s)))))
 
 def describe_rate(n_tokens: int, seconds: float) -> str:
     rate = "%.1f tokens/s" % (n_tokens / seconds) if seconds > 0 else "-"
@@ -4039,6 +4122,10 @@ def type_path(state: State, about: Any) -> Outcome:
 
 HELP_TITLE = "Type to search, Up and Down scroll, Esc closes"
 
+def text_sheet(title: str, rows: Iterable[Tuple[str, str]]) -> Sheet:
+    """Make a sheet of rows that are only read."""
+    return Sheet("text", title + ": Up and Down scroll, Esc closes", tuple(rows), query=None)
+
 def sheet_lines(sheet: Sheet, width: int) -> List[str]:
     """Lay out a sheet for this width; of a searched one what fits, without headings."""
     rows = sheet.rows
@@ -4046,7 +4133,10 @@ def sheet_lines(sheet: Sheet, width: int) -> List[str]:
         rows = tuple(row for row in rows if row[1] and has_words(" ".join(row), sheet.query))
     if not rows:
         return wrap(NOTHING_FOUND, max(1, width - 2))
-    return [line for row in rows for line in help_lines(row[0], row[1], width)]
+    lines: List[str] = []
+    for left, right, *_ in rows:
+        lines += help_lines(left, right, width) if right else wrap(left, max(1, width - 2))
+    return lines
 
 NOTHING_FOUND = "Nothing is found: try another word, or fewer letters."
 
@@ -4353,8 +4443,9 @@ def rename_chat(state: State, entry: ChatEntry) -> Outcome:
     title = state.dialog.query
     if not title.strip():
         return state
+    state, effects = rename(state, entry.name, title)
     state, find = find_again(state)
-    return state, (DiskJob("rename", (entry.name, title)), *find)
+    return state, (*effects, *find)
 
 # Lists of what has a name: CHOICES
 
@@ -4467,7 +4558,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     if not chat.name or not chat.last:
         return state, effects
     if not chat.nodes:                    # all of it was taken back
-        empty = Chat(turns=chat.turns, request=chat.request, name=chat.name)
+        empty = Chat(request=chat.request, name=chat.name)
         if chat.stored:
             effects += (DiskJob("erase", (chat.name,)),)
         return state._replace(chat=empty), effects
@@ -4596,6 +4687,10 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
         key = pair
     if key == "esc" and draft.search is not None:
         key = ""                          # it only ends the search
+    if is_open(state, "message"):
+        state = state._replace(dialog=None)
+        if key == "esc":
+            return state
     command = key_command(state, key)
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in WINDOW_KEYS:
@@ -4647,9 +4742,7 @@ def on_chat_deleted(state: State, event: ChatDeleted) -> State:
     return state._replace(draft=draft, hint=hint)
 
 def on_told(state: State, event: Told) -> State:
-    """Say what has become of an effect where one looks: that may be a list."""
-    hint = event.text if state.dialog else state.hint
-    return notice(state, event.text, event.style)._replace(hint=hint)
+    return notice(state, event.text, event.style)
 
 def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     if is_busy(state):
@@ -4659,27 +4752,26 @@ def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     state = state._replace(settings=state.settings._replace(system_prompt=chat.system))
     if not chat.stored:                   # brought in: no file knows of it yet
         chat = chat._replace(system="")
-    state = tell_opened(begin_chat(state, chat, ""), event.note)
-    state, effects = load_chat_model(state)
-    if not before.waiting:
-        return state, effects
-    if before.name and len(before.nodes) == 1:    # the message was typed before the chat came
-        effects += (DiskJob("erase", (before.name,)),)
-    waiting = before.turns[last_index(before, "user")].text
-    state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
-    return state, effects + more
+    state, effects = load_chat_model(begin_chat(state, chat, ""))
+    if before.waiting:
+        if before.name and len(before.nodes) == 1:    # it was typed before the chat came
+            effects += (DiskJob("erase", (before.name,)),)
+        waiting = before.turns[last_index(before, "user")].text
+        state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
+        effects += more
+    return tell_opened(state, chat, event.note), effects
 
-def tell_opened(state: State, note: str) -> State:
+def tell_opened(state: State, chat: Chat, note: str) -> State:
     """Say what there is to know about a chat that was opened."""
-    chat = state.chat
+    hints = ("" if note else "This chat goes on", open_end(chat))
+    state = state._replace(hint="; ".join(filter(None, hints)))
     if note:
         state = notice(state, note)
     if chat.n_damaged:
         text = ("This chat's file is damaged in %s. What can be read is shown; what can't stays "
                 "in the file, %s.jsonl.")
         state = notice(state, text % (format_count(chat.n_damaged, "line"), chat.name))
-    hints = ("" if note else "This chat goes on", open_end(chat))
-    return state._replace(hint="; ".join(filter(None, hints)))
+    return state
 
 def load_chat_model(state: State) -> Change:
     """Load the model that the chat was held with, unless the command line named one; without
@@ -4718,7 +4810,7 @@ def on_engine_logged(state: State, event: EngineLogged) -> State:
         level = "warn"
     if re.search("error|fail|abort|assert", text, re.I):
         level = "error"
-    return add_log(state, LogLine(level, text))
+    return add_log(state, LogLine(level, text, "llama.cpp"))
 
 def on_engine_missing(state: State, event: EngineMissing) -> Outcome:
     if state.engine is Condition.INSTALLING:
@@ -4756,7 +4848,7 @@ def on_install_said(state: State, event: ChildSaid) -> State:
         return state._replace(progress=read_step(message))
     level = "error" if message["event"] == "failed" else "dim"
     lines = message["text"].split("\n") if message.get("text") else []
-    return add_log(state, *(LogLine(level, line) for line in lines))
+    return add_log(state, *(LogLine(level, line, "installer") for line in lines))
 
 def on_installed(state: State, event: ChildEnded) -> Outcome:
     pane = "beside" if state.pane == "full" else state.pane
@@ -4764,7 +4856,8 @@ def on_installed(state: State, event: ChildEnded) -> Outcome:
     if not event.code:
         needs = state.needs and state.needs._replace(engine=False)
         state = state._replace(engine=Condition.OFF, needs=needs, fallback=0, caution=REMEMBERED)
-        return start_model(notice(state, "The engine is installed.", "good"))
+        state, effects = start_model(state)
+        return notice(state, "The engine is installed.", "good"), effects
     text = "The installation failed; the system pane (F2) says why."
     if event.code == 130:                 # Ctrl-C, and our stop
         text = "The installation was stopped."
@@ -4800,7 +4893,7 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> O
         return show_models(state, found)
     if wanted == state.chat.model_path:
         text = "This chat was held with %s, which isn't there any more: choose another model."
-        return show_models(notice(state, text % wanted), entries)
+        return notice(show_models(state, entries), text % wanted)
     repo, _ = parse_repo(wanted) or ("", "")
     if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
         return tell_unfound(state, entries, wanted)
@@ -4839,11 +4932,11 @@ def on_unreachable(state: State, text: str) -> State:
     """Offer other ways to a model, where there is none yet."""
     if state.model:
         return notice(state, text + " It goes on trying; /download cancel gives up.")
-    state = notice(state, "%s It goes on trying. %s" % (text, OTHER_WAYS))
-    in_the_way = state.dialog and state.dialog.name not in ("models", "setup")
+    text = "%s It goes on trying. %s" % (text, OTHER_WAYS)
+    in_the_way = state.dialog and state.dialog.name not in ("models", "setup", "message")
     if state.draft.text or in_the_way:
-        return state
-    return state._replace(dialog=ask_unreachable())
+        return notice(state, text)
+    return add_log(state, LogLine("warn", text))._replace(dialog=ask_unreachable())
 
 def on_downloaded(state: State, download: Download, path: str) -> Outcome:
     name = os.path.basename(path)
@@ -4886,7 +4979,8 @@ def on_engine_said(state: State, event: ChildSaid) -> Outcome:
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
 def on_engine_log(state: State, message: Dict[str, Any]) -> State:
-    return add_log(state, LogLine(message["level"], message["text"]))
+    source = "llama.cpp" if message.get("raw") else ""
+    return add_log(state, LogLine(message["level"], message["text"], source))
 
 def on_hardware(state: State, message: Dict[str, Any]) -> State:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
@@ -4918,7 +5012,7 @@ BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned 
 def on_loaded(state: State, message: Dict[str, Any]) -> Change:
     model = ModelInfo(**{name: message[name] for name in ModelInfo._fields if name in message})
     state = tell_loaded(state, model)
-    if message.get("is_base") and BASE_MODEL not in [turn.text for turn in state.chat.turns]:
+    if model.is_base and LogLine("warn", BASE_MODEL) not in state.log:
         state = notice(state, BASE_MODEL)
     state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0,
                            ahead=None)
@@ -4976,8 +5070,7 @@ def on_ahead(state: State, message: Dict[str, Any]) -> State:
 def on_forgot(state: State, message: Dict[str, Any]) -> State:
     """The context was full: the engine has left out the oldest turns, `n` of those that it saw."""
     chat = state.chat
-    seen = [i for i in range(chat.forgotten, len(chat.turns)) if chat.turns[i].role != "notice"]
-    forgotten = [*seen, len(chat.turns)][min(message["n"], len(seen))]
+    forgotten = min(chat.forgotten + message["n"], len(chat.turns))
     return state._replace(chat=chat._replace(forgotten=forgotten))
 
 def on_text(state: State, message: Dict[str, Any]) -> Change:
@@ -4991,19 +5084,29 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
     return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Dict[str, Any]) -> Outcome:
-    problem = explain_silence(state.chat, message)
     reason = message["reason"]
-    state = end_reply(count_reply(state, message), reply_ending(state.chat, message))
+    problem = explain_silence(state.chat, message)
+    ending = reply_ending(state.chat, message)
+    if problem == ONLY_THOUGHT and reason == "end":
+        ending = ending._replace(reason="silent")
+    n_turns = state.chat.last
+    state = end_reply(count_reply(state, message), ending)
     if reason in CUT_SHORT:
         state = add_log(state, LogLine("warn", CUT_SHORT[reason]))
     if problem:
-        state = notice(state, problem, "error")
+        state = tell_problem(state, problem, state.chat.last > n_turns)
     if state.next_path:
         return load_path(state._replace(next_path=""), state.next_path)
     is_small = os.path.basename(state.settings.model_path) == SMALL_MODEL.file
     if is_small and "better" not in state.settings.kept.get("", {}):
         return state, (DiskJob("find_better", ()),)
     return state
+
+def tell_problem(state: State, text: str, under_turn: bool, advice: str = "") -> State:
+    """Tell what went wrong with a reply, unless it stands under what was said of it."""
+    if under_turn:
+        return add_log(state, LogLine("error", text))
+    return notice(state, text + advice, "error")
 
 def count_reply(state: State, message: Dict[str, Any]) -> State:
     """Add a reply to the session's statistics."""
@@ -5030,6 +5133,8 @@ CUT_SHORT = {                             # by the program, for those who don't 
     "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another "
             "limit, -c another context."}
 
+ONLY_THOUGHT = "The model has only thought and given no answer."
+
 def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
     """What to tell of a reply that has no answer; "" = it has one, or nobody wants one."""
     said = chat.reply or ""
@@ -5040,7 +5145,7 @@ def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
         return "The model has nothing to add."
     if not said.strip():
         return "The model answered nothing."
-    return "The model has only thought and given no answer."
+    return ONLY_THOUGHT
 
 def end_reply(state: State, note: Any) -> State:
     """Make a turn of what was said so far; the engine is free again. note: as in Turn."""
@@ -5066,18 +5171,24 @@ def on_failed(state: State, message: Dict[str, Any]) -> State:
     if during == "ahead":                 # the message itself will tell, when it is sent
         return add_log(state, LogLine("warn", text))
     if during == "chat":
-        return notice(end_reply(state, "not finished"), text, "error")
+        return fail_reply(state, "not finished", text)
     if during == "load" and message.get("kept") and state.model:    # the one before still works
         state = state._replace(engine=Condition.READY, settings=state.before, progress=Progress())
         return notice(state, text, "error")
     engine = Condition.MISSING if during == "start" else Condition.OFF
     state = take_back(drop_model(state, engine)._replace(caution=REMEMBERED))
-    return notice(add_log(state, LogLine("error", text)), text, "error")
+    return notice(state, text, "error")
+
+def fail_reply(state: State, how: str, why: str, advice: str = "") -> State:
+    """End a reply that failed: why stands under what was said so far, if anything was."""
+    n_turns = state.chat.last
+    state = end_reply(state, "%s: %s" % (how, why))
+    return tell_problem(state, why, state.chat.last > n_turns, advice)
 
 def on_engine_died(state: State, event: ChildEnded) -> Outcome:
     if state.engine in (Condition.MISSING, Condition.RESTING):    # it had said why
         return state
-    errors = [line.text for line in state.log[-12:] if line.level == "error"]
+    errors = [line.text for line in state.log[-12:] if line.level == "error" and line.source]
     crashed = event.code in CRASHES
     ran_out = event.code in KILLS or crashed and re.search(OUT_OF_MEMORY, "\n".join(errors))
     if ran_out and state.next_fallback and is_unproven(state):
@@ -5089,11 +5200,9 @@ def on_engine_died(state: State, event: ChildEnded) -> Outcome:
     loading = state.engine is Condition.LOADING
     n_ctx = state.model.n_ctx if state.model else state.settings.options.n_ctx
     text = explain_death(event, loading, errors[-1] if errors else "", hopeless, n_ctx)
-    state = end_reply(state, "the engine stopped here")
-    state = state._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
-    state = add_log(state, LogLine("error", text))
-    text += " Nothing of the chat is lost; the next message (or /load) starts the engine again."
-    return notice(state, text, "error")
+    advice = " Nothing of the chat is lost; the next message (or /load) starts the engine again."
+    state = fail_reply(state, "the engine stopped here", text, advice)
+    return state._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
 
 def is_unproven(state: State, idle: bool = False) -> bool:
     """Tell whether the model is being loaded, or reads for the first time; idle: or does so ahead
@@ -5106,7 +5215,8 @@ def is_unproven(state: State, idle: bool = False) -> bool:
 def step_down(state: State) -> Change:
     """Try the next smaller plan in a fresh engine: memory ran out."""
     text = "The engine ended because memory ran out. Trying again with %s." % state.next_fallback
-    return start_again(notice(state, text)._replace(fallback=state.fallback + 1))
+    state, effects = start_again(state._replace(fallback=state.fallback + 1))
+    return notice(state, text), effects
 
 def step_aside(state: State, event: ChildEnded) -> Change:
     """Try more caution in a fresh engine: llama.cpp crashed."""
@@ -5115,7 +5225,8 @@ def step_aside(state: State, event: ChildEnded) -> Change:
         advice = BUS_ADVICE
     text = "The engine crashed. Trying again %s, which may be slower. %s"
     text = text % (CAUTIONS[state.next_caution], advice)
-    return start_again(notice(state, text)._replace(caution=state.next_caution))
+    state, effects = start_again(state._replace(caution=state.next_caution))
+    return notice(state, text), effects
 
 def start_again(state: State) -> Change:
     """Load the same model in a fresh engine; the message waits, a reply keeps what it has."""
@@ -5328,7 +5439,8 @@ def view_border(state: State, area: Area, corner: str) -> Line:
     box = BOX[state.settings.unicode]
     is_alone = not side_names(state)
     style = "title" if is_alone or state.focus == area.name else "dim"
-    title = " %s " % clean_name(PANES[area.name].title(state), area.width - 4)
+    title = PANES[area.name].title(state, area.width - 4)
+    title = " %s " % clean_name(title, area.width - 4)
     rest = box["h"] * (area.width - 1 - cells(title))
     return ((box[corner] + box["h"], "frame"), (title, style), (rest, "frame"))
 
@@ -5348,7 +5460,7 @@ def view_inside(state: State, area: Area) -> Tuple[List[Line], bool]:
     """Show what a pane scrolls, or what stands in front of the chat."""
     pane = PANES[area.name]
     items = pane.items(state, area.width)
-    if area.name == "chat" and state.dialog and not is_open(state, "theme"):
+    if area.name == "chat" and state.dialog and state.dialog.name not in ("theme", "message"):
         return view_dialog(state, area.width, area.height), False
     if area.name == "chat" and not items.n:
         return view_welcome(state, area.width, area.height), False
@@ -5397,14 +5509,23 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 def view_over(state: State, area: Area) -> List[Line]:
-    """Show over the end of the chat: a menu of commands or themes, or a first start's progress."""
+    """Show over the end of the chat: a menu of commands or themes, a message, or a first start's
+    progress."""
     if is_open(state, "theme"):           # what they change is seen
         lines = view_dialog(state, area.width, themes_height(area))
+    elif is_open(state, "message"):
+        lines = view_message(state.dialog, area.width)
     elif state.dialog:
         return []
     else:
         lines = view_menu(state, area) or view_progress(state, area.width)
     return [fit(line, area.width) for line in lines[-area.height:]]
+
+def view_message(sheet: Sheet, width: int) -> List[Line]:
+    """Show what doesn't fit into the bottom line, or mustn't be missed."""
+    style = "alert" if sheet.style == "error" else "status"
+    rows = [row for text, _ in sheet.rows for row in wrap(clean(text), width - 2)]
+    return [()] + [fit(((" " + row, style),), width, style) for row in rows]
 
 def view_menu(state: State, area: Area) -> List[Line]:
     """Show what the command that is being typed may become, or how it is used."""
@@ -7164,7 +7285,7 @@ def tell_fault(state: State, error: Exception) -> State:
     import traceback
     lines = traceback.format_exception(type(error), error, error.__traceback__)
     for line in "".join(lines).splitlines():
-        state = add_log(state, LogLine("error", line))
+        state = add_log(state, LogLine("error", line, "traceback"))
     text = "That failed: %s (the system pane, F2, has the details)" % error
     return notice(state, text, "error")
 
@@ -8181,7 +8302,7 @@ class LlamaEngine:
         for line in filter(None, lines):
             if style == "error":
                 self.errors = self.errors[-20:] + [line]
-            self.emit("log", level=style, text=line)
+            self.emit("log", level=style, text=line, raw=True)
 
     def _on_progress(self, progress: float, _: Any) -> bool:
         """llama.cpp calls it between two tensors."""
@@ -8246,12 +8367,14 @@ class LlamaEngine:
 
     def _tell_loaded(self) -> None:
         header, template = self.header, self.tokenizer.template
+        efforts = template.known_efforts()
         on, off, as_it_is = map(template.switch_thinking, (True, False, None))
         is_slow = 0 < self.plan.rate < THINKING_TOKENS_PER_S
         think = False if is_slow and as_it_is != off else None
-        self.emit("loaded", name=model_name(header), n_ctx=self.n_ctx, path=header.path,
+        self.emit("loaded", name=listed_name(header.path), n_ctx=self.n_ctx, path=header.path,
                   description=model_summary(header), ram_bytes=probe_ram_bytes(),
-                  can_switch=on != off, may_think=self.tokenizer.may_think(), think=think,
+                  can_switch=on != off, efforts=efforts, may_think=self.tokenizer.may_think(),
+                  think=think,
                   is_base=not self.api.llama_model_chat_template(self.model, None))
 
     def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
@@ -9219,7 +9342,7 @@ class ChatTemplate:
         self.template = environment.from_string(known)
         self.constants: Dict[str, Any] = {
             "bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
-        self.think: Optional[bool] = None     # as switch_thinking() was last told
+        self.think: Any = None            # as switch_thinking() was last told
         self.switches: Dict[str, Any] = {}
         self.opened = ""                  # "<think>\n" where the prompt ends in it
         self.is_typed = False             # contents are lists of parts, as for models that see
@@ -9244,13 +9367,14 @@ class ChatTemplate:
 
     # -- thinking --
 
-    def let_think(self, think: Optional[bool]) -> None:
+    def let_think(self, think: Any) -> None:
         """Do switch_thinking() if that changes anything: it comes with each word that is typed."""
         if think != self.think:
             self.switch_thinking(think)
 
-    def switch_thinking(self, think: Optional[bool]) -> str:
-        """Let the model think or not, if the template can; None = as the template has it.
+    def switch_thinking(self, think: Any) -> str:
+        """Let the model think or not, or with one of EFFORTS, if the template can; None = as it has
+        it.
 
         Returns a prompt, to be compared with another."""
         self.think = think
@@ -9282,7 +9406,18 @@ class ChatTemplate:
         except Exception:
             self.switches = before
 
-    def told_switches(self, think: bool) -> Dict[str, Any]:
+    def known_efforts(self) -> List[str]:
+        """Find those of EFFORTS that the template takes, if it makes different prompts of them."""
+        if "reasoning_effort" not in self.source:
+            return []
+        prompts: Dict[str, str] = {}      # prompt -> the first word that makes it
+        for word in EFFORTS:
+            prompt = self.switch_thinking(word)
+            if self.switches.get("reasoning_effort") == word:
+                prompts.setdefault(prompt, word)
+        return list(prompts.values()) if len(prompts) > 1 else []
+
+    def told_switches(self, think: Any) -> Dict[str, Any]:
         """Find the variables that the template looks at, with values that it knows."""
         found = {}
         for name, on, off in SWITCHES:
@@ -9290,9 +9425,11 @@ class ChatTemplate:
             if not re.search(variable + r"\b", self.source):
                 continue
             found[name] = on if think else off
+            if name == "reasoning_effort" and think in EFFORTS:
+                found[name] = think
             compared = re.findall(variable + r"\s*(?:==|!=|in)\s*(%s)" % TEXTS, self.source)
             known = re.findall(r"['\"]([^'\"]*)['\"]", " ".join(compared))
-            words = [word for word in THINK_WORDS[think] if word in known]
+            words = [word for word in THINK_WORDS[bool(think)] if word in known]
             if words and found[name] not in known:
                 found[name] = words[0]
         return found
@@ -9531,6 +9668,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
 
 MESSAGE = {"role": str, "content": str}    # of a chat, as OpenAI's
+THINK = (True, False, *EFFORTS)
 LOG_LEVELS = ("dim", "text", "good", "warn", "error")
 
 # {"cmd": name}: its fields and their kinds, see is_kind(). With "?": may be missing, or null.
@@ -9542,9 +9680,9 @@ ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
               "messages?": [MESSAGE],     # missing: the same as before
               "chat?": str,               # the name of its file; "" = it leaves no trace
               "files?": str,              # what is attached, whose tokens are counted
-              "think?": bool},            # null: as the model's template has it
+              "think?": THINK},           # null: as the model's template has it
     "chat": {"messages": [MESSAGE], "sampling": Sampling,    # "reading"s, "text"s, "done"
-             "chat?": str, "think?": bool,
+             "chat?": str, "think?": THINK,
              "begun?": str,               # how the reply begins; the model goes on from there
              "once?": bool},              # nobody watches: it ends after one context at the latest
     "stop": {},                           # what came before it, at once
@@ -9556,7 +9694,7 @@ ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
 # {"event": name}: the same. A line that isn't like this is shown in the system pane instead.
 ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
     "hello": {},                          # it has started
-    "log": {"level": LOG_LEVELS, "text": str},
+    "log": {"level": LOG_LEVELS, "text": str, "raw?": bool},    # raw: llama.cpp's own words
     "failed": {"during": str, "text": str,    # a command, or "start"
                "kept?": bool},            # the model that was there before is still loaded
     "machine": {"hardware": Hardware},
@@ -9565,7 +9703,7 @@ ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
     "lowered": {"text": str},             # memory ran out; the next plan is tried
     "loading": {"progress": float},       # from 0 to 1
     "loaded": {"name": str, "description": str, "n_ctx": int, "path": str, "think?": bool,
-               "can_switch?": bool, "may_think?": bool, "is_base?": bool},
+               "can_switch?": bool, "efforts?": [str], "may_think?": bool, "is_base?": bool},
     "proven": {},                         # the model runs on this CPU
     "ahead": {"done": int, "total": int, "rate?": float, "left_s?": float},    # tokens, tokens/s
     "counted": {"n": int},                # tokens of the files
@@ -11677,6 +11815,15 @@ def name_model(path: str, folder: str = "") -> ModelEntry:
     if name == "model" and place != folder:    # Jan's: the folder has the model's name
         name = os.path.basename(place)
     return ModelEntry(path, suggested_name(path) or name, "")
+
+def listed_name(path: str) -> str:
+    """Return what the list of models calls a file."""
+    folder, file = os.path.split(path)
+    if file.startswith("sha256-"):        # Ollama's
+        for entry in scan_ollama(os.path.dirname(folder)):
+            if entry.path == path:
+                return entry.name
+    return name_model(path).name
 
 def scan_hub(folder: str) -> Iterable[ModelEntry]:
     """List Hugging Face's cache: models--ORG--REPO/snapshots/COMMIT/FILE, links to blobs.
@@ -14468,6 +14615,7 @@ class ChatReader:
         self.seen = 0
         self.n_damaged = 0
         self.system = ""
+        self.title = ""
         self.model_path = ""
 
     def take_line(self, line: bytes) -> None:
@@ -14482,6 +14630,8 @@ class ChatReader:
     def take(self, record: Dict[str, Any]) -> None:
         if "system" in record:
             self.system = str(record["system"])
+        elif "title" in record:
+            self.title = str(record["title"])
         elif "at" in record:
             self.parts.clear()            # the reply was the same as one that is there
             self.seen = int(record.get("from", 0))
@@ -14572,8 +14722,8 @@ class ChatReader:
             text = part["part"]
             self.add(Turn("assistant", text, "interrupted", id=number, parent=part["parent"]))
         kids = {parent: tuple(sorted(numbers)) for parent, numbers in self.kids.items() if numbers}
-        chat = Chat(name=name, system=self.system, nodes=self.nodes, kids=kids, last=self.last,
-                    stored=stored, shown=self.shown, n_damaged=self.n_damaged,
+        chat = Chat(name=name, title=self.title, system=self.system, nodes=self.nodes, kids=kids,
+                    last=self.last, stored=stored, shown=self.shown, n_damaged=self.n_damaged,
                     model_path=self.model_path)
         chat = chat._replace(turns=turns_to(chat, self.at))
         ids = [turn.id for turn in chat.turns]
@@ -14712,8 +14862,9 @@ def stored_title(text: str) -> str:
     record: Dict[str, Any] = {}
     for line in lines:
         record = parse_object(line) or salvage_record(line) or {}
-    title = str(record.get("title") or split_files(str(record.get("content", "")))[1])
-    return " ".join(title.split())[:200] or "(no question that can be read)"
+    title = " ".join(str(record.get("title", "")).split())[:200]
+    title = title or question_title(str(record.get("content", "")))
+    return title or "(no question that can be read)"
 
 def last_question(text: str) -> str:
     at = text.rfind('"role": "user"')
@@ -15373,7 +15524,7 @@ class DiskWorker:
         if entries:
             return self.post(ModelsFound(entries, ""))
         self.tell("All suggested models are here: /models loads one, "
-                  "/download org/repo downloads others.", "dim")
+                  "/download org/repo downloads others.", "good")
 
     def find_better(self) -> None:
         """Find a model that suits this machine better than the small one, which is in use."""
@@ -15388,7 +15539,7 @@ class DiskWorker:
                 drop_part(path)
         except ModelError:
             text = "The download is cancelled here; another window or program goes on with it."
-        self.tell(text, "dim")
+        self.tell(text, "good")
 
     def describe(self, what: str, key: str, query: str) -> None:
         """Read more of a list's row; somebody waits for an answer, so there must be one."""
@@ -15491,6 +15642,15 @@ HUNG_ENGINE = ("The engine has done nothing for %d s while it was loading, so it
 FULL_CONTEXT = "The model no longer sees the beginning of this chat: its context is full."
 LATE_THOUGHT = "\nAll that stands above was the model's thinking. Its answer:"
 
+def added(before: Sequence[LogLine], log: Sequence[LogLine]) -> List[LogLine]:
+    """Return what was added to a log, which may have lost its beginning meanwhile."""
+    new: List[LogLine] = []
+    for line in reversed(log):
+        if before and line is before[-1]:
+            break
+        new.append(line)
+    return new[::-1]
+
 class Plain:
     """Line mode. quiet: one answer, and of the rest only what is wrong."""
     WAIT_S = 10                           # for the files of a command, before the next line is read
@@ -15564,34 +15724,26 @@ class Plain:
         elif before.chat.reply is not None:
             self.show_answer(before.chat.reply, ended=True)
             self.printed = ""
-        self.tell_notices(before.chat)
         if now.chat.forgotten > before.chat.forgotten and now.chat.name == before.chat.name:
             self.note(FULL_CONTEXT)
         for line in self.new_lines(before):
             self.note(line.text)
+            if line in now.log and line.level == "error":
+                self.status = 1
         if is_open(now, "setup") and now.needs and now.needs != before.needs:
             self.show_needs(now.needs)
         if now.dialog and now.dialog != before.dialog:
             self.show_dialog()
 
-    def tell_notices(self, before: Chat) -> None:
-        known = {id(turn) for turn in before.turns}
-        for turn in self.state.chat.turns:
-            if turn.role != "notice" or id(turn) in known:
-                continue
-            self.note(turn.text)
-            if turn.style == "error":
-                self.status = 1
-
     def new_lines(self, before: State) -> List[LogLine]:
         """Return what is new in the plan and the log, but not the machine, which --info shows."""
         plan = [line for line in self.state.summary if line not in before.summary]
-        log = self.state.log[len(before.log):]
+        log = [line for line in added(before.log, self.state.log) if not line.source]
         if self.quiet:                    # of the plan, that it doesn't fit
             bad = [line for line in plan if line.level in ("warn", "error")]
-            return bad[:1] + [line for line in log if line.level == "warn"]
+            return bad[:1] + [line for line in log if line.level in ("warn", "error")]
         plan = [line for line in plan if line.level != "text"]
-        return plan + [line for line in log if line.level in ("warn", "good")]
+        return plan + [line for line in log if line.level in ("warn", "good", "error")]
 
     def show_dialog(self) -> None:
         """Tell what the window has in front of the chat, as lines."""
@@ -16395,8 +16547,8 @@ def with_last_model(state: State) -> State:
     if settings.named or not path:
         return state
     if not os.path.isfile(path):
-        text = "The last model, %s, isn't there any more: choose another."
-        return notice(state, text % path)
+        text = "The last model isn't there any more; choose another: %s" % path
+        return add_log(state, LogLine("warn", text))._replace(hint=text)
     settings = recall_settings(settings._replace(model_path=path))
     return state._replace(settings=settings, wanted=None)
 

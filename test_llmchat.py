@@ -2815,7 +2815,7 @@ class ReplyEndTest(unittest.TestCase):
         window = Headless(self, BARE).wait(Condition.READY)
         window.handle(Submitted("/load"))
         window.wait(Condition.LOADING, Condition.STARTING).wait(Condition.READY)
-        self.assertEqual(window.said("notice"), [llmchat.BASE_MODEL])
+        self.assertEqual(window.said("notice").count(llmchat.BASE_MODEL), 1)
         self.assertEqual(Headless(self, MIND).wait(Condition.READY).said("notice"), [])
 
 
@@ -2961,7 +2961,7 @@ class ThinkingTest(unittest.TestCase):
             plain.handle(Submitted("again"))
         self.assertEqual(
             re.split(" *\r+ *", terminal.getvalue()),
-            ["", "thinking: 1 token, 0 s", "thinking: 2 tokens, 0 s", "", ""],
+            ["", "thinking: 0 s, 1 token", "thinking: 0 s, 2 tokens", "", ""],
         )
 
     def test_pieces_of_marks(self):
@@ -4744,6 +4744,8 @@ class Headless:
         return self.wait(Condition.DEAD)
 
     def said(self, role):
+        if role == "notice":
+            return [text for text in notices(self.state) if not text.startswith("Ready: ")]
         return [turn.text for turn in self.state.chat.turns if turn.role == role]
 
 
@@ -4781,7 +4783,7 @@ class EngineDeathTest(unittest.TestCase):
         window.ask("hi", Condition.WRITING).kill(signal.SIGILL)
         partial = window.said("assistant")[-1]
         self.assertGreater(len(partial), 0)
-        self.assertIn("the engine stopped here", window.state.chat.turns[-2].note)
+        self.assertIn("the engine stopped here", window.state.chat.turns[-1].note)
         self.assertIn("built for a newer CPU", window.said("notice")[-1])
         window.ask("go on", Condition.WRITING).handle(llmchat.Pressed("esc"))
         window.wait(Condition.READY)
@@ -5215,7 +5217,7 @@ class HealTest(unittest.TestCase):
         env = self.home('not used["buffers"]')
         window = Window(TALK, **env)
         self.addCleanup(window.close)
-        window.ask("hi", "The engine crashed.*Hello there.*\n ready")
+        window.ask("hi", "Hello there.*The engine crashed.*\n ready")
         self.assertEqual(self.crashes(), 1)
         window.type(CTRL_Q)
         self.assertEqual(window.end(), 0)
@@ -5824,7 +5826,7 @@ class UnloadTest(unittest.TestCase):
         window.ask("again", Condition.READING).wait(Condition.READY)
         self.assertEqual(window.said("user"), ["hi", "again"])
         self.assertEqual(len(window.said("assistant")), 2)
-        self.assertEqual(window.said("notice"), [])
+        self.assertRegex("\n".join(window.said("notice")), "^.* of memory given back.*$")
 
     def test_message_on_the_way(self):
         window = Headless(self, MIND, max_tokens=8).wait(Condition.READY)
@@ -5909,8 +5911,9 @@ class PlainTest(unittest.TestCase):
         )
 
     def test_what_the_window_tells(self):
-        """Hints that come later, and notices after others have gone."""
-        plain = llmchat.Plain(ready(Turn("notice", "old"), Turn("notice", "older")), quiet=False)
+        """Hints that come later, and lines of the log after others have gone."""
+        old = (LogLine("warn", "old"), LogLine("warn", "older"))
+        plain = llmchat.Plain(ready(log=old), quiet=False)
         self.addCleanup(plain.runner.close)
         told = []
         plain.note = told.append
@@ -5919,7 +5922,7 @@ class PlainTest(unittest.TestCase):
             llmchat.HANDLERS,
             {
                 llmchat.Told: lambda state, event: (
-                    state._replace(chat=Chat(turns=(Turn("notice", event.text),))),
+                    state._replace(log=(LogLine("warn", event.text),)),
                     (),
                 )
             },
@@ -8608,9 +8611,8 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(play(state, said, "x")[0].draft.text, "x")
         begun = ChildSaid("download", {"event": "begun", "total": 9, "parts": []})
         self.assertIsNone(play(state, said, begun)[0].dialog, "it can be reached by now")
-        self.assertIsNone(
-            play(state._replace(draft=Draft("words", 5)), said)[0].dialog, "somebody is writing"
-        )
+        writing = play(state._replace(draft=Draft("words", 5)), said)[0]
+        self.assertEqual(writing.dialog.name, "message", "somebody is writing")
 
     def test_small_model_in_the_place_of_an_unreachable_one(self):
         """The process that goes on trying ends, and its end isn't taken for the other's."""
@@ -8969,7 +8971,7 @@ def screen_text(state):
 
 
 def add_errors(state, *lines):
-    return llmchat.add_log(state, *(llmchat.LogLine("error", line) for line in lines))
+    return llmchat.add_log(state, *(llmchat.LogLine("error", line, "llama.cpp") for line in lines))
 
 
 def sent(effects, command="chat"):
@@ -8995,7 +8997,8 @@ def model_list(*entries):
 
 
 def notices(state):
-    return [turn.text for turn in state.chat.turns if turn.role == "notice"]
+    """What the program has told, which stands in its log."""
+    return [line.text for line in state.log if not line.source and line.level != "dim"]
 
 
 PLAN = said("plan", lines=[], verdict="fits", fallback=0, next="", caution=0)
@@ -10707,25 +10710,26 @@ class ThoughtsTest(unittest.TestCase):
 
     def test_folded_open_hidden(self):
         state = self.say(self.state, "<think>\nThe *user*", thought=[5, 1.2])
-        self.assertEqual(self.rows(state), ["thinking… 5 tokens, 1 s"])
+        self.assertEqual(self.rows(state), ["▸ thinking… 1 s, 5 tokens"])
         shown, _ = play(state, "[ctrl-t]")
-        self.assertEqual(self.rows(shown), ["thinking… 5 tokens, 1 s", "The *user*▌"])
+        self.assertEqual(self.rows(shown), ["▾ thinking… 1 s, 5 tokens", "The *user*▌"])
         self.assertEqual(self.rows(play(state, "/think hide", "[enter]")[0]), ["▌"])
         state = self.say(
             self.say(state, " says hi.", thought=[214, 9.4]),
             "\n</think>\n\nHello **you**",
             thought=[214, 9.4],
         )
-        self.assertEqual(self.rows(state), ["thinking… 214 tokens, 9 s", "Hello you▌"])
-        note = "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2"
+        self.assertEqual(self.rows(state), ["▸ thought 9 s, 214 tokens", "Hello you▌"])
+        note = "5.0 tokens/s"
         ended = play(state, done(1))[0]
         for now, answer in ((state, ["Hello you▌"]), (ended, ["Hello you", note])):
             shown, _ = play(now, "[ctrl-t]")
-            thoughts = ["thinking… 214 tokens, 9 s", "The *user* says hi."]
+            thoughts = ["▾ thought 9 s, 214 tokens", "The *user* says hi."]
             self.assertEqual(self.rows(shown), thoughts + answer)
             dim = [span for line in view(shown).lines for span in line if "says hi" in span[0]]
             self.assertEqual([style for _, style in dim], ["dim"])
-            self.assertEqual(self.rows(play(shown, "[ctrl-t]")[0]), thoughts[:1] + answer)
+            folded = ["▸ thought 9 s, 214 tokens"]
+            self.assertEqual(self.rows(play(shown, "[ctrl-t]")[0]), folded + answer)
             self.assertEqual(self.rows(play(now, "/think hide", "[enter]")[0]), answer)
 
     def test_empty_thinking_isnt_shown(self):
@@ -10771,7 +10775,7 @@ class ThoughtsTest(unittest.TestCase):
         self.assertEqual(ahead(on), [])
         on = update(on._replace(draft=Draft("/think on", 9)), Pressed("enter"))
         self.assertIs(sent(on[1], "ahead")[0]["think"], True)
-        for words, hint in (("maybe", "on, off or hide"), ("off", "no switch")):
+        for words, hint in (("maybe", "low, medium, high or hide"), ("off", "no switch")):
             state, effects = play(
                 ready(model=ModelInfo("Tiny", "", 9, can_switch=False)),
                 "/think " + words,
@@ -10791,13 +10795,13 @@ class ThoughtsTest(unittest.TestCase):
         line = json.dumps(record)
         turn = llmchat.parse_chat(line.encode()).nodes[record["turn"]]
         self.assertEqual(turn.note, state.chat.turns[-1].note)
-        self.assertEqual(llmchat.describe_thought(turn.thought), "7 tokens, 2 s")
+        self.assertEqual(llmchat.describe_thought(turn.thought), "2 s, 7 tokens")
         self.assertEqual(llmchat.how_cut(turn), "cut at the token limit (/set max_tokens)")
         note = "36 tokens, 29.1/s, first after 0.2 s, read 8, stopped"
         old = dict(record, note=note, thought="5 tokens, 1 s")
         turn = llmchat.parse_chat(json.dumps(old).encode()).nodes[record["turn"]]
         self.assertEqual(llmchat.how_cut(turn), "stopped")
-        texts = (llmchat.describe_ending(turn.note), llmchat.describe_thought(turn.thought))
+        texts = (llmchat.describe_ending(turn.note, "all"), llmchat.describe_thought(turn.thought))
         self.assertEqual(texts, (note, "5 tokens, 1 s"))
         for value in ([], [1], ["x", 2], {}, None, 7, {**record["note"], "rate": "x"}):
             bad = dict(record, note=value, thought=value)
@@ -10878,11 +10882,9 @@ class StoredChatTest(unittest.TestCase):
             ("[alt-right]", "a2", 1),
             ("[alt-right]", "b2", 2),
         ):
-            self.do("/stats", key)
-            self.assertEqual(self.shown()[3], answer, "what stood under the old version goes")
-            self.assertEqual(len(notices(self.state)), 0, "what stood under the old version goes")
+            self.do(key)
+            self.assertEqual(self.shown()[3], answer)
             self.assertIn("version %d of 3" % which, self.notes()[0])
-        self.do("/stats")
         self.ask("q3", "a3")
         self.ask("/retry", "b3")
         self.assertEqual(
@@ -10891,8 +10893,7 @@ class StoredChatTest(unittest.TestCase):
             "the keys turn the last one",
         )
         self.do("[alt-left]")
-        self.assertEqual(self.shown()[-1], "a3", "what stands above stays")
-        self.assertEqual(len(notices(self.state)), 1, "what stands above stays")
+        self.assertEqual(self.shown()[-1], "a3")
         self.ask("/retry", "a3")
         self.assertEqual(len(self.read().nodes), 9, "the same answer again is no new version")
         self.assertEqual(self.shown()[-1], "a3", "the same answer again is no new version")
@@ -11209,7 +11210,6 @@ class StoredChatTest(unittest.TestCase):
             settings=self.state.settings._replace(system_prompt="Be brief.")
         )
         self.ask("q ü\nmore", "a *b*")
-        self.do("/stats")
         self.ask("q2", "a2")
 
         def path(name):
@@ -11218,9 +11218,9 @@ class StoredChatTest(unittest.TestCase):
         for name in ("chat.md", "chat.txt", "chat.json", "chat.json"):
             self.do("/export " + path(name))
         self.assertEqual(
-            [told.partition(": ")[0] for told in notices(self.state)][1:4], ["Written"] * 3
+            [told.partition(": ")[0] for told in notices(self.state)][:3], ["Written"] * 3
         )
-        self.assertIn("chat.json is there already: choose another name", notices(self.state)[4])
+        self.assertIn("chat.json is there already: choose another name", notices(self.state)[3])
         self.assertEqual(
             llmchat.read_text(path("chat.txt")),
             "System: Be brief.\n\nYou: q ü\nmore\n\nModel: a *b*\n\nYou: q2\n\nModel: a2\n\n",
@@ -11735,7 +11735,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(state.chat.turns[-1].text, "Good day")
         self.assertIn(
             "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2",
-            llmchat.describe_ending(state.chat.turns[-1].note),
+            llmchat.describe_ending(state.chat.turns[-1].note, "all"),
         )
 
     def test_the_next_message_takes_all_before_it_along(self):
@@ -11860,7 +11860,7 @@ class UpdateTest(unittest.TestCase):
                 ChildEnded("engine", -9),
             )
             self.assertEqual(state.engine, Condition.DEAD)
-            self.assertEqual([t.role for t in state.chat.turns], ["user", "assistant", "notice"])
+            self.assertEqual([t.role for t in state.chat.turns], ["user", "assistant"])
         self.assertEqual(
             play(ready(engine=Condition.LOADING), "early", "[enter]", ChildEnded("engine", -9))[
                 0
@@ -11869,15 +11869,10 @@ class UpdateTest(unittest.TestCase):
         )
 
     FAILURES = (
-        (Condition.READY, (), "chat", (Condition.READY, "hello", ["Oh."])),
-        (
-            Condition.READY,
-            (text(1, "half"),),
-            "chat",
-            (Condition.READY, "", ["hello", "half", "Oh."]),
-        ),
-        (Condition.LOADING, (), "load", (Condition.OFF, "hello", ["Oh."])),
-        (Condition.STARTING, (), "start", (Condition.MISSING, "hello", ["Oh."])),
+        (Condition.READY, (), "chat", (Condition.READY, "hello", [])),
+        (Condition.READY, (text(1, "half"),), "chat", (Condition.READY, "", ["hello", "half"])),
+        (Condition.LOADING, (), "load", (Condition.OFF, "hello", [])),
+        (Condition.STARTING, (), "start", (Condition.MISSING, "hello", [])),
     )
 
     def test_failures(self):
@@ -11893,10 +11888,20 @@ class UpdateTest(unittest.TestCase):
                 expected,
                 "the question goes back into the box",
             )
+            self.assertEqual(notices(state), ["Oh."])
+            said_half = "half" in [turn.text for turn in state.chat.turns]
+            if said_half:
+                self.assertIsNone(state.dialog)
+                self.assertRegex(screen_text(state), r"half *│\n│ *not finished: Oh\.")
+            else:
+                self.assertEqual((state.dialog.name, state.dialog.style), ("message", "error"))
+                self.assertRegex(screen_text(state), r"│ Oh\. *│\n├")
         self.assertEqual(play(state, ChildEnded("engine", 0))[0], state, "it had said why")
         self.assertEqual(play(ready(), said("unheard of", id=1)), (ready(), ()))
         log = play(ready(), EngineLogged("\x1b[31mload failed"), EngineLogged("llama"))[0].log
-        self.assertEqual(log, (LogLine("error", "load failed"), LogLine("dim", "llama")))
+        self.assertEqual(
+            [(line.level, line.text) for line in log], [("error", "load failed"), ("dim", "llama")]
+        )
 
     def test_slash_commands(self):
         start = ready(Turn("user", "a"), Turn("assistant", "b"))
@@ -11924,8 +11929,6 @@ class UpdateTest(unittest.TestCase):
             ("/set top_k 1.5", "whole number"),
             ("/set top_k", "whole number"),
             ("/set warmth 1", "no setting"),
-            ("/system", "(none)"),
-            ("/stats", "replies    0"),
             ("/lod x", "Did you mean /load?"),
             ("/zzzz", "no command /zzzz"),
         ):
@@ -11933,6 +11936,18 @@ class UpdateTest(unittest.TestCase):
             self.assertIn(words, notices(state)[0], line)
             self.assertEqual(state.settings, start.settings, line)
             self.assertEqual(effects, (), line)
+            self.assertEqual(state.chat, start.chat, "the transcript is for the conversation")
+        for line, words in (
+            ("/system", "(none)"),
+            ("/stats", "replies             0"),
+        ):
+            state, effects = run(line)
+            self.assertEqual((state.dialog.name, effects), ("text", ()), line)
+            self.assertIn(words, screen_text(state._replace(rows=60)), line)
+            self.assertEqual(state.chat, start.chat, line)
+            self.assertEqual(play(state, "[esc]")[0].dialog, None, line)
+            typed = play(state, "word")[0]
+            self.assertEqual((typed.dialog, typed.draft.text), (None, "word"), line)
 
     def test_commands_that_change_what_is_shown(self):
         start = ready(Turn("user", "a"), Turn("assistant", "b"))
@@ -12122,7 +12137,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(play(start, Submitted("/exit"))[1], (Quit(),))
         self.assertEqual(len(asked(play(start, Submitted("/regenerate"))[1])), 1)
         self.assertEqual(play(start, Submitted("/history"))[0].dialog.name, "chats")
-        self.assertIn("replies", notices(play(start, Submitted("/info"))[0])[0])
+        self.assertIn("replies", screen_text(play(start, Submitted("/info"))[0]))
         self.assertIn("Did you mean /find?", notices(play(start, Submitted("/fidn x"))[0])[0])
         self.assertIn("Did you mean /exit?", notices(play(start, Submitted("/exti"))[0])[0])
         self.assertIn("F1 shows", notices(play(start, Submitted("/zzzzz"))[0])[0])
@@ -12162,7 +12177,6 @@ class UpdateTest(unittest.TestCase):
         turns = [
             Turn("user", "one"),
             Turn("assistant", "two"),
-            Turn("notice", "by the way"),
             Turn("user", "three"),
             Turn("assistant", "four"),
         ]
@@ -12172,7 +12186,7 @@ class UpdateTest(unittest.TestCase):
         self.assertRegex(shown, r"(?s)two.*no longer sees what is above.*three")
         frame = [
             line
-            for line in view(state).lines
+            for line in view(state).lines[1:]
             if any("one" in part or "three" in part for part, _ in line)
         ]
         self.assertEqual(
@@ -12372,7 +12386,7 @@ class UpdateTest(unittest.TestCase):
         )
         state, effects = play(state, llmchat.BetterFound(entry))
         self.assertRegex(
-            state.chat.turns[-1].text,
+            notices(state)[-1],
             r"better:4b \(about 11 tokens/s here, 2.0 GB to download\)\. F5 downloads it",
         )
         self.assertEqual(effects[0].arguments[2]["better"], "better:4b")
@@ -12825,7 +12839,7 @@ class ModelListTest(unittest.TestCase):
         window.type("\x1b[F")
         window.wait_for(r"file +\S*talker-one.gguf")
         window.type("\r")
-        window.ask("who are you", "I am talker-one.*first after")
+        window.ask("who are you", "I am talker-one.*tokens/s +│")
         window.type("/load aaa\rand who are you now\r")
         window.wait_for("I am aaa.")
         window.type("/load talker-o\t")
@@ -12839,7 +12853,6 @@ class CopyTest(unittest.TestCase):
         self.state = ready(
             Turn("user", "q"),
             Turn("assistant", CODE_REPLY),
-            Turn("notice", "by the way"),
             Turn("user", "r"),
             Turn("assistant", "No code."),
         )
@@ -13710,7 +13723,7 @@ class ViewTest(unittest.TestCase):
     def random_chat(self, dice):
         turns = tuple(
             Turn(
-                dice.choice(("user", "assistant", "notice")),
+                dice.choice(("user", "assistant")),
                 random_text(dice, 60),
                 random_text(dice, 9),
             )
@@ -13785,7 +13798,7 @@ class ViewTest(unittest.TestCase):
     def test_a_third_pane(self):
         """A row of PANES and a name in SIDE_PANES: it has a title, the focus and a scroll."""
         third = llmchat.PANES["system"]._replace(
-            title=lambda state: "third",
+            title=lambda state, width: "third",
             items=lambda state, columns: llmchat.Items(50, lambda i: [(("row %d" % i, "text"),)]),
         )
         with mock.patch.dict(llmchat.PANES, third=third), mock.patch(
@@ -13812,7 +13825,7 @@ class ViewTest(unittest.TestCase):
         self.assertEqual(
             "\n".join(rows_of(framed)),
             """\
-┌─ llmchat · Tiny ─────────────────────┐
+┌─ Hi there · Tiny ────────────────────┐
 │❯ Hi there                            │
 │                                      │
 │  日本語 and words that are wrapped   │
@@ -13882,9 +13895,9 @@ class ViewTest(unittest.TestCase):
                 ChildSaid("engine", dict(done(n).message, rate=rate, ram_bytes=5 << 20)),
             )
         self.assertIn(" ▃▅█  20.0 tokens/s", "\n".join(rows_of(state)))
-        stats = notices(play(state, "/stats", "[enter]")[0])[0]
-        self.assertIn("replies    4 ▃▅█", stats)
-        self.assertIn("memory     5 MB", stats)
+        stats = screen_text(play(state, "/stats", "[enter]")[0])
+        self.assertRegex(stats, r"replies +4 ▃▅█")
+        self.assertRegex(stats, r"memory +5 MB")
 
     def test_a_list_that_is_on_its_way(self):
         """Nothing is chosen in it yet."""
@@ -14901,7 +14914,7 @@ class WindowTest(unittest.TestCase):
 
     def test_resize(self):
         window = self.open(TOUR, "--no-save", columns=80)
-        window.ask("languages", "first after")
+        window.ask("languages", "tokens/s +│")
         framed = r"^┌─[^\n]{%d}┐\n.*\n ready"
         bare = r"─\n❯[^\n]*\n ready"
         for columns, rows, wanted in (
@@ -14944,7 +14957,7 @@ class WindowTest(unittest.TestCase):
         window.wait_for("│  third *│.*│  fourth *│.*│  fifth *│.*\n ready")
         self.assertNotIn("Answered", window.text())
         window.ask("", "❯ first.*fifth.*Answered.*❯  *│")
-        window.ask("other", "❯ other.*Answered.*first after.*❯  *│")
+        window.ask("other", "❯ other.*Answered.*tokens/s +│.*❯  *│")
         for message in ("other", "first"):
             window.type(UP)
             window.wait_for("├─.*❯ %s " % message)
@@ -15073,7 +15086,8 @@ class WindowTest(unittest.TestCase):
             with self.subTest(**variables):
                 window = self.open(self.model("Grüße zurück"), **variables)
                 window.ask(
-                    "Grüße über 日本", "^┌─ llmchat.*❯ Grüße über 日本.*Grüße zurück.*first after"
+                    "Grüße über 日本",
+                    "^┌─ Grüße über 日本 · .*❯ Grüße über 日本.*Grüße zurück.*tokens/s +│",
                 )
 
     def test_characters_in_pieces(self):
@@ -15164,9 +15178,9 @@ class WindowTest(unittest.TestCase):
         if sys.platform == "darwin":
             home = dict(home, XDG_DATA_HOME=home["HOME"])
         window = self.open(self.model(), **home)
-        window.ask("first question", "Answered.*first after")
+        window.ask("first question", "Answered.*tokens/s +│")
         window.type("/new\r")
-        window.ask("second question", "❯ second.*Answered.*first after")
+        window.ask("second question", "❯ second.*Answered.*tokens/s +│")
         other = self.open(self.model(), "-C", **home)  # while the first window has it
         other.wait_for("❯ second question.*This is a copy of the chat.*another window.*Ready")
         other.type(" \x7f")  # any key takes the hint away
@@ -15182,7 +15196,7 @@ class WindowTest(unittest.TestCase):
         window.type("\r")
         window.wait_for("first question.*Answered.*This chat goes on")
         window.type(" \x7f")
-        window.ask("more", "❯ more.*Answered.*first after")
+        window.ask("more", "❯ more.*Answered.*tokens/s +│")
         window.type(CTRL_Q)
         self.assertEqual(window.end(), 0)
         window = self.open(self.model(), "-C", "--plain", **home)
@@ -15225,7 +15239,7 @@ class WindowTest(unittest.TestCase):
             (other, "second question", "Other"),
         ):
             window = self.open(model, **home)
-            window.ask(question, reply + ".*first after")
+            window.ask(question, reply + ".*tokens/s +│")
             window.type(CTRL_Q)
             self.assertEqual(window.end(), 0)
         window = self.open(**home)  # neither a model nor a chat is named: the last model
@@ -15263,7 +15277,7 @@ class WindowTest(unittest.TestCase):
             window.wait_for("\n ready")
             window.type("/private\r" if private else "")
             window.type("secret words\r")
-            window.wait_for("secret words.*Answered.*first after")
+            window.wait_for("secret words.*Answered.*tokens/s +│")
             window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
             self.assertEqual(window.end(), 0)
             files = [
@@ -15368,7 +15382,7 @@ class WindowTest(unittest.TestCase):
         paste("PASTE")
         window.wait_for("PASTE")
         window.type("\r")
-        window.wait_for("PASTE.*REPLY.*CODE.*first after")
+        window.wait_for("PASTE.*REPLY.*CODE.*tokens/s +│")
         for line, wanted in (
             ("/load x", "There is no file or model called x"),
             ("/no", "There is no command /no"),
@@ -15504,7 +15518,7 @@ class WindowTest(unittest.TestCase):
 
     def test_ascii_locale(self):
         window = self.open(self.model("日本語 état 🦙 done."), LC_ALL="C")
-        window.ask("Grüße’", r"^\+- llmchat.*> Gruse' .*\?{6} etat \?\? done.*first after")
+        window.ask("Grüße’", r"^\+- Gruse.*> Gruse' .*\?{6} etat \?\? done.*tokens/s +\|")
         self.assertRegex(window.raw, rb"\A[\x00-\x7f]*\Z")
         self.assertEqual(
             {line[-1] for line in window.screen.lines()[:-1]}, {"+", "|"}, window.text()
@@ -15530,7 +15544,7 @@ class WindowTest(unittest.TestCase):
         window.type("Grüße ".encode("latin-1"))
         window.wait_for("> Gr��e ")  # this screen model takes bytes for UTF-8
         window.type("über\r")
-        window.wait_for('\'tis "caf�" - 5 E a \\?\\?\\..*first after')
+        window.wait_for('\'tis "caf�" - 5 E a \\?\\?\\..*tokens/s +│')
         self.assertIn("Grüße ".encode("latin-1"), window.raw)
         self.assertRegex(window.raw, "über".encode("latin-1"))
         window.type(CTRL_Q)
@@ -15542,7 +15556,7 @@ class WindowTest(unittest.TestCase):
 
     def test_console_of_linux(self):
         window = self.open(self.model("▂▃█ ’tis état жук"), TERM="linux")
-        window.ask("hi", r"^┌─ llmchat.*> hi.*\.-█ 'tis état жук.*first after")
+        window.ask("hi", r"^┌─ hi.*> hi.*\.-█ 'tis état жук.*tokens/s +│")
         self.assertNotRegex(window.raw.decode(), "[❯▌▂▃’]")
 
     def test_copy_files_and_what_stays_at_the_end(self):
@@ -15560,14 +15574,14 @@ class WindowTest(unittest.TestCase):
         window.type("\r")
         window.wait_for(r"\d+ of [\d,]+ tokens: \[/")
         window.type("what is it?\r")
-        window.wait_for(r"notes\.txt\] what is it\?.*end.*first after")
+        window.wait_for(r"notes\.txt\] what is it\?.*end.*tokens/s +│")
         window.ask("/copy", "Copied the last reply .* to the terminal's clipboard")
         self.assertIn(b"\x1b]52;c;", window.raw)
         window.type("/quit\r")
         self.assert_ends_well(window)
         self.assertRegex(
             window.text(),
-            r"(?s)notes\.txt\] what is it\?.*␛\[2J.*end\n.*first after.*Copied the last reply",
+            r"(?s)notes\.txt\] what is it\?.*␛\[2J.*end\n.*tokens/s.*Copied the last reply",
         )
         self.assertNotIn(b"\x1b[2J", window.raw.rpartition(b"1049l")[2])
 
@@ -15592,7 +15606,7 @@ class WindowTest(unittest.TestCase):
         )
         window.wait_for("\n ready")
         start = len(window.raw)
-        window.ask("hello", "␛]0;evil␇.*after *│.*first after")
+        window.ask("hello", "␛]0;evil␇.*after *│.*tokens/s +│")
         self.assertNotRegex(
             window.raw[start:], b"\x1b\\]|\x07|\x1b\\[2J|\x1bc|\xc2[\x80-\x9f]|\xe2\x80\xae|\x7f"
         )
