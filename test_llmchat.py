@@ -1235,14 +1235,11 @@ class PlanInstallTest(unittest.TestCase):
             "'NewConnectionError(\"HTTPSConnection(host='pypi.example', port=443): "
             "Failed to establish a new connection\")': /simple/pip/",
         ]
-        host = llmchat.find_lost_index(tail)
-        self.assertEqual(host, "pypi.example")
-        self.assertEqual(llmchat.find_lost_index(tail[2:]), "PyPI")
+        self.assertTrue(llmchat.is_index_lost(tail))
         tail.append("ERROR: No matching distribution found for llama-cpp-python")
         self.assertEqual(
-            llmchat.explain_failure(tail, host),
-            "The package index (pypi.example) can't be reached: "
-            "check the network or proxy, then install again.",
+            llmchat.explain_failure(tail),
+            "The package index can't be reached: check the network or proxy.",
         )
         slow = [
             "WARNING: Retrying (Retry(total=0)) after connection broken by "
@@ -1250,10 +1247,11 @@ class PlanInstallTest(unittest.TestCase):
             ": Read timed out. (read timeout=3)\")': /simple/pip/"
         ]
         self.assertIn(
-            "Memory ran out", llmchat.explain_failure(["c++: fatal error: Killed signal"], host)
+            "Memory ran out",
+            llmchat.explain_failure(["c++: fatal error: Killed signal"]),
         )  # it was not needed
-        self.assertEqual(llmchat.find_lost_index(slow), "")
-        self.assertEqual(llmchat.find_lost_index(["all is well"]), "")
+        self.assertFalse(llmchat.is_index_lost(slow))
+        self.assertFalse(llmchat.is_index_lost(["all is well"]))
 
     def test_compiler_s_header_for_amx(self):
         """GCC 12.2's and 12.4's, as the compiler sees it: the first reads 8 bytes of the tiles."""
@@ -1316,16 +1314,15 @@ class CompileClockTest(unittest.TestCase):
         self.assertEqual(self.told([(1, "collect2: fine"), (2, "")]), [])
 
     def test_a_large_download_tells_how_much_has_come(self):
-        steps = []
-        clock = llmchat.DownloadClock(lambda event, **step: steps.append(step), 100)
-        for now_s, line in (
+        lines = (
             (0, "Collecting x"),
-            (1, "Progress 0 of 20000000"),
-            (3, "Progress 5000000 of 20000000"),
+            (0, "Progress 0 of 20000000"),
+            (2, "Progress 5000000 of 20000000"),
             (4, "Progress 5000 of 9000"),
             (5, ""),
-        ):
-            clock.hear(line, now_s)
+        )
+        told = [llmchat.read_pip_step(line, passed_s, 100) for passed_s, line in lines]
+        steps = list(filter(None, told))
         self.assertEqual(
             [(step["done"], step["total"], step["left_s"]) for step in steps],
             [(0, 20, 100), (5, 20, 106)],
@@ -1420,8 +1417,7 @@ class InstallTest(unittest.TestCase):
         )[-1]
         self.assertEqual(
             last,
-            "Installing failed. The package index (127.0.0.1) can't be reached: "
-            "check the network or proxy, then install again.",
+            "Installing failed. The package index can't be reached: check the network or proxy.",
         )
 
     @unittest.skipUnless(POSIX, "a PATH without a compiler")
@@ -1555,31 +1551,6 @@ class WheelIndex:
 
 
 class WheelTest(unittest.TestCase):
-    def test_index_that_answers_and_others(self):
-        index = WheelIndex(
-            self,
-            {
-                "/good/": b"<a href='x-1-py3-none-any.whl'>x</a>",
-                "/empty/": b"<html>",
-                "/odd/": b"\xff\0\x01",
-                "/dumb/": None,
-            },
-        )
-        with mock.patch.object(llmchat, "WHEEL_INDEX_S", 1):
-            for page, found in (
-                ("/good/", True),
-                ("/empty/", False),
-                ("/odd/", False),
-                ("/dumb/", False),
-                ("/missing/", False),
-            ):
-                self.assertEqual(llmchat.probe_wheels(index.url + page), found, page)
-            self.assertFalse(
-                llmchat.probe_wheels("http://127.0.0.1:1/")
-                or llmchat.probe_wheels("odd")
-                or llmchat.probe_wheels("http://[/")
-            )
-
     def install_from(self, wheel, links, **facts):
         """replace_env() on a machine of these facts, with an index that has this wheel.
 
@@ -1587,7 +1558,10 @@ class WheelTest(unittest.TestCase):
         name, data = wheel
         index = WheelIndex(
             self,
-            {"/cpu/": b"<html><a href='/w/%s'>w</a></html>" % name.encode(), "/w/" + name: data},
+            {
+                "/cpu/": data and b"<html><a href='/w/%s'>w</a></html>" % name.encode(),
+                "/w/" + name: data,
+            },
         )
         home, folder = new_home()
         said = []
@@ -1597,6 +1571,7 @@ class WheelTest(unittest.TestCase):
             PIP_INDEX_URL=index.url + "/simple",
             PIP_CONFIG_FILE=os.devnull,
             PIP_RETRIES="0",
+            PIP_TIMEOUT="1",
             **home,
         )
         env.pop("PIP_NO_INDEX", None)
@@ -1631,6 +1606,14 @@ class WheelTest(unittest.TestCase):
         self.assertIn("replied", said)
         self.assertNotIn("is compiled", said)
         self.assertTrue(llmchat.engine_version(python))
+
+    def test_an_index_of_packages_that_has_none(self):
+        """It isn't there, or never answers: pip takes the engine from where it has one."""
+        _, links = self.packed()
+        for data in (b"", None):
+            said, python = self.install_from(("none.whl", data), links)
+            self.assertIn("replied", said)
+            self.assertTrue(llmchat.engine_version(python))
 
     def test_bad_package_is_not_taken(self):
         path, links = self.packed()
@@ -6637,7 +6620,7 @@ class HardwareTest(unittest.TestCase):
         with mock.patch("platform.machine", return_value=chip), mock.patch.object(
             llmchat, "read_command", lambda *argv: commands[argv[0]]
         ):
-            return llmchat.probe_macos()
+            return {**llmchat.probe_macos_cpu(), **llmchat.probe_macos_ram()}
 
     def test_macos(self):
         vm_stat = (
@@ -6812,10 +6795,10 @@ class HeaderTest(unittest.TestCase):
             read_gguf_header(first)
         data = gguf()
         for name, words in (
-            ("m.gguf.part1of2", "(cat m.gguf.part1of2 m.gguf.part2of2 > m.gguf)"),
+            ("m.gguf.part1of2", "(cat m.gguf.part* > m.gguf)"),
             ("m.gguf-split-b", "(cat m.gguf-split-* > m.gguf)"),
             ("a b.GGUF.003", "(cat 'a b.GGUF.'* > 'a b.GGUF')"),
-            ("m.gguf.part-02-of-03", "m.gguf.part-01-of-03 m.gguf.part-02-of-03"),
+            ("m.gguf.part-02-of-03", "(cat m.gguf.part-* > m.gguf)"),
             ("m.gguf.ab", "(cat m.gguf.* > m.gguf)"),
             ("m.gguf.part", "a download that hasn't finished"),
             ("m.gguf.crdownload", "hasn't finished"),
@@ -7345,29 +7328,32 @@ class PlanTest(unittest.TestCase):
                 )  # what another build did doesn't count
 
     def test_only_an_idle_machine_is_believed(self):
-        for tokens, wall_s, cpu_s, n_threads, rate in (
-            (30, 0.1, 0.2, 2, 10),
-            (30, 0.1, 0.19, 2, 10),
-            (30, 0.1, 0.12, 2, 0),
-            (20, 0.1, 0.2, 2, 0),
-            (30, 0.1, 0.1, 1, 0),
+        for tokens, wall_s, cpu_s, rate in (
+            (30, 0.1, 0.2, 10),
+            (30, 0.1, 0.19, 10),
+            (30, 0.1, 0.12, 0),
+            (20, 0.1, 0.2, 0),
+            (30, 0.1, 0.1, 0),
         ):
-            writing = llmchat.WritingRate(2)
+            writing = llmchat.Timing()
             for _ in range(tokens):
-                writing.add(wall_s, cpu_s, n_threads)
-            self.assertAlmostEqual(writing.take(), rate, msg=(tokens, cpu_s, n_threads))
-            self.assertEqual(writing.take(), 0)  # each token counts once
+                writing.add(1, wall_s, cpu_s)
+            self.assertAlmostEqual(writing.idle_rate(2), rate, msg=(tokens, cpu_s))
 
     def test_replies_are_measured(self):
         """The first load reckons with what it measures; a reply is remembered, by type."""
         env, _ = new_home()
         code = """
 import json, os, llmchat
-llmchat.WritingRate.LEAST_SHARE = 0       # other tests may take the CPU
-llmchat.WritingRate.LEAST_TOKENS = 4
+llmchat.IDLE_SHARE = 0                    # other tests may take the CPU
+llmchat.LEAST_TOKENS = 4
 e = engine()
-e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
 e.learned = llmchat.read_machine(e.hardware)
+for attempt in range(20):                 # a pace is out of bounds while much else is at work
+    if e.learned.paces:
+        break
+    e.chat([user("hello")], llmchat.Sampling(temperature=0, max_tokens=60))
+    e.learned = llmchat.read_machine(e.hardware)
 is_measured = e.hardware.bytes_per_s > 0
 n_kept = len(e.learned.bytes_per_s)
 print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build, n_kept]))
