@@ -15248,7 +15248,7 @@ class WindowTest(unittest.TestCase):
         self.assertEqual(window.end(), 0)
         os.remove(other)
         window = self.open("-C", LLMCHAT_MODELS=FOLDER, **home)
-        window.wait_for("Models:.*scripted")
+        window.wait_for("─ Models ─.*scripted")
         window.type(ESC)
         window.wait_for(
             "Other.*This chat was held with.*isn't there any more: choose another model"
