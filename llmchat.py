@@ -3368,7 +3368,7 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     return open_list(state._replace(hint=hint), choice), ()
 
 CHOICE_TITLES = {
-    "persona": "Personas: Enter takes one, Ctrl-S saves the present one, Del deletes yours",
+    "persona": "Personas: Ctrl-S saves the present one, Del deletes yours, Enter takes one",
     "preset": "Presets: Enter takes one, Esc closes",
     "theme": "Themes: Up and Down try them, Enter keeps one, Esc doesn't"}
 
@@ -4164,7 +4164,7 @@ class Column(NamedTuple):
     text: Any                 # (state, item) -> text
     leaves: int = 0           # 0 = it stays, and is cut where need be
     is_number: bool = False   # it stands at the right
-    style: Any = None         # item -> style; None = "text", or "dim" of columns that leave
+    style: Any = None         # (state, item) -> style; None = "text", or "dim" if it leaves
 
 class ListKind(NamedTuple):
     columns: Tuple[Column, ...]
@@ -4186,14 +4186,16 @@ def lay_table(state: State, columns: Sequence[Column], items: Sequence[Any],
     """Lay out items in aligned columns, as many as there is room for: (titles, rows)."""
     texts = [[clean_row(column.text(state, item)) for column in columns] for item in items]
     wide = plan_columns(columns, texts, width)
-    titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
+    titles = ""
+    if len(wide) > 2:
+        titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
     rows = []
     for item, row in zip(items, texts):
         spans = []
         for i, n in wide.items():
             style = "dim" if columns[i].leaves else "text"
             if columns[i].style:
-                style = columns[i].style(item)
+                style = columns[i].style(state, item)
             spans.append((cell(columns[i], row[i], n, i), style))
         rows.append(tuple(spans))
     return titles, rows
@@ -4214,7 +4216,7 @@ def plan_columns(columns: Sequence[Column], texts: Sequence[Sequence[str]],
         if widest or column.leaves == 0:
             wide[i] = max(widest, cells(column.title))
     stays = next(i for i in wide if columns[i].leaves == 0)
-    wanted = min(wide[stays], max(20, width // 2))
+    wanted = min(wide[stays], max(20, width * 2 // 5))
     def room() -> int:
         return width - sum(n + min(i, 2) for i, n in wide.items() if i != stays) - min(stays, 2)
     while room() < wanted and len(wide) > 1:
@@ -4239,7 +4241,7 @@ def chosen_facts(state: State) -> Tuple[List[Any], List[Any]]:
     turns = [fact for fact in facts if fact[0] in OTHER_ROLE]
     return [fact for fact in facts if fact not in turns], turns
 
-FACT_COLUMN = 11                      # where the texts begin
+FACT_COLUMN = 12                      # where the texts begin
 
 def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line]:
     """Lay out one of chosen_facts(): a turn, something found, a paragraph, or "what  text"."""
@@ -4263,8 +4265,8 @@ def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line
 # The list of models
 
 # What doesn't fit is left out from the end
-MODELS_TITLE = "Models: type to filter, Enter loads or downloads, Right tells more, Esc closes"
-DOWNLOADABLE_TITLE = "Models to download: Enter gets one, Right tells more, Esc closes"
+MODELS_TITLE = "Models: type to filter, Right tells more, Enter loads or downloads, Esc closes"
+DOWNLOADABLE_TITLE = "Models to download: Right tells more, Enter gets one, Esc closes"
 DOWNLOAD_TITLE = "Not here, Enter downloads it: Esc closes"
 
 def has_dots(state: State) -> bool:
@@ -4283,7 +4285,7 @@ def verdict_text(state: State, entry: ModelEntry) -> str:
     """Name the verdict in words, where no dot has its colour."""
     return "" if has_dots(state) else entry.verdict
 
-def verdict_style(entry: ModelEntry) -> str:
+def verdict_style(state: State, entry: ModelEntry) -> str:
     return VERDICT_STYLES.get(entry.verdict, "error")
 
 def rate_text(state: State, entry: ModelEntry) -> str:
@@ -4312,11 +4314,14 @@ def model_note(state: State, entry: ModelEntry) -> str:
             return word
     return ""
 
+def note_style(state: State, entry: ModelEntry) -> str:
+    return {"base": "warn", "broken": "error"}.get(model_note(state, entry), "good")
+
 MODEL_COLUMNS = (
     Column("",         model_mark, 1, style=verdict_style),
     Column("model",    lambda state, entry: entry.name),
     Column("fits",     verdict_text, 2, style=verdict_style),
-    Column("",         model_note, 5, style=lambda entry: "good" if entry.verdict else "error"),
+    Column("",         model_note, 5, style=note_style),
     Column("tokens/s", rate_text, 4, is_number=True),
     Column("on disk",  bytes_text, 3, is_number=True),
     Column("size",     lambda state, entry: entry.size, 6, is_number=True),
@@ -4365,7 +4370,8 @@ def show_models(state: State, entries: Sequence[ModelEntry],
 
 # The list of chats
 
-CHATS_TITLE = "Your chats: type to search, Enter opens, Ctrl-R renames, Del deletes, Esc closes"
+CHATS_TITLE = ("Your chats: type to search, Right shows it, Ctrl-R renames, Del deletes, "
+               "Enter opens, Esc closes")
 
 def find_chats(query: str) -> Any:
     return DiskJob("find", (query,))
@@ -4407,7 +4413,7 @@ def when_text(time_s: float, now_s: float) -> str:
     return "%d %s" % (then.tm_mday, time.strftime("%b" if is_near else "%b %Y", then))
 
 CHAT_COLUMNS = (
-    Column("",         chat_mark, 1, style=lambda entry: "good"),
+    Column("",         chat_mark, 1, style=lambda state, entry: "good"),
     Column("chat",     chat_name),
     Column("messages", lambda state, entry: str(entry.n_messages or ""), 4, is_number=True),
     Column("changed",  chat_time, 2, is_number=True),
@@ -4459,7 +4465,7 @@ def rename_chat(state: State, entry: ChatEntry) -> Outcome:
 
 NAMED_COLUMNS = (
     Column("", lambda state, item: "●" if is_in_use(state, item) else "", 1,
-           style=lambda item: "good"),
+           style=lambda state, item: "good"),
     Column("", lambda state, item: item[1]),
     Column("", lambda state, item: named_choices(state.settings, item[0])[item[1]][0], 2),
 )
@@ -4474,9 +4480,7 @@ def named_words(item: Tuple[str, str]) -> str:
 
 def named_facts(state: State, item: Tuple[str, str]) -> List[Tuple[str, str]]:
     kind, name = item
-    meaning, values = named_choices(state.settings, kind)[name]
-    if kind == "preset":
-        return [(word, str(value)) for word, value in values.items()]
+    meaning = named_choices(state.settings, kind)[name][0]
     return [("", meaning or "No system prompt: the model behaves as it was trained.")]
 
 def take_named(state: State, item: Tuple[str, str]) -> Change:
@@ -4514,16 +4518,19 @@ def setting_facts(state: State, name: str) -> List[Tuple[str, str]]:
     counts = "when the model is loaded again" if name in LOADING else "from the next reply on"
     return [
         ("", meaning[:1].upper() + meaning[1:] + "."), ("takes", range_text(name)),
-        ("default", value_text(default)), ("counts", counts)]
+        ("default", value_text(default)), ("in effect", counts)]
+
+def value_style(state: State, name: str) -> str:
+    return "user" if is_changed(state, name) else "text"
 
 def range_column(state: State, name: str) -> str:
     return "a word" if isinstance(SETTINGS[name][0], str) else range_text(name)
 
 SETTING_COLUMNS = (
     Column("",        lambda state, name: "●" if is_changed(state, name) else "", 1,
-           style=lambda name: "user"),
+           style=value_style),
     Column("setting", lambda state, name: name),
-    Column("value",   shown_value, 2, is_number=True, style=lambda name: "user"),
+    Column("value",   shown_value, 2, is_number=True, style=value_style),
     Column("default", lambda state, name: value_text(SETTINGS[name][0]), 3, is_number=True),
     Column("takes",   range_column, 4),
 )
@@ -4535,7 +4542,7 @@ LISTS = {
                       chat_facts, lambda entry: entry.name),
     "settings": ListKind(SETTING_COLUMNS, setting_words, str, setting_facts),
     "persona": ListKind(NAMED_COLUMNS, named_words, named_words, named_facts),
-    "preset": ListKind(NAMED_COLUMNS, named_words, named_words, named_facts),
+    "preset": ListKind(NAMED_COLUMNS, named_words, named_words),
     "theme": ListKind(NAMED_COLUMNS, named_words, named_words),
 }
 
@@ -5448,7 +5455,7 @@ def view_border(state: State, area: Area, corner: str) -> Line:
     is_alone = not side_names(state)
     style = "title" if is_alone or state.focus == area.name else "dim"
     title = PANES[area.name].title(state, area.width - 4)
-    title = " %s " % clean_name(title, area.width - 4)
+    title = " %s " % cut_text(clean_row(title[:8 * area.width]), area.width - 4)
     rest = box["h"] * (area.width - 1 - cells(title))
     return ((box[corner] + box["h"], "frame"), (title, style), (rest, "frame"))
 
@@ -5800,8 +5807,10 @@ def view_choice(state: State, choice: Choice, width: int, height: int) -> List[L
         lines.append(((" Nothing fits.", "dim"),))
     lines += [()] * (height - n_below - len(lines))
     if n_below > 2:
-        rule = "─" if state.settings.unicode else "-"
-        lines.append(((rule * width, "frame"),))
+        title = " %s " % cut_text(clean_row(details_title(state)), width - 8)
+        h = BOX[state.settings.unicode]["h"]
+        rest = h * (width - 2 - cells(title))
+        lines.append((("  " + h, "frame"), (title, "dim"), (rest[3:], "frame")))
         n_below -= 1
     below = Area("details", 0, 0, width, n_below)
     return lines + view_pane(state, below)[0] if n_below else lines
@@ -12086,10 +12095,9 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         template = "its own"
     memory = "weights %s, context (KV cache) %s, computing %s, program %s"
     return (
-        *zip(("memory", "settings"), plan.lines),
-        ("of it", memory % tuple(map(format_bytes, plan.memory[:4]))),
-        ("context", "{:,} tokens here, trained for {:,}".format(
-            plan.n_ctx, number(header, ".context_length"))),
+        ("memory", plan.lines[0] + "\n" + memory % tuple(map(format_bytes, plan.memory[:4]))),
+        ("settings", plan.lines[1]),
+        ("context", "trained for {:,} tokens".format(number(header, ".context_length"))),
         ("template", template),
         ("kind", "%s, %s" % (
             string(header, "general.architecture"), format_count(model_layers(header), "layer"))),
