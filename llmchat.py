@@ -608,6 +608,7 @@ class Settings(NamedTuple):
     sampling: Sampling = Sampling()
     options: LoadOptions = LoadOptions()
     unicode: bool = True      # the terminal can show more than ASCII
+    colors: bool = True       # … and colours
     window: bool = True       # False: plain mode, without an input box and keys
     session: str = ""         # names of chats begin with it; "" = nothing is stored
     states: str = ""          # folder of the engine's states, "" = none are kept
@@ -864,8 +865,11 @@ class ModelsFound(NamedTuple):
     wanted: str
 
 MachineProbed = NamedTuple("MachineProbed", [("lines", Tuple[str, ...])])
-# What there is to tell of a row of a list: (what, text) each, see LISTS
-Described = NamedTuple("Described", [("key", str), ("facts", Tuple[Tuple[str, str], ...])])
+class Described(NamedTuple):
+    """What a file tells of a row of a list."""
+    key: str                  # as ListKind.key has it
+    facts: Tuple[Tuple[str, str], ...]    # (what, text), see fact_lines()
+    query: str = ""           # with which the list was searched
 
 class ChatOpened(NamedTuple):
     chat: Chat
@@ -4089,6 +4093,8 @@ def on_described(state: State, event: Described) -> State:
     choice = open_choice(state)
     if not choice or choice.told.get(event.key, ()) is not None:
         return state                      # it was closed meanwhile, or shows others
+    if choice.find and choice.query != event.query:
+        return state
     return tell_of(state, choice, event.key, event.facts)
 
 def ask_setup(entries: Sequence[ModelEntry] = ()) -> Question:
@@ -4247,8 +4253,8 @@ def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line
     """Lay out one of chosen_facts(): a turn, something found, a paragraph, or "what  text"."""
     what, text = fact
     if what in OTHER_ROLE:
-        settings = state.settings
-        return turn_lines(Turn(what, text), RenderOptions(width, settings.unicode, False, "hidden"))
+        options = RenderOptions(width, state.settings.unicode, False, "hidden")
+        return turn_lines(Turn(what, text), ("", "dim"), options)
     if what in ("", "error", "dim"):
         style = what or "text"
         return [((" " + row, style),) for row in wrap(clean(text), width - 2)] + [()]
@@ -4272,7 +4278,9 @@ DOWNLOAD_TITLE = "Not here, Enter downloads it: Esc closes"
 def has_dots(state: State) -> bool:
     """Tell whether coloured dots can be shown."""
     settings = state.settings
-    return settings.window and settings.unicode and THEMES.get(settings.theme) is not None
+    if not (settings.window and settings.unicode and settings.colors):
+        return False
+    return THEMES.get(settings.theme) is not None
 
 def model_mark(state: State, entry: ModelEntry) -> str:
     if entry.to_download:
@@ -5807,7 +5815,7 @@ def view_choice(state: State, choice: Choice, width: int, height: int) -> List[L
         lines.append(((" Nothing fits.", "dim"),))
     lines += [()] * (height - n_below - len(lines))
     if n_below > 2:
-        title = " %s " % cut_text(clean_row(details_title(state)), width - 8)
+        title = " %s " % cut_text(clean_row(details_title(state, width)), width - 8)
         h = BOX[state.settings.unicode]["h"]
         rest = h * (width - 2 - cells(title))
         lines.append((("  " + h, "frame"), (title, "dim"), (rest[3:], "frame")))
@@ -6469,6 +6477,8 @@ class Screen:
         self.pace = LinePace()
         self.check_terminal()
         self.window = curses.initscr()
+        curses.start_color()
+        self.colors = not os.environ.get("NO_COLOR") and curses.has_colors()
         self.pad = curses.newpad(1, 8)             # to measure with
         can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
         self.glyphs = Glyphs(can_draw, self._measure)
@@ -6537,8 +6547,7 @@ class Screen:
         if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
             flags["i"] = curses.A_ITALIC  # where there is no italic, it is underlined
         colors, n_colors = THEMES.get(theme, {}), 0
-        if colors is not None and not os.environ.get("NO_COLOR") and curses.has_colors():
-            curses.start_color()
+        if colors is not None and self.colors:
             curses.use_default_colors()
             n_colors = curses.COLORS
         styles = {}
@@ -7216,7 +7225,7 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     runner = Runner(screen)
     try:
         columns, rows = screen.size()
-        settings = state.settings._replace(unicode=screen.unicode)
+        settings = state.settings._replace(unicode=screen.unicode, colors=screen.colors)
         state = state._replace(columns=columns, rows=rows, settings=settings)
         state, effects = start_window(state, first)
         screen.draw(view(state))          # what this frame doesn't need is imported after it
@@ -15512,7 +15521,7 @@ class DiskWorker:
             facts = preview_chat(key, query) if what == "chats" else describe_model(key)
         except Exception as error:        # whatever is in a file
             facts = (("error", "It can't be read: %s." % explain_error(error)),)
-        self.post(Described(key, facts))
+        self.post(Described(key, facts, query))
 
     def find_paths(self, text: str, word: str, escaped: bool) -> None:
         """Find paths that begin with this word, for Tab; escaped: a space follows a backslash."""

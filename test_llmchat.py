@@ -9745,6 +9745,43 @@ class FindModelsTest(unittest.TestCase):
         self.assertEqual(listed["b-Q8_0"]["verdict"], "fits")
         self.assertEqual(listed["b-Q8_0"]["path"], self.path("models", "b-Q8_0.gguf"))
 
+    def test_list_fits_the_terminal(self):
+        entries = [
+            a_model(
+                "/m/%d" % n,
+                name,
+                size="8B",
+                quant="Q4_K_M",
+                n_bytes=5 << 30,
+                rate=3.25,
+                n_ctx=32768,
+                note=note,
+            )
+            for n, (name, note) in enumerate(
+                (
+                    ("alpha", ""),
+                    ("x" * 90, "base: it has no chat template"),
+                    ("模型" * 30, "also b"),
+                )
+            )
+        ]
+        for columns in (40, 60, 80, 120, 200):
+            titles, lines = llmchat.model_lines(entries, columns)
+            for line in (titles, *lines):
+                self.assertLessEqual(llmchat.cells(line), columns)
+            self.assertIn("base", lines[1])
+        self.assertIn(
+            "x" * 90, llmchat.model_lines(entries, llmchat.FAR)[1][1], "a pipe has no end"
+        )
+        with mock.patch.object(sys.stdout, "isatty", lambda: True, create=True), mock.patch.dict(
+            os.environ, COLUMNS="50"
+        ):
+            self.assertEqual(llmchat.output_width(), 50)
+            table = llmchat.downloadable_lines(entries)
+        self.assertLessEqual(max(map(llmchat.cells, table)), 50)
+        piped = llmchat.downloadable_lines(entries)
+        self.assertTrue(piped[0].startswith("/m/0  alpha"), piped)
+
     def test_names_instead_of_paths(self):
         """The real program, with the real engine."""
         folder = tempfile.mkdtemp(dir=FOLDER)
@@ -11629,8 +11666,117 @@ class StoredChatTest(unittest.TestCase):
             Submitted("/chats"),
             llmchat.ChatsFound("", (entry, entry._replace(time_s=-1e17))),
         )
-        rows = [row for row in rows_of(state) if "title" in row]
+        rows = [row for row in rows_of(state) if "title" in row and "─" not in row]
         self.assertEqual([row.split()[-2:] for row in rows], [["?", "│"]] * 2)
+
+    def test_times_in_words(self):
+        def seconds(*date):
+            return time.mktime((*date, 0, 0, 0, -1)[:9])
+
+        now_s = seconds(2025, 11, 26, 13, 5)  # a Wednesday
+        for date, words in (
+            ((2025, 11, 26, 1, 42), "today 01:42"),
+            ((2025, 11, 25, 18, 3), "yesterday 18:03"),
+            ((2025, 11, 24, 23, 59), "Mon"),
+            ((2025, 11, 20, 0, 0), "Thu"),
+            ((2025, 11, 19, 23, 59), "19 Nov"),
+            ((2025, 1, 3, 0, 0), "3 Jan"),
+            ((2024, 11, 3, 0, 0), "3 Nov 2024"),
+            ((2025, 11, 27, 0, 0), "27 Nov"),
+        ):
+            self.assertEqual(llmchat.when_text(seconds(*date), now_s), words)
+        new_year_s = seconds(2026, 1, 2, 0, 0)
+        self.assertEqual(llmchat.when_text(now_s, new_year_s), "26 Nov", "no year while it's near")
+
+    def listed(self, *entries, columns=120, **fields):
+        state = ready(columns=columns, rows=24, **fields)
+        state = play(state, Submitted("/chats"), llmchat.ChatsFound("", entries, 1.7e9))[0]
+        return state, [row[1:] for row in rows_of(state)]
+
+    def test_list_of_chats(self):
+        entries = [
+            llmchat.ChatEntry("c%d" % n, title, "Tiny", 1.7e9 - 60 * n, 4 + n)
+            for n, title in enumerate(("One question", "模型" * 50, "x" * 300, "Two"))
+        ]
+        for columns in range(20, 200, 7):
+            rows = self.listed(*entries, columns=columns)[1]
+            self.assertEqual({llmchat.cells(row) for row in rows}, {columns - 1})
+        state, rows = self.listed(*entries, columns=200, chat=Chat(name="c3"))
+        self.assertRegex(rows[3], r"^   One question +4 +today \d\d:\d\d  Tiny")
+        self.assertRegex(rows[6], r"^ ● Two +7 +today", "the open one is marked")
+        narrow = self.listed(*entries, columns=40)[1]
+        self.assertNotIn("messages", narrow[2], "columns leave whole")
+        self.assertIn("One question", narrow[2])
+
+    def test_same_titles_are_told_apart(self):
+        self.begin()
+        for last in ("shorter", "longer"):
+            self.ask("Write a poem", "A poem.")
+            self.ask("make it " + last, "Another.")
+            self.do("/new")
+        self.ask("Alone", "Yes.")
+        self.do("/chats")
+        names = [llmchat.chat_name(self.state, entry) for entry in items_of(self.state)]
+        poems = ["Write a poem · make it longer", "Write a poem · make it shorter"]
+        self.assertEqual(names, ["Alone", *poems])
+        self.assertEqual([entry.n_messages for entry in items_of(self.state)], [2, 4, 4])
+
+    def test_a_chat_is_seen_before_it_is_opened(self):
+        self.begin(columns=120, rows=30)
+        self.ask("Write a poem", "Roses are **red**.")
+        self.ask("And violets?", "<think>Hm.</think>They are blue. " + "And so on. " * 900)
+        name = self.state.chat.name
+        self.do("/new", "/chats")
+        text = "\n".join(rows_of(self.state))
+        self.assertIn("And so on.", text)
+        self.assertNotIn("Hm.", text, "as in the chat, its thinking is folded")
+        self.do(Typed("roses"))
+        text = "\n".join(rows_of(self.state))
+        self.assertIn("· Roses are", text, "what was found stands above")
+        hits = [
+            word for line in view(self.state).lines for word, style in line if style == "select"
+        ]
+        self.assertIn("Roses", hits)
+        facts = llmchat.preview_chat(name, "")
+        self.assertLess(sum(len(words) for _, words in facts), llmchat.PREVIEW_CHARS + 99)
+        self.do("[ctrl-u]", "[right]", "[home]")
+        self.assertEqual(self.state.focus, "details")
+        top = view(self.state)
+        self.do("[end]")
+        self.assertNotEqual(view(self.state), top, "it scrolls")
+        self.do("[esc]", "[enter]")
+        self.assertEqual((self.state.chat.name, self.state.focus), (name, "chat"))
+
+    def test_what_is_read_late_is_of_this_search(self):
+        entry = llmchat.ChatEntry("c", "title", "Tiny", 1.7e9, 2)
+        state, _ = self.listed(entry)
+        found = llmchat.ChatsFound("x", (entry,), 1.7e9)
+        state = play(state, "x", found, Described("c", (("found", "old"),), ""))[0]
+        self.assertNotIn("old", "\n".join(rows_of(state)))
+        state = play(state, Described("c", (("found", "axb"),), "x"))[0]
+        self.assertRegex("\n".join(rows_of(state)), "· axb")
+
+    def test_the_cursor_stays_where_a_chat_was_renamed_or_deleted(self):
+        self.begin()
+        for words in ("first", "second", "third", "fourth"):
+            self.ask(words, "Yes.")
+            self.do("/new")
+        order = ["fourth", "third", "second", "first"]
+        for n, name in enumerate(reversed(order)):
+            os.utime(llmchat.chat_path(self.files_of(name)), (n, n))
+        self.do("/chats", "[down]", "[down]", "[ctrl-r]", "[ctrl-u]", Typed("new"), "[enter]")
+        self.assertEqual(self.titles(), ["fourth", "third", "new", "first"])
+        self.assertEqual(self.state.dialog.index, 2)
+        self.do("[del]", "[enter]")
+        self.assertEqual(
+            (self.titles(), self.state.dialog.index), (["fourth", "third", "first"], 2)
+        )
+        self.do("[del]", "[enter]")
+        self.assertEqual((self.titles(), self.state.dialog.index), (["fourth", "third"], 1))
+
+    def files_of(self, title):
+        """The name of the chat with this title."""
+        return next(entry.name for entry in llmchat.list_chats("") if entry.title == title)
 
     def test_damaged_files_do_not_end_storing(self):
         os.makedirs(os.path.join(os.path.dirname(llmchat.chat_path("")), "folder.jsonl"))
@@ -12511,7 +12657,7 @@ class ModelListTest(unittest.TestCase):
             ],
         )
         mono = Settings(theme="mono")
-        for settings in (mono, Settings(unicode=False)):
+        for settings in (mono, Settings(unicode=False), Settings(colors=False)):
             rows = [re.split("  +", row) for row in self.rows(columns=120, settings=settings)]
             self.assertEqual(
                 [row[1] for row in rows], ["fits", "fits", "tight", "too big", "fits", "broken"]
@@ -12523,9 +12669,9 @@ class ModelListTest(unittest.TestCase):
 
     def test_the_title_follows_the_width(self):
         for columns, title in (
-            (80, "Right tells more, Esc closes"),
-            (60, "❯ type to filter, Enter loads or downloads"),
-            (40, "❯ type to filter"),
+            (80, "❯ type to filter, Right tells more, Enter loads or downloads, Esc closes"),
+            (60, "❯ type to filter, Right tells more"),
+            (40, "❯ type to filter, Right tells more"),
         ):
             self.assertEqual(
                 rows_of(self.open(columns=columns)[0])[1].strip("\u2502 ")[-len(title) :], title
