@@ -210,15 +210,27 @@ DOWNLOAD_RETRY_S = 1          # the first pause between; each is twice as long, 
 # What /set NAME and --NAME change, and what can be kept for each model.
 # NAME: (default, lowest, highest, meaning), or of a word: (default, all words, None, meaning).
 # A default without a point takes whole numbers only. A new way of choosing tokens is a row of
-# SAMPLING, and a line in make_sampler().
+# SAMPLING, and a line in sampler_steps().
 SAMPLING: Dict[str, Any] = {  # how the next token is chosen
     "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
     "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
     "top_p":          (0.95, 0, 1, "among the likeliest that have this probability, 1 = off"),
     "min_p":          (0.05, 0, 1, "at least this fraction as likely as the likeliest, 0 = off"),
     "typical_p":      (1.0, 0, 1, "among the most typical ones, 1 = off"),
+    "top_n_sigma":    (0.0, 0, 100, "among those whose score is at most so many standard "
+                       "deviations below the best one's, 0 = off"),
+    "xtc_probability": (0.0, 0, 1, "how often the likeliest tokens are left out, for less "
+                        "expected text, 0 = off"),
+    "xtc_threshold":  (0.1, 0, 0.5, "then those of at least this probability go, save the last"),
     "repeat_penalty": (1.0, 0.1, 5, "above 1 discourages repetition, e.g. 1.1; 1 = off"),
-    "repeat_last_n":  (64, 0, 4096, "how many of the last tokens the penalty looks at"),
+    "repeat_last_n":  (64, 0, 4096, "how many of the last tokens the three penalties look at"),
+    "presence_penalty": (0.0, -2, 2, "above 0 prefers tokens that haven't come yet, 0 = off"),
+    "frequency_penalty": (0.0, -2, 2, "the same, more with each time that one has come, 0 = off"),
+    "dry_multiplier": (-1.0, -1, 100, "against passages that come again (DRY), e.g. 0.8; 0 = off, "
+                       "-1 = on in models of less than a billion parameters"),
+    "dry_base":       (1.3, 1, 10, "how fast that grows with the length of what comes again"),
+    "dry_allowed_length": (16, 1, 4096, "so many tokens may come again as they are"),
+    "dry_penalty_last_n": (1024, 0, 10 ** 6, "how many of a reply's last tokens DRY looks at"),
     "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one"),
     "max_tokens":     (0, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
 }
@@ -264,6 +276,11 @@ STATE_CACHE_MB = 1000         # disk for what the model has read of each chat; 0
                               # chat is read again when you go on with it
 STATE_IDLE_S = 60             # it is written at the end, and after so long a pause if that pays:
 STATE_MB_PER_S = 5            # if a second of reading again is spared for each so many MB
+REPEAT_TIMES = 5              # a reply is ended when it says one thing so often in a row: a line, a
+REPEAT_TOKENS = 200           # sentence, or any tokens that are so many in all; lower numbers end
+REPEAT_CODE_TOKENS = 600      # it sooner, also where it is meant so. In code only tokens count
+DRY_BELOW_PARAMETERS = 1e9    # models with fewer loop more often: DRY is on in them (/set
+DRY_MULTIPLIER = 0.8          # dry_multiplier -1), and this strong; 0 = in none
 UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = never
 
 FRAMES_PER_S = 30             # how often the window is drawn at most while text streams in
@@ -619,7 +636,6 @@ class Settings(NamedTuple):
     statistics: str = STATISTICS
     theme: str = THEME
     given: Fields = {}  # what the command line says: names and values
-    once: bool = False        # one answer without anybody watching, as with -p
     named: bool = False       # the command line named the model: opening a chat keeps it
     kept: Dict[str, Fields] = {}  # chosen for each model: file name -> values; "" = for all
 
@@ -2485,8 +2501,8 @@ ENDS = {
     "stopped": ", stopped",
     "silent": ", only thought, without an answer",
     "length": ", cut at the token limit (/set max_tokens)",
-    "repeats": ", it repeats itself: /retry, or /set repeat_penalty 1.1",
-    "full": ", cut at the length of the context"}
+    "repeats": " (it repeats itself; /continue, /retry, or /set repeat_penalty 1.1)",
+    "full": " (it has filled the context twice; /continue, or /retry)"}
 
 def describe_ending(ending: Any, statistics: str) -> str:
     """Describe a reply in numbers, "all", its "speed" or "none", and why it ended.
@@ -2769,7 +2785,7 @@ def ask_model(state: State, begun: str = "", thought: Any = (), continued: int =
     request = {
         "cmd": "chat", "id": chat.request, "messages": chat_messages(state),
         "sampling": state.settings.sampling._asdict(), "chat": chat.name, "begun": begun,
-        "think": shall_think(state), "once": state.settings.once}
+        "think": shall_think(state)}
     return state, store_part(state, begun) + (SendEngine(request),)
 
 def await_engine(state: State) -> Change:
@@ -5152,9 +5168,9 @@ def reply_ending(chat: Chat, message: Fields) -> Ending:
     return ending._replace(n_written=n_written, continued=before.continued)
 
 CUT_SHORT = {                             # by the program, for those who don't see the note
-    "repeats": "The reply was ended, as it repeats itself.",
-    "full": "The reply has as many tokens as the model's context, so it was ended; -n sets another "
-            "limit, -c another context."}
+    "repeats": "The reply was ended because it repeats itself.",
+    "full": "The reply was ended because it has filled the model's context twice. -c sets a larger "
+            "one; with a limit of its own (-n, or /set max_tokens) a reply goes on until there."}
 
 ONLY_THOUGHT = "The model has only thought and given no answer."
 
@@ -7693,7 +7709,7 @@ class Tokenizer:
         self.replies: Dict[str, List[int]] = {}    # what the model wrote, text -> its own tokens
         self.fragments: Dict[Tuple[str, bool, bool], List[int]] = {}    # remembered tokens of texts
         self.n_fragment_chars = 0
-        self.told: Set[str] = set()       # what has been said of the template
+        self.told: Set[str] = set()       # what has been said of the model
         self.template: Any = None
         self.marks: Set[int] = set()      # control tokens that must be seen
         self.splits = True                # texts can be cut at control tokens
@@ -7788,7 +7804,10 @@ class Tokenizer:
                       "model: choose an instruct or chat one." % name)
 
     def warn(self, text: str) -> None:
-        self.emit("log", level="warn", text=text)
+        """Say something of the model, once."""
+        if text not in self.told:
+            self.told.add(text)
+            self.emit("log", level="warn", text=text)
 
     def use_template(self, source: str) -> None:
         """Use this source from now on. Raises whatever a template may raise."""
@@ -7919,9 +7938,7 @@ class Tokenizer:
             self.use_chatml(error)
             pieces = self.template.pieces(tidy)
         for note in self.template.notes:
-            if note not in self.told:
-                self.told.add(note)
-                self.warn(note)
+            self.warn(note)
         return pieces
 
     def piece_tokens(self, pieces: Pieces) -> List[int]:
@@ -8570,24 +8587,19 @@ class LlamaEngine:
 
     # -- a chat --
 
-    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "",
-             once: bool = False) -> None:
+    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "") -> None:
         """Answer a chat: emits "reading" …, "text" …, "done".
 
         messages: [{"role": …, "content": …}], as OpenAI's.
         begun: how the reply begins; the model goes on from there.
-        once: nobody watches, so the reply ends when it has as many tokens as the context.
         Raises ModelError before anything is lost."""
         began_s = time.monotonic()
         begun_tokens = self.tokenizer.begun_tokens(begun) if begun else []
-        kept, prompt = fit_messages(self, messages, len(begun_tokens))
-        prompt = prompt + begun_tokens
-        if kept is not messages:
-            self.cache.shift(prompt)
+        kept, prompt = fit_reply(self, messages, begun_tokens)
         if len(prompt) >= self.n_ctx:
             raise ModelError(TOO_LONG.format(len(prompt), self.n_ctx))
         n_reused = self.cache.keep_prefix(prompt)
-        reply = Reply(self, began_s, n_reused, begun_tokens)
+        reply = Reply(self, began_s, n_reused, begun, begun_tokens)
         reading = PromptReader(self, prompt)
         reading.tell(0)
         is_read = reading.run()
@@ -8596,10 +8608,9 @@ class LlamaEngine:
         if not is_read:
             reply.end("stopped")
             return
-        reply.text = begun
         if not begun:
             reply.release(self.tokenizer.template.opened)
-        Writer(self, reply, kept, sampling, once).run(prompt)
+        Writer(self, reply, kept, prompt, sampling).run()
         self._learn()
 
     def count_used(self) -> int:
@@ -8681,6 +8692,20 @@ def find_first(values: Sequence[int], fits: Any) -> int:
         else:
             low = middle + 1
     return values[low]
+
+def fit_reply(engine: LlamaEngine, messages: List[Message],
+              written: List[int]) -> Tuple[List[Message], List[int]]:
+    """Leave out the oldest turns, then the beginning of what is written of the reply.
+
+    Returns the messages left, and all tokens; the cache has been told."""
+    kept, prompt = fit_messages(engine, messages, len(written))
+    room = len(written)
+    if len(prompt) + room >= engine.n_ctx:
+        room = max(1, most_tokens(engine) - len(prompt))
+    tokens = prompt + written[-room:]
+    if kept is not messages or room < len(written):
+        engine.cache.shift(tokens)
+    return kept, tokens
 
 def most_tokens(engine: LlamaEngine) -> int:
     """Return how many tokens may stay when the context was full."""
@@ -8767,53 +8792,87 @@ class PromptReader:
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
-def make_sampler(api: Any, vocab: Any, s: Sampling) -> Any:
-    """Make llama.cpp's sampler chain in its usual order (common/sampling.cpp). Free it.
+def sampler_steps(engine: LlamaEngine, s: Sampling) -> List[Tuple[Any, ...]]:
+    """List the samplers in llama.cpp's usual order (common/sampling.cpp).
 
-    Greedy at temperature 0."""
-    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-    penalties = api.llama_sampler_init_penalties
-    n_vocab = [api.llama_vocab_n_tokens(vocab)]
-    n_vocab *= len(penalties.argtypes) - 4    # newer llama.cpp asks for it
-    samplers = [penalties(*n_vocab, s.repeat_last_n, s.repeat_penalty, 0.0, 0.0)]
+    Each as llama.h's llama_sampler_init_NAME(arguments) has it. Greedy at temperature 0."""
+    vocab = engine.tokenizer.vocab
+    n_vocab = engine.api.llama_vocab_n_tokens(vocab)
+    seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
+    seed &= 0xffffffff
+    steps: List[Tuple[Any, ...]] = [
+        ("penalties", n_vocab, s.repeat_last_n, s.repeat_penalty, s.frequency_penalty,
+         s.presence_penalty),
+        # without sequence breakers: to look for them in a large vocabulary takes a second
+        ("dry", vocab, dry_multiplier(engine, s), s.dry_base, s.dry_allowed_length,
+         s.dry_penalty_last_n, None, 0)]
     if s.temperature <= 0:
-        samplers.append(api.llama_sampler_init_greedy())
-    else:
-        seed = s.seed if s.seed >= 0 else int.from_bytes(os.urandom(4), "little")
-        samplers += [
-            api.llama_sampler_init_top_k(s.top_k),
-            api.llama_sampler_init_typical(s.typical_p, 1),
-            api.llama_sampler_init_top_p(s.top_p, 1),
-            api.llama_sampler_init_min_p(s.min_p, 1),
-            api.llama_sampler_init_temp(s.temperature),
-            api.llama_sampler_init_dist(seed & 0xffffffff)]
-    for sampler in samplers:
+        return steps + [("greedy",)]
+    return steps + [
+        ("top_n_sigma", s.top_n_sigma),
+        ("top_k", s.top_k),
+        ("typical", s.typical_p, 1),
+        ("top_p", s.top_p, 1),
+        ("min_p", s.min_p, 1),
+        ("xtc", s.xtc_probability, s.xtc_threshold, 1, seed),
+        ("temp", s.temperature),
+        ("dist", seed)]
+
+def dry_multiplier(engine: LlamaEngine, s: Sampling) -> float:
+    """Return what the setting means for this model, as it may be -1."""
+    if s.dry_multiplier >= 0:
+        return s.dry_multiplier
+    is_small = engine.api.llama_model_n_params(engine.model) < DRY_BELOW_PARAMETERS
+    return DRY_MULTIPLIER if is_small else 0.0
+
+def make_sampler(engine: LlamaEngine, s: Sampling, past: Dict[str, List[int]]) -> Any:
+    """Make llama.cpp's sampler chain. Free it.
+
+    past: the tokens that a sampler, by its name, is to have seen."""
+    api = engine.api
+    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+    for name, *arguments in sampler_steps(engine, s):
+        init = getattr(api, "llama_sampler_init_" + name, None)
+        if not init or len(init.argtypes) > len(arguments):
+            tell_lacking(engine, name, s)
+            continue
+        # an older llama_sampler_init_penalties() takes no n_vocab
+        sampler = init(*arguments[len(arguments) - len(init.argtypes):])
+        for token in past.get(name, ()):
+            api.llama_sampler_accept(sampler, token)
         api.llama_sampler_chain_add(chain, sampler)
     return chain
+
+def tell_lacking(engine: LlamaEngine, sampler: str, s: Sampling) -> None:
+    """Say that llama.cpp is too old for a sampler, if it was asked for."""
+    for name, row in SAMPLING.items():
+        if name.startswith(sampler) and getattr(s, name) != row[0]:
+            engine.tokenizer.warn(
+                "The installed llama-cpp-python is too old for %s, so it changes nothing: update "
+                "it with --install." % name)
 
 class Writer:
     """Writes one reply to a prompt that the KV cache holds."""
 
     def __init__(self, engine: LlamaEngine, reply: "Reply", messages: List[Message],
-                 sampling: Sampling, once: bool) -> None:
+                 prompt: List[int], sampling: Sampling) -> None:
         self.engine = engine
         self.api = engine.api
         self.cache = engine.cache
         self.reply = reply
         self.messages = messages          # what the context has room for
         self.sampling = sampling
-        # tokens of the reply; 0 = as many as come
-        self.n_most = sampling.max_tokens or (engine.n_ctx if once else 0)
-        self.sampler = make_sampler(self.api, engine.tokenizer.vocab, sampling)
+        self.has_made_room = False
+        # DRY leaves the prompt alone: what it is asked to quote or to correct, it may repeat
+        past = {"penalties": prompt[-max(1, sampling.repeat_last_n):],
+                "dry": reply.begun[-max(1, sampling.dry_penalty_last_n):]}
+        self.sampler = make_sampler(engine, sampling, past)
 
-    def run(self, prompt: List[int]) -> None:
+    def run(self) -> None:
         """Write the reply and end it; what the model wrote is remembered as tokens."""
         reply = self.reply
         tokenizer = self.engine.tokenizer
         try:
-            if self.sampling.repeat_penalty != 1:
-                for token in prompt[-max(0, self.sampling.repeat_last_n):]:
-                    self.api.llama_sampler_accept(self.sampler, token)
             reply.end(self.write())
         finally:
             self.api.llama_sampler_free(self.sampler)
@@ -8835,6 +8894,9 @@ class Writer:
                 if reason:
                     return reason
             if engine.count_used() >= engine.n_ctx:
+                # a limit is wanted by somebody who knows
+                if self.has_made_room and not self.sampling.max_tokens:
+                    return "full"
                 self.make_room()
             tokens = self.next_tokens(token)
         return "stopped"
@@ -8855,8 +8917,8 @@ class Writer:
         reply.add(token, tokenizer.piece(token, token in tokenizer.marks))
         if reply.is_over:
             return "end"
-        if len(reply.tokens) == self.n_most:
-            return "length" if self.sampling.max_tokens else "full"
+        if len(reply.tokens) == self.sampling.max_tokens:
+            return "length"
         if len(reply.tokens) % 16 == 0 and reply.repeats():
             return "repeats"
         return ""
@@ -8891,8 +8953,8 @@ class Writer:
             return []
         engine = self.engine
         n_most = min(engine.n_batch, engine.n_ctx - engine.count_used()) - 1
-        if self.n_most:
-            n_most = min(n_most, self.n_most - len(self.reply.tokens) - 1)
+        if self.sampling.max_tokens:
+            n_most = min(n_most, self.sampling.max_tokens - len(self.reply.tokens) - 1)
         if n_most < 1:
             return []
         guess = engine.lookup.guess(self.cache.tokens + [token], n_most)
@@ -8902,15 +8964,11 @@ class Writer:
     def make_room(self) -> None:
         """Forget the oldest turns, then the beginning of the reply itself: the context is full."""
         engine = self.engine
-        # the last token isn't in the KV cache yet
-        written = (self.reply.begun + self.reply.tokens)[:-1]
-        self.messages, prompt = fit_messages(engine, self.messages, len(written) + 1)
-        if len(prompt) + len(written) + 1 >= engine.n_ctx:
-            room = max(1, most_tokens(engine) - len(prompt))
-            written = written[-room:]
-        self.cache.shift(prompt + written)
-        self.cache.keep_prefix(prompt + written + [0])
-        PromptReader(engine, prompt + written).run()
+        self.has_made_room = True
+        written = self.reply.begun + self.reply.tokens
+        self.messages, tokens = fit_reply(engine, self.messages, written)
+        self.cache.keep_prefix(tokens)
+        PromptReader(engine, tokens[:-1]).run()    # the last one comes with the next step
         engine.lookup.forget()
 
 
@@ -8925,21 +8983,37 @@ def half_mark(text: str, marks: Sequence[str]) -> int:
             return n
     return 0
 
+def is_cycle(items: Sequence[Any], n_least: int) -> bool:
+    """Tell whether a list ends in REPEAT_TIMES times the same, at least n_least items in all."""
+    for period in range(1, len(items) // REPEAT_TIMES + 1):
+        if items[-1] != items[-1 - period]:
+            continue
+        n = max(n_least, REPEAT_TIMES * period)
+        if n <= len(items) and items[-n:-period] == items[period - n:]:
+            return True
+    return False
+
+def bare_words(line: str) -> str:
+    """Return the letters and digits of a line, without the number that it has in a list."""
+    line = re.sub(r"^\W*\d+([.):]|$)", "", line)
+    return "".join(re.findall(r"\w", line.lower()))
+
 class Reply:
     """A reply's tokens, its text (only whole characters are sent) and its times."""
 
     # text is sent at most this often; slow models' tokens go out at once
     EMIT_S = 1 / 30
 
-    def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int,
+    def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int, begun_text: str,
                  begun: List[int]) -> None:
         self.engine, self.began_s = engine, began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
         self.n_read = 0                   # the others
         self.begun = begun                # the reply's tokens before these
+        self.n_begun_chars = len(begun_text)
         self.tokens: List[int] = []
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.text = ""                    # sent
+        self.text = begun_text            # sent
         self.unsent = ""                  # to be sent
         self.withheld = ""                # what may be half of a mark
         self.is_over = False              # a text that ends replies has come
@@ -8994,14 +9068,18 @@ class Reply:
             self.thought = (len(self.tokens), now_s - self.first_s)
 
     def repeats(self) -> bool:
-        """Whether the last 200 tokens are one short piece again and again, or five lines one."""
-        recent = self.tokens[-200:]
-        if len(recent) == 200 and any(recent[n:] == recent[:-n] for n in range(1, 67)):
+        """Tell whether this reply, since it began or was continued, goes round in circles."""
+        text = self.text + self.unsent
+        if text.count("```") % 2:         # in code, lines may be alike
+            return is_cycle(self.tokens, REPEAT_CODE_TOKENS)
+        if is_cycle(self.tokens, REPEAT_TOKENS):
             return True
-        rows = (self.text + self.unsent)[-4000:].split("\n")[:-1]
-        rows = [row for row in rows if row.strip()][-5:]
-        bare = [re.sub(r"^\W*(\d+\W+)?", "", row).rstrip() for row in rows]    # without numbers
-        return len(bare) == 5 and len(set(bare)) == 1 and len(re.findall(r"\w", bare[0])) >= 10
+        start = max(self.n_begun_chars, len(text) - 4000, text.rfind("```"))
+        sentences = re.split(r"\n|[.!?。]\s", text[start:])[:-1]
+        words = [word for word in map(bare_words, sentences) if word]
+        if not words or len(words[-1]) < 10 or len(set(words[-1])) < 5:
+            return False                  # "No!", or a line drawn of few characters
+        return is_cycle(words, 0)
 
     def rate(self, now_s: float) -> float:
         """Return tokens per second since the first one."""
@@ -9697,8 +9775,7 @@ ENGINE_HEARS: Dict[str, Fields] = {
               "think?": THINK},           # null: as the model's template has it
     "chat": {"messages": [MESSAGE], "sampling": Sampling,    # "reading"s, "text"s, "done"
              "chat?": str, "think?": THINK,
-             "begun?": str,               # how the reply begins; the model goes on from there
-             "once?": bool},              # nobody watches: it ends after one context at the latest
+             "begun?": str},              # how the reply begins; the model goes on from there
     "stop": {},                           # what came before it, at once
     "discard": {"chat": str},             # this chat was deleted: nothing of it is written any more
     "unload": {},                         # end, and give all memory back: "unloaded"
@@ -10118,7 +10195,7 @@ class EngineProcess:
         self.engine.tokenizer.template.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
         sampling = Sampling(**command["sampling"])
-        self.engine.chat(messages, sampling, command.get("begun") or "", bool(command.get("once")))
+        self.engine.chat(messages, sampling, command.get("begun") or "")
 
     def on_discard(self, command: Fields) -> None:
         if self.states.chat == command["chat"]:
@@ -15934,7 +16011,6 @@ class Plain:
             return 1
         if text.startswith("/"):          # no command
             text = "/" + text
-        self.state = self.state._replace(settings=self.state.settings._replace(once=True))
         self.handle(Submitted(text, literal=bool(piped)))
         self.settle()
         if self.mid_line:

@@ -6,6 +6,7 @@ makes one first, in a temporary home.
 """
 
 import array
+import base64
 import codecs
 import contextlib
 import gc
@@ -487,11 +488,12 @@ def _script_tokens(text, taken):
     return tokens[:-2] + ["".join(tokens[-2:])]
 
 
-def write_scripted_model(path, replies, template, **metadata):
+def write_scripted_model(path, replies, template, ends=True, **metadata):
     """Write a real llama-architecture GGUF that recites.
 
     template: ends in <|NAME|>, and the reply NAME follows.
     replies: NAME -> a text, or a list of tokens that come nowhere else (but "<0xE2>" = a byte may).
+    ends: else each reply begins anew for ever.
     Attention and feed-forward weights are zero, so that the next token depends on the current one
     alone: with random ±1 embeddings (128 wide), output[next(t)] = embd[t] / 4 gives it a logit of
     32 against noise under 10."""
@@ -501,7 +503,8 @@ def write_scripted_model(path, replies, template, **metadata):
     chains = []
     for name, reply in replies.items():
         tokens = _script_tokens(reply, taken) if isinstance(reply, str) else reply
-        chains.append(["<|%s|>" % name] + tokens + ["</s>"])
+        end = ["</s>"] if ends else tokens[:1]
+        chains.append(["<|%s|>" % name] + tokens + end)
     texts = ["<unk>", "<s>", "</s>"] + ["<0x%02X>" % i for i in range(256)]
     texts = list(dict.fromkeys(texts + sum(chains, [])))
     kinds = [2, 3, 3] + [6] * 256  # as llama_token_type
@@ -1985,9 +1988,8 @@ class ReplyTest(unittest.TestCase):
 
     def test_context_that_fills_up(self):
         engine = Engine(self, TALK, n_ctx=256)
-        text, done = engine.chat("a long one")
-        self.assertEqual(done["reason"], "end")
-        self.assertEqual(text, REPLIES["long"])
+        text, done = engine.chat("a long one", max_tokens=1000)
+        self.assertEqual((done["reason"], text), ("end", REPLIES["long"]))
         self.assertLessEqual(done["n_used"], 256)
         engine.ask("x" * 300)
         self.assertIn("context holds 256", engine.wait_for("failed")["text"])
@@ -2088,6 +2090,10 @@ class ReuseTest(unittest.TestCase):
             replies(seed=1, temperature=2.0, top_k=0),
         )
         self.assertNotEqual(replies(repeat_penalty=5.0, repeat_last_n=64), greedy)
+        self.assertEqual(replies(seed=1, **hot, top_n_sigma=1e-6), greedy)
+        # only the less likely of two tokens is left, always
+        second = dict(hot, top_k=2, xtc_probability=1.0, xtc_threshold=0.0)
+        self.assertEqual(len({replies(seed=seed, **second) for seed in (1, 2, 3)} | {greedy}), 2)
 
         # The penalty counts the prompt's tokens, too: with all of ASCII in it, some first token
         # changes.
@@ -2100,6 +2106,72 @@ class ReuseTest(unittest.TestCase):
             )[0]
 
         self.assertNotEqual([first(n, 1.0) for n in range(10)], [first(n, 5.0) for n in range(10)])
+
+    def test_penalties_make_a_reply_more_varied(self):
+        engine = Engine(self, MIND)
+
+        def letters(**settings):
+            settings.update(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, dry_multiplier=0.0)
+            settings.update(max_tokens=150, repeat_last_n=150)
+            return sum(len(set(engine.chat("a", seed=n, **settings)[0])) for n in range(4))
+
+        for name in ("presence_penalty", "frequency_penalty"):
+            self.assertLess(letters(), letters(**{name: 2.0}), name)
+
+    def test_dry_is_off_in_large_models(self):
+        for n, setting, wanted in (
+            (999_000_000, -1, llmchat.DRY_MULTIPLIER),
+            (1_000_000_000, -1, 0),
+            (8_000_000_000, 0.5, 0.5),
+            (1_000_000, 0, 0),
+        ):
+            engine = mock.Mock(**{"api.llama_model_n_params.return_value": n})
+            sampling = Sampling(dry_multiplier=setting)
+            self.assertEqual(llmchat.dry_multiplier(engine, sampling), wanted, (n, setting))
+
+    def test_a_library_that_lacks_samplers(self):
+        """As older ones: no XTC, penalties without n_vocab, and DRY with one argument more."""
+        wanted, text, warnings, again, unasked = run_engines(
+            MIND,
+            """if True:
+            class Older:
+                def __getattr__(self, name):
+                    if name == "llama_sampler_init_xtc":
+                        raise AttributeError(name)
+                    return older.get(name) or getattr(api, name)
+
+            def penalties(*arguments):
+                n_vocab = api.llama_vocab_n_tokens(e.tokenizer.vocab)
+                return api.llama_sampler_init_penalties(n_vocab, *arguments)
+
+            def dry(*arguments):
+                raise AssertionError("called with other arguments than it has")
+
+            def told():
+                return [fields["text"] for name, fields in e.events if name == "log"]
+
+            older = {"llama_sampler_init_penalties": penalties, "llama_sampler_init_dry": dry}
+            penalties.argtypes = [0] * 4
+            dry.argtypes = [0] * 8
+            e = engine()
+            messages = [user("tell me")]
+            settings = dict(repeat_penalty=1.3, dry_multiplier=0.0)
+            out = [ask(e, messages, greedy._replace(**settings))[0]]
+            e.api = Older()
+            settings.update(xtc_probability=0.5, dry_multiplier=0.8, temperature=2.0, top_k=1)
+            sampling = greedy._replace(**settings)
+            out += [ask(e, messages, sampling)[0], told()]
+            ask(e, messages, sampling)
+            out.append(told())
+            e.tokenizer.told.clear()
+            ask(e, messages)
+            out.append(told())
+            print(json.dumps(out))""",
+        )
+        self.assertEqual(text, wanted)
+        lacking = [re.search(r"too old for (\w+)", line).group(1) for line in warnings]
+        self.assertEqual(lacking, ["dry_multiplier", "xtc_probability"])
+        self.assertEqual((again, unasked), ([], []), "once, and only if it was asked for")
 
 
 @lru_cache(maxsize=None)
@@ -2689,6 +2761,47 @@ OLD_TURNS = {
 }
 
 
+# What models that go astray say again and again, a token each
+CIRCLES = {
+    "word": [" the"],
+    "phrase": [" round", " and", " around"],
+    "line": [" All", " work", " makes", " Jack", " dull", ".\n"],
+    "verse": [" Two", " lines", " come", "!\n", " back", " for", " ever", "?\n"],
+}
+# What people ask for, although much of it is the same
+ALIKE = {
+    "dots": "." * 100,
+    "dashes": "| " + "-" * 150 + " |",
+    "numbers": "".join("%d\n" % n for n in range(400)),
+    "numbered": "".join("Number %d\n" % n for n in range(200)),
+    "table": "| Id | State | Done |\n|---|---|---|\n"
+    + "".join("| %d | in progress | no |\n" % n for n in range(40)),
+    "csv": "id,name,price,stock\n" + "".join("%d,Item,9.99,true\n" % n for n in range(60)),
+    "json": "```json\n["
+    + "".join('  {"id": %d, "name": "Ann", "active": true},\n' % n for n in range(40))
+    + "]\n```\n",
+    "cells": "```html\n" + '  <div class="cell"></div>\n' * 9 + "```\nThat is all.\n",
+    "code": "```python\n"
+    + "".join("    self.assertEqual(add(%d, 1), %d)\n" % (n, n + 1) for n in range(40))
+    + "    return None\n" * 5
+    + "```\n",
+    "zeros": "```c\nint board[8][8] = {\n" + "    {0, 0, 0, 0, 0, 0, 0, 0},\n" * 8 + "};\n```\n",
+    "poem": "".join(
+        "The waves come %s,\nThe gulls cry %s,\nAnd the sea, the sea goes on.\n\n" % (a, b)
+        for a, b in zip(
+            "high low near far cold warm".split(), "here there up down away out".split()
+        )
+    ),
+    "chorus": "We sing in the rain,\nwe dance in the rain,\n" * 4,
+    "song": "".join("%d green bottles hanging on the wall.\n" % n for n in range(99, 0, -1)),
+    "art": "```\n" + "*" * 30 + "\n" + ("*" + " " * 28 + "*\n") * 8 + "*" * 30 + "\n```\n",
+    "box": "XXXXXXXXXXXXXXXX\n" * 12,
+    "base64": base64.b64encode(bytes(random.Random(1).choices(range(256), k=900))).decode(),
+    "no": "No! " * 20,
+    "shopping": "".join("- [ ] buy %s\n" % word for word in ("milk eggs bread " * 4).split()),
+}
+
+
 class ReplyEndTest(unittest.TestCase):
     """What ends a reply beside the model's own end token."""
 
@@ -2736,36 +2849,90 @@ class ReplyEndTest(unittest.TestCase):
         text, _ = Engine(self, self.scripted("Paris.\nUser: And Italy?", template)).chat("hi")
         self.assertEqual(text, "Paris.")
 
-    def test_one_context_at_most_where_nobody_watches(self):
-        engine = Engine(self, self.scripted(" ".join("word%d" % n for n in range(900))), n_ctx=512)
-        engine.request += 1
-        engine.send(
-            "chat",
-            id=engine.request,
-            messages=[user("go")],
-            sampling=Sampling(temperature=0)._asdict(),
-            begun="",
-            once=True,
-        )
-        done = engine.wait_for("done", "failed")
-        self.assertEqual(done["reason"], "full")
-        self.assertEqual(done["n_written"], 512)
+    def test_reply_that_fills_the_context_twice_ends(self):
+        whole = " ".join("word%d" % n for n in range(900))
+        engine, parts = Engine(self, self.scripted(whole), n_ctx=512), []
+        for _ in range(9):  # /continue goes on behind what has been forgotten
+            part, end = engine.chat("go", begun="".join(parts))
+            parts.append(part)
+            self.assertLessEqual(end["n_used"], 512)
+            if end["reason"] != "full":
+                break
+            self.assertGreater(end["n_written"], 512 * llmchat.CONTEXT_FREE_SHARE)
+        self.assertEqual((end["reason"], "".join(parts)), ("end", whole))
+        self.assertGreater(len(parts), 1)
+        state, _ = play(ready(), "go", "[enter]", text(1, "word1 "), done(1, "full"))
+        self.assertIn("(it has filled the context twice; /continue, or /retry)", last_note(state))
 
-    def test_repetition(self):
-        reply = llmchat.Reply(mock.Mock(), 0.0, 0, [])
-        for tokens, wanted in (
-            ([1, 2, 3] * 70, True),
-            ([7] * 200, True),
-            (list(range(300)), False),
-            ([1, 2] * 99, False),
-        ):
-            reply.tokens = tokens
-            self.assertEqual(reply.repeats(), wanted, tokens[:9])
-        reply.tokens = list(range(300))
-        reply.text = "".join("%d. The same sentence again.\n" % n for n in range(9))
-        self.assertTrue(reply.repeats())
-        reply.text = "".join("%d. Sentence number %d here.\n" % (n, n) for n in range(9))
-        self.assertFalse(reply.repeats())
+    def circling(self):
+        """An engine whose model says one of CIRCLES for ever when it is named."""
+        path = os.path.join(tempfile.mkdtemp(dir=FOLDER), "m.gguf")
+        ifs = "".join(
+            "{%% if m.content == '%s' %%}<|%s|>{%% endif %%}" % (name, name) for name in CIRCLES
+        )
+        template = "{% for m in messages %}" + ifs + "{% endfor %}"
+        write_scripted_model(path, CIRCLES, template, ends=False)
+        return Engine(self, path, n_ctx=4096)
+
+    def test_replies_that_repeat_themselves(self):
+        engine = self.circling()
+        for name in CIRCLES:
+            said, end = engine.chat(name, dry_multiplier=0.0)
+            self.assertEqual(end["reason"], "repeats", name)
+            self.assertLess(end["n_written"], 240, name)
+            _, end = engine.chat(name, begun=said, dry_multiplier=0.0)
+            self.assertEqual(end["reason"], "repeats", name)
+            self.assertGreaterEqual(end["n_written"], 32, "/continue isn't stopped at once")
+        state, _ = play(ready(), "go", "[enter]", text(1, "so "), done(1, "repeats"))
+        note = "(it repeats itself; /continue, /retry, or /set repeat_penalty 1.1)"
+        self.assertIn(note, last_note(state))
+
+    def test_dry_leads_out_of_a_circle(self):
+        engine = self.circling()
+        circle = CIRCLES["phrase"]
+
+        def n_right(begun="", **settings):
+            """Reckon how many tokens come before one that isn't the circle's next."""
+            settings = {"dry_multiplier": 9.0, "dry_base": 4.0, **settings, "max_tokens": 100}
+            said, _ = engine.chat("phrase", begun=begun, **settings)
+            right = os.path.commonprefix([said.lstrip(), "".join(circle * 40).lstrip()])
+            return len(right) * len(circle) // len("".join(circle))
+
+        for temperature in (0, 0.8):
+            off = n_right(temperature=temperature, dry_multiplier=0.0)
+            early = n_right(temperature=temperature, dry_allowed_length=4)
+            late = n_right(temperature=temperature, dry_allowed_length=40)
+            self.assertTrue(5 < early < 12 < 40 < late < 50, (early, late))
+            self.assertGreater(off, 90)
+        # what was written before /continue counts, and only so many of the last tokens
+        half, _ = engine.chat("phrase", max_tokens=39, dry_multiplier=0.0)
+        self.assertLess(n_right(half, dry_allowed_length=20), 3)
+        self.assertGreater(n_right(dry_allowed_length=20), 20)
+        self.assertGreater(n_right(dry_allowed_length=4, dry_penalty_last_n=6), 90)
+        # by default in models as small as this
+        self.assertEqual(n_right(dry_multiplier=-1), n_right(dry_multiplier=llmchat.DRY_MULTIPLIER))
+        self.assertLess(n_right(dry_multiplier=-1), 60)
+
+    def test_what_is_no_repetition(self):
+        for name, text in ALIKE.items():
+            self.assertEqual(self.first_stop(text), 0, name)
+        lines = "%d. The same sentence again.\n"
+        for said in (lines * 9 % tuple(range(9)), "Ring. " + "She knew that it was wrong. " * 9):
+            begun = "It begins.\n" + said
+            self.assertGreater(self.first_stop(begun), 0, said)
+            self.assertEqual(self.first_stop(said[: len(said) // 2], begun), 0, "it was continued")
+            self.assertGreater(self.first_stop(said, begun), 0, said)
+
+    def first_stop(self, text, begun=""):
+        """Return after how many words and marks a reply would be stopped; 0 = never."""
+        engine = mock.Mock(**{"tokenizer.end_texts": (), "tokenizer.mark_names": ()})
+        written = llmchat.Reply(engine, 0.0, 0, begun, [])
+        for n, piece in enumerate(re.findall(r"\s?\w+|\s+|\W", text)):
+            written.text += piece
+            written.tokens.append(piece)
+            if n % 16 == 0 and written.repeats():
+                return n + 1
+        return 0
 
     def test_thinking_isnt_the_answer(self):
         for reply, wanted in (
@@ -3380,10 +3547,15 @@ class CacheTest(unittest.TestCase):
             guessing
             + """
             turns = ["abc abc abc", "def"]
+            warm = dict(temperature=0.3, seed=3)
             print(json.dumps([
-                both(1024, turns, temperature=0),
-                both(1024, turns, temperature=0, repeat_penalty=1.05),
-                both(1024, turns, temperature=0.3, seed=3),
+                both(1024, turns, temperature=0, dry_multiplier=0.0),
+                both(1024, turns, temperature=0, dry_multiplier=0.0, repeat_penalty=1.05),
+                both(1024, turns, dry_multiplier=0.0, **warm),
+                both(1024, turns, temperature=0, dry_multiplier=0.8, dry_allowed_length=30),
+                both(1024, turns, dry_multiplier=0.8, dry_allowed_length=4, **warm),
+                both(1024, turns, xtc_probability=0.5, top_n_sigma=1.0, **warm),
+                both(1024, turns, presence_penalty=0.2, frequency_penalty=0.1, **warm),
                 both(200, turns, temperature=0),    # a context that overflows
             ]))""",
         )
@@ -8971,6 +9143,10 @@ def asked(effects):
 
 def rows_of(state):
     return ["".join(span for span, _ in line) for line in view(state).lines]
+
+
+def last_note(state):
+    return llmchat.describe_ending(state.chat.turns[-1].note, "all")
 
 
 def items_of(state):
