@@ -2292,7 +2292,7 @@ def rows_below(state: State, height: int) -> int:
     if not chosen_details(state) or side_names(state):
         return 0
     if height >= 12:
-        n_rows = len(open_choice(state).items) + 2
+        n_rows = len(open_choice(state).items) + 3
         return max(6, height * 2 // 5, height - n_rows)
     if open_choice(state).name == "settings" and height > 4:
         return 2                          # Right does something else there
@@ -3304,7 +3304,7 @@ def cmd_persona(state: State, argument: str) -> Outcome:
     if word == "save":
         return save_persona(state, name.strip())
     if word == "delete":
-        return delete_persona(state, ("persona", name.strip()))
+        return delete_persona(state, name.strip())
     return choose_named(state, "persona", argument)
 
 def saved_personas(settings: Settings) -> Dict[str, str]:
@@ -3330,28 +3330,32 @@ def save_persona(state: State, name: str) -> Outcome:
     state = state._replace(hint="Saved: /persona %s" % name)
     return keep_for_all(state, personas={**saved, name: text})
 
-def delete_persona(state: State, item: Tuple[str, str]) -> Outcome:
+def delete_persona(state: State, name: str) -> Outcome:
     saved = saved_personas(state.settings)
-    name = item[1]
     if name not in saved:
-        hint = "%s isn't one of yours, so it stays" % (name or "It")
-        return state._replace(hint=hint)
+        return state._replace(hint="%s isn't one of yours, so it stays" % (name or "It"))
     del saved[name]
-    state, effects = keep_for_all(state._replace(hint="Deleted: " + name), personas=saved)
-    if is_open(state, "persona"):
-        state = choose_named(state, "persona", "")[0]._replace(hint=state.hint)
-    return state, effects
+    return keep_for_all(state._replace(hint="Deleted: " + name), personas=saved)
 
 def ask_persona_name(state: State, item: Tuple[str, str]) -> State:
     text = "A name for the present system prompt: Enter saves it, Esc doesn't"
-    question = Question("save", text, {"enter": take_persona_name}, query="", back=state.dialog)
-    return state._replace(dialog=question)
+    return ask_about(state, "save", text, take_persona_name, item, "")
 
-def take_persona_name(state: State, about: Any) -> Outcome:
-    back, name = state.dialog.back, state.dialog.query.strip()
-    state, effects = as_change(save_persona(state._replace(dialog=back), name))
-    if not effects:
-        return state
+def take_persona_name(state: State, item: Tuple[str, str]) -> Outcome:
+    name = state.dialog.query.strip()
+    return list_personas(*as_change(save_persona(state, name)))
+
+def ask_delete_persona(state: State, item: Tuple[str, str]) -> Outcome:
+    if item[1] not in saved_personas(state.settings):
+        return delete_persona(state, item[1])
+    text = "Delete %s for good? Enter deletes it, Esc keeps it" % item[1]
+    return ask_about(state, "delete", text, take_delete_persona, item)
+
+def take_delete_persona(state: State, item: Tuple[str, str]) -> Outcome:
+    return list_personas(*as_change(delete_persona(state, item[1])))
+
+def list_personas(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Show the list anew, with what there is to say of a change."""
     return choose_named(state, "persona", "")[0]._replace(hint=state.hint), effects
 
 def named_choices(settings: Settings, kind: str) -> Fields:
@@ -3381,7 +3385,7 @@ def choose_named(state: State, kind: str, name: str) -> Change:
     index = in_use.index(True) if True in in_use else 0
     keys: Fields = {"enter": take_named}
     if kind == "persona":
-        keys.update({"ctrl-s": ask_persona_name, "del": delete_persona})
+        keys.update({"ctrl-s": ask_persona_name, "del": ask_delete_persona})
     items = tuple((kind, word) for word in table)
     choice = Choice(kind, CHOICE_TITLES[kind], items, kind, keys, index)
     hint = "There is no %s %r" % (kind, name) if name else ""
@@ -3510,8 +3514,7 @@ def next_value(name: str, value: Any, by: int) -> Any:
 
 def ask_value(state: State, name: str) -> State:
     text = "New value of %s, %s" % (name, range_text(name))
-    question = Question("value", text, {"enter": take_value}, name, "", back=state.dialog)
-    return state._replace(dialog=question)
+    return ask_about(state, "value", text, take_value, name, "")
 
 def take_value(state: State, name: str) -> Outcome:
     """Take what was typed, or say what is wrong with it; nothing keeps the old value."""
@@ -4196,31 +4199,30 @@ class ListKind(NamedTuple):
                               # fact_lines(). None: there is no more to tell
     key: Any = lambda item: ""    # item -> what DiskJob "describe" needs to tell more; "" = nothing
 
-def list_lines(state: State, choice: Choice, width: int) -> Tuple[str, List[Line]]:
-    """Lay out a list: (titles, rows that are shown). A search leaves the columns where they are."""
-    columns = LISTS[choice.name].columns
-    titles, rows = lay_table(state, columns, choice.items, width)
-    shown = {id(item) for item in shown_items(choice)}
-    return titles, [row for item, row in zip(choice.items, rows) if id(item) in shown]
+MEASURED = 200                        # rows that count for the widths of columns
 
-def lay_table(state: State, columns: Sequence[Column], items: Sequence[Any],
-              width: int) -> Tuple[str, List[Line]]:
-    """Lay out items in aligned columns, as many as there is room for: (titles, rows)."""
-    texts = [[clean_row(column.text(state, item)) for column in columns] for item in items]
+def lay_table(state: State, columns: Sequence[Column], items: Sequence[Any], width: int,
+              others: Sequence[Any] = ()) -> Tuple[str, List[Line]]:
+    """Lay out items in aligned columns, as many as there is room for: (titles, rows).
+
+    others: rows of the same list, so that columns stay where they are when others are shown."""
+    texts = [cell_texts(state, columns, item) for item in (*items, *others[:MEASURED])]
     wide = plan_columns(columns, texts, width)
-    titles = ""
-    if len(wide) > 2:
-        titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
-    rows = []
-    for item, row in zip(items, texts):
-        spans = []
-        for i, n in wide.items():
-            style = "dim" if columns[i].leaves else "text"
-            if columns[i].style:
-                style = columns[i].style(state, item)
-            spans.append((cell(columns[i], row[i], n, i), style))
-        rows.append(tuple(spans))
-    return titles, rows
+    titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
+    return titles, [table_row(state, columns, wide, item) for item in items]
+
+def cell_texts(state: State, columns: Sequence[Column], item: Any) -> List[str]:
+    return [clean_row(column.text(state, item)) for column in columns]
+
+def table_row(state: State, columns: Sequence[Column], wide: Dict[int, int], item: Any) -> Line:
+    texts = cell_texts(state, columns, item)
+    spans = []
+    for i, n_cells in wide.items():
+        style = "dim" if columns[i].leaves else "text"
+        if columns[i].style:
+            style = columns[i].style(state, item)
+        spans.append((cell(columns[i], texts[i], n_cells, i), style))
+    return tuple(spans)
 
 def cell(column: Column, text: str, width: int, i: int) -> str:
     """Lay out a cell, with what keeps it off the one before."""
@@ -4258,8 +4260,10 @@ def chosen_facts(state: State) -> Tuple[List[Any], List[Any]]:
     kind = LISTS[choice.name] if choice else None
     if not item or not kind.facts:
         return [], []
-    facts = [*kind.facts(state, item), *(choice.told.get(kind.key(item)) or ())]
-    facts = [fact for fact in facts if fact[1]]
+    told = choice.told.get(kind.key(item)) or ()
+    facts = [fact for fact in (*kind.facts(state, item), *told) if fact[1]]
+    if "error" in dict(told):             # what the list says of it isn't true then
+        facts = list(told)
     turns = [fact for fact in facts if fact[0] in OTHER_ROLE]
     return [fact for fact in facts if fact not in turns], turns
 
@@ -4271,15 +4275,12 @@ def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line
     if what in OTHER_ROLE:
         options = RenderOptions(width, state.settings.unicode, False, "hidden")
         return turn_lines(Turn(what, text), ("", "dim"), options)
-    if what in ("", "error", "dim"):
-        style = what or "text"
-        return [((" " + row, style),) for row in wrap(clean(text), width - 2)] + [()]
-    rows = wrap(clean(text), max(8, width - FACT_COLUMN - 2))
     if what == "found":
-        query = open_choice(state).query.lower()
-        rows = wrap(clean(text), width - 4)
-        return [mark_hits(((" " + ("· " if i == 0 else "  "), "dim"), (row, "text")), query)
-                for i, row in enumerate(rows)] + [()]
+        lines = marked_lines(" · ", text, width - 4, "text")
+        return [mark_hits(line, open_choice(state).query.lower()) for line in lines] + [()]
+    if what in ("", "error", "dim"):
+        return [((" " + row, what or "text"),) for row in wrap(clean(text), width - 2)] + [()]
+    rows = wrap(clean(text), max(8, width - FACT_COLUMN - 2))
     heads = [what] + [""] * len(rows)
     return [((" " + head.ljust(FACT_COLUMN), "dim"), (row, "text"))
             for head, row in zip(heads, rows)]
@@ -4452,8 +4453,13 @@ def open_entry(state: State, entry: ChatEntry) -> Change:
     return run_command(state._replace(dialog=None), "open", entry.name)
 
 def ask_delete(state: State, entry: ChatEntry) -> Outcome:
-    text = "Delete it for good? Enter deletes it, Esc keeps it"
-    question = Question("delete", text, {"enter": delete_chat}, entry, back=state.dialog)
+    return ask_about(state, "delete", "Delete it for good? Enter deletes it, Esc keeps it",
+                     delete_chat, entry)
+
+def ask_about(state: State, name: str, text: str, answer: Any, about: Any,
+              query: Optional[str] = None) -> State:
+    """Ask something about the chosen row, to which Enter is the answer."""
+    question = Question(name, text, {"enter": answer}, about, query, back=state.dialog)
     return state._replace(dialog=question)
 
 def find_again(state: State) -> Change:
@@ -4473,9 +4479,7 @@ def delete_chat(state: State, entry: ChatEntry) -> Change:
 
 def ask_rename(state: State, entry: ChatEntry) -> Outcome:
     text = "New name: Enter takes it, Esc keeps the old one"
-    question = Question("rename", text, {"enter": rename_chat}, entry, entry.title,
-                        back=state.dialog)
-    return state._replace(dialog=question)
+    return ask_about(state, "rename", text, rename_chat, entry, entry.title)
 
 def rename_chat(state: State, entry: ChatEntry) -> Outcome:
     title = state.dialog.query
@@ -5807,37 +5811,48 @@ def list_head(state: State, width: int) -> List[Line]:
         if isinstance(dialog, Choice) and not dialog.find:
             line += (("  %d of %d" % (len(shown_items(dialog)), len(dialog.items)), "dim"),)
     else:
-        hint = "" if lines else keep_parts(dialog.title.partition(": ")[2], width - 3)
-        line = (mark, (hint, "dim"))
+        hint = "" if lines else dialog.title.partition(": ")[2]
+        if side_names(state):             # what it tells stands beside the list
+            hint = re.sub(r"Right [^,]*, ", "", hint)
+        line = (mark, (keep_parts(hint, width - 3), "dim"))
     return lines + [line]
 
 def view_choice(state: State, choice: Choice, width: int, height: int) -> List[Line]:
-    """Show a list, whose chosen row stays in the middle, and below it all about that row, where
-    there is room and it doesn't stand beside."""
+    """Show a list, and below it all about the chosen row, where that doesn't stand beside it."""
     lines = list_head(state, width)
     n_below = rows_below(state, height)
-    titles, rows = list_lines(state, choice, width - 2)
-    room = height - n_below - len(lines)
-    if titles.strip() and room > 5:
-        lines.append(((" " + titles, "dim"),))
-        room -= 1
-    top = max(0, min(choice.index - room // 2, len(rows) - room))
-    for i, row in enumerate(rows[top:top + max(1, room)], top):
+    lines += view_rows(state, choice, width, height - n_below - len(lines))
+    if n_below > 2:
+        lines.append(view_divider(state, width))
+        n_below -= 1
+    if not n_below:
+        return lines
+    return lines + view_pane(state, Area("details", 0, 0, width, n_below))[0]
+
+def view_rows(state: State, choice: Choice, width: int, room: int) -> List[Line]:
+    """Show the titles of a list's columns, and its rows around the chosen one."""
+    items = shown_items(choice)
+    columns = LISTS[choice.name].columns
+    has_titles = room > 6 and any(column.title for column in columns)
+    n = max(1, room - 1 if has_titles else room)
+    top = max(0, min(choice.index - n // 2, len(items) - n))
+    titles, rows = lay_table(state, columns, items[top:top + n], width - 2, choice.items)
+    lines: List[Line] = [((" " + titles, "dim"),)] if has_titles else []
+    for i, row in enumerate(rows, top):
         line: Line = ((" ", "text"), *row)
         if i == choice.index:
             line = fit(((spans_text(line), "select"),), width, "select")
         lines.append(line)
     if not rows and choice.index >= 0:
         lines.append(((" Nothing fits.", "dim"),))
-    lines += [()] * (height - n_below - len(lines))
-    if n_below > 2:
-        title = " %s " % cut_text(clean_row(details_title(state, width)), width - 8)
-        h = BOX[state.settings.unicode]["h"]
-        rest = h * (width - 2 - cells(title))
-        lines.append((("  " + h, "frame"), (title, "dim"), (rest[3:], "frame")))
-        n_below -= 1
-    below = Area("details", 0, 0, width, n_below)
-    return lines + view_pane(state, below)[0] if n_below else lines
+    return lines + [()] * (room - len(lines))
+
+def view_divider(state: State, width: int) -> Line:
+    """Draw the line between a list and what is told of its chosen row, with its name."""
+    h = BOX[state.settings.unicode]["h"]
+    title = " %s " % cut_text(clean_row(details_title(state, width)), width - 8)
+    rest = h * (width - 5 - cells(title))
+    return ((" " + h * 2, "frame"), (title, "dim"), (rest, "frame"))
 
 def keep_parts(text: str, width: int) -> str:
     """Leave out whole parts of a text, which commas separate, from its end."""
@@ -15810,7 +15825,8 @@ class Plain:
         if choice.name == "models" and self.quiet:
             self.note(explain_match(choice.items, items, choice.query))
             return
-        _, rows = list_lines(self.state, choice, width - 2)
+        columns = LISTS[choice.name].columns
+        _, rows = lay_table(self.state, columns, items, width - 2, choice.items)
         lines = [spans_text(row).rstrip() for row in rows]
         if choice.name == "chats":
             lines = ["%s  %s" % (entry.name, line) for entry, line in zip(items, lines)]

@@ -13821,7 +13821,9 @@ class SettingsTest(unittest.TestCase):
         self.assertIn("You are a pirate.", "\n".join(rows_of(listed)))
         named = play(listed, "[ctrl-s]", "sailor", "[enter]")[0]
         self.assertEqual([name for _, name in items_of(named)][-2:], ["pirate", "sailor"])
-        gone, effects = play(listed, "[del]")
+        kept = play(listed, "[del]", "[esc]")[0]
+        self.assertEqual(items_of(kept), items_of(listed))
+        gone, effects = play(listed, "[del]", "[enter]")
         self.assertNotIn(("persona", "pirate"), items_of(gone))
         self.assertEqual(effects[0].arguments[2], {"personas": {}})
         self.assertEqual(said(state, "/persona delete pirate")[1], effects)
