@@ -249,6 +249,9 @@ SETTINGS = {**SAMPLING, **LOADING}
 STEPS: Dict[str, Any] = {     # what Left and Right do in the form of /set: the values they go to
     "top_k":          (0, 1, 5, 10, 20, 40, 80, 200, 1000),
     "repeat_last_n":  (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "top_n_sigma":    (0, 0.5, 1, 1.5, 2, 3),
+    "dry_multiplier": (-1, 0, 0.4, 0.6, 0.8, 1, 1.5, 2, 4),
+    "dry_penalty_last_n": (0, 64, 128, 256, 512, 1024, 2048, 4096),
     "max_tokens":     (0, 50, 100, 200, 500, 1000, 2000, 5000, 10_000),
     "n_ctx":          (0, *(1 << n for n in range(9, 18))),
 }                             # others go up and down by 1, 0.1, or 0.05 where 1 is the highest
@@ -3482,7 +3485,7 @@ def check_setting(name: str, value: str) -> Tuple[Any, str]:
 
 # The form of /set
 
-FORM_TITLE = ("Settings: Left/Right change, Enter types, Del resets, type to filter, Esc closes")
+FORM_TITLE = "Settings: Left/Right change, Enter types, Del resets, type to filter, Esc closes"
 
 def show_form(state: State) -> State:
     keys = {"left": step_back, "right": step_on, "enter": ask_value, "del": reset_setting}
