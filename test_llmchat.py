@@ -5010,7 +5010,7 @@ echo '{"event": "plan", "lines": [], "verdict": "tight",' \\
             engine=Condition.READING
         )
         after, _ = play(reading, ChildEnded("engine", -9))
-        self.assertTrue(after.chat.waiting)
+        self.assertTrue(llmchat.waits(after))
         self.assertIsNone(after.chat.reply)
         self.assertEqual([turn.text for turn in after.chat.turns][:1], ["hi"])
         self.assertEqual(asked(play(after, LOADED)[1]), ["hi"])
@@ -5443,7 +5443,7 @@ class HealTest(unittest.TestCase):
                 [caution] * (caution is not None),
                 (state.engine, code),
             )
-        self.assertTrue(play(reading, ChildEnded("engine", -11))[0].chat.waiting)
+        self.assertTrue(llmchat.waits(play(reading, ChildEnded("engine", -11))[0]))
         self.assertEqual(
             llmchat.load_path(after._replace(caution=2), "b.gguf")[0].caution, llmchat.REMEMBERED
         )
@@ -11211,6 +11211,73 @@ class StoredChatTest(unittest.TestCase):
                 steps,
             )
 
+    def queue(self):
+        return self.read().queue
+
+    def test_queue(self):
+        """It is in the chat's file, whatever is done."""
+        self.begin()
+        self.ask("q1", "a1")
+        self.do("q2", "q3", "q4")
+        self.assertEqual(self.queue(), ("q3", "q4"))
+        self.do(text(self.state.chat.request, "part of it"))
+        self.do("q5", "[esc]")
+        self.assertEqual(self.queue(), ("q3", "q4"))
+        self.do(done(self.state.chat.request))
+        self.assertEqual(self.queue(), ("q4",))
+        self.assertEqual(self.shown(), ["q1", "a1", "q2", "part of it", "q3"])
+        self.do(said("failed", during="chat", text="Oh."))
+        self.assertEqual(self.queue(), ("q3", "q4"))
+        self.assertEqual(self.shown(), ["q1", "a1", "q2", "part of it"])
+
+    def test_queue_of_an_opened_chat(self):
+        """It waits for Enter, and goes along into another chat."""
+        self.begin()
+        self.do("q1", "q2", said("failed", during="chat", text="Oh."))
+        first = self.state.chat.name
+        self.assertEqual((self.queue(), self.shown()), (("q1", "q2"), []))
+        self.assertEqual(llmchat.latest_chat(), first, "it can be found, though nothing was said")
+        self.state = ready(settings=self.state.settings)
+        self.do("/open " + first)
+        self.assertEqual((self.state.chat.queue, self.state.chat.held), (("q1", "q2"), True))
+        self.assertIn("❯ q1", "\n".join(rows_of(self.state)))
+        self.do("/new")
+        second = self.state.chat.name
+        self.assertNotEqual(first, second)
+        self.assertEqual((self.queue(), self.state.chat.held), (("q1", "q2"), True))
+        self.assertNotIn("chats/%s.jsonl" % first, " ".join(self.files()))
+        self.ask("q3", "a")
+        self.assertEqual((self.queue(), self.shown()), (("q3",), ["q1", "a", "q2"]))
+        self.do(text(self.state.chat.request, "b"), done(self.state.chat.request))
+        self.do(text(self.state.chat.request, "c"), "/fork", "q4", done(self.state.chat.request))
+        self.assertEqual((self.state.chat.queue, self.shown()[-1]), ((), "q4"))
+        self.do(text(self.state.chat.request, "d"), done(self.state.chat.request))
+        self.do("/open " + second)
+        self.assertEqual((self.queue(), self.shown()[-1]), ((), "c"))
+        self.do("/open " + second)
+        self.assertEqual(self.state.chat.queue, (), "opened again, nothing is there twice")
+
+    def test_queue_is_for_the_window(self):
+        """Lines and -p answer what they are asked; a queue stays in its file."""
+        self.begin()
+        self.do("q1", "q2", said("failed", during="chat", text="Oh."))
+        first = self.state.chat.name
+        self.state = ready(settings=self.state.settings._replace(window=False))
+        self.do("/open " + first)
+        effects = self.do("other")
+        self.assertEqual(asked(effects), ["other"])
+        self.assertEqual(self.queue(), ("q1", "q2"))
+
+    def test_a_deleted_chat_takes_its_queue_off_the_disk(self):
+        self.begin()
+        self.do("q1", "queued words", said("failed", during="chat", text="Oh."))
+        name = self.state.chat.name
+        self.do("/chats")
+        self.do("[del]", "[enter]")
+        self.assertFalse(os.path.exists(llmchat.chat_path(name)))
+        self.assertNotIn("queued words", self.state.draft.history)
+        self.assertEqual(self.state.chat.queue, ("q1", "queued words"), "it is still to be sent")
+
     def test_fork(self):
         self.begin()
         self.ask("q", "a")
@@ -12014,12 +12081,14 @@ class ScrollTest(unittest.TestCase):
 
 class UpdateTest(unittest.TestCase):
     def test_a_command_that_must_wait_is_not_lost(self):
-        state = play(ready(Turn("user", "q"), engine=Condition.WRITING), "/load x", "[enter]")[0]
-        self.assertEqual(state.draft.text, "/load x")
-        self.assertTrue("Esc" in state.hint)
-        self.assertEqual(
-            play(ready(engine=Condition.WRITING), "/stats", "[enter]")[0].draft.text, ""
+        state, effects = play(
+            ready(Turn("user", "q"), engine=Condition.WRITING), "/load x", "[enter]"
         )
+        self.assertEqual((state.chat.queue, state.draft.text, effects), (("/load x",), "", ()))
+        state, effects = play(state, said("failed", during="ahead", text=""), "[esc]")
+        self.assertEqual((state.chat.queue, state.draft.text, effects), ((), "/load x", ()))
+        state = play(ready(engine=Condition.WRITING), "/stats", "[enter]")[0]
+        self.assertEqual((state.chat.queue, state.draft.text), ((), ""), "it needn't wait")
 
     def test_send_and_reply(self):
         state, effects = play(ready(settings=Settings("m.gguf", "Be brief.")), "hello", "[enter]")
@@ -12056,18 +12125,18 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(sent(effects)[0]["id"], 2)
         state, effects = play(state, "third", "[enter]")
         self.assertEqual(effects, (), "one reply at a time, and no word lost")
-        self.assertEqual(state.draft.text, "third", "one reply at a time, and no word lost")
-        self.assertIn("Wait", rows_of(state)[-1])
+        self.assertEqual(state.chat.queue, ("third",), "one reply at a time, and no word lost")
+        self.assertEqual(asked(play(state, done(2))[1])[-1], "third")
 
     def test_early_message_waits_for_the_model(self):
         for condition in (Condition.STARTING, Condition.LOADING):
             state, effects = play(ready(engine=condition, model=None), "hello", "[enter]")
             self.assertEqual(effects, ())
-            self.assertTrue(state.chat.waiting)
+            self.assertTrue(llmchat.waits(state))
             self.assertIn("your message waits", rows_of(state)[-1])
             loaded, effects = play(state, LOADED)
             self.assertEqual(asked(effects), ["hello"])
-            self.assertFalse(loaded.chat.waiting)
+            self.assertFalse(llmchat.waits(loaded))
             for key in ("[esc]", "[ctrl-c]"):
                 back, effects = play(state, key, LOADED)
                 self.assertEqual(back.draft.text, "hello")
@@ -12283,7 +12352,7 @@ class UpdateTest(unittest.TestCase):
         )
         for line in ("/new", "/load x.gguf"):
             state, effects = run(line, busy)
-            self.assertEqual(state.chat, busy.chat, "%s must not cut a reply off" % line)
+            self.assertEqual(state.chat._replace(queue=()), busy.chat, "a reply isn't cut off")
             self.assertEqual(effects, (), "%s must not cut a reply off" % line)
 
     def test_panes(self):
@@ -12633,7 +12702,7 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(state.engine, Condition.INSTALLING)
         self.assertEqual(effects, (StartChild("install"), StartChild("download", small)))
         state, effects = play(state, "hello", "[enter]")
-        self.assertTrue(state.chat.waiting)
+        self.assertTrue(llmchat.waits(state))
         self.assertEqual(effects, ())
         downloading = said_by_download("downloading", done=30, total=100, rate=1.0)
         state, _ = play(state, said_by_download("begun", total=100, parts=["x"]), downloading)
@@ -12740,6 +12809,177 @@ CODE_REPLY = """Look:
 | not | a table
 ```
 open"""
+
+
+class QueueTest(unittest.TestCase):
+    """What is sent during a reply waits for its end."""
+
+    def busy(self, *events, **fields):
+        """A state with a reply in progress, in which these things happen."""
+        return play(ready(columns=60, **fields), "first", "[enter]", text(1, "so far"), *events)
+
+    def ask(self, *words):
+        return [event for word in words for event in (word, "[enter]")]
+
+    def test_sent_in_order(self):
+        state, effects = self.busy(*self.ask("second", "third"))
+        self.assertEqual(state.chat.queue, ("second", "third"))
+        self.assertEqual(len(sent(effects)), 1)
+        shown = [row.strip("│ ") for row in rows_of(state)]
+        at = shown.index("❯ second")
+        self.assertEqual(shown[at + 1], "❯ third")
+        self.assertIn("2 queued: Esc takes the last one back", shown[at + 2])
+        (said_at,) = [i for i, row in enumerate(shown) if row.startswith("so far")]
+        self.assertGreater(at, said_at, "under the reply")
+        (row,) = [line for line in view(state).lines if any("second" in t for t, _ in line)]
+        self.assertEqual({style for t, style in row if t.strip("│ ")}, {"dim"})
+        state, effects = play(state, done(1))
+        self.assertEqual(asked(effects), ["first", "so far", "second"])
+        self.assertEqual((state.chat.queue, state.engine), (("third",), Condition.READING))
+        state, effects = play(state, text(2, "a"), done(2))
+        self.assertEqual(asked(effects)[-1], "third")
+        state, effects = play(state, text(3, "b"), done(3))
+        self.assertEqual((state.chat.queue, state.engine, effects), ((), Condition.READY, ()))
+
+    def test_while_the_model_loads(self):
+        state, effects = play(ready(engine=Condition.LOADING), *self.ask("first", "second"))
+        self.assertEqual((state.chat.queue, sent(effects)), (("second",), []))
+        state, effects = play(state, LOADED)
+        self.assertEqual(asked(effects), ["first"])
+        self.assertEqual(asked(play(state, text(1, "a"), done(1))[1])[-1], "second")
+
+    def test_esc_takes_the_last_back(self):
+        state = self.busy(*self.ask("second", "//third"))[0]
+        back, effects = play(state, "[esc]")
+        self.assertEqual((back.draft.text, back.chat.queue, effects), ("//third", ("second",), ()))
+        self.assertEqual(back.engine, Condition.WRITING)
+        self.assertEqual(play(back, "[enter]")[0].chat.queue, state.chat.queue)
+        self.assertEqual(play(back, "[esc]")[0].engine, Condition.STOPPING, "with text it stops")
+        back = play(back, "[ctrl-u]", "[esc]", "[ctrl-u]")[0]
+        self.assertEqual(back.chat.queue, ())
+        self.assertEqual(play(back, "[esc]")[0].engine, Condition.STOPPING)
+
+    def test_files_go_with_their_message(self):
+        files = (File("a.txt", "words"),)
+        state = self.busy()[0]._replace(files=files, files_tokens=5)
+        state = play(state, *self.ask("/stats"), *self.ask("//look"))[0]
+        self.assertEqual((state.files, state.files_tokens), ((), 0))
+        self.assertIn("❯ [a.txt] /look", "\n".join(rows_of(state)))
+        back = play(state, "[esc]")[0]
+        self.assertEqual((back.files, back.draft.text), (files, "//look"))
+        other = state._replace(files=(File("b.txt", "x"),))
+        state, effects = play(other, done(1))
+        self.assertEqual(asked(effects)[-1], llmchat.join_files(files, "/look"))
+        self.assertEqual(state.files, other.files, "those of the next one stay")
+        state = self.busy()[0]._replace(files=files)
+        self.assertEqual(play(state, *self.ask("/new"))[0].files, files, "a command takes none")
+
+    def test_commands_wait_their_turn(self):
+        state, effects = self.busy(*self.ask("second", "/clear", "third", "/load x"))
+        self.assertEqual(len(state.chat.queue), 4)
+        state, effects = play(state, done(1))
+        self.assertEqual(asked(effects), ["first", "so far", "second"])
+        state, effects = play(state, text(2, "a"), done(2))
+        self.assertEqual(asked(effects), ["third"], "in a new chat")
+        state, effects = play(state, text(3, "b"), done(3))
+        self.assertEqual((effects, state.chat.queue), ((FindModels("x"),), ()))
+        state = self.busy(*self.ask("/chats", "second"))[0]
+        state, effects = play(state, done(1))
+        self.assertEqual((state.dialog.name, state.chat.queue), ("chats", ("second",)))
+        self.assertEqual(asked(play(state, "[esc]")[1])[-1], "second", "when the list is closed")
+        state, effects = play(self.busy(*self.ask("/open one", "second"))[0], done(1))
+        self.assertEqual((state.chat.held, sent(effects)), (True, []))
+        state = play(state, llmchat.ChatOpened(Chat(name="one")))[0]
+        self.assertEqual(asked(play(state, "[enter]")[1]), ["second"])
+
+    def test_a_stop_holds_it(self):
+        for key in ("[ctrl-c]", "[esc]"):
+            typed = ["x"] if key == "[esc]" else []
+            state, effects = self.busy(
+                *self.ask("second", "third"), *typed, key, done(1, "stopped")
+            )
+            self.assertEqual((state.engine, len(sent(effects))), (Condition.READY, 1))
+            self.assertIn("2 queued: Enter sends", "\n".join(rows_of(state)))
+            state, effects = play(state, "[ctrl-u]", "[enter]")
+            self.assertEqual(asked(effects)[-1], "second")
+            state, effects = play(state, text(2, "a"), done(2))
+            self.assertEqual(asked(effects)[-1], "third", "and so on by itself")
+        state = self.busy(*self.ask("second"), "[ctrl-c]", *self.ask("third"))[0]
+        state, effects = play(state, done(1, "stopped"))
+        self.assertEqual(asked(effects)[-1], "second", "Enter since then")
+        state = self.busy(*self.ask("second"), "[ctrl-c]", done(1, "stopped"))[0]
+        self.assertEqual(play(state, *self.ask("/undo"))[0].chat.turns, ())
+
+    def test_a_failure_holds_it(self):
+        for ending in (said("failed", during="chat", text="Oh."), ChildEnded("engine", -11)):
+            state, effects = self.busy(*self.ask("second"), ending)
+            self.assertEqual((state.chat.queue, state.chat.held), (("second",), True))
+            self.assertEqual(len(sent(effects)), 1)
+            self.assertEqual(len(notices(state)), 1)
+            effects = play(state, "[enter]", LOADED)[1]
+            self.assertEqual(asked(effects)[-1], "second")
+        start = play(ready(), *self.ask("/first is", "//first", "second"))[0]
+        self.assertEqual(start.chat.queue, ("second",))
+        for ending in (said("failed", during="chat", text="Oh."), ChildEnded("engine", -11)):
+            state = play(start, ending)[0]
+            self.assertEqual(state.chat.queue, ("//first", "second"), "nothing of it was answered")
+            self.assertEqual(llmchat.last_index(state.chat, "user"), -1)
+            self.assertEqual(asked(play(state, "[enter]", LOADED)[1]), ["/first"])
+        loading = play(ready(engine=Condition.LOADING, model=None), *self.ask("one", "two"))[0]
+        state = play(loading, said("failed", during="load", text="Oh."))[0]
+        self.assertEqual((state.chat.queue, state.chat.held), (("one", "two"), True))
+        state = play(loading, "[ctrl-c]")[0]
+        self.assertEqual(
+            (state.draft.text, state.chat.queue, state.chat.held), ("one", ("two",), True)
+        )
+        self.assertEqual(sent(play(state, LOADED)[1]), [])
+
+    def test_quitting(self):
+        stored = self.busy(*self.ask("second"))[0]
+        stored = stored._replace(chat=stored.chat._replace(name="s-1"))
+        self.assertIn(Quit(), play(stored, "[ctrl-q]")[1])
+        state, effects = self.busy(*self.ask("second", "third"), "more", "[ctrl-q]")
+        self.assertFalse(Quit() in effects)
+        self.assertEqual(state.draft.text, "second\n\nthird\n\nmore")
+        self.assertIn("lost", rows_of(state)[-1])
+        self.assertIn(Quit(), play(state, "[ctrl-q]")[1])
+
+    def test_shown_when_it_is_safe(self):
+        state = self.busy()[0]
+        state = state._replace(chat=state.chat._replace(name="s-1"))
+        state, effects = play(state, *self.ask("second"))
+        writes = [e.arguments for e in effects if isinstance(e, DiskJob) and e.job == "write"]
+        self.assertIn(("s-1", ({"queue": ["second"]},)), writes)
+        self.assertNotIn("second", "\n".join(rows_of(state)))
+        late = play(state, llmchat.QueueKept("s-0", ("second",)))[0]
+        self.assertNotIn("second", "\n".join(rows_of(late)))
+        state = play(state, llmchat.QueueKept("s-1", ("second",)))[0]
+        self.assertIn("❯ second", "\n".join(rows_of(state)))
+        effects = play(state, done(1))[1]
+        (write,) = [e.arguments for e in effects if isinstance(e, DiskJob) and e.job == "write"]
+        self.assertEqual(write[1][-1], {"queue": []}, "with the turn that it has become")
+        self.assertEqual(write[1][-2]["content"], "second")
+
+    def test_what_follows_private_leaves_no_trace(self):
+        state = ready(settings=Settings("m.gguf", session="s"), chat=Chat(name="s-1"))
+        events = self.ask("first", "/private", "secret")
+        state, effects = play(state, *events, text(1, "a"), done(1), text(2, "b"), done(2))
+        self.assertEqual(state.chat.name, "")
+        self.assertEqual([turn.text for turn in state.chat.turns], ["secret", "b"])
+        jobs = [effect for effect in effects if isinstance(effect, DiskJob)]
+        self.assertIn("first", repr(jobs))
+        self.assertNotIn("secret", repr(jobs))
+        self.assertEqual(state.draft.history, ("first", "/private"))
+
+    def test_many_and_long_ones(self):
+        for columns, rows in ((40, 12), (24, 6), (120, 36)):
+            state = self.busy(*self.ask(*("question %d " % n * 99 for n in range(9))))[0]
+            state = state._replace(columns=columns, rows=rows)
+            shown = rows_of(state)
+            self.assertEqual({width(row) for row in shown}, {columns})
+            if rows > 6:
+                self.assertIn("so far", "\n".join(shown), "the reply is still seen")
+                self.assertIn("9 queued", "\n".join(shown))
 
 
 class ModelListTest(unittest.TestCase):
@@ -13105,16 +13345,16 @@ class ModelListTest(unittest.TestCase):
     def test_a_message_waits_for_the_name(self):
         state, effects = play(State(wanted="alpha"), "hello", "[enter]")
         self.assertEqual(effects, (), "it isn't looked up twice")
-        self.assertTrue(state.chat.waiting, "it isn't looked up twice")
+        self.assertTrue(llmchat.waits(state), "it isn't looked up twice")
         state, effects = play(state, ModelsFound(self.ENTRIES, "alpha"), LOADED)
         self.assertEqual(asked(effects), ["hello"])
         state, effects = play(ready(), "/load alpha", "[enter]", "hello", "[enter]")
         self.assertEqual(effects[1:], (), "the new model answers it")
-        self.assertTrue(state.chat.waiting, "the new model answers it")
+        self.assertTrue(llmchat.waits(state), "the new model answers it")
         self.assertTrue("your message waits" in rows_of(state)[-1], "the new model answers it")
         state, effects = play(state, ModelsFound((), "alpha"))
         self.assertEqual(effects, (), "it comes back")
-        self.assertFalse(state.chat.waiting, "it comes back")
+        self.assertFalse(llmchat.waits(state), "it comes back")
         self.assertEqual(state.draft.text, "hello", "it comes back")
 
     @unittest.skipIf(os.name == "nt", "there are no pseudo-terminals")
@@ -14040,7 +14280,8 @@ class ViewTest(unittest.TestCase):
             for _ in range(dice.randrange(6))
         )
         reply = dice.choice((None, "", random_text(dice, 200)))
-        return Chat(turns, reply, 1, dice.choice((True, False)))
+        queue = tuple(random_text(dice, 90) for _ in range(dice.randrange(6)))
+        return Chat(turns, reply, queue=queue, held=dice.choice((True, False)))
 
     def random_state(self, dice, columns, rows):
         choose = dice.choice
@@ -14158,6 +14399,7 @@ class ViewTest(unittest.TestCase):
             columns=24,
             rows=6,
             settings=Settings("m.gguf", unicode=False),
+            engine=Condition.WRITING,
             chat=Chat((), "one two three four five six"),
         )
         self.assertEqual(
@@ -14168,7 +14410,7 @@ class ViewTest(unittest.TestCase):
                 "",
                 "-" * 24,
                 "> next",
-                " ready - 5.0 tokens/s",
+                " writing - 5.0 tokens/s",
             ],
         )
 
@@ -15604,6 +15846,31 @@ class WindowTest(unittest.TestCase):
             self.assertEqual(
                 "model" in kept, private
             )  # the model was loaded before the chat became private
+
+    def test_killed_with_a_queue(self):
+        """What is shown as queued is there after kill -9, and is sent by Enter."""
+        home, chats = self.home()
+        model = self.model(" ".join("w%d" % n for n in range(2000)))
+        window = self.open(model, "-c", "8192", **home)
+        window.ask("question", "w5")
+        for n in range(3):
+            window.type("next %d\r" % n)
+            window.wait_for("❯ next %d " % n)
+            self.assertEqual(len(list(chats().values())[0].queue), n + 1)
+        window.process.kill()
+        window.process.wait()
+        (chat,) = chats().values()
+        self.assertEqual(chat.queue, ("next 0", "next 1", "next 2"))
+        window = self.open(model, "-C", "-c", "8192", **home)
+        window.wait_for("❯ next 2 .*3 queued: Enter sends.*\n ready")
+        window.type("\r")
+        window.wait_for(r"❯ next 0 .*w1 .*2 queued")
+        window.type(ESC)
+        window.wait_for("├─.*❯ next 2 ")
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
+        (chat,) = chats().values()
+        self.assertEqual(chat.queue, ("next 1",), "after quitting, too")
 
     def test_killed_windows(self):
         """kill -9 at random moments: every complete message is there, and the last's beginning."""
