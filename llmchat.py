@@ -2477,10 +2477,10 @@ def queue_lines(state: State, width: int, is_replying: bool) -> List[Line]:
     lines: List[Line] = [()] if is_replying else []
     for text in queue[:QUEUE_ROWS]:
         row = question_text(text[:8 * width], False).strip().partition("\n")[0]
-        lines.append(((mark, "dim"), (clean_name(row, width - 3), "dim")))
-    text = "%d queued: Esc takes the last one back" % len(queue)
+        lines.append(((mark, "dim"), (cut_text(clean_row(row), width - 3), "dim")))
+    text = "%d queued: Esc takes the last back" % len(queue)
     if chat.held:
-        text = "%d queued: Enter sends, Esc takes the last one back" % len(queue)
+        text = "%d queued: Enter sends, Esc takes the last back" % len(queue)
     style = "warn" if chat.held else "dim"
     return lines + [(("  ", style), (row, style)) for row in wrap(text, max(1, width - 3))]
 

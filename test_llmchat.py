@@ -12828,7 +12828,7 @@ class QueueTest(unittest.TestCase):
         shown = [row.strip("│ ") for row in rows_of(state)]
         at = shown.index("❯ second")
         self.assertEqual(shown[at + 1], "❯ third")
-        self.assertIn("2 queued: Esc takes the last one back", shown[at + 2])
+        self.assertIn("2 queued: Esc takes the last back", shown[at + 2])
         (said_at,) = [i for i, row in enumerate(shown) if row.startswith("so far")]
         self.assertGreater(at, said_at, "under the reply")
         (row,) = [line for line in view(state).lines if any("second" in t for t, _ in line)]
