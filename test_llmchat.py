@@ -15862,7 +15862,7 @@ class WindowTest(unittest.TestCase):
         (chat,) = chats().values()
         self.assertEqual(chat.queue, ("next 0", "next 1", "next 2"))
         window = self.open(model, "-C", "-c", "8192", **home)
-        window.wait_for("❯ next 2 .*3 queued: Enter sends.*\n ready")
+        window.wait_for("Ready: .*3 queued: Enter|3 queued: Enter.*Ready: ")
         window.type("\r")
         window.wait_for(r"❯ next 0 .*w1 .*2 queued")
         window.type(ESC)
