@@ -2445,44 +2445,29 @@ def chat_items(state: State, width: int) -> Items:
     chat = state.chat
     settings = state.settings
     options = RenderOptions(width, settings.unicode, settings.raw, settings.thoughts)
-
     is_replying = chat.reply is not None and bool(chat.reply or is_busy(state))
     n_said = len(chat.turns) + is_replying
 
     def lines(i: int) -> Sequence[Line]:
-        shown: Sequence[Line]
         if i == n_said:
             return queue_lines(state, width, is_replying)
         if i == len(chat.turns):
-            shown = reply_lines(chat.reply or "", chat.thought, options, ended=False)
-        else:
-            shown = turn_lines(chat.turns[i], turn_note(chat, i, settings), options)
-        if i < chat.forgotten:
-            shown = [tuple((text, "dim") for text, _ in line) for line in shown]
-        if i == chat.forgotten - 1:
-            text = "  the model no longer sees what is above"
-            shown = [*shown, ((text[:width], "warn"),), ()]
-        return shown
+            return reply_lines(chat.reply or "", chat.thought, options, ended=False)
+        shown = turn_lines(chat.turns[i], turn_note(chat, i, settings), options)
+        return dim_forgotten(shown, i, chat.forgotten, width)
 
     n_queues = 1 if shown_queue(chat) else 0
     return Items(n_said + n_queues, lines)
 
-QUEUE_ROWS = 3                    # that are shown
-
-def queue_lines(state: State, width: int, is_replying: bool) -> List[Line]:
-    """Show what is queued, a row for each, and what becomes of it."""
-    chat = state.chat
-    queue = shown_queue(chat)
-    mark = "❯ " if state.settings.unicode else "> "
-    lines: List[Line] = [()] if is_replying else []
-    for text in queue[:QUEUE_ROWS]:
-        row = question_text(text[:8 * width], False).strip().partition("\n")[0]
-        lines.append(((mark, "dim"), (cut_text(clean_row(row), width - 3), "dim")))
-    text = "%d queued: Esc takes the last back" % len(queue)
-    if chat.held:
-        text = "%d queued: Enter sends, Esc takes the last back" % len(queue)
-    style = "warn" if chat.held else "dim"
-    return lines + [(("  ", style), (row, style)) for row in wrap(text, max(1, width - 3))]
+def dim_forgotten(lines: Sequence[Line], i: int, forgotten: int, width: int) -> Sequence[Line]:
+    """Dim turn i if the model doesn't see it any more."""
+    if i >= forgotten:
+        return lines
+    lines = [tuple((text, "dim") for text, _ in line) for line in lines]
+    if i == forgotten - 1:
+        text = "  the model no longer sees what is above"
+        lines = [*lines, ((text[:width], "warn"),), ()]
+    return lines
 
 PANES = {
     # name              title          stays above   scrolls
@@ -3976,10 +3961,32 @@ def storable_queue(chat: Chat) -> Tuple[str, ...]:
     n = names.index("private") + 1 if "private" in names else len(names)
     return chat.queue[:n] if chat.name else ()
 
+def on_queue_kept(state: State, event: QueueKept) -> State:
+    if event.name != state.chat.name:
+        return state
+    return state._replace(chat=state.chat._replace(queue_kept=event.queue))
+
 def shown_queue(chat: Chat) -> List[str]:
     """List what is shown of the queue: nothing that is still on its way to the disk."""
     on_the_way = set(storable_queue(chat)) - set(chat.queue_kept)
     return [text for text in chat.queue if text not in on_the_way]
+
+QUEUE_ROWS = 3                    # that are shown
+
+def queue_lines(state: State, width: int, is_replying: bool) -> List[Line]:
+    """Show what is queued, a row for each, and what becomes of it."""
+    chat = state.chat
+    queue = shown_queue(chat)
+    mark = "❯ " if state.settings.unicode else "> "
+    lines: List[Line] = [()] if is_replying else []
+    for text in queue[:QUEUE_ROWS]:
+        row = question_text(text[:8 * width], False).strip().partition("\n")[0]
+        lines.append(((mark, "dim"), (cut_text(clean_row(row), width - 3), "dim")))
+    text = "%d queued: Esc takes the last back" % len(queue)
+    if chat.held:
+        text = "%d queued: Enter sends, Esc takes the last back" % len(queue)
+    style = "warn" if chat.held else "dim"
+    return lines + [(("  ", style), (row, style)) for row in wrap(text, max(1, width - 3))]
 
 def take_queue_along(old: Chat, new: Chat) -> Chat:
     """Put the queue of the chat before this one at the head of its own, which waits for Enter."""
@@ -3999,8 +4006,8 @@ def leave_queue(chat: Chat, effects: Tuple[Any, ...]) -> Tuple[Any, ...]:
 
 
 # == 17. MENU ======================================================================================
-# What a command, a name or a path that is being typed may become: by Tab, and in the menu over the
-# input box. Pure.
+# What a command, a name or a path that is being typed may become, or a file that was dropped on the
+# terminal: by Tab, and in the menu over the input box. Pure.
 
 def cmd_complete(state: State, argument: str) -> Outcome:
     """complete a command, a name or a path; behind a long paste: show all of it"""
@@ -4010,18 +4017,25 @@ def cmd_complete(state: State, argument: str) -> Outcome:
     paste = open_chips(state.draft, text[-1:])
     if paste != text[-1:]:
         return replace_end(state, len(text) - 1, paste)
-    command, space, argument = text.partition(" ")
-    if command in PATH_COMMANDS and space:    # the whole argument is a path
-        return state, (DiskJob("find_paths", (text, argument, False)),)
-    word = re.search(r"(?:\\ |\S)*\Z", text).group()
-    if command == "/file" and space or word.startswith("@"):
-        return state, (DiskJob("find_paths", (text, word[word.startswith("@"):], True)),)
+    find_paths = path_to_complete(text)
+    if find_paths:
+        return state, (find_paths,)
     word = text.rpartition(" ")[2]
     names = [name for name, _ in completions(text)]
     beginning = [name for name in names if name.startswith(word)]
     return complete(state, Fitting(text, word, beginning or names))
 
 PATH_COMMANDS = ("/load", "/save", "/export", "/import")
+
+def path_to_complete(text: str) -> Optional[DiskJob]:
+    """Make the effect that completes the path at the end of a text; None: there is none."""
+    command, space, argument = text.partition(" ")
+    if command in PATH_COMMANDS and space:    # the whole argument is a path
+        return DiskJob("find_paths", (text, argument, False))
+    word = re.search(r"(?:\\ |\S)*\Z", text).group()
+    if command == "/file" and space or word.startswith("@"):
+        return DiskJob("find_paths", (text, word[word.startswith("@"):], True))
+    return None
 
 def replace_end(state: State, start: int, text: str) -> State:
     """Put a text in the place of what stands between `start` and the cursor."""
@@ -4131,6 +4145,22 @@ def take_row(state: State, word: str) -> Optional[Outcome]:
     if head == "/set" or not head and " " in usage:
         return replace_end(state, len(state.draft.text), " ")
     return run_command(state, "send")
+
+# What may be the path of a file that was dropped: terminals type or paste it at once, as a URL, in
+# quotes, or with its spaces escaped
+LIKE_DROPPED = r"""(?x) \s* (?: file:/\S+ | (["']).+\1 | [^\s\\]+[.]\w{1,8}
+    | (?: ~/ | /(?:\\.|[^\s/\\])+/ | [A-Za-z]:\\ ) (?:\\.|[^\s\\])* ) \s* \Z"""
+PATH_CHARS = 4096                     # no path is longer
+
+def may_be_dropped(text: str) -> bool:
+    return len(text) <= PATH_CHARS and bool(re.match(LIKE_DROPPED, text))
+
+def on_dropped(state: State, event: Dropped) -> State:
+    if not state.draft.text[:state.draft.cursor].endswith(event.text):
+        return state                      # something else was typed meanwhile
+    does = "loads" if is_model_path(event.path) else "attaches"
+    hint = "Tab %s %s" % (does, os.path.basename(event.path))
+    return state._replace(dropped=event, hint=hint)
 
 def take_dropped(state: State, dropped: Dropped) -> Change:
     """Attach a file that was dropped, or load the model, in the place of its path."""
@@ -4780,6 +4810,16 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
         if chat.stored or chat.queue_told:
             effects += (DiskJob("erase", (chat.name,)),)
         return state._replace(chat=empty), effects
+    chat, records = list_news(state)
+    if not records:
+        return state, effects
+    write = DiskJob("write", (chat.name, tuple(records)))
+    # first, as the history and the engine can wait
+    return state._replace(chat=chat), (write, *effects)
+
+def list_news(state: State) -> Tuple[Chat, List[Fields]]:
+    """List what the chat's file lacks, as its lines; also return the chat when it has them."""
+    chat = state.chat
     records = news_records(chat, state)
     if records:
         place = (last_turn_id(chat), first_seen_id(chat))
@@ -4789,14 +4829,10 @@ def store_news(state: State, effects: Tuple[Any, ...]) -> Change:
     if queue != chat.queue_told:
         records.append({"queue": list(queue)})
         chat = chat._replace(queue_told=queue)
-    if not records:
-        return state, effects
-    write = DiskJob("write", (chat.name, tuple(records)))
-    # first, as the history and the engine can wait
-    return state._replace(chat=chat), (write, *effects)
+    return chat, records
 
 def news_records(chat: Chat, state: State) -> List[Fields]:
-    """List what the chat's file lacks, as its lines; see CHATS ON DISK."""
+    """List what the file lacks of turns, and where the chat stands; see CHATS ON DISK."""
     numbers = range(chat.stored + 1, chat.last + 1)
     turns = [chat.nodes[number] for number in numbers if number in chat.nodes]
     records = [turn_record(turn, state.model) for turn in turns]
@@ -4865,6 +4901,10 @@ def on_typed(state: State, event: Any) -> Outcome:
     state = state._replace(draft=draft, dialog=None, find="", hint="", quit_asked=False)
     if state.engine is Condition.RESTING:
         return start_model(state)         # it is there by the time that the message is written
+    return look_for_files(state, event, text)
+
+def look_for_files(state: State, event: Any, text: str) -> Outcome:
+    """Attach what was named by an @, offer what was dropped."""
     ends_word = isinstance(event, Typed) and " " in text
     named = new_paths(state) if ends_word else []
     if named:                             # attached at once, so that their cost is seen
@@ -4872,22 +4912,6 @@ def on_typed(state: State, event: Any) -> Outcome:
     if may_be_dropped(text):
         return state, (DiskJob("find_dropped", (text, room_tokens(state))),)
     return state
-
-# What may be the path of a file that was dropped: terminals type or paste it at once, as a URL, in
-# quotes, or with its spaces escaped
-LIKE_DROPPED = r"""(?x) \s* (?: file:/\S+ | (["']).+\1 | [^\s\\]+[.]\w{1,8}
-    | (?: ~/ | /(?:\\.|[^\s/\\])+/ | [A-Za-z]:\\ ) (?:\\.|[^\s\\])* ) \s* \Z"""
-PATH_CHARS = 4096                     # no path is longer
-
-def may_be_dropped(text: str) -> bool:
-    return len(text) <= PATH_CHARS and bool(re.match(LIKE_DROPPED, text))
-
-def on_dropped(state: State, event: Dropped) -> State:
-    if not state.draft.text[:state.draft.cursor].endswith(event.text):
-        return state                      # something else was typed meanwhile
-    does = "loads" if is_model_path(event.path) else "attaches"
-    hint = "Tab %s %s" % (does, os.path.basename(event.path))
-    return state._replace(dropped=event, hint=hint)
 
 def new_paths(state: State) -> List[str]:
     """Find the @paths in the draft that are complete (a space follows) and aren't attached yet."""
@@ -4923,16 +4947,19 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
         return taken
     if command:
         return run_command(state._replace(draft=draft._replace(last=key, search=None)), command)
+    return state._replace(draft=edit_by_key(draft, key))
+
+def edit_by_key(draft: Draft, key: str) -> Draft:
     edit = EDIT_KEYS.get(key, "")
     if edit:
         draft = EDITS[edit][1](draft)
     if edit not in ("search", "backspace"):
         draft = draft._replace(search=None)
-    return state._replace(draft=draft._replace(last=edit or key))
+    return draft._replace(last=edit or key)
 
 def on_turned(state: State, event: Turned) -> Outcome:
     """Scroll what is open at a turn of the mouse wheel, or the pane with the focus."""
-    if state.dialog:
+    if state.dialog and not is_open(state, "message"):
         return move_in_dialog(state, event.lines)
     if menu_rows(state):
         return move_in_menu(state, event.lines)
@@ -4950,11 +4977,6 @@ def key_command(state: State, key: str) -> Optional[str]:
 
 def on_resized(state: State, event: Resized) -> State:
     return state._replace(columns=event.columns, rows=event.rows)
-
-def on_queue_kept(state: State, event: QueueKept) -> State:
-    if event.name != state.chat.name:
-        return state
-    return state._replace(chat=state.chat._replace(queue_kept=event.queue))
 
 def on_history_read(state: State, event: HistoryRead) -> State:
     return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
@@ -5765,13 +5787,16 @@ def view_menu(state: State, area: Area) -> List[Line]:
     column = 2 + max((len(word) for word, _ in rows), default=0)
     lines = []
     for i, (word, meaning) in list(enumerate(rows))[top:top + room]:
-        styles = ("select", "select") if i == chosen else ("bar", "status")
-        line = ((" " + word.ljust(column), styles[0]), (clean_name(meaning, area.width), styles[1]))
-        lines.append(fit(line, area.width, styles[1]))
+        lines.append(menu_line(word.ljust(column), meaning, area.width, i == chosen))
     if len(rows) > room:
         text = " %d of %d; type on to filter" % (chosen + 1, len(rows))
         lines.append(fit(((text, "status"),), area.width, "status"))
     return lines
+
+def menu_line(word: str, meaning: str, width: int, chosen: bool) -> Line:
+    left, right = ("select", "select") if chosen else ("bar", "status")
+    room = max(1, width - cells(word) - 1)
+    return fit(((" " + word, left), (cut_text(clean_row(meaning), room), right)), width, right)
 
 def used_command(state: State) -> List[Tuple[str, str]]:
     """Say how the command is used whose argument is being typed."""
