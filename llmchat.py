@@ -15065,9 +15065,10 @@ def said_words(raw: bytes) -> Set[str]:
     said = set()
     for line in raw.splitlines():
         for record in read_line(line)[0]:
-            texts = [record["content"]] if "content" in record else []
-            for text in [*texts, *record.get("queue", ())]:
-                said.add(sent_words(split_files(str(text))[1]))
+            texts = [sent_words(str(text)) for text in record.get("queue", ())]
+            if "content" in record:
+                texts.append(str(record["content"]))
+            said.update(split_files(text)[1] for text in texts)
     return said
 
 def without_words(history: bytes, said: Set[str]) -> bytes:

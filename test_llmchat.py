@@ -5011,7 +5011,6 @@ echo '{"event": "plan", "lines": [], "verdict": "tight",' \\
         )
         after, _ = play(reading, ChildEnded("engine", -9))
         self.assertTrue(llmchat.waits(after))
-        self.assertIsNone(after.chat.reply)
         self.assertEqual([turn.text for turn in after.chat.turns][:1], ["hi"])
         self.assertEqual(asked(play(after, LOADED)[1]), ["hi"])
         self.assertEqual(llmchat.load_path(after, "b.gguf")[0].fallback, 0)
@@ -12426,7 +12425,7 @@ class UpdateTest(unittest.TestCase):
         self.assertLessEqual(max(map(len, narrow[1:6])), 48)
 
     MENUS = (
-        ("/sy", ["/system  how the model should behave, from the next message on (no TEXT: show"]),
+        ("/sy", ["/system  how the model should behave, from the next message on (no TEXT: sho…"]),
         ("/cle", ["/new  (clear) start a new chat"]),
         ("/set top", ["top_k  choose among the K", "top_p  among"]),
         ("/preset c", ["creative  temperature 1.2"]),
