@@ -15062,7 +15062,7 @@ def sent_words(typed: str) -> str:
 
 def said_words(raw: bytes) -> Set[str]:
     """Return all that was said in a chat's file and what was taken back, without attachments."""
-    said = set()
+    said: Set[str] = set()
     for line in raw.splitlines():
         for record in read_line(line)[0]:
             texts = [sent_words(str(text)) for text in record.get("queue", ())]

@@ -12427,7 +12427,7 @@ class UpdateTest(unittest.TestCase):
     MENUS = (
         ("/sy", ["/system  how the model should behave, from the next message on (no TEXT: sho…"]),
         ("/cle", ["/new  (clear) start a new chat"]),
-        ("/set top", ["top_k  choose among the K", "top_p  among"]),
+        ("/set top_", ["top_k        choose among", "top_p        among", "top_n_sigma  "]),
         ("/preset c", ["creative  temperature 1.2"]),
         ("/load x", ["/load NAME  load another model"]),
         ("/zz", [""]),
