@@ -4021,7 +4021,7 @@ def cmd_complete(state: State, argument: str) -> Outcome:
     if find_paths:
         return state, (find_paths,)
     word = text.rpartition(" ")[2]
-    names = [name for name, _ in completions(text)]
+    names = [name for name, _ in completions(text, state.settings)]
     beginning = [name for name in names if name.startswith(word)]
     return complete(state, Fitting(text, word, beginning or names))
 
@@ -4055,12 +4055,12 @@ def complete(state: State, event: Fitting) -> State:
     # A single model's name may have other letters than what was typed.
     if common.lower().startswith(word.lower()) or len(fitting) == 1:
         state = replace_end(state, len(text) - len(word), common)
-    if len(fitting) == 1 or completions(text):
+    if len(fitting) == 1 or completions(text, state.settings):
         return state._replace(hint="")
     names = [name[word.rfind("/", 1) + 1:] if name.startswith(word) else name for name in fitting]
     return state._replace(hint="  ".join(names))
 
-def completions(text: str) -> List[Tuple[str, str]]:
+def completions(text: str, settings: Settings) -> List[Tuple[str, str]]:
     """List what the last word of a command may become, and what that means.
 
     Of commands those come first that begin with it, then those that it is another word for."""
@@ -4074,7 +4074,8 @@ def completions(text: str) -> List[Tuple[str, str]]:
         meanings = {row.name: row.character for row in SUGGESTED_MODELS}
         meanings.update(pause="what has come stays", cancel="what has come is removed")
     elif head[1:] in CHOICES:
-        meanings = {name: meaning for name, (meaning, _) in CHOICES[head[1:]].items()}
+        table = named_choices(settings, head[1:])
+        meanings = {name: meaning for name, (meaning, _) in table.items()}
     rows = [(name, meaning) for name, meaning in meanings.items() if name.startswith(word)]
     return in_full_first(rows, word)
 
@@ -4105,7 +4106,7 @@ def menu_rows(state: State) -> List[Tuple[str, str]]:
         return []
     if draft.last in ("up", "down", "search"):    # it was recalled: they go on recalling
         return []
-    return completions(draft.text)
+    return completions(draft.text, state.settings)
 
 def menu_index(state: State) -> int:
     """Find the chosen row of the menu; -1 = none, as Enter on "/set " shows all settings."""
@@ -6022,7 +6023,7 @@ def list_head(state: State, width: int) -> List[Line]:
     else:
         hint = "" if lines else dialog.title.partition(": ")[2]
         if side_names(state):             # what it tells stands beside the list
-            hint = re.sub(r"Right [^,]*, ", "", hint)
+            hint = re.sub(r"(?<!/)Right [^,]*, ", "", hint)
         line = (mark, (keep_parts(hint, width - 3), "dim"))
     return lines + [line]
 

@@ -12441,7 +12441,7 @@ class UpdateTest(unittest.TestCase):
             return [row[1:79].rstrip() for row in rows_of(state)[1:-4]]
 
         def found(word):
-            return [name for name, _ in llmchat.completions("/" + word)]
+            return [name for name, _ in llmchat.completions("/" + word, Settings())]
 
         for text, rows in self.MENUS:
             menu = [row.strip() for row in shown(text)[-len(rows) :]]
@@ -13972,6 +13972,10 @@ class SettingsTest(unittest.TestCase):
             for line in view(play(state, Resized(columns, 14))[0]).lines:
                 self.assertEqual(llmchat.line_cells(line), columns)
 
+    def test_form_says_its_keys(self):
+        for columns, keys in ((40, "Left/Right change, Enter types"), (120, "Del resets")):
+            self.assertIn(keys, rows_of(self.form(columns=columns)[0])[1])
+
     def test_form_steps(self):
         def value(name, *events, **fields):
             state = self.form(name, *events, **fields)[0]
@@ -14058,6 +14062,7 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(items_of(listed)[-1], ("persona", "pirate"))
         self.assertRegex("\n".join(rows_of(listed)), r"● pirate")
         self.assertIn("You are a pirate.", "\n".join(rows_of(listed)))
+        self.assertEqual(play(state, "/persona pi", "[tab]")[0].draft.text, "/persona pirate ")
         named = play(listed, "[ctrl-s]", "sailor", "[enter]")[0]
         self.assertEqual([name for _, name in items_of(named)][-2:], ["pirate", "sailor"])
         kept = play(listed, "[del]", "[esc]")[0]
