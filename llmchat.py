@@ -14189,17 +14189,19 @@ class Installer:
     def take_ready_made(self, plan: InstallPlan) -> bool:
         """Tell whether a ready-made package has come and passed its trial."""
         self.say("Downloading a ready-made %s." % ENGINE_PACKAGE)
+        fault = "None was found."
         try:
             self.download(0, "--only-binary", ENGINE_PACKAGE, "--retries", "0", "--find-links",
                           WHEEL_INDEX % plan.wheel, ENGINE_PACKAGE + ENGINE_OLDEST)
+            fault = ""
             self.install_got(ignore_line)
             fault = self.find_fault()
         except RuntimeError as error:
-            fault = str(error)
+            fault = fault or str(error)
         if fault and plan.obstacle:
             raise RuntimeError("%s\n%s" % (fault, plan.obstacle))
         if fault:
-            self.say("%s The ready-made package won't do here, so the engine is compiled." % fault)
+            self.say("%s So the engine is compiled." % fault)
         return not fault
 
     def compile(self, plan: InstallPlan, *options: str) -> None:

@@ -1625,7 +1625,7 @@ class WheelTest(unittest.TestCase):
         data = read_bytes(new)
         os.remove(new)
         said, python = self.install_from((os.path.basename(new), data), links)
-        self.assertRegex(said, r"(?s)won't do here, so the engine is compiled.*replied")
+        self.assertRegex(said, r"(?s)So the engine is compiled.*replied")
         self.assertTrue(llmchat.engine_version(python).startswith("0.3."), said)
 
 
