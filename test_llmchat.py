@@ -3088,6 +3088,37 @@ class ThinkingTest(unittest.TestCase):
             ],
         )
 
+    def test_efforts_that_templates_know(self):
+        header = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        of_gpt_oss = header + "Reasoning: {{ reasoning_effort | default('medium') }}"
+        two = (
+            header + "{% if reasoning_effort in ['low', 'high'] %}{{ reasoning_effort }}{% endif %}"
+        )
+        strict = (
+            header
+            + "{% if reasoning_effort is defined and reasoning_effort not in ['none', 'high'] %}"
+            + "{{ raise_exception('no') }}{% endif %}"
+        )
+        switch = header + "{% if enable_thinking %}x{% endif %}"
+        ask = "[ChatTemplate(%r, '', '').known_efforts() for _ in [0]][0]"
+        sources = (of_gpt_oss, two, strict, switch, header)
+        found = ask_engine(MIND, *(ask % source for source in sources))
+        self.assertEqual(found, [["low", "medium", "high"], ["low", "high"], [], [], []])
+
+    def test_effort_through_the_engine(self):
+        path = os.path.join(FOLDER, "effort.gguf")
+        write_scripted_model(
+            path,
+            {"low": "Short.", "medium": "Well.", "high": "Let me see."},
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "<|{{ reasoning_effort | default('medium') }}|>",
+        )
+        engine = Engine(self, path)
+        loaded = next(e for e in engine.events if e["event"] == "loaded")
+        self.assertEqual(loaded["efforts"], ["low", "medium", "high"])
+        for think, answer in (("low", "Short."), ("high", "Let me see."), (None, "Well.")):
+            self.assertEqual(engine.chat("hi", think=think)[0], answer)
+
     def test_plain_mode_prints_the_answer_only(self):
         for name, (_, _, answer) in FORMS.items():
             self.assertEqual(run_plain(self.forms, "-p", name)[1].strip("\n"), answer or "", name)
@@ -10932,6 +10963,74 @@ class ThoughtsTest(unittest.TestCase):
             self.assertEqual(self.rows(play(shown, "[ctrl-t]")[0]), folded + answer)
             self.assertEqual(self.rows(play(now, "/think hide", "[enter]")[0]), answer)
 
+    def test_open_thinking_has_a_bar_and_an_empty_line_after_it(self):
+        words = "<think>One.\n\nTwo " + "long " * 20 + "</think>So."
+        for unicode, mark, bar in ((True, "▾", "│"), (False, "-", "|")):
+            settings = Settings("m.gguf", unicode=unicode, thoughts="open")
+            turn = Turn("assistant", words, thought=(214, 9.4))
+            state = ready(Turn("user", "q"), turn, columns=60, pane="hidden", settings=settings)
+            rows = [row[1:-1].rstrip() for row in rows_of(state)[1:-4]]
+            start = rows.index("  %s thought 9 s, 214 tokens" % mark)
+            end = rows.index("  So.")
+            self.assertEqual(rows[end - 1], "")
+            self.assertGreater(end - start, 4)
+            for row in rows[start + 1 : end - 1]:
+                self.assertEqual(row[:3], "  " + bar)
+            folded = state._replace(settings=settings._replace(thoughts="folded"))
+            title = "  %s thought 9 s, 214 tokens" % ("▸" if unicode else "+")
+            self.assertIn(title, "\n".join(rows_of(folded)))
+
+    def test_it_is_called_thinking_only_while_it_lasts(self):
+        for unicode, word in ((True, "▸ thinking…"), (False, "+ thinking...")):
+            start = self.state._replace(settings=Settings("m.gguf", unicode=unicode))
+            state = self.say(start, "<think>hm")
+            self.assertIn("  %s  " % word, screen_text(state), "nothing is counted yet")
+            stopped = play(state, "[esc]", done(1, "stopped"))[0]
+            self.assertNotIn("thinking", screen_text(stopped))
+            self.assertIn("thought", screen_text(stopped))
+
+    def test_effort(self):
+        """It is sent, remembered for this model, and refused where the template doesn't know it."""
+        knows = ModelInfo("Tiny", "", 9, efforts=("low", "high"))
+        start = ready(model=knows, chat=Chat(name="c"))
+        state, effects = play(start, "/think low", "[enter]")
+        kept = DiskJob("save_setting", ("settings.json", "m.gguf", {"think": "low"}))
+        self.assertIn(kept, effects)
+        self.assertEqual(sent(play(state, "hi", "[enter]")[1])[0]["think"], "low")
+        message = sent(play(state, "hi", "[enter]")[1])[0]
+        self.assertTrue(llmchat.is_message(message, llmchat.ENGINE_HEARS, "cmd"))
+        loud = dict(message, think="loud")
+        self.assertFalse(llmchat.is_message(loud, llmchat.ENGINE_HEARS, "cmd"))
+        other = play(state, "/load b.gguf", "[enter]", found("b.gguf"), LOADED)[0]
+        self.assertIsNone(other.settings.think)
+        back = play(other, "/load m.gguf", "[enter]", found("m.gguf"), LOADED)[0]
+        self.assertEqual(back.settings.think, "low")
+        for model, word, hint in (
+            (knows, "medium", "can't be told how much to think"),
+            (ModelInfo("Tiny", "", 9), "low", "can't be told how much to think: /think on or off"),
+        ):
+            refused, effects = play(ready(model=model), "/think " + word, "[enter]")
+            self.assertIn(hint, refused.hint)
+            self.assertIsNone(refused.settings.think)
+        for value in ("loud", 1.5, [], {}):
+            self.assertIsNone(llmchat.with_values(Settings(), {"think": value}).think)
+
+    def test_statistics_under_a_reply(self):
+        state = play(self.say(ready(chat=Chat(name="c")), "x"), "q", "[enter]")[0]
+        state = play(self.say(state, "Yes."), done(1))[0]
+        shown = screen_text(state)
+        self.assertRegex(shown, r"│  5\.0 tokens/s *│")
+        self.assertNotIn("first after", shown)
+        everything, effects = play(state, "/stats all", "[enter]")
+        self.assertIn(
+            "3 tokens, 5.0/s, first after 0.5 s, read 8, reused 2", screen_text(everything)
+        )
+        kept = DiskJob("save_setting", ("settings.json", "", {"statistics": "all"}))
+        self.assertIn(kept, effects)
+        none = play(state, "/stats none", "[enter]")[0]
+        self.assertNotRegex(screen_text(none), r"│  5\.0 tokens/s *│")
+        self.assertEqual(llmchat.with_values(Settings(), {"statistics": "x"}).statistics, "speed")
+
     def test_empty_thinking_isnt_shown(self):
         self.assertEqual(
             self.rows(self.say(self.state, "<think>\n\n</think>\n\n", "Hello")), ["Hello▌"]
@@ -11010,6 +11109,117 @@ class ThoughtsTest(unittest.TestCase):
             self.assertNotIn("Traceback", shown, value)
 
 
+class ToldTest(unittest.TestCase):
+    """What the program says stands beside the conversation, not in it."""
+
+    def setUp(self):
+        self.state = ready(Turn("user", "q"), Turn("assistant", "a"), columns=80, pane="hidden")
+
+    def tell(self, text, style, state=None):
+        state = play(state or self.state, llmchat.Told(text, style))[0]
+        self.assertEqual(state.chat, self.state.chat)
+        self.assertEqual(state.log[-1], LogLine(style, text))
+        return state
+
+    def test_short_ones_are_hints(self):
+        state = self.tell("Written: out.md", "good")
+        self.assertIsNone(state.dialog)
+        self.assertEqual(state.hint, "Written: out.md")
+        self.assertNotIn("Written", "\n".join(rows_of(state)[:-1]))
+
+    def test_errors_and_long_ones_are_messages_until_a_key(self):
+        words = " ".join("word%d" % n for n in range(30))
+        for text, style, shown in (("Oh.", "error", "alert"), (words, "warn", "status")):
+            state = self.tell(text, style)
+            lines = view(state).lines
+            rows = ["".join(span for span, _ in line) for line in lines]
+            at = next(n for n, row in enumerate(rows) if text.split()[0] in row)
+            self.assertEqual({style for _, style in lines[at]}, {shown, "frame"})
+            self.assertIn("❯ q", rows[1], "the chat stays in view")
+            self.assertRegex("\n".join(rows), r"(?s)%s[^\n]*\n├" % text.split()[-1])
+            self.assertIsNone(play(state, "[esc]")[0].dialog)
+            typed = play(state, "x")[0]
+            self.assertIsNone(typed.dialog)
+            self.assertEqual(typed.draft.text, "x")
+            sent_at_once = play(state._replace(draft=Draft("hi", 2)), "[enter]")
+            self.assertEqual(asked(sent_at_once[1])[-1], "hi")
+        both = self.tell("Oh.", "error", self.tell("And this.", "error"))
+        self.assertRegex(screen_text(both), r"And this\.[^\n]*\n│ Oh\.")
+
+    def test_in_front_of_a_list_they_are_hints(self):
+        listed = play(self.state, "/preset", "[enter]")[0]
+        state = self.tell("Oh.", "error", listed)
+        self.assertEqual(state.dialog, listed.dialog)
+        self.assertEqual(state.hint, "Oh.")
+
+    def test_what_concerns_a_reply_stands_under_it(self):
+        state = play(ready(columns=80, pane="hidden"), "q", "[enter]", text(1, "so far"))[0]
+        state = play(state, ChildEnded("engine", -9))[0]
+        self.assertIsNone(state.dialog)
+        turn = state.chat.turns[-1]
+        self.assertEqual(llmchat.how_cut(turn), "the engine stopped here")
+        self.assertRegex(
+            screen_text(state), "so far.*\n.*the engine stopped here: The engine was killed"
+        )
+        self.assertEqual(llmchat.turn_note(state.chat, 1, state.settings)[1], "warn")
+        state = play(ready(columns=80), "q", "[enter]", text(1, "<think>hm"), done(1))[0]
+        self.assertIn("only thought, without an answer", screen_text(state))
+
+    def test_plain_mode_tells_the_same(self):
+        plain = llmchat.Plain(ready(), quiet=False)
+        self.addCleanup(plain.runner.close)
+        told = []
+        plain.note = told.append
+        for text, style, status in (
+            ("Written: x", "good", 0),
+            ("Careful.", "warn", 0),
+            ("Oh.", "error", 1),
+        ):
+            plain.handle(llmchat.Told(text, style))
+            self.assertEqual(plain.status, status)
+        plain.handle(EngineLogged("some error of llama.cpp"))
+        self.assertEqual(told, ["Written: x", "Careful.", "Oh."])
+
+
+class TitleTest(unittest.TestCase):
+    """The frame names the chat and its model."""
+
+    def title(self, chat, columns, **fields):
+        state = ready(chat=chat, columns=columns, rows=20, pane="hidden", **fields)
+        row = rows_of(state)[0]
+        self.assertEqual(width(row), columns)
+        return row.strip("┌─┐ ")
+
+    def test_title(self):
+        asked = Chat((Turn("user", "tides and\n moon?"), Turn("assistant", "a")))
+        model = ModelInfo("smollm2:135m", "", 9)
+        for chat, columns, title in (
+            (asked, 80, "tides and moon? · smollm2:135m"),
+            (asked._replace(title="tides and moon"), 40, "tides and moon · smollm2:135m"),
+            (
+                asked._replace(title="tides and the moon over Rome"),
+                40,
+                "tides and the moon… · smollm2:135m",
+            ),
+            (Chat(), 80, "llmchat · smollm2:135m"),
+        ):
+            self.assertEqual(self.title(chat, columns, model=model), title)
+        long = ModelInfo("Qwen2.5-Coder-14B-Instruct-Q4_K_M", "", 9)
+        title = self.title(asked._replace(title="tides and the moon"), 40, model=long)
+        self.assertEqual(title, "tides and the… · Qwen2.5-Coder-14…")
+        state = llmchat.cmd_private(ready(settings=Settings("m.gguf", session="s")), "")
+        self.assertIn("─ llmchat · Tiny · private ─", rows_of(state)[0])
+
+    def test_models_are_called_as_in_the_list(self):
+        self.assertEqual(llmchat.listed_name("/m/SmolLM2-135M-Instruct.Q4_1.gguf"), "smollm2:135m")
+        self.assertEqual(llmchat.listed_name("/m/Own-Q4_0-00001-of-00002.gguf"), "Own-Q4_0")
+        with tempfile.TemporaryDirectory() as folder:
+            entry = ModelEntry(os.path.join(folder, "blobs", "sha256-00"), "qwen3:0.6b", "Ollama")
+            with mock.patch("llmchat.scan_ollama", return_value=[entry]) as scanned:
+                self.assertEqual(llmchat.listed_name(entry.path), "qwen3:0.6b")
+            scanned.assert_called_once_with(folder)
+
+
 class StoredChatTest(unittest.TestCase):
     """update() and a real DiskWorker. After each event the file must hold what the window shows and
     every version."""
@@ -11065,6 +11275,37 @@ class StoredChatTest(unittest.TestCase):
             for row in rows_of(self.state._replace(pane="hidden", columns=100, rows=40))
             if "version " in row
         ]
+
+    def test_title_of_the_open_chat(self):
+        self.begin()
+        self.ask("Tides?", "Yes.")
+        self.assertEqual(llmchat.title_of(self.state.chat), "Tides?")
+        self.do("/title tides and moon")
+        self.assertEqual(llmchat.title_of(self.state.chat), "tides and moon")
+        name = self.state.chat.name
+        self.begin()
+        self.do("/open " + name)
+        self.assertEqual(llmchat.title_of(self.state.chat), "tides and moon")
+
+    def test_the_welcome_offers_the_last_chats(self):
+        for n in range(5):
+            self.begin()
+            self.ask("question %d" % n, "answer")
+            path = llmchat.chat_path(self.state.chat.name)
+            self.disk._switch_file(None)
+            os.utime(path, (1e9 + n, 1e9 + n))
+        write(b"\xff\x00 no chat", os.path.join(os.path.dirname(path), "zz.jsonl"))
+        self.begin()
+        self.assertEqual(llmchat.start_window(self.state, "")[1][-1], DiskJob("recent", ()))
+        self.disk.recent()
+        self.do(self.posted.get())
+        titles = [entry.title for entry in self.state.recent.entries]
+        self.assertEqual(titles, ["question 4", "question 3", "question 2"])
+        self.do("[down]", "[down]", "[enter]")
+        self.assertEqual(self.shown(), ["question 3", "answer"])
+        self.do("/new")
+        self.assertEqual(self.state.recent.entries[0].title, "question 4")
+        self.assertEqual(self.state.menu, 0)
 
     def test_retry_and_versions(self):
         self.begin()
@@ -13918,7 +14159,7 @@ class SettingsTest(unittest.TestCase):
 
     def test_theme_is_seen_at_once_and_kept_by_enter(self):
         state = play(self.stored(), "/theme", "[enter]", *["[down]"] * 2)[0]
-        names = tuple(llmchat.THEMES)
+        names = tuple(llmchat.CHOICES["theme"])
         self.assertEqual(view(state).theme, names[2])
         self.assertEqual(state.settings.theme, llmchat.THEME)
         self.assertIn(
@@ -13930,7 +14171,7 @@ class SettingsTest(unittest.TestCase):
             )[1],
             "the chat stays in view",
         )
-        self.assertEqual(view(play(state, "[esc]")[0]).theme, llmchat.THEME)
+        self.assertEqual(view(play(state, "[esc]")[0]).theme, "green")
         state, effects = play(state, "[enter]")
         self.assertEqual(view(state).theme, names[2])
         self.assertEqual(
@@ -14251,6 +14492,180 @@ class SettingsTest(unittest.TestCase):
         self.assertNotIn(b"38;5;28", third.raw, "no frame in another theme")
 
 
+class WelcomeTest(unittest.TestCase):
+    """What an empty chat shows."""
+
+    CHATS = tuple(
+        llmchat.ChatEntry("c%d" % n, "chat number %d" % n, "Tiny", 1e9 + n, 2) for n in (3, 2, 1)
+    )
+
+    def welcome(self, columns=80, rows=24, **fields):
+        recent = llmchat.RecentFound(self.CHATS, 1e9 + 10)
+        return ready(
+            **dict(dict(columns=columns, rows=rows, recent=recent, pane="hidden"), **fields)
+        )
+
+    def test_every_size(self):
+        """Nothing is cut, and what can be chosen is all there."""
+        wanted = [entry.title for entry in self.CHATS] + list(llmchat.EXAMPLES)
+        for columns, rows in ((120, 36), (80, 24), (40, 12), (200, 60), (60, 14), (90, 16)):
+            for unicode in (True, False):
+                settings = Settings("m.gguf", unicode=unicode)
+                state = self.welcome(columns, rows, settings=settings)
+                shown = rows_of(state)
+                self.assertEqual({width(row) for row in shown}, {columns})
+                for words in wanted:
+                    self.assertEqual(sum(words in row for row in shown), 1, (columns, rows, words))
+                self.assertIn("Type a message, then press Enter.", "\n".join(shown))
+                self.assertNotIn("…", "\n".join(shown))
+                self.assertEqual(shown[0][0] in "┌+", rows >= 16)
+                self.assertEqual("|_|_|_|_|_" in "\n".join(shown), rows >= 24)
+
+    def test_what_can_be_done_now(self):
+        off = dict(engine=Condition.OFF, model=None, settings=Settings(""))
+        for fields, words in (
+            (dict(engine=Condition.LOADING, model=None), "m is being loaded. You can write"),
+            (off, r"No model is here yet(?s:.*)Choose a model of this machine +/models"),
+            (
+                dict(off, engine=Condition.MISSING),
+                r"The engine isn't here(?s:.*)Get the engine +/setup",
+            ),
+            (dict(off, wanted=""), "Type a message"),
+            (dict(engine=Condition.DEAD, model=None), "Your next message starts it again"),
+            (dict(model=ModelInfo("T", "", 9, is_base=True)), "This is a base model"),
+            (dict(off, download=llmchat.Download("x", True)), "Write your first message meanwhile"),
+        ):
+            self.assertRegex(screen_text(self.welcome(**fields)), words)
+        chosen, effects = play(self.welcome(**off), "[down]", "[enter]")
+        self.assertEqual(effects, (FindModels(""),))
+        chosen, effects = play(self.welcome(**off), "[down]", "[down]", "[enter]")
+        self.assertEqual(effects, (DiskJob("suggest", ()),))
+
+    def test_keys(self):
+        state = self.welcome()
+        opened, effects = play(state, "[down]", "[down]", "[enter]")
+        self.assertEqual(effects[0].job, "open")
+        self.assertEqual(effects[0].arguments[0], "c2")
+        below = play(state, *["[down]"] * 9)[0]
+        self.assertEqual(below.menu, 6, "the last row")
+        line = next(line for line in view(below).lines if llmchat.EXAMPLES[-1] in str(line))
+        self.assertIn("select", [style for _, style in line])
+        asks, effects = play(below, "[enter]")
+        self.assertEqual(asks.draft.text, llmchat.EXAMPLES[-1])
+        self.assertEqual(effects, ())
+        self.assertEqual(asked(play(asks, "[enter]")[1]), [llmchat.EXAMPLES[-1]])
+        self.assertEqual(play(below, "[esc]")[0].menu, 0)
+        self.assertEqual(play(state, "[down]", "[up]")[0].menu, 0)
+
+    def test_tab_puts_questions_into_the_box(self):
+        state = self.welcome()
+        for text in llmchat.EXAMPLES + llmchat.EXAMPLES[:1]:
+            state = play(state, "[tab]")[0]
+            self.assertEqual(state.draft.text, text)
+            self.assertEqual(state.draft.cursor, len(text))
+        own = play(self.welcome(), "my own", "[tab]")[0]
+        self.assertEqual(own.draft.text, "my own")
+
+    def test_no_typed_key_is_swallowed(self):
+        for keys in ("1", "2 and 3", "o", "/"):
+            self.assertEqual(play(self.welcome(), keys)[0].draft.text, keys)
+            state = play(self.welcome(), "[down]", keys)[0]
+            self.assertEqual(state.draft.text, keys)
+            self.assertEqual(state.menu, 0, "nothing is chosen any more")
+        recalled = self.welcome(draft=Draft(history=("before",)))
+        self.assertEqual(play(recalled, "[up]")[0].draft.text, "before")
+        self.assertEqual(play(recalled, "[up]", "[down]")[0].draft.text, "")
+        self.assertEqual(play(recalled, "[up]", "[down]", "[down]")[0].menu, 1)
+        talk = ready(
+            Turn("user", "q"), Turn("assistant", "a"), recent=llmchat.RecentFound(self.CHATS)
+        )
+        self.assertEqual(play(talk, "[down]")[0].menu, 0, "only an empty chat has it")
+
+    def test_the_list_is_brought_when_it_is_seen(self):
+        stored = ready(Turn("user", "q"), settings=Settings("m.gguf", session="s"))
+        self.assertIn(DiskJob("recent", ()), play(stored, "/new", "[enter]")[1])
+        self.assertNotIn(DiskJob("recent", ()), play(ready(), "/new", "[enter]")[1])
+
+
+class LightTerminalTest(unittest.TestCase):
+    """A light terminal is noticed, and nothing that it says is taken for keys."""
+
+    ANSWERS = (
+        ("\x1b]11;rgb:ffff/ffff/ffff\x1b\\", True),
+        ("\x1b]11;rgb:fdfd/f6f6/e3e3\x07", True),
+        ("\x1b]11;rgb:1e1e/1e1e/1e1e\x07", False),
+        ("\x1b]11;rgba:f/f/f/f\x07", True),
+        ("\x9d11;rgb:00/2b/36\x1b\\", False),
+    )
+
+    def test_answers_whole_and_in_pieces(self):
+        for answer, is_light in self.ANSWERS:
+            for step in (1, 2, 3, 7, 99):
+                keyboard = llmchat.Keyboard()
+                keyboard.awaits = True
+                raw = ("a" + answer + "b").encode()
+                events = []
+                for i in range(0, len(raw), step):
+                    events += keyboard.feed(raw[i : i + step])
+                seen = [Typed("a"), llmchat.BackgroundSeen(is_light), Typed("b")]
+                self.assertEqual(events, seen, (answer, step))
+
+    def test_its_parts_may_come_late(self):
+        keyboard = llmchat.Keyboard()
+        keyboard.awaits = True
+        self.assertEqual(keyboard.feed(b"\x1b"), [])
+        self.assertEqual(keyboard.patience_s(), llmchat.SILENCE_S, "it may be the answer's")
+        self.assertEqual(keyboard.give_up(), [Pressed("esc")])
+        self.assertEqual(keyboard.feed(b"]11;rgb:ffff/ffff/ffff\x07x"), [Typed("x")])
+        self.assertEqual(keyboard.feed(b"\x1b[0n"), [])
+        self.assertEqual(keyboard.feed(b"\x1b"), [])
+        self.assertEqual(keyboard.patience_s(), llmchat.ESC_S, "it has answered")
+
+    def test_theme_unless_one_was_chosen(self):
+        light = play(ready(), llmchat.BackgroundSeen(True))[0]
+        self.assertEqual(view(light).theme, "light")
+        self.assertEqual(view(play(light, llmchat.BackgroundSeen(False))[0]).theme, "green")
+        for theme in llmchat.THEMES:
+            chosen = light._replace(settings=Settings("m.gguf", theme=theme))
+            self.assertEqual(view(chosen).theme, theme)
+        self.assertEqual(view(play(light, "/theme calm", "[enter]")[0]).theme, "calm")
+        back = play(light, "/theme calm", "[enter]", "/theme auto", "[enter]")[0]
+        self.assertEqual(view(back).theme, "light")
+        given = llmchat.initial_state(llmchat.parse_arguments(["--theme", "amber", "--no-save"]))
+        self.assertEqual(given.settings.theme, "amber")
+
+    def test_where_nobody_is_asked(self):
+        for env, is_asked in (
+            ({"TERM": "xterm-256color"}, True),
+            ({"TERM": "tmux-256color", "TMUX": "x"}, True),
+            ({"TERM": "screen-256color", "TMUX": "x"}, True),
+            ({"TERM": "screen"}, False),
+            ({"TERM": "linux"}, False),
+            ({"TERM": "vt220"}, False),
+            ({"TERM": "dumb"}, False),
+            ({}, False),
+            ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ):
+            self.assertEqual(llmchat.may_be_asked(env), is_asked and os.name != "nt", env)
+
+    def test_variable(self):
+        for value, is_light in (
+            ("0;15", True),
+            ("0;default;15", True),
+            ("0;7", True),
+            ("15;0", False),
+            ("15;default", False),
+            ("7;8", False),
+            ("", False),
+        ):
+            self.assertEqual(llmchat.is_light_by({"COLORFGBG": value}), is_light, value)
+
+    def test_no_white_words_on_white(self):
+        """In the theme of those who don't choose one, words have the terminal's own colour."""
+        for role in ("text", "bold"):
+            self.assertEqual(llmchat.THEMES["green"][role], "", role)
+
+
 class ViewTest(unittest.TestCase):
     def random_model(self, dice, n):
         return a_model(
@@ -14374,7 +14789,7 @@ class ViewTest(unittest.TestCase):
             Turn("user", "Hi there"),
             Turn("assistant", "日本語 and words that are wrapped here", "3 tokens"),
             columns=40,
-            rows=12,
+            rows=16,
             draft=Draft("next", 4),
             speed=5.0,
             n_used=11,
@@ -14390,12 +14805,18 @@ class ViewTest(unittest.TestCase):
 │  3 tokens                            │
 │                                      │
 │                                      │
+│                                      │
+│                                      │
+│                                      │
+│                                      │
 ├──────────────────────────────────────┤
 │❯ next                                │
 └──────────────────────────────────────┘
  ready · 5.0 tokens/s           F1 help """,
         )
-        self.assertEqual(view(framed).cursor, (9, 7))
+        self.assertEqual(view(framed).cursor, (13, 7))
+        low = rows_of(framed._replace(rows=15))
+        self.assertEqual(low[0].rstrip(), "❯ Hi there", "under 16 rows there is no frame")
         for columns, rows in ((19, 6), (20, 5), (5, 3), (1, 1)):
             lines = rows_of(framed._replace(columns=columns, rows=rows))
             self.assertEqual(
@@ -14585,7 +15006,7 @@ class DecodeKeysTest(unittest.TestCase):
                 self.assertEqual(self.decode(data, 1), events)
 
     REPORTS = (
-        "\x1b]11;rgb:1e1e/1e1e/1e1e\x07",
+        "\x1b]12;rgb:1e1e/1e1e/1e1e\x07",
         "\x1b]10;rgb:ffff/ffff/ffff\x1b\\",
         "\x1bP1+r544e=787465726d\x1b\\",
         "\x1bP!|00000000\x1b\\",
@@ -15436,7 +15857,57 @@ class WindowTest(unittest.TestCase):
         window.type("show me some code")  # while Python is still starting
         window.wait_for("┌─ llmchat.*│❯ show me some code ")
         window.type("\r")
-        window.wait_for(r"from collections import Counter.*\d tokens, .*\n ready")
+        window.wait_for(r"from collections import Counter.*tokens/s +│.*\n ready")
+
+    QUESTION = b"\x1b]11;?\x1b\\\x1b[5n"
+    ANSWER = "\x1b]11;rgb:ffff/ffff/ffff\x1b\\"
+    ON_LIGHT = re.compile(rb"48;5;253")  # of the bottom line in the light theme
+    ON_DARK = re.compile(rb"48;5;22m")
+
+    def ask_terminal(self, *arguments, **environment):
+        window = self.open(TOUR, *arguments, "--no-save", **environment)
+        window.wait_for(r"\n ready")
+        return window
+
+    def test_a_light_terminal_answers(self):
+        window = self.open(TOUR, "--no-save")
+        window.wait_for(lambda: self.QUESTION in window.raw)
+        self.assertLess(window.raw.index(b"llmchat"), window.raw.index(self.QUESTION))
+        window.type(self.ANSWER + "\x1b[0n")
+        window.wait_for(lambda: self.ON_LIGHT.search(window.raw))
+        window.wait_for(r"\n ready")
+        self.assertRegex(window.text(), r"❯ +│")
+        self.assertEqual(window.raw.count(self.QUESTION), 1)
+        window.type(CTRL_Q)
+        self.assert_ends_well(window)
+
+    def test_a_light_terminal_answers_late_and_in_pieces(self):
+        window = self.ask_terminal()
+        window.type("words ")
+        window.wait_for("❯ words")
+        for piece in (self.ANSWER[:1], self.ANSWER[1:4], self.ANSWER[4:20], self.ANSWER[20:]):
+            window.type(piece)
+            window.settle()
+        window.wait_for(lambda: self.ON_LIGHT.search(window.raw))
+        window.type("more")
+        window.wait_for("❯ words more +│")
+
+    def test_a_terminal_that_never_answers(self):
+        window = self.ask_terminal()
+        self.assertIsNone(self.ON_LIGHT.search(window.raw))
+        self.assertTrue(self.ON_DARK.search(window.raw))
+        window.type("words")
+        window.wait_for("❯ words +│")
+        told = self.ask_terminal(COLORFGBG="0;15")
+        self.assertTrue(self.ON_LIGHT.search(told.raw))
+        self.assertIsNone(self.ON_DARK.search(told.raw))
+        for options in (
+            (("--theme", "calm"), {}),
+            ((), {"TERM": "linux"}),
+            ((), {"NO_COLOR": "1"}),
+        ):
+            silent = self.ask_terminal(*options[0], **options[1])
+            self.assertNotIn(b"\x1b]11;", silent.raw)
 
     def test_scroll_while_streaming(self):
         window = self.open(TOUR, "--no-save", columns=60, rows=16)
@@ -15481,10 +15952,11 @@ class WindowTest(unittest.TestCase):
             (31, 9, bare),
             (20, 6, bare),
             (19, 5, "^win"),
-            (90, 12, framed % 87),
+            (90, 16, framed % 87),
+            (90, 15, bare),
             (3, 2, "^win"),
             (200, 50, framed % 197),
-            (32, 10, framed % 29),
+            (32, 16, framed % 29),
             (89, 24, framed % 86),
         ):
             window.resize(columns, rows)
