@@ -10389,7 +10389,6 @@ class EventReader:
     pieces that are cut anywhere. error: a field of llama-server's, in the place of data."""
 
     def __init__(self) -> None:
-        import codecs
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         self.rest = ""                    # a line that isn't complete
         self.kind = ""
@@ -11155,7 +11154,6 @@ class ServerWriter:
 
     def __init__(self, engine: ServerEngine, reply: Reply, sampling: Sampling,
                  once: bool) -> None:
-        import codecs
         self.engine = engine
         self.reply = reply
         self.told_s = reply.began_s
