@@ -4611,6 +4611,7 @@ class Column(NamedTuple):
     leaves: int = 0           # 0 = it stays, and is cut where need be
     is_number: bool = False   # it stands at the right
     style: Any = None         # (state, item) -> style; None = "text", or "dim" if it leaves
+    gap: int = 2              # cells behind it
 
 class ListKind(NamedTuple):
     columns: Tuple[Column, ...]
@@ -4629,7 +4630,7 @@ def lay_table(state: State, columns: Sequence[Column], items: Sequence[Any], wid
     others: rows of the same list, so that columns stay where they are when others are shown."""
     texts = [cell_texts(state, columns, item) for item in (*items, *others[:MEASURED])]
     wide = plan_columns(columns, texts, width)
-    titles = "".join(cell(columns[i], columns[i].title, n, i) for i, n in wide.items())
+    titles = "".join(cell(columns[i], columns[i].title, n) for i, n in wide.items())
     return titles, [table_row(state, columns, wide, item) for item in items]
 
 def cell_texts(state: State, columns: Sequence[Column], item: Any) -> List[str]:
@@ -4642,15 +4643,15 @@ def table_row(state: State, columns: Sequence[Column], wide: Dict[int, int], ite
         style = "dim" if columns[i].leaves else "text"
         if columns[i].style:
             style = columns[i].style(state, item)
-        spans.append((cell(columns[i], texts[i], n_cells, i), style))
+        spans.append((cell(columns[i], texts[i], n_cells), style))
     return tuple(spans)
 
-def cell(column: Column, text: str, width: int, i: int) -> str:
-    """Lay out a cell, with what keeps it off the one before."""
+def cell(column: Column, text: str, width: int) -> str:
+    """Lay out a cell, and the gap behind it."""
     text = cut_text(text, width)
     space = " " * (width - cells(text))
     text = space + text if column.is_number else text + space
-    return ("", " ", "  ")[min(i, 2)] + text
+    return text + " " * column.gap
 
 def plan_columns(columns: Sequence[Column], texts: Sequence[Sequence[str]],
                  width: int) -> Dict[int, int]:
@@ -4662,11 +4663,12 @@ def plan_columns(columns: Sequence[Column], texts: Sequence[Sequence[str]],
             wide[i] = max(widest, cells(column.title))
     stays = next(i for i in wide if columns[i].leaves == 0)
     wanted = min(wide[stays], max(20, width * 2 // 5))
-    def room() -> int:
-        return width - sum(n + min(i, 2) for i, n in wide.items() if i != stays) - min(stays, 2)
-    while room() < wanted and len(wide) > 1:
-        wide.pop(max(wide, key=lambda i: columns[i].leaves))
-    wide[stays] = max(1, min(wide[stays], room()))
+    room = width + wide[stays] - sum(n + columns[i].gap for i, n in wide.items())
+    room += columns[max(wide)].gap        # that of the last one may hang over
+    while room < wanted and len(wide) > 1:
+        leaving = max(wide, key=lambda i: columns[i].leaves)
+        room += wide.pop(leaving) + columns[leaving].gap
+    wide[stays] = max(1, min(wide[stays], room))
     return wide
 
 def chosen_details(state: State) -> bool:
@@ -4764,7 +4766,7 @@ def note_style(state: State, entry: ModelEntry) -> str:
     return {"base": "warn", "broken": "error"}.get(model_note(state, entry), "good")
 
 MODEL_COLUMNS = (
-    Column("",         model_mark, 1, style=verdict_style),
+    Column("",         model_mark, 1, style=verdict_style, gap=1),
     Column("model",    lambda state, entry: entry.name),
     Column("fits",     verdict_text, 2, style=verdict_style),
     Column("",         model_note, 5, style=note_style),
@@ -4859,7 +4861,7 @@ def when_text(time_s: float, now_s: float) -> str:
     return "%d %s" % (then.tm_mday, time.strftime("%b" if is_near else "%b %Y", then))
 
 CHAT_COLUMNS = (
-    Column("",         chat_mark, 1, style=lambda state, entry: "good"),
+    Column("",         chat_mark, 1, style=lambda state, entry: "good", gap=1),
     Column("chat",     chat_name),
     Column("messages", lambda state, entry: str(entry.n_messages or ""), 4, is_number=True),
     Column("changed",  chat_time, 2, is_number=True),
@@ -4914,7 +4916,7 @@ def rename_chat(state: State, entry: ChatEntry) -> Outcome:
 
 NAMED_COLUMNS = (
     Column("", lambda state, item: "●" if is_in_use(state, item) else "", 1,
-           style=lambda state, item: "good"),
+           style=lambda state, item: "good", gap=1),
     Column("", lambda state, item: item[1]),
     Column("", lambda state, item: named_choices(state.settings, item[0])[item[1]][0], 2),
 )
@@ -4977,7 +4979,7 @@ def range_column(state: State, name: str) -> str:
 
 SETTING_COLUMNS = (
     Column("",        lambda state, name: "●" if is_changed(state, name) else "", 1,
-           style=value_style),
+           style=value_style, gap=1),
     Column("setting", lambda state, name: name),
     Column("value",   shown_value, 2, is_number=True, style=value_style),
     Column("default", lambda state, name: value_text(SETTINGS[name][0]), 3, is_number=True),
@@ -18342,27 +18344,34 @@ def output_width() -> int:
     import shutil
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else FAR
 
-NOTE_CELLS = 18                       # kept for the notes of models at the end of the lines
-
 def model_lines(entries: Sequence[ModelEntry], width: int) -> Tuple[str, List[str]]:
-    """Lay out models for a terminal: (titles, lines), their notes as far as there is room."""
+    """Lay out models for a terminal: (titles, lines). A note stands in lines of its own where it
+    doesn't fit behind."""
     columns = [column for column in MODEL_COLUMNS if column.text not in (model_mark, model_note)]
-    room = width - NOTE_CELLS if any(entry.note for entry in entries) else width
-    state = State(settings=Settings(theme="mono"))
-    titles, rows = lay_table(state, columns, entries, room)
+    titles, rows = lay_table(State(settings=Settings(theme="mono")), columns, entries, width)
     lines = []
     for entry, row in zip(entries, rows):
         line = spans_text(row).rstrip()
-        note = cut_text(clean_row(entry.note), width - cells(line) - 2)
-        lines.append("%s  %s" % (line, note) if note else line)
+        note = clean_row(entry.note)
+        if cells(line) + cells(note) + 2 <= width:
+            lines.append("%s  %s" % (line, note) if note else line)
+            continue
+        lines.append(line)
+        lines += ["    " + part for part in wrap(note, width - 4)]
     return titles.rstrip(), lines
 
 def downloadable_lines(entries: Sequence[ModelEntry]) -> List[str]:
     """List models to download: in a pipe with what --download takes first, else a table."""
-    titles, rows = model_lines(entries, output_width())
+    width = output_width()
+    titles, rows = model_lines(entries, width)
     if not sys.stdout.isatty():
         return [clean("%s  %s" % (entry.path, row)) for entry, row in zip(entries, rows)]
-    return [titles, *map(clean, rows)] if entries else []
+    if not entries:
+        return []
+    entry = entries[0]
+    name = entry.name if ":" in entry.name else entry.path    # a quantisation alone is no name
+    example = "To get one: python3 llmchat.py --download " + name
+    return [titles, *map(clean, rows), "", *wrap(example, width)]
 
 def show_list(as_json: bool) -> int:
     """Do --list: print the models of this machine, one to a line."""
