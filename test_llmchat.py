@@ -2909,6 +2909,9 @@ class ReplyEndTest(unittest.TestCase):
         self.assertLess(n_right(half, dry_allowed_length=20), 3)
         self.assertGreater(n_right(dry_allowed_length=20), 20)
         self.assertGreater(n_right(dry_allowed_length=4, dry_penalty_last_n=6), 90)
+        # it begins anew at a line's end: code and tables may repeat themselves
+        end = engine.chat("line", dry_multiplier=9.0, dry_base=4.0, dry_allowed_length=6)[1]
+        self.assertEqual(end["reason"], "repeats")
         # by default in models as small as this
         self.assertEqual(n_right(dry_multiplier=-1), n_right(dry_multiplier=llmchat.DRY_MULTIPLIER))
         self.assertLess(n_right(dry_multiplier=-1), 60)
