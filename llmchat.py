@@ -2923,12 +2923,13 @@ def help_lines(left: str, right: str, width: int) -> List[str]:
     if not right:
         return [left]
     left = "  " + left
-    first, *more = wrap(right, max(10, width - HELP_COLUMN - 3))
-    margin = " " * HELP_COLUMN
+    column = HELP_COLUMN if width > 2 * HELP_COLUMN else 6    # then all meanings stand below
+    first, *more = wrap(right, max(10, width - column - 3))
+    margin = " " * column
     rows = [margin + row for row in more]
-    if len(left) >= HELP_COLUMN:
+    if len(left) >= column:
         return [left, margin + first] + rows
-    return [left.ljust(HELP_COLUMN) + first] + rows
+    return [left.ljust(column) + first] + rows
 
 HelpRow = Tuple[str, str, str]    # command or keys, its meaning, other words for it
 
@@ -6032,6 +6033,8 @@ def view_menu(state: State, area: Area) -> List[Line]:
 def menu_line(word: str, meaning: str, width: int, chosen: bool) -> Line:
     left, right = ("select", "select") if chosen else ("bar", "status")
     room = max(1, width - cells(word) - 1)
+    if cells(meaning) > room:             # the rest is in the help
+        meaning = re.sub(r" *\([^()]*\)", "", meaning)
     return fit(((" " + word, left), (cut_text(clean_row(meaning), room), right)), width, right)
 
 def used_command(state: State) -> List[Tuple[str, str]]:
@@ -11544,8 +11547,6 @@ class StateCache:
             os.utime(self.path(name))     # now the most recently used
         n = len(self.engine.cache.tokens)
         self.engine.emit("ahead", done=n, total=n, rate=0, left_s=0)
-        text = "{:,} tokens of this chat need not be read again.".format(n)
-        self.engine.emit("log", level="good", text=text)
         return True
 
 

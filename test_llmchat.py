@@ -12670,9 +12670,12 @@ class UpdateTest(unittest.TestCase):
         narrow = llmchat.sheet_lines(play(ready(), "[f1]")[0].dialog, 48)
         self.assertGreater(len(narrow), len(HELP), "wrapped for the width")
         self.assertLessEqual(max(map(len, narrow[1:6])), 48)
+        tiny = llmchat.sheet_lines(play(ready(), "[f1]")[0].dialog, 38)
+        at = tiny.index("  /open NAME")
+        self.assertGreater(len(tiny[at + 1]), 20, "a narrow window's meanings have its width")
 
     MENUS = (
-        ("/sy", ["/system  how the model should behave, from the next message on (no TEXT: sho…"]),
+        ("/sy", ["/system  how the model should behave, from the next message on"]),
         ("/cle", ["/new  (clear) start a new chat"]),
         ("/set top_", ["top_k        choose among", "top_p        among", "top_n_sigma  "]),
         ("/preset c", ["creative  temperature 1.2"]),
@@ -12704,6 +12707,8 @@ class UpdateTest(unittest.TestCase):
         self.assertEqual(
             shown("/", dialog=model_list(a_model("a"))), shown("/"), "typing closes the list"
         )
+        opens = [row for row in shown("/") if row.strip().startswith("/open")][0]
+        self.assertTrue(opens.endswith("go on with a stored chat"), "no half of a bracket")
         low = rows_of(play(ready(rows=6), "/")[0])
         self.assertIn(" 1 of ", low[2], "three lines are all there is")
         turns = [Turn("user", str(n)) for n in range(99)]
