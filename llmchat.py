@@ -2644,7 +2644,7 @@ def draw_graph(rates: Tuple[Any, ...], n_rows: int, unicode: bool) -> List[Line]
         for kind, rate in rates:
             _, style, *levels = SPEEDS[kind]
             level = 8 * n_rows * rate / most[kind] - 8 * row
-            char = " " if level <= 0 else levels[unicode][min(7, int(level))]
+            char = levels[unicode][max(0, min(7, round(level) - 1))] if level > 0 else " "
             line += ((char, style),)
         lines.insert(0, line)
     return lines
@@ -5983,8 +5983,7 @@ def on_pace(state: State, message: Fields) -> State:
     rates = state.rates + ((message["kind"], message["rate"]),)
     if len(rates) > 2 * MOST_RATES:
         rates = rates[-MOST_RATES:]
-    return state._replace(
-        rates=rates, n_used=message["n_used"], n_threads=message["n_threads"])
+    return state._replace(rates=rates, n_used=message["n_used"], n_threads=message["n_threads"])
 
 def on_system(state: State, message: Fields) -> State:
     return state._replace(n_system=message["n"])
@@ -6556,7 +6555,7 @@ def view_status(state: State) -> Line:
         for part in parts[1:n]:
             left += dot + part
         for gauge in gauges:
-            if line_cells(left) + line_cells(gauge) < width:
+            if line_cells(left) + line_cells(gauge) + 2 <= width:
                 return fit(left, width - line_cells(gauge), "status") + gauge
     return fit(left, width, "status")
 
@@ -8627,7 +8626,7 @@ class ThreadCount:
 class SpeedMeter:
     """Measures tokens/s of "reading" and "writing", about once a second of work."""
 
-    SAMPLE_S, LEAST_S = 1.0, 0.02
+    SAMPLE_S, LEAST_S = 1.0, 0.001
 
     def __init__(self) -> None:
         self.kind = ""
@@ -9590,8 +9589,7 @@ class LlamaEngine:
     def tell_pace(self, sample: Optional[Tuple[str, float]]) -> None:
         """Tell of a second of work, when the meter has one."""
         if sample:
-            kind, rate = sample
-            self.emit("pace", kind=kind, rate=rate, n_used=self.count_used(),
+            self.emit("pace", kind=sample[0], rate=sample[1], n_used=self.count_used(),
                       n_threads=self.threads.n)
 
     def _learn(self) -> None:

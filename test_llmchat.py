@@ -14673,6 +14673,306 @@ class LightTerminalTest(unittest.TestCase):
             self.assertEqual(llmchat.THEMES["green"][role], "", role)
 
 
+TAKES = dict(
+    description="qwen3.5:4b: qwen35 4B Q4_K_M, 32 layers, 2.6 GB",
+    weights=int(2.6 * GB),
+    kv=GB // 2,
+    compute=GB // 4,
+    free_bytes=int(5.8 * GB),
+    total_bytes=int(7.6 * GB),
+    n_threads=4,
+    n_cores=4,
+    rate=5.2,
+)
+
+
+def pace(kind, rate, n_used=100, n_threads=4):
+    return said("pace", kind=kind, rate=rate, n_used=n_used, n_threads=n_threads)
+
+
+class PanelTest(unittest.TestCase):
+    def state(self, *events, **fields):
+        """A chat with the model of TAKES."""
+        model = ModelInfo("qwen3.5:4b", TAKES["description"], 8192)
+        plan = said("plan", lines=["needs much"], verdict="fits", fallback=0, next="", takes=TAKES)
+        fields = dict(dict(columns=120, rows=36, model=model), **fields)
+        return play(ready(Turn("user", "hi"), **fields), plan, *events)[0]
+
+    def pane(self, state, width=43, height=33):
+        area = llmchat.Area("system", 0, 0, width, height)
+        return [llmchat.spans_text(line) for line in llmchat.system_head(state, area)]
+
+    def styles(self, state, text):
+        """The styles of the spans of the window with this text."""
+        return {style for line in view(state).lines for span, style in line if text in span}
+
+    def test_panel_of_a_chat(self):
+        events = [pace("reading", 40.0)] * 2 + [pace("writing", n, 1000) for n in (4.0, 2.0, 4.0)]
+        state = self.state(
+            *events,
+            said("system", n=61),
+            EngineLogged("llama_context: n_ctx = 8192"),
+            settings=Settings("m.gguf", llmchat.PERSONAS["brief"]),
+            ram_bytes=3 * GB,
+        )
+        self.assertEqual(
+            [row.rstrip() for row in self.pane(state) if row.strip()],
+            """\
+ model    qwen3.5:4b
+          qwen35 4B Q4_K_M, 32 layers
+ persona  brief
+ engine   ● ready
+ context  ▒███··················      12 %
+          ▒ system 61   █ chat 939
+          · free 7,192
+ memory   ████████▒░╱╱╱╱╱·······    3.0 GB
+          █ weights 2.6 GB  ▒ cache 512 MB
+          ░ buffers 256 MB  ╱ other 1.8 GB
+          · free 2.5 GB
+ speed    ▒▒█ █                      4.0/s
+          ▒▒█▄█
+          ▒▒███·················
+          █ writes 4.0/s  ▒ reads 40.0/s
+ threads  ██████████████████████    4 of 4
+─ log ───────────── llama.cpp: 1 line, F2 ─""".splitlines(),
+        )
+
+    def test_every_size(self):
+        """No gauge is cut: one line of each from the end on, then none; the log keeps rows."""
+        state = self.state(pace("writing", 4.0))
+        firsts = [
+            llmchat.spans_text(llmchat.draw_gauge(state, name, 43, 1)[0])
+            for name in llmchat.GAUGES
+            if llmchat.draw_gauge(state, name, 43, 1)
+        ]
+        for height in range(4, 50):
+            rows = self.pane(state, 43, height)
+            self.assertLessEqual(len(rows), height - 2)
+            shown = [row.split()[0] for row in rows[:-1] if row[1:2].strip() and row[2:3] != " "]
+            self.assertEqual(shown, [first.split()[0] for first in firsts][: len(shown)], rows)
+            self.assertIn("─ log ", rows[-1])
+        for columns, rows in ((40, 12), (80, 24), (120, 36), (200, 60), (30, 11), (90, 10)):
+            for pane in ("beside", "full"):
+                for unicode in (True, False):
+                    settings = Settings("m.gguf", unicode=unicode)
+                    frame = view(
+                        state._replace(columns=columns, rows=rows, pane=pane, settings=settings)
+                    )
+                    for line in frame.lines:
+                        self.assertEqual(llmchat.line_cells(line), columns)
+                    text = "".join(map(llmchat.spans_text, frame.lines))
+                    self.assertNotIn("Traceback", text)
+                    self.assertTrue(unicode or text.isascii())
+
+    def test_another_gauge(self):
+        """A name in GAUGES and a function."""
+
+        def gauge_clock(state, width, rows):
+            return [llmchat.gauge_line("clock", (("twelve", "text"),), "12:00", width)]
+
+        gauges = llmchat.GAUGES[:1] + ("clock",) + llmchat.GAUGES[1:]
+        with mock.patch("llmchat.GAUGES", gauges), mock.patch(
+            "llmchat.gauge_clock", gauge_clock, create=True
+        ):
+            self.assertRegex("\n".join(self.pane(self.state())), "model.*\n.*\n+.*clock +twelve")
+
+    def test_bars_in_ascii_and_without_colours(self):
+        """Each part has a fill of its own, and at least a cell."""
+        parts = [llmchat.Part(n, style, "") for n, style in zip((1, 5000, 9, 700), llmchat.FILLS)]
+        for unicode in (True, False):
+            bar = llmchat.draw_bar(parts, 9000, 30, unicode)
+            text = llmchat.spans_text(bar)
+            self.assertEqual((len(text), len(set(text)), text.isascii()), (30, 5, not unicode))
+        self.assertEqual(len({fills[0] for fills in llmchat.FILLS.values()}), len(llmchat.FILLS))
+        graphs = llmchat.draw_graph((("reading", 40.0), ("writing", 4.0)), 1, False)
+        self.assertEqual(llmchat.spans_text(graphs[0]), "=#")
+
+    def test_forgotten_turns_are_hatched(self):
+        turns = (Turn("user", "x" * 300), Turn("assistant", "y" * 300)) * 2
+        state = self.state(chat=Chat(turns, forgotten=2), n_used=4000)
+        rows = self.pane(state)
+        self.assertRegex("\n".join(rows), r"context  ╱{4,}█+·+ +48 %")
+        self.assertIn("╱ forgotten 2 turns", "\n".join(rows))
+
+    def test_a_token_changes_nothing_of_the_panel(self):
+        """It moves about once a second: a line of it costs more than the token."""
+        state = play(self.state(), "hi", "[enter]", text(1, "x"))[0]
+        before = self.pane(state)
+        for n in range(20):
+            state = play(state, text(1, " word%d" % n))[0]
+        self.assertEqual(self.pane(state), before)
+        state = play(state, pace("writing", 20.0))[0]
+        self.assertNotEqual(self.pane(state), before)
+
+    def test_graph_moves_seldom(self):
+        """It grows to the right; when it is full, a quarter goes at once."""
+        state, changed = self.state(), []
+        for n in range(100):
+            before = self.pane(state)
+            state = play(state, pace("writing", 5.0 + n % 2))[0]
+            rows = zip(self.pane(state), before)
+            changed.append(sum(a != b for row in rows for a, b in zip(*row)))
+        self.assertLess(sorted(changed)[70], 12)
+        for n in range(2000):
+            state = play(state, pace("writing", 5.0))[0]
+        self.assertLessEqual(len(state.rates), 2 * llmchat.MOST_RATES)
+
+    def test_threads_that_make_way(self):
+        self.assertNotIn("busy", "\n".join(self.pane(self.state(pace("writing", 4.0)))))
+        state = self.state(pace("writing", 4.0, n_threads=2))
+        self.assertRegex("\n".join(self.pane(state)), r"2 of 4\n.*other programs are busy")
+        self.assertEqual(self.styles(state, "programs are busy"), {"warn"})
+
+    def test_loading_and_reading(self):
+        state = play(
+            State(settings=Settings("/x/Qwen-4B.gguf"), engine=Condition.STARTING),
+            said("hello"),
+            said("plan", lines=["a"], verdict="fits", fallback=0, next="", takes=TAKES),
+            said("loading", progress=0.43),
+        )[0]
+        text_now = "\n".join(self.pane(state))
+        self.assertRegex(text_now, "model +Qwen-4B")
+        self.assertRegex(text_now, r"loading  █{9}·+ +43 %")
+        self.assertIn("weights 2.6 GB", text_now)
+        self.assertIn("about 5.2/s to expect", text_now)
+        reading = said("reading", id=1, done=1024, total=4096, rate=50.0, left_s=61.0)
+        state = play(self.state(), "hi", "[enter]", reading)[0]
+        self.assertRegex("\n".join(self.pane(state)), r"reading  ▒+·+ 61 s left")
+        state = self.state()._replace(ahead_progress=llmchat.Progress(5, 10, 2.0, 3.0))
+        self.assertRegex("\n".join(self.pane(state)), r"ahead    ▒+·+  3 s left")
+
+    def test_what_is_got(self):
+        download = llmchat.Download(
+            "LiquidAI/LFM2.5-1.2B-Instruct-GGUF", True, "downloading", GB, 4 * GB, 2e7
+        )
+        shown = "\n".join(self.pane(self.state(download=download)))
+        self.assertRegex(
+            shown,
+            r"download ██████·+ +25 %\n +lfm2.5:1.2b *\n.*4.0 GB, 20.0 MB/s, 2 min left"
+            r"\n.*/download pause, or cancel",
+        )
+        step = ChildSaid(
+            "install",
+            dict(event="step", done=35, total=70, left_s=70.0, text="x\ny", doing="compiling"),
+        )
+        state = play(State(engine=Condition.INSTALLING, columns=120, rows=36), step)[0]
+        shown = "\n".join(self.pane(state))
+        self.assertRegex(shown, r"install  ███████████·+ 1:10 left\n +compiling 35/70; Esc stops")
+
+    def test_without_a_model(self):
+        machine = ("CPU  Fast · 2 cores", "RAM  7.6 GB, 5.8 GB free", "Your GPU isn't used.")
+        for engine, advice in ((Condition.OFF, "/models"), (Condition.MISSING, "/setup")):
+            shown = "\n".join(self.pane(State(engine=engine, machine=machine)))
+            self.assertRegex(shown, r"CPU +Fast(.|\n)*RAM +7.6 GB(.|\n)*next +.*" + advice)
+            self.assertNotRegex(shown, "memory|context|speed|threads")
+        state = self.state(machine=machine)
+        self.assertNotIn("Fast", "\n".join(self.pane(state)))
+        self.assertEqual(self.styles(state, "GPU isn't used"), {"warn"})
+        self.assertIn("Fast", "\n".join(self.pane(state._replace(pane="full"))))
+        state = play(state, ChildEnded("engine", -9))[0]
+        self.assertRegex("\n".join(self.pane(state)), "next +The next message starts")
+
+    def test_log_in_plain_words(self):
+        """What llama.cpp says is one line; in front of the chat all of it is seen."""
+        state = self.state(
+            *[EngineLogged("llama_model_loader: kv %d" % n) for n in range(38)],
+            said("log", level="warn", text="Something is amiss."),
+            said("log", level="error", text="Something broke."),
+            said("log", level="dim", text="sched_reserve: reserving", raw=True),
+        )
+        shown = "\n".join(rows_of(state))
+        self.assertIn("llama.cpp: 39 lines, F2", shown)
+        self.assertNotRegex(shown, "loader|sched_reserve")
+        self.assertEqual(self.styles(state, "is amiss"), {"warn"})
+        self.assertEqual(self.styles(state, "broke"), {"error"})
+        full = play(state, "[f2]", "[f2]")[0]
+        self.assertIn("sched_reserve: reserving", "\n".join(rows_of(full)))
+        self.assertIn("kv 0", "\n".join(rows_of(play(full, "[home]")[0])))
+        tight = said("plan", lines=["close other programs"], verdict="tight", fallback=0, next="")
+        self.assertEqual(self.styles(self.state(tight), "close other"), {"warn"})
+
+    def test_real_engine_tells_its_figures(self):
+        engine = Engine(self)
+        engine.load(TALK, n_ctx=2048)
+        plan = [event for event in engine.events if event["event"] == "plan"][0]
+        takes = llmchat.Takes(**plan["takes"])
+        self.assertGreater(min(takes.weights, takes.kv, takes.compute, takes.n_threads), 0)
+        engine.chat("a long one", max_tokens=300)
+        engine.chat("word " * 500, max_tokens=3)
+        paces = [event for event in engine.events if event["event"] == "pace"]
+        self.assertEqual({event["kind"] for event in paces}, {"reading", "writing"})
+        self.assertGreater(min(event["rate"] for event in paces), 0)
+        self.assertGreater(paces[-1]["n_used"], 250)
+        self.assertEqual({event["n_threads"] for event in paces} - set(range(1, 65)), set())
+        names = [event["event"] for event in engine.events]
+        self.assertLess(names.count("pace"), names.count("text") + 3)
+
+    def test_meter(self):
+        meter = llmchat.SpeedMeter()
+        told = [meter.add("writing", 1, 0.25) for _ in range(8)]
+        self.assertEqual([sample for sample in told if sample], [("writing", 4.0)] * 2)
+        self.assertIsNone(meter.add("reading", 50, 0.5))
+        self.assertEqual(meter.add("writing", 1, 0.1), ("reading", 100.0))
+        self.assertEqual(meter.take(), ("writing", 10.0))
+        self.assertIsNone(meter.take())
+
+
+class HintTest(unittest.TestCase):
+    def test_ends_by_itself(self):
+        state, effects = update(ready(), Submitted("/undo"))
+        self.assertIn(llmchat.AwaitHint("Nothing to undo"), effects)
+        self.assertEqual(update(state, llmchat.HintOver("another"))[0].hint, "Nothing to undo")
+        self.assertEqual(update(state, llmchat.HintOver("Nothing to undo"))[0].hint, "")
+        asked = play(ready(), "[ctrl-c]")[0]
+        self.assertTrue(asked.quit_asked)
+        self.assertFalse(update(asked, llmchat.HintOver(asked.hint))[0].quit_asked)
+        plain = ready(settings=Settings("m.gguf", window=False))
+        self.assertNotIn("AwaitHint", repr(update(plain, Submitted("/undo"))[1]))
+        runner = llmchat.Runner()
+        self.addCleanup(runner.close)
+        with mock.patch("llmchat.HINT_S", 0.01):
+            runner.perform(llmchat.AwaitHint("x"))
+            wait_until(lambda: runner.mailbox.events)
+        self.assertEqual(runner.mailbox.take(), [llmchat.HintOver("x")])
+
+    def test_progress_and_gauges_stay(self):
+        for columns in (80, 120):
+            hint = "Attached: README.md"
+            row = rows_of(ready(hint=hint, n_used=125, columns=columns))[-1]
+            self.assertRegex(row, r"^ Attached: README.md +ready · .*125/4,096 tokens")
+            progress = llmchat.Progress(512, 2048, 100.0, 15.0)
+            reading = ready(hint=hint, engine=Condition.READING, progress=progress, columns=columns)
+            self.assertRegex(rows_of(reading)[-1], r"^ reading [█░]+ 25 % · Attached: README.md")
+            self.assertRegex(rows_of(reading)[-1], "(/4,096 tokens|0 % full)")
+
+    def test_nothing_is_cut(self):
+        """Parts drop out whole, at every width."""
+        download = llmchat.Download("org/repo:Some-Model-Q4_K_M.gguf", True, "downloading", 1, 4)
+        parts = (
+            "ready|15 s left|Esc stops it|Some-Model-Q4_K_M 25 %|0 % full|Nothing to undo"
+            "|downloading Some-Model-Q4_K_M [█░]+ 25 %|/download pause stops it"
+            "|([█░]+ )?[0-9,]+/4,096 tokens|F1 help|reading [█░]+ 25 %"
+        )
+        states = (
+            ready(hint="Nothing to undo"),
+            ready(hint="Nothing to undo", download=download),
+            ready(engine=Condition.READING, progress=llmchat.Progress(512, 2048, 100.0, 15.0)),
+            ready(download=download),
+        )
+        for columns in range(40, 160):
+            for state in states:
+                row = rows_of(state._replace(columns=columns))[-1].strip()
+                for part in re.split(r" · | {2,}", row):
+                    self.assertRegex(part, "^(%s)$" % parts, row)
+        many = ready(hint="Attached: one.txt, two.txt, three.txt, four.txt", columns=40)
+        self.assertIn(" Attached: one.txt, two.txt, three.txt ", rows_of(many)[-1])
+
+    def test_download_names_itself_and_what_stops_it(self):
+        download = llmchat.Download("LiquidAI/LFM2.5-1.2B-Instruct-GGUF", True, "downloading", 1, 4)
+        row = rows_of(ready(download=download, columns=120))[-1]
+        self.assertIn("downloading lfm2.5:1.2b ██░░░░░░ 25 % · /download pause stops it", row)
+
+
 class ViewTest(unittest.TestCase):
     def random_model(self, dice, n):
         return a_model(
