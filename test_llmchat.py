@@ -13452,6 +13452,10 @@ class ModelListTest(unittest.TestCase):
         self.assertEqual(play(state, "[esc]", told)[0].dialog, None, "closed meanwhile")
         self.assertEqual(self.look(columns=40, rows=12)[1], [], "where nothing of it is seen")
         self.assertEqual(self.look("[right]", columns=40, rows=12)[1], [alpha])
+        remote = llmchat.model_on_server("http://box:8080/v1", "big")
+        state, effects = update(State(columns=120, rows=24), ModelsFound((remote,), ""))
+        self.assertEqual(effects, ())
+        self.assertIn("on a server, to which", "\n".join(rows_of(state)))
         self.assertEqual(self.look("[end]", "[up]")[1][-1:], ["/m/bad.gguf"], "not those elsewhere")
 
     def test_details_in_a_narrow_window(self):
@@ -14224,7 +14228,15 @@ class SettingsTest(unittest.TestCase):
 
     def test_form_says_its_keys(self):
         for columns, keys in ((40, "Left/Right change, Enter types"), (120, "Del resets")):
-            self.assertIn(keys, rows_of(self.form(columns=columns)[0])[1])
+            title, line = rows_of(self.form(columns=columns)[0])[:2]
+            self.assertIn("Settings", title)
+            self.assertIn(keys, line)
+
+    def test_every_theme_can_be_seen(self):
+        for rows in (12, 24):
+            state = play(ready(columns=40, rows=rows), "/theme", "[enter]")[0]
+            for name in llmchat.THEMES:
+                self.assertRegex("\n".join(rows_of(state)), r" %s " % name)
 
     def test_form_steps(self):
         def value(name, *events, **fields):
