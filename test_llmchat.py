@@ -16119,6 +16119,49 @@ class SlowLineTest(unittest.TestCase):
         """
         self.run_by_clock(code, baud=38400)
 
+    READ = """
+        up = b"\\x1bOA"
+        key = llmchat.Pressed("up")
+
+        def read(data, seconds):
+            pass_time(seconds)
+            screen._read_bytes = lambda: data
+            return screen.read_events(True)
+    """
+
+    def test_a_held_key_is_no_wheel(self):
+        """Where the machine is so slow that its repetitions come together."""
+        code = (
+            self.READ
+            + """
+        assert read(up * 3, 9) == [llmchat.Turned(-3)]
+        assert read(up * 3, 0.1) == [llmchat.Turned(-3)]
+        assert read(up, 0.1) == [key]
+        assert read(up * 2, 0.5) == [key, key]
+        assert read(up * 2, 0.1) == [key, key]
+        assert read(up * 3, 9) == [llmchat.Turned(-3)]
+        """
+        )
+        self.run_by_clock(code, baud=38400)
+
+    def test_a_wheel_in_pieces(self):
+        code = (
+            self.READ
+            + """
+        assert read(up, 9) == []
+        assert read(up[:2], 0.01) == []
+        assert read(up[2:] + up, 0.01) == []
+        assert clock_s < screen.due_s() < clock_s + 0.05
+        pass_time(0.05)
+        assert screen.read_events(False) == [llmchat.Turned(-3)]
+        assert screen.due_s() is None
+        assert read(up, 9) == []
+        pass_time(0.05)
+        assert screen.read_events(False) == [key]
+        """
+        )
+        self.run_by_clock(code)
+
     def test_estimate(self):
         line = ((" status ", "status"), ("words", "text"))
         for before, after, least, most in (
