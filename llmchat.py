@@ -296,8 +296,8 @@ REPEAT_TOKENS = 200           # sentence, or any tokens that are so many in all;
 REPEAT_CODE_TOKENS = 600      # it sooner, also where it is meant so. In code only tokens count
 DRY_BELOW_PARAMETERS = 1e9    # models with fewer loop more often: DRY is on in them (/set
 DRY_MULTIPLIER = 0.8          # dry_multiplier -1), and this strong; 0 = in none
-DRY_BREAKERS = ("\n",)        # DRY begins anew behind these, so lines of code and of tables may be
-                              # alike; each takes 3 to 20 ms before a reply
+DRY_BREAKERS = ('"', "|")      # DRY begins anew behind these, so that JSON and tables keep their
+                              # form; each takes 3 to 30 ms before a reply
 UNLOAD_IDLE_S = 0             # give the model's memory back after so long; 0 = never
 
 HINT_S = 4                    # how long a hint stands in the status line at most

@@ -2766,6 +2766,7 @@ CIRCLES = {
     "word": [" the"],
     "phrase": [" round", " and", " around"],
     "line": [" All", " work", " makes", " Jack", " dull", ".\n"],
+    "quoted": ['"name', ' is"', " true", " or", " false", ",\n"],
     "verse": [" Two", " lines", " come", "!\n", " back", " for", " ever", "?\n"],
 }
 # What people ask for, although much of it is the same
@@ -2909,8 +2910,8 @@ class ReplyEndTest(unittest.TestCase):
         self.assertLess(n_right(half, dry_allowed_length=20), 3)
         self.assertGreater(n_right(dry_allowed_length=20), 20)
         self.assertGreater(n_right(dry_allowed_length=4, dry_penalty_last_n=6), 90)
-        # it begins anew at a line's end: code and tables may repeat themselves
-        end = engine.chat("line", dry_multiplier=9.0, dry_base=4.0, dry_allowed_length=6)[1]
+        # it begins anew at quotation marks: JSON may repeat its names
+        end = engine.chat("quoted", dry_multiplier=9.0, dry_base=4.0, dry_allowed_length=6)[1]
         self.assertEqual(end["reason"], "repeats")
         # by default in models as small as this
         self.assertEqual(n_right(dry_multiplier=-1), n_right(dry_multiplier=llmchat.DRY_MULTIPLIER))
