@@ -2426,7 +2426,7 @@ def name_parts(parts: Sequence[Part], width: int, unicode: bool) -> List[Line]:
     shown = [part for part in parts if part.amount > 0]
     indent = GAUGE_NAME
     widths = fit_columns(shown, width - indent - 1)
-    if len(widths) < 2:                   # a narrow pane
+    if len(widths) < min(2, len(shown)):    # a narrow pane
         indent = 1
         widths = fit_columns(shown, width - indent - 1)
     lines: List[Line] = []

@@ -14719,6 +14719,12 @@ class PanelTest(unittest.TestCase):
         """The styles of the spans of the window with this text."""
         return {style for line in view(state).lines for span, style in line if text in span}
 
+    def test_a_single_part_is_named_under_its_bar(self):
+        state = self.state()._replace(n_used=0)
+        rows = self.pane(state)
+        below = next(i for i, row in enumerate(rows) if "context" in row) + 1
+        self.assertEqual(rows[below].index("·"), llmchat.GAUGE_NAME)
+
     def test_panel_of_a_chat(self):
         events = [pace("reading", 40.0)] * 2 + [pace("writing", n, 1000) for n in (4.0, 2.0, 4.0)]
         state = self.state(
