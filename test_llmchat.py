@@ -14832,7 +14832,7 @@ class PanelTest(unittest.TestCase):
             rows = zip(self.pane(state), before)
             changed.append(sum(a != b for row in rows for a, b in zip(*row)))
         self.assertLess(sorted(changed)[70], 12)
-        for n in range(2000):
+        for _ in range(2000):
             state = play(state, pace("writing", 5.0))[0]
         self.assertLessEqual(len(state.rates), 2 * llmchat.MOST_RATES)
 
