@@ -4098,12 +4098,20 @@ def cmd_stats(state: State, argument: str) -> Outcome:
     speeds = sparkline(state.speeds[-40:], state.settings.unicode)
     return state._replace(dialog=text_sheet("Statistics of this session", (
         ("model", model.description if model else state.engine.value),
-        ("context", "{:,} of {:,} tokens".format(state.n_used, model.n_ctx if model else 0)),
+        ("context", describe_tokens(state, state.n_used)),
         ("memory", format_bytes(state.ram_bytes) + " in the engine"),
         ("replies", "%d %s" % (stats.replies, speeds)),
         ("read", describe_rate(stats.n_read, stats.read_s)),
         ("reused", "{:,} tokens that did not have to be read again".format(stats.n_reused)),
         ("written", describe_rate(stats.n_written, stats.write_s)))))
+
+def describe_tokens(state: State, n: int) -> str:
+    """Tell how much of the context n tokens take, such as "about 120 of 4,096 tokens"."""
+    model = state.model
+    about = "about " if model and not model.counts else ""
+    if model and not model.n_ctx:
+        return "%s%s tokens" % (about, format(n, ","))
+    return about + "{:,} of {:,} tokens".format(n, model.n_ctx if model else 0)
 
 def describe_rate(n_tokens: int, seconds: float) -> str:
     rate = "%.1f tokens/s" % (n_tokens / seconds) if seconds > 0 else "-"
@@ -5187,7 +5195,10 @@ def context_text(state: State, entry: ModelEntry) -> str:
 
 def model_note(state: State, entry: ModelEntry) -> str:
     """Say in a word what is special about a model."""
-    if state.model and entry.path == os.path.abspath(state.model.path):
+    is_used = state.model and entry.path == whole_path(state.model.path)
+    if server_host(entry.path):
+        return "remote, in use" if is_used else "remote"
+    if is_used:
         return "in use"
     if not entry.verdict and not entry.to_download:
         return "broken"
@@ -5526,6 +5537,8 @@ def turn_record(turn: Turn, model: Optional[ModelInfo]) -> Fields:
 def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     """Tell the idle engine what is certain of the next prompt, whenever that has grown: the chat,
     the attached files (which it counts), and the draft's whole words."""
+    if is_remote(state):
+        return count_files(state, effects)
     chat, draft, think = state.chat, whole_words(state.draft), shall_think(state)
     of_chat = (state.settings.system_prompt, chat.name, last_turn_id(chat), chat.editing)
     of_draft = (think, state.files, draft)
@@ -5539,6 +5552,14 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
         message["messages"] = chat_messages(state)
     state = state._replace(ahead=(of_chat, of_draft), ahead_progress=Progress())
     return state, effects + (SendEngine(message),)
+
+def count_files(state: State, effects: Tuple[Any, ...]) -> Change:
+    """Have attached files counted by a server, which reads nothing else before it is sent."""
+    if not state.files or state.ahead == state.files:
+        return state, effects
+    files = join_files(state.files, "")
+    message = {"cmd": "ahead", "draft": "", "messages": [], "files": files}
+    return state._replace(ahead=state.files), effects + (SendEngine(message),)
 
 def whole_words(draft: Draft) -> str:
     """The draft without the word that is being typed; "" for a command."""
@@ -6518,8 +6539,7 @@ def view_rule(state: State, width: int, more: bool) -> Line:
     if state.files:
         files = " "
         if n:
-            files += "%s%s of %s tokens: " % (
-                "" if state.model.counts else "about ", format(n, ","), format(n_ctx, ","))
+            files += describe_tokens(state, n) + ": "
         files += "".join("[%s] " % file.name for file in state.files)
         files = clean_name(files, width - cells(text))
     room = width - cells(files + text)
@@ -11282,6 +11302,8 @@ def describe_error(found: Fields) -> str:
         return json.dumps(error)[:2000]   # FastAPI's list of what is wrong
     message = error.get("message", "")
     others = [error[name] for name in ("type", "code", "param") if isinstance(error.get(name), str)]
+    if isinstance(error.get("n_ctx"), int):    # llama-server's, where that is exceeded
+        others.append("n_ctx %d" % error["n_ctx"])
     more = ", ".join(word for word in others if word and word not in str(message))
     return "%s (%s)" % (message, more) if more else str(message)
 
@@ -11702,6 +11724,7 @@ class ServerWriter:
         self.told_s = reply.began_s
         self.exchange: Any = None
         # an answer that has begun goes on, and thinking too
+        self.has_heard = False            # an event has come
         self.is_thinking = bool(reply.text) and split_thinking(reply.text)[1] is None
         self.reason = ""                  # why the server has ended the reply
         self.ended_s = 0.0                # when
@@ -11743,14 +11766,21 @@ class ServerWriter:
         self.engine.n_used = self.n_prompt
         self.exchange = server.open(server.base + "/chat/completions", fields, self.wait)
         problem: Any = None
+        is_broken = False
         try:
             self.read()
         except (OSError, http.client.HTTPException, ValueError) as error:
             problem = server.explain(error)
+            is_broken = not isinstance(error, ValueError)
         except ModelError as error:
             problem = error
         if not problem or self.reason:
             return self.reply.end(self.reason)
+        if is_broken and not self.has_heard and fields["stream"]:
+            # llama-cpp-python's server says what is wrong only where nothing is streamed
+            more = {name: fields[name] for name in fields if name != "stream_options"}
+            self.close()
+            return self.run(dict(more, stream=False))
         if not self.reply.first_s:
             raise problem
         if self.reply.unsent:
@@ -11787,6 +11817,7 @@ class ServerWriter:
         if data.strip() == "[DONE]":
             self.end("end")
             return True
+        self.has_heard = True
         found = parse_object(data)
         if kind == "error" or found and found.get("error"):
             said = describe_error(found) if found else data
@@ -12862,8 +12893,8 @@ TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes p
         18 IQ3_XXS 256/98    19 IQ1_S    256/50    20 IQ4_NL    32/18    21 IQ3_S   256/110
         22 IQ2_S   256/82    23 IQ4_XS  256/136    24 I8          1/1    25 I16         1/2
      0 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
-    00 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
-    00 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
+     0 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
+     0 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
 FIRST_BYTES = (                       # a regex; the first that matches tells what is wrong
     (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
     (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
@@ -18279,12 +18310,16 @@ def named_settings(state: State) -> Settings:
     """Return the settings with the file that the command line's MODEL means, and what was chosen
     for it. Raises ModelError."""
     name = state.wanted or state.settings.model_path
+    if server_host(name):
+        raise ModelError(MODEL_ELSEWHERE)
     entries = probe_models(name)
     found = match_models(entries, name)
     if len(found) != 1 or found[0].to_download:
         raise ModelError(explain_match(entries, found, name))
     return recall_settings(state.settings._replace(model_path=found[0].path))
 
+MODEL_ELSEWHERE = ("This measures the engine and the models of this machine. How fast a server "
+                   "writes stands under its replies.")
 
 # == 82. INFO ======================================================================================
 def probe_machine() -> Tuple[Hardware, str]:
@@ -18311,8 +18346,11 @@ class Facts(NamedTuple):
     header: Optional[Header] = None
     plan: Optional[Plan] = None
     model_problem: str = ""
+    server: Fields = {}               # what the server is and has that is named; {} = none is
 
 def gather_facts(state: State) -> Facts:
+    if server_host(state.settings.model_path):
+        return ask_server(state.settings)
     hardware, problem = probe_machine()
     facts = Facts(hardware, problem)
     if not (state.wanted or state.settings.model_path):
@@ -18326,6 +18364,25 @@ def gather_facts(state: State) -> Facts:
     except ModelError as error:
         return facts._replace(model_problem=str(error))
 
+def ask_server(settings: Settings) -> Facts:
+    """Ask a server what it is and has, without a chat."""
+    path = settings.model_path
+    server: Fields = {"address": path.partition("#")[0], "models": []}
+    facts = Facts(probe_hardware(), "", server=server)
+    load = {"cmd": "load", "path": path, "options": settings.options._asdict()}
+    try:
+        for message in ask_engine(sys.executable, load, address=path):
+            if message["event"] == "models":
+                server["models"] = [entry["name"] for entry in message["entries"]]
+                if message["choose"]:
+                    break
+            if message["event"] == "loaded":
+                server.update({name: message[name] for name in ("name", "description", "n_ctx")})
+                break
+    except ModelError as error:
+        return facts._replace(model_problem=str(error))
+    return facts
+
 def print_facts(facts: Facts) -> None:
     """Print them as JSON, for scripts."""
     import json
@@ -18336,6 +18393,8 @@ def print_facts(facts: Facts) -> None:
     if facts.plan:
         told["plan"] = {**facts.plan._asdict(), "memory": facts.plan.memory._asdict()}
         told["model"] = model_facts(facts.header)
+    if facts.server:
+        told["server"] = facts.server
     if facts.model_problem:
         told["model_problem"] = facts.model_problem
         print(clean(facts.model_problem), file=sys.stderr)
@@ -18495,13 +18554,30 @@ def check_model(facts: Facts) -> Findings:
         yield "good" if facts.plan.verdict == "fits" else "warn", "memory", memory
         yield "good", "plan", settings
 
+def check_server(facts: Facts) -> Findings:
+    """Say what a server is and has, and whether a key goes to it."""
+    server = facts.server
+    if facts.model_problem:
+        yield "error", "server", facts.model_problem
+        return
+    yield "good", "server", server.get("description") or server["address"]
+    if server["models"]:
+        names = ", ".join(server["models"][:20])
+        yield "good", "models", "%d: %s" % (len(server["models"]), names)
+    variable, _ = read_key()
+    yield "good", "key", "that of %s is sent" % variable if variable else "none is set"
+
+def model_checks(facts: Facts) -> Tuple[Any, ...]:
+    """List the checks of the engine and the model, or those of the server in their place."""
+    return (check_server,) if facts.server else (check_machine, check_model)
+
 def show_info(state: State, as_json: bool) -> int:
     """Do --info: what --doctor says of this machine and of MODEL, without a trial."""
     facts = gather_facts(state)
     if as_json:
         print_facts(facts)
     else:
-        print_findings((check_machine, check_model), facts)
+        print_findings(model_checks(facts), facts)
     return int(bool(facts.model_problem))
 
 def run_doctor(state: State) -> int:
@@ -18510,7 +18586,9 @@ def run_doctor(state: State) -> int:
     Returns 0, or 1 when something stops it from working."""
     levels = print_findings((check_python, check_window, check_folder, check_settings))
     facts = gather_facts(state)
-    levels += print_findings((check_trial, check_machine, check_model), facts)
+    if not facts.server:
+        levels += print_findings((check_trial,), facts)
+    levels += print_findings(model_checks(facts), facts)
     if "error" in levels:
         print("See the problems above; llmchat can't work well before they are solved.")
         return 1
@@ -18729,6 +18807,9 @@ SHORT_NAMES = {  # of settings; all others are --NAME, as in SETTINGS
 def parse_arguments(argv: List[str]) -> Any:
     parser = make_parser()
     arguments = parser.parse_args(argv)
+    problem = take_server(arguments)
+    if problem:
+        parser.error(problem)
     if arguments.bench and not arguments.model:
         parser.error("--bench needs a MODEL")
     if (arguments.gpu or arguments.upgrade) and not arguments.install:
@@ -18743,6 +18824,20 @@ def parse_arguments(argv: List[str]) -> Any:
             parser.error(problem)
         arguments.given[name] = value
     return arguments
+
+def take_server(arguments: Any) -> str:
+    """Make one model of --server and MODEL, which is a name there then; returns what is wrong."""
+    name = arguments.model
+    if arguments.server is None:
+        arguments.model = MODEL if name is None else name
+        return ""
+    address = arguments.server
+    if "://" not in address:
+        address = "http://" + address
+    arguments.model = address + "#" + name if name else address
+    if server_host(address) and not re.search(r"\s", address):
+        return ""
+    return "--server takes an address such as http://nas:8080"
 
 def make_parser() -> Any:
     import argparse
@@ -18762,9 +18857,13 @@ def make_parser() -> Any:
 
 def add_options(add: Any) -> None:
     import argparse
-    add("model", nargs="?", default=MODEL, metavar="MODEL",
-        help="a .gguf file, a folder, a name that --list shows or a part of it, or "
-             "org/repo[:quant] of Hugging Face; without it, choose from a list")
+    add("model", nargs="?", metavar="MODEL",
+        help="a .gguf file, a folder, a name that --list shows or a part of it, "
+             "org/repo[:quant] of Hugging Face, or the address of a server (http://nas:8080); "
+             "without it, choose from a list")
+    add("--server", metavar="URL",
+        help="chat with a model on a server: llama-server, Ollama, vLLM, LM Studio or any other "
+             "that is OpenAI-compatible. MODEL is its name there; LLMCHAT_API_KEY holds the key")
     add("-s", "--system", dest="system_prompt", metavar="TEXT",
         help="system prompt: how the model should behave")
     add("-p", "--prompt",

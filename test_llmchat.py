@@ -17323,7 +17323,12 @@ CHAT_FAULTS = {
     ),
     "in circles": ([refuse(307, Location="/v1/chat/completions")] * 9, "without end", ""),
     "hangs up": ([hang_up], "broke off", ""),
-    "nothing": ([lambda r: send_bytes(r, b"")], "broke off", ""),
+    "nothing": ([lambda r: send_bytes(r, b"")] * 2, "broke off", ""),
+    "nothing streamed": (
+        [lambda r: send_bytes(r, b""), refuse(400, error_of("what is wrong"))],
+        "doesn't take the request .400 what is wrong",
+        "",
+    ),
     "web page": ([lambda r: send_bytes(r, b"<html>", Content_Type="text/html")], "web page", ""),
     "no JSON": ([lambda r: send_bytes(r, b"?", Content_Type="application/json")], "no JSON", ""),
     "JSON error": ([lambda r: send_json(r, error_of("no luck"))], "gave up .no luck", ""),
@@ -17684,6 +17689,576 @@ class ServerTest(unittest.TestCase):
         window.state = window.state._replace(draft=Draft(), dialog=None)
         window.ask("and again", Condition.READING).wait(Condition.READY)
         self.assertEqual(window.said("assistant")[-1], REPLIES["greet"])
+
+    # -- what is left out --
+
+    def long_chat(self, n=9, size=200):
+        """Turns of about `size` tokens each, the last one a question."""
+        words = "word " * size
+        turns = [part for i in range(n) for part in (user("%d %s" % (i, words)), assistant(words))]
+        return turns + [user("what now?")]
+
+    def test_a_chat_longer_than_the_context(self):
+        """Each server's words for it lead to dropping the oldest turns, marked as ever."""
+        refusals = {
+            "llama-server": error_of(
+                "the request exceeds the available context size, try increasing it",
+                type="exceed_context_size_error",
+                n_prompt_tokens=2000,
+                n_ctx=1000,
+            ),
+            "vLLM": {
+                "object": "error",
+                "message": "This model's maximum context length is 1000 tokens. However, your "
+                "request has 2000 input tokens. Please reduce the length of the input messages.",
+                "code": 400,
+            },
+            "OpenAI": error_of("Too long.", code="context_length_exceeded"),
+            "LM Studio": {
+                "error": "Trying to keep the first 2000 tokens when context the overflows. "
+                "However, the model is loaded with context length of only 1000 tokens"
+            },
+        }
+        chat = self.long_chat()
+        for name, refusal in refusals.items():
+            server = self.server()
+            talk = self.talk(server)
+            server.script = [("/chat/completions", refuse(400, refusal))]
+            talk.events.clear()
+            with self.subTest(name):
+                self.assertEqual(talk.chat(*chat)[0], REPLIES["greet"])
+                sent = server.chats()[-1]["messages"]
+                self.assertEqual(sent, chat[-len(sent) :])
+                self.assertLess(len(sent), len(chat))
+                self.assertEqual(sent[0]["role"], "user")
+                forgot = sum(event["n"] for event in talk.named("forgot"))
+                self.assertEqual(forgot, len(chat) - len(sent))
+                if name != "OpenAI":  # which has said how long it is
+                    self.assertEqual(talk.engine.n_ctx, 1000)
+                self.assertEqual(len(server.chats()), 2)
+
+    def test_a_known_context_is_heeded_before_asking(self):
+        server = self.server({"id": "tiny", "owned_by": "vllm", "max_model_len": 1000})
+        talk = self.talk(server)
+        self.assertEqual(talk.named("loaded")[0]["n_ctx"], 1000)
+        server.always["/tokenize"] = lambda r: send_json(r, {"count": 150, "tokens": []})
+        chat = [user("be brief", "system")] + self.long_chat()
+        talk.chat(*chat)
+        sent = server.chats()[0]["messages"]
+        self.assertEqual(sent, chat[:1] + chat[-len(sent) + 1 :])
+        self.assertLessEqual(150 * len(sent), 1000)
+        self.assertGreater(150 * len(sent), 500)
+        n_counted = len(server.asked("/tokenize"))
+        self.assertEqual(n_counted, len({message["content"] for message in chat}))
+        self.assertEqual(server.asked("/tokenize")[0]["prompt"], "be brief")
+        talk.chat(*chat)  # all is counted already
+        self.assertEqual(len(server.asked("/tokenize")), n_counted)
+
+    def test_where_the_context_length_comes_from(self):
+        props = {"default_generation_settings": {"n_ctx": 777}, "chat_template": "{{ x }}"}
+        server = self.server({"id": "tiny", "owned_by": "llamacpp", "meta": {"n_ctx_train": 9}})
+        server.always["/props"] = lambda r: send_json(r, props)
+        talk = self.talk(server)
+        loaded = talk.named("loaded")[0]
+        self.assertEqual((loaded["n_ctx"], loaded["counts"]), (777, True))
+        self.assertEqual((loaded["can_switch"], loaded["efforts"]), (False, []))
+        talk.chat("hi")
+        self.assertTrue(server.chats()[0]["cache_prompt"])
+        self.assertEqual(self.talk(server, n_ctx=555).named("loaded")[0]["n_ctx"], 555)
+        loaded = self.talk(self.server()).named("loaded")[0]
+        self.assertEqual((loaded["n_ctx"], loaded["counts"]), (0, False))
+        self.assertIn("context not known; -c sets it", loaded["description"])
+
+    def test_tokens_are_counted_or_about(self):
+        server = self.server({"id": "tiny", "owned_by": "llamacpp"})
+        talk = self.talk(server)
+        server.script = [("/tokenize", lambda r: send_json(r, {"tokens": [1] * 17}))]
+        self.assertEqual(talk.engine.count_tokens("some text"), 17)
+        self.assertEqual(server.asked("/tokenize")[0]["content"], "some text")
+        for answer in ({"tokens": "x"}, {"count": -1}, {"count": 1e99}, {}):
+            server.script = [("/tokenize", lambda r, answer=answer: send_json(r, answer))]
+            text = "12345678" + repr(answer)
+            self.assertEqual(talk.engine.count_tokens(text), len(text) // 4 + 1, answer)
+        state = ready(settings=Settings("http://nas"), n_used=1234, files=(File("a", "b"),))
+        for model, words in (
+            (ModelInfo("m", "", 4096, "http://nas", counts=False), "about 1,234/4,096 tokens"),
+            (ModelInfo("m", "", 0, "http://nas", counts=False), "about 1,234 tokens"),
+            (ModelInfo("m", "", 0, "http://nas"), r"(?<!about )1,234 tokens"),
+        ):
+            self.assertRegex(screen_text(state._replace(model=model, columns=120)), words)
+
+    def test_fields_that_a_server_does_not_know(self):
+        """They are left out, once: that is remembered, also by the next start."""
+        refusals = {
+            "named": error_of("Unrecognized request argument supplied: top_k"),
+            "all": {"detail": [{"type": "extra_forbidden", "loc": ["body", "min_p"]}]},
+            "none": error_of("Unknown field in request"),
+        }
+        for name, refusal in refusals.items():
+            server = self.server()
+            talk = self.talk(server)
+            server.script = [("/chat/completions", refuse(422, refusal))]
+            with self.subTest(name):
+                self.assertEqual(talk.chat("hi", max_tokens=99)[0], REPLIES["greet"])
+                known = {"model", "messages", "stream", *llmchat.OPENAI_FIELDS} - {"seed"}
+                self.assertEqual(set(server.chats()[1]), known)
+                self.assertIn("is left out", talk.named("log")[0]["text"])
+                again = self.talk(server)
+                again.chat("hi", max_tokens=99)
+                self.assertEqual(set(server.chats()[2]), known)
+                self.assertEqual(len(server.chats()), 3)
+        server.script = [
+            ("/chat/completions", refuse(400, error_of("'%s' is not supported" % name)))
+            for name in ("temperature", "max_tokens")
+        ]
+        self.assertEqual(again.chat("hi", max_tokens=3)[0], "Hello there, this")
+        self.assertNotIn("temperature", server.chats()[-1])
+
+    def test_limits_of_a_reply(self):
+        server = self.server()
+        talk = self.talk(server)
+        long = b"".join(delta("word%d " % n) for n in range(99))
+        server.script = [("/chat/completions", long + delta(reason="length"))] * 2
+        self.assertEqual(talk.chat("hi")[1]["reason"], "full")
+        self.assertEqual(talk.chat("hi", max_tokens=100)[1]["reason"], "length")
+        server.script = [("/chat/completions", delta("and again ") * 3000)]
+        self.assertEqual(talk.chat("hi")[1]["reason"], "repeats")
+        flood = b"".join(delta("%d" % n + "x" * 99000) for n in range(60))
+        server.script = [("/chat/completions", flood)]
+        text, done = talk.chat("hi")
+        self.assertEqual(done["reason"], "full")
+        self.assertLess(len(text), 5 << 20)
+        sizes = [len(json.dumps(event)) for event in talk.events]
+        self.assertLess(max(sizes), llmchat.LINE_BYTES)
+
+    # -- where words go --
+
+    def test_redirects(self):
+        """They are followed on the same host only, and the key goes to the named address only."""
+        server, other = self.server(), self.server()
+        os.environ["LLMCHAT_API_KEY"] = "sk-secret"
+        moved = refuse(307, Location="/elsewhere/v1/chat/completions")
+        talk = self.talk(server)
+        server.script = [("/v1/chat/completions", moved)]
+        self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])
+        self.assertEqual(server.requests[-1][0], "/elsewhere/v1/chat/completions")
+        self.assertEqual(server.chats()[-1]["messages"], [user("hi")])
+        self.assertEqual(server.requests[-1][1]["Authorization"], "Bearer sk-secret")
+        place = other.address + "/v1/chat/completions"
+        server.script = [("/v1/chat/completions", refuse(307, Location=place))]
+        self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])  # another port of the same host
+        self.assertNotIn("Authorization", other.requests[-1][1])
+        place = place.replace("127.0.0.1", "localhost")
+        server.script = [("/v1/chat/completions", refuse(307, Location=place))]
+        n_asked = len(other.requests)
+        self.fails("leads to http://localhost.*isn't the server that you named", talk.chat, "hi")
+        self.assertEqual(len(other.requests), n_asked)
+
+    def test_the_key(self):
+        """It goes to the server, and is never written, logged or shown."""
+        server = self.server()
+        told = refuse(401, error_of("Incorrect API key provided: sk-secret."))
+        for name in reversed(llmchat.KEY_VARIABLES):  # the other one counts less
+            os.environ[name] = ENV[name] = "sk-secret" if "LLMCHAT" in name else "sk-other"
+        talk = self.talk(server)
+        talk.chat("hi")
+        sent = {headers.get("Authorization") for _, headers, _ in server.requests}
+        self.assertEqual(sent, {"Bearer sk-secret"})
+        server.script = [("/chat/completions", told)]
+        sentence = self.fails("doesn't take your key.*set LLMCHAT_API_KEY", talk.chat, "hi")
+        self.assertNotIn("sk-secret", sentence + repr(talk.events))
+        server.script = [("/chat/completions", told)]
+        status, out, err = self.run_llmchat(server.address, "--plain", input="hi\nhi\n")
+        self.assertIn("set LLMCHAT_API_KEY", err)
+        self.assertIn(REPLIES["greet"], out)
+        info = self.run_llmchat("--info", server.address)
+        self.assertIn("that of LLMCHAT_API_KEY is sent", info[1])
+        self.assertNotIn("sk-", repr((status, out, err, info)))
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                self.assertNotIn(b"sk-", read_bytes(os.path.join(folder, name)), name)
+        os.environ["LLMCHAT_API_KEY"] = "sk-\u00e9\n"
+        self.fails("LLMCHAT_API_KEY holds characters", self.talk, server)
+
+    def test_a_proxy(self):
+        """As urllib knows them, with name and password; not where no_proxy says so."""
+        proxy = self.server()
+        os.environ.update(http_proxy=proxy.address.replace("//", "//me:p%40ss@"), no_proxy="")
+        talk = ServerTalk("http://nas.invalid:8080")
+        self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])
+        path, headers, _ = proxy.requests[-1]
+        self.assertEqual(path, "http://nas.invalid:8080/v1/chat/completions")
+        self.assertEqual(headers["Host"], "nas.invalid:8080")
+        self.assertEqual(headers["Proxy-Authorization"], "Basic bWU6cEBzcw==")
+        os.environ["no_proxy"] = "127.0.0.1"
+        server = self.server()
+        self.assertEqual(self.talk(server).chat("hi")[0], REPLIES["greet"])
+        os.environ.update(https_proxy=proxy.address)
+        self.fails("No connection .*501|broke off|404", ServerTalk, "https://nas.invalid")
+
+    def test_a_stranger_s_text(self):
+        """What a server says of itself can't move the cursor, nor fill the window."""
+        names = ["good", "bad\x1b[2J", "x" * 500, "\u202eevil", "", 7, "also good"]
+        server = self.server(*({"id": name} for name in names))
+        server.always["/v1/models"] = lambda r: send_json(r, {"data": server.models})
+        talk = self.talk(server, "#good")
+        names = [entry["name"] for entry in talk.named("models")[0]["entries"]]
+        self.assertEqual(names, ["good", "also good"])
+        server.script = [
+            ("/chat/completions", refuse(500, error_of("\x1b[31m\u202e" + "A" * 9999)))
+        ]
+        sentence = self.fails("fault of its own", talk.chat, "hi")
+        self.assertLess(len(sentence), 400)
+        many = [{"id": "m%d" % n} for n in range(9999)]
+        server.always["/v1/models"] = lambda r: send_json(r, {"data": many})
+        talk = self.talk(server, "#m7")
+        self.assertLess(len(json.dumps(talk.named("models")[0])), llmchat.LINE_BYTES)
+
+    # -- the window --
+
+    def run_llmchat(self, *arguments, python=sys.executable, **options):
+        """llmchat.py by a Python that has no engine: (exit status, stdout, stderr)."""
+        block = "import sys; sys.modules['llama_cpp'] = None; sys.argv[:] = ['llmchat.py', *%r]\n"
+        code = block % (list(arguments),) + (
+            "import importlib.util as u\n"
+            "spec = u.spec_from_file_location('llmchat', %r)\n"
+            "module = u.module_from_spec(spec); sys.modules['llmchat'] = module\n"
+            "spec.loader.exec_module(module); module.start()" % SCRIPT
+        )
+        return run_plain(program=(python, "-c", code), **options)
+
+    def test_which_model(self):
+        models = ("qwen3:0.6b", "Llama-3.2-3B", "llama-3.1-8b", "gemma:latest")
+        server = self.server(*models)
+        for wanted, name in (
+            ("qwen3:0.6b", "qwen3:0.6b"),
+            ("QWEN3:0.6B", "qwen3:0.6b"),
+            ("gemma", "gemma:latest"),
+            ("3.1 llama", "llama-3.1-8b"),
+        ):
+            talk = self.talk(server, "#" + wanted)
+            self.assertEqual(talk.named("loaded")[0]["name"], name)
+            self.assertEqual(talk.named("loaded")[0]["path"], server.address + "#" + name)
+            talk.chat("hi")
+            self.assertEqual(server.chats()[-1]["model"], name)
+        for wanted, words in (("llama", "Llama-3.2-3B, llama-3.1-8b"), ("xyz", "It has .*qwen3")):
+            self.fails(words, self.talk, server, "#" + wanted)
+        talk = self.talk(server)
+        self.assertTrue(talk.named("models")[0]["choose"])
+        self.assertFalse(talk.named("loaded"))
+
+    def test_models_to_choose_from(self):
+        server = self.server("one", "two")
+        window = Headless(self, server.address, engine="")
+        window.wait(Condition.OFF)
+        self.assertEqual(window.state.dialog.name, "models")
+        screen = screen_text(window.state._replace(columns=120))
+        for words in (r"one +remote +127\.0\.0\.1", r"two +remote +127\.0\.0\.1"):
+            self.assertRegex(screen, words)
+        window.handle(Pressed("down"))
+        window.handle(Pressed("enter"))
+        window.wait(Condition.READY)
+        self.assertEqual(window.state.model.name, "two")
+        self.assertRegex(screen_text(window.state), "two · remote: 127.0.0.1")
+        window.handle(ModelsFound((a_model("/m.gguf", "mine"),), ""))
+        names = [entry.name for entry in items_of(window.state)]
+        self.assertEqual(names, ["one", "two", "mine"])
+        window.state = window.state._replace(dialog=None, wanted="one")
+        window.handle(ModelsFound((a_model("/m.gguf", "mine"),), "one"))
+        window.wait(Condition.READY)
+        self.assertEqual(window.state.model.name, "one")
+
+    def test_nothing_is_sent_before_it_is_sent(self):
+        state = ready(
+            settings=Settings("http://nas"), model=ModelInfo("m", "", 0, path="http://nas#m")
+        )
+        state, effects = update(state, Typed("some words "))
+        self.assertEqual(effects, ())
+        state, effects = update(state, FilesRead((File("a.txt", "text"),), (), ""))
+        self.assertIn("text", sent(effects, "ahead")[0]["files"])
+        self.assertEqual(sent(effects, "ahead")[0]["messages"], [])
+        state, effects = update(state, Typed("more words "))
+        self.assertEqual(effects, ())
+        state, effects = update(state, Pressed("enter"))
+        self.assertEqual(len(sent(effects)), 1)
+
+    def test_words_say_where_they_go(self):
+        for address, words in (
+            ("http://nas:8080", "Your words go to nas"),
+            ("http://[fd00::7]:80", "Your words go to fd00::7"),
+            ("m.gguf", "stay on this machine"),
+        ):
+            model = ModelInfo("m", "", 9, path=address)
+            state = ready(settings=Settings(address), model=model, columns=120)
+            self.assertIn(words, screen_text(state))
+        for path in ("hf.co/org/repo", "https://huggingface.co/org/repo", "a.gguf", "ftp://x", ""):
+            self.assertEqual(llmchat.server_host(path), "", path)
+
+    def test_the_chat_goes_on_as_ever(self):
+        """Branches, a queue, an edited question, continuing, and another model in the middle."""
+        server = self.server({"id": "tiny", "owned_by": "vllm"}, "other")
+        window = Headless(self, server.address + "#tiny", engine="").wait(Condition.READY)
+        window.ask("first", Condition.READING).wait(Condition.READY)
+        server.script = [("/chat/completions", HALF + delta(reason="length"))]
+        window.ask("/retry", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant"), ["Half of it"])
+        server.script = [("/chat/completions", delta(" all") + delta(reason="stop"))]
+        window.ask("/continue", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant"), ["Half of it all"])
+        request = server.chats()[-1]
+        self.assertEqual(request["messages"], [user("first"), assistant("Half of it")])
+        self.assertTrue(request["continue_final_message"])
+        self.assertFalse(request["add_generation_prompt"])
+        window.ask("/load other", Condition.LOADING)
+        window.wait(Condition.READY)
+
+    def test_continuing_where_a_server_cannot(self):
+        server = self.server({"id": "tiny", "owned_by": "openai"})
+        window = Headless(self, server.address, engine="").wait(Condition.READY)
+        server.script = [("/chat/completions", HALF + delta(reason="length"))]
+        window.ask("first", Condition.READING).wait(Condition.READY)
+        window.ask("/continue", Condition.READING).wait(Condition.READY)
+        self.assertIn("can't go on with a reply that has begun", window.said("notice")[-1])
+        self.assertEqual(window.said("assistant"), ["Half of it"])
+        self.assertEqual(len(server.chats()), 1)
+
+    def test_local_and_remote_in_turns(self):
+        """A server's model in the place of a local one, which stays where it can't be had."""
+        server = self.server()
+        window = Headless(self, TALK).wait(Condition.READY)
+        window.ask("/load http://127.0.0.1:9", Condition.LOADING).wait(Condition.READY)
+        self.assertEqual(window.state.model.path, TALK)
+        window.ask("hi", Condition.READING).wait(Condition.READY)
+        window.ask("/load " + server.address, Condition.LOADING).wait(Condition.READY)
+        self.assertEqual(window.state.model.name, "tiny")
+        pid = window.runner.children["engine"].process.pid
+        window.ask("hi again", Condition.READING).wait(Condition.READY)
+        self.assertEqual(len(server.chats()[0]["messages"]), 3)
+        window.ask("/load " + TALK, Condition.STARTING).wait(Condition.READY)
+        self.assertNotEqual(window.runner.children["engine"].process.pid, pid)
+        window.ask("and again", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant"), [REPLIES["greet"]] * 3)
+
+    # -- without the window --
+
+    def test_one_answer_without_an_engine(self):
+        """-p, --plain and --server, by any Python at hand, none of which can import llama_cpp."""
+        server = self.server("tiny", "other")
+        pythons = [sys.executable] + other_pythons()
+        for python in pythons:
+            with self.subTest(python):
+                done = self.run_llmchat(server.address + "#tiny", "-p", "hi", python=python)
+                self.assertEqual(done, (0, REPLIES["greet"] + "\n", ""))
+        done = self.run_llmchat("--server", server.address, "other", "-p", "hi", "-n", "99")
+        self.assertEqual(done[:2], (0, REPLIES["greet"] + "\n"))
+        request = server.chats()[-1]
+        self.assertEqual((request["model"], request["max_tokens"]), ("other", 99))
+        done = self.run_llmchat(server.address, "-p", "hi")
+        self.assertEqual(done[:2], (1, ""))
+        self.assertRegex(done[2], "one of these: tiny, other")
+        done = self.run_llmchat("--server", "nowhere at all", "-p", "hi")
+        self.assertEqual((done[0], done[2].count("such as http://nas:8080")), (2, 1))
+        done = self.run_llmchat("--bench", server.address)
+        self.assertEqual((done[0], done[2].count("stands under its replies")), (1, 1))
+
+    def test_a_fault_in_plain_mode(self):
+        server = self.server()
+        server.script = [("/chat/completions", reset_after(HALF))]
+        done = self.run_llmchat(server.address, "-p", "hi")
+        self.assertEqual(done[:2], (1, "Half of it\n"))
+        self.assertRegex(done[2], "broke off")
+        self.assertNotIn("Traceback", done[2])
+
+    def test_it_is_remembered(self):
+        server = self.server("one", "two")
+        lines = "hi\n/retry\n"
+        self.run_llmchat(server.address + "#two", "--plain", input=lines)
+        settings = json.loads(llmchat.read_text(os.path.join(self.folder, "settings.json")))
+        self.assertEqual(settings[""]["model"], server.address + "#two")
+        done = self.run_llmchat("--plain", "-C", input="and now?\n")
+        self.assertEqual(done[:2], (0, REPLIES["greet"] + "\n"))
+        self.assertEqual([m["content"] for m in server.chats()[-1]["messages"]][0], "hi")
+        self.assertEqual(server.chats()[-1]["model"], "two")
+        n_asked = len(server.requests)
+        self.run_llmchat("--list")  # which asks no server
+        self.assertEqual(len(server.requests), n_asked)
+
+    def test_info(self):
+        server = self.server({"id": "tiny", "owned_by": "vllm", "max_model_len": 1000})
+        status, out, _ = self.run_llmchat("--info", server.address)
+        self.assertEqual(status, 0)
+        self.assertRegex(out, "server +vLLM on 127.0.0.1, context 1,000 tokens")
+        self.assertRegex(out, "models +1: tiny")
+        self.assertRegex(out, "key +none is set")
+        found = json.loads(self.run_llmchat("--info", "--json", server.address)[1])["server"]
+        self.assertEqual((found["address"], found["models"]), (server.address, ["tiny"]))
+        self.assertEqual((found["name"], found["n_ctx"]), ("tiny", 1000))
+        status, out, _ = self.run_llmchat("--info", "http://127.0.0.1:9")
+        self.assertEqual(status, 1)
+        self.assertIn("Nothing listens on port 9", out)
+        self.assertFalse(server.chats())
+
+
+@lru_cache(maxsize=None)
+def other_pythons():
+    """The oldest and the newest of the other Pythons of this machine, at most."""
+    found = {}
+    for minor in range(8, 20):
+        path = shutil.which("python3.%d" % minor)
+        if path and minor != sys.version_info[1]:
+            version = subprocess.run([path, "-c", "pass"], stderr=subprocess.DEVNULL)
+            if not version.returncode:
+                found[minor] = path
+    return [found[minor] for minor in sorted(found)[:1] + sorted(found)[1:][-1:]]
+
+
+@lru_cache(maxsize=None)
+def server_python():
+    """A Python with llama-cpp-python's own server, in an environment that is made once and kept."""
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    place = os.path.join(cache, "llmchat-ci")
+    if not os.access(place, os.W_OK):
+        place = FOLDER
+    version = llmchat.engine_version(ENGINE) or "any"
+    name = "server-%d.%d-%s" % (*sys.version_info[:2], version)
+    folder = os.path.join(place, name)
+    python = llmchat.env_python(folder)
+    if os.path.exists(python):
+        return python
+    new = tempfile.mkdtemp(prefix="new.", dir=place)
+    problem = make_server_env(new)
+    if problem:
+        shutil.rmtree(new)
+        raise unittest.SkipTest("llama-cpp-python[server] can't be had here: " + problem)
+    os.rename(new, folder)
+    return python
+
+
+def make_server_env(folder):
+    """Make an environment with the server; returns what is wrong."""
+    links = " ".join(filter(None, (packed_wheels(), os.environ.get("PIP_FIND_LINKS"))))
+    packages = "llama-cpp-python[server]"
+    pip = ["-m", "pip", "install", "--quiet", "--only-binary=:all:", packages]
+    env = dict(ENV, PIP_FIND_LINKS=links)
+    for argv in ([sys.executable, "-m", "venv", folder], [llmchat.env_python(folder), *pip]):
+        try:
+            done = subprocess.run(
+                argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600
+            )
+        except subprocess.TimeoutExpired:
+            return "it takes too long"
+        if done.returncode:
+            return done.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
+    return ""
+
+
+class RealServerTest(unittest.TestCase):
+    """The server of llama-cpp-python (FastAPI), on loopback, with a small model."""
+
+    @classmethod
+    def setUpClass(cls):
+        argv = [server_python(), "-m", "llama_cpp.server", "--model", TALK, "--n_ctx", "512"]
+        argv += ["--host", "127.0.0.1", "--port", "0", "--model_alias", "talk"]
+        argv += ["--api_key", "sk-test", "--n_threads", "1"]
+        cls.process = subprocess.Popen(
+            argv,
+            cwd=FOLDER,
+            env=ENV,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+        )
+        cls.addClassCleanup(cls.close)
+        cls.address = cls.wait_for_address()
+        threading.Thread(target=cls.process.stderr.read, daemon=True).start()
+
+    @classmethod
+    def close(cls):
+        cls.process.kill()
+        cls.process.wait()
+
+    @classmethod
+    def wait_for_address(cls):
+        watchdog = threading.Timer(LIMIT_S, cls.process.kill)
+        watchdog.start()
+        seen = []
+        try:
+            for line in iter(cls.process.stderr.readline, ""):
+                seen.append(line)
+                found = re.search(r"running on (http://[\d.:]+)", line)
+                if found:
+                    return found.group(1)
+        finally:
+            watchdog.cancel()
+        raise AssertionError("the server ended: %r" % seen[-20:])
+
+    def setUp(self):
+        env = dict(new_home()[0], LLMCHAT_API_KEY="sk-test", no_proxy="*")
+        for patch in (mock.patch.dict(os.environ, env), mock.patch.dict(ENV, env)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        os.environ.pop("OPENAI_API_KEY", None)
+
+    def test_replies(self):
+        """Word for word, and letter for letter where a token is only part of one."""
+        talk = ServerTalk(self.address)
+        self.assertEqual(talk.named("loaded")[0]["name"], "talk")
+        for question, reply in (
+            ("hi", REPLIES["greet"]),
+            ("give me bytes", "See one\U0001f999 llama"),
+        ):
+            text, done = talk.chat(question)
+            self.assertEqual((text, done["reason"]), (reply, "end"))
+        self.assertEqual(talk.chat("a long one", max_tokens=5)[1]["reason"], "length")
+        messages = (user("hi"), assistant(REPLIES["greet"]), user("give me bytes"))
+        self.assertEqual(talk.chat(*messages)[0], "See one\U0001f999 llama")
+
+    def test_a_context_that_is_full(self):
+        """The server's own refusal drops the oldest turns, and says how long the context is."""
+        talk = ServerTalk(self.address)
+        turns = [user("x" * 150), assistant("y" * 100)] * 3 + [user("hi")]
+        text, _ = talk.chat(*turns)
+        self.assertEqual(text, REPLIES["greet"])
+        self.assertEqual(talk.engine.n_ctx, 512)
+        self.assertGreater(sum(event["n"] for event in talk.named("forgot")), 1)
+        with self.assertRaisesRegex(ModelError, "too long for the context"):
+            talk.chat("z" * 900)
+        self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])
+
+    def test_tokens_are_counted(self):
+        with mock.patch.dict(ENV, LLMCHAT_API_KEY=""):
+            wanted = ask_engine(TALK, "len(e.tokenizer.tokenize('Hello there', False))")[0]
+        talk = ServerTalk(self.address)
+        self.assertTrue(talk.named("loaded")[0]["counts"])
+        self.assertIn(talk.engine.count_tokens("Hello there") - wanted, (0, 1))  # its beginning
+
+    def test_the_key(self):
+        for key, words in (("", "wants a key"), ("sk-wrong", "doesn't take your key")):
+            os.environ["LLMCHAT_API_KEY"] = key
+            with self.assertRaisesRegex(ModelError, words):
+                ServerTalk(self.address)
+
+    def test_a_window_without_an_engine(self):
+        """It chats, stops in the middle, keeps the words, asks again; and says what it can't."""
+        window = Headless(self, self.address, engine="").wait(Condition.READY)
+        window.ask("hi", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant"), [REPLIES["greet"]])
+        window.ask("a long one", Condition.WRITING)
+        window.handle(Pressed("esc"))
+        window.wait(Condition.READY)
+        self.assertEqual(window.state.chat.turns[-1].note.reason, "stopped")
+        self.assertTrue(REPLIES["long"].startswith(window.said("assistant")[-1]))
+        window.ask("/continue", Condition.READING).wait(Condition.READY)
+        self.assertIn("can't go on", window.said("notice")[-1])
+        window.state = window.state._replace(dialog=None)
+        window.ask("give me bytes", Condition.READING).wait(Condition.READY)
+        self.assertEqual(window.said("assistant")[-1], "See one\U0001f999 llama")
+
+    def test_one_answer(self):
+        done = run_plain(self.address, "-p", "hi", program=(sys.executable, SCRIPT))
+        self.assertEqual(done, (0, REPLIES["greet"] + "\n", ""))
 
 
 if __name__ == "__main__":
