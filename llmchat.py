@@ -12892,9 +12892,9 @@ TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes p
         14 Q6_K   256/210    15 Q8_K    256/292    16 IQ2_XXS  256/66    17 IQ2_XS   256/74
         18 IQ3_XXS 256/98    19 IQ1_S    256/50    20 IQ4_NL    32/18    21 IQ3_S   256/110
         22 IQ2_S   256/82    23 IQ4_XS  256/136    24 I8          1/1    25 I16         1/2
-     0 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
-     0 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
-     0 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
+        26 I32        1/4    27 I64         1/8    28 F64         1/8    29 IQ1_M    256/56
+        30 BF16       1/2    34 TQ1_0    256/54    35 TQ2_0    256/66    39 MXFP4     32/17
+        40 NVFP4    64/36    41 Q1_0     128/18    42 Q2_0      64/18""")}
 FIRST_BYTES = (                       # a regex; the first that matches tells what is wrong
     (rb"GGUF(?:[\x02\x03]\0\0\0|.{0,3}$)", ""),
     (rb"GGUF\0\0", "is for big-endian machines: find the little-endian version of the model"),
