@@ -2554,7 +2554,7 @@ def gauge_context(state: State, width: int, rows: int) -> List[Line]:
     n_system = min(state.n_system, state.n_used)
     n_chat = state.n_used - n_system
     n_forgotten = min(n_ctx // 4, count_forgotten(state, n_chat))
-    forgotten = "forgotten " + format_count(state.chat.forgotten, "turn")
+    forgotten = "forgot " + format_count(state.chat.forgotten, "turn")
     parts = [
         Part(n_system, "gauge2", "system {:,}".format(n_system)),
         Part(n_forgotten, "dim", forgotten),
