@@ -2091,6 +2091,17 @@ def marked_lines(mark: str, text: str, width: int, style: str) -> List[Line]:
         mark = "  "
     return lines
 
+def plan_log(message: Fields) -> List[LogLine]:
+    """Tell of a "plan" what the panel doesn't: the settings, and that it doesn't fit."""
+    verdict = message["verdict"]
+    lines = message["lines"]
+    if verdict == "remote":
+        return [LogLine("dim", line) for line in lines]
+    told = [LogLine("dim", line) for line in lines[2:]]
+    if verdict != "fits":
+        told = [LogLine("warn", line) for line in lines[:1]] + told
+    return told
+
 @lru_cache(maxsize=4096)
 def log_lines(entry: LogLine, width: int) -> Tuple[Line, ...]:
     """Lay out a line of the log; what is wrapped hangs by two columns."""
@@ -2666,7 +2677,7 @@ def gauge_machine(state: State, width: int, rows: int) -> List[Line]:
         name, _, words = text.partition("  ")
         if not name.isupper():
             lines += word_lines("", text, width, "warn")
-        elif is_told:
+        elif is_told or name == "GPU" and not words.strip().startswith("none"):
             lines += word_lines(name, words.strip(), width, "dim")
     return lines
 
@@ -5931,9 +5942,8 @@ def on_hardware(state: State, message: Fields) -> State:
     return state._replace(machine=tuple(message["lines"]))
 
 def on_plan(state: State, message: Fields) -> State:
-    """Take what the model will take; a log line tells if that is too much."""
-    if message["verdict"] in ("tight", "too big"):
-        state = add_log(state, *(LogLine("warn", line) for line in message["lines"][:1]))
+    """Take what the model will take; the log tells the settings, and if it is too much."""
+    state = add_log(state, *plan_log(message))
     takes = message.get("takes")
     caution = max(message.get("caution", 0), state.caution) + 1
     if caution == len(CAUTIONS):

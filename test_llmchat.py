@@ -14907,8 +14907,17 @@ class PanelTest(unittest.TestCase):
         full = play(state, "[f2]", "[f2]")[0]
         self.assertIn("sched_reserve: reserving", "\n".join(rows_of(full)))
         self.assertIn("kv 0", "\n".join(rows_of(play(full, "[home]")[0])))
-        tight = said("plan", lines=["close other programs"], verdict="tight", fallback=0, next="")
-        self.assertEqual(self.styles(self.state(tight), "close other"), {"warn"})
+        lines = ["needs 9 GB: close other programs", "a summary", "2 threads, 1 layer on the GPU"]
+        for verdict, wanted in (("tight", {"warn"}), ("too big", {"warn"}), ("fits", set())):
+            plan = said("plan", lines=lines, verdict=verdict, fallback=0, next="", takes=TAKES)
+            state = self.state(plan)
+            self.assertEqual(self.styles(state, "needs 9 GB"), wanted)
+            self.assertEqual(self.styles(state, "1 layer on the GPU"), {"dim"})
+            self.assertNotIn("a summary", "".join(rows_of(state)))
+        remote = said(
+            "plan", lines=["what you write goes there"], verdict="remote", fallback=0, next=""
+        )
+        self.assertEqual(self.styles(self.state(remote), "goes there"), {"dim"})
 
     def test_real_engine_tells_its_figures(self):
         engine = Engine(self)
