@@ -1362,6 +1362,21 @@ def join_files(files: Sequence[File], text: str) -> str:
         text = "File %s:\n%s\n%s\n%s\n\n%s" % (file.name, fence, file.text, fence, text)
     return text
 
+# A picture as a file's text. The first bytes tell what it is.
+PICTURE = r"data:image/\w+;base64,[\w+/]+=*"
+PICTURE_BYTES = 20_000_000        # of one, at most
+PICTURES_CHARS = 28_000_000       # of all that go to the model
+PICTURE_KINDS = (
+    (rb"\x89PNG\r\n\x1a\n", "png"), (rb"\xff\xd8\xff", "jpeg"),
+    (rb"(?s)RIFF....WEBP", "webp"), (rb"GIF8[79]a", "gif"))
+
+def is_picture(file: File) -> bool:
+    return file.text.startswith("data:image/")
+
+def without_pictures(text: str) -> str:
+    """Put a word in the place of the pictures in a message."""
+    return re.sub(PICTURE, "(a picture)", text) if "data:image/" in text else text
+
 def split_files(text: str) -> Tuple[Tuple[File, ...], str]:
     """Take the files that join_files() put before a message off again."""
     files: Tuple[File, ...] = ()
@@ -3259,9 +3274,21 @@ def chat_messages(state: State) -> List[Message]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
     chat, system = state.chat, state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
-    for turn in chat.turns[chat.forgotten:chat.editing]:
-        messages.append({"role": turn.role, "content": turn.text})
+    turns = chat.turns[chat.forgotten:chat.editing]
+    texts = seen_texts([turn.text for turn in turns], is_remote(state))
+    for turn, text in zip(turns, texts):
+        messages.append({"role": turn.role, "content": text})
     return messages
+
+def seen_texts(texts: List[str], sees: bool) -> List[str]:
+    """Leave out the pictures that a model can't see, or that are too many: the oldest then."""
+    room = PICTURES_CHARS if sees else 0
+    seen = []
+    for text in reversed(texts):
+        bare = without_pictures(text)
+        room -= len(text) - len(bare)
+        seen.append(bare if room < 0 else text)
+    return seen[::-1]
 
 def shall_think(state: State) -> Any:
     """Tell whether the model is to think: as somebody chose, else as suits it on this machine.
@@ -3278,7 +3305,7 @@ def forget_old(state: State) -> State:
     turns = state.chat.turns
     room = 16 * room_tokens(state)        # characters
     for i in range(len(turns) - 1, state.chat.forgotten, -1):
-        room -= len(turns[i].text)
+        room -= len(without_pictures(turns[i].text))
         if room < 0 and turns[i].role == "user" and i < len(turns) - 1:
             return state._replace(chat=state.chat._replace(forgotten=i))
     return state
@@ -3516,8 +3543,10 @@ def cmd_file(state: State, argument: str) -> Outcome:
 
 def read_files(state: State, paths: List[str], text: str = "") -> Change:
     """Read files to be attached. text: the draft, which is sent when they have been read."""
-    job = DiskJob("read_files", (paths, room_tokens(state), text))
-    return state._replace(attaching=True), (job,)
+    arguments: Tuple[Any, ...] = (paths, room_tokens(state), text)
+    if is_remote(state):                  # it may see pictures
+        arguments += (True,)
+    return state._replace(attaching=True), (DiskJob("read_files", arguments),)
 
 def room_tokens(state: State) -> int:
     """Return how many tokens the model keeps in mind; many where that isn't known."""
@@ -5568,7 +5597,7 @@ def count_files(state: State, effects: Tuple[Any, ...]) -> Change:
     """Have attached files counted by a server, which reads nothing else before it is sent."""
     if not state.files or state.ahead == state.files:
         return state, effects
-    files = join_files(state.files, "")
+    files = join_files([file for file in state.files if not is_picture(file)], "")
     message = {"cmd": "ahead", "draft": "", "messages": [], "files": files}
     return state._replace(ahead=state.files), effects + (SendEngine(message),)
 
@@ -11359,6 +11388,7 @@ CONTEXT_EXCEEDED = (
     r"|maximum model length|prompt is too long|too many tokens")
 SAID_N_CTX = (r"(?i)(?:context length (?:is|of)(?: only)?|context window (?:is|of)|context size \("
               r"|maximum model length of|\bn_ctx\W+) *(\d+)")
+CANT_SEE = r"(?i)image|picture|vision|multi-?modal|content.*string"
 UNKNOWN_FIELD = r"(?i)unknown|unrecognized|unexpected|unsupported|not (?:permitted|allowed)|extra_"
 MAX_REFUSALS = 8                  # of one message: each time something is left out
 MAX_MODELS = 500
@@ -11366,6 +11396,7 @@ MAX_REPLY_CHARS = 1 << 22
 PIECE_CHARS = 8000                # of a message to the window
 OVERHEAD_TOKENS = 8               # that a template adds to each message, about
 BYTES_PER_TOKEN = 4               # about, where the server doesn't count
+PICTURE_TOKENS = 1000             # about
 
 class ServerTokens:
     """Counts the tokens of texts, by asking the server or about; in the place of Tokenizer."""
@@ -11390,11 +11421,15 @@ class ServerTokens:
             self.known[text] = self.ask(text)
         return self.known[text]
 
-    def count_prompt(self, messages: List[Message], about: bool = False) -> int:
+    def count_prompt(self, messages: List[Fields], about: bool = False) -> int:
         count = self.estimate if about else self.count
-        return sum(count(message["content"]) + OVERHEAD_TOKENS for message in messages)
+        n_tokens = 0
+        for message in messages:
+            n_pictures = len(message["content"]) - 1 if has_pictures(message) else 0
+            n_tokens += count(said_text(message)) + n_pictures * PICTURE_TOKENS + OVERHEAD_TOKENS
+        return n_tokens
 
-    def prompt_tokens(self, messages: List[Message]) -> Sequence[int]:
+    def prompt_tokens(self, messages: List[Fields]) -> Sequence[int]:
         """Give as many numbers as the prompt has tokens: fit_messages() only counts them."""
         return range(self.count_prompt(messages))
 
@@ -11554,25 +11589,30 @@ class ServerEngine:
         finally:
             writer.close()
 
-    def give_way(self, refusal: Refusal, fields: Fields, messages: List[Message],
-                 begun: str) -> List[Message]:
+    def give_way(self, refusal: Refusal, fields: Fields, messages: List[Fields],
+                 begun: str) -> List[Fields]:
         """Leave out what the server doesn't take; returns the messages. Else raises the refusal."""
         if re.search(CONTEXT_EXCEEDED, refusal.said):
             return self.shorten(messages, begun, refusal)
+        if any(map(has_pictures, messages)) and re.search(CANT_SEE, refusal.said):
+            text = "%s on %s can't see pictures (%s)."
+            said = self.server.harmless(refusal.said)
+            raise ModelError(text % (self.context, self.server.host, said))
         if not self.leave_out(refusal, fields):
             raise refusal
         return messages
 
-    def fit(self, messages: List[Message], begun: str) -> List[Message]:
+    def fit(self, messages: List[Fields], begun: str) -> List[Fields]:
         """Leave out the oldest turns, if the context is known and has no room for them."""
-        n_bytes = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        n_bytes = sum(len(said_text(message).encode("utf-8", "replace")) for message in messages)
+        n_bytes += PICTURE_TOKENS * sum(map(has_pictures, messages))
         surely = n_bytes + len(begun) + (OVERHEAD_TOKENS + 1) * (1 + len(messages))
         if not self.n_ctx or surely < self.n_ctx:    # no token is less than a byte
             return messages
         return fit_messages(self, messages, self.tokenizer.count(begun) if begun else 0)[0]
 
-    def shorten(self, messages: List[Message], begun: str,
-                refusal: Refusal) -> List[Message]:
+    def shorten(self, messages: List[Fields], begun: str,
+                refusal: Refusal) -> List[Fields]:
         """Leave out the oldest turns after the server has found the chat too long for its context.
 
         It may say how long that is; else this prompt is longer. Raises ModelError."""
@@ -11591,7 +11631,7 @@ class ServerEngine:
             raise ModelError(MESSAGE_TOO_LONG % self.server.host)
         return fitting
 
-    def request(self, messages: List[Message], sampling: Sampling,
+    def request(self, messages: List[Fields], sampling: Sampling,
                 begun: str) -> Fields:
         """Make the fields of a request for a reply."""
         fields = sampling._asdict()
@@ -11641,9 +11681,27 @@ MESSAGE_TOO_LONG = ("This message is too long for the context of %s. Shorten it,
 def as_sent(message: Dict[str, str]) -> Dict[str, str]:
     """Make a message as servers want it: of replies the answer without its thinking."""
     if message["role"] != "assistant":
-        return message
+        return show_pictures(message)
     answer = split_thinking(message["content"])[1]
     return dict(message, content=message["content"] if answer is None else answer)
+
+def show_pictures(message: Message) -> Fields:
+    """Make parts of a message with pictures, as OpenAI has them: its text, then each picture."""
+    files, text = split_files(message["content"])
+    pictures = [file for file in files if is_picture(file)]
+    if not pictures:
+        return message
+    others = [file for file in files if not is_picture(file)]
+    parts: List[Fields] = [{"type": "text", "text": join_files(others, text)}]
+    for file in pictures:
+        parts.append({"type": "image_url", "image_url": {"url": file.text}})
+    return dict(message, content=parts)
+
+def has_pictures(message: Fields) -> bool:
+    return isinstance(message["content"], list)
+
+def said_text(message: Fields) -> str:
+    return message["content"][0]["text"] if has_pictures(message) else message["content"]
 
 def read_left_out(base: str) -> List[str]:
     """Read which fields this server has refused before."""
@@ -12896,7 +12954,7 @@ USED_TAILS = frozenset("""
 TENSOR_TYPES = {                      # ggml type -> (weights per block, bytes per block)
     int(kind): (int(n_weights), int(n_bytes))    # gguf-py's GGML_QUANT_SIZES
     for kind, n_weights, n_bytes in re.findall(r"(\d+) \w+ +(\d+)/(\d+)", """
-     0 F32        1/4      1 F16        1/2      2 Q4_0      32/18     3 Q4_1      32/20
+        0 F32        1/4      1 F16        1/2      2 Q4_0      32/18     3 Q4_1      32/20
         6 Q5_0      32/22     7 Q5_1      32/24     8 Q8_0      32/34     9 Q8_1      32/36
         10 Q2_K    256/84    11 Q3_K    256/110    12 Q4_K    256/144    13 Q5_K    256/176
         14 Q6_K   256/210    15 Q8_K    256/292    16 IQ2_XXS  256/66    17 IQ2_XS   256/74
@@ -17416,14 +17474,34 @@ def find_files(path: str, is_pattern: bool) -> List[str]:
         return [path]
     return files
 
-def read_attachment(path: str, room: int) -> str:
-    """Read a text file of at most `room` bytes.
+def read_picture(path: str, sees: bool) -> str:
+    """Read a picture as a data URL; "" = the file is none. sees: the model may see it.
+
+    Raises OSError, or ValueError with the reason why it can't be sent."""
+    from base64 import b64encode
+    with open(path, "rb", opener=open_ordinary) as file:
+        raw = file.read(PICTURE_BYTES + 1)
+    kind = next((kind for start, kind in PICTURE_KINDS if re.match(start, raw)), "")
+    if not kind:
+        return ""
+    if not sees:
+        raise ValueError("it is a picture, and only a model on a server can be shown one")
+    if len(raw) > PICTURE_BYTES:
+        raise ValueError("it has {:,} bytes, and a picture may have {:,}".format(
+            os.path.getsize(path), PICTURE_BYTES))
+    return "data:image/%s;base64,%s" % (kind, b64encode(raw).decode())
+
+def read_attachment(path: str, room: int, sees: bool = False) -> str:
+    """Read a text file of at most `room` bytes, or a picture, if the model may see it.
 
     Raises OSError, or ValueError with the reason why it can't be sent."""
     if os.path.isdir(path):
         raise ValueError("it is a folder: name files in it, e.g. %s/*.txt" % path.rstrip("/"))
     if not os.path.isfile(path):
         raise ValueError("there is no such file")
+    picture = read_picture(path, sees)
+    if picture:
+        return picture
     with open(path, "rb", opener=open_ordinary) as file:
         raw = file.read(room + 1)
     if len(raw) > room:
@@ -17863,8 +17941,10 @@ class DiskWorker:
             fitting += [name for name in names if word.lower() in name.lower()]
         self.post(Fitting(text, word, fitting))
 
-    def read_files(self, words: Sequence[str], n_ctx: int, text: str) -> None:
-        """Read the files of /file; or, with a text, those named in it that exist."""
+    def read_files(self, words: Sequence[str], n_ctx: int, text: str, sees: bool = False) -> None:
+        """Read the files of /file; or, with a text, those named in it that exist.
+
+        sees: the model may see pictures."""
         files: List[File] = []
         problems: List[str] = []
         missing: List[str] = []
@@ -17875,13 +17955,13 @@ class DiskWorker:
                 missing.append(word)
             for name in names:
                 try:
-                    file = File(clean_row(name), read_attachment(name, room))
+                    file = File(clean_row(name), read_attachment(name, room, sees))
                 except Exception as error:    # somebody waits for the answer, so there must be one
                     reason = getattr(error, "strerror", None) or error
                     problems.append("%s isn't attached: %s." % (name, reason))
                     continue
                 files.append(file)
-                room -= len(file.text)
+                room -= 0 if is_picture(file) else len(file.text)
         self.post(FilesRead(tuple(files), tuple(problems[:9]), text, tuple(missing)))
 
     def find_dropped(self, text: str, n_ctx: int) -> None:

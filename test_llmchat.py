@@ -13823,7 +13823,7 @@ class FilesTest(unittest.TestCase):
         )
         for name, words in (
             ("bin", "binary"),
-            ("picture", "binary"),
+            ("picture", "is a picture, and only a model on a server"),
             ("none", "no such file"),
             ("*.c", "no such file"),
             (".", "is a folder"),
@@ -17839,6 +17839,63 @@ class ServerTest(unittest.TestCase):
         self.assertLess(len(text), 5 << 20)
         sizes = [len(json.dumps(event)) for event in talk.events]
         self.assertLess(max(sizes), llmchat.LINE_BYTES)
+
+    def test_pictures(self):
+        """They go to a server as data URLs, known by their first bytes; a local model gets none."""
+        import base64
+
+        kinds = {
+            "png": b"\x89PNG\r\n\x1a\n",
+            "jpeg": b"\xff\xd8\xff\xe0",
+            "gif": b"GIF89a",
+            "webp": b"RIFF\x0a\x00\x0a\x00WEBP",
+        }
+        told = []
+        disk = llmchat.DiskWorker(told.append)
+        self.addCleanup(disk.close)
+        state = ready(
+            settings=Settings("http://nas"), model=ModelInfo("m", "", 0, path="http://nas#m")
+        )
+        for kind, start in kinds.items():
+            path = write(start + b"\0\1\2", "photo.txt")
+            disk.read_files([path], 4096, "", True)
+            picture = told[-1].files[0]
+            url = "data:image/%s;base64,%s" % (kind, base64.b64encode(start + b"\0\1\2").decode())
+            self.assertEqual(picture.text, url)
+            disk.read_files([path], 4096, "")
+            self.assertRegex(told[-1].problems[0], "only a model on a server can be shown one")
+        disk.read_files([write(kinds["png"] + bytes(20_000_000))], 4096, "", True)
+        self.assertRegex(told[-1].problems[0], "a picture may have 20,000,000")
+        _, effects = play(state, "/file a.png", "[enter]")
+        self.assertEqual(effects[-1].arguments[3:], (True,))
+        notes = File("notes.txt", "my notes")
+        state = state._replace(files=(picture, notes))
+        asking, effects = play(state, "what is this?", "[enter]")
+        message = sent(effects)[0]["messages"][0]
+        self.assertIn("[%s] [notes.txt] what" % picture.name, screen_text(asking))
+        here = asking._replace(model=ModelInfo("m", "", 4096, path="m.gguf"))
+        local = llmchat.chat_messages(here)[0]["content"]
+        self.assertIn("(a picture)", local)
+        self.assertNotIn("base64", local)
+        server = self.server()
+        talk = self.talk(server)
+        talk.chat(message)
+        parts = server.chats()[0]["messages"][0]["content"]
+        self.assertEqual(parts[0]["text"], llmchat.join_files([notes], "what is this?"))
+        self.assertEqual(parts[1], {"type": "image_url", "image_url": {"url": picture.text}})
+        refusal = refuse(500, error_of("image input is not supported"))
+        server.script = [("/chat/completions", refusal)]
+        self.fails("tiny on 127.0.0.1 can't see pictures", talk.chat, message)
+
+    def test_many_pictures(self):
+        """The oldest are left out where all are too many for one message to the engine."""
+        texts = ["%d data:image/png;base64,%s" % (n, "A" * 10_000_000) for n in range(4)]
+        seen = llmchat.seen_texts(texts, True)
+        self.assertEqual([len(text) > 100 for text in seen], [False, False, True, True])
+        self.assertEqual(seen[0], "0 (a picture)")
+        turns = [Turn(role, text) for role, text in zip(("user", "assistant") * 2, texts)]
+        state = ready(*turns, Turn("user", "hi"))
+        self.assertEqual(llmchat.forget_old(state).chat.forgotten, 0)
 
     # -- where words go --
 
