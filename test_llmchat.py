@@ -16813,7 +16813,15 @@ class WindowTest(unittest.TestCase):
         """Names, replies, stored chats, pastes, the log, notices in the window."""
         home, model = self.evil_home()
         window = self.open(model, columns=120, **home)
-        window.wait_for("NAME.*\n ready")
+        window.wait_for("file.*evil.*\n ready")
+        window.type(F2 + F2)
+        window.wait_for("^┌─ system ")
+        window.type("\x1bOH")
+        window.wait_for("general.name")
+        window.type("\x1b[6~")
+        window.wait_for("NAME")
+        window.type(F2)
+        window.wait_for("─ system ─.*\n ready")
 
         def paste(words, end=""):
             window.type("\x1b[200~%s%s%s\x1b[201~" % (words, self.EVIL, end))
