@@ -5876,7 +5876,7 @@ def on_name_found(state: State, entries: Sequence[ModelEntry], wanted: str) -> O
             return show_models(state, entries, wanted)
         return show_models(state, found)
     if wanted == state.chat.model_path:
-        text = "This chat was held with %s, which isn't there any more: choose another model."
+        text = "Choose another model: %s, with which this chat was held, isn't there any more."
         return notice(show_models(state, entries), text % wanted)
     repo, _ = parse_repo(wanted) or ("", "")
     if not repo or repo.lower().endswith(".gguf"):    # a path that is misspelt
