@@ -2640,13 +2640,17 @@ def gauge_speed(state: State, width: int, rows: int) -> List[Line]:
     value = format_rate(state.rates[-1][1]) if state.rates else ""
     lines = [gauge_line("speed", graph[0], value, width)]
     lines += [gauge_line("", line, "", width) for line in graph[1:]]
+    return lines + speed_lines(state, width)
+
+def speed_lines(state: State, width: int) -> List[Line]:
+    """Name the speeds under their graph, or what is to be expected."""
     latest = dict(state.rates)
     parts = [Part(latest[kind], style, "%s %s" % (word, format_rate(latest[kind])))
              for kind, (word, style, *_) in SPEEDS.items() if kind in latest]
-    if not parts and state.takes.rate:
+    if not parts and state.takes and state.takes.rate:
         expected = "about %s to expect" % format_rate(state.takes.rate)
-        return lines + word_lines("", expected, width, "dim")
-    return lines + name_parts(parts, width, unicode)
+        return word_lines("", expected, width, "dim")
+    return name_parts(parts, width, state.settings.unicode)
 
 def format_rate(rate: float) -> str:
     return "%.*f/s" % (rate < 100, rate)
@@ -6627,6 +6631,10 @@ def view_status(state: State) -> Line:
             gauges = [parts[0] + dot + gauge for gauge in gauges if gauge]
             gauges += [parts[0] + end, ()]
             parts = [hint_line]
+    return fit_status(parts, gauges, dot, width)
+
+def fit_status(parts: List[Line], gauges: List[Line], dot: Line, width: int) -> Line:
+    """Take as many parts, the first ones, as there is room for beside one of the gauges."""
     for n in range(len(parts), 0, -1):
         left: Line = ((" ", parts[0][0][1]), *parts[0])
         for part in parts[1:n]:
