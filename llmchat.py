@@ -5143,7 +5143,7 @@ def plan_columns(columns: Sequence[Column], texts: Sequence[Sequence[str]],
         if widest or column.leaves == 0:
             wide[i] = max(widest, cells(column.title))
     stays = next(i for i in wide if columns[i].leaves == 0)
-    wanted = min(wide[stays], max(20, width * 2 // 5))
+    wanted = min(wide[stays], max(20, width * 9 // 20))
     room = width + wide[stays] - sum(n + columns[i].gap for i, n in wide.items())
     room += columns[max(wide)].gap        # that of the last one may hang over
     while room < wanted and len(wide) > 1:
