@@ -16690,7 +16690,9 @@ class WindowTest(unittest.TestCase):
             window.type("/private\r" if private else "")
             window.type("secret words\r")
             window.wait_for("secret words.*Answered.*\n ready")
-            window.type("/retry\r/fork\r/title secret\r" + CTRL_Q)
+            window.type(
+                "/retry\r/fork\r/title secret\r" + CTRL_Q * 2
+            )  # what is queued isn't stored
             self.assertEqual(window.end(), 0)
             files = [
                 os.path.join(folder, name)
