@@ -11165,31 +11165,28 @@ class Server:
     def connection(self, url: str, headers: Dict[str, str]) -> Tuple[Any, str]:
         """Choose how to connect, as urllib would: (what connects, what is asked for there)."""
         from functools import partial
-        from http.client import HTTPConnection, HTTPSConnection
+        from http.client import HTTPConnection
         from urllib.parse import urlsplit
         from urllib.request import getproxies, proxy_bypass
         scheme, host, port = self.place(url)
         parts = urlsplit(url)
         target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         proxy = "" if proxy_bypass("%s:%d" % (host, port)) else getproxies().get(scheme, "")
-        at = (host, port)
-        login: Dict[str, str] = {}
-        if proxy:
-            at, login = self.proxy_place(proxy)
-        if scheme == "http":
-            headers.update(login)
-            target = url if proxy else target
-            return partial(HTTPConnection, *at, timeout=CONNECT_S), target
+        at, login = self.proxy_place(proxy) if proxy else ((host, port), {})
+        if scheme == "https":
+            return partial(self.connect_tls, at, (host, port), login), target
+        headers.update(login)
+        return partial(HTTPConnection, *at, timeout=CONNECT_S), url if proxy else target
+
+    def connect_tls(self, at: Any, to: Any, login: Dict[str, str]) -> Any:
+        """Connect to (host, port), and if that is a proxy, through it to the server."""
         import ssl
+        from http.client import HTTPSConnection
         trust = ssl.create_default_context()
-        make = partial(HTTPSConnection, *at, timeout=CONNECT_S, context=trust)
-        if not proxy:
-            return make, target
-        def tunnel() -> Any:
-            connection = make()
-            connection.set_tunnel(host, port, headers=login)
-            return connection
-        return tunnel, target
+        connection = HTTPSConnection(at[0], at[1], timeout=CONNECT_S, context=trust)
+        if at != to:
+            connection.set_tunnel(to[0], to[1], login)
+        return connection
 
     def proxy_place(self, proxy: str) -> Tuple[Tuple[str, int], Message]:
         """Read where a proxy is, and the header by which one logs in there."""
@@ -11234,7 +11231,9 @@ class Server:
                 return exchange
             exchange.close()
             url = urljoin(url, exchange.head.headers.get("Location", ""))
-            if server_host(url).lower() != self.host.lower():
+            is_same = server_host(url).lower() == self.host.lower()
+            is_open = self.base.startswith("https:") and not url.startswith("https:")
+            if not is_same or is_open:    # or nobody but the server could read it before
                 raise ModelError(self.sentence("astray", url))
         raise ModelError(self.sentence("in circles"))
 
@@ -11533,15 +11532,19 @@ class ServerEngine:
             context = "context {:,} tokens".format(self.n_ctx)
         lines = ["%s, on %s: what you write goes there" % (name, host),
                  "%s, %s" % (self.kind.name, context)]
-        if self.server.key and self.server.base.startswith("http:") and not re.match(
-                LOOPBACK, host):
-            text = "The key goes to %s without encryption, as its address begins with http://."
-            self.emit("log", level="warn", text=text % host)
+        self.warn_of_key()
         self.emit("plan", lines=lines, verdict="remote", fallback=0, next="")
         self.emit("loaded", name=name, n_ctx=self.n_ctx, path=path, think=None,
                   description="%s on %s, %s" % (self.kind.name, host, context),
                   can_switch=self.can_switch, efforts=self.efforts, counts=bool(self.kind.counts))
         self.emit("proven")
+
+    def warn_of_key(self) -> None:
+        """Say so where a key can be read on its way."""
+        server = self.server
+        if server.key and server.base.startswith("http:") and not re.match(LOOPBACK, server.host):
+            text = "The key goes to %s without encryption, as its address begins with http://."
+            self.emit("log", level="warn", text=text % server.host)
 
     # -- tokens --
 

@@ -17922,6 +17922,13 @@ class ServerTest(unittest.TestCase):
         server.script = [("/v1/chat/completions", refuse(307, Location=place))]
         self.assertEqual(talk.chat("hi")[0], REPLIES["greet"])  # another port of the same host
         self.assertNotIn("Authorization", other.requests[-1][1])
+        secure = ServerTalk(server.address)
+        secure.engine.server.base = secure.engine.server.base.replace("http:", "https:")
+        with mock.patch.object(llmchat.Server, "send") as send:
+            send.return_value.head.status = 307
+            send.return_value.head.headers = {"Location": place}
+            self.fails("isn't the server that you named", secure.chat, "hi")
+            self.assertEqual(send.call_count, 1)
         place = place.replace("127.0.0.1", "localhost")
         server.script = [("/v1/chat/completions", refuse(307, Location=place))]
         n_asked = len(other.requests)
@@ -18112,6 +18119,21 @@ class ServerTest(unittest.TestCase):
         self.assertNotEqual(window.runner.children["engine"].process.pid, pid)
         window.ask("and again", Condition.READING).wait(Condition.READY)
         self.assertEqual(window.said("assistant"), [REPLIES["greet"]] * 3)
+
+    @unittest.skipUnless(POSIX, "needs a pseudo-terminal")
+    def test_a_window(self):
+        """The title says where the model is, and Esc stops in the middle of a reply."""
+        server = self.server()
+        window = Window(server.address, "--no-save")
+        self.addCleanup(window.close)
+        window.ask("hi", "tiny · remote: 127.0.0.1.*it has commas and.*\n ready")
+        server.script = [("/chat/completions", partial(self.go_on, HALF))]
+        window.ask("and now?", "Half of it")
+        window.type(ESC)
+        window.wait_for("Half of it.*stopped.*\n ready")
+        self.assertTrue(server.broken.wait(LIMIT_S))
+        window.type(CTRL_Q)
+        self.assertEqual(window.end(), 0)
 
     # -- without the window --
 
