@@ -10891,19 +10891,40 @@ MAX_EVENT_CHARS = 1 << 20             # of one event of a reply
 class Stopped(Exception):
     """A stop came while something was waited for."""
 
+class Errands:
+    """Threads that do one thing after another: one that waits is sooner at work than a new one."""
+
+    def __init__(self) -> None:
+        import queue
+        self.waiting: Any = queue.Queue()
+        self.n_idle = 0                   # about: one thread too many does no harm
+
+    def start(self, function: Any, *arguments: Any) -> None:
+        if self.n_idle > 0:
+            self.n_idle -= 1
+        else:
+            start_thread(self._run)
+        self.waiting.put((function, arguments))
+
+    def _run(self) -> None:
+        while True:
+            function, arguments = self.waiting.get()
+            function(*arguments)
+            self.n_idle += 1
+
 class Exchange:
     """One request and its answer, in a thread of its own: name servers and networks may hang.
 
     next() gives what comes: "connected", the head of the answer, its pieces, b"" at its end."""
 
-    def __init__(self, connect: Any, *request: Any) -> None:
+    def __init__(self, errands: Errands, connect: Any, *request: Any) -> None:
         """connect: returns an http.client connection. request: as its request() takes it."""
         import queue
         self.items: Any = queue.Queue(64)    # a server faster than we waits
         self.closed = False
         self.socket: Any = None
         self.head: Any = None
-        start_thread(self._run, connect, request)
+        errands.start(self._run, connect, request)
 
     def _run(self, connect: Any, request: Any) -> None:
         connection: Any = None
@@ -11107,6 +11128,7 @@ class Server:
         self.url = self.base = address.rstrip("/")
         self.host = server_host(address)
         self.port = 0
+        self.errands = Errands()
         if not re.fullmatch(r"[^\s?#@\\]+", address) or not self.host:
             raise ModelError(self.sentence("address"))
         self.port = self.place(address)[2]
@@ -11212,7 +11234,7 @@ class Server:
             headers["Authorization"] = "Bearer " + self.key
         connect, target = self.connection(url, headers)
         method = "GET" if body is None else "POST"
-        exchange = Exchange(connect, method, target, body, headers)
+        exchange = Exchange(self.errands, connect, method, target, body, headers)
         try:
             exchange.next(self.stop, CONNECT_S)
             limit_s = 1e9 if wait else SERVER_ANSWER_S
