@@ -4828,7 +4828,8 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
     """Show what an empty chat has: the fullest form that there is room for."""
     width = min(width, WELCOME_COLUMNS)
     logo: List[Line] = [((" " + row, "title"),) for row in LOGO]
-    said: List[Line] = [(("  " + row, "text"),) for row in wrap(welcome_text(state), width - 4)]
+    text = clean_row(welcome_text(state))    # it names a file
+    said: List[Line] = [(("  " + row, "text"),) for row in wrap(text, width - 4)]
     keys: List[Line] = [(("  " + welcome_keys(state, width - 3), "dim"),)]
     with_headings = view_offers(state, width, True)
     without = sum(view_offers(state, width, False), [])

@@ -3893,8 +3893,7 @@ class ChatFileTest(unittest.TestCase):
         self.assertEqual(
             out.decode().splitlines(),
             [
-                "spare 2 You work on a copy of this chat: "
-                "another window has this chat open.",
+                "spare 2 You work on a copy of this chat: another window has this chat open.",
                 "The chat isn't deleted: another window has this chat open.",
                 "The chat isn't renamed: another window has this chat open.",
             ],
@@ -14586,6 +14585,12 @@ class WelcomeTest(unittest.TestCase):
         own = play(self.welcome(), "my own", "[tab]")[0]
         self.assertEqual(own.draft.text, "my own")
 
+    def test_names_do_no_harm(self):
+        evil = Settings("m\x1b]0;evil\x07\u202e.gguf")
+        for engine in (Condition.LOADING, Condition.READY):
+            shown = screen_text(self.welcome(engine=engine, model=None, settings=evil))
+            self.assertNotRegex(shown, "[\x00-\x09\x0b-\x1f\u202e]")
+
     def test_no_typed_key_is_swallowed(self):
         for keys in ("1", "2 and 3", "o", "/"):
             self.assertEqual(play(self.welcome(), keys)[0].draft.text, keys)
@@ -16770,6 +16775,7 @@ class WindowTest(unittest.TestCase):
     def assert_harmless(self, raw):
         """Nothing of EVIL's was written to the terminal, and the program's own is known."""
         text = raw.decode()  # strictly: no surrogates, no lone bytes
+        text = text.replace(llmchat.ASK_COLOUR, "", 1)
         self.assertNotRegex(
             text,
             "\x1b\\]|\x1b\\[97;41m|\x1bc|[\x00\x07\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
