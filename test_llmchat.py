@@ -5171,7 +5171,7 @@ class SlowDiskTest(unittest.TestCase):
             "llmchat.py",
         )
         python = write(
-            b'#!/bin/sh\nexec "%s" "$1" "$2" "%s" "$4"\n' % (ENGINE.encode(), script.encode()),
+            b'#!/bin/sh\nexec "%s" "$1" "$2" "%s" "$4" "$5"\n' % (ENGINE.encode(), script.encode()),
             "python",
         )
         os.chmod(python, 0o755)
@@ -5317,7 +5317,7 @@ class HealTest(unittest.TestCase):
             "llmchat.py",
         )
         with open(self.python, "w") as file:
-            file.write('#!/bin/sh\nexec "%s" "$1" "$2" "%s" "$4"\n' % (ENGINE, script))
+            file.write('#!/bin/sh\nexec "%s" "$1" "$2" "%s" "$4" "$5"\n' % (ENGINE, script))
         os.chmod(self.python, 0o755)
 
     def crashes(self):
