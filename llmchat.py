@@ -12919,7 +12919,7 @@ def describe_details(h: Hardware) -> Tuple[str, ...]:
     if h.seen_gpus:
         lines.append("GPU  in this machine: " + "; ".join(map(describe_gpu, h.seen_gpus)))
     if h.build:
-        lines.append("USES %s: what the engine was built for" % " ".join(h.build))
+        lines.append("USES %s (what llama.cpp was built for)" % " ".join(h.build))
     return tuple(lines)
 
 def describe_gpu(gpu: Gpu) -> str:
