@@ -11975,8 +11975,14 @@ class ServerWriter:
         return bool(self.reason)
 
     def end(self, reason: str) -> None:
-        self.reason = self.reason or reason
+        """Note why and when the reply has ended; figures of it may still come."""
+        if self.reason:
+            return
+        self.reason = reason
         self.ended_s = time.monotonic()
+        if self.reply.first_s:
+            write_s = self.ended_s - self.reply.first_s
+            self.reply.told.update(rate=self.reply.rate(self.ended_s), write_s=write_s)
 
     def take_figures(self, found: Fields) -> None:
         """Take what the server has counted: OpenAI's usage, llama-server's timings and progress."""

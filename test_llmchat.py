@@ -17518,8 +17518,10 @@ class ServerTest(unittest.TestCase):
             gate.wait(LIMIT_S)
 
         server.script = [("/chat/completions", play)]
-        with mock.patch.object(llmchat.ServerWriter, "USAGE_S", 0.01):
-            self.assertEqual(talk.chat("hi")[0], "All of it")
+        with mock.patch.object(llmchat.ServerWriter, "USAGE_S", 1):
+            text, done = talk.chat("hi")
+        self.assertEqual(text, "All of it")
+        self.assertLess(done["write_s"], 1)  # as the server has ended it, not as it hung up
 
     def test_thinking(self):
         server = self.server()
