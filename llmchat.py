@@ -11387,6 +11387,31 @@ def busy_pause_s(head: Any, n_before: int) -> float:
         return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
     return BUSY_WAIT_S * 2 ** n_before
 
+MAX_MODELS = 500
+
+def parse_models(said: Fields) -> Fields:
+    """Read the models of /v1/models: name -> what is said of it. Raises ValueError."""
+    data = said.get("data")
+    if data is None and "object" in said:
+        data = []                         # Ollama without a model
+    if not isinstance(data, list):
+        raise ValueError("it lists no models")
+    models = {}
+    for item in data[:MAX_MODELS]:
+        name = item.get("id") if isinstance(item, dict) else None
+        if isinstance(name, str) and 0 < len(name) < 200 and clean_row(name) == name:
+            models[name] = item
+    return models
+
+def find_n_ctx(facts: Fields) -> int:
+    """Find how many tokens a model keeps in mind, in what its server says of it; 0 = not said."""
+    for name in ("n_ctx", "max_model_len", "context_length", "context_window",
+                 "max_context_length"):
+        n_ctx = facts.get(name)
+        if isinstance(n_ctx, int) and 0 < n_ctx < 1e9:
+            return int(n_ctx)
+    return 0
+
 
 # == 48. SERVER ENGINE =============================================================================
 # ServerEngine: a model on an OpenAI-compatible server, with the messages of LlamaEngine, so that
@@ -11422,7 +11447,6 @@ SAID_N_CTX = (r"(?i)(?:context length (?:is|of)(?: only)?|context window (?:is|o
 CANT_SEE = r"(?i)image|picture|vision|multi-?modal|content.*string"
 UNKNOWN_FIELD = r"(?i)unknown|unrecognized|unexpected|unsupported|not (?:permitted|allowed)|extra_"
 MAX_REFUSALS = 8                  # of one message: each time something is left out
-MAX_MODELS = 500
 MAX_REPLY_CHARS = 1 << 22
 PIECE_CHARS = 8000                # of a message to the window
 OVERHEAD_TOKENS = 8               # that a template adds to each message, about
@@ -11742,29 +11766,6 @@ def read_left_out(base: str) -> List[str]:
     """Read which fields this server has refused before."""
     names = read_kept("machine.json").get(base, {}).get("left_out")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-def parse_models(said: Fields) -> Fields:
-    """Read the models of /v1/models: name -> what is said of it. Raises ValueError."""
-    data = said.get("data")
-    if data is None and "object" in said:
-        data = []                         # Ollama without a model
-    if not isinstance(data, list):
-        raise ValueError("it lists no models")
-    models = {}
-    for item in data[:MAX_MODELS]:
-        name = item.get("id") if isinstance(item, dict) else None
-        if isinstance(name, str) and 0 < len(name) < 200 and clean_row(name) == name:
-            models[name] = item
-    return models
-
-def find_n_ctx(facts: Fields) -> int:
-    """Find how many tokens a model keeps in mind, in what its server says of it; 0 = not said."""
-    for name in ("n_ctx", "max_model_len", "context_length", "context_window",
-                 "max_context_length"):
-        n_ctx = facts.get(name)
-        if isinstance(n_ctx, int) and 0 < n_ctx < 1e9:
-            return int(n_ctx)
-    return 0
 
 def choose_model(host: str, models: Iterable[str], wanted: str) -> str:
     """Choose the model that a name means; "" = none is named, and there are several.
