@@ -12904,7 +12904,7 @@ def describe_machine(h: Hardware) -> Tuple[str, ...]:
         gpu.name, gpu.backend, format_bytes(gpu.total_bytes), format_bytes(gpu.free_bytes))
         for gpu in h.gpus]
     if not gpus:
-        gpus = ["GPU  no graphics card is used"]
+        gpus = ["GPU  none is used"]
     system = "OS   %s, Python %s" % (h.os_name, h.python_version)
     if h.llama_version:
         system += ", llama-cpp-python " + h.llama_version
