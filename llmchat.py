@@ -2499,7 +2499,8 @@ def progress_line(state: State, name: str, share: float, value: str, width: int)
 
 def gauge_model(state: State, width: int, rows: int) -> List[Line]:
     """Show what is loaded, and as whom it speaks."""
-    path, takes = state.settings.model_path, state.takes
+    path = state.settings.model_path
+    takes = state.takes
     name = state.model.name if state.model else file_label(path)
     if not name:
         return []
@@ -2522,7 +2523,9 @@ ENGINE_STYLES = {Condition.READY: "good", Condition.WRITING: "gauge", Condition.
 
 def gauge_engine(state: State, width: int, rows: int) -> List[Line]:
     """Show what the engine does: one line, so that nothing moves when that changes."""
-    engine, progress, ahead = state.engine, state.progress, state.ahead_progress
+    engine = state.engine
+    progress = state.progress
+    ahead = state.ahead_progress
     if engine is Condition.READY and ahead.total:
         return [reading_line(state, "ahead", ahead, width)]
     if engine is Condition.READING and progress.total:
@@ -3240,7 +3243,8 @@ def start_model(state: State) -> Change:
     """Load the model of the settings, into a fresh engine if none is ready.
 
     Where none is named, look it up, or let the user choose."""
-    settings, download = state.settings, state.download
+    settings = state.settings
+    download = state.download
     if not settings.model_path:
         if download and download.load and not download.stop:
             return state, ()              # it is on its way, and is loaded when it is here
@@ -3276,7 +3280,8 @@ def whole_path(path: str) -> str:
 
 def chat_messages(state: State) -> List[Message]:
     """Make the chat as the engine gets it: the system prompt and the turns that the model sees."""
-    chat, system = state.chat, state.settings.system_prompt
+    chat = state.chat
+    system = state.settings.system_prompt
     messages = [{"role": "system", "content": system}] if system else []
     turns = chat.turns[chat.forgotten:chat.editing]
     texts = seen_texts([turn.text for turn in turns], is_remote(state))
@@ -3869,7 +3874,8 @@ def saved_personas(settings: Settings) -> Dict[str, str]:
     return {name: text for name, text in saved.items() if isinstance(text, str)}
 
 def save_persona(state: State, name: str) -> Outcome:
-    text, saved = state.settings.system_prompt, saved_personas(state.settings)
+    text = state.settings.system_prompt
+    saved = saved_personas(state.settings)
     problem = ""
     if not name:
         problem = "Name it: /persona save NAME"
@@ -4086,7 +4092,8 @@ def reset_setting(state: State, name: str) -> Change:
 
 def close_form(state: State) -> State:
     """Ask whether the model is to be loaded again where a change needs that."""
-    form, options = state.dialog, state.settings.options
+    form = state.dialog
+    options = state.settings.options
     state = state._replace(dialog=form.back)
     if options == form.about or not state.model:
         return state
@@ -4139,7 +4146,8 @@ def cmd_stats(state: State, argument: str) -> Outcome:
     or none: what stands under replies)"""
     if argument in WORDS_OF["statistics"]:
         return choose(state, {"statistics": argument}, "Under replies: %s" % argument)
-    stats, model = state.stats, state.model
+    stats = state.stats
+    model = state.model
     speeds = sparkline(state.speeds[-40:], state.settings.unicode)
     return state._replace(dialog=text_sheet("Statistics of this session", (
         ("model", model.description if model else state.engine.value),
@@ -4240,7 +4248,8 @@ def send_text(state: State, text: str) -> Change:
 
     text: as with_files() returns it."""
     text = sent_words(text)
-    chat, editing = state.chat, state.chat.editing
+    chat = state.chat
+    editing = state.chat.editing
     if editing is not None:
         role = chat.turns[editing].role
         chat = cut_turns(chat, editing)
@@ -4621,7 +4630,9 @@ def in_full_first(rows: List[Tuple[str, str]], word: str) -> List[Tuple[str, str
 def find_commands(word: str) -> Tuple[Tuple[str, str], ...]:
     """Find commands by the beginning of their name, of another word for them, or, from three
     letters on, of a word of their help."""
-    by_name, by_synonym, by_help = [], [], []
+    by_name = []
+    by_synonym = []
+    by_help = []
     for name, (_, meaning) in slash_commands().items():
         others = [other for other in synonyms(name) if other.startswith(word)]
         if name.startswith(word):
@@ -4936,7 +4947,8 @@ def search(state: State, query: str) -> Outcome:
 
 def on_dialog_key(state: State, key: str) -> Outcome:
     """Give a key to the dialog: it moves, edits the line, or is one of the dialog's own."""
-    dialog, edit = state.dialog, EDIT_KEYS.get(key)
+    dialog = state.dialog
+    edit = EDIT_KEYS.get(key)
     if key in MOVES:
         return move_in_dialog(state, MOVES[key])
     if edit in LINE_EDITS and dialog.query is not None:
@@ -5345,7 +5357,8 @@ def when_text(time_s: float, now_s: float) -> str:
     """Such as "today 01:42", "yesterday 18:03", "Mon", "3 Nov" or "3 Nov 2024"."""
     import datetime
     try:                                  # a disk may hold any number
-        then, now = time.localtime(time_s), time.localtime(now_s)
+        then = time.localtime(time_s)
+        now = time.localtime(now_s)
         days = datetime.date(*now[:3]).toordinal() - datetime.date(*then[:3]).toordinal()
     except (ValueError, OverflowError, OSError):
         return "?"
@@ -5585,7 +5598,9 @@ def read_ahead(state: State, effects: Tuple[Any, ...]) -> Change:
     the attached files (which it counts), and the draft's whole words."""
     if is_remote(state):
         return count_files(state, effects)
-    chat, draft, think = state.chat, whole_words(state.draft), shall_think(state)
+    chat = state.chat
+    draft = whole_words(state.draft)
+    think = shall_think(state)
     of_chat = (state.settings.system_prompt, chat.name, last_turn_id(chat), chat.editing)
     of_draft = (think, state.files, draft)
     if (of_chat, of_draft) == state.ahead:
@@ -5657,7 +5672,8 @@ def on_submitted(state: State, event: Submitted) -> Change:
     return run_command(state, "send", "read" if event.literal else "")
 
 def on_pressed(state: State, event: Pressed) -> Outcome:
-    draft, key = state.draft, event.key
+    draft = state.draft
+    key = event.key
     pair = "%s %s" % (draft.last, key)
     if pair in KEYS or pair in EDIT_KEYS:
         key = pair
@@ -5734,7 +5750,8 @@ def on_chat_opened(state: State, event: ChatOpened) -> Outcome:
     if is_busy(state):
         hint = "Stop the reply first (Esc), then open the other chat"
         return state._replace(hint=hint)
-    before, chat = state.chat, event.chat
+    before = state.chat
+    chat = event.chat
     state = state._replace(settings=state.settings._replace(system_prompt=chat.system))
     if not chat.stored:                   # brought in: no file knows of it yet
         chat = chat._replace(system="")
@@ -5762,7 +5779,8 @@ def tell_opened(state: State, chat: Chat, note: str) -> State:
 def load_chat_model(state: State) -> Change:
     """Load the model that the chat was held with, unless the command line named one; without
     either, the last one."""
-    path, settings = state.chat.model_path, state.settings
+    path = state.chat.model_path
+    settings = state.settings
     state = state._replace(settings=settings._replace(named=False))    # that was for the first chat
     if path and path != settings.model_path and not settings.named:
         return look_up(state, path)
@@ -5806,7 +5824,8 @@ def on_engine_missing(state: State, event: EngineMissing) -> Outcome:
 
 def on_needs_probed(state: State, event: NeedsProbed) -> Outcome:
     """Name what is lacking on the first screen; what a setup before has begun goes on."""
-    needs, is_first = event.needs, state.needs is None
+    needs = event.needs
+    is_first = state.needs is None
     state = state._replace(needs=needs)
     if needs.engine and state.engine is Condition.OFF:
         state = state._replace(engine=Condition.MISSING)
@@ -5899,7 +5918,8 @@ def tell_unfound(state: State, entries: Sequence[ModelEntry], wanted: str) -> St
     return notice(state, explain_match(entries, (), wanted), "error" if wanted else "warn")
 
 def on_download_said(state: State, event: ChildSaid) -> Outcome:
-    message, download = event.message, download_step(state.download, event.message)
+    message = event.message
+    download = download_step(state.download, event.message)
     state = state._replace(download=download)
     if download.doing == "choices":
         return show_models(state, [ModelEntry(*entry) for entry in message["entries"]])
@@ -5961,11 +5981,12 @@ def on_download_ended(state: State, event: ChildEnded) -> Outcome:
 # and of ENGINE_SAYS.
 
 def on_engine_said(state: State, event: ChildSaid) -> Outcome:
-    message, chat = event.message, state.chat
+    message = event.message
     name = message.get("event")
     state = state._replace(ram_bytes=message.get("ram_bytes", state.ram_bytes))
     if name in ("reading", "text", "done"):
-        if chat.reply is None or not is_busy(state) or message["id"] != chat.request:
+        is_current = state.chat.reply is not None and message["id"] == state.chat.request
+        if not is_current or not is_busy(state):
             return state                  # of a reply that has ended
     return ENGINE_EVENTS[name](state, message) if name in ENGINE_EVENTS else state
 
@@ -5980,9 +6001,7 @@ def on_plan(state: State, message: Fields) -> State:
     """Take what the model will take; the log tells the settings, and if it is too much."""
     state = add_log(state, *plan_log(message))
     takes = message.get("takes")
-    caution = max(message.get("caution", 0), state.caution) + 1
-    if caution == len(CAUTIONS):
-        caution = 0
+    caution = (max(message.get("caution", 0), state.caution) + 1) % len(CAUTIONS)
     return state._replace(fallback=message["fallback"], next_fallback=message["next"],
                           next_caution=caution, takes=Takes(**takes) if takes else None)
 
@@ -6177,7 +6196,8 @@ def end_reply(state: State, note: Any) -> State:
 
 def on_failed(state: State, message: Fields) -> State:
     """A command failed but the engine lives on (or, at its start, ends by itself)."""
-    during, text = message["during"], message["text"]
+    during = message["during"]
+    text = message["text"]
     if during == "ahead":                 # the message itself will tell, when it is sent
         return add_log(state, LogLine("warn", text))
     if during == "chat":
@@ -6623,7 +6643,8 @@ def view_status(state: State) -> Line:
     if hint:
         return fit(((" " + clean_name(hint, width), "status"),), width, "status")
     dot: Line = ((dot_between(state.settings.unicode), "status"),)
-    parts, gauges = view_doing(state), view_gauges(state)
+    parts = view_doing(state)
+    gauges = view_gauges(state)
     if state.hint:
         hint_line: Line = ((fit_hint(state.hint, width - 2), hint_style(state)),)
         if is_progressing(state):         # which is never hidden
@@ -6676,7 +6697,8 @@ def search_hint(draft: Draft) -> str:
 
 def view_doing(state: State) -> List[Line]:
     """Show the engine's condition, with a bar, and what goes on: the most important first."""
-    engine, progress = state.engine, state.progress
+    engine = state.engine
+    progress = state.progress
     condition: Line = ((engine.value, "alert" if engine in ALERTS else "status"),)
     if engine is Condition.LOADING or progress.total:
         share = progress.share()
@@ -6688,7 +6710,8 @@ def view_doing(state: State) -> List[Line]:
 def doing_parts(state: State) -> List[str]:
     """Say what goes on beside the engine's condition."""
     parts = []
-    engine, ahead = state.engine, state.ahead_progress
+    engine = state.engine
+    ahead = state.ahead_progress
     if state.progress.waited_s:
         parts.append("waiting for %s, %d s" % (
             server_host(state.settings.model_path), state.progress.waited_s))
@@ -6716,7 +6739,8 @@ def view_download(state: State) -> List[Line]:
     if not is_downloading(state):
         return [((download_label(download.name) + " paused", "status"),)]
     share = download.done / max(1, download.total)
-    name, percent = download_label(download.name), " %d %%" % (100 * share)
+    name = download_label(download.name)
+    percent = " %d %%" % (100 * share)
     line: Line = ((name + percent, "status"),)
     if state.columns >= 70:
         verb = "checking" if download.doing == "checking" else "downloading"
@@ -6862,7 +6886,8 @@ def view_title(title: str, width: int) -> Line:
     return ((" " + keep_parts(title, width), "title"),)
 
 def view_sheet(sheet: Sheet, width: int, height: int) -> List[Line]:
-    rows, room = sheet_lines(sheet, width), sheet_room(height)
+    rows = sheet_lines(sheet, width)
+    room = sheet_room(height)
     top = max(0, min(sheet.index, len(rows) - room))
     is_help = sheet.name == "help"
     query: Line = ((" " + query_end(sheet.query, width), "user"),) if is_help else ()
@@ -6898,7 +6923,8 @@ SETUP_TEXT = ("llmchat gets it into a folder of its own and changes nothing else
 
 def view_setup(state: State, width: int, height: int) -> List[Line]:
     """The first screen: what is lacking, what it costs, and three keys."""
-    needs, room = state.needs, max(1, width - 4)
+    needs = state.needs
+    room = max(1, width - 4)
     if not needs:
         return [(), (("  Looking at this machine", "dim"),)]
     rows = setup_lines(needs, room, height)
@@ -7625,7 +7651,8 @@ class Screen:
             "u": curses.A_UNDERLINE, "i": curses.A_UNDERLINE}
         if hasattr(curses, "A_ITALIC") and (os.name == "nt" or curses.tigetstr("sitm")):
             flags["i"] = curses.A_ITALIC  # where there is no italic, it is underlined
-        colors, n_colors = THEMES.get(theme, {}), 0
+        colors = THEMES.get(theme, {})
+        n_colors = 0
         if colors is not None and self.colors:
             curses.use_default_colors()
             n_colors = curses.COLORS
@@ -8273,7 +8300,8 @@ class Runner:
 
     def close(self) -> bool:
         """End all that runs; returns whether something that was said could not be saved."""
-        installer, engine = self.children.get("install"), self.children.get("engine")
+        installer = self.children.get("install")
+        engine = self.children.get("engine")
         if installer and installer.is_alive():
             installer.interrupt()
         self.end_child("download")
@@ -8346,7 +8374,8 @@ def start_window(state: State, first: str) -> Change:
 
 def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
     """Returns the last state; None when the terminal is gone."""
-    drawn, urgent = state, False
+    drawn = state
+    urgent = False
     while not runner.quit:
         dues_s = [screen.due_s(), screen.next_s(state is not drawn)]
         waits_s = [max(0.0, due_s - time.monotonic()) for due_s in dues_s if due_s is not None]
@@ -8368,7 +8397,8 @@ def loop(state: State, screen: Screen, runner: Runner) -> Optional[State]:
             continue
         if changed and (urgent or screen.is_painted()):
             screen.draw(view(state), urgent)
-            drawn, urgent = state, False
+            drawn = state
+            urgent = False
         else:
             screen.draw_rest()
     return state
@@ -8514,7 +8544,8 @@ def probe_gpus(api: Any) -> Tuple[Gpu, ...]:
         kind = get_type(device)
         if kind not in (GPU_TYPE, INTEGRATED_GPU_TYPE):
             continue
-        free, total = c_size_t(), c_size_t()
+        free = c_size_t()
+        total = c_size_t()
         memory(device, byref(free), byref(total))
         name = get_name(device).decode()
         is_shared = kind == INTEGRATED_GPU_TYPE or name.lower().startswith(("metal", "mtl"))
@@ -8714,7 +8745,8 @@ class ThreadCount:
 class SpeedMeter:
     """Measures tokens/s of "reading" and "writing", about once a second of work."""
 
-    SAMPLE_S, LEAST_S = 1.0, 0.001
+    SAMPLE_S = 1.0
+    LEAST_S = 0.001
 
     def __init__(self) -> None:
         self.kind = ""
@@ -10131,7 +10163,8 @@ class Reply:
 
     def __init__(self, engine: Any, began_s: float, n_reused: int, begun_text: str,
                  begun: List[int]) -> None:
-        self.engine, self.began_s = engine, began_s
+        self.engine = engine
+        self.began_s = began_s
         self.n_reused = n_reused          # tokens of the prompt that were known
         self.n_read = 0                   # the others
         self.begun = begun                # the reply's tokens before these
@@ -11893,7 +11926,8 @@ class ServerWriter:
 
     def read(self) -> None:
         """Take event after event, until one ends the reply."""
-        head, server = self.exchange.head, self.engine.server
+        head = self.exchange.head
+        server = self.engine.server
         kind = head.headers.get("Content-Type", "").lower()
         if "json" in kind or "html" in kind:    # it can't stream, or is something else
             text = server.read(self.exchange)
@@ -11987,7 +12021,8 @@ class ServerWriter:
 
     def take_figures(self, found: Fields) -> None:
         """Take what the server has counted: OpenAI's usage, llama-server's timings and progress."""
-        usage, timings = read_dict(found, "usage"), read_dict(found, "timings")
+        usage = read_dict(found, "usage")
+        timings = read_dict(found, "timings")
         progress = read_dict(found, "prompt_progress")
         if progress:
             self.tell_progress(progress)
@@ -12008,7 +12043,8 @@ class ServerWriter:
 
     def tell_progress(self, progress: Fields) -> None:
         """Tell how far llama-server has read the prompt."""
-        n_done, n_all = read_figure(progress, "processed"), read_figure(progress, "total")
+        n_done = read_figure(progress, "processed")
+        n_all = read_figure(progress, "total")
         n_read = n_done - read_figure(progress, "cache")
         passed_s = read_figure(progress, "time_ms") / 1000
         rate = n_read / passed_s if passed_s else 0.0
@@ -17558,6 +17594,43 @@ def read_attachment(path: str, room: int, sees: bool = False) -> str:
         raise ValueError("it is binary, and only text can be sent")
     return text.replace("\r\n", "\n").rstrip("\n")
 
+def read_attachments(words: Sequence[str], room: int, text: str, sees: bool) -> FilesRead:
+    """Read the files of /file; or, with a text, those named in it that exist.
+
+    room: for so many characters in all. sees: the model may see pictures."""
+    files: List[File] = []
+    problems: List[str] = []
+    missing: List[str] = []
+    for word in words:
+        names = find_files(plain_path(word), not text)
+        if text and not names and re.match(LIKE_FILE_NAME, word):
+            missing.append(word)
+        for name in names:
+            try:
+                file = File(clean_row(name), read_attachment(name, room, sees))
+            except Exception as error:    # somebody waits for the answer, so there must be one
+                reason = getattr(error, "strerror", None) or error
+                problems.append("%s isn't attached: %s." % (name, reason))
+                continue
+            files.append(file)
+            room -= 0 if is_picture(file) else len(file.text)
+    return FilesRead(tuple(files), tuple(problems[:9]), text, tuple(missing))
+
+def complete_path(word: str, escaped: bool) -> List[str]:
+    """List the paths that begin with this word; escaped: a space follows a backslash."""
+    import glob
+    begin = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
+    fitting = []
+    for path in sorted(glob.glob(glob.escape(begin) + "*")):
+        tail = path[len(begin):]
+        if os.path.isdir(path):
+            tail += "/"
+        fitting.append(word + (tail.replace(" ", "\\ ") if escaped else tail))
+    return fitting
+
+NO_MESSAGES = ("%s holds no messages as OpenAI's API has them: "
+               '{"messages": [{"role": …, "content": …}]}.')
+
 def parse_messages(text: str) -> Chat:
     """Read a chat in OpenAI's form. Raises ValueError, KeyError, TypeError, AttributeError."""
     import json
@@ -17632,8 +17705,6 @@ SLOW_JOB = " yet: the disk or program takes long to answer. You can go on meanwh
 NOT_SAVED = ("This chat can't be saved: %s. It goes on in memory, and saving is tried again "
              "and again.")
 COPIED_CHAT = "You work on a copy of this chat: %s."
-NO_MESSAGES = ("%s holds no messages as OpenAI's API has them: "
-               '{"messages": [{"role": …, "content": …}]}.')
 
 class DiskWorker:
     """Does what is to be done with files; what comes of it goes to post(event).
@@ -17970,41 +18041,14 @@ class DiskWorker:
 
     def find_paths(self, text: str, word: str, escaped: bool) -> None:
         """Find paths that begin with this word, for Tab; escaped: a space follows a backslash."""
-        import glob
-        begin = os.path.expanduser(word.replace("\\ ", " ") if escaped else word)
-        fitting = []
-        for path in sorted(glob.glob(glob.escape(begin) + "*")):
-            tail = path[len(begin):]
-            if os.path.isdir(path):
-                tail += "/"
-            fitting.append(word + (tail.replace(" ", "\\ ") if escaped else tail))
+        fitting = complete_path(word, escaped)
         if text.startswith("/load "):         # models are known by their names, too
             names = [entry.name for entry in find_models()]
             fitting += [name for name in names if word.lower() in name.lower()]
         self.post(Fitting(text, word, fitting))
 
     def read_files(self, words: Sequence[str], n_ctx: int, text: str, sees: bool = False) -> None:
-        """Read the files of /file; or, with a text, those named in it that exist.
-
-        sees: the model may see pictures."""
-        files: List[File] = []
-        problems: List[str] = []
-        missing: List[str] = []
-        room = 16 * n_ctx                 # hardly any token has more characters
-        for word in words:
-            names = find_files(plain_path(word), not text)
-            if text and not names and re.match(LIKE_FILE_NAME, word):
-                missing.append(word)
-            for name in names:
-                try:
-                    file = File(clean_row(name), read_attachment(name, room, sees))
-                except Exception as error:    # somebody waits for the answer, so there must be one
-                    reason = getattr(error, "strerror", None) or error
-                    problems.append("%s isn't attached: %s." % (name, reason))
-                    continue
-                files.append(file)
-                room -= 0 if is_picture(file) else len(file.text)
-        self.post(FilesRead(tuple(files), tuple(problems[:9]), text, tuple(missing)))
+        self.post(read_attachments(words, 16 * n_ctx, text, sees))    # a token's characters, at most
 
     def find_dropped(self, text: str, n_ctx: int) -> None:
         """Offer the file that a text is the path of, if it can be attached or is a model."""
@@ -18056,8 +18100,7 @@ class DiskWorker:
 # The line mode, and one answer for -p and pipes: update(), events and effects are the window's, the
 # views are others. All that the window tells has a place: replies on stdout, the rest on stderr.
 
-# So long an answer is printed into a pipe before its end, if the model isn't known to think.
-SURE_CHARS = 800
+SURE_CHARS = 800                  # of an answer, after which it surely isn't thinking
 SILENT_S = 120                    # a loading engine that neither speaks nor reads so long hangs
 HUNG_ENGINE = ("The engine has done nothing for %d s while it was loading, so it was ended: try "
                "again, or see what --doctor says.")

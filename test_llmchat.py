@@ -2852,7 +2852,8 @@ class ReplyEndTest(unittest.TestCase):
 
     def test_reply_that_fills_the_context_twice_ends(self):
         whole = " ".join("word%d" % n for n in range(900))
-        engine, parts = Engine(self, self.scripted(whole), n_ctx=512), []
+        engine = Engine(self, self.scripted(whole), n_ctx=512)
+        parts = []
         for _ in range(9):  # /continue goes on behind what has been forgotten
             part, end = engine.chat("go", begun="".join(parts))
             parts.append(part)
@@ -6242,7 +6243,7 @@ class PlainTest(unittest.TestCase):
 
     def test_options(self):
         self.assertEqual(run_plain("--version"), (0, "llmchat %s\n" % llmchat.VERSION, ""))
-        out = run_plain("--help")[1]
+        out = " ".join(run_plain("--help")[1].split())
         for words in (
             "default: %s" % llmchat.SAMPLING["temperature"][0],
             "default: %s" % llmchat.SAMPLING["top_p"][0],
@@ -13426,7 +13427,8 @@ class ModelListTest(unittest.TestCase):
 
     def look(self, *events, columns=120, **fields):
         """The state and what is read of the rows at which the cursor stands."""
-        state, effects = State(columns=columns, rows=24)._replace(**fields), ()
+        state = State(columns=columns, rows=24)._replace(**fields)
+        effects = ()
         for event in (ModelsFound(self.ENTRIES, ""), *events):
             if isinstance(event, str):
                 event = Pressed(event[1:-1])
@@ -13435,7 +13437,8 @@ class ModelListTest(unittest.TestCase):
         return state, [e.arguments[1] for e in effects if isinstance(e, DiskJob)]
 
     def test_details_are_read_where_the_cursor_rests(self):
-        alpha, dolphin = ("/m/alpha-Q8_0.gguf", "/o/1")
+        alpha = "/m/alpha-Q8_0.gguf"
+        dolphin = "/o/1"
         state, read = self.look()
         self.assertEqual(read, [alpha])
         self.assertEqual(self.look("[down]", "[up]")[1], [alpha, dolphin], "each once")
@@ -14830,7 +14833,8 @@ class PanelTest(unittest.TestCase):
 
     def test_graph_moves_seldom(self):
         """It grows to the right; when it is full, a quarter goes at once."""
-        state, changed = self.state(), []
+        state = self.state()
+        changed = []
         for n in range(100):
             before = self.pane(state)
             state = play(state, pace("writing", 5.0 + n % 2))[0]
@@ -17917,7 +17921,8 @@ class ServerTest(unittest.TestCase):
 
     def test_redirects(self):
         """They are followed on the same host only, and the key goes to the named address only."""
-        server, other = self.server(), self.server()
+        server = self.server()
+        other = self.server()
         os.environ["LLMCHAT_API_KEY"] = "sk-secret"
         moved = refuse(307, Location="/elsewhere/v1/chat/completions")
         talk = self.talk(server)
