@@ -17597,7 +17597,8 @@ def read_attachment(path: str, room: int, sees: bool = False) -> str:
 def read_attachments(words: Sequence[str], room: int, text: str, sees: bool) -> FilesRead:
     """Read the files of /file; or, with a text, those named in it that exist.
 
-    room: for so many characters in all. sees: the model may see pictures."""
+    room: for so many characters in all; hardly any token has more than 16.
+    sees: the model may see pictures."""
     files: List[File] = []
     problems: List[str] = []
     missing: List[str] = []
@@ -18048,7 +18049,7 @@ class DiskWorker:
         self.post(Fitting(text, word, fitting))
 
     def read_files(self, words: Sequence[str], n_ctx: int, text: str, sees: bool = False) -> None:
-        self.post(read_attachments(words, 16 * n_ctx, text, sees))    # a token's characters, at most
+        self.post(read_attachments(words, 16 * n_ctx, text, sees))
 
     def find_dropped(self, text: str, n_ctx: int) -> None:
         """Offer the file that a text is the path of, if it can be attached or is a model."""

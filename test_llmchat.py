@@ -80,6 +80,8 @@ LIMIT_S = 120  # how long a test waits for something that must come
 GB = 1 << 30
 POSIX = os.name == "posix"
 SCRIPT = os.path.abspath(llmchat.__file__)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with "&" in a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children inherit what is ignored
 ENV = dict(os.environ)  # for all children; setUpModule leads its home to FOLDER
 FOLDER = ENGINE = TALK = MIND = BARE = TOUR = (
     ""  # a temporary folder, the Python with llama_cpp, the models
