@@ -10261,7 +10261,7 @@ class TextTest(unittest.TestCase):
             lambda text: llmchat.wrap(text, 77),
             lambda text: llmchat.draft_cursor(Draft(text, len(text)), 40),
             lambda text: llmchat.log_lines(LogLine("dim", text), 40),
-            lambda text: llmchat.turn_lines(Turn("user", text), options),
+            lambda text: llmchat.turn_lines(Turn("user", text), ("", "dim"), options),
             lambda text: llmchat.StreamedReply(options).show(text, True),
             lambda text: view(
                 ready(hint=text, model=ModelInfo(text, text, 4096), files=(File(text, ""),))
