@@ -7573,8 +7573,10 @@ class Screen:
         self.pace = LinePace()
         self.check_terminal()
         self.window = curses.initscr()
-        curses.start_color()
         self.colors = not os.environ.get("NO_COLOR") and curses.has_colors()
+        if self.colors:                   # else curses would make all of it white on black
+            curses.start_color()
+            curses.use_default_colors()
         self.pad = curses.newpad(1, 8)             # to measure with
         can_draw = plan_glyphs(encoding, os.environ.get("TERM", ""), probe_font())
         self.glyphs = Glyphs(can_draw, self._measure)
@@ -7654,7 +7656,6 @@ class Screen:
         colors = THEMES.get(theme, {})
         n_colors = 0
         if colors is not None and self.colors:
-            curses.use_default_colors()
             n_colors = curses.COLORS
         styles = {}
         for number, (role, marks) in enumerate(ROLES.items(), 1):
