@@ -483,7 +483,7 @@ SYNONYMS = {
     "help":     "? commands keys",
     "new":      "clear reset",
     "private":  "incognito",
-    "chats":    "history sessions",
+    "chats":    "history sessions delete remove",
     "open":     "resume",
     "title":    "rename name",
     "export":   "markdown",
@@ -2515,8 +2515,7 @@ def gauge_model(state: State, width: int, rows: int) -> List[Line]:
         lines += word_lines("", about, width, "dim")[:1]
     prompt = state.settings.system_prompt
     if prompt:
-        named = [persona for persona, text in PERSONAS.items() if text == prompt]
-        lines += word_lines("persona", named[0] if named else prompt, width, "text")[:1]
+        lines += word_lines("persona", persona_name(state.settings) or prompt, width, "text")[:1]
     return lines
 
 ENGINE_STYLES = {Condition.READY: "good", Condition.WRITING: "gauge", Condition.READING: "gauge2"}
@@ -3368,12 +3367,17 @@ def run_slash(state: State, text: str) -> Change:
     name = find_command(word)
     if name:
         return run_command(state, name, argument.strip())
+    if word in SETTINGS:
+        return run_command(state, "set", text[1:])
     import difflib
     words = [*slash_commands(), *" ".join(SYNONYMS.values()).split()]
     near = [near for near in difflib.get_close_matches(word, words) if find_command(near)]
     advice = "F1 shows what there is. Two slashes send a message that begins with one."
     if near:
         advice = "Did you mean /%s?" % near[0]
+    if word in KEYS.values():
+        key = next(key for key, command in KEYS.items() if command == word)
+        advice = "It is a key: %s." % key.title()
     return notice(state, "There is no command /%s. %s" % (word, advice)), ()
 
 def cmd_help(state: State, argument: str) -> Outcome:
@@ -3488,7 +3492,7 @@ def rename(state: State, name: str, title: str) -> Change:
     """Give a stored chat another title, which may be the one that is open."""
     if name == state.chat.name:
         state = state._replace(chat=state.chat._replace(title=title))
-    return state._replace(hint="Named"), (DiskJob("rename", (name, title)),)
+    return state._replace(hint="Named: " + title), (DiskJob("rename", (name, title)),)
 
 def cmd_export(state: State, argument: str) -> Outcome:
     """/export FILE: write the chat to a file: .md, .txt or .json (OpenAI's messages)"""
@@ -3786,7 +3790,7 @@ def cmd_setup(state: State, argument: str) -> Outcome:
 def cmd_better(state: State, argument: str) -> Outcome:
     """download the model that was suggested as a better one, while you chat"""
     if not state.better:
-        return state._replace(hint="No better model was suggested; /download shows what there is")
+        return run_command(state, "download", "")    # the list says which fits best
     return start_download(state, state.better, True)
 
 def load_path(state: State, path: str) -> Change:
@@ -3872,6 +3876,11 @@ def saved_personas(settings: Settings) -> Dict[str, str]:
     if not isinstance(saved, dict):
         return {}
     return {name: text for name, text in saved.items() if isinstance(text, str)}
+
+def persona_name(settings: Settings) -> str:
+    """Find the name of the system prompt; "" = it has none."""
+    personas = {**PERSONAS, **saved_personas(settings)}
+    return next((name for name, text in personas.items() if text == settings.system_prompt), "")
 
 def save_persona(state: State, name: str) -> Outcome:
     text = state.settings.system_prompt
@@ -4017,6 +4026,9 @@ def cmd_set(state: State, argument: str) -> Outcome:
     if name not in SETTINGS:
         text = "There is no setting %r. Settings: %s" % (name, ", ".join(SETTINGS))
         return notice(state, text)
+    if not value and SETTINGS[name][0] != "":
+        now = value_text(setting_value(state.settings, name))
+        return state._replace(hint="%s is %s, and takes %s" % (name, now, range_text(name)))
     value, problem = check_setting(name, value.strip())
     if problem:
         return notice(state, problem)
@@ -4655,7 +4667,14 @@ def menu_rows(state: State) -> List[Tuple[str, str]]:
 
 def menu_index(state: State) -> int:
     """Find the chosen row of the menu; -1 = none, as Enter on "/set " shows all settings."""
-    return state.menu - 1 if state.draft.text.endswith(" ") else state.menu
+    return state.menu if begins_chosen(state) else state.menu - 1
+
+def begins_chosen(state: State) -> bool:
+    """Tell whether the menu's first row is chosen, as it is what was typed by name or synonym."""
+    text = state.draft.text
+    word = text.rpartition(" ")[2]
+    rows = completions(text, state.settings)
+    return word != "" and bool(rows) and (rows[0][0].startswith(word) or rows[0][1].startswith("("))
 
 MENU_MOVES = {"up": -1, "down": 1, "page_up": -10, "page_down": 10}
 
@@ -4764,7 +4783,7 @@ def list_offers(state: State) -> List[Tuple[str, List[Offer]]]:
     for entry in found.entries:
         chats.append(Offer(entry.title, when_text(entry.time_s, found.now_s), "open", entry.name))
     questions = [Offer(text, "") for text in EXAMPLES]
-    groups = [("To begin", needs), ("Go on with", chats), ("Or ask", questions)]
+    groups = [("To begin", needs), ("Go on with", chats), ("Try", questions)]
     return [(heading, offers) for heading, offers in groups if offers]
 
 def lacks_model(state: State) -> bool:
@@ -4806,7 +4825,7 @@ def put_example(state: State, n: int) -> State:
 def take_offer(state: State, offer: Offer) -> Outcome:
     if offer.command:
         return run_command(state, offer.command, offer.argument)
-    return put_example(state, EXAMPLES.index(offer.text))
+    return put_example(state, EXAMPLES.index(offer.text))._replace(hint="Enter sends it")
 
 def welcome_text(state: State) -> str:
     """Say what can be done now."""
@@ -4816,7 +4835,7 @@ def welcome_text(state: State) -> str:
     if state.engine is Condition.MISSING:
         return "The engine isn't here yet, the program that runs models."
     if lacks_model(state):
-        return "No model is here yet: choose one, or get one."
+        return "No model is loaded: choose one, or get one."
     if state.engine in (Condition.STARTING, Condition.LOADING):
         doing = "%s is asked." % host if host else "%s is being loaded." % chat_model(state)
         return doing + " You can write your first message meanwhile."
@@ -4831,7 +4850,7 @@ def welcome_text(state: State) -> str:
             return "Private: nothing of this chat is stored. Type, then press Enter."
     return "Type a message, then press Enter. Your words %s." % where
 
-WELCOME_KEYS = "Down: choose, Tab: a question, Ctrl-O: all chats, F1: help"
+WELCOME_KEYS = "Down: choose, Tab: an example, Ctrl-O: all chats, F1: help"
 CHOSEN_KEYS = "Enter: take it, Up: back"
 WELCOME_COLUMNS = 76                  # it isn't torn apart in a wide window
 
@@ -5476,7 +5495,7 @@ def setting_facts(state: State, name: str) -> List[Tuple[str, str]]:
     default, _, _, meaning = SETTINGS[name]
     counts = "when the model is loaded again" if name in LOADING else "from the next reply on"
     return [
-        ("", meaning[:1].upper() + meaning[1:] + "."), ("takes", range_text(name)),
+        ("", meaning[:1].upper() + meaning[1:] + "."), ("allowed", range_text(name)),
         ("default", value_text(default)), ("in effect", counts)]
 
 def value_style(state: State, name: str) -> str:
@@ -5491,7 +5510,7 @@ SETTING_COLUMNS = (
     Column("setting", lambda state, name: name),
     Column("value",   shown_value, 2, is_number=True, style=value_style),
     Column("default", lambda state, name: value_text(SETTINGS[name][0]), 3, is_number=True),
-    Column("takes",   range_column, 4),
+    Column("allowed", range_column, 4),
 )
 
 LISTS = {
@@ -6036,7 +6055,9 @@ def on_loaded(state: State, message: Fields) -> Change:
 def tell_loaded(state: State, model: ModelInfo) -> State:
     text = "Ready: " + model.name
     kept = state.settings.kept.get(os.path.basename(state.settings.model_path), {})
-    chosen = [name for name in kept if name in SETTINGS or name == "system_prompt"]
+    chosen = ["%s %s" % (name, value) for name, value in kept.items() if name in SETTINGS]
+    if "system_prompt" in kept:
+        chosen.append("persona " + (persona_name(state.settings) or "of your own"))
     if chosen:
         text += ", your settings: " + ", ".join(chosen)
     state = add_log(state, LogLine("good", text))
@@ -6409,10 +6430,10 @@ def view(state: State) -> Frame:
     main, more = view_pane(state, layout.main)
     over = view_over(state, layout.main)
     main[len(main) - len(over):] = over
-    draft, (row, column) = view_draft(state, layout.draft)
+    cursor = dialog_cursor(state, layout.main)
+    draft, (row, column) = view_draft(state, layout.draft, cursor is None)
     rule = view_rule(state, layout.main.width, more)
-    cursor = (layout.draft.y + row, layout.draft.x + column)
-    cursor = dialog_cursor(state, layout.main) or cursor
+    cursor = cursor or (layout.draft.y + row, layout.draft.x + column)
     lines = main + [rule] + draft
     if layout.framed:
         lines = add_frame(state, layout, lines)
@@ -6615,7 +6636,8 @@ def view_rule(state: State, width: int, more: bool) -> Line:
         (text, "warn"),
         (box["h"] * (room - left), "frame"))
 
-def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
+def view_draft(state: State, area: Area,
+               is_typed_here: bool = True) -> Tuple[List[Line], Tuple[int, int]]:
     """Show the input box; also return the cursor (row, column) in it."""
     draft = state.draft
     text = open_chips(draft, draft.text, chip_label)
@@ -6624,6 +6646,8 @@ def view_draft(state: State, area: Area) -> Tuple[List[Line], Tuple[int, int]]:
     row, column = draft_cursor(Draft(text, len(before)), room)
     top = max(0, row - area.height + 1)
     mark = "❯ " if state.settings.unicode else "> "
+    if not is_typed_here:
+        mark = "  "
     lines = []
     for i, (_, part) in enumerate(draft_rows(text, room)[top:top + area.height], top):
         line = (("  " if i else mark, "prompt"), (part, "user"))
@@ -17321,8 +17345,10 @@ def found_words(turn: Turn, query: str) -> List[str]:
     if not found:
         return []
     start = max(0, found.start() - 30)
-    words = " ".join(turn.text[start:found.end() + 90].split())
-    return [("… " if start else "") + words]
+    words = turn.text[start:found.end() + 90].split()
+    if start and found.start() - start > len(words[0]):
+        words[0] = "…"                    # it may be half a word
+    return [" ".join(words)]
 
 def gone_turns(text: str) -> Set[str]:
     return set(re.findall(r'"gone": (\d+)', text))
@@ -18071,7 +18097,7 @@ class DiskWorker:
         except FileExistsError:
             text = "%s is there already: choose another name, or delete it first."
             return self.tell(text % path, "error")
-        self.tell("Written: %s" % path, "good")
+        self.tell("Written: %s" % os.path.abspath(path), "good")
 
     def import_chat(self, path: str) -> None:
         """Open a chat from a file in OpenAI's form."""
@@ -18090,7 +18116,7 @@ class DiskWorker:
         sent: the terminal has been given it."""
         places = list(filter(None, [copy_by_program(text)]))
         if sent:
-            places.append("the terminal's clipboard (if it isn't there, take /save FILE)")
+            places.append("the terminal's clipboard; if nothing can be pasted, take /save FILE")
         if not places:
             places = [os.path.join(make_data_dir(), "copied.txt")]
             write_whole(places[0], text.encode("utf-8", "replace"))

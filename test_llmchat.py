@@ -12540,6 +12540,13 @@ class UpdateTest(unittest.TestCase):
         ):
             self.assertEqual(getattr(run(line)[0].settings.sampling, setting), value, line)
 
+    def test_a_setting_is_a_command_and_tells_its_value(self):
+        state = play(ready(), "/temperature 0.3", "[enter]")[0]
+        self.assertEqual(state.settings.sampling.temperature, 0.3)
+        told = play(state, "/set temperature", "[enter]")[0]
+        self.assertEqual(told.hint, "temperature is 0.3, and takes 0 to 5")
+        self.assertEqual(told.settings, state.settings)
+
     def test_commands_that_only_tell(self):
         start = ready(Turn("user", "a"), Turn("assistant", "b"))
 
@@ -12550,7 +12557,8 @@ class UpdateTest(unittest.TestCase):
             ("/set temperature 9", "from 0 to 5"),
             ("/set temperature nan", "takes a number"),
             ("/set top_k 1.5", "whole number"),
-            ("/set top_k", "whole number"),
+            ("/stop", "It is a key: Esc."),
+            ("/temperature 9", "from 0 to 5"),
             ("/set warmth 1", "no setting"),
             ("/lod x", "Did you mean /load?"),
             ("/zzzz", "no command /zzzz"),
@@ -12750,6 +12758,9 @@ class UpdateTest(unittest.TestCase):
         state = run("/per", "[enter]", "[down]", "[down]", "[enter]")[0]
         self.assertEqual(state.settings.system_prompt, llmchat.PERSONAS["coder"])
         self.assertEqual(run("/set temp", "[enter]")[0].draft.text, "/set temperature ")
+        self.assertEqual(chosen("/stop"), [], "it only stands in the help of others")
+        self.assertIn("no command /stop", notices(run("/stop", "[enter]")[0])[0])
+        self.assertEqual(chosen("/stop", "[down]")[0][0], "/", "it can be chosen there")
         self.assertEqual(run("/persona ", "[enter]")[0].dialog.name, "persona", "none is chosen")
         self.assertTrue(run("/set", "[enter]")[0].draft.text == "", "in full it is run")
         self.assertEqual(run("/clear", "[tab]")[0].draft.text, "/new ")
@@ -14510,7 +14521,7 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(second.end(), 0)
         self.assertEqual(os.stat(file).st_mode & 0o777, 0o600)
         third = window()
-        third.wait_for(r"your settings:.*seed,")
+        third.wait_for(r"your settings: +│\n[^\n]*seed 5")
         third.ask("/set", r"seed +5 ")
         self.assertIn(b"38;5;94", third.raw, "no frame in another theme")
         self.assertNotIn(b"38;5;28", third.raw, "no frame in another theme")
@@ -14549,7 +14560,7 @@ class WelcomeTest(unittest.TestCase):
         off = dict(engine=Condition.OFF, model=None, settings=Settings(""))
         for fields, words in (
             (dict(engine=Condition.LOADING, model=None), "m is being loaded. You can write"),
-            (off, r"No model is here yet(?s:.*)Choose a model of this machine +/models"),
+            (off, r"No model is loaded(?s:.*)Choose a model of this machine +/models"),
             (
                 dict(off, engine=Condition.MISSING),
                 r"The engine isn't here(?s:.*)Get the engine +/setup",
