@@ -6880,7 +6880,8 @@ def view_rows(state: State, choice: Choice, width: int, room: int) -> List[Line]
     """Show the titles of a list's columns, and its rows around the chosen one."""
     items = shown_items(choice)
     columns = LISTS[choice.name].columns
-    has_titles = room > 6 and any(column.title for column in columns)
+    has_room = room > min(6, len(items))
+    has_titles = has_room and any(column.title for column in columns)
     n = max(1, room - 1 if has_titles else room)
     top = max(0, min(choice.index - n // 2, len(items) - n))
     titles, rows = lay_table(state, columns, items[top:top + n], width - 2, choice.items)
@@ -17337,7 +17338,9 @@ def preview_chat(name: str, query: str) -> Tuple[Tuple[str, str], ...]:
         room -= len(text)
         if room <= 0:
             break
-    return (*found[:MAX_FOUND], *turns)
+    if found:
+        found = [*found[:MAX_FOUND], ("dim", "How it ends:")]
+    return (*found, *turns)
 
 def found_words(turn: Turn, query: str) -> List[str]:
     """Return the first place in a turn that holds a text, with some words around; or nothing."""
@@ -18296,7 +18299,8 @@ class Plain:
         state = self.state
         parts = []
         if state.engine is Condition.INSTALLING:
-            parts.append("engine: " + describe_progress(state.progress))
+            doing = describe_progress(state.progress) or "getting ready"
+            parts.append("engine: " + doing)
         if state.download:
             what = "model: " if is_getting(state) else ""
             parts.append(what + describe_download(state.download))

@@ -12195,7 +12195,7 @@ class StoredChatTest(unittest.TestCase):
         self.assertRegex(rows[6], r"^ ● Two +7 +today", "the open one is marked")
         narrow = self.listed(*entries, columns=40)[1]
         self.assertNotIn("messages", narrow[2], "columns leave whole")
-        self.assertIn("One question", narrow[2])
+        self.assertIn("One question", narrow[3])
 
     def test_same_titles_are_told_apart(self):
         self.begin()
