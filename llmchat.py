@@ -14017,13 +14017,12 @@ def plan_advice(
 def memory_line(plan: Plan, header: Header) -> str:
     """Say what the plan takes of the memory."""
     needed = plan.memory.needed()
-    weights = format_bytes(plan.memory.weights)
-    text = "reads %s, needs about %s" % (weights, format_bytes(needed))
+    text = "needs about %s of memory" % format_bytes(needed)
     with_copies = sum(plan.memory)
     if header.tensors and 1.1 * needed < with_copies <= plan.free_bytes:
         text += " (%s while there is room)" % format_bytes(with_copies)
     if plan.free_bytes:
-        text += " of your %s free: %s" % (format_bytes(plan.free_bytes), plan.verdict)
+        text += ", %s are free: %s" % (format_bytes(plan.free_bytes), plan.verdict)
     return text
 
 def settings_line(plan: Plan, most: Plan, header: Header, options: LoadOptions) -> str:

@@ -7791,7 +7791,7 @@ print(json.dumps([is_measured, e.plan.rate > 0, e.learned.paces, e.learned.build
         ),
         (dict(weight_gb=0.8), machine(0.9, 0.6), 1024, "too big", "smaller model"),
         (dict(weight_gb=2.0), machine(3.8, 2.8), 8192, "fits", "all on the CPU"),  # 4 GB laptop
-        (BIG, machine(3.8, 2.8), 1024, "too big", "of your 2.8 GB free"),
+        (BIG, machine(3.8, 2.8), 1024, "too big", "2.8 GB are free"),
         (dict(SMALL, train=2048), machine(16, 12), 2048, "fits", "context 2,048"),
         (BIG, machine(0, 0), 8192, "fits", "needs about"),  # nothing known
         (BIG, machine(16, 10, gpu_gb=7.5), 8192, "fits", "all on the GPU"),
@@ -13650,7 +13650,7 @@ class ModelListTest(unittest.TestCase):
         window.wait_for(r"type to filter")
         window.type("talker-one")
         window.wait_for(r"talker-one +1 of \d+")
-        window.wait_for(r"memory +reads 1 MB")
+        window.wait_for(r"memory +needs about")
         window.type("\t")
         window.wait_for(r"─ talker-one ─")
         window.type("\x1b[F")
