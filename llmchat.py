@@ -2683,7 +2683,7 @@ def draw_graph(rates: Tuple[Any, ...], n_rows: int, unicode: bool) -> List[Line]
     return lines
 
 ADVICE = {                                # what to do where no model is loaded
-    Condition.OFF: "/models chooses a model of this machine, /download fetches one.",
+    Condition.OFF: "/models chooses a model of this machine, /download gets one.",
     Condition.MISSING: "/setup gets the engine and a first model.",
     Condition.RESTING: "Type, and the model is loaded again.",
     Condition.DEAD: "The next message starts the engine again.",
@@ -4789,7 +4789,7 @@ def list_offers(state: State) -> List[Tuple[str, List[Offer]]]:
 def lacks_model(state: State) -> bool:
     """Tell whether nothing is loaded, nor on its way."""
     is_off = state.engine is Condition.OFF and state.wanted is None
-    return is_off and not state.settings.model_path and not is_getting(state)
+    return is_off and not is_getting(state)
 
 def on_welcome_key(state: State, does: str) -> Optional[Outcome]:
     """Give a key to the welcome; None: it has no use for it.

@@ -14560,6 +14560,7 @@ class WelcomeTest(unittest.TestCase):
         off = dict(engine=Condition.OFF, model=None, settings=Settings(""))
         for fields, words in (
             (dict(engine=Condition.LOADING, model=None), "m is being loaded. You can write"),
+            (dict(off, settings=Settings("broken.gguf")), "No model is loaded: choose one"),
             (off, r"No model is loaded(?s:.*)Choose a model of this machine +/models"),
             (
                 dict(off, engine=Condition.MISSING),
