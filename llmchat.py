@@ -3199,15 +3199,15 @@ def find_command(word: str) -> str:
 def synonyms(name: str) -> List[str]:
     return SYNONYMS.get(name, "").split()
 
-def notice(state: State, text: str, style: str = "warn") -> State:
-    """Tell what belongs to no turn: in the log, and as a hint; as a message if it is an error, or
-    too long for the bottom line. Plain mode prints the log."""
+def notice(state: State, text: str, style: str = "warn", stays: bool = False) -> State:
+    """Tell what belongs to no turn: in the log, and as a hint; as a message, which stays until a
+    key, if it is an error or too long for the bottom line. Plain mode prints the log."""
     state = add_log(state, LogLine(style, text))
     if not state.settings.window:
         return state
     is_message = is_open(state, "message")
-    is_short = style != "error" and "\n" not in text and cells(text) < state.columns - 1
-    if is_short or state.dialog and not is_message:
+    stays = stays or style == "error" or "\n" in text or cells(text) >= state.columns - 1
+    if not stays or state.dialog and not is_message:
         return state._replace(hint=text)
     rows = ((text, ""),)
     if is_message:                        # nobody has seen it yet
@@ -5788,7 +5788,7 @@ def tell_opened(state: State, chat: Chat, note: str) -> State:
     hints = ("" if note else "Chat opened", open_end(chat))
     state = state._replace(hint="; ".join(filter(None, hints)))
     if note:
-        state = notice(state, note)
+        state = notice(state, note, stays=True)
     if chat.n_damaged:
         text = ("This chat's file is damaged in %s. What can be read is shown; what can't stays "
                 "in the file, %s.jsonl.")

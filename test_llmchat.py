@@ -16684,7 +16684,7 @@ class WindowTest(unittest.TestCase):
         window.type("\x0f")
         window.wait_for("second question.*first question")
         window.type("first")
-        window.wait_for("^(?!.*second question).*first question")
+        window.wait_for("^(?!.*second question).*· first question")  # what was found in it
         window.type("\r")
         window.wait_for("first question · test_a_chat.*Mine.*\n ready")
         window.type(CTRL_Q)
