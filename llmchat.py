@@ -2711,8 +2711,24 @@ def draw_gauge(state: State, name: str, width: int, rows: int) -> List[Line]:
     return globals()["gauge_" + name](state, width, rows)
 
 def panel_lines(state: State, width: int, room: int) -> List[Line]:
+    """Lay out the gauges, anew only if something has changed but what each token changes."""
+    chat = state.chat._replace(reply=None, thought=())
+    steady = state._replace(chat=chat, draft=Draft(), speed=0.0, chat_scroll=None, hint="")
+    return lay_panel(steady, width, room, tuple(GAUGES))
+
+def remember_last(function: Any) -> Any:
+    """Make a function return what it has returned, when it is called with the same once more."""
+    last: List[Any] = []
+    def call(*arguments: Any) -> Any:
+        if not last or last[0] != arguments:
+            last[:] = [arguments, function(*arguments)]
+        return last[1]
+    return call
+
+@remember_last
+def lay_panel(state: State, width: int, room: int, gauges: Sequence[str]) -> List[Line]:
     """Lay out the gauges that have something to show, in a wide pane in two columns."""
-    names = [name for name in GAUGES if draw_gauge(state, name, width, 1)]
+    names = [name for name in gauges if draw_gauge(state, name, width, 1)]
     if width < TWO_COLUMNS:
         return stack_gauges(state, names, width, room)
     half = width // 2
