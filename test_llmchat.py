@@ -8762,7 +8762,8 @@ class DownloadTest(unittest.TestCase):
         ), mock.patch.object(llmchat, "HUB_CONNECT_S", 0.01):
             self.fails("No connection to 127.0.0.1:.* .no answer within 0.01 seconds.")
 
-    def test_offer_where_it_is_unreachable(self):
+    def unreachable(self):
+        """A question waits for a model that is being downloaded; and what the download says."""
         state = ready(
             Turn("user", "q"),
             download=llmchat.Download("org/repo", True),
@@ -8771,6 +8772,10 @@ class DownloadTest(unittest.TestCase):
             engine=Condition.OFF,
         )
         said = ChildSaid("download", {"event": "unreachable", "text": "No connection."})
+        return state, said
+
+    def test_offer_where_it_is_unreachable(self):
+        state, said = self.unreachable()
         has_one = play(state._replace(model=ready().model), said)[0]
         self.assertIsNone(has_one.dialog, "one can chat as it is")
         self.assertIn("goes on trying; /download cancel gives up", notices(has_one)[-1])
@@ -8786,14 +8791,7 @@ class DownloadTest(unittest.TestCase):
         self.assertIn("/download smollm2:135m", notices(offered)[-1])  # for those without a window
 
     def test_keys_where_it_is_unreachable(self):
-        state = ready(
-            Turn("user", "q"),
-            download=llmchat.Download("org/repo", True),
-            columns=100,
-            model=None,
-            engine=Condition.OFF,
-        )
-        said = ChildSaid("download", {"event": "unreachable", "text": "No connection."})
+        state, said = self.unreachable()
         for key, download, effects in (
             ("[enter]", ("smollm2:135m", True), (StartChild("download", "smollm2:135m"),)),
             ("r", ("org/repo", True), (StartChild("download", "org/repo"),)),
