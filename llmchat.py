@@ -1278,6 +1278,13 @@ def cut_text(text: str, width: int) -> str:
     """Cut a text to `width` columns, with a mark where something is missing."""
     return text if cells(text) <= width else take_cells(text, width - 1) + "…"
 
+def keep_parts(text: str, width: int) -> str:
+    """Leave out whole parts of a text, which commas separate, from its end, until it is
+    narrower than `width`."""
+    while cells(text) >= width and ", " in text:
+        text = text.rpartition(", ")[0]
+    return text
+
 def clean_name(text: str, width: int) -> str:
     """Clean as much of a name as fits into `width` columns; quick, however long it is."""
     return take_cells(clean_row(text[:8 * max(0, width)]), width)
@@ -2509,8 +2516,7 @@ def gauge_model(state: State, width: int, rows: int) -> List[Line]:
         about = takes.description
     lines = word_lines("model", name, width, "title")[:1]
     _, _, about = about.partition(": ")
-    while len(about) >= width - GAUGE_NAME and ", " in about:    # parts drop out whole
-        about = about.rpartition(", ")[0]
+    about = keep_parts(about, width - GAUGE_NAME)
     if about:
         lines += word_lines("", about, width, "dim")[:1]
     prompt = state.settings.system_prompt
@@ -4891,9 +4897,7 @@ def view_welcome(state: State, width: int, height: int) -> List[Line]:
 def welcome_keys(state: State, width: int) -> str:
     """Name the keys; what there is no room for is left out from the end."""
     keys = CHOSEN_KEYS if chosen_offer(state) else WELCOME_KEYS
-    while cells(keys) > width and ", " in keys:
-        keys = keys.rpartition(", ")[0]
-    return keys
+    return keep_parts(keys, width + 1)
 
 def spaced(*blocks: List[Line]) -> List[Line]:
     """Join blocks with an empty line before each."""
@@ -6916,12 +6920,6 @@ def view_divider(state: State, width: int) -> Line:
     title = " %s " % cut_text(clean_row(details_title(state, width)), width - 8)
     rest = h * (width - 5 - cells(title))
     return ((" " + h * 2, "frame"), (title, "dim"), (rest, "frame"))
-
-def keep_parts(text: str, width: int) -> str:
-    """Leave out whole parts of a text, which commas separate, from its end."""
-    while cells(text) >= width and ", " in text:
-        text = text.rpartition(", ")[0]
-    return text
 
 def view_title(title: str, width: int) -> Line:
     return ((" " + keep_parts(title, width), "title"),)
