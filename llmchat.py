@@ -4693,9 +4693,8 @@ def menu_index(state: State) -> int:
 
 def begins_chosen(state: State) -> bool:
     """Tell whether the menu's first row is chosen, as it is what was typed by name or synonym."""
-    text = state.draft.text
-    word = text.rpartition(" ")[2]
-    rows = completions(text, state.settings)
+    word = state.draft.text.rpartition(" ")[2]
+    rows = menu_rows(state)
     return word != "" and bool(rows) and (rows[0][0].startswith(word) or rows[0][1].startswith("("))
 
 MENU_MOVES = {"up": -1, "down": 1, "page_up": -10, "page_down": 10}
